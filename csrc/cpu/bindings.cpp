@@ -1,0 +1,116 @@
+// The native operator: tensors in, RowTask out to the widest kernel this CPU runs. Arguments were checked in Python.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "row_kernel.h"
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+fdistill::RowKernel find_kernel(const std::string& divergence) {
+#ifdef FDISTILL_X86
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return fdistill::row_kernel_avx512(divergence.c_str());
+  if (capability == "AVX2") return fdistill::row_kernel_avx2(divergence.c_str());
+#endif
+  return fdistill::row_kernel_default(divergence.c_str());
+}
+
+fdistill::Rows rows_of(const optional<Tensor>& rows) {
+  if (!rows) return {};
+  return {rows->data_ptr(), std::max<int64_t>(rows->size(1), 1), rows->stride(0), rows->stride(1)};
+}
+
+template <typename T>
+const T* pointer(const optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+// A fresh N x V gradient costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.
+Tensor empty_gradient(const Tensor& like) {
+  Tensor gradient = at::empty(like.sizes(), like.options(), at::MemoryFormat::Contiguous);
+#ifdef __linux__
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(gradient.data_ptr()) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(gradient.data_ptr()) + gradient.nbytes()) & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return gradient;
+}
+
+fdistill::Scalar scalar_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat: return fdistill::Scalar::kFloat;
+    case at::kBFloat16: return fdistill::Scalar::kBFloat16;
+    case at::kHalf: return fdistill::Scalar::kHalf;
+    default: TORCH_CHECK(false, "the cpu backend takes float32, bfloat16 and float16, not ", logits.scalar_type());
+  }
+}
+
+// Logits (outer, inner, V) with a dense last dimension; vectors of outer * inner rows; parts (3, rows) back.
+std::tuple<Tensor, Tensor, Tensor> divergence_rows(
+    const Tensor& student, const optional<Tensor>& teacher, const Tensor& row_scale,
+    const Tensor& student_inverse_temperature, const Tensor& teacher_inverse_temperature,
+    const Tensor& divergence_scale, const optional<Tensor>& labels, const optional<Tensor>& class_weight,
+    const std::string& divergence, double parameter, double cross_entropy_weight, double label_smoothing,
+    double z_loss, bool student_gradient_wanted, bool teacher_gradient_wanted, bool inplace) {
+  const fdistill::RowKernel kernel = find_kernel(divergence);
+  TORCH_CHECK(kernel, "the cpu backend has no kernel named '", divergence, "'");
+  const int64_t row_count = student.size(0) * student.size(1);
+
+  Tensor parts = at::empty({3, row_count}, student.options().dtype(at::kFloat));
+  optional<Tensor> student_gradient, teacher_gradient;
+  if (student_gradient_wanted) student_gradient = inplace ? student : empty_gradient(student);
+  if (teacher_gradient_wanted) teacher_gradient = empty_gradient(*teacher);
+
+  fdistill::RowTask task;
+  task.scalar = scalar_of(student);
+  task.row_count = row_count;
+  task.vocabulary = student.size(2);
+  task.student = rows_of(student);
+  task.teacher = rows_of(teacher);
+  task.student_gradient = rows_of(student_gradient);
+  task.teacher_gradient = rows_of(teacher_gradient);
+  task.row_scale = row_scale.const_data_ptr<float>();
+  task.student_inverse_temperature = student_inverse_temperature.const_data_ptr<float>();
+  task.teacher_inverse_temperature = teacher_inverse_temperature.const_data_ptr<float>();
+  task.divergence_scale = divergence_scale.const_data_ptr<float>();
+  task.parameter = static_cast<float>(parameter);
+  task.labels = pointer<int64_t>(labels);
+  task.class_weight = pointer<float>(class_weight);
+  task.class_weight_sum = class_weight ? class_weight->sum().item<float>() : static_cast<float>(task.vocabulary);
+  task.cross_entropy_weight = static_cast<float>(cross_entropy_weight);
+  task.label_smoothing = static_cast<float>(label_smoothing);
+  task.z_loss = static_cast<float>(z_loss);
+  task.parts = parts.mutable_data_ptr<float>();
+
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(task.vocabulary, 1));
+  at::parallel_for(0, row_count, grain, [&](int64_t begin, int64_t end) {
+    const Tensor scratch = at::empty({fdistill::scratch_floats(task)}, at::kFloat);
+    kernel(task, begin, end, scratch.mutable_data_ptr<float>());
+  });
+  const Tensor none = at::empty({0}, student.options());
+  return {parts, student_gradient && !inplace ? *student_gradient : none, teacher_gradient.value_or(none)};
+}
+
+std::string capability() { return at::get_cpu_capability(); }
+
+}  // namespace
+
+TORCH_LIBRARY(fdistill_native, library) {
+  library.def(
+      "divergence_rows(Tensor(a!) student, Tensor? teacher, Tensor row_scale, Tensor student_inverse_temperature, "
+      "Tensor teacher_inverse_temperature, Tensor divergence_scale, Tensor? labels, Tensor? class_weight, "
+      "str divergence, float parameter, float cross_entropy_weight, float label_smoothing, float z_loss, "
+      "bool student_gradient, bool teacher_gradient, bool inplace) -> (Tensor, Tensor, Tensor)");
+  library.impl("divergence_rows", c10::DispatchKey::CPU, TORCH_FN(divergence_rows));
+  library.def("capability() -> str", &capability);
+}

@@ -1,0 +1,6 @@
+#define FDISTILL_ISA isa_avx512
+#include "row_kernel.inc"
+
+namespace fdistill {
+RowKernel row_kernel_avx512(const char* divergence) { return isa_avx512::find(divergence); }
+}  // namespace fdistill

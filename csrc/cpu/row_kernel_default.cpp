@@ -1,0 +1,6 @@
+#define FDISTILL_ISA isa_default
+#include "row_kernel.inc"
+
+namespace fdistill {
+RowKernel row_kernel_default(const char* divergence) { return isa_default::find(divergence); }
+}  // namespace fdistill

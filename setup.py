@@ -1,0 +1,75 @@
+"""Builds the native CPU backend against the installed torch; without a compiler the package installs without it."""
+
+import platform
+import sys
+
+from setuptools import setup
+
+ISA_FLAGS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def native_extension():
+    """The extension and the command that builds it, each source with its own instruction set."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = list(ISA_FLAGS) if on_x86 else ["default"]
+
+    class BuildEachIsa(BuildExtension):
+        """Compiles row_kernel_<isa>.cpp with that ISA's flags; a failed build leaves the pure-torch package."""
+
+        def build_extension(self, ext):
+            objects = []
+            for isa in isas:
+                macro = isa.upper()
+                defines = [f"-DCPU_CAPABILITY={macro}", f"-DCPU_CAPABILITY_{macro}"]
+                objects += self.compile_one(ext, f"csrc/cpu/row_kernel_{isa}.cpp", defines + ISA_FLAGS[isa])
+            ext.extra_objects = objects
+            super().build_extension(ext)
+
+        def compile_one(self, ext, source, flags):
+            import torch.utils.cpp_extension as cpp
+
+            include = [f"-I{path}" for path in cpp.include_paths()]
+            return self.compiler.compile(
+                [source], self.build_temp, extra_preargs=[*include, *ext.extra_compile_args, *flags], depends=ext.depends
+            )
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:  # any compiler, header or linker trouble: the torch backend serves instead
+                print(f"fdistill_kernels: native CPU backend not built ({error}); the torch backend serves", file=sys.stderr)
+
+        def copy_extensions_to_source(self):
+            try:
+                super().copy_extensions_to_source()
+            except Exception:  # not built: said above
+                pass
+
+    extension = CppExtension(
+        "fdistill_kernels._native",
+        ["csrc/cpu/bindings.cpp"],
+        depends=["csrc/divergences.h", "csrc/cpu/row_kernel.h", "csrc/cpu/row_kernel.inc"],
+        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-Wno-psabi"] + (["-DFDISTILL_X86"] if on_x86 else []),
+        extra_link_args=["-fopenmp"],
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildEachIsa.with_options(no_python_abi_suffix=True, use_ninja=False)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+try:
+    native = native_extension()
+except ImportError as error:  # no torch to build against
+    print(f"fdistill_kernels: native CPU backend not built ({error})", file=sys.stderr)
+    native = {}
+
+setup(**native)
