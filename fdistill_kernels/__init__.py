@@ -1,0 +1,22 @@
+"""Fused f-divergence losses for language-model distillation."""
+
+from .divergences import GJS, TABLE, Alpha, Divergence, FDivergence, SkewKL, SkewRKL
+from .functional import LossParts, cross_entropy, f_divergence
+from .modules import CrossEntropyLoss, FDivergenceLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GJS",
+    "TABLE",
+    "Alpha",
+    "CrossEntropyLoss",
+    "Divergence",
+    "FDivergence",
+    "FDivergenceLoss",
+    "LossParts",
+    "SkewKL",
+    "SkewRKL",
+    "cross_entropy",
+    "f_divergence",
+]

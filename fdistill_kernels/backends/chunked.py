@@ -1,0 +1,99 @@
+"""The torch backend: any device and dtype, float64 too, in chunks of rows; no temporary is larger than a few chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..divergences import Divergence, times
+from .rows import RowCall
+
+#: Elements of one chunk of rows; the arithmetic holds about ten temporaries of this size.
+CHUNK_ELEMENTS = 1 << 18
+
+
+def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
+    """The reason this backend cannot take a call: there is none."""
+    return None
+
+
+def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
+    """See `RowCall`."""
+    outer, inner, vocabulary = call.student.shape
+    rows = outer * inner
+    parts = torch.zeros(3, rows, dtype=call.row_scale.dtype, device=call.student.device)
+    of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
+    of_teacher = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
+    target = call.student if call.inplace else of_student
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    for i in range(outer):
+        for begin in range(0, inner, step):
+            end = min(begin + step, inner)
+            n = slice(i * inner + begin, i * inner + end)
+            parts[:, n], student_gradient, teacher_gradient = _chunk(call, i, slice(begin, end), n)
+            if target is not None:
+                target[i, begin:end] = student_gradient.to(target.dtype)
+            if of_teacher is not None:
+                of_teacher[i, begin:end] = teacher_gradient.to(of_teacher.dtype)
+    none = call.student.new_empty(0)
+    return parts, none if of_student is None else of_student, none if of_teacher is None else of_teacher
+
+
+def _fresh(call: RowCall) -> bool:
+    return call.student_gradient and not call.inplace
+
+
+def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts (3, n) and both gradients (n, V) of one chunk, in the arithmetic's dtype."""
+    dtype = call.row_scale.dtype
+    live = (call.row_scale[n] != 0).unsqueeze(1)
+    scale = call.row_scale[n].unsqueeze(1)
+    z_s = call.student[i, inner].to(dtype)
+    zero = torch.zeros((), dtype=dtype, device=z_s.device)
+    divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
+
+    if call.divergence is not None and call.teacher is not None:
+        t_s, t_t = call.student_inverse_temperature[n].unsqueeze(1), call.teacher_inverse_temperature[n].unsqueeze(1)
+        weight = call.divergence_scale[n].unsqueeze(1) * call.divergence.scale
+        log_q, log_p = _log_softmax(z_s, t_s), _log_softmax(call.teacher[i, inner].to(dtype), t_t)
+        q, p = log_q.exp(), log_p.exp()
+        student, teacher = call.divergence.terms(p, q, log_p, log_q, call.divergence.parameter)
+        total = (student + teacher).sum(1, keepdim=True)
+        of_student = zero if call.divergence.centred else student.sum(1, keepdim=True)
+        divergence = weight * total
+        student_gradient = weight * t_s * (student - q * of_student)
+        if call.teacher_gradient:
+            teacher_gradient = weight * t_t * (teacher - p * (total - of_student))
+
+    if call.labels is not None:
+        cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, call.labels[n], live.squeeze(1))
+        student_gradient = student_gradient + of_labels
+
+    def finish(x: Tensor) -> Tensor:
+        return torch.where(live, scale * x, zero)
+
+    parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in (divergence, cross_entropy, squared_lse)])
+    return parts, finish(student_gradient), finish(teacher_gradient)
+
+
+def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:
+    # the maximum first: z / T of logits near 1e4 would lose the digits that the difference keeps
+    return ((z - z.amax(1, keepdim=True)) * inverse_temperature).log_softmax(1)
+
+
+def _label_terms(call: RowCall, z: Tensor, labels: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy and lse² (n, 1), and the weighted gradient of both (n, V), at temperature 1."""
+    vocabulary = z.shape[1]
+    label = torch.where(live, labels, 0).unsqueeze(1)
+    w = torch.ones(vocabulary, dtype=z.dtype, device=z.device) if call.class_weight is None else call.class_weight.to(z)
+    log_q = _log_softmax(z, torch.ones((), dtype=z.dtype, device=z.device))
+    lse = z.logsumexp(1, keepdim=True)
+    spread = call.label_smoothing / vocabulary
+    of_label = (1 - call.label_smoothing) * w[label]
+    cross_entropy = times(of_label, -log_q.gather(1, label))
+    if spread:
+        cross_entropy = cross_entropy - spread * (w * log_q).sum(1, keepdim=True)
+    of_q = call.cross_entropy_weight * (of_label + spread * w.sum()) + 2 * call.z_loss * lse
+    gradient = of_q * log_q.exp() - call.cross_entropy_weight * spread * w
+    gradient.scatter_add_(1, label, -call.cross_entropy_weight * of_label)
+    return cross_entropy, lse**2, gradient

@@ -1,0 +1,277 @@
+"""The table of divergences: names, formulas, parameters, and the symbol each native backend knows them by.
+
+A divergence ``D(p||q) = Σ_v q_v f(p_v/q_v)`` (p teacher, q student, t = p/q) is two terms at each vocabulary entry,
+
+    student = q g(t),  g = f − t f′        teacher = p f′(t)        student + teacher = q f(t)
+
+from which, with S = Σ student, every backend makes the loss and ``∂D/∂z_s = (student − q S) / T``,
+``∂D/∂z_t = (teacher − p (D − S)) / T``. ``f`` is shifted by c·(t − 1), which changes no loss, to the shortest terms;
+csrc/divergences.h holds the same formulas for C++ and CUDA.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Terms = tuple[Tensor, Tensor]
+TermsFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Terms]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One divergence with its parameter fixed.
+
+    Attributes:
+        name: the name users write, or the registered name of a user's own generator.
+        terms: ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``, elementwise, in any float dtype.
+        symbol: the kernel's name in native backends; None where only the torch backend has it.
+        parameter: β, λ or α; 0 where there is none.
+        scale: a factor on the loss (hellinger is ¼ of alpha(½)).
+        centred: Σ q g = 0, so that the gradient needs no sum over the row.
+    """
+
+    name: str
+    terms: TermsFunction = field(repr=False, compare=False)
+    symbol: str | None = None
+    parameter: float = 0.0
+    scale: float = 1.0
+    centred: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.parameter:g})" if self.name in PARAMETERS else self.name
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """``x·y`` with 0·y = 0 for infinite or undefined y: the limit of x log x and its kin."""
+    return torch.where(x == 0, torch.zeros_like(x), x * y)
+
+
+def _log(m: Tensor) -> Tensor:
+    return m.clamp_min(torch.finfo(m.dtype).tiny).log()
+
+
+def _kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    return q - p, times(p, log_p - log_q)
+
+
+def _rkl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    return times(q, log_q - log_p), p - q
+
+
+def _jeffreys(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    return times(q, log_q - log_p) + q - p, times(p, log_p - log_q) + p - q
+
+
+def _gjs(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> Terms:
+    log_m = _log(beta * p + (1 - beta) * q)
+    return (1 - beta) * times(q, log_q - log_m), beta * times(p, log_p - log_m)
+
+
+def _skew_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, lam: float) -> Terms:
+    m = (lam * p + (1 - lam) * q).clamp_min(torch.finfo(p.dtype).tiny)
+    mixed = (1 - lam) * p * (q / m)
+    return -mixed, mixed + times(p, log_p - m.log())
+
+
+def _skew_rkl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, lam: float) -> Terms:
+    teacher, student = _skew_kl(q, p, log_q, log_p, lam)
+    return student, teacher
+
+
+def _tvd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    half_sign = 0.5 * torch.sign(q - p)
+    return q * half_sign, -p * half_sign
+
+
+def _alpha(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, alpha: float) -> Terms:
+    log_w = alpha * log_p + (1 - alpha) * log_q
+
+    def difference(log_x: Tensor, x: Tensor) -> Tensor:  # w − x, without cancellation where they are near
+        d = log_w - log_x
+        return torch.where(d.abs() < 0.5, x * torch.expm1(d), log_w.exp() - x)
+
+    neither = (log_p == -math.inf) & (log_q == -math.inf)
+    student = (difference(log_q, q) / -alpha).masked_fill(neither, 0)
+    return student, (difference(log_p, p) / (alpha - 1)).masked_fill(neither, 0)
+
+
+def _triangular(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    total = (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    r, s = p / total, q / total
+    return q * (s - r) * (s + 3 * r), p * (r - s) * (r + 3 * s)
+
+
+def _engine(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    return -times(q, log_p), p - q
+
+
+def _cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    return q - p, -times(p, log_q)
+
+
+KL = Divergence("kl", _kl, "Kl", centred=True)
+RKL = Divergence("rkl", _rkl, "Rkl")
+JS = Divergence("js", _gjs, "Gjs", 0.5)
+TVD = Divergence("tvd", _tvd, "Tvd")
+JEFFREYS = Divergence("jeffreys", _jeffreys, "Jeffreys")
+HELLINGER = Divergence("hellinger", _alpha, "Alpha", 0.5, scale=0.25)
+PEARSON = Divergence("pearson", _alpha, "Alpha", 2.0, scale=2.0)
+NEYMAN = Divergence("neyman", _alpha, "Alpha", -1.0, scale=2.0)
+TRIANGULAR = Divergence("triangular", _triangular, "Triangular")
+ENGINE = Divergence("engine", _engine, "Engine")
+CROSS_ENTROPY = Divergence("cross_entropy", _cross_entropy, "CrossEntropy", centred=True)
+
+
+def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
+    if not (isinstance(value, (int, float)) and low <= value <= high):
+        raise ValueError(f"{name} must be a number in {shown}, not {value!r}")
+    return float(value)
+
+
+def GJS(beta: float = 0.5) -> Divergence:
+    """β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q, 0 ≤ β ≤ 1; as in TRL's GKD, β = 0 is kl and β = 1 is rkl."""
+    beta = _parameter("beta", beta, 0, 1, "[0, 1]")
+    return _at_limit("gjs", beta, {0.0: KL, 1.0: RKL}) or Divergence("gjs", _gjs, "Gjs", beta)
+
+
+def SkewKL(lam: float = 0.1) -> Divergence:
+    """KL(p ‖ λp + (1−λ)q), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0 is kl."""
+    lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
+    return _at_limit("skew_kl", lam, {0.0: KL}) or Divergence("skew_kl", _skew_kl, "SkewKl", lam)
+
+
+def SkewRKL(lam: float = 0.1) -> Divergence:
+    """KL(q ‖ λq + (1−λ)p), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0 is rkl."""
+    lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
+    return _at_limit("skew_rkl", lam, {0.0: RKL}) or Divergence("skew_rkl", _skew_rkl, "SkewRkl", lam)
+
+
+def Alpha(alpha: float = 0.5) -> Divergence:
+    """(Σ p^α q^(1−α) − 1) / (α(α−1)), α in [−8, 8]; α = 1 is kl, α = 0 is rkl, α = ½ is 4·hellinger."""
+    alpha = _parameter("alpha", alpha, -8, 8, "[-8, 8]")
+    return _at_limit("alpha", alpha, {0.0: RKL, 1.0: KL}) or Divergence("alpha", _alpha, "Alpha", alpha)
+
+
+def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> Divergence | None:
+    limit = limits.get(parameter)
+    return limit and Divergence(name, limit.terms, limit.symbol, parameter, limit.scale, limit.centred)
+
+
+#: The parameter of each family, by name: what `divergence_by_name` and the docs read.
+PARAMETERS: dict[str, tuple[Callable[..., Divergence], str]] = {
+    "gjs": (GJS, "beta"),
+    "skew_kl": (SkewKL, "lam"),
+    "skew_rkl": (SkewRKL, "lam"),
+    "alpha": (Alpha, "alpha"),
+}
+
+#: Every divergence at its default parameter, in the order the docs list them.
+TABLE: dict[str, Divergence] = {
+    d.name: d
+    for d in (KL, RKL, JS, TVD, JEFFREYS, GJS(), SkewKL(), SkewRKL(), Alpha(), HELLINGER, PEARSON, NEYMAN, TRIANGULAR,
+              ENGINE, CROSS_ENTROPY)
+}  # fmt: skip
+
+_generators: weakref.WeakValueDictionary[str, FDivergence] = weakref.WeakValueDictionary()
+_serial = itertools.count()
+
+
+class FDivergence(Divergence):
+    """A divergence from a user's own generator, run by the torch backend in chunks.
+
+    Args:
+        f: elementwise generator of t = p/q on tensors; convex with f(1) = 0.
+        from_log_ratio: the same function of u = log t, for generators that overflow in t; give one of the two.
+        name: shown in errors and tables.
+
+    f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from inside.
+
+    Raises:
+        ValueError: f is not elementwise, not finite, not convex, or f(1) ≠ 0, on a grid of t from 1e-3 to 1e3.
+    """
+
+    def __init__(
+        self,
+        f: Callable[[Tensor], Tensor] | None = None,
+        *,
+        from_log_ratio: Callable[[Tensor], Tensor] | None = None,
+        name: str = "custom",
+    ) -> None:
+        if (f is None) == (from_log_ratio is None):
+            raise ValueError("FDivergence takes either f, a function of t = p/q, or from_log_ratio, one of log t")
+        generator = from_log_ratio or (lambda u: f(u.exp()))  # type: ignore[misc]
+        _validate_generator(generator, name)
+
+        def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+            bound = 0.9 * math.log(torch.finfo(p.dtype).max)
+            with torch.enable_grad():
+                u = (log_p - log_q).detach().clamp(-bound, bound).nan_to_num().requires_grad_()
+                value = generator(u)
+                (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
+            # q f and q t f′, taken as p (f/t) and p f′ where q is the smaller
+            larger, inverse = torch.where(u > 0, p, q), torch.where(u > 0, (-u).exp(), torch.ones_like(u))
+            value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
+            return value - slope, slope
+
+        super().__init__(f"{name}#{next(_serial)}", terms)
+        object.__setattr__(self, "generator", generator)
+        _generators[self.name] = self
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:
+    t = torch.cat([torch.logspace(-3, 0, 301, dtype=torch.float64), torch.logspace(0, 3, 301, dtype=torch.float64)[1:]])
+    u = t.log().requires_grad_()
+    value = generator(u)
+    if not isinstance(value, Tensor) or value.shape != t.shape:
+        raise ValueError(f"{name}: f must be elementwise: it takes a tensor and returns one of the same shape")
+    if not value.isfinite().all():
+        raise ValueError(f"{name}: f is not finite at t = {t[~value.isfinite()][0]:g}")
+    at_one = value[300].item()
+    if abs(at_one) > 1e-6:
+        raise ValueError(f"{name}: f(1) must be 0, but f(1) = {at_one:g}")
+    if not value.requires_grad:
+        raise ValueError(f"{name}: f must be differentiable by autograd")
+    slopes = value.detach().diff() / t.diff()
+    falls = slopes.diff() < -1e-6 * (1 + slopes[1:].abs())
+    if falls.any():
+        raise ValueError(f"{name}: f must be convex, but its slope falls near t = {t[1:-1][falls][0]:g}")
+
+
+def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Divergence:
+    """The `Divergence` a user means: a name of the table, an instance, or a generator f(t).
+
+    Raises:
+        ValueError: an unknown name (the nearest ones are told).
+        TypeError: anything else.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if isinstance(divergence, str):
+        if divergence in TABLE:
+            return TABLE[divergence]
+        near = difflib.get_close_matches(divergence.lower(), TABLE, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(TABLE)}"
+        raise ValueError(f"unknown divergence {divergence!r}; {hint}")
+    if callable(divergence):
+        return FDivergence(divergence)
+    raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")
+
+
+def by_key(name: str, parameter: float) -> Divergence:
+    """The divergence of that name and parameter: what an operator's plain arguments stand for."""
+    if name in PARAMETERS:
+        return PARAMETERS[name][0](parameter)
+    return _generators[name] if name in _generators else TABLE[name]

@@ -1,0 +1,59 @@
+"""The nn.Module of each function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .divergences import Divergence, resolve
+from .functional import cross_entropy, f_divergence
+
+
+class FDivergenceLoss(nn.Module):
+    """`f_divergence` with its settings fixed.
+
+    Args:
+        divergence: as in `f_divergence`; checked here.
+        **settings: any keyword of `f_divergence` that is not a tensor of one batch.
+    """
+
+    def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
+        super().__init__()
+        self.divergence = resolve(divergence)
+        self.settings = settings
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any) -> Any:
+        """(..., V) logits of both models to the loss; `batch` takes the remaining keywords of `f_divergence`."""
+        return f_divergence(
+            student_logits, teacher_logits, self.divergence, labels=labels, **{**self.settings, **batch}
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as printed."""
+        return ", ".join([str(self.divergence), *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+class CrossEntropyLoss(nn.Module):
+    """`cross_entropy` with its settings fixed: `torch.nn.CrossEntropyLoss` for class indices, fused.
+
+    Args:
+        weight: (C) a factor on each class, kept as a buffer.
+        **settings: any other keyword of `cross_entropy`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.settings = settings
+
+    def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
+        """Logits (N, C, ...) and class indices (N, ...) to the loss."""
+        return cross_entropy(input, target, self.weight, **{**self.settings, **batch})
+
+    def extra_repr(self) -> str:
+        """The settings, as printed."""
+        return ", ".join(f"{k}={v}" for k, v in self.settings.items())
