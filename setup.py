@@ -36,14 +36,20 @@ def native_extension():
 
             include = [f"-I{path}" for path in cpp.include_paths()]
             return self.compiler.compile(
-                [source], self.build_temp, extra_preargs=[*include, *ext.extra_compile_args, *flags], depends=ext.depends
+                [source],
+                self.build_temp,
+                extra_preargs=[*include, *ext.extra_compile_args, *flags],
+                depends=ext.depends,
             )
 
         def run(self):
             try:
                 super().run()
             except Exception as error:  # any compiler, header or linker trouble: the torch backend serves instead
-                print(f"fdistill_kernels: native CPU backend not built ({error}); the torch backend serves", file=sys.stderr)
+                print(
+                    f"fdistill_kernels: native CPU backend not built ({error}); the torch backend serves",
+                    file=sys.stderr,
+                )
 
         def copy_extensions_to_source(self):
             try:

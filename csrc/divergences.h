@@ -43,6 +43,7 @@ struct Math<float> {
   static FDISTILL_INLINE float zero_if_both_minus_infinity(float x, float y, float value) {
     return x == -INFINITY && y == -INFINITY ? 0.0f : value;
   }
+  static FDISTILL_INLINE float infinite_with(float x, float value) { return x == INFINITY ? x : value; }
 };
 
 // One vocabulary entry: the teacher's and the student's probability and their logarithms.
@@ -56,11 +57,9 @@ struct Terms {
   T student, teacher;
 };
 
-// exp(x) - exp(y) without cancellation where x is near y.
+// w - x for w = x exp(d), without cancellation where d is small.
 template <typename T>
-FDISTILL_INLINE T exp_difference(T x, T y, T exp_y) {
-  using M = Math<T>;
-  const T d = x - y;
+FDISTILL_INLINE T difference(T w, T x, T d) {
   T series = T(1.0f / 40320);
   series = series * d + T(1.0f / 5040);
   series = series * d + T(1.0f / 720);
@@ -69,7 +68,7 @@ FDISTILL_INLINE T exp_difference(T x, T y, T exp_y) {
   series = series * d + T(1.0f / 6);
   series = series * d + T(0.5f);
   series = series * d + T(1.0f);
-  return M::where_small(d, 0.5f, exp_y * (series * d), M::exp(x) - exp_y);
+  return Math<T>::where_small(d, 0.5f, x * (series * d), w - x);
 }
 
 struct Kl {  // f = t log t - t + 1
@@ -143,12 +142,13 @@ struct Alpha {
   static constexpr bool centred = false;
   template <typename T>
   static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float alpha) {
-    const T log_w = Math<T>::zero_if_both_minus_infinity(
-        e.log_p, e.log_q, Math<T>::times(T(alpha), e.log_p) + Math<T>::times(T(1.0f - alpha), e.log_q));
-    const T student = exp_difference(log_w, e.log_q, e.q) * T(-1.0f / alpha);
-    const T teacher = exp_difference(log_w, e.log_p, e.p) * T(1.0f / (alpha - 1.0f));
-    return {Math<T>::zero_if_both_minus_infinity(e.log_p, e.log_q, student),
-            Math<T>::zero_if_both_minus_infinity(e.log_p, e.log_q, teacher)};
+    const T w = Math<T>::exp(T(alpha) * e.log_p + T(1.0f - alpha) * e.log_q), u = e.log_p - e.log_q;
+    const T student = difference(w, e.q, T(alpha) * u) * T(-1.0f / alpha);
+    const T teacher = difference(w, e.p, T(alpha - 1.0f) * u) * T(1.0f / (alpha - 1.0f));
+    const auto limit = [&](T term) {  // the terms of an infinite w have opposite signs, their sum is +inf
+      return Math<T>::zero_if_both_minus_infinity(e.log_p, e.log_q, Math<T>::infinite_with(w, term));
+    };
+    return {limit(student), limit(teacher)};
   }
 };
 

@@ -17,6 +17,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,15 +93,16 @@ def _tvd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
 
 
 def _alpha(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, alpha: float) -> Terms:
-    log_w = alpha * log_p + (1 - alpha) * log_q
+    w, u = (alpha * log_p + (1 - alpha) * log_q).exp(), log_p - log_q
 
-    def difference(log_x: Tensor, x: Tensor) -> Tensor:  # w − x, without cancellation where they are near
-        d = log_w - log_x
-        return torch.where(d.abs() < 0.5, x * torch.expm1(d), log_w.exp() - x)
+    def difference(x: Tensor, d: Tensor) -> Tensor:  # w − x = x (e^d − 1), without cancellation where d is small
+        return torch.where(d.abs() < 0.5, x * torch.expm1(d), w - x)
 
-    neither = (log_p == -math.inf) & (log_q == -math.inf)
-    student = (difference(log_q, q) / -alpha).masked_fill(neither, 0)
-    return student, (difference(log_p, p) / (alpha - 1)).masked_fill(neither, 0)
+    def limit(term: Tensor) -> Tensor:  # the terms of an infinite w have opposite signs, their sum is +inf
+        neither = (log_p == -math.inf) & (log_q == -math.inf)
+        return torch.where(w == math.inf, w, term).masked_fill(neither, 0)
+
+    return limit(difference(q, alpha * u) / -alpha), limit(difference(p, (alpha - 1) * u) / (alpha - 1))
 
 
 def _triangular(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
@@ -212,7 +214,7 @@ class FDivergence(Divergence):
 
         def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
             bound = 0.9 * math.log(torch.finfo(p.dtype).max)
-            with torch.enable_grad():
+            with torch.enable_grad(), _autograd_inside_an_operator():
                 u = (log_p - log_q).detach().clamp(-bound, bound).nan_to_num().requires_grad_()
                 value = generator(u)
                 (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
@@ -229,6 +231,12 @@ class FDivergence(Divergence):
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def _autograd_inside_an_operator() -> Any:
+    """Operators run below autograd's dispatch keys; a generator's f′ needs them back."""
+    include = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
 
 
 def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks
 from .divergences import Divergence, resolve
@@ -85,7 +84,7 @@ def f_divergence(
         raise ValueError("ce_weight and z_loss need labels")
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
         _check_temperature(name, value, student)
-    if inplace and student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    if inplace and not torch.compiler.is_compiling() and _share_memory(student, teacher):
         raise ValueError("inplace=True would overwrite teacher_logits, which share memory with student_logits")
     return _loss(
         student, teacher, chosen, labels=labels, ce_weight=ce_weight, label_smoothing=label_smoothing, z_loss=z_loss,
@@ -149,6 +148,10 @@ def cross_entropy(
         temperature_squared=False, reduction=reduction, num_items=num_items, inplace=inplace, backend=backend,
         return_parts=return_parts,
     )  # fmt: skip
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _check_temperature(name: str, value: Temperature | None, logits: Tensor) -> None:
@@ -225,19 +228,15 @@ def _denominator(
 
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
     """(..., V) as (outer, inner, V), dense in V; a view wherever strides allow, as for logits[:, :-1]."""
-    rows = logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else None
-    if rows is not None:
-        if rows.dim() <= 2:
-            return rows.reshape(1, -1, rows.shape[-1])
-        if rows.dim() == 3:
-            return rows
+    shape = logits.shape if logits.dim() == 3 else (1, -1, logits.shape[-1])
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
         try:
-            return rows.view(1, -1, rows.shape[-1])
-        except RuntimeError:
+            return logits.view(shape)
+        except RuntimeError:  # leading dimensions that no single stride walks
             pass
     if inplace:
         raise ValueError(f"inplace=True needs student_logits of dense rows, not strides {logits.stride()}")
-    return logits.contiguous().view(1, -1, logits.shape[-1])
+    return logits.contiguous().view(shape)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -265,13 +264,20 @@ class _RowLoss(torch.autograd.Function):
         return (rows if per_row else rows.sum()), parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None, None]
         for i, gradient in enumerate(ctx.saved_tensors):
             if upstream is not None and ctx.needs_input_grad[i]:
-                gradients[i] = _scaled(gradient, upstream, ctx.per_row)
+                gradients[i] = _once(_scaled(gradient, upstream.detach(), ctx.per_row))
         return (*gradients, *[None] * 14)
+
+
+def _once(gradient: Tensor) -> Tensor:
+    """The gradient; under create_graph=True one that raises when it is differentiated in turn."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradient
+    message = b"fdistill_kernels: the fused losses have no second derivative (double backward)"
+    return torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, per_row: bool) -> Tensor:

@@ -24,7 +24,9 @@ class FDivergenceLoss(nn.Module):
         self.divergence = resolve(divergence)
         self.settings = settings
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any) -> Any:
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any
+    ) -> Any:
         """(..., V) logits of both models to the loss; `batch` takes the remaining keywords of `f_divergence`."""
         return f_divergence(
             student_logits, teacher_logits, self.divergence, labels=labels, **{**self.settings, **batch}

@@ -97,8 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> divergence_rows(
     const Tensor scratch = at::empty({fdistill::scratch_floats(task)}, at::kFloat);
     kernel(task, begin, end, scratch.mutable_data_ptr<float>());
   });
-  const Tensor none = at::empty({0}, student.options());
-  return {parts, student_gradient && !inplace ? *student_gradient : none, teacher_gradient.value_or(none)};
+  const auto none = [&] { return at::empty({0}, student.options()); };
+  return {parts, student_gradient && !inplace ? *student_gradient : none(),
+          teacher_gradient ? *teacher_gradient : none()};
 }
 
 std::string capability() { return at::get_cpu_capability(); }

@@ -23,7 +23,9 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     rows = outer * inner
     parts = torch.zeros(3, rows, dtype=call.row_scale.dtype, device=call.student.device)
     of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
-    of_teacher = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
+    of_teacher = (
+        torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
+    )
     target = call.student if call.inplace else of_student
     step = max(1, CHUNK_ELEMENTS // vocabulary)
     for i in range(outer):
@@ -35,8 +37,10 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
                 target[i, begin:end] = student_gradient.to(target.dtype)
             if of_teacher is not None:
                 of_teacher[i, begin:end] = teacher_gradient.to(of_teacher.dtype)
-    none = call.student.new_empty(0)
-    return parts, none if of_student is None else of_student, none if of_teacher is None else of_teacher
+    student_gradient, teacher_gradient = (
+        call.student.new_empty(0) if x is None else x for x in (of_student, of_teacher)
+    )
+    return parts, student_gradient, teacher_gradient
 
 
 def _fresh(call: RowCall) -> bool:

@@ -1,0 +1,33 @@
+# `make test` and `make demo` make the environment first; TORCH= picks another torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/fdistill demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-json=benchmarks/results/cpu_rows.json $(ARGS)
+
+# torch first and alone, so that its pin holds; ours last, built against it
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(BIN)/pip install --quiet "setuptools>=77" wheel
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo,test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fdistill_kernels/*.so

@@ -1,0 +1,246 @@
+"""The table's formulas: every backend against the float64 reference, invariants, limits and hard inputs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fdistill_kernels as fk
+from fdistill_kernels.divergences import JEFFREYS, KL, RKL, TABLE
+from fdistill_kernels.reference import f_divergence_rows
+
+from .conftest import reference, relative
+
+FAMILIES = [fk.GJS(0.1), fk.GJS(0.9), fk.GJS(0.0), fk.GJS(1.0), fk.SkewKL(0.5), fk.SkewKL(0.0), fk.SkewRKL(0.5),
+            fk.SkewRKL(0.0), fk.Alpha(0.3), fk.Alpha(1.5), fk.Alpha(-0.5), fk.Alpha(0.0), fk.Alpha(1.0),
+            fk.Alpha(0.9999), fk.Alpha(1e-4)]  # fmt: skip
+ALL = [*TABLE.values(), *FAMILIES]
+F_DIVERGENCES = [d for d in ALL if d.name not in ("engine", "cross_entropy")]
+#: (loss, gradient): error relative to the largest entry of the reference
+TOLERANCE = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 4e-3),
+             torch.float16: (1e-5, 6e-4)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_agrees_with_reference(divergence, dtype, backend):
+    if (backend, dtype) == ("cpu", torch.float64):
+        with pytest.raises(ValueError, match="float32, bfloat16 and float16 logits, not torch.float64"):
+            fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), divergence, backend=backend)
+        return
+    student = (2 * torch.randn(3, 4097)).to(dtype).requires_grad_()
+    teacher = (2 * torch.randn(3, 4097)).to(dtype).requires_grad_()
+    loss = fk.f_divergence(student, teacher, divergence, temperature=1.5, reduction="sum", backend=backend)
+    of_student, of_teacher = torch.autograd.grad(loss, (student, teacher))
+    expected, expected_student, expected_teacher = reference(student, teacher, divergence, temperature=1.5)
+    loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
+    near_limit = 10 if str(divergence) in ("alpha(0.9999)", "alpha(0.0001)") else 1
+    assert relative(loss, expected) < loss_tolerance * near_limit
+    assert relative(of_student, expected_student) < gradient_tolerance
+    assert relative(of_teacher, expected_teacher) < gradient_tolerance
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert of_student.dtype == of_teacher.dtype == dtype
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_gradcheck(divergence):
+    student, teacher = (torch.randn(2, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    if divergence is TABLE["tvd"]:
+        teacher = (student.detach() + torch.linspace(-1, 1, 7).double()).requires_grad_()  # away from ties
+    assert torch.autograd.gradcheck(lambda s, t: fk.f_divergence(s, t, divergence, temperature=2.0), (student, teacher))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    divergence=st.sampled_from(F_DIVERGENCES),
+    rows=st.integers(1, 4),
+    vocabulary=st.integers(1, 300),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 5.0]),
+    temperature=st.floats(0.5, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_backends_agree_on_any_input(divergence, rows, vocabulary, scale, temperature, dtype, transposed, seed):
+    torch.manual_seed(seed)
+    shape = (vocabulary, rows) if transposed else (rows, vocabulary)
+    student, teacher = ((scale * torch.randn(shape)).to(dtype) for _ in range(2))
+    if transposed:
+        student, teacher = student.t(), teacher.t()
+    student.requires_grad_()
+    results = []
+    for backend in ("torch", "cpu"):
+        loss = fk.f_divergence(student, teacher, divergence, temperature=temperature, reduction="none", backend=backend)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert (loss > -2e-6).all()
+        assert (gradient.float().sum(-1).abs() <= 1e-5 + 2**-8 * gradient.float().abs().sum(-1)).all()
+        results.append((loss, gradient))
+    (a, grad_a), (b, grad_b) = results
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(grad_a.float(), grad_b.float(), rtol=2e-2, atol=1e-6 + 2e-3 * float(grad_a.abs().max()))
+
+
+@pytest.mark.parametrize("divergence", F_DIVERGENCES, ids=str)
+def test_equal_models(divergence, backend):
+    logits = (5 * torch.randn(2, 1000)).requires_grad_()
+    loss = fk.f_divergence(logits, logits.detach().clone(), divergence, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert abs(loss.item()) < 1e-6 and gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_row_shift_changes_nothing(divergence, backend):
+    student, teacher = ((1024 * torch.randn(2, 600)).round() / 1024 for _ in range(2))  # shifts are then exact
+    a = fk.f_divergence(student, teacher, divergence, backend=backend)
+    b = fk.f_divergence(student + 64, teacher - 32, divergence, backend=backend)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bounds_symmetry_and_pinsker(backend):
+    student, teacher = 4 * torch.randn(64, 500), 4 * torch.randn(64, 500)
+
+    def rows(name, s=student, t=teacher):
+        return fk.f_divergence(s, t, name, reduction="none", backend=backend)
+
+    assert (rows("tvd") <= 1).all() and (rows("js") <= math.log(2)).all()
+    assert (rows("tvd") <= (rows("kl") / 2).sqrt()).all()
+    for name in ("tvd", "js", "jeffreys", "hellinger", "triangular"):
+        torch.testing.assert_close(rows(name), rows(name, teacher, student))
+    torch.testing.assert_close(rows("kl"), rows("rkl", teacher, student))
+    torch.testing.assert_close(rows("pearson"), rows("neyman", teacher, student))
+
+
+def test_limits_of_the_families(backend):
+    student, teacher = torch.randn(4, 400), torch.randn(4, 400)
+
+    def value(divergence):
+        return fk.f_divergence(student, teacher, divergence, backend=backend)
+
+    torch.testing.assert_close(value(fk.Alpha(1 - 1e-5)), value(KL), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(value(fk.Alpha(1e-5)), value(RKL), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(value(fk.Alpha(0.5)), 4 * value("hellinger"))
+    torch.testing.assert_close(value(KL) + value(RKL), value(JEFFREYS))
+    torch.testing.assert_close(value(fk.GJS(0.01)) / 0.01, value(KL), rtol=5e-2, atol=0)
+    torch.testing.assert_close(value(fk.GJS(0.0)), value(KL))
+    torch.testing.assert_close(value(fk.GJS(1.0)), value(RKL))
+    torch.testing.assert_close(value(fk.SkewKL(1e-5)), value(KL), rtol=1e-3, atol=1e-4)
+    halves = (value(fk.SkewKL(0.5)) + value(fk.SkewRKL(0.5))) / 2
+    torch.testing.assert_close(halves, value("js"))
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_entries_outside_both_vocabularies(divergence, backend):
+    student, teacher = torch.randn(2, 300), torch.randn(2, 300)
+    student[:, 250:] = teacher[:, 250:] = -math.inf
+    student.requires_grad_()
+    loss = fk.f_divergence(student, teacher, divergence, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student)
+    short = student[:, :250].detach().requires_grad_()
+    expected = fk.f_divergence(short, teacher[:, :250].contiguous(), divergence, backend=backend)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient[:, :250], torch.autograd.grad(expected, short)[0])
+    assert (gradient[:, 250:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "divergence, student_missing, teacher_missing",
+    [("kl", math.inf, None), ("rkl", None, math.inf), ("jeffreys", math.inf, math.inf), ("engine", None, math.inf),
+     ("cross_entropy", math.inf, None), ("pearson", math.inf, None), ("neyman", None, math.inf), ("js", None, None),
+     ("tvd", None, None), ("hellinger", None, None), ("triangular", None, None), ("skew_kl", None, None),
+     ("skew_rkl", None, None), ("gjs", None, None)],
+)  # fmt: skip
+def test_minus_infinity_on_one_side(divergence, student_missing, teacher_missing, backend):
+    """inf where the divergence is infinite, its finite limit elsewhere, never NaN."""
+    for side, expected in (("student", student_missing), ("teacher", teacher_missing)):
+        logits = {"student": torch.randn(1, 40), "teacher": torch.randn(1, 40)}
+        logits[side][0, 7] = -math.inf
+        loss = fk.f_divergence(logits["student"], logits["teacher"], divergence, backend=backend)
+        if expected is None:
+            exact = f_divergence_rows(logits["student"].double(), logits["teacher"].double(), divergence)
+            torch.testing.assert_close(loss.double(), exact.sum(), rtol=1e-5, atol=1e-6)
+        else:
+            assert loss.item() == expected
+
+
+def test_kl_gradient_with_a_missing_teacher_entry_and_one_hot_teacher(backend):
+    student = torch.randn(1, 50, requires_grad=True)
+    teacher = torch.full((1, 50), -math.inf)
+    teacher[0, 3] = 0.0
+    loss = fk.f_divergence(student, teacher, "kl", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student)
+    expected = torch.nn.functional.cross_entropy(student, torch.tensor([3]))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
+@pytest.mark.parametrize("divergence", ["kl", "rkl", "js", "tvd", "jeffreys", "skew_kl", "hellinger", "triangular"])
+def test_logits_of_ten_thousand(divergence, backend):
+    student, teacher = 1e4 * torch.randn(3, 200).sign(), 1e4 * torch.randn(3, 200).sign()
+    student += torch.randn(3, 200)
+    student.requires_grad_()
+    loss = fk.f_divergence(student, teacher, divergence, reduction="sum", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student)
+    expected, expected_gradient, _ = reference(student, teacher, divergence)
+    assert relative(loss, expected) < 1e-5 and relative(gradient, expected_gradient) < 1e-4
+
+
+def test_tvd_ties_have_zero_subgradient(backend):
+    logits = torch.zeros(1, 33, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fk.f_divergence(logits, torch.zeros(1, 33), "tvd", backend=backend), logits)
+    assert (gradient == 0).all()
+
+
+def test_nan_logits_make_a_nan_loss_for_their_token_alone(backend):
+    for side in range(2):
+        logits = [torch.randn(3, 100), torch.randn(3, 100)]
+        logits[side][1, 55] = math.nan
+        rows = fk.f_divergence(*logits, "js", reduction="none", backend=backend)
+        assert rows.isnan().tolist() == [False, True, False]
+
+
+def test_error_of_the_vector_exponential_and_logarithm(backend):
+    """The docs state 1 ulp for exp and log: losses of two entries show them alone, to a few float32 roundings."""
+    gap = torch.linspace(-80, 0, 4001)
+    student = torch.stack([gap, torch.zeros_like(gap)], 1)
+    loss = fk.cross_entropy(student, torch.ones(4001, dtype=torch.long), reduction="none", backend=backend)
+    exact = torch.log1p(gap.double().exp())
+    assert ((loss.double() - exact).abs() <= 3e-7 * (1 + exact)).all()
+
+
+def test_own_generator():
+    student, teacher = torch.randn(5, 77, dtype=torch.float64, requires_grad=True), torch.randn(5, 77).double()
+    own = fk.FDivergence(lambda t: 0.5 * (t * t.log() - (t + 1) * ((t + 1) / 2).log()), name="own js")
+    stable = fk.FDivergence(from_log_ratio=lambda u: u.exp() * u)
+    for ours, name in ((own, "js"), (stable, "kl"), (lambda t: (t - 1) ** 2, "pearson")):
+        a, b = fk.f_divergence(student, teacher, ours), fk.f_divergence(student, teacher, name)
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(torch.autograd.grad(a, student), torch.autograd.grad(b, student))
+    assert torch.autograd.gradcheck(lambda s: fk.f_divergence(s, teacher, own), student)
+
+
+@pytest.mark.parametrize(
+    "generator, message",
+    [(lambda t: t * t, r"f\(1\) must be 0, but f\(1\) = 1"), (lambda t: -((t - 1) ** 2), "must be convex"),
+     (lambda t: (t - 2).log(), "not finite"), (lambda t: t.sum(), "elementwise"),
+     (lambda t: (t.detach() - 1) ** 2, "differentiable")],
+)  # fmt: skip
+def test_bad_generators(generator, message):
+    with pytest.raises(ValueError, match=message):
+        fk.FDivergence(generator)
+
+
+def test_generator_is_given_once():
+    with pytest.raises(ValueError, match="either f"):
+        fk.FDivergence()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [(lambda: fk.GJS(1.5), r"beta must be a number in \[0, 1\]"), (lambda: fk.SkewKL(1.0), r"lambda .* \[0, 1\)"),
+     (lambda: fk.SkewRKL(-0.1), "lambda"), (lambda: fk.Alpha(math.nan), "alpha")],
+)  # fmt: skip
+def test_parameters_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
