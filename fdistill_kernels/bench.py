@@ -1,0 +1,86 @@
+"""Timing one loss, forward and backward, beside the floor and the plain PyTorch it replaces, in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from .divergences import Divergence
+from .functional import f_divergence
+from .reference import f_divergence_rows
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one step, and of the floor: three passes over N×V at the copy bandwidth of the same run."""
+
+    what: str
+    seconds: float
+    floor: float
+
+
+def median_seconds(call: Callable[[], object], min_run_time: float = 1.0) -> float:
+    """Median time of a call, after a warm-up, with the threads torch is set to."""
+    call()
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_run_time).median
+
+
+def floor_seconds(like: Tensor) -> float:
+    """Time to read two and write one matrix of this size: 3 N V bytes at the measured copy rate (a copy is 2)."""
+    target = torch.empty_like(like)
+    return 1.5 * median_seconds(lambda: target.copy_(like), 0.5)
+
+
+def make_logits(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Student logits that require grad, and teacher logits."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    return student.requires_grad_(), teacher
+
+
+def training_step(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Callable[[], None]:
+    """Forward and backward from logits to a fresh gradient, as a call without arguments."""
+
+    def step() -> None:
+        student.grad = None
+        loss(student, teacher).backward()
+
+    return step
+
+
+def eager_loss(divergence: Divergence) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss as plain PyTorch writes it; js as log-softmaxes and a logaddexp, the rest as the reference does."""
+
+    def js(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+        return 0.5 * ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)).mean()
+
+    def kl(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    def tvd(student: Tensor, teacher: Tensor) -> Tensor:
+        return 0.5 * (student.float().softmax(-1) - teacher.float().softmax(-1)).abs().sum(-1).mean()
+
+    written = {"js": js, "kl": kl, "tvd": tvd}
+    return written.get(divergence.name) or (lambda s, t: f_divergence_rows(s.float(), t.float(), divergence).mean())
+
+
+def measure(
+    divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str, backend: str, compiled: bool
+) -> list[Timing]:
+    """Ours, eager, and with `compiled` torch.compile's, one after the other on the same logits."""
+    student, teacher = make_logits(shape, dtype, device)
+    floor = floor_seconds(teacher)
+    eager = eager_loss(divergence)
+    calls = {"fdistill": lambda s, t: f_divergence(s, t, divergence, backend=backend), "eager": eager}
+    if compiled:
+        calls["torch.compile"] = torch.compile(eager)
+    return [Timing(w, median_seconds(training_step(call, student, teacher)), floor) for w, call in calls.items()]

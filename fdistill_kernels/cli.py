@@ -1,0 +1,194 @@
+"""The `fdistill` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__, backends
+from .divergences import PARAMETERS, TABLE, Divergence, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _divergence(text: str) -> Divergence:
+    """A name, or name=parameter as in alpha=0.3."""
+    name, _, parameter = text.partition("=")
+    try:
+        if parameter:
+            if name not in PARAMETERS:
+                raise ValueError(f"{name} takes no parameter")
+            return PARAMETERS[name][0](float(parameter))
+        return resolve(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        rows, vocabulary = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"shape must be N,V, as in 1024,32000, not {text!r}") from None
+    if rows < 1 or vocabulary < 1:
+        raise argparse.ArgumentTypeError("N and V must be at least 1")
+    return rows, vocabulary
+
+
+def _list(args: argparse.Namespace) -> int:
+    rows = [
+        {"name": d.name, "parameter": PARAMETERS[d.name][1] if d.name in PARAMETERS else None,
+         "default": d.parameter if d.name in PARAMETERS else None,
+         "backends": [n for n, m in backends.BACKENDS.items() if m.why_not(torch.device("cpu"), torch.float32, d) is None]}
+        for d in TABLE.values()
+    ]  # fmt: skip
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        shown = [(r["name"], f"{r['parameter']}={r['default']:g}" if r["parameter"] else "", " ".join(r["backends"]))
+                 for r in rows]  # fmt: skip
+        _table(("divergence", "parameter", "backends here"), shown)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    report = {
+        "fdistill_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "triton": importlib.util.find_spec("triton") is not None,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"]) for d in devices},
+        "backends": {
+            name: {d: module.why_not(torch.device(d), torch.float32, TABLE["js"]) or "ready" for d in devices}
+            for name, module in backends.BACKENDS.items()
+        },
+    }
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    for key in ("fdistill_kernels", "torch", "python", "threads", "instruction_set", "triton", "cuda"):
+        print(f"{key}: {report[key]}")
+    for name, states in report["backends"].items():
+        for device, state in states.items():
+            print(f"backend {name} on {device}: {state}")
+    for device, name in report["auto"].items():
+        print(f"auto on {device} logits: {name}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verify import verify
+
+    device = args.device
+    default = ["float32", "bfloat16", "float16"] + (["float64"] if device == "cpu" else [])
+    dtypes = [DTYPES[name] for name in args.dtype or default]
+    outcomes = list(verify(device, dtypes, args.shape, args.divergence or list(TABLE.values())))
+    missed = [o for o in outcomes if not o.ok]
+    if args.json:
+        print(json.dumps([{**dataclasses.asdict(o), "ok": o.ok} for o in outcomes], indent=1))
+    else:
+        rows = [(o.divergence, o.dtype, o.backend, f"{o.loss_error:.1e}", f"{o.student_gradient_error:.1e}",
+                 f"{o.teacher_gradient_error:.1e}", f"{o.loss_tolerance:.0e} / {o.gradient_tolerance:.0e}",
+                 "ok" if o.ok else "MISS") for o in outcomes]  # fmt: skip
+        _table(("divergence", "dtype", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows)
+        print(f"{len(outcomes) - len(missed)} of {len(outcomes)} within tolerance of the float64 reference")
+    return 1 if missed else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import measure
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    results = []
+    for divergence in args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]:
+        for timing in measure(divergence, args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile):
+            results.append({"divergence": str(divergence), **dataclasses.asdict(timing)})
+    if args.json:
+        print(json.dumps({"shape": args.shape, "dtype": args.dtype, "threads": torch.get_num_threads(),
+                          "torch": torch.__version__, "results": results}, indent=1))  # fmt: skip
+        return 0
+    ours = {r["divergence"]: r["seconds"] for r in results if r["what"] == "fdistill"}
+    rows = [(r["divergence"], r["what"], f"{1e3 * r['seconds']:.1f} ms", f"{r['seconds'] / r['floor']:.2f}",
+             f"{r['seconds'] / ours[r['divergence']]:.2f}") for r in results]  # fmt: skip
+    print(f"forward and backward, N, V = {args.shape}, {args.dtype}, {torch.get_num_threads()} threads")
+    _table(("divergence", "what", "median", "÷ floor", "÷ ours"), rows)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    missing = [n for n in ("transformers", "tokenizers", "matplotlib", "rich") if importlib.util.find_spec(n) is None]
+    if missing:
+        print(f"fdistill demo needs {', '.join(missing)}: pip install 'fdistill_kernels[demo]'", file=sys.stderr)
+        return 2
+    from .demo import main
+
+    return main(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    top = argparse.ArgumentParser("fdistill", description="Fused f-divergence losses for language-model distillation.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(name, run, help):  # type: ignore[no-untyped-def]
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        return sub
+
+    several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETER as in alpha=0.3")
+    demo = command("demo", _demo, "Train a small GPT-2 teacher on real text, distil a student, compare with cross-entropy.")
+    demo.add_argument("--divergence", type=_divergence, default=TABLE["js"], metavar="NAME", help="default: js")
+    demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's own language reference")
+    demo.add_argument("--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here")
+    demo.add_argument("--teacher-steps", type=int, default=320, metavar="N", help="default: 320")
+    demo.add_argument("--student-steps", type=int, default=300, metavar="N", help="of student and baseline; default: 300")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")
+
+    verify = command("verify", _verify, "Compare every backend with the float64 reference; exit 1 on a miss.")
+    verify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+    verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all the device has")
+    verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
+    verify.add_argument("--divergence", **several)
+
+    bench = command("bench", _bench, "Time forward and backward beside eager torch and the memory floor.")
+    bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V", help="default: 1024,32000")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--backend", default="auto")
+    bench.add_argument("--threads", type=int, metavar="N", help="default: torch's")
+    bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
+    bench.add_argument("--divergence", **several)
+
+    command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
+    command("list", _list, "List the divergences and their parameters.")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status."""
+    args = parser().parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

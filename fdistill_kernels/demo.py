@@ -1,0 +1,265 @@
+"""`fdistill demo`: a teacher trained on real text, a student distilled from it, and the same student without it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from .bench import eager_loss, median_seconds, training_step
+from .divergences import Divergence
+from .functional import cross_entropy, f_divergence
+
+VOCABULARY = 8000
+CONTEXT = 128
+BATCH = 8
+TEACHER = dict(n_embd=256, n_layer=4, n_head=4)
+STUDENT = dict(n_embd=96, n_layer=2, n_head=4)
+EVALUATE_EVERY = 50
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, tokens) of a batch
+
+
+@dataclass
+class Text:
+    """Token ids of the training and the held-out part."""
+
+    train: Tensor
+    held_out: Tensor
+
+    def batch(self, seed: int) -> Tensor:
+        """(BATCH, CONTEXT + 1) windows; the seed alone decides which, so that a resumed run sees the same."""
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(self.train) - CONTEXT - 1, (BATCH, 1), generator=generator)
+        return self.train[starts + torch.arange(CONTEXT + 1)]
+
+    def windows(self) -> Tensor:
+        """The held-out part as (windows, CONTEXT + 1), at most 64."""
+        count = min(64, (len(self.held_out) - 1) // CONTEXT)
+        return self.held_out[torch.arange(count)[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
+
+
+def read_text(path: str | None) -> str:
+    """The file, or the Python language reference that comes with Python."""
+    if path is not None:
+        return Path(path).read_text(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def tokenize(text: str) -> Text:
+    """A byte-level BPE of the text's training part, and the ids of both parts."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    # every tenth stretch of 4000 characters is held out, so that both parts cover all topics
+    pieces = [text[i : i + 4000] for i in range(0, len(text), 4000)]
+    held_out = "".join(pieces[9::10])
+    train = "".join(piece for i, piece in enumerate(pieces) if i % 10 != 9)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([train], vocab_size=VOCABULARY, show_progress=False)
+    ids = Text(*(torch.tensor(tokenizer.encode(part).ids) for part in (train, held_out)))
+    if len(ids.train) < 2 * CONTEXT or len(ids.held_out) < CONTEXT + 1:
+        raise SystemExit(f"the text is too short: {len(ids.train)} tokens to train on, {len(ids.held_out)} held out")
+    return ids
+
+
+def gpt2(shape: dict[str, int], seed: int) -> Any:
+    """A GPT-2 of that shape from its configuration, nothing downloaded."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0, **shape)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+@dataclass
+class Stage:
+    """One model in training: everything a checkpoint needs to go on from here."""
+
+    name: str
+    model: Any
+    steps: int
+    loss: Loss
+    learning_rate: float = 1.5e-3
+    done: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out cross-entropy)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=0.01)
+
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done,
+                "curve": self.curve}  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.curve = state["done"], [tuple(point) for point in state["curve"]]
+
+    def train_step(self, text: Text, seed: int) -> None:
+        """One step of AdamW, warmed up over 20 steps and decayed by a cosine."""
+        warm_up = min(1.0, (self.done + 1) / 20)
+        decay = 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * warm_up * max(decay, 0.05)
+        tokens = text.batch(seed * 1_000_003 + self.done)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(self.model(tokens[:, :-1]).logits, tokens).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.done += 1
+
+
+def label_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy to the next token."""
+    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, float]:
+    """Held-out cross-entropy in nats a token, and KL(teacher ‖ model)."""
+    nats = kl = 0.0
+    for tokens in windows.split(16):
+        logits = model(tokens[:, :-1]).logits
+        nats += float(label_loss(logits, tokens)) * len(tokens)
+        if teacher is not None:
+            kl += float(f_divergence(logits, teacher(tokens[:, :-1]).logits, "kl")) * len(tokens)
+    return nats / len(windows), kl / len(windows)
+
+
+def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: Console) -> None:
+    """Trains each stage to its end; an interrupt saves what there is and goes on to the caller."""
+    windows = text.windows()
+
+    def save() -> None:
+        partial = checkpoint.with_suffix(".partial")
+        torch.save({stage.name: stage.state() for stage in stages}, partial)
+        partial.replace(checkpoint)
+
+    columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("held-out perplexity {task.fields[perplexity]}"))  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bars = [progress.add_task(s.name, total=s.steps, completed=s.done, perplexity="-") for s in stages]
+        try:
+            for stage, bar in zip(stages, bars, strict=True):
+                while stage.done < stage.steps:
+                    stage.train_step(text, seed)
+                    if stage.done % EVALUATE_EVERY == 0 or stage.done == stage.steps:
+                        stage.curve.append((stage.done, evaluate(stage.model, windows)[0]))
+                        progress.update(bar, perplexity=f"{math.exp(stage.curve[-1][1]):.1f}")
+                    progress.update(bar, completed=stage.done)
+                save()
+        except KeyboardInterrupt:
+            save()
+            raise
+
+
+def loss_speed(student: Any, teacher: Any, divergence: Divergence, tokens: Tensor) -> tuple[float, float]:
+    """Tokens a second of the fused and of the eager loss, forward and backward, on the models' own logits."""
+    with torch.no_grad():
+        of_teacher = teacher(tokens[:, :-1]).logits.flatten(0, 1)
+        logits = student(tokens[:, :-1]).logits.flatten(0, 1)
+    logits = logits.clone().requires_grad_()
+    calls: list[Loss] = [lambda s, t: f_divergence(s, t, divergence), eager_loss(divergence)]
+    ours, eager = (len(logits) / median_seconds(training_step(call, logits, of_teacher)) for call in calls)
+    return ours, eager
+
+
+def plot(stages: list[Stage], path: Path) -> None:
+    """Held-out perplexity against step, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for stage in stages:
+        steps, nats = zip(*stage.curve, strict=True)
+        axes.plot(steps, [math.exp(x) for x in nats], marker="o", markersize=3, label=stage.name)
+    axes.set(xlabel="step", ylabel="held-out perplexity", yscale="log", title="fdistill demo")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the demo; exit status 0, or 130 after Ctrl-C with a checkpoint to go on from."""
+    started = time.perf_counter()
+    console = Console(stderr=args.json)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    text = tokenize(read_text(args.text))
+    teacher = gpt2(TEACHER, args.seed)
+    distilled, baseline = gpt2(STUDENT, args.seed + 1), gpt2(STUDENT, args.seed + 1)
+
+    def distillation_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            of_teacher = teacher(tokens[:, :-1]).logits
+        return f_divergence(logits, of_teacher, args.divergence)
+
+    stages = [
+        Stage("teacher", teacher, args.teacher_steps, label_loss),
+        Stage("baseline", baseline, args.student_steps, label_loss),
+        Stage("distilled", distilled, args.student_steps, distillation_loss),
+    ]
+    if checkpoint.exists() and not args.restart:
+        saved = torch.load(checkpoint, weights_only=True)
+        for stage in stages:
+            stage.restore(saved[stage.name])
+        console.print(f"going on from {checkpoint}")
+    try:
+        run(stages, text, args.seed, checkpoint, console)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from {checkpoint}", file=sys.stderr)
+        return 130
+
+    windows = text.windows()
+    fused, eager = loss_speed(distilled, teacher, args.divergence, windows[:8])
+    rows = {}
+    for stage in stages:
+        nats, kl = evaluate(stage.model, windows, teacher)
+        parameters = sum(p.numel() for p in stage.model.parameters())
+        rows[stage.name] = {"parameters": parameters, "steps": stage.done, "perplexity": math.exp(nats), "kl_to_teacher": kl}
+    results = {
+        "divergence": str(args.divergence), "models": rows, "loss_tokens_per_second": fused,
+        "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(stages, out / "curves.png")
+    if args.json:
+        print(json.dumps(results, indent=1))
+    else:
+        _print(results, out, console)
+    return 0
+
+
+def _print(results: dict[str, Any], out: Path, console: Console) -> None:
+    table = Table("model", "parameters", "steps", "held-out perplexity", "KL to teacher")
+    for name, row in results["models"].items():
+        kl = "" if name == "teacher" else f"{row['kl_to_teacher']:.4f}"
+        table.add_row(name, f"{row['parameters']:,}", str(row["steps"]), f"{row['perplexity']:.1f}", kl)
+    console.print(table)
+    fused, eager = results["loss_tokens_per_second"], results["eager_loss_tokens_per_second"]
+    console.print(f"{results['divergence']} loss, forward and backward: {fused:,.0f} tokens/s; eager {eager:,.0f} "
+                  f"({fused / eager:.1f}x). Peak memory {results['peak_memory_mib']:,.0f} MiB, "
+                  f"{results['seconds']:.0f} s. Curves: {out / 'curves.png'}")  # fmt: skip

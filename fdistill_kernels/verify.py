@@ -1,0 +1,73 @@
+"""`fdistill verify`: every backend that can run here against the float64 reference, on the user's own machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .divergences import Divergence
+from .functional import f_divergence
+from .reference import f_divergence_rows
+
+#: Largest allowed error of the loss and of the gradients, relative to the reference's largest entry. A gradient in a
+#: narrow dtype is held to one rounding of it.
+TOLERANCES = {
+    torch.float64: (1e-11, 1e-11),
+    torch.float32: (1e-5, 2e-5),
+    torch.bfloat16: (1e-5, 2**-8),
+    torch.float16: (1e-5, 2**-10),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One comparison: errors relative to the reference's largest entry."""
+
+    backend: str
+    divergence: str
+    dtype: str
+    loss_error: float
+    student_gradient_error: float
+    teacher_gradient_error: float
+    loss_tolerance: float
+    gradient_tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """All three errors within tolerance; NaN is not."""
+        gradient_error = max(self.student_gradient_error, self.teacher_gradient_error)
+        return self.loss_error <= self.loss_tolerance and gradient_error <= self.gradient_tolerance
+
+
+def _error(value: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((value.double() - expected).abs().nan_to_num(nan=torch.inf).max() / scale)
+
+
+def verify(
+    device: str, dtypes: Iterable[torch.dtype], shape: tuple[int, int], divergences: Iterable[Divergence], seed: int = 0
+) -> Iterator[Outcome]:
+    """Compares loss and both gradients of each divergence, dtype and backend; yields each `Outcome` as it comes."""
+    generator = torch.Generator().manual_seed(seed)
+    student64, teacher64 = (3 * torch.randn(shape, generator=generator) for _ in range(2))
+    for divergence in divergences:
+        for dtype in dtypes:
+            student, teacher = (x.to(device, dtype).requires_grad_() for x in (student64, teacher64))
+            # at the reference's own precision, of the logits as the kernel gets them
+            exact = [x.detach().double().requires_grad_() for x in (student, teacher)]
+            expected = f_divergence_rows(exact[0], exact[1], divergence).mean()
+            expected_gradients = torch.autograd.grad(expected, exact)
+            for name, module in backends.BACKENDS.items():
+                if module.why_not(student.device, dtype, divergence) is not None:
+                    continue
+                loss = f_divergence(student, teacher, divergence, backend=name)
+                gradients = torch.autograd.grad(loss, (student, teacher))
+                errors = [_error(g, e) for g, e in zip(gradients, expected_gradients, strict=True)]
+                yield Outcome(
+                    name, str(divergence), str(dtype).removeprefix("torch."), _error(loss, expected.detach()),
+                    errors[0], errors[1], *TOLERANCES[dtype],
+                )  # fmt: skip
