@@ -1,0 +1,91 @@
+"""The command, run as a person does; and the demo, interrupted and gone on with."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fdistill_kernels import TABLE, cli, verify
+
+COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
+
+
+def run(capsys, *args):
+    status = cli.main(args)
+    return status, capsys.readouterr().out
+
+
+def test_list_names_every_divergence(capsys):
+    status, out = run(capsys, "list", "--json")
+    assert status == 0 and [row["name"] for row in json.loads(out)] == list(TABLE)
+    assert "skew_kl" in run(capsys, "list")[1]
+
+
+def test_doctor_says_what_would_run(capsys):
+    report = json.loads(run(capsys, "doctor", "--json")[1])
+    assert report["auto"]["cpu"] == "cpu" and report["backends"]["torch"]["cpu"] == "ready"
+    assert "auto on cpu logits: cpu" in run(capsys, "doctor")[1]
+
+
+def test_doctor_without_the_native_backend(capsys, monkeypatch):
+    from fdistill_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "NOT_LOADED", "the native extension is not built")
+    out = run(capsys, "doctor")[1]
+    assert "backend cpu on cpu: the native extension is not built" in out and "auto on cpu logits: torch" in out
+
+
+def test_verify_passes_and_prints_json(capsys):
+    status, out = run(capsys, "verify", "--shape", "3,1001", "--json")
+    outcomes = json.loads(out)
+    assert status == 0 and all(o["ok"] for o in outcomes)
+    assert {o["divergence"].partition("(")[0] for o in outcomes} == set(TABLE)
+    assert {(o["backend"], o["dtype"]) for o in outcomes} >= {("cpu", "bfloat16"), ("torch", "float64")}
+
+
+def test_verify_fails_on_a_miss(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "TOLERANCES", dict.fromkeys(verify.TOLERANCES, (0.0, 0.0)))
+    status, out = run(capsys, "verify", "--shape", "3,1001", "--divergence", "js", "alpha=0.3", "--dtype", "float32")
+    assert status == 1 and "MISS" in out and "alpha(0.3)" in out
+
+
+def test_bench(capsys):
+    status, out = run(capsys, "bench", "--shape", "4,500", "--divergence", "kl", "--json")
+    assert status == 0 and {r["what"] for r in json.loads(out)["results"]} == {"fdistill", "eager"}
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [(["verify", "--divergence", "jss"], "did you mean 'js'"), (["bench", "--shape", "12"], "shape must be N,V"),
+     (["verify", "--divergence", "kl=2"], "takes no parameter"), (["bench", "--divergence", "gjs=2"], "beta must be")],
+)  # fmt: skip
+def test_misuse(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def demo(out, *args):
+    return [*COMMAND, "demo", "--out", str(out), "--json", "--teacher-steps", "60", "--student-steps", "60",
+            "--divergence", "kl", *args]  # fmt: skip
+
+
+def test_demo_survives_an_interrupt_and_distils(tmp_path):
+    process = subprocess.Popen(demo(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(22)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from" in err
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["teacher"]["done"]
+    finished = subprocess.run(demo(tmp_path), capture_output=True, text=True, timeout=280)
+    assert finished.returncode == 0 and "going on from" in finished.stderr
+    models = json.loads(finished.stdout)["models"]
+    assert models["distilled"]["steps"] == models["baseline"]["steps"] == 60
+    assert models["distilled"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"]
+    assert models["teacher"]["parameters"] > 4 * models["distilled"]["parameters"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
