@@ -31,10 +31,16 @@ struct RowTask {
   float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
 };
 
-// Floats of scratch a thread needs: one row each of q, p, and the two terms of the divergence.
+// Entries that share one shift, and that are summed in float before the row's total in double: 8 KiB, a quarter of L1.
+constexpr int64_t kBlock = 2048;
+
+inline int64_t padded(int64_t vocabulary) { return (vocabulary + 63) / 64 * 64; }
+inline int64_t block_count(int64_t vocabulary) { return (vocabulary + kBlock - 1) / kBlock; }
+
+// Floats of scratch a thread needs: a row each of q, p and the divergence's two terms, and a factor a block of q and p.
 inline int64_t scratch_floats(const RowTask& task) {
-  const int64_t padded = (task.vocabulary + 63) / 64 * 64;
-  return padded * (!task.teacher.data ? 1 : task.teacher_gradient.data ? 4 : 2);
+  const int64_t rows = !task.teacher.data ? 1 : task.teacher_gradient.data ? 4 : 2;
+  return rows * padded(task.vocabulary) + 2 * block_count(task.vocabulary);
 }
 
 // Rows [begin, end) of the task; null when the build has no kernel of that name.
