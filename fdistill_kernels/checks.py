@@ -33,7 +33,8 @@ def check_pair(student: Tensor, teacher: Tensor) -> None:
         )
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student_logits and teacher_logits must have one shape, not {tuple(student.shape)} and {tuple(teacher.shape)}"
+            "student_logits and teacher_logits must have one shape, "
+            f"not {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if student.dtype != teacher.dtype:
         raise TypeError(f"student_logits are {student.dtype} but teacher_logits {teacher.dtype}; cast one of them")

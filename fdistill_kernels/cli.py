@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -48,10 +49,13 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    rows = [
+    def ready(divergence: Divergence) -> list[str]:
+        cpu = torch.device("cpu")
+        return [name for name, m in backends.BACKENDS.items() if m.why_not(cpu, torch.float32, divergence) is None]
+
+    rows: list[dict[str, Any]] = [
         {"name": d.name, "parameter": PARAMETERS[d.name][1] if d.name in PARAMETERS else None,
-         "default": d.parameter if d.name in PARAMETERS else None,
-         "backends": [n for n, m in backends.BACKENDS.items() if m.why_not(torch.device("cpu"), torch.float32, d) is None]}
+         "default": d.parameter if d.name in PARAMETERS else None, "backends": ready(d)}
         for d in TABLE.values()
     ]  # fmt: skip
     if args.json:
@@ -65,7 +69,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    report = {
+    report: dict[str, Any] = {
         "fdistill_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -155,12 +159,18 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETER as in alpha=0.3")
-    demo = command("demo", _demo, "Train a small GPT-2 teacher on real text, distil a student, compare with cross-entropy.")
+    demo = command(
+        "demo", _demo, "Train a small GPT-2 teacher on real text, distil a student, compare with cross-entropy."
+    )
     demo.add_argument("--divergence", type=_divergence, default=TABLE["js"], metavar="NAME", help="default: js")
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's own language reference")
-    demo.add_argument("--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here")
+    demo.add_argument(
+        "--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here"
+    )
     demo.add_argument("--teacher-steps", type=int, default=320, metavar="N", help="default: 320")
-    demo.add_argument("--student-steps", type=int, default=300, metavar="N", help="of student and baseline; default: 300")
+    demo.add_argument(
+        "--student-steps", type=int, default=300, metavar="N", help="of student and baseline; default: 300"
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")
 

@@ -26,8 +26,8 @@ from .functional import cross_entropy, f_divergence
 VOCABULARY = 8000
 CONTEXT = 128
 BATCH = 8
-TEACHER = dict(n_embd=256, n_layer=4, n_head=4)
-STUDENT = dict(n_embd=96, n_layer=2, n_head=4)
+TEACHER: dict[str, Any] = dict(n_embd=256, n_layer=4, n_head=4)
+STUDENT: dict[str, Any] = dict(n_embd=96, n_layer=2, n_head=4)
 EVALUATE_EVERY = 50
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, tokens) of a batch
@@ -77,7 +77,7 @@ def tokenize(text: str) -> Text:
     return ids
 
 
-def gpt2(shape: dict[str, int], seed: int) -> Any:
+def gpt2(shape: dict[str, Any], seed: int) -> Any:
     """A GPT-2 of that shape from its configuration, nothing downloaded."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -237,11 +237,17 @@ def main(args: argparse.Namespace) -> int:
     for stage in stages:
         nats, kl = evaluate(stage.model, windows, teacher)
         parameters = sum(p.numel() for p in stage.model.parameters())
-        rows[stage.name] = {"parameters": parameters, "steps": stage.done, "perplexity": math.exp(nats), "kl_to_teacher": kl}
+        rows[stage.name] = {
+            "parameters": parameters,
+            "steps": stage.done,
+            "perplexity": math.exp(nats),
+            "kl_to_teacher": kl,
+        }
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     results = {
         "divergence": str(args.divergence), "models": rows, "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mib": kilobytes / 1024,
         "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

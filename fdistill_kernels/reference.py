@@ -97,7 +97,7 @@ def f_divergence_rows(
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
 ) -> Tensor:
-    """``D_f(softmax(z_t/T_t) ‖ softmax(z_s/T_s))`` of each row: (..., V) logits to (...) losses, by autograd's own means.
+    """``D_f(softmax(z_t/T_t) ‖ softmax(z_s/T_s))`` of each row: (..., V) logits to (...) losses.
 
     Temperatures are numbers or tensors of shape (...).
     """

@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 1e-5), torch.b
 @pytest.mark.parametrize("divergence", ALL, ids=str)
 def test_agrees_with_reference(divergence, dtype, backend):
     if (backend, dtype) == ("cpu", torch.float64):
-        with pytest.raises(ValueError, match="float32, bfloat16 and float16 logits, not torch.float64"):
+        with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
             fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), divergence, backend=backend)
         return
     student = (2 * torch.randn(3, 4097)).to(dtype).requires_grad_()
