@@ -145,7 +145,7 @@ def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, f
 
 
 def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: Console) -> None:
-    """Trains each stage to its end; an interrupt saves what there is and goes on to the caller."""
+    """Trains each stage to its end, saving at every evaluation; an interrupt saves once more and is raised on."""
     windows = text.windows()
 
     def save() -> None:
@@ -164,8 +164,8 @@ def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: C
                     if stage.done % EVALUATE_EVERY == 0 or stage.done == stage.steps:
                         stage.curve.append((stage.done, evaluate(stage.model, windows)[0]))
                         progress.update(bar, perplexity=f"{math.exp(stage.curve[-1][1]):.1f}")
+                        save()
                     progress.update(bar, completed=stage.done)
-                save()
         except KeyboardInterrupt:
             save()
             raise

@@ -1,0 +1,43 @@
+"""Installed without a compiler, the package works; with one, each instruction set it was built for does."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_without_a_compiler(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    built = run("setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib"),
+                "egg_info", "--egg-base", str(tmp_path), cwd=source, CC="/bin/false", CXX="/bin/false")  # fmt: skip
+    assert built.returncode == 0 and "native CPU backend not built" in built.stderr, built.stderr
+    doctor = run("-m", "fdistill_kernels.cli", "doctor", cwd=tmp_path / "lib")
+    assert "backend cpu on cpu: the native extension is not built (it needs a C++ compiler" in doctor.stdout
+    assert "auto on cpu logits: torch" in doctor.stdout
+    use = "import torch, fdistill_kernels as fk; x = torch.zeros(2, 9, requires_grad=True); fk.f_divergence(x, x).backward()"
+    assert run("-c", use, cwd=tmp_path / "lib").returncode == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="dispatch by instruction set is x86's")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    doctor = json.loads(run("-m", "fdistill_kernels.cli", "doctor", "--json", ATEN_CPU_CAPABILITY=capability).stdout)
+    if doctor["instruction_set"].lower() not in (capability, "no avx"):
+        pytest.skip(f"this CPU has no {capability}")
+    verify = run("-m", "fdistill_kernels.cli", "verify", "--shape", "3,4999", ATEN_CPU_CAPABILITY=capability)
+    assert verify.returncode == 0, verify.stdout
