@@ -192,7 +192,11 @@ def _loss(
         mask = labels != ignore_index
     tokens = mask.sum()
     row_scale = torch.where(mask, per_token(1.0 if token_weight is None else token_weight), 0)
-    row_scale = row_scale / _denominator(reduction, num_items, tokens, student, labels, mask, class_weight)
+    denominator = _denominator(reduction, num_items, tokens, student, labels, mask, class_weight)
+    # a float16 gradient divided in the kernel would underflow before a GradScaler's factor reaches it
+    divided_late = student.dtype == torch.float16 and reduction not in ("sum", "none")
+    if not divided_late:
+        row_scale = row_scale / denominator
     t = per_token(temperature)
     has_label_terms = labels is not None and bool(ce_weight or z_loss)
     loss, parts = _RowLoss.apply(
@@ -202,6 +206,8 @@ def _loss(
         divergence.name if divergence else "", divergence.parameter if divergence else 0.0, float(ce_weight),
         float(label_smoothing), float(z_loss), name, inplace, reduction == "none",
     )  # fmt: skip
+    if divided_late:
+        loss, parts = loss / denominator, parts / denominator
     if reduction == "none":
         loss = loss.reshape(shape)
     if not return_parts:
