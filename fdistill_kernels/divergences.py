@@ -37,6 +37,7 @@ class Divergence:
         parameter: β, λ or α; 0 where there is none.
         scale: a factor on the loss (hellinger is ¼ of alpha(½)).
         centred: Σ q g = 0, so that the gradient needs no sum over the row.
+        triton: a user's own pair of terms as a `@triton.jit` function; the table's are found by symbol.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Divergence:
     parameter: float = 0.0
     scale: float = 1.0
     centred: bool = False
+    triton: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}({self.parameter:g})" if self.name in PARAMETERS else self.name
@@ -187,14 +189,17 @@ _serial = itertools.count()
 
 
 class FDivergence(Divergence):
-    """A divergence from a user's own generator, run by the torch backend in chunks.
+    """A divergence from a user's own generator, run by the torch backend in chunks, or by Triton with your pair.
 
     Args:
         f: elementwise generator of t = p/q on tensors; convex with f(1) = 0.
         from_log_ratio: the same function of u = log t, for generators that overflow in t; give one of the two.
         name: shown in errors and tables.
+        triton: a ``@triton.jit`` function ``(p, q, log_p, log_q, parameter) -> (q·(f − t f′), p·f′)``, elementwise in
+            float32, for the Triton backend; entries with q = p = 0 must give 0. `fdistill_kernels.verify.verify`
+            holds it against f. Without it the torch backend serves.
 
-    f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from inside.
+    Elsewhere f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from inside.
 
     Raises:
         ValueError: f is not elementwise, not finite, not convex, or f(1) ≠ 0, on a grid of t from 1e-3 to 1e3.
@@ -206,6 +211,7 @@ class FDivergence(Divergence):
         *,
         from_log_ratio: Callable[[Tensor], Tensor] | None = None,
         name: str = "custom",
+        triton: Any = None,
     ) -> None:
         if (f is None) == (from_log_ratio is None):
             raise ValueError("FDivergence takes either f, a function of t = p/q, or from_log_ratio, one of log t")
@@ -225,6 +231,7 @@ class FDivergence(Divergence):
 
         super().__init__(f"{name}#{next(_serial)}", terms)
         object.__setattr__(self, "generator", generator)
+        object.__setattr__(self, "triton", triton)
         _generators[self.name] = self
 
     __hash__ = object.__hash__

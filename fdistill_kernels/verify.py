@@ -66,8 +66,11 @@ def verify(
                     continue
                 loss = f_divergence(student, teacher, divergence, backend=name)
                 gradients = torch.autograd.grad(loss, (student, teacher))
+                loss_tolerance, gradient_tolerance = TOLERANCES[dtype]
+                if name == "triton" and device == "cpu" and dtype == torch.bfloat16:
+                    gradient_tolerance *= 2  # Triton's interpreter truncates to bfloat16
                 errors = [_error(g, e) for g, e in zip(gradients, expected_gradients, strict=True)]
                 yield Outcome(
                     name, str(divergence), str(dtype).removeprefix("torch."), _error(loss.detach(), expected.detach()),
-                    errors[0], errors[1], *TOLERANCES[dtype],
+                    errors[0], errors[1], loss_tolerance, gradient_tolerance,
                 )  # fmt: skip

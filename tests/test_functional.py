@@ -85,9 +85,9 @@ def test_upstream_gradients(backend):
 
 
 def test_float16_gradients_survive_until_the_scaler(backend):
-    student, teacher = (torch.randn(64, 20000).half().requires_grad_() for _ in range(2))
+    student, teacher = (torch.randn(16, 20000).half().requires_grad_() for _ in range(2))
     (65536 * fk.f_divergence(student, teacher, "js", backend=backend)).backward()
-    _, expected, of_teacher = reference(student, teacher, "js", weights=torch.full((64,), 65536 / 64))
+    _, expected, of_teacher = reference(student, teacher, "js", weights=torch.full((16,), 65536 / 16))
     assert relative(student.grad, expected) < 1e-3 and relative(teacher.grad, of_teacher) < 1e-3
     assert ((student.grad - expected) / expected).abs().median() < 1e-2  # subnormals, but none lost
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence, by_key
-from . import chunked, cpu
+from . import chunked, cpu, triton
 from .rows import RowCall
 
 #: Fastest first; `auto` takes the first that can.
-BACKENDS = {"cpu": cpu, "torch": chunked}
+BACKENDS = {"cpu": cpu, "triton": triton, "torch": chunked}
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str:

@@ -1,0 +1,128 @@
+"""The Triton backend: one row kernel for every divergence, on NVIDIA sm_80 and newer and on AMD gfx942."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...divergences import Divergence
+from ..rows import RowCall
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Symbols whose totals come out of the first sweep: D = S = Σ q·(c·log q − log p), with this c.
+CROSSED = {"Rkl": 1.0, "Engine": 0.0}
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
+    """The reason this backend cannot take a call, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not interpreting():
+        return f"the logits are on {device}"
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
+    if divergence is not None and divergence.symbol is None and divergence.triton is None:
+        return f"{divergence} is a user's own generator without a Triton pair (FDivergence(..., triton=))"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
+    return None
+
+
+def _terms(divergence: Divergence | None) -> Any:
+    from .terms import BY_SYMBOL
+
+    if divergence is None:
+        return None
+    return BY_SYMBOL[divergence.symbol] if divergence.symbol else divergence.triton
+
+
+def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
+    """See `RowCall`."""
+    from . import launch
+
+    symbol = (call.divergence.symbol or "own") if call.divergence else "labels"
+    rows = call.row_scale.shape[0]
+    chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol)
+    return run(call, chosen)
+
+
+def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The call under a given `Launch`."""
+    from . import rows as kernels
+
+    student, teacher, divergence = call.student, call.teacher, call.divergence
+    _, inner, vocabulary = student.shape
+    rows = call.row_scale.shape[0]
+    parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
+    fresh = _empty_like(student) if call.student_gradient and not call.inplace else None
+    student_gradient = student if call.inplace else fresh
+    of_teacher = _empty_like(student) if call.teacher_gradient else None
+    scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
+    class_weight_sum = None if call.class_weight is None else call.class_weight.sum()
+    gradient_strides = student_gradient.stride() if student_gradient is not None else (0, 0)
+    teacher_strides = teacher.stride() if teacher is not None else (0, 0)
+    blocks = -(-vocabulary // launch.block)
+    span = -(-blocks // launch.splits) * launch.block
+    splits = -(-vocabulary // span)
+    padded = 1 << (splits - 1).bit_length()
+    partials = _empty_partials(rows, padded, student.device) if splits > 1 else None
+
+    def phase(number: int, grid: tuple[int, int]) -> None:
+        kernels.row_kernel[grid](
+            student, teacher, student_gradient, of_teacher, parts, partials, call.row_scale,
+            call.student_inverse_temperature, call.teacher_inverse_temperature, scale, call.labels, call.class_weight,
+            rows, inner, vocabulary, span, student.stride(0), student.stride(1), teacher_strides[0],
+            teacher_strides[1], gradient_strides[0], gradient_strides[1], divergence.parameter if divergence else 0.0,
+            call.cross_entropy_weight, call.label_smoothing, call.z_loss, class_weight_sum,
+            TERMS=_terms(divergence), CENTRED=divergence is not None and divergence.centred,
+            CROSSED=CROSSED.get(divergence.symbol or "") if divergence else None,
+            SMOOTHED=call.labels is not None and call.label_smoothing > 0, PHASE=number, SPLITS=padded,
+            BLOCK=launch.block, num_warps=launch.warps,
+        )  # fmt: skip
+
+    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+        if splits == 1:
+            phase(0, (launch.programs, 1))
+        else:
+            for number in (1, 2, 3) if teacher is not None else (1, 3):
+                phase(number, (rows, splits))
+    of_student, of_teacher = (student.new_empty(0) if x is None else x for x in (fresh, of_teacher))
+    return parts, of_student, of_teacher
+
+
+def _empty_like(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
+    """Partials of spans that hold nothing: no sum, and a maximum below all."""
+    from .rows import LOWEST, PARTIALS
+
+    partials = torch.zeros(PARTIALS, rows, splits, device=device)
+    partials[0] = partials[4] = LOWEST.value
+    return partials
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """Multiplies (outer, inner, V) in place by a number, or by one a row, without asking the device whether it is 1."""
+    from . import launch
+    from .rows import scale_kernel
+
+    outer, inner, vocabulary = gradient.shape
+    rows = outer * inner
+    chosen = launch.heuristic(rows, vocabulary, gradient.element_size(), launch.device_of(gradient.device))
+    with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
+        scale_kernel[(chosen.programs,)](
+            gradient, factor.float().contiguous(), rows, inner, vocabulary, gradient.stride(0), gradient.stride(1),
+            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps,
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""How a call is cut into programs: block, warps, programs in flight, and splits of a row."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Entries of a block, warps of a program, programs in the grid, and spans that share a row (1: whole rows)."""
+
+    block: int
+    warps: int
+    programs: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on. L2 in bytes."""
+
+    name: str
+    processors: int
+    l2: int
+
+
+@functools.lru_cache
+def device_of(device: torch.device) -> Device:
+    """The card; for the interpreter a small one, so that a test's rows outnumber its programs."""
+    if device.type == "cpu":
+        return Device("interpreter", 2, 1 << 22)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size)
+
+
+def _next_power_of_two(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
+
+
+def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device) -> Launch:
+    """The launch for a call that nobody tuned.
+
+    Two 16-byte loads a thread and tensor keep some 32 KB a multiprocessor in flight, which covers the latency of HBM
+    at its bandwidth. As many programs stay resident as have their pairs of rows in half of L2, for the sweeps after
+    the first, but at least one a multiprocessor. Fewer rows than that are split.
+    """
+    entries = 32 // itemsize  # of a thread: two loads of 16 bytes
+    block = min(_next_power_of_two(vocabulary), 16 * 32 * entries)
+    warps = max(1, block // (32 * entries))
+    resident = device.l2 // 2 // (2 * vocabulary * itemsize)
+    per_processor = max(1, min(resident // device.processors, 32 // warps))
+    programs = min(rows, per_processor * device.processors)
+    blocks = -(-vocabulary // block)
+    splits = min(device.processors // rows, blocks, 64) if 2 * rows <= device.processors else 1
+    return Launch(block, warps, programs, max(1, splits))
+
+
+def candidates(rows: int, vocabulary: int, itemsize: int, device: Device) -> Iterator[Launch]:
+    """What `fdistill bench --tune` tries."""
+    splits = heuristic(rows, vocabulary, itemsize, device).splits
+    for block in (1024, 2048, 4096, 8192, 16384):
+        if block >= 2 * vocabulary and block > 1024:
+            continue
+        for warps in (4, 8, 16, 32):
+            if not 4 * 32 * warps <= block <= 32 * 32 * warps:
+                continue
+            for per_processor in (1, 2, 4):
+                if per_processor * warps <= 64:
+                    yield Launch(block, warps, min(rows, per_processor * device.processors), splits)
+
+
+def cache_file() -> Path:
+    """Where tuned launches are kept: $FDISTILL_CACHE, or ~/.cache/fdistill_kernels."""
+    return Path(os.environ.get("FDISTILL_CACHE", Path.home() / ".cache" / "fdistill_kernels")) / "launches.json"
+
+
+@functools.lru_cache
+def _tuned() -> dict[str, dict[str, int]]:
+    try:
+        return json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _key(device: Device, symbol: str, vocabulary: int, itemsize: int) -> str:
+    return f"{device.name}|{symbol}|{vocabulary}|{8 * itemsize} bit"
+
+
+def remember(launch: Launch, device: Device, symbol: str, vocabulary: int, itemsize: int) -> None:
+    """Keeps a tuned launch for all later processes."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({**_tuned(), _key(device, symbol, vocabulary, itemsize): asdict(launch)}, indent=1))
+    partial.replace(path)
+    _tuned.cache_clear()
+
+
+def choose(rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str) -> Launch:
+    """The tuned launch where there is one, for whole rows; else the heuristic."""
+    card = device_of(device)
+    launch = heuristic(rows, vocabulary, itemsize, card)
+    tuned = _tuned().get(_key(card, symbol, vocabulary, itemsize))
+    if tuned is None or launch.splits > 1:
+        return launch
+    return Launch(tuned["block"], tuned["warps"], min(rows, tuned["programs"]))
