@@ -199,7 +199,8 @@ class FDivergence(Divergence):
             float32, for the Triton backend; entries with q = p = 0 must give 0. `fdistill_kernels.verify.verify`
             holds it against f. Without it the torch backend serves.
 
-    Elsewhere f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from inside.
+    Elsewhere f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from
+    inside.
 
     Raises:
         ValueError: f is not elementwise, not finite, not convex, or f(1) ≠ 0, on a grid of t from 1e-3 to 1e3.

@@ -5,9 +5,9 @@ a reduction before its end:
     1. statistics: maximum and sum of exponentials of both models, online
     2. totals: the divergence D and S = Σ q·g
     3. gradient: q·(g − S), and p·(f′ − (D − S)) for the teacher
-Sweep 2 falls away where the divergence is centred (S = 0; D is summed in sweep 3) or where D = S = Σ q·(c·log q − log p)
-comes out of sweep 1 (`CROSSED` = c: reverse KL and ENGINE), and for label terms alone. Each sweep runs over the row in
-the opposite direction of the one before: what was read last is still in L2.
+Sweep 2 falls away where the divergence is centred (S = 0; D is summed in sweep 3), where it comes out of sweep 1 (D = S
+= Σ q·(c·log q − log p), `CROSSED` = c: reverse KL and ENGINE), and for label terms alone. Each sweep runs over the row
+in the opposite direction of the one before: what was read last is still in L2.
 
 A program takes whole rows, or one span of each row (few rows, a huge vocabulary); spans meet in `partials`, one launch
 a phase.
@@ -30,7 +30,7 @@ def _load(row, v, vocabulary):
 
 @triton.jit
 def _advance(top, total, x, rate):
-    """Takes x into total = Σ exp(rate·(x − top)): the new top and total, and what the old total and x are worth in it."""
+    """Takes x into total = Σ exp(rate·(x − top)): new top, new total, and what old total and x are worth in it."""
     e = tl.exp(-tl.abs(x - top) * rate)
     higher = x > top
     old = tl.where(higher, e, 1.0)
