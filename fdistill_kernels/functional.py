@@ -170,6 +170,11 @@ def _loss(
     temperature_squared: bool, reduction: str, num_items: float | Tensor | None, inplace: bool, backend: str,
     return_parts: bool,
 ) -> Any:  # fmt: skip
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        raise NotImplementedError(
+            "torch.func transforms (vmap, grad) do not reach into the fused losses; batch by leading dimensions, "
+            "differentiate with torch.autograd"
+        )
     checks.check_reduction(reduction, num_items)
     checks.check_number("label_smoothing", label_smoothing, 0, 1)
     checks.check_number("z_loss", z_loss, 0)
@@ -274,7 +279,7 @@ class _RowLoss(torch.autograd.Function):
         gradients: list[Tensor | None] = [None, None]
         for i, gradient in enumerate(ctx.saved_tensors):
             if upstream is not None and ctx.needs_input_grad[i]:
-                gradients[i] = _once(_scaled(gradient, upstream.detach(), ctx.per_row))
+                gradients[i] = _once(_scaled(ctx, gradient, upstream.detach()))
         return (*gradients, *[None] * 14)
 
 
@@ -286,11 +291,15 @@ def _once(gradient: Tensor) -> Tensor:
     return torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, per_row: bool) -> Tensor:
+def _scaled(ctx: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient·upstream. Nothing is done for an upstream of 1, the usual; else in place, to make no second N×V."""
-    factor = upstream.view(*gradient.shape[:2], 1) if per_row else upstream
+    factor = upstream.view(*gradient.shape[:2], 1) if ctx.per_row else upstream
     if torch.compiler.is_compiling():
         return gradient * factor.to(gradient.dtype)
     if factor.device.type == "cpu" and bool((factor == 1).all()):
+        return gradient
+    if gradient.is_cuda and backends.triton.why_not(gradient.device, gradient.dtype, None) is None:
+        backends.triton.scale_(gradient, factor)
+        torch.autograd.graph.increment_version(gradient)  # as mul_ does: a second backward must not see it
         return gradient
     return gradient.mul_(factor)

@@ -27,7 +27,7 @@ def backend(request, monkeypatch):
         from fdistill_kernels.backends.triton import launch
 
         small = launch.Launch(block=1024, warps=4, programs=2, splits=3 if request.param == "triton-spans" else 1)
-        monkeypatch.setattr(launch, "choose", lambda *_: small)
+        monkeypatch.setattr(launch, "choose", lambda *_, **__: small)
     return request.param.partition("-")[0]
 
 

@@ -52,7 +52,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
     symbol = (call.divergence.symbol or "own") if call.divergence else "labels"
     rows = call.row_scale.shape[0]
-    chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol)
+    heavy = call.labels is not None or symbol in CROSSED
+    chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol, heavy)
     return run(call, chosen)
 
 

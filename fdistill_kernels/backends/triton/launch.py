@@ -44,14 +44,14 @@ def _next_power_of_two(x: int) -> int:
     return 1 << max(0, x - 1).bit_length()
 
 
-def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device) -> Launch:
-    """The launch for a call that nobody tuned.
+def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: bool = False) -> Launch:
+    """The launch for a call that nobody tuned; `heavy` where sweep 1 keeps more than the two log-sum-exps.
 
     Two 16-byte loads a thread and tensor keep some 32 KB a multiprocessor in flight, which covers the latency of HBM
-    at its bandwidth. As many programs stay resident as have their pairs of rows in half of L2, for the sweeps after
-    the first, but at least one a multiprocessor. Fewer rows than that are split.
+    at its bandwidth; one where registers would spill. As many programs stay resident as have their pairs of rows in
+    half of L2, for the sweeps after the first, but at least one a multiprocessor. Fewer rows than that are split.
     """
-    entries = 32 // itemsize  # of a thread: two loads of 16 bytes
+    entries = (16 if heavy else 32) // itemsize  # of a thread
     block = min(_next_power_of_two(vocabulary), 16 * 32 * entries)
     warps = max(1, block // (32 * entries))
     resident = device.l2 // 2 // (2 * vocabulary * itemsize)
@@ -103,10 +103,10 @@ def remember(launch: Launch, device: Device, symbol: str, vocabulary: int, items
     _tuned.cache_clear()
 
 
-def choose(rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str) -> Launch:
+def choose(rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str, heavy: bool = False) -> Launch:
     """The tuned launch where there is one, for whole rows; else the heuristic."""
     card = device_of(device)
-    launch = heuristic(rows, vocabulary, itemsize, card)
+    launch = heuristic(rows, vocabulary, itemsize, card, heavy)
     tuned = _tuned().get(_key(card, symbol, vocabulary, itemsize))
     if tuned is None or launch.splits > 1:
         return launch

@@ -7,7 +7,7 @@ in their sum the entry's share of the loss. csrc/divergences.h holds the same fo
 import triton
 import triton.language as tl
 
-SMALLEST_NORMAL = tl.constexpr(1.17549435e-38)
+SMALLEST_NORMAL = tl.constexpr(1.2e-38)  # a little over 2^-126: Triton takes what is less for float64
 
 
 @triton.jit

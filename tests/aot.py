@@ -1,0 +1,136 @@
+"""Ahead-of-time compilation of the Triton kernels: registers, spills, shared memory, wide loads, for every target.
+
+    python -m tests.aot            prints the table and writes tests/aot.json
+Runs without a GPU, in a process of its own: not under TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fdistill_kernels.backends.triton import CROSSED, launch, rows, terms
+
+RESULTS = Path(__file__).with_suffix(".json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CENTRED = ("Kl", "CrossEntropy")
+H100 = launch.Device("H100", 132, 50 << 20)
+
+
+def variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE"):
+    """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
+    itemsize = 4 if dtype == "fp32" else 2
+    heavy = labels is not None or symbol in CROSSED
+    chosen = launch.heuristic(8192, vocabulary, itemsize, H100, heavy)
+    logits, f32 = f"*{dtype}", "*fp32"
+    labelled, weighted = labels is not None, labels == "smoothed"
+    types = {
+        "student": logits, "teacher": logits if symbol else None,
+        "student_gradient": logits if "student" in gradients else None,
+        "teacher_gradient": logits if "teacher" in gradients else None, "parts": f32,
+        "partials": f32 if phase != "WHOLE" else None, "row_scale": f32, "student_rates": f32, "teacher_rates": f32,
+        "divergence_scale": f32, "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
+        "class_weight_sum": f32 if weighted else None,
+        **dict.fromkeys(("rows", "inner", "vocabulary", "span", "student_outer", "student_inner", "teacher_outer",
+                         "teacher_inner", "gradient_outer", "gradient_inner"), "i32"),
+        **dict.fromkeys(("parameter", "ce_weight", "smoothing", "z_loss"), "fp32"),
+    }  # fmt: skip
+    constants = {
+        "TERMS": getattr(terms, symbol) if symbol else None, "CENTRED": symbol in CENTRED,
+        "CROSSED": CROSSED.get(symbol), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
+        "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
+    }  # fmt: skip
+    names = rows.row_kernel.arg_names
+    signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
+    constants.update({n: None for n in names if n in types and types[n] is None})
+    divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in ("rows", "inner")}
+    name = "/".join(filter(None, [symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower()]))
+    return name, signature, {(names.index(k),): v for k, v in constants.items()}, attributes, chosen.warps
+
+
+VARIANTS = [
+    *[dict(symbol=symbol) for symbol in terms.BY_SYMBOL],
+    *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
+        dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
+        dict(labels="plain"), dict(labels="smoothed"))],
+    *[dict(symbol="Gjs", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
+    *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
+]  # fmt: skip
+
+
+def compile_one(job):
+    """Resources of one variant on one target."""
+    arguments, target_name = job
+    name, signature, constants, attributes, warps = variant(**arguments)
+    target = TARGETS[target_name]
+    source = ASTSource(rows.row_kernel, signature, constants, attributes)
+    options = {"num_warps": warps // (target.warp_size // 32)}
+    compiled = triton.compile(source, target=target, options=options)
+    found = resources_amd(compiled) if target.backend == "hip" else resources_nvidia(compiled)
+    return f"{name} @ {target_name}", {**found, "shared": compiled.metadata.shared}
+
+
+def resources_nvidia(compiled):
+    """From the cubin; double precision would betray a constant that Triton took for float64."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
+        code = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "wide_loads": len(re.findall(r"\bLDG\.\S*128", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.\S*128", code)),
+        "double": len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b", code)),
+    }
+
+
+def resources_amd(compiled):
+    """From the assembly's own notes."""
+    code = compiled.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
+        "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
+        + int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
+        "double": len(re.findall(r"\bv_(?:add|mul|fma)_f64", code)),
+    }
+
+
+def measure(workers=2):
+    """Every variant on every target."""
+    jobs = [(arguments, target) for arguments in VARIANTS for target in TARGETS]
+    with ProcessPoolExecutor(workers) as pool:
+        return dict(pool.map(compile_one, jobs))
+
+
+def main():
+    """Prints the table; with --json prints it as JSON and leaves the committed one alone."""
+    table = {"triton": triton.__version__, "kernels": measure()}
+    if "--json" in sys.argv:
+        print(json.dumps(table))
+        return
+    lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table["kernels"].items())
+    RESULTS.write_text(f'{{"triton": "{table["triton"]}", "kernels": {{\n{lines}\n}}}}\n')
+    for name, found in table["kernels"].items():
+        print(f"{name:55s}", *(f"{k} {v:4d}" for k, v in found.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What the Triton backend alone promises; its numerics are in test_divergences and test_functional."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import fdistill_kernels as fk
+from fdistill_kernels.backends.triton import launch, why_not
+from fdistill_kernels.verify import verify
+
+from .conftest import reference, relative
+
+V = 4096
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Bytes that the interpreter's loads and stores move."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved = {"load": 0, "store": 0}
+
+    def count(kind, original):
+        def counted(self, ptrs, *args, **kwargs):
+            mask = next(a for a in (args[1:] if kind == "store" else args) if hasattr(a, "data"))
+            moved[kind] += int(mask.data.sum()) * ptrs.dtype.scalar.element_ty.primitive_bitwidth // 8
+            return original(self, ptrs, *args, **kwargs)
+
+        return counted
+
+    for kind in moved:
+        name = f"create_masked_{kind}"
+        monkeypatch.setattr(InterpreterBuilder, name, count(kind, getattr(InterpreterBuilder, name)))
+    return moved
+
+
+#: Passes over N·V·bytes: with the student's gradient, and without any.
+PASSES = {"kl": (5, 4), "cross_entropy": (5, 4), "rkl": (5, 2), "engine": (5, 2), "js": (7, 4), "tvd": (7, 4),
+          "jeffreys": (7, 4), "skew_kl": (7, 4), "alpha": (7, 4), "triangular": (7, 4)}  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved(name, dtype, traffic):
+    student, teacher = torch.randn(2, V).to(dtype), torch.randn(2, V).to(dtype)
+    for passes, needs_gradient in zip(PASSES[name], (True, False), strict=True):
+        traffic.update(load=0, store=0)
+        fk.f_divergence(student.clone().requires_grad_(needs_gradient), teacher, name, backend="triton")
+        assert sum(traffic.values()) / student.nbytes == pytest.approx(passes, abs=0.05)
+        assert (traffic["store"] > student.nbytes) == needs_gradient
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+def test_labels_alone_move_three_passes_and_ignored_rows_none(traffic):
+    logits, labels = torch.randn(4, V, requires_grad=True), torch.randint(V, (4,))
+    fk.cross_entropy(logits, labels, backend="triton")
+    assert sum(traffic.values()) / logits.nbytes == pytest.approx(3, abs=0.05)
+    traffic.update(load=0, store=0)
+    fk.cross_entropy(logits, labels.fill_(-100), backend="triton")
+    assert traffic["load"] < 100 and traffic["store"] == pytest.approx(logits.nbytes, abs=100)
+
+
+@triton.jit
+def own_pearson(p, q, log_p, log_q, parameter):
+    t = tl.exp(tl.where(q > 0, log_p - log_q, 0.0))
+    return q * (1 - t * t), 2 * p * (t - 1)
+
+
+def test_own_pair():
+    own = fk.FDivergence(lambda t: (t - 1) ** 2, triton=own_pearson, name="own pearson")
+    assert "without a Triton pair" in why_not(
+        torch.device("cpu"), torch.float32, fk.FDivergence(lambda t: (t - 1) ** 2)
+    )
+    outcomes = list(verify("cpu", [torch.float32], (3, 1500), [own]))
+    assert {o.backend for o in outcomes} == {"triton", "torch"} and all(o.ok for o in outcomes)
+    student, teacher = torch.randn(3, 700, requires_grad=True), torch.randn(3, 700)
+    loss = fk.f_divergence(student, teacher, own, backend="triton")
+    assert relative(loss, fk.f_divergence(student, teacher, "pearson")) < 1e-5
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 17, 1023, 1025])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_vocabularies_and_launches_change_nothing(vocabulary, splits, monkeypatch):
+    student, teacher = torch.randn(5, vocabulary, requires_grad=True), torch.randn(5, vocabulary)
+    loss, expected_gradient, _ = reference(student, teacher, "js")
+    for block, programs in ((64, 1), (256, 5), (2048, 3)):
+        monkeypatch.setattr(launch, "choose", lambda *_, b=block, p=programs: launch.Launch(b, 4, p, splits))
+        got = fk.f_divergence(student, teacher, "js", reduction="sum", backend="triton")
+        (gradient,) = torch.autograd.grad(got, student)
+        assert relative(got, loss) < 1e-5 or vocabulary == 1
+        assert relative(gradient, expected_gradient) < 1e-5 or vocabulary == 1
+
+
+H100 = launch.Device("H100", 132, 50 << 20)
+
+
+@pytest.mark.parametrize("rows, vocabulary, itemsize", [(8192, 128256, 2), (4096, 32000, 2), (8192, 262144, 4),
+                                                        (8, 256000, 2), (1, 1000000, 4)])  # fmt: skip
+def test_heuristic(rows, vocabulary, itemsize):
+    chosen = launch.heuristic(rows, vocabulary, itemsize, H100)
+    assert chosen.block // (32 * chosen.warps) * itemsize in (16, 32)  # a thread's share is whole 16-byte loads
+    assert chosen.programs * chosen.splits >= min(rows, H100.processors) * 0.9
+    if rows < H100.processors:
+        assert chosen.splits > 1 and chosen.splits * rows <= H100.processors  # a few rows fill the card
+    else:
+        assert chosen.programs * 2 * vocabulary * itemsize <= max(H100.l2, H100.processors * 2 * vocabulary * itemsize)
+
+
+def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
+    launch._tuned.cache_clear()
+    cpu = torch.device("cpu")
+    tuned = launch.Launch(512, 4, 2)
+    assert launch.choose(10, 3000, 4, cpu, "Kl") != tuned
+    launch.remember(tuned, launch.device_of(cpu), "Kl", 3000, 4)
+    assert launch.choose(10, 3000, 4, cpu, "Kl") == tuned
+    assert launch.choose(1, 3000, 4, cpu, "Kl").programs == 1 and launch.choose(10, 3001, 4, cpu, "Kl") != tuned
+    launch._tuned.cache_clear()
+
+
+def test_same_bits_every_time(backend):
+    student, teacher = torch.randn(3, 3000, requires_grad=True), torch.randn(3, 3000)
+    runs = [torch.autograd.grad(fk.f_divergence(student, teacher, "js", backend=backend), student)[0] for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+def test_upstream_gradient_of_one_moves_nothing(traffic):
+    from fdistill_kernels.backends.triton import scale_
+
+    gradient = torch.randn(1, 3, 5000)
+    expected = gradient.clone()
+    scale_(gradient, torch.tensor(1.0))
+    assert torch.equal(gradient, expected) and traffic["load"] + traffic["store"] < 100
+    scale_(gradient, torch.tensor([1.0, 0.5, -2.0]))
+    assert torch.equal(gradient, expected * torch.tensor([1.0, 0.5, -2.0]).view(1, 3, 1))
+
+
+def test_vmap_is_refused(backend):
+    with pytest.raises(NotImplementedError, match=r"torch.func.*leading dimensions"):
+        torch.func.vmap(lambda s, t: fk.f_divergence(s, t, backend=backend))(torch.randn(2, 3, 8), torch.randn(2, 3, 8))
