@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from . import backends
 from .divergences import Divergence
 from .functional import f_divergence
 from .reference import f_divergence_rows
@@ -71,6 +73,27 @@ def eager_loss(divergence: Divergence) -> Callable[[Tensor, Tensor], Tensor]:
 
     written = {"js": js, "kl": kl, "tvd": tvd}
     return written.get(divergence.name) or (lambda s, t: f_divergence_rows(s.float(), t.float(), divergence).mean())
+
+
+def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[tuple[Any, float]]:
+    """Times every launch the Triton backend could use, keeps the fastest for later processes; all, fastest first.
+
+    Raises:
+        ValueError: the Triton backend cannot run there.
+    """
+    from .backends.triton import launch
+
+    backends.choose("triton", torch.device(device), dtype, divergence)
+    student, teacher = make_logits(shape, dtype, device)
+    card = launch.device_of(student.device)
+    step = training_step(lambda s, t: f_divergence(s, t, divergence, backend="triton"), student, teacher)
+    timed = []
+    for candidate in launch.candidates(*shape, dtype.itemsize, card):
+        with launch.forced(candidate):
+            timed.append((candidate, median_seconds(step, 0.1)))
+    timed.sort(key=lambda pair: pair[1])
+    launch.remember(timed[0][0], card, divergence.symbol or "own", shape[1], dtype.itemsize)
+    return timed
 
 
 def measure(

@@ -120,6 +120,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.tune:
+        return _tune(args)
     results = []
     for divergence in args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]:
         for timing in measure(divergence, args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile):
@@ -133,6 +135,26 @@ def _bench(args: argparse.Namespace) -> int:
              f"{r['seconds'] / ours[r['divergence']]:.2f}") for r in results]  # fmt: skip
     print(f"forward and backward, N, V = {args.shape}, {args.dtype}, {torch.get_num_threads()} threads")
     _table(("divergence", "what", "median", "÷ floor", "÷ ours"), rows)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .backends.triton.launch import cache_file
+    from .bench import tune
+
+    rows: list[dict[str, Any]] = []
+    try:
+        for divergence in args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]:
+            for launch, seconds in tune(divergence, args.shape, DTYPES[args.dtype], args.device):
+                rows.append({"divergence": str(divergence), "seconds": seconds, **dataclasses.asdict(launch)})
+    except ValueError as error:
+        print(f"fdistill bench --tune: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _table(list(rows[0]), [[f"{x:.3g}" if isinstance(x, float) else x for x in r.values()] for r in rows])
+        print(f"the fastest of each divergence is kept in {cache_file()}")
     return 0
 
 
@@ -188,6 +210,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, metavar="N", help="default: torch's")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
     bench.add_argument("--divergence", **several)
+    bench.add_argument(
+        "--tune",
+        action="store_true",
+        help="time every launch of the Triton backend for this shape and keep the fastest",
+    )
 
     command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
     command("list", _list, "List the divergences and their parameters.")

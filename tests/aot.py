@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdistill_kernels.backends.triton import CROSSED, launch, rows, terms
+from fdistill_kernels.backends.triton import CROSSED, HEAVY, launch, rows, terms
 
 RESULTS = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -32,7 +32,7 @@ H100 = launch.Device("H100", 132, 50 << 20)
 def variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE"):
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
-    heavy = labels is not None or symbol in CROSSED
+    heavy = labels is not None or symbol in HEAVY
     chosen = launch.heuristic(8192, vocabulary, itemsize, H100, heavy)
     logits, f32 = f"*{dtype}", "*fp32"
     labelled, weighted = labels is not None, labels == "smoothed"

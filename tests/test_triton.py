@@ -1,11 +1,18 @@
 """What the Triton backend alone promises; its numerics are in test_divergences and test_functional."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 import fdistill_kernels as fk
+from fdistill_kernels import cli
 from fdistill_kernels.backends.triton import launch, why_not
 from fdistill_kernels.verify import verify
 
@@ -118,6 +125,27 @@ def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
     assert launch.choose(10, 3000, 4, cpu, "Kl") == tuned
     assert launch.choose(1, 3000, 4, cpu, "Kl").programs == 1 and launch.choose(10, 3001, 4, cpu, "Kl") != tuned
     launch._tuned.cache_clear()
+
+
+def test_tune_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
+    arguments = ["bench", "--tune", "--divergence", "js", "--shape", "2,1100", "--json"]
+    assert cli.main(arguments) == 0
+    tried = json.loads(capsys.readouterr().out)
+    assert len(tried) > 3 and tried == sorted(tried, key=lambda row: row["seconds"])
+    (kept,) = json.loads((tmp_path / "launches.json").read_text()).values()
+    assert kept == {k: tried[0][k] for k in ("block", "warps", "programs", "splits")}
+    launch._tuned.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert cli.main(arguments) == 2 and "the logits are on cpu" in capsys.readouterr().err
+
+
+def test_gpu_check_runs_dry():
+    """All of benchmarks/gpu_check.sh, in the interpreter: what will run on a card is known to work."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    process = subprocess.run([script, "--dry"], env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0 and "gpu_check: all passed" in process.stdout, process.stdout + process.stderr
 
 
 def test_same_bits_every_time(backend):

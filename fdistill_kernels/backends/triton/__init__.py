@@ -18,6 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CROSSED = {"Rkl": 1.0, "Engine": 0.0}
 
 
+#: Symbols and options whose registers would spill at two 16-byte loads a thread.
+HEAVY = (*CROSSED, "Alpha")
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the import."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -52,7 +56,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
     symbol = (call.divergence.symbol or "own") if call.divergence else "labels"
     rows = call.row_scale.shape[0]
-    heavy = call.labels is not None or symbol in CROSSED
+    heavy = call.labels is not None or symbol in HEAVY
     chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol, heavy)
     return run(call, chosen)
 
