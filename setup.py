@@ -58,7 +58,7 @@ def native_extension():
 
     extension = CppExtension(
         "fdistill_kernels._native",
-        ["csrc/cpu/bindings.cpp"],
+        ["csrc/cpu/bindings.cpp", "csrc/cpu/products.cpp"],
         depends=["csrc/divergences.h", "csrc/cpu/row_kernel.h", "csrc/cpu/row_kernel.inc"],
         extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-Wno-psabi"] + (["-DFDISTILL_X86"] if on_x86 else []),
         extra_link_args=["-fopenmp"],

@@ -1,8 +1,9 @@
 """Fused f-divergence losses for language-model distillation."""
 
 from .divergences import GJS, TABLE, Alpha, Divergence, FDivergence, SkewKL, SkewRKL
-from .functional import LossParts, cross_entropy, f_divergence
+from .functional import cross_entropy, f_divergence
 from .modules import CrossEntropyLoss, FDivergenceLoss
+from .tokens import LossParts
 
 __version__ = "0.1.0"
 
