@@ -2,6 +2,7 @@
 
 from .divergences import GJS, TABLE, Alpha, Divergence, FDivergence, SkewKL, SkewRKL
 from .functional import cross_entropy, f_divergence
+from .linear import linear_cross_entropy, linear_f_divergence
 from .modules import CrossEntropyLoss, FDivergenceLoss
 from .tokens import LossParts
 
@@ -20,4 +21,6 @@ __all__ = [
     "SkewRKL",
     "cross_entropy",
     "f_divergence",
+    "linear_cross_entropy",
+    "linear_f_divergence",
 ]

@@ -124,11 +124,7 @@ def cross_entropy(
         )
     logits = input.movedim(1, -1) if input.dim() > 2 else input
     checks.check_labels(target, logits, "target")
-    if weight is not None:
-        if weight.shape != logits.shape[-1:]:
-            raise ValueError(f"weight must have shape ({logits.shape[-1]},), not {tuple(weight.shape)}")
-        if weight.requires_grad or weight.device != logits.device or not weight.is_floating_point():
-            raise ValueError("weight must be floating point, on the logits' device, and not require grad")
+    checks.check_class_weight(weight, logits.shape[-1], logits.device)
 
     def run(row_arguments: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
         return _RowLoss.apply(_rows(logits, inplace), None, *row_arguments, name, inplace, reduction == "none")

@@ -33,14 +33,12 @@ void logits_product_(const Tensor& hidden, const Tensor& weight, const optional<
   });
 }
 
-// weight_gradient (V, D) float32 += scale gradient (n, V)^T hidden (n, D); bias_gradient (V) float32 += column sums
-void add_weight_gradient_(const Tensor& gradient, const Tensor& hidden, double scale, Tensor weight_gradient,
-                          const optional<Tensor>& bias_gradient) {
+// weight_gradient (V, D) float32 += scale gradient (n, V)^T hidden (n, D)
+void add_weight_gradient_(const Tensor& gradient, const Tensor& hidden, double scale, Tensor weight_gradient) {
   const Tensor wide_hidden = hidden.to(at::kFloat);
   for_tiles(gradient.size(1), [&](int64_t v, int64_t count) {
     const Tensor of_tile = gradient.narrow(1, v, count).to(at::kFloat);
     weight_gradient.narrow(0, v, count).addmm_(of_tile.t(), wide_hidden, 1, scale);
-    if (bias_gradient) bias_gradient->narrow(0, v, count).add_(of_tile.sum(0));
   });
 }
 
@@ -69,8 +67,8 @@ Tensor hidden_gradient(const Tensor& gradient, const Tensor& weight, double scal
 TORCH_LIBRARY_FRAGMENT(fdistill_native, library) {
   library.def("logits_product_(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) logits) -> ()");
   library.def(
-      "add_weight_gradient_(Tensor gradient, Tensor hidden, float scale, Tensor(a!) weight_gradient, "
-      "Tensor(b!)? bias_gradient) -> ()");
+      "add_weight_gradient_(Tensor gradient, Tensor hidden, float scale, Tensor(a!) weight_gradient) "
+      "-> ()");
   library.def("hidden_gradient(Tensor gradient, Tensor weight, float scale) -> Tensor");
   library.impl("logits_product_", c10::DispatchKey::CPU, TORCH_FN(logits_product_));
   library.impl("add_weight_gradient_", c10::DispatchKey::CPU, TORCH_FN(add_weight_gradient_));

@@ -42,7 +42,7 @@ def _run(
     divergence: str, parameter: float, cross_entropy_weight: float, label_smoothing: float, z_loss: float,
     student_gradient: bool, teacher_gradient: bool, backend: str, inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_labels(labels, row_scale, student.shape[-1])
+    check_label_range(labels, row_scale, student.shape[-1])
     call = RowCall(
         student, teacher, row_scale, student_inverse_temperature, teacher_inverse_temperature, divergence_scale,
         labels, class_weight, by_key(divergence, parameter) if divergence else None, cross_entropy_weight,
@@ -51,7 +51,8 @@ def _run(
     return BACKENDS[backend].divergence_rows(call)
 
 
-def _check_labels(labels: Tensor | None, row_scale: Tensor, vocabulary: int) -> None:
+def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int) -> None:
+    """Raises ValueError for labels outside [0, V) in rows that count; on a GPU the device itself stops."""
     if labels is None:
         return
     wrong = ((labels < 0) | (labels >= vocabulary)) & (row_scale != 0)
