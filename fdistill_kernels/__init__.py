@@ -3,7 +3,7 @@
 from .divergences import GJS, TABLE, Alpha, Divergence, FDivergence, SkewKL, SkewRKL
 from .functional import cross_entropy, f_divergence
 from .linear import linear_cross_entropy, linear_f_divergence
-from .modules import CrossEntropyLoss, FDivergenceLoss
+from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .tokens import LossParts
 
 __version__ = "0.1.0"
@@ -16,6 +16,8 @@ __all__ = [
     "Divergence",
     "FDivergence",
     "FDivergenceLoss",
+    "LinearCrossEntropyLoss",
+    "LinearFDivergenceLoss",
     "LossParts",
     "SkewKL",
     "SkewRKL",

@@ -6,7 +6,6 @@ it to the hidden states and the weight. The loss is the end of the graph, so all
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from .divergences import Divergence, by_key, resolve
 from .tokens import Temperature, once, scaled, token_loss
 
 #: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
-CPU_CHUNK_BYTES = 59_000_000
+CPU_CHUNK_BYTES = 55_000_000
 #: The most that is taken of a GPU; a quarter of its free memory if that is less.
 GPU_CHUNK_BYTES = 512_000_000
 
@@ -66,7 +65,7 @@ def linear_f_divergence(
         logit_scale, teacher_logit_scale: a factor on hidden weightᵀ (Cohere, Granite); the teacher's defaults to the
             student's.
         vocab_size: use only the first rows of both heads, where they are padded differently.
-        chunk_bytes: what the chunk's logits of both models may take together. Default: 59 MB on a CPU; 512 MB on a GPU,
+        chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 512 MB on a GPU,
             or a quarter of its free memory if that is less.
         The rest: as in `f_divergence`.
 
@@ -202,7 +201,7 @@ def _linear(
 
 
 def _chunk_rows(rows: int, weight: Tensor, two_models: bool, chunk_bytes: int | None) -> int:
-    """Rows of a chunk: as many as the budget holds, then all chunks alike; on a GPU a multiple of a tile."""
+    """Rows of a chunk: as many as the budget holds, in whole tiles of the matrix product."""
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES
         if weight.is_cuda:
@@ -210,11 +209,8 @@ def _chunk_rows(rows: int, weight: Tensor, two_models: bool, chunk_bytes: int | 
     elif chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
     most = max(1, chunk_bytes // ((2 if two_models else 1) * weight.shape[0] * weight.element_size()))
-    if most >= rows:
-        return rows
-    if weight.is_cuda and most >= 256:
-        return most // 128 * 128
-    return math.ceil(rows / math.ceil(rows / most))
+    tile = 128 if weight.is_cuda else 16
+    return min(rows, most // tile * tile or most)
 
 
 def _in_chunks(
@@ -321,6 +317,8 @@ class _LinearLoss(torch.autograd.Function):
         if per_row:
             ctx.save_for_backward(hidden, weight, bias)
             ctx.again = (call, teacher, fixed, row_arguments)
+        elif torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
         else:  # kept so that nothing else holds them in the backward pass: a leaf then takes them without a copy
             ctx.gradients = gradients
         ctx.mark_non_differentiable(parts)
@@ -341,12 +339,20 @@ class _LinearLoss(torch.autograd.Function):
             _, *gradients = call(*detached, teacher, *fixed, scale, *row_arguments, *wants)
             results = [once(g) if want else None for g, want in zip(gradients, wants, strict=True)]
         elif upstream is not None:
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:
-                raise RuntimeError("the linear losses hand their gradients over once: no second backward pass")
+            gradients = _handed_over(ctx)
             for i in range(3):
                 gradient, gradients[i] = gradients[i], None
                 if wants[i]:
-                    scaled(gradient.view(1, -1, gradient.shape[-1]), upstream.detach())
-                    results[i] = once(gradient)
+                    flat = scaled(gradient.view(1, -1, gradient.shape[-1]), upstream.detach())
+                    results[i] = flat.view(gradient.shape) if torch.compiler.is_compiling() else once(gradient)
         return (*results, *[None] * (len(ctx.needs_input_grad) - 3))
+
+
+def _handed_over(ctx: Any) -> list[Any]:
+    """The gradients, out of the graph's hands."""
+    if torch.compiler.is_compiling():
+        return list(ctx.saved_tensors)
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise RuntimeError("the linear losses hand their gradients over once: no second backward pass")
+    return gradients

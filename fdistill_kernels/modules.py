@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .divergences import Divergence, resolve
 from .functional import cross_entropy, f_divergence
+from .linear import linear_cross_entropy, linear_f_divergence
 
 
 class FDivergenceLoss(nn.Module):
@@ -55,6 +56,54 @@ class CrossEntropyLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
         """Logits (N, C, ...) and class indices (N, ...) to the loss."""
         return cross_entropy(input, target, self.weight, **{**self.settings, **batch})
+
+    def extra_repr(self) -> str:
+        """The settings, as printed."""
+        return ", ".join(f"{k}={v}" for k, v in self.settings.items())
+
+
+class LinearFDivergenceLoss(nn.Module):
+    """`linear_f_divergence` with its settings fixed.
+
+    Args:
+        divergence: as in `linear_f_divergence`; checked here.
+        **settings: any keyword of `linear_f_divergence` that is not a tensor of one batch.
+    """
+
+    def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
+        super().__init__()
+        self.divergence = resolve(divergence)
+        self.settings = settings
+
+    def forward(
+        self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Any, teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None, **batch: Any,
+    ) -> Any:  # fmt: skip
+        """Hidden states (..., D) and heads (V, D) of both models to the loss."""
+        return linear_f_divergence(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, self.divergence, labels=labels,
+            **{**self.settings, **batch},
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """The settings, as printed."""
+        return ", ".join([str(self.divergence), *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """`linear_cross_entropy` with its settings fixed.
+
+    Args:
+        **settings: any keyword of `linear_cross_entropy` that is not a tensor of one batch.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **batch: Any) -> Any:
+        """Hidden states (..., D), head (V, D) and class indices (...) to the loss."""
+        return linear_cross_entropy(input, linear_weight, target, **{**self.settings, **batch})
 
     def extra_repr(self) -> str:
         """The settings, as printed."""
