@@ -226,7 +226,7 @@ def _in_chunks(
     gradients = want_hidden or want_weight or want_bias
     parts = torch.zeros(3, hidden.shape[0], dtype=wide, device=hidden.device)
     of_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
-    of_weight = products.empty(row_scale, *weight.shape).zero_() if want_weight else row_scale.new_empty(0)
+    of_weight = products.empty(row_scale, *(weight.shape if want_weight else (0,)))
     of_bias = torch.zeros(weight.shape[:1] if want_bias else (0,), dtype=wide, device=hidden.device)
     chosen = by_key(divergence, parameter) if divergence else None
     live = None if callable(teacher) else _live_rows(row_scale, labels)
@@ -234,6 +234,8 @@ def _in_chunks(
     step = min(step, max(1, count))
     student_buffer = products.empty(hidden, step, weight.shape[0])
     teacher_buffer = products.empty(hidden, step, weight.shape[0]) if teacher is not None else None
+    if not count:
+        of_weight.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
         for begin in range(0, count, step):
             end = min(begin + step, count)
@@ -261,7 +263,8 @@ def _in_chunks(
             if want_hidden:
                 of_hidden[rows] = products.hidden_gradient(logits, weight, logit_scale)
             if want_weight:
-                products.add_weight_gradient_(logits, hidden[rows], logit_scale, of_weight)
+                keep = 1.0 if begin else 0.0
+                products.add_weight_gradient_(logits, hidden[rows], logit_scale, keep, of_weight)
             if want_bias:
                 of_bias += logits.sum(0, dtype=wide)
     return parts, of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype)

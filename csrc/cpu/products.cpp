@@ -33,12 +33,13 @@ void logits_product_(const Tensor& hidden, const Tensor& weight, const optional<
   });
 }
 
-// weight_gradient (V, D) float32 += scale gradient (n, V)^T hidden (n, D)
-void add_weight_gradient_(const Tensor& gradient, const Tensor& hidden, double scale, Tensor weight_gradient) {
+// weight_gradient (V, D) float32 = keep weight_gradient + scale gradient (n, V)^T hidden (n, D)
+void add_weight_gradient_(const Tensor& gradient, const Tensor& hidden, double scale, double keep,
+                          Tensor weight_gradient) {
   const Tensor wide_hidden = hidden.to(at::kFloat);
   for_tiles(gradient.size(1), [&](int64_t v, int64_t count) {
     const Tensor of_tile = gradient.narrow(1, v, count).to(at::kFloat);
-    weight_gradient.narrow(0, v, count).addmm_(of_tile.t(), wide_hidden, 1, scale);
+    weight_gradient.narrow(0, v, count).addmm_(of_tile.t(), wide_hidden, keep, scale);
   });
 }
 
@@ -67,7 +68,7 @@ Tensor hidden_gradient(const Tensor& gradient, const Tensor& weight, double scal
 TORCH_LIBRARY_FRAGMENT(fdistill_native, library) {
   library.def("logits_product_(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) logits) -> ()");
   library.def(
-      "add_weight_gradient_(Tensor gradient, Tensor hidden, float scale, Tensor(a!) weight_gradient) "
+      "add_weight_gradient_(Tensor gradient, Tensor hidden, float scale, float keep, Tensor(a!) weight_gradient) "
       "-> ()");
   library.def("hidden_gradient(Tensor gradient, Tensor weight, float scale) -> Tensor");
   library.impl("logits_product_", c10::DispatchKey::CPU, TORCH_FN(logits_product_));
