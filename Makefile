@@ -19,7 +19,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-json=benchmarks/results/cpu_rows.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks/test_rows.py -p no:xdist --benchmark-json=benchmarks/results/cpu_rows.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks/test_linear.py -p no:xdist --benchmark-json=benchmarks/results/cpu_linear.json $(ARGS)
 
 # torch first and alone, so that its pin holds; ours last, built against it
 $(VENV)/installed: $(SOURCES)

@@ -27,3 +27,36 @@ def row_losses(name: str) -> dict[str, object]:
         return (kl if name == "kl" else js)(student.log_softmax(-1), teacher.log_softmax(-1))
 
     return {**peers, "liger-kernel": liger} if name in ("kl", "js", "tvd") else peers
+
+
+def linear_losses() -> dict[str, object]:
+    """Every installed peer's js of (student_hidden, student_weight, teacher_hidden, teacher_weight)."""
+    peers: dict[str, object] = {}
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+
+        def liger_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+            labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+            return liger(hidden, weight, teacher, teacher_weight, labels)
+
+        peers["liger-kernel"] = liger_loss
+    except ImportError:
+        pass
+    try:
+        import orda_kernel
+
+        def orda_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+            labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+            teacher_model = orda_kernel.SeparateTeacher(teacher, teacher_weight)
+            output = orda_kernel.distillation_loss(
+                hidden, weight, labels, teacher=teacher_model, student_ce_weight=0.0, teacher_ce_weight=0.0,
+                kl_weight=1.0, kl_divergence="skew_js", kl_alpha=0.5,
+            )  # fmt: skip
+            return output.loss
+
+        peers["orda-kernel"] = orda_loss
+    except ImportError:
+        pass
+    return peers
