@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, products
-from .backends.rows import RowCall
+from .backends.rows import LinearCall, RowCall
 from .divergences import Divergence, by_key, resolve
 from .tokens import Temperature, once, scaled, token_loss
 
@@ -21,6 +21,8 @@ from .tokens import Temperature, once, scaled, token_loss
 CPU_CHUNK_BYTES = 55_000_000
 #: The most that is taken of a GPU; a quarter of its free memory if that is less.
 GPU_CHUNK_BYTES = 512_000_000
+#: A chunk of memory="minimal" where the Triton kernels of that path do not run.
+MINIMAL_CHUNK_BYTES = 8_000_000
 
 Teacher = Tensor | Callable[[int, int], Tensor] | None
 
@@ -36,6 +38,8 @@ def linear_f_divergence(
     teacher_bias: Tensor | None = None,
     logit_scale: float = 1.0,
     teacher_logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -48,6 +52,8 @@ def linear_f_divergence(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     vocab_size: int | None = None,
+    memory: str = "chunks",
+    skip_tiles: bool = True,
     chunk_bytes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
@@ -64,7 +70,16 @@ def linear_f_divergence(
             student's own. The teacher gets no gradient from here.
         logit_scale, teacher_logit_scale: a factor on hidden weightᵀ (Cohere, Granite); the teacher's defaults to the
             student's.
+        logit_softcap, teacher_logit_softcap: c > 0 makes each logit z, scaled and biased, c·tanh(z/c) (Gemma 2, Gemma
+            Team 2024, §2); each model its own, without one by default. Logits given as such are taken as they are.
         vocab_size: use only the first rows of both heads, where they are padded differently.
+        memory: "chunks", or "minimal": on Triton the logits of both models stay on chip and are made again in the
+            backward sweeps, for a memory of O(N) + 16 MB beyond the gradients and twice the products (`backends.triton.
+            cut`); elsewhere chunks of 8 MB.
+        skip_tiles: with memory="minimal", leave out of the gradient the tiles whose every probability, of both models,
+            is below ε/V, ε the dtype's resolution. What a row's gradient by the logits loses has an L1 norm under 2ε
+            times the row's weight. Divergences whose gradient has no such bound (rkl, jeffreys, engine, alpha) and
+            smoothed labels skip nothing.
         chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 512 MB on a GPU,
             or a quarter of its free memory if that is less.
         The rest: as in `f_divergence`.
@@ -87,7 +102,8 @@ def linear_f_divergence(
     )
     return _linear(
         student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, logit_scale,
-        logit_scale if teacher_logit_scale is None else teacher_logit_scale, chosen, chunk_bytes, labels=labels,
+        logit_scale if teacher_logit_scale is None else teacher_logit_scale, logit_softcap, teacher_logit_softcap,
+        chosen, memory, skip_tiles, chunk_bytes, labels=labels,
         ce_weight=ce_weight, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index,
         token_weight=token_weight, temperature=temperature, teacher_temperature=teacher_temperature,
         temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, backend=backend,
@@ -102,6 +118,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -109,6 +126,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     num_items: float | Tensor | None = None,
     vocab_size: int | None = None,
+    memory: str = "chunks",
+    skip_tiles: bool = True,
     chunk_bytes: int | None = None,
     backend: str = "auto",
     return_parts: bool = False,
@@ -129,9 +148,9 @@ def linear_cross_entropy(
     checks.check_labels(target, input, "target")
     checks.check_class_weight(weight, linear_weight.shape[0], input.device)
     return _linear(
-        input, linear_weight, linear_bias, None, None, None, logit_scale, 1.0, None, chunk_bytes, labels=target,
-        ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight, ignore_index=ignore_index,
-        reduction=reduction, num_items=num_items, backend=backend, return_parts=return_parts,
+        input, linear_weight, linear_bias, None, None, None, logit_scale, 1.0, logit_softcap, None, None, memory,
+        skip_tiles, chunk_bytes, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
+        class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend, return_parts=return_parts,
     )  # fmt: skip
 
 
@@ -142,7 +161,7 @@ def _heads(
     weight, bias = checks.check_head(whose, weight, bias, hidden, vocab_size)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return hidden.to(dtype), weight, bias  # the head is cast later, so that its gradient stays in its own dtype
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         raise TypeError(f"{whose}_hidden is {hidden.dtype} but {whose}_weight {weight.dtype}; cast one of them")
     return hidden, weight, bias
@@ -180,56 +199,64 @@ def _teacher(
         raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
     teacher, weight, bias = _heads(teacher, weight, bias, "teacher", vocab_size)
     checks.check_vocabularies(vocabulary, weight.shape[0])
-    return teacher.detach().reshape(-1, teacher.shape[-1]), weight.detach(), None if bias is None else bias.detach()
+    weight, bias = weight.detach().to(teacher.dtype), None if bias is None else bias.detach().to(teacher.dtype)
+    return teacher.detach().reshape(-1, teacher.shape[-1]), weight, bias
 
 
 def _linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, divergence: Divergence | None,
-    chunk_bytes: int | None, **token_arguments: Any,
+    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, softcap: float | None,
+    teacher_softcap: float | None, divergence: Divergence | None, memory: str,
+    skip_tiles: bool, chunk_bytes: int | None, **token_arguments: Any,
 ) -> Any:  # fmt: skip
     rows = hidden.numel() // hidden.shape[-1]
-    step = _chunk_rows(rows, weight, teacher is not None, chunk_bytes)
+    if memory not in ("chunks", "minimal"):
+        raise ValueError(f"memory must be 'chunks' or 'minimal', not {memory!r}")
+    if memory == "minimal" and teacher is not None and teacher_weight is None:
+        raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")
+    if memory == "minimal" and chunk_bytes is None:
+        chunk_bytes = MINIMAL_CHUNK_BYTES
+    step = _chunk_rows(rows, weight.shape[0], hidden, teacher is not None, chunk_bytes)
+    for name, cap in (("logit_softcap", softcap), ("teacher_logit_softcap", teacher_softcap)):
+        if cap is not None:
+            checks.check_number(name, cap, 0, open_low=True)
+    if teacher_softcap and teacher_weight is None:
+        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
+    heads = (teacher_weight, teacher_bias, float(logit_scale), float(teacher_logit_scale), float(softcap or 0),
+             float(teacher_softcap or 0))  # fmt: skip
 
     def run(row_arguments: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
-        return _LinearLoss.apply(
-            hidden.reshape(rows, -1), weight, bias, teacher, teacher_weight, teacher_bias, float(logit_scale),
-            float(teacher_logit_scale), step, name, token_arguments["reduction"] == "none", *row_arguments,
-        )  # fmt: skip
+        per_row = token_arguments["reduction"] == "none"
+        path = 0 if memory == "minimal" and name == "triton" else step, skip_tiles
+        return _LinearLoss.apply(hidden.reshape(rows, -1), weight, bias, teacher, per_row, *heads, *path, name,
+                                 *row_arguments)  # fmt: skip
 
     return token_loss(hidden, run, divergence, **token_arguments)
 
 
-def _chunk_rows(rows: int, weight: Tensor, two_models: bool, chunk_bytes: int | None) -> int:
+def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor, two_models: bool, chunk_bytes: int | None) -> int:
     """Rows of a chunk: as many as the budget holds, in whole tiles of the matrix product."""
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES
-        if weight.is_cuda:
-            chunk_bytes = min(GPU_CHUNK_BYTES, torch.cuda.mem_get_info(weight.device)[0] // 4)
+        if hidden.is_cuda:
+            chunk_bytes = min(GPU_CHUNK_BYTES, torch.cuda.mem_get_info(hidden.device)[0] // 4)
     elif chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
-    most = max(1, chunk_bytes // ((2 if two_models else 1) * weight.shape[0] * weight.element_size()))
-    tile = 128 if weight.is_cuda else 16
+    most = max(1, chunk_bytes // ((2 if two_models else 1) * vocabulary * hidden.element_size()))
+    tile = 128 if hidden.is_cuda else 16
     return min(rows, most // tile * tile or most)
 
 
-def _in_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, step: int, backend: str,
-    row_scale: Tensor, student_rate: Tensor, teacher_rate: Tensor, divergence_scale: Tensor, labels: Tensor | None,
-    class_weight: Tensor | None, divergence: str, parameter: float, ce_weight: float, label_smoothing: float,
-    z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Parts (3, N), and the gradients of hidden states, weight and bias; one not wanted is empty."""
-    backends.check_label_range(labels, row_scale, weight.shape[0])
-    wide = row_scale.dtype
-    gradients = want_hidden or want_weight or want_bias
+def _in_chunks(call: LinearCall, step: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parts (3, N), and the gradients of hidden states, weight and bias, one not wanted empty."""
+    hidden, weight, teacher, labels = call.hidden, call.weight, call.teacher, call.labels
+    wide = call.row_scale.dtype
     parts = torch.zeros(3, hidden.shape[0], dtype=wide, device=hidden.device)
-    of_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
-    of_weight = products.empty(row_scale, *(weight.shape if want_weight else (0,)))
-    of_bias = torch.zeros(weight.shape[:1] if want_bias else (0,), dtype=wide, device=hidden.device)
-    chosen = by_key(divergence, parameter) if divergence else None
-    live = None if callable(teacher) else _live_rows(row_scale, labels)
+    of_hidden = torch.zeros_like(hidden) if call.want_hidden else hidden.new_empty(0)
+    of_weight = products.empty(call.row_scale, *(weight.shape if call.want_weight else (0,)))
+    of_bias = torch.zeros(weight.shape[:1] if call.want_bias else (0,), dtype=wide, device=hidden.device)
+    gradients = call.want_hidden or call.want_weight or call.want_bias
+    live = None if callable(teacher) else _live_rows(call.row_scale, labels)
     count = hidden.shape[0] if live is None else len(live)
     step = min(step, max(1, count))
     student_buffer = products.empty(hidden, step, weight.shape[0])
@@ -240,34 +267,37 @@ def _in_chunks(
         for begin in range(0, count, step):
             end = min(begin + step, count)
             rows = slice(begin, end) if live is None else live[begin:end]
-            n = end - begin
-            logits = student_buffer[:n]
-            products.logits_(hidden[rows], weight, bias, logit_scale, logits)
+            logits = student_buffer[: end - begin]
+            products.logits_(hidden[rows], weight, call.bias, call.logit_scale, logits)
             teacher_logits = None
             if teacher_buffer is not None:
-                teacher_logits = teacher_buffer[:n]
+                teacher_logits = teacher_buffer[: end - begin]
                 if callable(teacher):
                     teacher_logits.copy_(checks.check_chunk(teacher(begin, end), teacher_logits))
-                elif teacher_weight is None:
+                elif call.teacher_weight is None:
                     teacher_logits.copy_(teacher[rows])  # type: ignore[index]
                 else:
                     states = teacher[rows]  # type: ignore[index]
-                    products.logits_(states, teacher_weight, teacher_bias, teacher_logit_scale, teacher_logits)
+                    products.logits_(
+                        states, call.teacher_weight, call.teacher_bias, call.teacher_logit_scale, teacher_logits
+                    )
                 teacher_logits = teacher_logits.unsqueeze(0)
-            call = RowCall(
-                logits.unsqueeze(0), teacher_logits, row_scale[rows], student_rate[rows], teacher_rate[rows],
-                divergence_scale[rows], None if labels is None else labels[rows], class_weight, chosen, ce_weight,
-                label_smoothing, z_loss, gradients, False, inplace=gradients,
+            row_call = RowCall(
+                logits.unsqueeze(0), teacher_logits, call.row_scale[rows], call.student_inverse_temperature[rows],
+                call.teacher_inverse_temperature[rows], call.divergence_scale[rows],
+                None if labels is None else labels[rows], call.class_weight, call.divergence,
+                call.cross_entropy_weight, call.label_smoothing, call.z_loss, gradients, False, inplace=gradients,
+                student_softcap=call.student_softcap, teacher_softcap=call.teacher_softcap,
             )  # fmt: skip
-            parts[:, rows] = backends.BACKENDS[backend].divergence_rows(call)[0]
-            if want_hidden:
-                of_hidden[rows] = products.hidden_gradient(logits, weight, logit_scale)
-            if want_weight:
+            parts[:, rows] = backends.BACKENDS[backend].divergence_rows(row_call)[0]
+            if call.want_hidden:
+                of_hidden[rows] = products.hidden_gradient(logits, weight, call.logit_scale)
+            if call.want_weight:
                 keep = 1.0 if begin else 0.0
-                products.add_weight_gradient_(logits, hidden[rows], logit_scale, keep, of_weight)
-            if want_bias:
+                products.add_weight_gradient_(logits, hidden[rows], call.logit_scale, keep, of_weight)
+            if call.want_bias:
                 of_bias += logits.sum(0, dtype=wide)
-    return parts, of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+    return parts, of_hidden, of_weight, of_bias
 
 
 def _live_rows(row_scale: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -278,25 +308,36 @@ def _live_rows(row_scale: Tensor, labels: Tensor | None) -> Tensor | None:
     return None if len(live) == len(row_scale) else live
 
 
-@torch.library.custom_op("fdistill_kernels::linear_rows", mutates_args=())
-def linear_rows(
+def _linear_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor | None, teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, step: int, backend: str,
-    row_scale: Tensor, student_rate: Tensor, teacher_rate: Tensor, divergence_scale: Tensor, labels: Tensor | None,
-    class_weight: Tensor | None, divergence: str, parameter: float, ce_weight: float, label_smoothing: float,
-    z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
+    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, softcap: float, teacher_softcap: float,
+    step: int, skip_tiles: bool, backend: str, row_scale: Tensor, student_rate: Tensor, teacher_rate: Tensor,
+    divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None, divergence: str, parameter: float,
+    ce_weight: float, label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `_in_chunks`; teachers that are functions go there directly."""
-    return _in_chunks(
-        hidden, weight, bias, teacher, teacher_weight, teacher_bias, logit_scale, teacher_logit_scale, step, backend,
-        row_scale, student_rate, teacher_rate, divergence_scale, labels, class_weight, divergence, parameter, ce_weight,
+    """See `LinearCall`, as plain arguments. A teacher that is a function can only be given outside the operator."""
+    backends.check_label_range(labels, row_scale, weight.shape[0])
+    call = LinearCall(
+        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype), teacher, teacher_weight,
+        teacher_bias, logit_scale, teacher_logit_scale, softcap, teacher_softcap, row_scale, student_rate, teacher_rate,
+        divergence_scale, labels, class_weight, by_key(divergence, parameter) if divergence else None, ce_weight,
         label_smoothing, z_loss, want_hidden, want_weight, want_bias,
     )  # fmt: skip
+    if step == 0:
+        from .backends.triton import cut
+
+        parts, of_hidden, of_weight, of_bias = cut.linear_rows(call, skip_tiles)
+    else:
+        parts, of_hidden, of_weight, of_bias = _in_chunks(call, step, backend)
+    return parts, of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+
+
+linear_rows = torch.library.custom_op("fdistill_kernels::linear_rows", _linear_rows, mutates_args=())
 
 
 @linear_rows.register_fake
 def _(hidden, weight, *args):  # type: ignore[no-untyped-def]
-    row_scale, (want_hidden, want_weight, want_bias) = args[8], args[-3:]
+    row_scale, (want_hidden, want_weight, want_bias) = args[11], args[-3:]
     return (
         row_scale.new_empty(3, hidden.shape[0]),
         hidden.new_empty(hidden.shape if want_hidden else (0,)),
@@ -305,14 +346,17 @@ def _(hidden, weight, *args):  # type: ignore[no-untyped-def]
     )
 
 
+#: `_LinearLoss`'s arguments after the teacher up to the backend's name: those of the heads and of the path.
+FIXED = 10
+
+
 class _LinearLoss(torch.autograd.Function):
     """Gradients are made in the forward pass; where each row has its own upstream gradient, in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, *args: Any) -> Any:
-        teacher_weight, teacher_bias, scale, teacher_scale, step, name, per_row, *row_arguments = args
-        call: Any = _in_chunks if callable(teacher) else linear_rows
-        fixed = (teacher_weight, teacher_bias, scale, teacher_scale, step, name)
+        per_row, fixed, row_arguments = args[0], args[1:FIXED], args[FIXED:]
+        call: Any = _linear_rows if callable(teacher) else linear_rows
         wants = [not per_row and ctx.needs_input_grad[i] for i in range(3)]
         detached: list[Any] = [x if x is None else x.detach() for x in (hidden, weight, bias)]
         parts, *gradients = call(*detached, teacher, *fixed, *row_arguments, *wants)

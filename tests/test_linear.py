@@ -56,13 +56,14 @@ def test_all_keywords_together(backend):
     token_weight, t = torch.rand(N), torch.rand(N) + 0.5
     loss, parts = fk.linear_f_divergence(
         hidden, weight, teacher, teacher_weight, "js", student_bias=bias, teacher_bias=teacher_bias, logit_scale=0.7,
-        teacher_logit_scale=1.3, labels=labels, ce_weight=0.3, label_smoothing=0.1, z_loss=1e-2,
+        teacher_logit_scale=1.3, logit_softcap=2.0, teacher_logit_softcap=3.0, labels=labels, ce_weight=0.3, label_smoothing=0.1, z_loss=1e-2,
         token_weight=token_weight, temperature=t, teacher_temperature=2.0, temperature_squared=True, num_items=17,
         chunk_bytes=4 * 2 * V * 4, backend=backend, return_parts=True,
     )  # fmt: skip
     h, w, b = exact(hidden), exact(weight), exact(bias)
-    logits = 0.7 * h @ w.T + b
+    logits = 2 * ((0.7 * h @ w.T + b) / 2).tanh()
     teacher_logits = 1.3 * teacher.double() @ teacher_weight.double().T + teacher_bias
+    teacher_logits = 3 * (teacher_logits / 3).tanh()
     rows = t.double() ** 2 * f_divergence_rows(logits, teacher_logits, "js", t, 2.0)
     ce = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
     rows = rows + 0.3 * ce + 1e-2 * logits.logsumexp(-1) ** 2

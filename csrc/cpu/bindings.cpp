@@ -61,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> divergence_rows(
     const Tensor& student_inverse_temperature, const Tensor& teacher_inverse_temperature,
     const Tensor& divergence_scale, const optional<Tensor>& labels, const optional<Tensor>& class_weight,
     const std::string& divergence, double parameter, double cross_entropy_weight, double label_smoothing,
-    double z_loss, bool student_gradient_wanted, bool teacher_gradient_wanted, bool inplace) {
+    double z_loss, bool student_gradient_wanted, bool teacher_gradient_wanted, bool inplace, double student_softcap,
+    double teacher_softcap) {
   const fdistill::RowKernel kernel = find_kernel(divergence);
   TORCH_CHECK(kernel, "the cpu backend has no kernel named '", divergence, "'");
   const int64_t row_count = student.size(0) * student.size(1);
@@ -90,6 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> divergence_rows(
   task.cross_entropy_weight = static_cast<float>(cross_entropy_weight);
   task.label_smoothing = static_cast<float>(label_smoothing);
   task.z_loss = static_cast<float>(z_loss);
+  task.student_softcap = static_cast<float>(student_softcap);
+  task.teacher_softcap = static_cast<float>(teacher_softcap);
   task.parts = parts.mutable_data_ptr<float>();
 
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(task.vocabulary, 1));
@@ -108,10 +111,10 @@ std::string capability() { return at::get_cpu_capability(); }
 
 TORCH_LIBRARY(fdistill_native, library) {
   library.def(
-      "divergence_rows(Tensor(a!) student, Tensor? teacher, Tensor row_scale, Tensor student_inverse_temperature, "
+      "divergence_rows(Tensor(a!) student, Tensor(b!)? teacher, Tensor row_scale, Tensor student_inverse_temperature, "
       "Tensor teacher_inverse_temperature, Tensor divergence_scale, Tensor? labels, Tensor? class_weight, "
       "str divergence, float parameter, float cross_entropy_weight, float label_smoothing, float z_loss, "
-      "bool student_gradient, bool teacher_gradient, bool inplace) -> (Tensor, Tensor, Tensor)");
+      "bool student_gradient, bool teacher_gradient, bool inplace, float student_softcap, float teacher_softcap) -> (Tensor, Tensor, Tensor)");
   library.impl("divergence_rows", c10::DispatchKey::CPU, TORCH_FN(divergence_rows));
   library.def("empty_in_large_pages(Tensor like, int[] sizes) -> Tensor");
   library.impl("empty_in_large_pages", c10::DispatchKey::CPU, TORCH_FN(empty_in_large_pages));

@@ -28,6 +28,7 @@ struct RowTask {
   const float* class_weight;                  // (vocabulary), or null: ones
   float class_weight_sum;
   float cross_entropy_weight, label_smoothing, z_loss;
+  float student_softcap, teacher_softcap;     // 0: none; else capped logits overwrite the logits
   float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
 };
 

@@ -52,14 +52,15 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     dtype = call.row_scale.dtype
     live = (call.row_scale[n] != 0).unsqueeze(1)
     scale = call.row_scale[n].unsqueeze(1)
-    z_s = call.student[i, inner].to(dtype)
+    z_s = _capped(call.student[i, inner].to(dtype), call.student_softcap)
     zero = torch.zeros((), dtype=dtype, device=z_s.device)
     divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
 
     if call.divergence is not None and call.teacher is not None:
         t_s, t_t = call.student_inverse_temperature[n].unsqueeze(1), call.teacher_inverse_temperature[n].unsqueeze(1)
+        z_t = _capped(call.teacher[i, inner].to(dtype), call.teacher_softcap)
         weight = call.divergence_scale[n].unsqueeze(1) * call.divergence.scale
-        log_q, log_p = _log_softmax(z_s, t_s), _log_softmax(call.teacher[i, inner].to(dtype), t_t)
+        log_q, log_p = _log_softmax(z_s, t_s), _log_softmax(z_t, t_t)
         q, p = log_q.exp(), log_p.exp()
         student, teacher = call.divergence.terms(p, q, log_p, log_q, call.divergence.parameter)
         total = (student + teacher).sum(1, keepdim=True)
@@ -73,11 +74,18 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, call.labels[n], live.squeeze(1))
         student_gradient = student_gradient + of_labels
 
+    if call.student_softcap:
+        student_gradient = student_gradient * (1 - (z_s / call.student_softcap) ** 2)
+
     def finish(x: Tensor) -> Tensor:
         return torch.where(live, scale * x, zero)
 
     parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in (divergence, cross_entropy, squared_lse)])
     return parts, finish(student_gradient), finish(teacher_gradient)
+
+
+def _capped(z: Tensor, softcap: float) -> Tensor:
+    return softcap * (z / softcap).tanh() if softcap else z
 
 
 def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:

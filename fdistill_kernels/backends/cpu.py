@@ -52,5 +52,5 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         call.student, call.teacher, call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature,
         scale, call.labels, call.class_weight, (divergence.symbol or "") if divergence else "",
         divergence.parameter if divergence else 0.0, call.cross_entropy_weight, call.label_smoothing, call.z_loss,
-        call.student_gradient, call.teacher_gradient, call.inplace,
+        call.student_gradient, call.teacher_gradient, call.inplace, call.student_softcap, call.teacher_softcap,
     )  # fmt: skip

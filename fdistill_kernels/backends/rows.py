@@ -1,7 +1,8 @@
-"""The one request every backend answers."""
+"""The requests that backends answer: rows of logits, and rows of hidden states with their heads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +26,8 @@ class RowCall:
         class_weight: (V,) float32, a factor on each class's cross-entropy.
         student_gradient, teacher_gradient: which gradients are wanted; one that is not comes back empty.
         inplace: the student's gradient overwrites its logits and comes back empty.
+        student_softcap, teacher_softcap: c > 0 makes every logit c·tanh(z/c) first; both models' logits may then be
+            overwritten. 0: none.
     """
 
     student: Tensor
@@ -42,3 +45,43 @@ class RowCall:
     student_gradient: bool
     teacher_gradient: bool
     inplace: bool
+    student_softcap: float = 0.0
+    teacher_softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """Rows of hidden states and heads in, losses and gradients out. The logits of a model are
+    ``softcap·tanh((scale·hidden weightᵀ + bias)/softcap)``, without the cap where it is 0.
+
+    Attributes:
+        hidden, weight, bias: (N, D), (V, D), (V) of the student, in one dtype.
+        teacher, teacher_weight, teacher_bias: (N, D_t), (V, D_t), (V); without a weight, `teacher` is logits (N, V) or
+            a function of a range of rows; None: no divergence.
+        want_hidden, want_weight, want_bias: which gradients are wanted.
+        The rest: as in `RowCall`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher: Tensor | Callable[[int, int], Tensor] | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    logit_scale: float
+    teacher_logit_scale: float
+    student_softcap: float
+    teacher_softcap: float
+    row_scale: Tensor
+    student_inverse_temperature: Tensor
+    teacher_inverse_temperature: Tensor
+    divergence_scale: Tensor
+    labels: Tensor | None
+    class_weight: Tensor | None
+    divergence: Divergence | None
+    cross_entropy_weight: float
+    label_smoothing: float
+    z_loss: float
+    want_hidden: bool
+    want_weight: bool
+    want_bias: bool

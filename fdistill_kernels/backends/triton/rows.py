@@ -24,8 +24,29 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite
 
 
 @triton.jit
-def _load(row, v, vocabulary):
-    return tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
+def _tanh(x):
+    # a series where 1 - e would lose digits (Cephes' tanhf), exponentials elsewhere
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    e = tl.exp(-2 * tl.abs(x))
+    large = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _capped(x, cap):
+    return x if cap is None else cap * _tanh(x / cap)
+
+
+@triton.jit
+def _load(row, v, vocabulary, cap):
+    x = tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
+    if cap is not None:
+        x = tl.where(v < vocabulary, _capped(x, cap), float("-inf"))
+    return x
 
 
 @triton.jit
@@ -40,7 +61,8 @@ def _advance(top, total, x, rate):
 
 @triton.jit
 def _statistics(
-    student, teacher, class_weight, begin, end, vocabulary, student_rate, teacher_rate, pivot,
+    student, teacher, class_weight, begin, end, vocabulary, student_rate, teacher_rate, student_cap,
+    teacher_cap, pivot,
     LABELS: tl.constexpr, SMOOTHED: tl.constexpr, CROSSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 1 over [begin, end), to scalars.
@@ -53,7 +75,7 @@ def _statistics(
     teacher_top, teacher_total, crossed = zeros + LOWEST, zeros, zeros
     for start in tl.range(begin, end, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = _load(student, v, vocabulary)
+        x = _load(student, v, vocabulary, student_cap)
         if LABELS and teacher is not None:
             _, plain_total, _, _ = _advance(student_top, plain_total, x, 1.0)
         if SMOOTHED:
@@ -63,7 +85,7 @@ def _statistics(
             linear += _times(w, x - pivot)
         top, total, old, new = _advance(student_top, student_total, x, student_rate)
         if teacher is not None:
-            y = _load(teacher, v, vocabulary)
+            y = _load(teacher, v, vocabulary, teacher_cap)
             other_top, other_total, _, _ = _advance(teacher_top, teacher_total, y, teacher_rate)
             if CROSSED is not None:
                 moved = CROSSED * student_rate * (student_top - top) - teacher_rate * (teacher_top - other_top)
@@ -106,15 +128,16 @@ def _probability(x, top, rate, log_total):
 @triton.jit
 def _totals(
     student, teacher, begin, end, vocabulary, student_top, student_rate, student_log_total, teacher_top, teacher_rate,
-    teacher_log_total, parameter, TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    teacher_log_total, student_cap, teacher_cap, parameter, TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2 over [begin, end), backwards: the shares of D and of S."""
     value, weight = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
     for offset in tl.range(0, end - begin, BLOCK):
         v = last - offset + tl.arange(0, BLOCK)
-        q, log_q = _probability(_load(student, v, vocabulary), student_top, student_rate, student_log_total)
-        p, log_p = _probability(_load(teacher, v, vocabulary), teacher_top, teacher_rate, teacher_log_total)
+        x, y = _load(student, v, vocabulary, student_cap), _load(teacher, v, vocabulary, teacher_cap)
+        q, log_q = _probability(x, student_top, student_rate, student_log_total)
+        p, log_p = _probability(y, teacher_top, teacher_rate, teacher_log_total)
         of_student, of_teacher = TERMS(p, q, log_p, log_q, parameter)
         value += tl.where(v < vocabulary, of_student + of_teacher, 0.0)
         weight += tl.where(v < vocabulary, of_student, 0.0)
@@ -143,7 +166,8 @@ def _label_terms(
 def _gradient(
     student, teacher, student_gradient, teacher_gradient, class_weight, begin, end, vocabulary, student_top,
     student_rate, student_log_total, teacher_top, teacher_rate, teacher_log_total, plain_log_total, student_scale,
-    teacher_scale, label_scale, divergence, weight, label, of_q, of_label, of_weight, parameter,
+    teacher_scale, label_scale, divergence, weight, label, of_q, of_label, of_weight, student_cap, teacher_cap,
+    parameter,
     TERMS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
@@ -153,11 +177,12 @@ def _gradient(
         start = begin + offset if FORWARD else last - offset
         v = start + tl.arange(0, BLOCK)
         inside = v < vocabulary
-        x = _load(student, v, vocabulary)
+        x = _load(student, v, vocabulary, student_cap)
         gradient = tl.zeros([BLOCK], tl.float32)
         if teacher is not None:
             q, log_q = _probability(x, student_top, student_rate, student_log_total)
-            p, log_p = _probability(_load(teacher, v, vocabulary), teacher_top, teacher_rate, teacher_log_total)
+            y = _load(teacher, v, vocabulary, teacher_cap)
+            p, log_p = _probability(y, teacher_top, teacher_rate, teacher_log_total)
             of_student, of_teacher = TERMS(p, q, log_p, log_q, parameter)
             value += tl.where(inside, of_student + of_teacher, 0.0)
             gradient = student_scale * (of_student - q * weight)
@@ -171,6 +196,8 @@ def _gradient(
                 elif SMOOTHED:
                     of_labels -= of_weight
                 gradient += label_scale * tl.where(v == label, of_labels - of_label, of_labels)
+            if student_cap is not None:
+                gradient *= 1 - (x / student_cap) * (x / student_cap)
             tl.store(student_gradient + v, gradient, mask=inside)
     return tl.sum(value, 0)
 
@@ -217,7 +244,8 @@ def _meet(partials, step, student_rate, teacher_rate, CROSSED: tl.constexpr, SPL
 def row_kernel(
     student, teacher, student_gradient, teacher_gradient, parts, partials, row_scale, student_rates, teacher_rates,
     divergence_scale, labels, class_weight, rows, inner, vocabulary, span, student_outer, student_inner, teacher_outer,
-    teacher_inner, gradient_outer, gradient_inner, parameter, ce_weight, smoothing, z_loss, class_weight_sum,
+    teacher_inner, gradient_outer, gradient_inner, student_cap, teacher_cap, parameter, ce_weight, smoothing, z_loss,
+    class_weight_sum,
     TERMS: tl.constexpr, CENTRED: tl.constexpr, CROSSED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -268,14 +296,15 @@ def row_kernel(
                 if PHASE == WHOLE or PHASE == STATISTICS:
                     known = (label >= 0) & (label < vocabulary)
                     label_logit = tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32)
+                    label_logit = _capped(label_logit, student_cap)
                 else:
                     label_logit = tl.load(saved + 7 * step)  # its entry may be the gradient already, in place
                 pivot = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
 
             if PHASE == WHOLE or PHASE == STATISTICS:
                 statistics = _statistics(
-                    student_row, teacher_row, class_weight, begin, end, vocabulary, student_rate, teacher_rate, pivot,
-                    LABELS, SMOOTHED, CROSSED, BLOCK,
+                    student_row, teacher_row, class_weight, begin, end, vocabulary, student_rate, teacher_rate,
+                    student_cap, teacher_cap, pivot, LABELS, SMOOTHED, CROSSED, BLOCK,
                 )  # fmt: skip
             else:
                 statistics = _meet(saved, step, student_rate, teacher_rate, CROSSED, SPLITS)
@@ -294,7 +323,8 @@ def row_kernel(
                 if SWEEP_2 and PHASE != GRADIENT:
                     divergence, weight = _totals(
                         student_row, teacher_row, begin, end, vocabulary, student_top, student_rate,
-                        student_log_total, teacher_top, teacher_rate, teacher_log_total, parameter, TERMS, BLOCK,
+                        student_log_total, teacher_top, teacher_rate, teacher_log_total, student_cap, teacher_cap,
+                        parameter, TERMS, BLOCK,
                     )  # fmt: skip
                 if PHASE == TOTALS:
                     tl.store(saved + 8 * step + tl.program_id(1), divergence)
@@ -322,7 +352,7 @@ def row_kernel(
                             end, vocabulary, student_top, student_rate, student_log_total, teacher_top, teacher_rate,
                             teacher_log_total, plain_log_total, of_divergence * student_rate,
                             of_divergence * teacher_rate, scale, divergence, weight, label, of_q, of_label, of_weight,
-                            parameter, TERMS, LABELS, SMOOTHED, SWEEP_2, BLOCK,
+                            student_cap, teacher_cap, parameter, TERMS, LABELS, SMOOTHED, SWEEP_2, BLOCK,
                         )  # fmt: skip
                         if LATE:
                             divergence = value
