@@ -150,7 +150,8 @@ def linear_cross_entropy(
     return _linear(
         input, linear_weight, linear_bias, None, None, None, logit_scale, 1.0, logit_softcap, None, None, memory,
         skip_tiles, chunk_bytes, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
-        class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend, return_parts=return_parts,
+        class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend,
+        return_parts=return_parts,
     )  # fmt: skip
 
 

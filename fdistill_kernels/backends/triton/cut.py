@@ -1,0 +1,241 @@
+"""The cut path of the linear losses: no logits in memory, however large N and V are (cf. Cut Cross-Entropy, ICLR 2025).
+
+Four sweeps over tiles of logits, each making them anew from hidden states and heads:
+    1. log-sum-exps of both models
+    2. D and S of each row, and which tiles matter to the gradient
+    3. tiles of the logits' gradient for a band of rows, through all the vocabulary: ∂hidden of the band
+    4. the same for a band of the vocabulary, through all the rows: ∂weight and ∂bias of the band
+A band is what fits a float32 accumulator of ACCUMULATOR_BYTES; its gradient's tiles pass through a buffer of
+GRADIENT_BYTES, which stays in L2. No atomics: the same inputs give the same bits. Ten products where the chunked path
+has four; a tile that does not matter costs those of the first two sweeps alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...divergences import times
+from .. import triton as triton_backend
+from ..rows import LinearCall
+from . import launch
+from .tiles import BLOCK, FACTS, GRADIENT, TOTALS, product_kernel, statistics_kernel, tile_kernel
+
+ACCUMULATOR_BYTES = 8 << 20
+GRADIENT_BYTES = 2 << 20
+#: Symbols whose gradient of entries with p, q < ε/V has an L1 norm under 2ε: |q·(g − S)| ≤ 2·max(p, q).
+SKIPPABLE = ("Kl", "CrossEntropy", "Gjs", "SkewKl", "Tvd")
+
+
+def linear_rows(call: LinearCall, skip_tiles: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parts (3, N), and the gradients of hidden states, weight and bias, one not wanted empty."""
+    with torch.cuda.device(call.hidden.device) if call.hidden.is_cuda else contextlib.nullcontext():
+        return _Sweeps(call, skip_tiles).run()
+
+
+class _Sweeps:
+    """A call's facts of each row, gathered sweep by sweep."""
+
+    def __init__(self, call: LinearCall, skip_tiles: bool):
+        self.call = call
+        self.rows, self.vocabulary = call.hidden.shape[0], call.weight.shape[0]
+        self.facts = torch.zeros(len(FACTS), self.rows, device=call.hidden.device)
+        self.fact = dict(zip(FACTS, self.facts, strict=True))
+        self.student = _Head(call.hidden, call.weight, call.bias, call.logit_scale, call.student_softcap)
+        self.teacher = None
+        if call.teacher_weight is not None:
+            self.teacher = _Head(call.teacher, call.teacher_weight, call.teacher_bias, call.teacher_logit_scale,
+                                 call.teacher_softcap)  # fmt: skip
+        self.gradients = call.want_hidden or call.want_weight or call.want_bias
+        self.smoothed = call.labels is not None and call.label_smoothing > 0
+        skippable = call.divergence is None or call.divergence.symbol in SKIPPABLE
+        self.live = None
+        if skip_tiles and skippable and self.gradients and not self.smoothed:
+            shape = _blocks(self.rows), _blocks(self.vocabulary)
+            self.live = torch.zeros(shape, dtype=torch.int8, device=call.hidden.device)
+        # enough spans to fill the card a few times over, where the blocks of rows do not
+        processors = launch.device_of(call.hidden.device).processors
+        splits = min(-(-4 * processors // _blocks(self.rows)), _blocks(self.vocabulary))
+        self.span = -(-_blocks(self.vocabulary) // splits) * BLOCK
+        self.splits = -(-self.vocabulary // self.span)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        call, parts = self.call, self.parts()
+        of_hidden, of_weight = (torch.empty_like(x) if want else x.new_empty(0) for x, want in (
+            (call.hidden, call.want_hidden), (call.weight, call.want_weight)))  # fmt: skip
+        of_bias = torch.zeros(self.vocabulary if call.want_bias else 0, device=call.hidden.device)
+        if call.want_hidden:
+            self.hidden_gradient(of_hidden)
+        if call.want_weight or call.want_bias:
+            self.weight_gradient(of_weight, of_bias)
+        return parts, of_hidden, of_weight, of_bias
+
+    def parts(self) -> Tensor:
+        """Sweeps 1 and 2: the parts, and all the facts."""
+        call, fact = self.call, self.fact
+        fact["scale"].copy_(call.row_scale)
+        label_logit = self.statistics()
+        divergence, linear = self.totals()
+        scale = call.divergence_scale * (call.divergence.scale if call.divergence else 1)
+        cross_entropy, squared_lse = self.label_terms(label_logit, linear)
+        fact["of_divergence"].copy_(call.row_scale * scale * fact["student_rate"])
+        values = (scale * divergence, cross_entropy, squared_lse)
+        return torch.stack([torch.where(call.row_scale != 0, call.row_scale * x, 0) for x in values])
+
+    def statistics(self) -> Tensor:
+        """Sweep 1, into facts; the label's logit of each row."""
+        call, fact = self.call, self.fact
+        plain = self.teacher is not None and call.labels is not None
+        ones = torch.ones_like(call.row_scale)
+        rates = call.student_inverse_temperature if self.teacher else ones
+        label_logit = ones
+        for name, head, rate in (
+            ("student", self.student, rates), ("teacher", self.teacher, call.teacher_inverse_temperature)
+        ):  # fmt: skip
+            if head is None:
+                continue
+            of_student = name == "student"
+            partials = torch.empty(4, self.splits, self.rows, device=call.hidden.device)
+            statistics_kernel[(_blocks(self.rows), self.splits)](
+                head.hidden, head.weight, head.bias, call.row_scale, rate, call.labels if of_student else None,
+                partials, self.rows, self.vocabulary, *head.shape, self.span, PLAIN=plain and of_student,
+                EVEN=head.even, **head.options,
+            )  # fmt: skip
+            tops, totals, plain_totals, label_logits = partials
+            top = tops.amax(0)
+            fact[f"{name}_top"].copy_(top)
+            fact[f"{name}_rate"].copy_(rate)
+            fact[f"{name}_log_total"].copy_((totals * ((tops - top) * rate).exp()).sum(0).log())
+            if of_student:
+                label_logit = label_logits.sum(0)
+                fact["plain_log_total"].copy_(
+                    (plain_totals * (tops - top).exp()).sum(0).log() if plain else fact["student_log_total"]
+                )
+        return label_logit
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Sweep 2: D of each row, S into facts, Σ w·log q for label smoothing, and which tiles are live."""
+        if self.teacher is None and not self.smoothed and self.live is None:
+            return self.facts.new_zeros(self.rows), self.facts.new_zeros(self.rows)
+        partials = torch.empty(3, self.splits, self.rows, device=self.facts.device)
+        self.tiles(TOTALS, (_blocks(self.rows), self.splits), self.span, partials=partials)
+        divergence, weight, linear = partials.sum(1)
+        if self.call.divergence is not None and not self.call.divergence.centred:
+            self.fact["weight"].copy_(weight)
+        return divergence, linear
+
+    def label_terms(self, label_logit: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and lse² of each row; their gradient's factors into facts."""
+        call, fact = self.call, self.fact
+        if call.labels is None:
+            return torch.zeros_like(linear), torch.zeros_like(linear)
+        known = torch.where(call.row_scale != 0, call.labels, 0)
+        of_label = (1 - call.label_smoothing) * (1 if call.class_weight is None else call.class_weight[known])
+        spread = call.label_smoothing / self.vocabulary
+        weight_sum = self.vocabulary if call.class_weight is None else call.class_weight.sum()
+        of_label = of_label * torch.ones_like(linear)
+        cross_entropy = times(of_label, fact["student_top"] - label_logit + fact["plain_log_total"]) - spread * linear
+        lse = fact["student_top"] + fact["plain_log_total"]
+        weight = call.row_scale * call.cross_entropy_weight
+        fact["of_q"].copy_(weight * (of_label + spread * weight_sum) + call.row_scale * 2 * call.z_loss * lse)
+        fact["of_label"].copy_(weight * of_label)
+        fact["of_weight"].copy_(weight * spread)
+        return cross_entropy, lse**2
+
+    def tiles(self, phase: Any, grid: tuple[int, int], span: int, first: tuple[int, int] = (0, 0),
+              partials: Tensor | None = None, gradient: Tensor | None = None) -> None:  # fmt: skip
+        """Launches `tile_kernel`."""
+        call, student, teacher = self.call, self.student, self.teacher
+        resolution = torch.finfo(call.hidden.dtype).eps
+        tile_kernel[grid](
+            student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
+            teacher and teacher.bias, self.facts, call.labels, call.class_weight if self.smoothed else None, self.live,
+            partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
+            call.divergence.parameter if call.divergence else 0.0, resolution / self.vocabulary, *first, span,
+            gradient.stride(0) if gradient is not None else 0, TERMS=triton_backend._terms(call.divergence),
+            SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
+            **student.options,
+        )  # fmt: skip
+
+    def gradient_tiles(self, rows: slice, entries: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits' gradient of a range of rows and entries, in whole tiles of the buffer, and their live flags."""
+        height, width = _blocks(rows.stop - rows.start), _blocks(entries.stop - entries.start)
+        gradient = buffer[: height * BLOCK * width * BLOCK].view(height * BLOCK, width * BLOCK)
+        self.tiles(GRADIENT, (height, width), BLOCK, (rows.start, entries.start), gradient=gradient)
+        if self.live is None:
+            return gradient, None
+        row, entry = rows.start // BLOCK, entries.start // BLOCK
+        return gradient, self.live[row : row + height, entry : entry + width]
+
+    def hidden_gradient(self, of_hidden: Tensor) -> None:
+        """Sweep 3."""
+        height, length, total, buffer = self.buffers(self.rows, self.vocabulary)
+        for rows in _bands(self.rows, height):
+            for entries in _bands(self.vocabulary, length):
+                gradient, live = self.gradient_tiles(rows, entries, buffer)
+                self.multiply(gradient, live, self.student.weight[entries], total, entries.start == 0)
+            of_hidden[rows] = total[: rows.stop - rows.start].mul_(self.call.logit_scale)
+
+    def weight_gradient(self, of_weight: Tensor, of_bias: Tensor) -> None:
+        """Sweep 4."""
+        height, length, total, buffer = self.buffers(self.vocabulary, self.rows)
+        for entries in _bands(self.vocabulary, height):
+            for rows in _bands(self.rows, length):
+                gradient, live = self.gradient_tiles(rows, entries, buffer)
+                if self.call.want_bias:
+                    of_bias[entries] += gradient.sum(0, dtype=torch.float32)[: entries.stop - entries.start]
+                if self.call.want_weight:
+                    live = None if live is None else live.t()
+                    self.multiply(gradient.t(), live, self.student.hidden[rows], total, rows.start == 0)
+            if self.call.want_weight:
+                of_weight[entries] = total[: entries.stop - entries.start].mul_(self.call.logit_scale)
+
+    def buffers(self, across: int, along: int) -> tuple[int, int, Tensor, Tensor]:
+        """A band's height, how far a buffer of its gradient goes, the band's accumulator, and that buffer."""
+        hidden = self.student.hidden
+        height = min(_blocks(across), max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1] * BLOCK))) * BLOCK
+        length = min(_blocks(along), max(1, GRADIENT_BYTES // (hidden.element_size() * height * BLOCK))) * BLOCK
+        total = torch.empty(height, hidden.shape[1], device=hidden.device)
+        return height, length, total, hidden.new_empty(height * length)
+
+    def multiply(self, gradient: Tensor, live: Tensor | None, other: Tensor, total: Tensor, fresh: bool) -> None:
+        """``total += gradient other`` by the tiles that are live."""
+        order, counts = None, None
+        if live is not None:
+            order = live.contiguous().argsort(dim=1, descending=True, stable=True).int()
+            counts = live.sum(1, dtype=torch.int32)
+        width = other.shape[1]
+        product_kernel[(gradient.shape[0] // BLOCK, _blocks(width))](
+            gradient, other, total, order, counts, gradient.shape[1], other.shape[0] - 1, width, *gradient.stride(),
+            other.stride(0), 0 if order is None else order.stride(0), FRESH=fresh,
+            **{("BLOCK_K" if k == "BLOCK_D" else k): v for k, v in self.student.options.items()},
+        )  # fmt: skip
+
+
+class _Head:
+    """Hidden states and a head as the kernels take them."""
+
+    def __init__(self, hidden: Any, weight: Tensor, bias: Tensor | None, scale: float, softcap: float):
+        self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+        self.bias = None if bias is None else bias.contiguous()
+        depth = 128 // hidden.element_size()
+        exact = hidden.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        precision = "interpreted" if not hidden.is_cuda else "ieee" if exact else "tf32"
+        self.options = {"PRECISION": precision, "BLOCK": BLOCK, "BLOCK_D": depth, "num_warps": 8,
+                        "num_stages": 2 if torch.version.hip else 3}  # fmt: skip
+        self.even = hidden.shape[1] % depth == 0
+        self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), scale, softcap or None)
+
+
+def _blocks(count: int) -> int:
+    return math.ceil(count / BLOCK)
+
+
+def _bands(count: int, step: int) -> Iterator[slice]:
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))

@@ -1,0 +1,228 @@
+"""Kernels of the cut path: tiles of logits made on tensor cores, used on chip, and never written.
+
+    statistics_kernel   hidden states and a head -> shares of a row's log-sum-exp
+    tile_kernel         both models' tiles -> shares of D and S (TOTALS), or a tile of the logits' gradient (GRADIENT)
+    product_kernel      tiles of the gradient -> hidden states' and weight's gradient
+
+Tiles are BLOCK × BLOCK. `facts` holds a row of floats for each of FACTS, what the sweeps before left of it.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import LOWEST, _capped
+from .terms import _times
+
+BLOCK = 128
+TOTALS, GRADIENT = tl.constexpr(0), tl.constexpr(1)
+FACTS = ("scale", "student_top", "student_rate", "student_log_total", "plain_log_total", "teacher_top", "teacher_rate",
+         "teacher_log_total", "weight", "of_divergence", "of_q", "of_label", "of_weight")  # fmt: skip
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    if PRECISION == "interpreted":  # NumPy has no bfloat16 product
+        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _logits(
+    hidden, weight, bias, n, v, last, vocabulary, width, hidden_stride, weight_stride, scale, cap,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The logits (BLOCK, BLOCK) of rows n and entries v; −inf beyond the vocabulary."""
+    d = tl.arange(0, BLOCK_D)
+    left = hidden + tl.minimum(n, last).to(tl.int64)[:, None] * hidden_stride + d[None, :]
+    right = weight + tl.minimum(v, vocabulary - 1).to(tl.int64)[None, :] * weight_stride + d[:, None]
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in tl.range(0, width, BLOCK_D):
+        if EVEN:
+            a, b = tl.load(left + start), tl.load(right + start)
+        else:
+            a = tl.load(left + start, mask=d[None, :] < width - start, other=0.0)
+            b = tl.load(right + start, mask=d[:, None] < width - start, other=0.0)
+        total = _dot(a, b, total, PRECISION)
+    z = total * scale
+    if bias is not None:
+        z += tl.load(bias + tl.minimum(v, vocabulary - 1)).to(tl.float32)[None, :]
+    return tl.where((v < vocabulary)[None, :], _capped(z, cap), float("-inf"))
+
+
+@triton.jit
+def _grown(top, total, new, z, rate):
+    """Σ exp(rate·(z − top)) with a tile's entries added and the maximum moved to `new`."""
+    return total * tl.exp((top - new) * rate) + tl.sum(tl.exp((z - new[:, None]) * rate[:, None]), 1)
+
+
+@triton.jit
+def statistics_kernel(
+    hidden, weight, bias, row_scale, rates, labels, partials, rows, vocabulary, width, hidden_stride, weight_stride,
+    scale, cap, span, PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One model's maximum, total, total at temperature 1 (PLAIN) and label's logit; partials: (4, splits, rows).
+
+    Grid: (blocks of rows, splits); a split is a span of the vocabulary. Blocks of masked rows alone do nothing.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < rows
+    rate = tl.load(rates + n, mask=inside, other=1.0)
+    top = tl.zeros([BLOCK], tl.float32) + LOWEST
+    total, plain, label_logit = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), 0.0 * rate
+    label = n
+    if labels is not None:
+        label = tl.load(labels + n, mask=inside, other=-1)
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, vocabulary)
+    if tl.max((tl.load(row_scale + n, mask=inside, other=0.0) != 0).to(tl.int32), 0) == 0:
+        end = begin
+    for start in tl.range(begin, end, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        z = _logits(hidden, weight, bias, n, v, rows - 1, vocabulary, width, hidden_stride, weight_stride, scale, cap,
+                    EVEN, PRECISION, BLOCK, BLOCK_D)  # fmt: skip
+        new = tl.maximum(top, tl.max(z, 1))
+        total = _grown(top, total, new, z, rate)
+        if PLAIN:
+            plain = _grown(top, plain, new, z, tl.zeros([BLOCK], tl.float32) + 1.0)
+        if labels is not None:
+            label_logit += tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1)
+        top = new
+    field = rows * tl.num_programs(1)
+    to = partials + tl.program_id(1) * rows + n
+    tl.store(to, top, mask=inside)
+    tl.store(to + field, total, mask=inside)
+    tl.store(to + 2 * field, plain, mask=inside)
+    tl.store(to + 3 * field, label_logit, mask=inside)
+
+
+@triton.jit
+def _fact(facts, NUMBER: tl.constexpr, n, rows):
+    return tl.load(facts + NUMBER * rows + tl.minimum(n, rows - 1))[:, None]
+
+
+@triton.jit
+def tile_kernel(
+    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, facts, labels, class_weight, live,
+    partials, gradient, rows, vocabulary, student_width, student_stride, student_weight_stride, student_scale,
+    student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter, threshold,
+    first_row, first_entry, span, gradient_stride, TERMS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
+    STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Tiles of both models. Grid: (blocks of rows, spans of the vocabulary), from first_row and first_entry.
+
+    TOTALS: partials (3, splits, rows) get the shares of D, of S and of Σ w·log q for smoothing, and `live`, one byte a
+    tile (rows' blocks, vocabulary's blocks), whether a probability reaches `threshold` or a row's label is here.
+    GRADIENT: the span is one tile; it goes to `gradient`, rows and entries from the first ones, zeros where not live
+    and beyond the ends.
+    """
+    n = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = _fact(facts, 0, n, rows)
+    counts = (n < rows)[:, None] & (scale != 0)
+    student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
+    student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
+    if teacher is not None:
+        teacher_top, teacher_rate = _fact(facts, 5, n, rows), _fact(facts, 6, n, rows)
+        teacher_log_total = _fact(facts, 7, n, rows)
+    if labels is not None:
+        label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
+    begin = first_entry + tl.program_id(1) * span
+    end = tl.minimum(begin + span, vocabulary)
+    needed = tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0
+    flag = live
+    if PHASE == GRADIENT and live is not None:
+        flag = live + (first_row // BLOCK + tl.program_id(0)) * tl.cdiv(vocabulary, BLOCK) + begin // BLOCK
+        needed = needed & (tl.load(flag) != 0)
+    if not needed:
+        end = begin
+    value, weight, linear = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    result = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in tl.range(begin, end, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = (v < vocabulary)[None, :]
+        z = _logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width, student_stride,
+                    student_weight_stride, student_scale, student_cap, STUDENT_EVEN, PRECISION, BLOCK,
+                    BLOCK_D)  # fmt: skip
+        log_q = (z - student_top) * student_rate - student_log_total
+        q = tl.exp(log_q)
+        hot = ~(q < threshold)  # NaN is hot
+        if teacher is not None:
+            y = _logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
+                        teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN, PRECISION,
+                        BLOCK, BLOCK_D)  # fmt: skip
+            log_p = (y - teacher_top) * teacher_rate - teacher_log_total
+            p = tl.exp(log_p)
+            of_student, of_teacher = TERMS(p, q, log_p, log_q, parameter)
+            if PHASE == TOTALS:
+                hot = hot | ~(p < threshold)
+                value += tl.sum(tl.where(inside, of_student + of_teacher, 0.0), 1)
+                weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
+            else:
+                result = _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
+        if labels is not None:
+            log_plain = z - student_top - plain_log_total
+            here = v[None, :] == label
+            if SMOOTHED:
+                w = inside.to(tl.float32)
+                if class_weight is not None:
+                    w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
+            if PHASE == TOTALS:
+                hot = hot | here | ~(tl.exp(log_plain) < threshold)
+                if SMOOTHED:
+                    linear += tl.sum(tl.where(inside, _times(w, log_plain), 0.0), 1)
+            else:
+                of_labels = _fact(facts, 10, n, rows) * tl.exp(log_plain)
+                if SMOOTHED:
+                    of_labels -= _fact(facts, 12, n, rows) * w
+                result += of_labels - tl.where(here, _fact(facts, 11, n, rows), 0.0)
+        if PHASE == TOTALS:
+            if live is not None:
+                flag = live + tl.program_id(0) * tl.cdiv(vocabulary, BLOCK) + start // BLOCK
+                tl.store(flag, tl.max(tl.max((hot & counts & inside).to(tl.int8), 1), 0))
+        else:
+            if student_cap is not None:
+                result *= 1 - (z / student_cap) * (z / student_cap)
+            result = tl.where(counts & inside, result, 0.0)
+    if PHASE == TOTALS:
+        field = rows * tl.num_programs(1)
+        to = partials + tl.program_id(1) * rows + n
+        tl.store(to, value, mask=n < rows)
+        tl.store(to + field, weight, mask=n < rows)
+        tl.store(to + 2 * field, linear, mask=n < rows)
+    else:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(gradient + i[:, None] * gradient_stride + j[None, :], result)
+
+
+@triton.jit
+def product_kernel(
+    gradient, other, out, order, counts, k_count, k_last, width, i_stride, k_stride, other_stride, order_stride,
+    FRESH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``out (I, width) += gradient (I, K) other (K, width)`` in float32; FRESH: without the old out.
+
+    Strides make the gradient's buffer a matrix or its transpose; I and K are whole tiles. With `order`, (I's blocks,
+    K's blocks), block i meets only the first counts[i] of its K's blocks. Grid: (I's blocks, the width's blocks).
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    steps = k_count // BLOCK_K
+    if order is not None:
+        steps = tl.load(counts + tl.program_id(0)) * (BLOCK // BLOCK_K)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for step in tl.range(0, steps):
+        first = step * BLOCK_K
+        if order is not None:
+            block = tl.load(order + tl.program_id(0) * order_stride + first // BLOCK)
+            first = block.to(tl.int32) * BLOCK + first % BLOCK
+        k = first + tl.arange(0, BLOCK_K)
+        a = tl.load(gradient + i[:, None] * i_stride + k[None, :] * k_stride)
+        rows_of_other = tl.minimum(k, k_last).to(tl.int64)[:, None] * other_stride
+        b = tl.load(other + rows_of_other + j[None, :], mask=j[None, :] < width, other=0.0)
+        total = _dot(a, b, total, PRECISION)
+    to = out + i[:, None] * width + j[None, :]
+    if not FRESH:
+        total += tl.load(to, mask=j[None, :] < width, other=0.0)
+    tl.store(to, total, mask=j[None, :] < width)

@@ -1,0 +1,177 @@
+"""The cut path (memory="minimal") in Triton's interpreter: every divergence and keyword, bands, skipping, memory."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fdistill_kernels as fk
+from fdistill_kernels.backends.rows import LinearCall
+from fdistill_kernels.backends.triton import cut
+from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.reference import f_divergence_rows
+
+from .conftest import relative
+
+N, V, D, D_T = 200, 301, 40, 72
+MINIMAL = dict(memory="minimal", backend="triton")
+
+
+@pytest.fixture(params=["one band", "bands of one tile"])
+def bands(request, monkeypatch):
+    if request.param != "one band":
+        monkeypatch.setattr(cut, "ACCUMULATOR_BYTES", 1)
+        monkeypatch.setattr(cut, "GRADIENT_BYTES", 1)
+
+
+def problem(dtype=torch.float32, n=N):
+    student = (torch.randn(n, D).to(dtype).requires_grad_(), (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_())
+    return (*student, torch.randn(n, D_T).to(dtype), (torch.randn(V, D_T) / D_T**0.5).to(dtype))
+
+
+def exact(x):
+    return x.detach().double().requires_grad_()
+
+
+@pytest.mark.parametrize("name", list(TABLE))
+def test_every_divergence(name, bands):
+    hidden, weight, teacher, teacher_weight = problem()
+    loss = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, name, temperature=1.5, **MINIMAL)
+    h, w = exact(hidden), exact(weight)
+    expected = f_divergence_rows(h @ w.T, teacher.double() @ teacher_weight.double().T, name, 1.5).mean()
+    assert relative(loss, expected) < 2e-5
+    got, want = (torch.autograd.grad(x, i) for x, i in ((loss, (hidden, weight)), (expected, (h, w))))
+    assert all((g - e).norm() < 1e-4 * e.norm() for g, e in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["js", "kl", "rkl"])
+def test_all_keywords(name, bands):
+    hidden, weight, teacher, teacher_weight = problem()
+    bias, teacher_bias = torch.randn(V, requires_grad=True), torch.randn(V)
+    labels = torch.randint(V, (N,))
+    labels[2:150] = -100  # a whole block of rows among them
+    t = torch.rand(N) + 0.5
+    keywords = dict(
+        student_bias=bias, teacher_bias=teacher_bias, logit_scale=0.7, teacher_logit_scale=1.3, logit_softcap=2.0,
+        teacher_logit_softcap=3.0, labels=labels, ce_weight=0.3, label_smoothing=0.1, z_loss=1e-2, temperature=t,
+        token_weight=torch.rand(N), teacher_temperature=2.0, temperature_squared=True, num_items=17, return_parts=True,
+    )  # fmt: skip
+    results = []
+    for path in (MINIMAL, dict(backend="torch")):
+        loss, parts = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, name, **keywords, **path)
+        results.append((loss, *parts, *torch.autograd.grad(loss, (hidden, weight, bias))))
+    assert all(relative(a, b) < 2e-5 for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy(smoothing, bands):
+    hidden, weight, *_ = problem()
+    class_weight, target = torch.rand(V), torch.randint(V, (N,))
+    target[:30] = -100
+    h, w = exact(hidden), exact(weight)
+    loss = fk.linear_cross_entropy(hidden, weight, target, weight=class_weight, label_smoothing=smoothing, **MINIMAL)
+    expected = F.cross_entropy(h @ w.T, target, class_weight.double(), label_smoothing=smoothing)
+    got, want = (torch.autograd.grad(x, i) for x, i in ((loss, (hidden, weight)), (expected, (h, w))))
+    assert relative(loss, expected) < 1e-5 and all(relative(g, e) < 2e-5 for g, e in zip(got, want, strict=True))
+
+
+def test_narrow_dtypes_frozen_heads_and_rows_of_their_own():
+    for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        hidden, weight, teacher, teacher_weight = problem(dtype, 40)
+        loss = fk.linear_f_divergence(hidden, weight.detach(), teacher, teacher_weight, reduction="none", **MINIMAL)
+        upstream = torch.rand(40)
+        h = exact(hidden)
+        expected = f_divergence_rows(h @ exact(weight).T, teacher.double() @ teacher_weight.double().T, "js")
+        (got,) = torch.autograd.grad((loss * upstream).sum(), hidden)
+        (want,) = torch.autograd.grad((expected * upstream).sum(), h)
+        assert got.dtype == dtype and (got - want).norm() < bound * want.norm() and relative(loss, expected) < bound
+
+
+def peaked_problem(dtype):
+    """Both models put all their probability on the first 128 entries, but for about e^-40."""
+    hidden, weight, teacher, teacher_weight = (x.detach() for x in problem(dtype))
+    for states, head in ((hidden, weight), (teacher, teacher_weight)):
+        states[:, 0], head[:, 0] = 8, 0
+        head[128:, 0] = -5
+    return hidden.requires_grad_(), weight.requires_grad_(), teacher, teacher_weight
+
+
+@pytest.mark.parametrize("name", ["js", "kl", "tvd", "skew_kl", "rkl"])
+def test_skipped_tiles_are_within_the_bound(name, monkeypatch):
+    hidden, weight, teacher, teacher_weight = peaked_problem(torch.float32)
+    labels = torch.randint(128, (N,))
+    labels[150] = 200  # a live tile among the others
+    seen = []
+    original = cut._Sweeps.hidden_gradient
+    monkeypatch.setattr(cut._Sweeps, "hidden_gradient", lambda self, x: (seen.append(self.live), original(self, x)))
+    results = []
+    for skip in (True, False):
+        loss = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, name, labels=labels, ce_weight=1.0,
+                                      skip_tiles=skip, reduction="sum", **MINIMAL)  # fmt: skip
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    skipped, whole = results
+    assert skipped[0] == whole[0] and seen[1] is None
+    if name == "rkl":
+        assert seen[0] is None  # no bound, no skipping
+    else:
+        assert seen[0].tolist() == [[1, 0, 0], [1, 1, 0]]
+        bound = 3 * torch.finfo(torch.float32).eps  # of a row's L1 norm: the divergence's 2ε, the cross-entropy's ε
+        assert ((skipped[1] - whole[1]).abs().sum(1) <= bound * weight.abs().max() * D + 1e-6 * whole[1].norm()).all()
+        assert (skipped[2][128:256] != 0).any() and (skipped[2][256:] == 0).all()
+
+
+def test_nothing_is_skipped_of_a_flat_distribution():
+    hidden, weight = torch.zeros(4, D, requires_grad=True), torch.randn(V, D)
+    teacher = torch.zeros(4, D_T)
+    bias = torch.linspace(0, 1e-2, V)
+    loss = fk.linear_f_divergence(hidden, weight, teacher, torch.randn(V, D_T), "kl", student_bias=bias, **MINIMAL)
+    assert torch.autograd.grad(loss, hidden)[0].abs().min() > 0
+
+
+def test_same_inputs_give_the_same_bits_and_nan_is_seen():
+    inputs = problem()
+    one, two = (torch.autograd.grad(fk.linear_f_divergence(*inputs, **MINIMAL), inputs[:2]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    with torch.no_grad():
+        inputs[0][3, 1] = float("nan")
+    loss = fk.linear_f_divergence(*inputs, reduction="none", **MINIMAL)
+    assert loss[3].isnan() and not loss[[0, 1, 2, 4]].isnan().any()
+    loss = fk.linear_f_divergence(*inputs, **MINIMAL)
+    assert torch.autograd.grad(loss, inputs[0])[0][3].isnan().all()
+
+
+def test_misuse():
+    hidden, weight, teacher, teacher_weight = problem()
+    with pytest.raises(ValueError, match="give teacher_hidden and teacher_weight"):
+        fk.linear_f_divergence(hidden, weight, teacher @ teacher_weight.T, memory="minimal")
+    with pytest.raises(ValueError, match="memory must be 'chunks' or 'minimal'"):
+        fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, memory="little")
+    with pytest.raises(ValueError, match="teacher_logit_softcap needs teacher_weight"):
+        fk.linear_f_divergence(hidden, weight, teacher @ teacher_weight.T, teacher_logit_softcap=3.0)
+    with pytest.raises(ValueError, match="logit_softcap must be in"):
+        fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, logit_softcap=0.0)
+
+
+@pytest.mark.parametrize("shape", [(1024, 128256, 4096), (8192, 128256, 4096), (65536, 128256, 2048)])
+def test_memory_of_the_sizes_that_matter(shape, monkeypatch):
+    """Every allocation of the sweeps, between kernels that do nothing; what nobody writes costs the test no memory."""
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    for kernel in ("statistics_kernel", "tile_kernel", "product_kernel"):
+        monkeypatch.setattr(cut, kernel, Nothing())
+    n, v, d = shape
+    monkeypatch.setattr(cut.launch, "device_of", lambda _: cut.launch.Device("H100", 132, 50 << 20))
+    hidden, weight = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
+    ones = torch.ones(n)
+    call = LinearCall(hidden, weight, None, hidden, weight, None, 1.0, 1.0, 0.0, 0.0, ones, ones, ones, ones,
+                      ones.long(), None, TABLE["js"], 0.1, 0.0, 0.0, True, True, False)  # fmt: skip
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        outputs = cut.linear_rows(call, True)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    beyond = max(alive) - sum(x.nbytes for x in outputs)
+    assert 8e6 < beyond <= 16e6, f"{beyond / 1e6:.1f} MB"
