@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdistill_kernels.backends.triton import CROSSED, HEAVY, launch, rows, terms
+from fdistill_kernels.backends.triton import CROSSED, HEAVY, cut, launch, rows, terms, tiles
 
 RESULTS = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -29,7 +29,7 @@ CENTRED = ("Kl", "CrossEntropy")
 H100 = launch.Device("H100", 132, 50 << 20)
 
 
-def variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE"):
+def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE"):
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
     heavy = labels is not None or symbol in HEAVY
@@ -52,16 +52,51 @@ def variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels
         "CROSSED": CROSSED.get(symbol), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
     }  # fmt: skip
-    names = rows.row_kernel.arg_names
-    signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
-    constants.update({n: None for n in names if n in types and types[n] is None})
-    divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in ("rows", "inner")}
     name = "/".join(filter(None, [symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower()]))
-    return name, signature, {(names.index(k),): v for k, v in constants.items()}, attributes, chosen.warps
+    return name, rows.row_kernel, types, constants, chosen.warps
+
+
+def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, older=False):
+    """The same for a kernel of the cut path: heads without a bias, widths of whole blocks."""
+    matrix, f32, i32 = f"*{dtype}", "*fp32", "i32"
+    teacher = symbol is not None
+    gradient = None if phase == "TOTALS" else matrix
+    types = {
+        **dict.fromkeys(("hidden", "weight", "student", "student_weight", "other"), matrix), "gradient": gradient,
+        **dict.fromkeys(("teacher", "teacher_weight"), matrix if teacher else None),
+        **dict.fromkeys(("row_scale", "rates", "partials", "facts", "out"), f32),
+        **dict.fromkeys(("bias", "student_bias", "teacher_bias", "cap", "student_cap", "teacher_cap"), None),
+        "labels": "*i64" if labels else None, "class_weight": f32 if labels == "smoothed" else None,
+        "live": "*i8" if live else None, "order": "*i32" if live else None, "counts": "*i32" if live else None,
+        **dict.fromkeys(("scale", "student_scale", "teacher_scale", "parameter", "log_threshold"), "fp32"),
+    }  # fmt: skip
+    if kernel == "tile_kernel" and phase == "GRADIENT":
+        types["partials"] = None
+    constants = {
+        "TERMS": getattr(terms, symbol) if symbol else None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
+        "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK": tiles.BLOCK, "FRESH": False,
+        "BLOCK_V": cut.tile_width(
+            getattr(tiles, phase) if kernel == "tile_kernel" else None, symbol, bool(labels), labels == "smoothed",
+            4 if dtype == "fp32" else 2, older),
+        **dict.fromkeys(("BLOCK_D", "BLOCK_K"), 32 if dtype == "fp32" else 64),
+    }  # fmt: skip
+    function = getattr(tiles, kernel)
+    names = function.arg_names
+    types = {n: types.get(n, i32) for n in names if n not in constants}
+    parts = (kernel, symbol, dtype, labels, phase.lower() if kernel == "tile_kernel" else None, None if live else "all")
+    constants = {k: v for k, v in constants.items() if k in names}
+    return "/".join(filter(None, parts)), function, types, constants, 8
 
 
 VARIANTS = [
+    *[dict(kernel="statistics_kernel", dtype=d, labels="plain", live=False) for d in ("bf16", "fp16", "fp32")],
+    *[dict(kernel="tile_kernel", symbol=s, phase=p) for s in ("Gjs", "Kl", "Alpha") for p in ("TOTALS", "GRADIENT")],
+    *[dict(kernel="tile_kernel", symbol=s, phase=p, labels="smoothed", live=False) for s in ("Gjs", None)
+      for p in ("TOTALS", "GRADIENT")],
+    *[dict(kernel="tile_kernel", symbol=s, phase="GRADIENT", labels="plain") for s in ("Gjs", None)],
+    *[dict(kernel="tile_kernel", symbol="Gjs", dtype="fp32", phase=p) for p in ("TOTALS", "GRADIENT")],
+    *[dict(kernel="product_kernel", dtype=d, live=x) for d, x in (("bf16", True), ("bf16", False), ("fp32", True))],
     *[dict(symbol=symbol) for symbol in terms.BY_SYMBOL],
     *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
@@ -74,10 +109,19 @@ VARIANTS = [
 def compile_one(job):
     """Resources of one variant on one target."""
     arguments, target_name = job
-    name, signature, constants, attributes, warps = variant(**arguments)
+    if "kernel" in arguments:
+        name, function, types, constants, warps = tile_variant(**arguments, older=target_name == "sm_80")
+    else:
+        name, function, types, constants, warps = row_variant(**arguments)
+    names = function.arg_names
+    signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
+    constants.update({n: None for n in names if n in types and types[n] is None})
+    divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in ("rows", "inner")}
     target = TARGETS[target_name]
-    source = ASTSource(rows.row_kernel, signature, constants, attributes)
-    options = {"num_warps": warps // (target.warp_size // 32)}
+    source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
+    amd = target.backend == "hip"
+    options = {"num_warps": warps // (target.warp_size // 32), "num_stages": 2 if amd else 3}
     compiled = triton.compile(source, target=target, options=options)
     found = resources_amd(compiled) if target.backend == "hip" else resources_nvidia(compiled)
     return f"{name} @ {target_name}", {**found, "shared": compiled.metadata.shared}
@@ -94,9 +138,10 @@ def resources_nvidia(compiled):
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        "wide_loads": len(re.findall(r"\bLDG\.\S*128", code)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.\S*128", code)),
         "wide_stores": len(re.findall(r"\bSTG\.\S*128", code)),
         "double": len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b", code)),
+        "matrix": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code)),
     }
 
 
@@ -110,6 +155,7 @@ def resources_amd(compiled):
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
         "double": len(re.findall(r"\bv_(?:add|mul|fma)_f64", code)),
+        "matrix": len(re.findall(r"\bv_mfma_", code)),
     }
 
 

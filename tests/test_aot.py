@@ -22,6 +22,8 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
     for name, now in measured["kernels"].items():
         if now["spill_bytes"] or now["double"] or not now["wide_loads"]:
             wrong.append((name, now))
+        if "_kernel/" in name and "fp32" not in name and not now["matrix"]:
+            wrong.append((name, "no tensor-core instruction", now))
         before = COMMITTED["kernels"][name]
         if measured["triton"] == COMMITTED["triton"]:
             worse = now["registers"] > before["registers"] or now["shared"] > before["shared"]

@@ -28,6 +28,7 @@ from .tiles import BLOCK, FACTS, GRADIENT, TOTALS, product_kernel, statistics_ke
 
 ACCUMULATOR_BYTES = 8 << 20
 GRADIENT_BYTES = 2 << 20
+STAGES = 2 if torch.version.hip else 3
 #: Symbols whose gradient of entries with p, q < ε/V has an L1 norm under 2ε: |q·(g − S)| ≤ 2·max(p, q).
 SKIPPABLE = ("Kl", "CrossEntropy", "Gjs", "SkewKl", "Tvd")
 
@@ -104,7 +105,7 @@ class _Sweeps:
             statistics_kernel[(_blocks(self.rows), self.splits)](
                 head.hidden, head.weight, head.bias, call.row_scale, rate, call.labels if of_student else None,
                 partials, self.rows, self.vocabulary, *head.shape, self.span, PLAIN=plain and of_student,
-                EVEN=head.even, **head.options,
+                EVEN=head.even, **head.options(None),
             )  # fmt: skip
             tops, totals, plain_totals, label_logits = partials
             top = tops.amax(0)
@@ -151,15 +152,16 @@ class _Sweeps:
               partials: Tensor | None = None, gradient: Tensor | None = None) -> None:  # fmt: skip
         """Launches `tile_kernel`."""
         call, student, teacher = self.call, self.student, self.teacher
-        resolution = torch.finfo(call.hidden.dtype).eps
+        symbol = (call.divergence.symbol or "own") if call.divergence else None
+        log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         tile_kernel[grid](
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
             teacher and teacher.bias, self.facts, call.labels, call.class_weight if self.smoothed else None, self.live,
             partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
-            call.divergence.parameter if call.divergence else 0.0, resolution / self.vocabulary, *first, span,
+            call.divergence.parameter if call.divergence else 0.0, log_threshold, *first, span,
             gradient.stride(0) if gradient is not None else 0, TERMS=triton_backend._terms(call.divergence),
             SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
-            **student.options,
+            **student.options(phase, symbol, call.labels is not None, self.smoothed),
         )  # fmt: skip
 
     def gradient_tiles(self, rows: slice, entries: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -213,7 +215,7 @@ class _Sweeps:
         product_kernel[(gradient.shape[0] // BLOCK, _blocks(width))](
             gradient, other, total, order, counts, gradient.shape[1], other.shape[0] - 1, width, *gradient.stride(),
             other.stride(0), 0 if order is None else order.stride(0), FRESH=fresh,
-            **{("BLOCK_K" if k == "BLOCK_D" else k): v for k, v in self.student.options.items()},
+            PRECISION=self.student.precision, BLOCK=BLOCK, BLOCK_K=self.student.depth, num_warps=8, num_stages=STAGES,
         )  # fmt: skip
 
 
@@ -223,13 +225,31 @@ class _Head:
     def __init__(self, hidden: Any, weight: Tensor, bias: Tensor | None, scale: float, softcap: float):
         self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
         self.bias = None if bias is None else bias.contiguous()
-        depth = 128 // hidden.element_size()
+        self.depth = 128 // hidden.element_size()
         exact = hidden.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        precision = "interpreted" if not hidden.is_cuda else "ieee" if exact else "tf32"
-        self.options = {"PRECISION": precision, "BLOCK": BLOCK, "BLOCK_D": depth, "num_warps": 8,
-                        "num_stages": 2 if torch.version.hip else 3}  # fmt: skip
-        self.even = hidden.shape[1] % depth == 0
+        self.precision = "interpreted" if not hidden.is_cuda else "ieee" if exact else "tf32"
+        self.even = hidden.shape[1] % self.depth == 0
         self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), scale, softcap or None)
+
+    def options(self, phase: Any, symbol: str | None = None, labels: bool = False, smoothed: bool = False) -> Any:
+        """Of a kernel that makes logits; see `tile_width`."""
+        device, size = self.hidden.device, self.hidden.element_size()
+        older = self.hidden.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(device) < (9, 0)
+        return {"PRECISION": self.precision, "BLOCK": BLOCK, "BLOCK_D": self.depth, "num_warps": 8,
+                "num_stages": STAGES, "BLOCK_V": tile_width(phase, symbol, labels, smoothed, size, older)}  # fmt: skip
+
+
+def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, itemsize: int, older: bool) -> int:
+    """Entries of the logits' tiles: as many as registers hold without spilling; `older` than sm_90.
+
+    phase: TOTALS, GRADIENT, or None for the statistics. symbol: the divergence's, None without a teacher.
+    """
+    if phase is None or itemsize == 4:
+        return BLOCK if itemsize == 2 else 64 if phase is None else 32
+    width = BLOCK
+    if phase.value == TOTALS.value or labels or symbol == "Alpha":
+        width = 32 if smoothed and (symbol or older) else 64
+    return max(32, width // 2) if older and symbol else width
 
 
 def _blocks(count: int) -> int:

@@ -29,13 +29,13 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def _logits(
     hidden, weight, bias, n, v, last, vocabulary, width, hidden_stride, weight_stride, scale, cap,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The logits (BLOCK, BLOCK) of rows n and entries v; −inf beyond the vocabulary."""
+    """The logits (BLOCK, BLOCK_V) of rows n and entries v; −inf beyond the vocabulary."""
     d = tl.arange(0, BLOCK_D)
     left = hidden + tl.minimum(n, last).to(tl.int64)[:, None] * hidden_stride + d[None, :]
     right = weight + tl.minimum(v, vocabulary - 1).to(tl.int64)[None, :] * weight_stride + d[:, None]
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     for start in tl.range(0, width, BLOCK_D):
         if EVEN:
             a, b = tl.load(left + start), tl.load(right + start)
@@ -59,7 +59,7 @@ def _grown(top, total, new, z, rate):
 def statistics_kernel(
     hidden, weight, bias, row_scale, rates, labels, partials, rows, vocabulary, width, hidden_stride, weight_stride,
     scale, cap, span, PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One model's maximum, total, total at temperature 1 (PLAIN) and label's logit; partials: (4, splits, rows).
 
@@ -77,10 +77,10 @@ def statistics_kernel(
     end = tl.minimum(begin + span, vocabulary)
     if tl.max((tl.load(row_scale + n, mask=inside, other=0.0) != 0).to(tl.int32), 0) == 0:
         end = begin
-    for start in tl.range(begin, end, BLOCK):
-        v = start + tl.arange(0, BLOCK)
+    for start in tl.range(begin, end, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
         z = _logits(hidden, weight, bias, n, v, rows - 1, vocabulary, width, hidden_stride, weight_stride, scale, cap,
-                    EVEN, PRECISION, BLOCK, BLOCK_D)  # fmt: skip
+                    EVEN, PRECISION, BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
         new = tl.maximum(top, tl.max(z, 1))
         total = _grown(top, total, new, z, rate)
         if PLAIN:
@@ -105,28 +105,22 @@ def _fact(facts, NUMBER: tl.constexpr, n, rows):
 def tile_kernel(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, facts, labels, class_weight, live,
     partials, gradient, rows, vocabulary, student_width, student_stride, student_weight_stride, student_scale,
-    student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter, threshold,
-    first_row, first_entry, span, gradient_stride, TERMS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
-    STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter,
+    log_threshold, first_row, first_entry, span, gradient_stride, TERMS: tl.constexpr, SMOOTHED: tl.constexpr,
+    PHASE: tl.constexpr, STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Tiles of both models. Grid: (blocks of rows, spans of the vocabulary), from first_row and first_entry.
 
     TOTALS: partials (3, splits, rows) get the shares of D, of S and of Σ w·log q for smoothing, and `live`, one byte a
-    tile (rows' blocks, vocabulary's blocks), whether a probability reaches `threshold` or a row's label is here.
+    tile (rows' blocks, vocabulary's blocks), whether a log-probability reaches
+    `log_threshold` or a row's label is here.
     GRADIENT: the span is one tile; it goes to `gradient`, rows and entries from the first ones, zeros where not live
     and beyond the ends.
     """
     n = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = _fact(facts, 0, n, rows)
     counts = (n < rows)[:, None] & (scale != 0)
-    student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
-    student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
-    if teacher is not None:
-        teacher_top, teacher_rate = _fact(facts, 5, n, rows), _fact(facts, 6, n, rows)
-        teacher_log_total = _fact(facts, 7, n, rows)
-    if labels is not None:
-        label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
     begin = first_entry + tl.program_id(1) * span
     end = tl.minimum(begin + span, vocabulary)
     needed = tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0
@@ -134,66 +128,76 @@ def tile_kernel(
     if PHASE == GRADIENT and live is not None:
         flag = live + (first_row // BLOCK + tl.program_id(0)) * tl.cdiv(vocabulary, BLOCK) + begin // BLOCK
         needed = needed & (tl.load(flag) != 0)
-    if not needed:
-        end = begin
     value, weight, linear = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    result = tl.zeros([BLOCK, BLOCK], tl.float32)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if not needed:
+        if PHASE == GRADIENT:
+            j = begin - first_entry + tl.arange(0, BLOCK)
+            tl.store(gradient + i[:, None] * gradient_stride + j[None, :], tl.zeros([BLOCK, BLOCK], tl.float32))
+        end = begin
     for start in tl.range(begin, end, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        inside = (v < vocabulary)[None, :]
-        z = _logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width, student_stride,
-                    student_weight_stride, student_scale, student_cap, STUDENT_EVEN, PRECISION, BLOCK,
-                    BLOCK_D)  # fmt: skip
-        log_q = (z - student_top) * student_rate - student_log_total
-        q = tl.exp(log_q)
-        hot = ~(q < threshold)  # NaN is hot
-        if teacher is not None:
-            y = _logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
-                        teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN, PRECISION,
-                        BLOCK, BLOCK_D)  # fmt: skip
-            log_p = (y - teacher_top) * teacher_rate - teacher_log_total
-            p = tl.exp(log_p)
-            of_student, of_teacher = TERMS(p, q, log_p, log_q, parameter)
-            if PHASE == TOTALS:
-                hot = hot | ~(p < threshold)
-                value += tl.sum(tl.where(inside, of_student + of_teacher, 0.0), 1)
-                weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
-            else:
-                result = _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
-        if labels is not None:
-            log_plain = z - student_top - plain_log_total
-            here = v[None, :] == label
-            if SMOOTHED:
-                w = inside.to(tl.float32)
-                if class_weight is not None:
-                    w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
-            if PHASE == TOTALS:
-                hot = hot | here | ~(tl.exp(log_plain) < threshold)
+        hot = tl.zeros([BLOCK, 1], tl.int32)
+        for offset in tl.range(0, BLOCK, BLOCK_V):
+            v = start + offset + tl.arange(0, BLOCK_V)
+            inside = (v < vocabulary)[None, :]
+            if teacher is not None:
+                y = _logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
+                            teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN, PRECISION,
+                            BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
+                log_p = (y - _fact(facts, 5, n, rows)) * _fact(facts, 6, n, rows) - _fact(facts, 7, n, rows)
+            z = _logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width,
+                        student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN, PRECISION,
+                        BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
+            # facts are loaded where they are used: registers that products could not spare
+            student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
+            student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
+            if labels is not None:
+                label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
+            if PHASE == TOTALS and live is not None:  # NaN is hot
+                most = tl.max(z, 1)[:, None] - student_top
+                hot |= ~(most * student_rate - student_log_total < log_threshold)
+                if teacher is not None:
+                    hot |= ~(tl.max(log_p, 1)[:, None] < log_threshold)
+                if labels is not None:
+                    hot |= (label >= start) & (label < start + BLOCK) | ~(most - plain_log_total < log_threshold)
+            result = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+            if labels is not None:
+                log_plain = z - student_top - plain_log_total
                 if SMOOTHED:
+                    w = inside.to(tl.float32)
+                    if class_weight is not None:
+                        w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
+                if PHASE == TOTALS and SMOOTHED:
                     linear += tl.sum(tl.where(inside, _times(w, log_plain), 0.0), 1)
-            else:
-                of_labels = _fact(facts, 10, n, rows) * tl.exp(log_plain)
-                if SMOOTHED:
-                    of_labels -= _fact(facts, 12, n, rows) * w
-                result += of_labels - tl.where(here, _fact(facts, 11, n, rows), 0.0)
-        if PHASE == TOTALS:
-            if live is not None:
-                flag = live + tl.program_id(0) * tl.cdiv(vocabulary, BLOCK) + start // BLOCK
-                tl.store(flag, tl.max(tl.max((hot & counts & inside).to(tl.int8), 1), 0))
-        else:
-            if student_cap is not None:
-                result *= 1 - (z / student_cap) * (z / student_cap)
-            result = tl.where(counts & inside, result, 0.0)
+                if PHASE == GRADIENT:
+                    result = _fact(facts, 10, n, rows) * tl.exp(log_plain)
+                    if SMOOTHED:
+                        result -= _fact(facts, 12, n, rows) * w
+                    result -= tl.where(v[None, :] == label, _fact(facts, 11, n, rows), 0.0)
+            if teacher is not None:
+                log_q = (z - student_top) * student_rate - student_log_total
+                p, q = tl.exp(log_p), tl.exp(log_q)
+                of_student, of_teacher = TERMS(p, q, log_p, log_q, parameter)
+                if PHASE == TOTALS:
+                    value += tl.sum(tl.where(inside, of_student + of_teacher, 0.0), 1)
+                    weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
+                else:
+                    result += _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
+            if PHASE == GRADIENT:
+                if student_cap is not None:
+                    result *= 1 - (z / student_cap) * (z / student_cap)
+                j = start - first_entry + offset + tl.arange(0, BLOCK_V)
+                to = gradient + i[:, None] * gradient_stride + j[None, :]
+                tl.store(to, tl.where(counts & inside, result, 0.0))
+        if PHASE == TOTALS and live is not None:
+            flag = live + tl.program_id(0) * tl.cdiv(vocabulary, BLOCK) + start // BLOCK
+            tl.store(flag, tl.max(tl.max((hot & counts).to(tl.int8), 1), 0))
     if PHASE == TOTALS:
         field = rows * tl.num_programs(1)
         to = partials + tl.program_id(1) * rows + n
         tl.store(to, value, mask=n < rows)
         tl.store(to + field, weight, mask=n < rows)
         tl.store(to + 2 * field, linear, mask=n < rows)
-    else:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(gradient + i[:, None] * gradient_stride + j[None, :], result)
 
 
 @triton.jit
