@@ -17,13 +17,14 @@ fi
 failed=0
 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider -x --maxfail=20 || failed=1
 if [ ${#dry[@]} -eq 0 ] && command -v compute-sanitizer >/dev/null; then
-  timeout 100 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
+  timeout 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import torch, fdistill_kernels as fk
 student, teacher = (torch.randn(7, 3001, device="cuda").bfloat16() for _ in range(2))
 labels = torch.randint(3001, (7,), device="cuda")
 fk.f_divergence(student.requires_grad_(), teacher, "js", labels=labels, ce_weight=0.1).backward()
 ' || failed=1
 fi
-timeout 240 "$PYTHON" -m benchmarks.gpu_rows --out "$out/gpu_rows.json" "${dry[@]}" || failed=1
+timeout 160 "$PYTHON" -m benchmarks.gpu_rows --out "$out/gpu_rows.json" "${dry[@]}" || failed=1
+timeout 200 "$PYTHON" -m benchmarks.gpu_linear --out "$out/gpu_linear.json" "${dry[@]}" || failed=1
 [ $failed -eq 0 ] && echo "gpu_check: all passed" || echo "gpu_check: FAILURES above"
 exit $failed

@@ -29,30 +29,40 @@ def row_losses(name: str) -> dict[str, object]:
     return {**peers, "liger-kernel": liger} if name in ("kl", "js", "tvd") else peers
 
 
-def linear_losses() -> dict[str, object]:
-    """Every installed peer's js of (student_hidden, student_weight, teacher_hidden, teacher_weight)."""
+def linear_losses(name: str = "js") -> dict[str, object]:
+    """Every installed peer's js or kl of (student_hidden, student_weight, teacher_hidden, teacher_weight)."""
     peers: dict[str, object] = {}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+        beta = 0.5 if name == "js" else 0.0  # liger's limit for teacher ‖ student
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
 
         def liger_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
             labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
             return liger(hidden, weight, teacher, teacher_weight, labels)
 
         peers["liger-kernel"] = liger_loss
+        if torch.cuda.is_available():  # its Triton kernel, beside the compiled chunks above
+            from liger_kernel.transformers import LigerFusedLinearJSD
+
+            fused = LigerFusedLinearJSD(jsd_beta=beta)
+            peers["liger-kernel fused"] = lambda hidden, weight, teacher, teacher_weight: fused(
+                hidden, weight, teacher, teacher_weight
+            )
     except ImportError:
         pass
     try:
         import orda_kernel
+
+        orda_options = {"kl_divergence": "skew_js", "kl_alpha": 0.5} if name == "js" else {"kl_divergence": "forward"}
 
         def orda_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
             labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
             teacher_model = orda_kernel.SeparateTeacher(teacher, teacher_weight)
             output = orda_kernel.distillation_loss(
                 hidden, weight, labels, teacher=teacher_model, student_ce_weight=0.0, teacher_ce_weight=0.0,
-                kl_weight=1.0, kl_divergence="skew_js", kl_alpha=0.5,
+                kl_weight=1.0, **orda_options,
             )  # fmt: skip
             return output.loss
 

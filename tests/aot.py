@@ -29,7 +29,7 @@ CENTRED = ("Kl", "CrossEntropy")
 H100 = launch.Device("H100", 132, 50 << 20)
 
 
-def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE"):
+def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False):
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
     heavy = labels is not None or symbol in HEAVY
@@ -43,6 +43,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "partials": f32 if phase != "WHOLE" else None, "row_scale": f32, "student_rates": f32, "teacher_rates": f32,
         "divergence_scale": f32, "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
         "class_weight_sum": f32 if weighted else None,
+        **dict.fromkeys(("student_cap", "teacher_cap"), "fp32" if capped else None),
         **dict.fromkeys(("rows", "inner", "vocabulary", "span", "student_outer", "student_inner", "teacher_outer",
                          "teacher_inner", "gradient_outer", "gradient_inner"), "i32"),
         **dict.fromkeys(("parameter", "ce_weight", "smoothing", "z_loss"), "fp32"),
@@ -52,7 +53,19 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "CROSSED": CROSSED.get(symbol), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
     }  # fmt: skip
-    name = "/".join(filter(None, [symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower()]))
+    name = "/".join(
+        filter(
+            None,
+            [
+                symbol or "labels alone",
+                dtype,
+                gradients or "no gradient",
+                labels,
+                phase.lower(),
+                "capped" if capped else None,
+            ],
+        )
+    )
     return name, rows.row_kernel, types, constants, chosen.warps
 
 
@@ -101,6 +114,7 @@ VARIANTS = [
     *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
         dict(labels="plain"), dict(labels="smoothed"))],
+    dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
     *[dict(symbol="Gjs", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
     *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
 ]  # fmt: skip
