@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_linear --out results.json [--dry]
 
-The floor is 2·N·V·(3·D_s + D_t) FLOP at the matrix rate measured first. Memory is the
-peak above inputs and gradients, the float32 accumulator of ∂weight included. --dry runs toy shapes in Triton's interpreter.
+The floor is 2·N·V·(3·D_s + D_t) FLOP at the matrix rate measured first. Memory is the peak above inputs and gradients,
+the float32 accumulator of ∂weight included. --dry runs toy shapes in Triton's interpreter.
 """
 
 from __future__ import annotations
