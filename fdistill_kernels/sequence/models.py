@@ -1,0 +1,176 @@
+"""Hugging Face models as the losses see them: hidden states before the output embedding, and that embedding.
+
+The output embedding is not run: while `hidden_only` holds, it hands its input on, so that N×V logits never exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..divergences import Divergence
+from ..linear import linear_cross_entropy, linear_f_divergence
+
+IGNORE = -100
+
+
+class Head(NamedTuple):
+    """An output embedding: logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap)."""
+
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def output_head(model: Any) -> Head:
+    """The model's output embedding, with what its architecture does to logits after it.
+
+    Raises:
+        ValueError: there is none. TypeError: it is not a plain weight (LoRA, quantised).
+    """
+    module = model.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding: not a language model with a head")
+    if hasattr(module, "modules_to_save"):  # PEFT's trainable copy of it
+        module = module.modules_to_save[module.active_adapters[0]]
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    bias = getattr(module, "bias", None)
+    extra = getattr(model, "final_logits_bias", None)  # BART's
+    if extra is not None and bool(extra.any()):
+        bias = extra.flatten() if bias is None else bias + extra.flatten()
+    return Head(module, module.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def is_plain(head: Head) -> bool:
+    """Whether the head is one floating matrix, and not LoRA's sum or quantised."""
+    return not hasattr(head.module, "lora_A") and head.weight.dim() == 2 and head.weight.is_floating_point()
+
+
+@contextlib.contextmanager
+def hidden_only(model: Any) -> Iterator[list[Tensor]]:
+    """Inside, a call of the model puts what its output embedding was given into the list, and makes no logits."""
+    module = model.get_output_embeddings()
+    captured: list[Tensor] = []
+
+    def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        captured.append(hidden)
+        return hidden[..., :1].detach()  # something for the model to go on with
+
+    module.forward = keep
+    try:
+        yield captured
+    finally:
+        del module.forward
+
+
+class Rows(NamedTuple):
+    """The steps of a batch of continuations, those that count, one after the other."""
+
+    hidden: Tensor  # (M, D), what predicts the token
+    tokens: Tensor  # (M,)
+
+
+def unpadded(ids: Tensor) -> list[Tensor]:
+    """(B, L) padded with −100 on any side, as a list of rows."""
+    return [row[row != IGNORE] for row in ids]
+
+
+def padded(rows: Sequence[Tensor], value: int, side: str = "right") -> Tensor:
+    """A list of rows as (B, longest), padded with a value on one side."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+def teacher_forced(
+    model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, pack: bool = False,
+    side: str = "right",
+) -> Any:  # fmt: skip
+    """A model's inputs for prompts and continuations, and the labels (B, L) that its hidden states predict.
+
+    An encoder–decoder model reads the prompt and writes the continuation; a causal one goes on from the prompt, and its
+    state at a token predicts the next. Positions of prompts and padding are −100. With `pack`, a causal model gets all
+    sequences one after the other in one row, told apart by their positions; else they are padded on `side`.
+    """
+    if model.config.is_encoder_decoder:
+        labels = padded(continuations, IGNORE)
+        inputs = padded(prompts, IGNORE)
+        return {
+            "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": (inputs != IGNORE).long(),
+            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
+        }, labels  # fmt: skip
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True))
+    if limit and longest > limit:
+        raise ValueError(f"a prompt with its continuation has {longest} tokens, the model's context {limit}")
+    pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
+    labels = [torch.cat((pair[: len(p)].new_full((len(p) - 1,), IGNORE), pair[len(p) :], pair.new_full((1,), IGNORE)))
+              for p, pair in zip(prompts, pairs, strict=True)]  # fmt: skip
+    if pack:
+        positions = torch.cat([torch.arange(len(pair)) for pair in pairs])
+        return {"input_ids": torch.cat(pairs)[None], "position_ids": positions[None]}, torch.cat(labels)[None]
+    inputs = padded(pairs, IGNORE, side)
+    mask = (inputs != IGNORE).long()
+    return {
+        "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+    }, padded(labels, IGNORE, side)  # fmt: skip
+
+
+def rows_of(
+    model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, *, wrapped: Any = None,
+    pack: bool = False, side: str = "right", **more: Any,
+) -> Any:  # fmt: skip
+    """The `Rows` of a batch, and the model's own outputs. Gradients flow where they are enabled.
+
+    wrapped: what is called in the model's place, such as its DistributedDataParallel.
+    """
+    inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
+    device = next(model.parameters()).device
+    with hidden_only(model) as captured:
+        outputs = (wrapped or model)(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False, **more)
+    labels = labels.to(device)
+    counts = labels != IGNORE
+    return Rows(captured[0][counts], labels[counts]), outputs
+
+
+def step_loss(
+    student: Rows, student_model: Any, teacher: Rows | None, teacher_model: Any, divergence: Divergence | None,
+    temperature: float = 1.0, ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
+    if not len(student.tokens):
+        return student.hidden.sum() * 0.0
+    head = output_head(student_model)
+    if not is_plain(head):
+        raise TypeError("the student's output embedding is LoRA or quantised: leave it out, or train it as a whole")
+    if divergence is None:
+        return linear_cross_entropy(student.hidden, head.weight, student.tokens, linear_bias=head.bias,
+                                    logit_scale=head.scale, logit_softcap=head.softcap, reduction=reduction,
+                                    **keywords)  # fmt: skip
+    assert teacher is not None
+    theirs = output_head(teacher_model)
+    shared = min(head.weight.shape[0], theirs.weight.shape[0] if is_plain(theirs) else theirs.module.out_features)
+    common: dict[str, Any] = dict(
+        student_bias=head.bias, logit_scale=head.scale, logit_softcap=head.softcap, vocab_size=shared,
+        labels=student.tokens, ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
+    )  # fmt: skip
+    if is_plain(theirs) and theirs.weight.device == student.hidden.device:
+        return linear_f_divergence(
+            student.hidden, head.weight, teacher.hidden, theirs.weight, divergence, teacher_bias=theirs.bias,
+            teacher_logit_scale=theirs.scale, teacher_logit_softcap=theirs.softcap, **common,
+        )  # fmt: skip
+
+    def logits(begin: int, end: int) -> Tensor:
+        with torch.no_grad():
+            z = theirs.module(teacher.hidden[begin:end]) * theirs.scale
+            z = z if theirs.softcap is None else theirs.softcap * (z / theirs.softcap).tanh()
+        return z[:, :shared].to(student.hidden.device)
+
+    return linear_f_divergence(student.hidden, head.weight, logits, None, divergence, **common)

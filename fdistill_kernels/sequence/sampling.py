@@ -1,0 +1,224 @@
+"""Sequences drawn from a model, and the teacher's, drawn once and kept.
+
+`TeacherSamples` is a folder: manifest.json with the key of everything that decides the samples, and Parquet shards of
+SHARD prompts each, written whole or not at all. A killed run goes on with the first shard that is missing; a key that
+differs is an error that shows both values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .models import IGNORE, padded
+
+SHARD = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How sequences are drawn: ancestral with temperature, top-k and top-p (0 and 1: off), or by beams."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.beams < 1 or self.top_k < 0:
+            raise ValueError(f"max_new_tokens and beams must be at least 1 and top_k at least 0: {self}")
+        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise ValueError(f"temperature must be positive and top_p in (0, 1]: {self}")
+
+    def keywords(self) -> dict[str, Any]:
+        """What `generate` takes."""
+        if self.beams > 1:
+            return dict(do_sample=False, num_beams=self.beams, max_new_tokens=self.max_new_tokens)
+        return dict(do_sample=True, num_beams=1, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+                    max_new_tokens=self.max_new_tokens)  # fmt: skip
+
+
+def special_tokens(model: Any) -> tuple[int, list[int]]:
+    """The padding token and the end tokens of a model that can generate.
+
+    Raises:
+        ValueError: no end token is configured.
+    """
+    config = getattr(model, "generation_config", None) or model.config
+    ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
+    if ends is None:
+        raise ValueError(
+            f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
+        )
+    ends = ends if isinstance(ends, list) else [ends]
+    pad = config.pad_token_id if config.pad_token_id is not None else model.config.pad_token_id
+    return (ends[0] if pad is None else pad), ends
+
+
+@torch.no_grad()
+def draw(model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None) -> list[Tensor]:
+    """One continuation for each prompt, its end token included, by batched `generate` with a KV cache.
+
+    The seed alone decides a batch's samples; without one they go on from torch's generator.
+    """
+    pad, ends = special_tokens(model)
+    device = next(model.parameters()).device
+    encoder_decoder = model.config.is_encoder_decoder
+    inputs = padded(prompts, IGNORE, "right" if encoder_decoder else "left").to(device)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and inputs.shape[1] + (0 if encoder_decoder else sampling.max_new_tokens) > limit:
+        raise ValueError(
+            f"a prompt of {inputs.shape[1]} tokens and {sampling.max_new_tokens} new ones exceed the context of {limit}"
+        )
+    training = model.training
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            made = model.generate(
+                input_ids=inputs.masked_fill(inputs == IGNORE, pad), attention_mask=(inputs != IGNORE).long(),
+                pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling.keywords(),
+            )  # fmt: skip
+    finally:
+        model.train(training)
+    return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else inputs.shape[1] :]]
+
+
+def _until_end(row: Tensor, ends: list[int]) -> Tensor:
+    stops = torch.isin(row, torch.tensor(ends, device=row.device)).nonzero()
+    return row[: int(stops[0]) + 1] if len(stops) else row
+
+
+class Server:
+    """A vLLM server's OpenAI completions, by token ids (vllm serve MODEL)."""
+
+    def __init__(self, url: str, model: str):
+        self.url, self.model = url.rstrip("/") + "/v1/completions", model
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, seed: int) -> list[Tensor]:
+        """As `draw`."""
+        if sampling.beams > 1:
+            raise ValueError("a vLLM server is asked for samples, not for beams")
+        body = {
+            "model": self.model, "prompt": [p.tolist() for p in prompts], "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature, "top_k": sampling.top_k or -1, "top_p": sampling.top_p, "seed": seed,
+            "return_token_ids": True,
+        }  # fmt: skip
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                choices = json.load(reply)["choices"]
+        except (urllib.error.URLError, KeyError, ValueError) as error:
+            raise ValueError(f"the vLLM server at {self.url} did not answer with completions: {error}") from error
+        return [torch.tensor(c["token_ids"]) for c in sorted(choices, key=lambda c: c["index"])]
+
+
+def fingerprint(model: Any) -> str:
+    """Sixteen hex digits of a model's configuration and weights: their names, shapes and sums."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        total = tensor.double().sum().item() if tensor.is_floating_point() else 0
+        digest.update(f"{name}{tuple(tensor.shape)}{total:.6e}".encode())
+    return digest.hexdigest()[:16]
+
+
+class TeacherSamples:
+    """Continuations of prompts, kept under a folder."""
+
+    def __init__(
+        self, folder: str | Path, prompts: Sequence[Sequence[int]], sampling: Sampling, teacher: str, seed: int
+    ):
+        if not len(prompts):
+            raise ValueError("there are no prompts to sample for")
+        self.folder, self.prompts, self.sampling, self.seed = Path(folder), prompts, sampling, seed
+        data = hashlib.sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest()[:16]
+        self.key = {"teacher": teacher, "data": data, "prompts": len(prompts), "seed": seed, **asdict(sampling)}
+        self._check_key()
+
+    def _check_key(self) -> None:
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(manifest, json.dumps(self.key, indent=1).encode())
+            return
+        try:
+            known = json.loads(manifest.read_text())
+        except ValueError as error:
+            raise ValueError(f"{manifest} is damaged ({error}); remove {self.folder} to sample anew") from error
+        differ = [f"{k} was {known.get(k)!r} and is {self.key.get(k)!r}" for k in {**known, **self.key}
+                  if known.get(k) != self.key.get(k)]  # fmt: skip
+        if differ:
+            raise ValueError(f"the samples in {self.folder} were drawn otherwise: {'; '.join(differ)}")
+
+    def shards(self) -> list[Path]:
+        """Every shard's path, there or not."""
+        return [self.folder / f"shard-{i:05d}.parquet" for i in range(-(-len(self.prompts) // SHARD))]
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        return [i for i, shard in enumerate(self.shards()) if not shard.exists()]
+
+    def fill(self, source: Any, batch: int = 32) -> Iterator[int]:
+        """Draws what is missing from a model or a `Server`; yields the number of prompts done after each batch."""
+        import pyarrow
+        import pyarrow.parquet
+
+        ask = source.draw if isinstance(source, Server) else lambda *a: draw(source, *a)
+        done = sum(len(self._range(i)) for i, shard in enumerate(self.shards()) if shard.exists())
+        for number in self.missing():
+            made: list[list[int]] = []
+            indices = self._range(number)
+            for begin in range(0, len(indices), batch):
+                some = indices[begin : begin + batch]
+                prompts = [torch.as_tensor(self.prompts[i]) for i in some]
+                made += [row.tolist() for row in ask(prompts, self.sampling, self.seed * 1_000_003 + some[0])]
+                done += len(some)
+                yield done
+            sink = pyarrow.BufferOutputStream()
+            pyarrow.parquet.write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), sink)
+            _write(self.shards()[number], sink.getvalue().to_pybytes())
+
+    def _range(self, number: int) -> range:
+        return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
+
+    def load(self) -> list[list[int]]:
+        """All continuations in the prompts' order.
+
+        Raises:
+            ValueError: some are missing still.
+        """
+        from datasets import Dataset
+
+        if self.missing():
+            raise ValueError(
+                f"{len(self.missing())} of {len(self.shards())} shards in {self.folder} are missing: sample them first"
+            )
+        rows = Dataset.from_parquet([str(s) for s in self.shards()], cache_dir=str(self.folder / "arrow"))
+        if rows["index"][:] != list(range(len(self.prompts))):
+            raise ValueError(f"the shards in {self.folder} do not hold each prompt once; remove it to sample anew")
+        return rows["sample_ids"][:]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of the file or none of it, also when the disk is full or the process killed."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{path} could not be written ({error.strerror}); what was there is whole"
+        ) from error

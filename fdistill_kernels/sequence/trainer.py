@@ -1,0 +1,215 @@
+"""The f-DISTILL trainer, on `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from ..divergences import resolve
+from .models import IGNORE, Rows, padded, rows_of, step_loss, unpadded
+from .objectives import Half, method, mixture
+from .predistill import predistillation_loss
+from .sampling import Sampling, draw, special_tokens
+
+
+@dataclass
+class FDistillConfig(TrainingArguments):
+    """`TrainingArguments`, and how to distil.
+
+    Attributes:
+        method: seqkd, kl, engine, rkl, js, tvd, mle, or "predistill".
+        beta: weight of the student's half in js and tvd.
+        divergence, shares: instead of the method, a divergence and its sequences: {"student": 0.7, "gold": 0.3}.
+        temperature: of both models' distributions in the loss.
+        max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training.
+        student_every: draw student samples every so many steps; in between the last ones are used again.
+        normalize: "token", a mean over each batch's steps; or "sequence", the paper's sum over steps, a mean over
+            sequences.
+        freeze_embeddings: leave the student's input embeddings (and a tied output embedding) as they are.
+        pack: give causal models a batch as one row of sequences, without padding.
+        memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`.
+        on_nan: "stop" with the batch saved, or "skip" the batch.
+    """
+
+    method: str = "tvd"
+    beta: float = 0.5
+    divergence: str | None = None
+    shares: dict[str, float] | None = field(default=None)
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    sample_temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    student_every: int = 1
+    normalize: str = "token"
+    freeze_embeddings: bool = False
+    pack: bool = False
+    memory: str = "chunks"
+    on_nan: str = "stop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # the collator's columns are not the model's arguments
+        for name, value, known in (("normalize", self.normalize, ("token", "sequence")),
+                                   ("on_nan", self.on_nan, ("stop", "skip"))):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if self.student_every < 1:
+            raise ValueError(f"student_every must be at least 1, not {self.student_every}")
+
+    def halves(self) -> tuple[Half, ...]:
+        """The objective; none for pre-distillation."""
+        if self.divergence is not None:
+            return mixture(resolve(self.divergence), **(self.shares or {"gold": 1.0}))
+        return () if self.method == "predistill" else method(self.method, self.beta)
+
+    def sampling(self) -> Sampling:
+        """How sequences are drawn during training."""
+        return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there."""
+    names = [n for n in ("prompt_ids", "labels", "sample_ids", "teacher_prompt_ids") if n in examples[0]]
+    if "prompt_ids" not in names:
+        raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
+    return {n: padded([torch.as_tensor(e[n], dtype=torch.long) for e in examples], IGNORE) for n in names}
+
+
+def check_vocabularies(student: Any, teacher: Any) -> None:
+    """Two tokenizers' shared part must be the same.
+
+    Raises:
+        ValueError: a token has two ids, or an id two tokens.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = [(t, i, theirs.get(t)) for t, i in ours.items() if theirs.get(t, i) != i]
+    if differ or not set(ours) & set(theirs):
+        token, i, j = differ[0] if differ else (next(iter(ours)), 0, None)
+        raise ValueError(
+            f"student and teacher have different tokenizers: {token!r} is {i} in one and {j} in the other; step-wise "
+            "losses need one vocabulary"
+        )
+
+
+class FDistillTrainer(Trainer):
+    """Distils `teacher` into `model` by `args.method`.
+
+    Datasets have the columns prompt_ids and labels (the gold target's ids, end token included), and may have sample_ids
+    (the teacher's stored samples; without them they are drawn at every step) and teacher_prompt_ids (a longer prompt,
+    for the teacher alone). Evaluation is the KL of the student to the teacher on gold targets, a mean over tokens.
+
+    Args:
+        model: the student, a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters.
+        teacher: the same kind; any dtype or device, quantised or not. It is never trained.
+        The rest: as `transformers.Trainer`.
+    """
+
+    args: FDistillConfig
+
+    def __init__(self, model: Any, teacher: Any, args: FDistillConfig, *, processing_class: Any = None,
+                 teacher_processing_class: Any = None, **trainer: Any):  # fmt: skip
+        if processing_class is not None and teacher_processing_class is not None:
+            check_vocabularies(processing_class, teacher_processing_class)
+        if teacher.config.is_encoder_decoder != model.config.is_encoder_decoder:
+            raise ValueError("teacher and student must both be causal, or both encoder–decoder")
+        for name in ("train_dataset", "eval_dataset"):
+            data = trainer.get(name)
+            if data is not None and hasattr(data, "__len__") and len(data) == 0:
+                raise ValueError(f"{name} is empty")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.halves, self.sampling = args.halves(), args.sampling()
+        self._kept: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+        self._kept_at = -1
+        if args.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
+        trainer.setdefault("data_collator", collate)
+        super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
+        self.model_accepts_loss_kwargs = False  # each batch's loss is a mean, averaged over accumulated batches
+        self.pad = special_tokens(self.accelerator.unwrap_model(self.model))[0]
+        if getattr(self.teacher, "hf_device_map", None) is None and not getattr(self.teacher, "is_quantized", False):
+            at = next(self.teacher.parameters()).device
+            if at.type == "cpu" and self.args.device.type != "cpu":
+                self.teacher.to(self.args.device)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+        """The method's loss of one batch; in evaluation the KL on gold targets."""
+        student = self.accelerator.unwrap_model(model)
+        prompts, gold = unpadded(inputs["prompt_ids"]), unpadded(inputs["labels"]) if "labels" in inputs else []
+        teacher_prompts = unpadded(inputs["teacher_prompt_ids"]) if "teacher_prompt_ids" in inputs else prompts
+        if not model.training:
+            loss = self._half(Half("gold", resolve("kl")), model, prompts, teacher_prompts, gold)
+        elif self.args.method == "predistill" and self.args.divergence is None:
+            loss = predistillation_loss(student, self.teacher, prompts, gold, self.pad, wrapped=model)
+        else:
+            loss = torch.zeros((), device=self.args.device)
+            for half in self.halves:
+                batch = self._sequences(half.source, student, inputs, prompts, teacher_prompts, gold)
+                loss = loss + half.weight * self._half(half, model, *batch)
+        loss = self._checked(loss, inputs, student) if model.training else loss
+        return (loss, {}) if return_outputs else loss
+
+    def _sequences(
+        self, source: str, student: Any, inputs: dict[str, Tensor], prompts: list[Tensor],
+        teacher_prompts: list[Tensor], gold: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+        """The student's and the teacher's prompts, and the continuations of a source."""
+        if source == "gold":
+            return prompts, teacher_prompts, gold
+        if source == "student":
+            step = self.state.global_step
+            if self._kept is None or (step % self.args.student_every == 0 and step != self._kept_at) or (
+                    self.args.student_every == 1):  # fmt: skip
+                self._kept, self._kept_at = (prompts, teacher_prompts, draw(student, prompts, self.sampling)), step
+            return self._kept
+        if "sample_ids" in inputs:
+            return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
+        beams = Sampling(self.sampling.max_new_tokens, beams=4)
+        made = draw(self.teacher, teacher_prompts, beams if source == "beam" else self.sampling)
+        return prompts, teacher_prompts, [row.to(prompts[0].device) for row in made]
+
+    def _half(
+        self, half: Half, model: Any, prompts: list[Tensor], teacher_prompts: list[Tensor], continuations: list[Tensor]
+    ) -> Tensor:
+        student = self.accelerator.unwrap_model(model)
+        options: dict[str, Any] = dict(pack=self.args.pack and not student.config.is_encoder_decoder)
+        teacher: Rows | None = None
+        if half.divergence is not None:
+            at = next(self.teacher.parameters()).device
+            moved, continued = ([x.to(at) for x in rows] for rows in (teacher_prompts, continuations))
+            with torch.no_grad():
+                teacher, _ = rows_of(self.teacher, moved, continued, self.pad, **options)
+        rows, _ = rows_of(student, prompts, continuations, self.pad, wrapped=model, **options)
+        count = len(rows.tokens) if self.args.normalize == "token" else len(prompts)
+        with self.compute_loss_context_manager():
+            total = step_loss(rows, student, teacher, self.teacher, half.divergence, self.args.temperature,
+                              reduction="mean", num_items=max(count, 1), memory=self.args.memory)  # fmt: skip
+        return total
+
+    def _checked(self, loss: Tensor, inputs: dict[str, Tensor], student: nn.Module) -> Tensor:
+        if torch.isfinite(loss):
+            return loss
+        step = self.state.global_step
+        if self.args.on_nan == "skip":
+            self.log({"skipped_batches": step})
+            return next(p for p in student.parameters() if p.requires_grad).sum() * 0.0
+        path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({k: v.cpu() for k, v in inputs.items()}, path)
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step}; its batch is in {path} (on_nan='skip' goes on)"
+        )
+
+    def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,
+                        ignore_keys: Any = None) -> Any:  # fmt: skip
+        """The evaluation loss; no logits are made."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None

@@ -1,0 +1,379 @@
+"""f-DISTILL on sequences: exactness by enumeration, rows without logits, sampling, its cache, students from layers."""
+
+import itertools
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.reference import f_divergence_rows
+from fdistill_kernels.sequence import METHODS, Sampling, TeacherSamples, copy_layers, method_by_name, mixture
+from fdistill_kernels.sequence.metrics import risk, teacher_dist, translation_scores
+from fdistill_kernels.sequence.models import hidden_only, output_head, rows_of, step_loss, teacher_forced
+from fdistill_kernels.sequence.predistill import chosen_layers, predistillation_loss
+from fdistill_kernels.sequence.sampling import Server, draw, fingerprint
+
+BOS, EOS, V, LENGTH = 1, 0, 4, 3
+TOKENS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
+
+
+def gpt2(v=V, layers=2, seed=0):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=v, n_positions=32, n_embd=16, n_layer=layers, n_head=2,
+                                       attn_pdrop=0, resid_pdrop=0, embd_pdrop=0, initializer_range=0.3, **TOKENS)).eval()  # fmt: skip
+
+
+def llama(v=60, seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=v, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                        num_attention_heads=2, max_position_embeddings=64, **TOKENS)).eval()  # fmt: skip
+
+
+def bart(v=60, encoder=4, decoder=4, seed=0):
+    torch.manual_seed(seed)
+    return BartForConditionalGeneration(BartConfig(
+        vocab_size=v, d_model=16, encoder_layers=encoder, decoder_layers=decoder, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0,
+        init_std=0.3, decoder_start_token_id=EOS, forced_eos_token_id=None, **TOKENS)).eval()  # fmt: skip
+
+
+def t5(v=60, seed=0):
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(T5Config(vocab_size=v, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2,
+                                               dropout_rate=0.0, decoder_start_token_id=EOS, **TOKENS)).eval()  # fmt: skip
+
+
+def batch(v=60, n=5):
+    torch.manual_seed(3)
+    prompts = [torch.randint(2, v, (k,)) for k in range(2, 2 + n)]
+    return prompts, [torch.cat((torch.randint(2, v, (k,)), torch.tensor([EOS]))) for k in range(n, 0, -1)]
+
+
+# --- exactness: every sequence of at most LENGTH tokens, an end token closing it
+
+
+def all_sequences():
+    for n in range(1, LENGTH + 1):
+        for body in itertools.product(range(1, V), repeat=n - 1):
+            yield torch.tensor([*body, EOS])
+    for body in itertools.product(range(1, V), repeat=LENGTH):
+        yield torch.tensor(body)
+
+
+class Toy:
+    """A pair of models, every sequence, and both models' probabilities of it."""
+
+    def __init__(self):
+        self.teacher, self.student = gpt2(seed=1).double(), gpt2(seed=2).double()
+        self.sequences = list(all_sequences())
+        self.prompts = [torch.tensor([BOS])] * len(self.sequences)
+
+    def log_probability(self, model):
+        inputs, labels = teacher_forced(model, self.prompts, self.sequences, EOS)
+        log_p = model(**inputs).logits.log_softmax(-1)
+        steps = log_p.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+        return (steps * (labels >= 0)).sum(1)
+
+    def steps(self):
+        """log p, log q of every step of every sequence, and which sequence it is of."""
+        inputs, labels = teacher_forced(self.teacher, self.prompts, self.sequences, EOS)
+        of = torch.arange(len(labels))[:, None].expand_as(labels)[labels >= 0]
+        return *(m(**inputs).logits[labels >= 0].log_softmax(-1) for m in (self.teacher, self.student)), of
+
+    def word_level(self, name, **keywords):
+        """The method's loss with each sequence weighed by its probability: the expectation, exactly."""
+        total = 0
+        for half in method_by_name(name):
+            sampler = self.teacher if half.source == "teacher" else self.student
+            probability = self.log_probability(sampler).exp().detach()
+            with torch.no_grad():
+                teacher, _ = rows_of(self.teacher, self.prompts, self.sequences, EOS)
+            student, _ = rows_of(self.student, self.prompts, self.sequences, EOS)
+            weight = probability.repeat_interleave(torch.tensor([len(s) for s in self.sequences]))
+            total = total + half.weight * step_loss(student, self.student, teacher, self.teacher, half.divergence,
+                                                    token_weight=weight, **keywords)  # fmt: skip
+        return total
+
+
+def test_word_level_sums_are_the_sequence_level_divergences():
+    toy = Toy()
+    log_p, log_q = toy.log_probability(toy.teacher).detach(), toy.log_probability(toy.student).detach()
+    p, q = log_p.exp(), log_q.exp()
+    torch.testing.assert_close(p.sum(), torch.ones((), dtype=p.dtype))
+    torch.testing.assert_close(toy.word_level("kl"), (p * (log_p - log_q)).sum())
+    torch.testing.assert_close(toy.word_level("rkl"), (q * (log_q - log_p)).sum())
+    entropy = -(q * log_q).sum()
+    torch.testing.assert_close(toy.word_level("engine"), (q * (log_q - log_p)).sum() + entropy)
+    # js: of the mixture made step by step; of the mixture of whole sequences it is an upper bound
+    lp, lq, of = toy.steps()
+    log_m = torch.logaddexp(lp, lq) - torch.tensor(2.0).log()
+    tokens = torch.cat(toy.sequences)
+    log_m = torch.zeros_like(log_p).index_add(0, of, log_m.gather(1, tokens[:, None])[:, 0]).detach()
+    torch.testing.assert_close(toy.word_level("js"), (0.5 * p * (log_p - log_m) + 0.5 * q * (log_q - log_m)).sum())
+    m = (p + q) / 2
+    assert (0.5 * p * (log_p - m.log()) + 0.5 * q * (log_q - m.log())).sum() < toy.word_level("js")
+    assert 0.5 * (p - q).abs().sum() < toy.word_level("tvd")
+    assert (p - q).abs().sum() > 0.2  # the pair is not a trivial one
+
+
+def test_gradient_of_kl_is_the_sequence_level_one():
+    toy = Toy()
+    p = toy.log_probability(toy.teacher).exp().detach()
+    want = torch.autograd.grad((p * (p.log() - toy.log_probability(toy.student))).sum(), toy.student.parameters())
+    got = torch.autograd.grad(toy.word_level("kl"), toy.student.parameters())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("name", ["kl", "rkl", "js", "tvd"])
+def test_monte_carlo_converges(name):
+    toy = Toy()
+    exact = toy.word_level(name)
+    weights = list(toy.student.parameters())
+    exact_gradient = torch.autograd.grad(exact, weights[0])[0]
+    sampling, n = Sampling(max_new_tokens=LENGTH), 4000
+    prompts = [torch.tensor([BOS])] * n
+    total = 0
+    for half in method_by_name(name):
+        sequences = draw(toy.teacher if half.source == "teacher" else toy.student, prompts, sampling, seed=5)
+        with torch.no_grad():
+            teacher, _ = rows_of(toy.teacher, prompts, sequences, EOS)
+        student, _ = rows_of(toy.student, prompts, sequences, EOS)
+        total = total + half.weight * step_loss(student, toy.student, teacher, toy.teacher, half.divergence) / n
+    assert abs(total - exact) < 0.05 * exact
+    gradient = torch.autograd.grad(total, weights[0])[0]
+    assert (gradient - exact_gradient).norm() < 0.15 * exact_gradient.norm()
+
+
+def test_methods_and_mixtures():
+    assert {h.source for h in method_by_name("js", 0.85)} == {"teacher", "student"}
+    assert [h.weight for h in method_by_name("tvd", 0.85)] == pytest.approx([0.15, 0.85])
+    assert len(method_by_name("js", 0.0)) == 1 and set(METHODS) >= {"seqkd", "kl", "engine", "rkl", "js", "tvd"}
+    assert [h.weight for h in mixture("gjs", student=0.7, gold=0.3)] == [0.7, 0.3]
+    with pytest.raises(ValueError, match="unknown method 'jss'"):
+        method_by_name("jss")
+    with pytest.raises(ValueError, match="unknown sources"):
+        mixture("kl", teachers=1.0)
+
+
+# --- models
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, bart, t5])
+def test_rows_are_what_the_logits_come_from(make):
+    model = make(60)
+    prompts, continuations = batch()
+    inputs, labels = teacher_forced(model, prompts, continuations, EOS)
+    logits = model(**inputs).logits[labels >= 0]
+    rows, _ = rows_of(model, prompts, continuations, EOS)
+    head = output_head(model)
+    made = head.scale * rows.hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    torch.testing.assert_close(made, logits, atol=1e-5, rtol=1e-4)
+    assert torch.equal(rows.tokens, torch.cat(continuations))
+    torch.testing.assert_close(model(**inputs).logits[labels >= 0], logits)  # the head is back
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_padding_sides_and_packing_change_nothing(make):
+    model = make(60)
+    prompts, continuations = batch()
+    want, _ = rows_of(model, prompts, continuations, EOS)
+    for options in (dict(side="left"), dict(pack=True)):
+        got, _ = rows_of(model, prompts, continuations, EOS, **options)
+        torch.testing.assert_close(got.hidden, want.hidden, atol=1e-5, rtol=1e-4)
+        assert torch.equal(got.tokens, want.tokens)
+
+
+def test_softcap_and_scale_of_architectures():
+    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    small = dict(vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=2, **TOKENS)  # fmt: skip
+    gemma = Gemma2ForCausalLM(Gemma2Config(head_dim=8, final_logit_softcapping=0.5, **small)).eval()
+    cohere = CohereForCausalLM(CohereConfig(logit_scale=0.25, **small)).eval()
+    prompts, continuations = batch()
+    for model in (gemma, cohere):
+        inputs, labels = teacher_forced(model, prompts, continuations, EOS)
+        expected = torch.nn.functional.cross_entropy(model(**inputs).logits[labels >= 0], torch.cat(continuations))
+        rows, _ = rows_of(model, prompts, continuations, EOS)
+        torch.testing.assert_close(step_loss(rows, model, None, None, None, reduction="mean"), expected)
+
+
+def test_teachers_with_longer_prompts_padding_and_other_heads():
+    student, teacher = gpt2(60, 1), gpt2(64, 2, seed=4)
+    prompts, continuations = batch()
+    longer = [torch.cat((torch.tensor([7, 8]), p)) for p in prompts]
+    rows, _ = rows_of(student, prompts, continuations, EOS)
+    with torch.no_grad():
+        theirs, _ = rows_of(teacher, longer, continuations, EOS)
+        inputs, labels = teacher_forced(teacher, longer, continuations, EOS)
+        teacher_logits = teacher(**inputs).logits[labels >= 0][:, :60]
+    inputs, labels = teacher_forced(student, prompts, continuations, EOS)
+    expected = f_divergence_rows(student(**inputs).logits[labels >= 0], teacher_logits, "js").sum()
+    torch.testing.assert_close(step_loss(rows, student, theirs, teacher, TABLE["js"]), expected)
+
+    class Quantised(torch.nn.Linear):  # a head that is not a plain matrix
+        lora_A = None
+
+    head = Quantised(16, 64, bias=False)
+    head.weight = teacher.lm_head.weight
+    teacher.lm_head = head
+    torch.testing.assert_close(step_loss(rows, student, theirs, teacher, TABLE["js"]), expected)
+    student.lm_head = Quantised(16, 60, bias=False)
+    with pytest.raises(TypeError, match="LoRA or quantised"):
+        step_loss(rows, student, theirs, teacher, TABLE["js"])
+
+
+def test_no_logits_are_made():
+    model = gpt2(60)
+    with hidden_only(model) as captured:
+        out = model(torch.zeros(2, 3, dtype=torch.long))
+    assert out.logits.shape == (2, 3, 1) and captured[0].shape == (2, 3, 16)
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_samples_follow_the_model_and_their_seed(make):
+    model = make(60)
+    prompts, _ = batch()
+    sampling = Sampling(max_new_tokens=6, top_k=5, top_p=0.9, temperature=0.8)
+    one, two, other = (draw(model, prompts, sampling, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(len(row) <= 6 and (row[:-1] != EOS).all() for row in one)
+    assert len(draw(model, prompts, Sampling(max_new_tokens=4, beams=3))) == len(prompts)
+    with pytest.raises(ValueError, match="exceed the context"):
+        draw(gpt2(60), prompts, Sampling(max_new_tokens=50))
+    with pytest.raises(ValueError, match="top_p"):
+        Sampling(top_p=0.0)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        draw(model, prompts, sampling)
+
+
+def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatch):
+    from fdistill_kernels.sequence import sampling as module
+
+    monkeypatch.setattr(module, "SHARD", 4)
+    model, prompts = gpt2(60), [[5, 6, k] for k in range(2, 13)]
+    settings = Sampling(max_new_tokens=5)
+
+    def samples(folder, seed=0, sampling=settings):
+        return TeacherSamples(folder, prompts, sampling, fingerprint(model), seed)
+
+    list(samples(tmp_path / "whole").fill(model, batch=2))
+    whole = samples(tmp_path / "whole").load()
+    filling = samples(tmp_path / "killed").fill(model, batch=2)
+    for _ in range(3):  # killed in the middle of the second shard
+        next(filling)
+    filling.close()
+    again = samples(tmp_path / "killed")
+    assert again.missing() == [1, 2]
+    with pytest.raises(ValueError, match="2 of 3 shards"):
+        again.load()
+    assert list(again.fill(model, batch=2))[-1] == len(prompts)
+    assert again.load() == whole and len(whole) == len(prompts)
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        samples(tmp_path / "whole", seed=1)
+    with pytest.raises(ValueError, match="top_k was 0 and is 3"):
+        samples(tmp_path / "whole", sampling=Sampling(max_new_tokens=5, top_k=3))
+    (tmp_path / "whole" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        samples(tmp_path / "whole")
+
+
+def test_full_disk_leaves_whole_files(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from fdistill_kernels.sequence import sampling as module
+
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="could not be written"):
+        module._write(tmp_path / "x.parquet", b"1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_vllm_server():
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            choices = [{"index": i, "token_ids": [*p, 0]} for i, p in enumerate(body["prompt"])][::-1]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": choices}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    asked = Server(f"http://127.0.0.1:{server.server_port}", "m")
+    made = asked.draw([torch.tensor([3, 4]), torch.tensor([5])], Sampling(), 0)
+    assert [m.tolist() for m in made] == [[3, 4, 0], [5, 0]]
+    server.shutdown()
+    with pytest.raises(ValueError, match="did not answer"):
+        Server("http://127.0.0.1:9", "m").draw([torch.tensor([3])], Sampling(), 0)
+
+
+# --- students from layers
+
+
+def test_layers_are_copied():
+    assert chosen_layers(12, 3) == [0, 6, 11] and chosen_layers(4, 1) == [0]
+    teacher = bart()
+    student = copy_layers(teacher, 3, 1)
+    assert len(student.model.encoder.layers) == 3 and len(student.model.decoder.layers) == 1
+    for i, j in enumerate(chosen_layers(4, 3)):
+        assert torch.equal(student.model.encoder.layers[i].fc1.weight, teacher.model.encoder.layers[j].fc1.weight)
+    assert torch.equal(student.model.shared.weight, teacher.model.shared.weight)
+    for model in (gpt2(60, 4), llama()):
+        assert copy_layers(model, 1).num_parameters() < model.num_parameters()
+    assert len(copy_layers(t5(), 2, 1).decoder.block) == 1
+    with pytest.raises(ValueError, match="takes 2 counts"):
+        copy_layers(teacher, 3)
+    with pytest.raises(ValueError, match="1 to 4"):
+        copy_layers(teacher, 5, 1)
+
+
+@pytest.mark.parametrize("make, layers", [(bart, (3, 1)), (lambda: gpt2(60, 4), (2,))])
+def test_predistillation_falls(make, layers):
+    teacher = make()
+    student = copy_layers(teacher, *layers)
+    prompts, targets = batch()
+    optimizer = torch.optim.Adam(student.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = predistillation_loss(student, teacher, prompts, targets, EOS)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    same = predistillation_loss(teacher, teacher, prompts, targets, EOS, weights=(0.8, 0.0, 3.0))
+    assert same.abs() < 1e-5
+
+
+def test_measures():
+    model = gpt2(60)
+    prompts, continuations = batch()
+    inputs, labels = teacher_forced(model, prompts, continuations, EOS)
+    want = torch.nn.functional.cross_entropy(model(**inputs).logits[labels >= 0], torch.cat(continuations))
+    assert risk(model, prompts, continuations) == pytest.approx(want.item(), rel=1e-5)
+    assert teacher_dist([[[1, 2, 3], [1, 2, 3]], [[1, 2], [3, 4]]]) == pytest.approx((0.5 + 1) / 2)
+    scores = translation_scores(["the cat sat on the mat"], ["the cat sat on the mat"])
+    assert scores["bleu"] == pytest.approx(100) and scores["ter"] == 0

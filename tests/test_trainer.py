@@ -1,0 +1,117 @@
+"""The trainer: every method trains, resumes, accumulates; PEFT, prompts of the teacher's own, and bad input."""
+
+import pytest
+import torch
+
+from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
+
+from .test_sequence import EOS, bart, batch, gpt2
+
+BASE = dict(report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_steps=2, per_device_train_batch_size=4,
+            learning_rate=1e-2, max_new_tokens=5, top_k=30, seed=0)  # fmt: skip
+
+
+def data(n=8, **extra):
+    prompts, targets = batch(n=n)
+    return [{"prompt_ids": p.tolist(), "labels": t.tolist(), **{k: v[i] for k, v in extra.items()}}
+            for i, (p, t) in enumerate(zip(prompts, targets, strict=True))]  # fmt: skip
+
+
+def trainer(folder, student, teacher, train=None, **settings):
+    return FDistillTrainer(student, teacher, FDistillConfig(str(folder), **{**BASE, **settings}),
+                           train_dataset=train or data(), eval_dataset=data(4))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [lambda seed: gpt2(60, seed=seed), lambda seed: bart(seed=seed)], ids=["gpt2", "bart"])
+@pytest.mark.parametrize("method", ["seqkd", "kl", "engine", "rkl", "js", "tvd", "mle", "predistill"])
+def test_every_method_trains(method, make, tmp_path):
+    student, teacher = make(1), make(2)
+    before = [p.clone() for p in student.parameters()]
+    theirs = [p.clone() for p in teacher.parameters()]
+    run = trainer(tmp_path, student, teacher, method=method)
+    run.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(theirs, teacher.parameters(), strict=True))
+    assert run.evaluate()["eval_loss"] > 0
+
+
+def test_kl_on_gold_falls(tmp_path):
+    student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
+    run = trainer(tmp_path, student, teacher, divergence="kl", shares={"gold": 1.0}, max_steps=30)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.8 * before
+
+
+def test_resume_gives_the_same_weights(tmp_path):
+    stored = data(sample_ids=[[3, 4, EOS]] * 8)
+    weights = []
+    for stops in ([4], [2, 4]):
+        student = gpt2(60, seed=1)
+        for i, stop in enumerate(stops):
+            run = trainer(tmp_path / str(len(stops)), student, gpt2(60, seed=2), stored, method="kl", max_steps=stop,
+                          save_strategy="steps", save_steps=2, lr_scheduler_type="constant")  # fmt: skip
+            run.train(resume_from_checkpoint=bool(i))
+            student = run.model
+        weights.append(student.lm_head.weight.detach().clone())
+    torch.testing.assert_close(*weights)
+
+
+def test_accumulation_packing_and_sequence_normalisation_agree(tmp_path):
+    stored, results = data(sample_ids=[[3, 4, 5, EOS]] * 8), {}
+    for name, settings in {
+        "whole": {}, "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        "packed": dict(pack=True), "minimal": dict(memory="minimal"),
+    }.items():  # fmt: skip
+        student = gpt2(60, seed=1)
+        trainer(tmp_path, student, gpt2(60, seed=2), stored, method="kl", optim="sgd", **settings).train()
+        results[name] = student.lm_head.weight.detach()
+    for name, weight in results.items():
+        torch.testing.assert_close(weight, results["whole"], msg=name)
+
+
+def test_lora_student_longer_prompts_frozen_embeddings_and_bf16(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(gpt2(60, seed=1), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    longer = data(teacher_prompt_ids=[[7, 8, *row["prompt_ids"]] for row in data()])
+    trainer(tmp_path, student, gpt2(60, seed=2).bfloat16(), longer, method="tvd", bf16=True).train()
+    assert any(p.abs().sum() > 0 for n, p in student.named_parameters() if "lora_B" in n)
+    frozen = gpt2(60, seed=1)
+    before = frozen.lm_head.weight.clone()
+    trainer(tmp_path, frozen, gpt2(60, seed=2), method="rkl", freeze_embeddings=True, student_every=2).train()
+    assert torch.equal(frozen.lm_head.weight, before)
+
+
+def test_nan_stops_with_the_batch_or_is_skipped(tmp_path):
+    broken = gpt2(60, seed=2)
+    with torch.no_grad():
+        broken.transformer.ln_f.weight.fill_(float("nan"))
+    stored = data(sample_ids=[[3, EOS]] * 8)
+    with pytest.raises(FloatingPointError, match="its batch is in"):
+        trainer(tmp_path, gpt2(60, seed=1), broken, stored, method="kl").train()
+    assert set(torch.load(tmp_path / "nan_batch_step_0.pt")) == {"prompt_ids", "labels", "sample_ids"}
+    student = gpt2(60, seed=1)
+    before = student.lm_head.weight.clone()
+    trainer(tmp_path, student, broken, stored, method="kl", on_nan="skip").train()
+    assert torch.equal(student.lm_head.weight, before)
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **BASE), train_dataset=[])
+    with pytest.raises(ValueError, match="both be causal"):
+        trainer(tmp_path, gpt2(60), bart())
+    with pytest.raises(ValueError, match="needs the column prompt_ids"):
+        trainer(tmp_path, gpt2(60), gpt2(60), [{"labels": [1]}] * 4).train()
+    with pytest.raises(ValueError, match="the model's context 32"):
+        trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2] * 40, "labels": [1]}] * 4, method="mle").train()
+    with pytest.raises(ValueError, match="on_nan must be one of"):
+        FDistillConfig(str(tmp_path), on_nan="ignore")
+
+    class Tokenizer(dict):
+        get_vocab = dict.copy
+
+    check_vocabularies(Tokenizer(a=0, b=1), Tokenizer(a=0, b=1, c=2))
+    with pytest.raises(ValueError, match="different tokenizers: 'b' is 1 in one and 2"):
+        check_vocabularies(Tokenizer(a=0, b=1), Tokenizer(a=0, b=2))
