@@ -168,8 +168,23 @@ def _demo(args: argparse.Namespace) -> int:
     return main(args)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+#: What the sequence commands do, and what they need.
+SEQUENCE = {
+    "train": "Distil a Hugging Face model: teacher samples, pre-distillation, training, measures, report.",
+    "sample-teacher": "Draw and store the teacher's samples that train would draw first.",
+    "evaluate": "Perplexity, likelihood and coverage risk, BLEU, chrF and TER of a student.",
+}
+NEEDED = ("transformers", "accelerate", "datasets", "sacrebleu", "yaml", "matplotlib", "rich")
+
+
+def _sequence(args: argparse.Namespace) -> int:
+    from .sequence import run
+
+    return run.command(run.WORK[args.command])(args)
+
+
+def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command's arguments; those of a sequence command only when `arguments` begin with it."""
     top = argparse.ArgumentParser("fdistill", description="Fused f-divergence losses for language-model distillation.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="command")
@@ -216,6 +231,16 @@ def parser() -> argparse.ArgumentParser:
         help="time every launch of the Triton backend for this shape and keep the fastest",
     )
 
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    for name, help in SEQUENCE.items():
+        sub = command(name, _sequence, help if not missing else f"{help} (needs fdistill_kernels[sequence])")
+        sub.set_defaults(command=name)
+        if arguments and arguments[0] == name:  # their own file is not read for the other commands
+            if missing:
+                sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
+            from .sequence.run import add_arguments
+
+            add_arguments(sub)
     command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
     command("list", _list, "List the divergences and their parameters.")
     return top
@@ -223,7 +248,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv).parse_args(argv)
     return args.run(args)
 
 

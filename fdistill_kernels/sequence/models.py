@@ -110,17 +110,17 @@ def teacher_forced(
     if limit and longest > limit:
         raise ValueError(f"a prompt with its continuation has {longest} tokens, the model's context {limit}")
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
-    labels = [torch.cat((pair[: len(p)].new_full((len(p) - 1,), IGNORE), pair[len(p) :], pair.new_full((1,), IGNORE)))
+    targets = [torch.cat((pair[: len(p)].new_full((len(p) - 1,), IGNORE), pair[len(p) :], pair.new_full((1,), IGNORE)))
               for p, pair in zip(prompts, pairs, strict=True)]  # fmt: skip
     if pack:
         positions = torch.cat([torch.arange(len(pair)) for pair in pairs])
-        return {"input_ids": torch.cat(pairs)[None], "position_ids": positions[None]}, torch.cat(labels)[None]
+        return {"input_ids": torch.cat(pairs)[None], "position_ids": positions[None]}, torch.cat(targets)[None]
     inputs = padded(pairs, IGNORE, side)
     mask = (inputs != IGNORE).long()
     return {
         "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
-    }, padded(labels, IGNORE, side)  # fmt: skip
+    }, padded(targets, IGNORE, side)  # fmt: skip
 
 
 def rows_of(
@@ -156,7 +156,8 @@ def step_loss(
                                     **keywords)  # fmt: skip
     assert teacher is not None
     theirs = output_head(teacher_model)
-    shared = min(head.weight.shape[0], theirs.weight.shape[0] if is_plain(theirs) else theirs.module.out_features)
+    theirs_size = theirs.weight.shape[0] if is_plain(theirs) else int(theirs.module.out_features)  # type: ignore[arg-type]
+    shared = min(head.weight.shape[0], theirs_size)
     common: dict[str, Any] = dict(
         student_bias=head.bias, logit_scale=head.scale, logit_softcap=head.softcap, vocab_size=shared,
         labels=student.tokens, ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,

@@ -1,0 +1,354 @@
+"""`fdistill train`, `sample-teacher` and `evaluate`: one command from two models and a file to a student and a report.
+
+A run is a folder: config.yaml (what was asked), teacher_samples/, predistilled/ (the student every method starts from),
+trainer/ (checkpoints), metrics.jsonl, results.json, curves.png, report.html, student/. Each stage that is there is not
+done again, so that a killed run goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import html
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import track
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import read_pairs, tokenize
+from .metrics import Measures, evaluate
+from .objectives import METHODS
+from .predistill import copy_layers
+from .sampling import Sampling, Server, TeacherSamples, fingerprint
+from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
+
+
+@dataclass
+class Job:
+    """What a run was asked for; config.yaml holds these fields."""
+
+    teacher: str = ""
+    student: str | None = None
+    student_layers: str | None = None
+    data: str = ""
+    eval_data: str | None = None
+    out: str = "fdistill-run"
+    method: str = "tvd"
+    beta: float = 0.5
+    steps: int = 1000
+    predistill_steps: int = 0
+    batch: int = 8
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    evaluate_every: int = 0
+    eval_pairs: int = 200
+    limit: int | None = None
+    max_new_tokens: int = 64
+    sample_temperature: float = 1.0
+    top_k: int = 30
+    top_p: float = 1.0
+    beams: int = 4
+    online_teacher: bool = False
+    samples: str | None = None
+    vllm_url: str | None = None
+    freeze_embeddings: bool = False
+    bf16: bool = False
+    prompt_column: str = "prompt"
+    target_column: str = "target"
+    seed: int = 0
+
+    def sampling(self, beams: bool = False) -> Sampling:
+        """Of the teacher's stored samples, or its beam-search outputs."""
+        if beams:
+            return Sampling(self.max_new_tokens, beams=self.beams)
+        return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
+
+
+HELP = {
+    "teacher": "folder or hub name of the teacher", "student": "folder or hub name of the student",
+    "student_layers": "make the student of the teacher's layers: 3,1 (encoder,decoder) or 4 (causal)",
+    "data": ".jsonl, .tsv or .parquet with prompt and target",
+    "eval_data": "held-out pairs; default: the last of the data",
+    "out": "the run's folder", "method": ", ".join(METHODS), "beta": "weight of the student's half in js and tvd",
+    "predistill_steps": "steps of pre-distillation first", "evaluate_every": "steps; 0: at the end",
+    "limit": "use the first pairs of the data alone", "online_teacher": "draw teacher samples anew at every step",
+    "samples": "folder of the teacher's samples, for several runs to share; default: inside the run's folder",
+    "vllm_url": "a vLLM server of the teacher, to draw its samples from", "beams": "of the teacher's outputs for seqkd",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every field of `Job`, and --config FILE with any of them; the command line wins."""
+    parser.add_argument("--config", metavar="FILE", help="YAML of these arguments, as a run's config.yaml")
+    for field in fields(Job):
+        name, default = "--" + field.name.replace("_", "-"), field.default
+        help = f"{HELP.get(field.name, field.name.replace('_', ' '))} (default: {default})"
+        if isinstance(default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help)
+        else:
+            kind: Any = {"int | None": int, "int": int, "float": float}.get(str(field.type), str)
+            parser.add_argument(name, type=kind, default=None, help=help, metavar=str(kind.__name__).upper())
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """The arguments over the YAML file over the defaults.
+
+    Raises:
+        ValueError: an unknown key, or a teacher, student or data missing.
+    """
+    settings: dict[str, Any] = {}
+    if args.config:
+        settings = yaml.safe_load(Path(args.config).read_text()) or {}
+        unknown = set(settings) - {f.name for f in fields(Job)}
+        if unknown:
+            raise ValueError(f"{args.config} has unknown keys: {', '.join(sorted(unknown))}")
+    settings |= {f.name: getattr(args, f.name) for f in fields(Job) if getattr(args, f.name) is not None}
+    job = Job(**settings)
+    if not job.teacher or not job.data:
+        raise ValueError("--teacher and --data are needed")
+    if job.method not in METHODS:
+        raise ValueError(f"unknown method {job.method!r}; known: {', '.join(METHODS)}")
+    return job
+
+
+def load_model(path: str) -> Any:
+    """A causal or encoder–decoder model, by its configuration."""
+    config = AutoConfig.from_pretrained(path)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(path)
+
+
+class Run:
+    """A job's models, data and folder."""
+
+    def __init__(self, job: Job, console: Console):
+        self.job, self.console, self.folder = job, console, Path(job.out)
+        set_seed(job.seed)
+        columns = (job.prompt_column, job.target_column)
+        pairs = read_pairs(job.data, job.limit, columns)
+        if job.eval_data:
+            held_out = read_pairs(job.eval_data, job.eval_pairs, columns)
+        else:
+            count = min(job.eval_pairs, max(1, len(pairs) // 10))
+            held_out = pairs.select(range(len(pairs) - count, len(pairs)))
+            pairs = pairs.select(range(max(1, len(pairs) - count)))
+        self.tokenizer = AutoTokenizer.from_pretrained(job.teacher)
+        self.teacher = load_model(job.teacher).eval()
+        if torch.cuda.is_available():
+            self.teacher.cuda()
+        self.pairs, self.held_out = (
+            tokenize(rows, self.tokenizer, self.teacher, job.max_new_tokens) for rows in (pairs, held_out)
+        )
+
+    def start(self) -> None:
+        """Makes the folder, or checks that it is of the same job."""
+        path = self.folder / "config.yaml"
+        asked = vars(self.job)
+        if path.exists():
+            known = yaml.safe_load(path.read_text())
+            differ = [f"{k} was {known.get(k)!r} and is {v!r}" for k, v in asked.items() if known.get(k) != v]
+            if differ:
+                raise ValueError(f"{self.folder} holds another run: {'; '.join(differ)}")
+            self.console.print(f"going on with {self.folder}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(asked, sort_keys=False))
+
+    def samples(self) -> Any:
+        """The training pairs with the teacher's stored samples, drawn where they are missing."""
+        beams = self.job.method == "seqkd"
+        sources = {half.source for half in METHODS[self.job.method](self.job.beta)}
+        if not sources & {"teacher", "beam"} or self.job.online_teacher:
+            return self.pairs
+        name = "teacher_prompt_ids" if "teacher_prompt_ids" in self.pairs.column_names else "prompt_ids"
+        folder = Path(self.job.samples or self.folder) / ("teacher_beams" if beams else "teacher_samples")
+        store = TeacherSamples(folder, self.pairs[name][:], self.job.sampling(beams), fingerprint(self.teacher),
+                               self.job.seed)  # fmt: skip
+        source = Server(self.job.vllm_url, self.job.teacher) if self.job.vllm_url else self.teacher
+        if store.missing():
+            for _ in track(store.fill(source), "teacher samples", -(-len(self.pairs) // 32), console=self.console):
+                pass
+        return self.pairs.add_column("sample_ids", store.load())
+
+    def student(self) -> Any:
+        """The student to start from, pre-distilled if asked."""
+        job, made = self.job, self.folder / "predistilled"
+        if (made / "config.json").exists():
+            return load_model(str(made))
+        if job.student_layers:
+            student = copy_layers(self.teacher, *(int(n) for n in job.student_layers.split(",")))
+        elif job.student:
+            student = load_model(job.student)
+            check_vocabularies(AutoTokenizer.from_pretrained(job.student), self.tokenizer)
+        else:
+            raise ValueError("--student or --student-layers is needed")
+        if job.predistill_steps:
+            student = self.train(student, self.pairs, "predistill", job.predistill_steps)
+            _save(student, made)
+        return student
+
+    def train(self, student: Any, pairs: Any, method: str, steps: int) -> Any:
+        """One stage of training, from its last checkpoint if there is one."""
+        job, folder = self.job, self.folder / f"trainer-{method}"
+        every = job.evaluate_every or steps
+        config = FDistillConfig(
+            str(folder), method=method, beta=job.beta, max_steps=steps, per_device_train_batch_size=job.batch,
+            per_device_eval_batch_size=32, learning_rate=job.learning_rate,
+            warmup_steps=min(job.warmup_steps, steps // 4),
+            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=min(every, max(1, steps // 4)),
+            save_total_limit=1, logging_steps=max(1, steps // 50), report_to=[], seed=job.seed, bf16=job.bf16,
+            max_new_tokens=job.max_new_tokens, sample_temperature=job.sample_temperature, top_k=job.top_k,
+            top_p=job.top_p, freeze_embeddings=job.freeze_embeddings, weight_decay=0.0,
+        )  # fmt: skip
+        trainer = FDistillTrainer(student, self.teacher, config, train_dataset=pairs, eval_dataset=self.held_out,
+                                  processing_class=self.tokenizer)  # fmt: skip
+        trainer.add_callback(_Log(self.folder / "metrics.jsonl", method))
+        if method != "predistill" and job.evaluate_every:
+            trainer.add_callback(Measures(self.teacher, *self.held_out_rows(), self.tokenizer, job.sampling(),
+                                          trainer.log))  # fmt: skip
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+    def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Prompts and targets of the held-out pairs."""
+        prompts, targets = ([torch.tensor(x) for x in self.held_out[n][:]] for n in ("prompt_ids", "labels"))
+        return prompts, targets
+
+    def measure(self, model: Any) -> dict[str, float]:
+        """`metrics.evaluate` on the held-out pairs."""
+        return evaluate(model, self.teacher, *self.held_out_rows(), self.tokenizer, self.job.sampling(), self.job.seed)
+
+
+class _Log(TrainerCallback):
+    """Every log line as JSON, in one file."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _save(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """A model's folder, whole or not there."""
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    partial.replace(folder)
+
+
+def train(job: Job, console: Console) -> dict[str, Any]:
+    """The whole run; what results.json holds."""
+    run = Run(job, console)
+    run.start()
+    results_file = run.folder / "results.json"
+    if results_file.exists():
+        return json.loads(results_file.read_text())
+    started = time.perf_counter()
+    pairs, student = run.samples(), run.student()
+    student = run.train(student, pairs, job.method, job.steps)
+    results = {"method": job.method, "parameters": student.num_parameters(),
+               "teacher_parameters": run.teacher.num_parameters(), **run.measure(student)}  # fmt: skip
+    results["seconds"] = time.perf_counter() - started
+    if not (run.folder / "student").exists():
+        _save(student, run.folder / "student", run.tokenizer)
+    plot(run.folder)
+    write_report(run.folder, job, results)
+    results_file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def plot(folder: Path) -> None:
+    """curves.png of metrics.jsonl: training loss and evaluation loss against step, stage by stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        for key, marker in (("loss", ""), ("eval_loss", "o")):
+            points = sorted({x["step"]: float(x[key]) for x in lines if x["stage"] == stage and key in x}.items())
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=f"{stage}: {key}")
+    axes.set(xlabel="step", ylabel="nats a token")
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def write_report(folder: Path, job: Job, results: dict[str, Any]) -> None:
+    """report.html, one file that opens without a network."""
+
+    def table(values: dict[str, Any]) -> str:
+        shown = {k: f"{v:,.3f}" if isinstance(v, float) else v for k, v in values.items()}
+        rows = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in shown.items())
+        return f"<table>{rows}</table>"
+
+    image = base64.b64encode((folder / "curves.png").read_bytes()).decode()
+    (folder / "report.html").write_text(
+        "<!doctype html><meta charset=utf-8><title>fdistill</title><style>body{font:16px sans-serif;margin:2em}"
+        "th{text-align:left;padding-right:2em;font-weight:normal}</style>"
+        f"<h1>fdistill: {html.escape(job.method)}</h1>{table(results)}<img src='data:image/png;base64,{image}'>"
+        f"<h2>Configuration</h2>{table(vars(job))}"
+    )
+
+
+def command(work: Callable[[Job, Console], Any]) -> Callable[[argparse.Namespace], int]:
+    """A command's exit status: 0; 2 with one line for bad input; 130 after Ctrl-C, to be gone on with."""
+
+    def main(args: argparse.Namespace) -> int:
+        console = Console(stderr=True)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
+                results = work(job_of(args), console)
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"fdistill: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            return 130
+        print(json.dumps(results, indent=1) if args.json else "\n".join(
+            f"{k:20s} {v:.4f}" if isinstance(v, float) else f"{k:20s} {v}" for k, v in results.items()))  # fmt: skip
+        return 0
+
+    return main
+
+
+def sample_teacher(job: Job, console: Console) -> dict[str, Any]:
+    """Draws and stores what `train` would draw first."""
+    run = Run(job, console)
+    run.start()
+    return {"prompts": len(run.samples()), "folder": str(run.folder)}
+
+
+def evaluate_student(job: Job, console: Console) -> dict[str, Any]:
+    """Every measure of --student on --eval-data or --data."""
+    if not job.student:
+        raise ValueError("--student is needed")
+    run = Run(job, console)
+    model = load_model(job.student)
+    return run.measure(model.to(next(run.teacher.parameters()).device))
+
+
+WORK = {"train": train, "sample-teacher": sample_teacher, "evaluate": evaluate_student}
