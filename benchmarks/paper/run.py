@@ -33,8 +33,8 @@ from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
 METHODS = ("seqkd", "engine", "kl", "rkl", "js", "tvd")
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(pairs=64, distil_pairs=16, vocabulary=400, width=16, layers=4, teacher_steps=4, predistill_steps=2, steps=2, batch=4,
-                  test=4, tokens=8, timed=1),
+    "smoke": dict(pairs=64, distil_pairs=16, vocabulary=400, width=16, layers=4, teacher_steps=4, predistill_steps=2,
+                  steps=2, batch=4, test=4, tokens=8, timed=1),
     "cpu": dict(pairs=None, distil_pairs=3200, vocabulary=4000, width=192, layers=4, teacher_steps=4000,
                 predistill_steps=400, steps=200, batch=16, test=200, tokens=32, timed=20),
     "gpu": dict(pairs=None, distil_pairs=None, vocabulary=16000, width=512, layers=6, teacher_steps=6000,
@@ -78,7 +78,7 @@ class Experiment:
         config = BartConfig(
             vocab_size=len(tokenizer), d_model=width, encoder_layers=layers, decoder_layers=layers,
             encoder_attention_heads=max(1, width // 64), decoder_attention_heads=max(1, width // 64),
-            encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, max_position_embeddings=256, dropout=0.1,
+            encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, max_position_embeddings=1024, dropout=0.1,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.bos_token_id,
             forced_eos_token_id=None,
@@ -151,8 +151,8 @@ class Experiment:
                 pairs = prepared.samples()
                 config = FDistillConfig(
                     str(self.out / "timing"), method=method, max_steps=self.size["timed"], report_to=[],
-                    top_k=job.top_k, per_device_train_batch_size=job.batch, max_new_tokens=job.max_new_tokens, save_strategy="no",
-                    bf16=job.bf16, disable_tqdm=True,
+                    top_k=job.top_k, per_device_train_batch_size=job.batch, max_new_tokens=job.max_new_tokens,
+                    save_strategy="no", bf16=job.bf16, disable_tqdm=True,
                 )  # fmt: skip
                 trainer = FDistillTrainer(load_model(job.student), prepared.teacher, config, train_dataset=pairs)
                 spent = _models_time(trainer)
