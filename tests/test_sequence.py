@@ -304,7 +304,7 @@ def test_full_disk_leaves_whole_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="could not be written"):
-        module._write(tmp_path / "x.parquet", b"1")
+        module.write_whole(tmp_path / "x.parquet", b"1")
     assert not list(tmp_path.iterdir())
 
 

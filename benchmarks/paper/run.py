@@ -92,8 +92,7 @@ class Experiment:
             bf16=self.name == "gpu",
         )  # fmt: skip
         trainer = FDistillTrainer(model, copy.deepcopy(model), arguments, train_dataset=pairs)
-        last = sequence_run.get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=sequence_run.last_checkpoint(Path(arguments.output_dir)))
         sequence_run._save(model, folder, tokenizer)
 
     def job(self, method: str, **more: Any) -> Job:

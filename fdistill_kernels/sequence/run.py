@@ -12,6 +12,7 @@ import base64
 import contextlib
 import html
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +32,12 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .data import read_pairs, tokenize
 from .metrics import Measures, evaluate
-from .objectives import METHODS
+from .objectives import METHODS, Half, method, mixture
 from .predistill import copy_layers
-from .sampling import Sampling, Server, TeacherSamples, fingerprint
+from .sampling import Sampling, Server, TeacherSamples, fingerprint, write_whole
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 
@@ -53,6 +53,8 @@ class Job:
     out: str = "fdistill-run"
     method: str = "tvd"
     beta: float = 0.5
+    divergence: str | None = None
+    shares: str | None = None
     steps: int = 1000
     predistill_steps: int = 0
     batch: int = 8
@@ -75,6 +77,19 @@ class Job:
     target_column: str = "target"
     seed: int = 0
 
+    def halves(self) -> tuple[Half, ...]:
+        """The objective."""
+        return (
+            mixture(self.divergence, **self.shares_by_source()) if self.divergence else method(self.method, self.beta)
+        )
+
+    def shares_by_source(self) -> dict[str, float]:
+        """`shares` as numbers."""
+        try:
+            return {k: float(v) for k, v in (part.split("=") for part in (self.shares or "gold=1").split(","))}
+        except ValueError:
+            raise ValueError(f"--shares must be as in student=0.7,gold=0.3, not {self.shares!r}") from None
+
     def sampling(self, beams: bool = False) -> Sampling:
         """Of the teacher's stored samples, or its beam-search outputs."""
         if beams:
@@ -88,6 +103,8 @@ HELP = {
     "data": ".jsonl, .tsv or .parquet with prompt and target",
     "eval_data": "held-out pairs; default: the last of the data",
     "out": "the run's folder", "method": ", ".join(METHODS), "beta": "weight of the student's half in js and tvd",
+    "divergence": "instead of the method: any of `fdistill list`, on the sequences that --shares says",
+    "shares": "of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
     "predistill_steps": "steps of pre-distillation first", "evaluate_every": "steps; 0: at the end",
     "limit": "use the first pairs of the data alone", "online_teacher": "draw teacher samples anew at every step",
     "samples": "folder of the teacher's samples, for several runs to share; default: inside the run's folder",
@@ -124,8 +141,7 @@ def job_of(args: argparse.Namespace) -> Job:
     job = Job(**settings)
     if not job.teacher or not job.data:
         raise ValueError("--teacher and --data are needed")
-    if job.method not in METHODS:
-        raise ValueError(f"unknown method {job.method!r}; known: {', '.join(METHODS)}")
+    job.halves()
     return job
 
 
@@ -173,8 +189,8 @@ class Run:
 
     def samples(self) -> Any:
         """The training pairs with the teacher's stored samples, drawn where they are missing."""
-        beams = self.job.method == "seqkd"
-        sources = {half.source for half in METHODS[self.job.method](self.job.beta)}
+        sources = {half.source for half in self.job.halves()}
+        beams = "beam" in sources
         if not sources & {"teacher", "beam"} or self.job.online_teacher:
             return self.pairs
         name = "teacher_prompt_ids" if "teacher_prompt_ids" in self.pairs.column_names else "prompt_ids"
@@ -204,13 +220,14 @@ class Run:
             _save(student, made)
         return student
 
-    def train(self, student: Any, pairs: Any, method: str, steps: int) -> Any:
+    def train(self, student: Any, pairs: Any, stage: str, steps: int) -> Any:
         """One stage of training, from its last checkpoint if there is one."""
-        job, folder = self.job, self.folder / f"trainer-{method}"
+        job, folder = self.job, self.folder / f"trainer-{stage}"
         every = job.evaluate_every or steps
         config = FDistillConfig(
-            str(folder), method=method, beta=job.beta, max_steps=steps, per_device_train_batch_size=job.batch,
-            per_device_eval_batch_size=32, learning_rate=job.learning_rate,
+            str(folder), method=stage, beta=job.beta, divergence=None if stage == "predistill" else job.divergence,
+            shares=job.shares_by_source() if job.divergence else None, max_steps=steps,
+            per_device_train_batch_size=job.batch, per_device_eval_batch_size=32, learning_rate=job.learning_rate,
             warmup_steps=min(job.warmup_steps, steps // 4),
             eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=min(every, max(1, steps // 4)),
             save_total_limit=1, logging_steps=max(1, steps // 50), report_to=[], seed=job.seed, bf16=job.bf16,
@@ -219,11 +236,11 @@ class Run:
         )  # fmt: skip
         trainer = FDistillTrainer(student, self.teacher, config, train_dataset=pairs, eval_dataset=self.held_out,
                                   processing_class=self.tokenizer)  # fmt: skip
-        trainer.add_callback(_Log(self.folder / "metrics.jsonl", method))
-        if method != "predistill" and job.evaluate_every:
+        trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
+        if stage != "predistill" and job.evaluate_every:
             trainer.add_callback(Measures(self.teacher, *self.held_out_rows(), self.tokenizer, job.sampling(),
                                           trainer.log))  # fmt: skip
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         return trainer.accelerator.unwrap_model(trainer.model)
 
     def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -234,6 +251,16 @@ class Run:
     def measure(self, model: Any) -> dict[str, float]:
         """`metrics.evaluate` on the held-out pairs."""
         return evaluate(model, self.teacher, *self.held_out_rows(), self.tokenizer, self.job.sampling(), self.job.seed)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one that a kill left half written is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found[::-1]:
+        if (path / "trainer_state.json").exists():  # what the trainer writes last
+            return str(path)
+        shutil.rmtree(path)
+    return None
 
 
 class _Log(TrainerCallback):
@@ -273,7 +300,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         _save(student, run.folder / "student", run.tokenizer)
     plot(run.folder)
     write_report(run.folder, job, results)
-    results_file.write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(results_file, (json.dumps(results, indent=1) + "\n").encode())
     return results
 
 

@@ -151,7 +151,7 @@ class TeacherSamples:
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(manifest, json.dumps(self.key, indent=1).encode())
+            write_whole(manifest, json.dumps(self.key, indent=1).encode())
             return
         try:
             known = json.loads(manifest.read_text())
@@ -188,7 +188,7 @@ class TeacherSamples:
                 yield done
             sink = pyarrow.BufferOutputStream()
             pyarrow.parquet.write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), sink)
-            _write(self.shards()[number], sink.getvalue().to_pybytes())
+            write_whole(self.shards()[number], sink.getvalue().to_pybytes())
 
     def _range(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
@@ -211,7 +211,7 @@ class TeacherSamples:
         return rows["sample_ids"][:]
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """All of the file or none of it, also when the disk is full or the process killed."""
     partial = path.with_suffix(".partial")
     try:
