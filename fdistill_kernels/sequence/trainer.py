@@ -112,6 +112,7 @@ class FDistillTrainer(Trainer):
     """
 
     args: FDistillConfig
+    step_loss = staticmethod(step_loss)
 
     def __init__(self, model: Any, teacher: Any, args: FDistillConfig, *, processing_class: Any = None,
                  teacher_processing_class: Any = None, **trainer: Any):  # fmt: skip
@@ -189,7 +190,7 @@ class FDistillTrainer(Trainer):
         rows, _ = rows_of(student, prompts, continuations, self.pad, wrapped=model, **options)
         count = len(rows.tokens) if self.args.normalize == "token" else len(prompts)
         with self.compute_loss_context_manager():
-            total = step_loss(rows, student, teacher, self.teacher, half.divergence, self.args.temperature,
+            total = self.step_loss(rows, student, teacher, self.teacher, half.divergence, self.args.temperature,
                               reduction="mean", num_items=max(count, 1), memory=self.args.memory)  # fmt: skip
         return total
 
