@@ -81,7 +81,7 @@ def linear_f_divergence(
             times the row's weight. Divergences whose gradient has no such bound (rkl, jeffreys, engine, alpha) and
             smoothed labels skip nothing.
         chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 512 MB on a GPU,
-            or a quarter of its free memory if that is less.
+            or a quarter of its free memory if that is less (the last bits of the gradients then depend on it).
         The rest: as in `f_divergence`.
 
     Returns:
@@ -215,9 +215,10 @@ def _linear(
         raise ValueError(f"memory must be 'chunks' or 'minimal', not {memory!r}")
     if memory == "minimal" and teacher is not None and teacher_weight is None:
         raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
     if memory == "minimal" and chunk_bytes is None:
         chunk_bytes = MINIMAL_CHUNK_BYTES
-    step = _chunk_rows(rows, weight.shape[0], hidden, teacher is not None, chunk_bytes)
     for name, cap in (("logit_softcap", softcap), ("teacher_logit_softcap", teacher_softcap)):
         if cap is not None:
             checks.check_number(name, cap, 0, open_low=True)
@@ -228,27 +229,29 @@ def _linear(
 
     def run(row_arguments: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
         per_row = token_arguments["reduction"] == "none"
-        path = 0 if memory == "minimal" and name == "triton" else step, skip_tiles
+        path = memory == "minimal" and name == "triton", skip_tiles, chunk_bytes or 0
         return _LinearLoss.apply(hidden.reshape(rows, -1), weight, bias, teacher, per_row, *heads, *path, name,
                                  *row_arguments)  # fmt: skip
 
     return token_loss(hidden, run, divergence, **token_arguments)
 
 
-def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor, two_models: bool, chunk_bytes: int | None) -> int:
-    """Rows of a chunk: as many as the budget holds, in whole tiles of the matrix product."""
-    if chunk_bytes is None:
+def _chunk_rows(call: LinearCall, chunk_bytes: int) -> int:
+    """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product."""
+    device = call.hidden.device
+    if not chunk_bytes:
         chunk_bytes = CPU_CHUNK_BYTES
-        if hidden.is_cuda:
-            chunk_bytes = min(GPU_CHUNK_BYTES, torch.cuda.mem_get_info(hidden.device)[0] // 4)
-    elif chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
-    most = max(1, chunk_bytes // ((2 if two_models else 1) * vocabulary * hidden.element_size()))
-    tile = 128 if hidden.is_cuda else 16
-    return min(rows, most // tile * tile or most)
+        if call.hidden.is_cuda:
+            chunk_bytes = GPU_CHUNK_BYTES
+            if not torch.cuda.is_current_stream_capturing():
+                chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(device)[0] // 4)
+    models = 1 if call.teacher is None else 2
+    most = max(1, chunk_bytes // (models * call.weight.shape[0] * call.hidden.element_size()))
+    tile = 128 if call.hidden.is_cuda else 16
+    return most // tile * tile or most
 
 
-def _in_chunks(call: LinearCall, step: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _in_chunks(call: LinearCall, chunk_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (3, N), and the gradients of hidden states, weight and bias, one not wanted empty."""
     hidden, weight, teacher, labels = call.hidden, call.weight, call.teacher, call.labels
     wide = call.row_scale.dtype
@@ -259,7 +262,7 @@ def _in_chunks(call: LinearCall, step: int, backend: str) -> tuple[Tensor, Tenso
     gradients = call.want_hidden or call.want_weight or call.want_bias
     live = None if callable(teacher) else _live_rows(call.row_scale, labels)
     count = hidden.shape[0] if live is None else len(live)
-    step = min(step, max(1, count))
+    step = min(_chunk_rows(call, chunk_bytes), max(1, count))
     student_buffer = products.empty(hidden, step, weight.shape[0])
     teacher_buffer = products.empty(hidden, step, weight.shape[0]) if teacher is not None else None
     if not count:
@@ -312,9 +315,10 @@ def _live_rows(row_scale: Tensor, labels: Tensor | None) -> Tensor | None:
 def _linear_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor | None, teacher_weight: Tensor | None,
     teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, softcap: float, teacher_softcap: float,
-    step: int, skip_tiles: bool, backend: str, row_scale: Tensor, student_rate: Tensor, teacher_rate: Tensor,
-    divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None, divergence: str, parameter: float,
-    ce_weight: float, label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
+    cut_path: bool, skip_tiles: bool, chunk_bytes: int, backend: str, row_scale: Tensor, student_rate: Tensor,
+    teacher_rate: Tensor, divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None, divergence: str,
+    parameter: float, ce_weight: float, label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool,
+    want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `LinearCall`, as plain arguments. A teacher that is a function can only be given outside the operator."""
     backends.check_label_range(labels, row_scale, weight.shape[0])
@@ -324,12 +328,12 @@ def _linear_rows(
         divergence_scale, labels, class_weight, by_key(divergence, parameter) if divergence else None, ce_weight,
         label_smoothing, z_loss, want_hidden, want_weight, want_bias,
     )  # fmt: skip
-    if step == 0:
+    if cut_path:
         from .backends.triton import cut
 
         parts, of_hidden, of_weight, of_bias = cut.linear_rows(call, skip_tiles)
     else:
-        parts, of_hidden, of_weight, of_bias = _in_chunks(call, step, backend)
+        parts, of_hidden, of_weight, of_bias = _in_chunks(call, chunk_bytes, backend)
     return parts, of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
 
 
@@ -338,7 +342,7 @@ linear_rows = torch.library.custom_op("fdistill_kernels::linear_rows", _linear_r
 
 @linear_rows.register_fake
 def _(hidden, weight, *args):  # type: ignore[no-untyped-def]
-    row_scale, (want_hidden, want_weight, want_bias) = args[11], args[-3:]
+    row_scale, (want_hidden, want_weight, want_bias) = args[12], args[-3:]
     return (
         row_scale.new_empty(3, hidden.shape[0]),
         hidden.new_empty(hidden.shape if want_hidden else (0,)),
@@ -348,7 +352,7 @@ def _(hidden, weight, *args):  # type: ignore[no-untyped-def]
 
 
 #: `_LinearLoss`'s arguments after the teacher up to the backend's name: those of the heads and of the path.
-FIXED = 10
+FIXED = 11
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -46,15 +46,15 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
 def add_weight_gradient_(gradient: Tensor, hidden: Tensor, scale: float, keep: float, total: Tensor) -> None:
     """``total = keep·total + scale·gradientᵀ hidden``: (n, V), (n, D) into (V, D) float32; keep 0 reads no total.
 
-    Narrow dtypes are multiplied as they are and accumulated in float32 where torch has such a product (CUDA); elsewhere
-    both are widened first, on the native backend tile by tile.
+    Narrow dtypes are multiplied as they are and accumulated in float32 where torch has such a product (CUDA, newer
+    torch); elsewhere both are widened first, on the native backend tile by tile.
     """
     if _native(gradient):
         torch.ops.fdistill_native.add_weight_gradient_(gradient, hidden, scale, keep, total)
         return
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden, beta=keep, alpha=scale)
-    elif gradient.is_cuda and torch.version.hip is None:
+    elif gradient.is_cuda and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads():
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, beta=keep, alpha=scale, out=total)
     else:
         total.addmm_(gradient.t().to(total.dtype), hidden.to(total.dtype), beta=keep, alpha=scale)

@@ -195,7 +195,7 @@ def test_modules_and_compile():
 def test_opcheck(backend):
     hidden, weight, teacher, teacher_weight = (x.detach() for x in problem())
     ones = torch.ones(N)
-    call = (hidden, weight, None, teacher, teacher_weight, None, 1.0, 1.0, 0.0, 0.0, 5, True, backend, ones, ones, ones, ones, None, None,
+    call = (hidden, weight, None, teacher, teacher_weight, None, 1.0, 1.0, 0.0, 0.0, False, True, 5 * 8 * V, backend, ones, ones, ones, ones, None, None,
             "js", 0.0, 0.0, 0.0, 0.0, True, True, False)  # fmt: skip
     torch.library.opcheck(fk.linear.linear_rows, call)
 
