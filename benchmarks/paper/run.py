@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(pairs=64, distil_pairs=16, vocabulary=400, width=16, layers=4, teacher_steps=4, predistill_steps=2,
                   steps=2, batch=4, test=4, tokens=8, timed=1),
     "cpu": dict(pairs=None, distil_pairs=3200, vocabulary=4000, width=192, layers=4, teacher_steps=4000,
-                predistill_steps=400, steps=200, batch=16, test=200, tokens=32, timed=20),
+                predistill_steps=400, steps=200, batch=16, test=200, tokens=48, timed=20),
     "gpu": dict(pairs=None, distil_pairs=None, vocabulary=16000, width=512, layers=6, teacher_steps=6000,
                 predistill_steps=3000, steps=1500, batch=64, test=1000, tokens=64, timed=50),
 }  # fmt: skip
@@ -118,7 +118,7 @@ class Experiment:
         sequence_run._save(student, folder, prepared.tokenizer)
         self.keep("predistill", prepared.measure(student))
         teacher = prepared.measure(prepared.teacher)
-        rows, _ = prepared.held_out_rows()
+        rows, *_ = prepared.held_out_rows()
         drawn = [draw_all(prepared.teacher, rows, job.sampling(), seed) for seed in range(100, 105)]
         groups = [[d[i].tolist() for d in drawn] for i in range(len(rows))]
         self.keep("teacher", {**teacher, "teacher_dist": teacher_dist(groups)})

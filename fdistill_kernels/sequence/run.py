@@ -166,6 +166,7 @@ class Run:
             count = min(job.eval_pairs, max(1, len(pairs) // 10))
             held_out = pairs.select(range(len(pairs) - count, len(pairs)))
             pairs = pairs.select(range(max(1, len(pairs) - count)))
+        self.references = held_out["target"][:]
         self.tokenizer = AutoTokenizer.from_pretrained(job.teacher)
         self.teacher = load_model(job.teacher).eval()
         if torch.cuda.is_available():
@@ -243,10 +244,10 @@ class Run:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         return trainer.accelerator.unwrap_model(trainer.model)
 
-    def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Prompts and targets of the held-out pairs."""
+    def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
+        """Prompts and targets of the held-out pairs, and the targets' text."""
         prompts, targets = ([torch.tensor(x) for x in self.held_out[n][:]] for n in ("prompt_ids", "labels"))
-        return prompts, targets
+        return prompts, targets, self.references
 
     def measure(self, model: Any) -> dict[str, float]:
         """`metrics.evaluate` on the held-out pairs."""
