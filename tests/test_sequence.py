@@ -22,7 +22,7 @@ from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.sequence import METHODS, Sampling, TeacherSamples, copy_layers, method_by_name, mixture
 from fdistill_kernels.sequence.metrics import risk, teacher_dist, translation_scores
-from fdistill_kernels.sequence.models import hidden_only, output_head, rows_of, step_loss, teacher_forced
+from fdistill_kernels.sequence.models import at_head, output_head, rows_of, step_loss, teacher_forced
 from fdistill_kernels.sequence.predistill import chosen_layers, predistillation_loss
 from fdistill_kernels.sequence.sampling import Server, draw, fingerprint
 
@@ -237,11 +237,37 @@ def test_teachers_with_longer_prompts_padding_and_other_heads():
         step_loss(rows, student, theirs, teacher, TABLE["js"])
 
 
-def test_no_logits_are_made():
-    model = gpt2(60)
-    with hidden_only(model) as captured:
-        out = model(torch.zeros(2, 3, dtype=torch.long))
-    assert out.logits.shape == (2, 3, 1) and captured[0].shape == (2, 3, 16)
+@pytest.mark.parametrize("make", [gpt2, bart, t5])
+def test_no_logits_are_made_and_the_head_comes_back(make):
+    model = make(60)
+    head, ids = model.get_output_embeddings(), torch.zeros(2, 3, dtype=torch.long)
+    inputs = dict(input_ids=ids, decoder_input_ids=ids) if model.config.is_encoder_decoder else dict(input_ids=ids)
+    with at_head(model, lambda hidden: hidden) as made:
+        out = model(**inputs)
+    assert not out.logits.numel() and made[0].shape == (2, 3, 16) and "forward" not in vars(head)
+    head.forward = hooked = lambda hidden: type(head).forward(head, hidden)  # as accelerate's offloading does
+    with at_head(model, lambda hidden: hidden):
+        pass
+    assert head.forward is hooked
+
+
+@pytest.mark.parametrize("make", [llama, bart])
+def test_quantised_teachers(make):
+    student, teacher = make(seed=1), make(seed=2)
+    if make is bart:
+        teacher.final_logits_bias.normal_()
+    prompts, continuations = batch()
+    with torch.no_grad():
+        teacher = torch.ao.quantization.quantize_dynamic(teacher, {torch.nn.Linear})
+        assert callable(teacher.get_output_embeddings().weight)  # not a tensor
+        inputs, labels = teacher_forced(teacher, prompts, continuations, EOS)
+        teacher_logits = teacher(**inputs).logits[labels >= 0]
+        theirs, _ = rows_of(teacher, prompts, continuations, EOS)
+    assert len(draw(teacher, prompts, Sampling(4), 0)) == len(prompts) and fingerprint(teacher) == fingerprint(teacher)
+    rows, _ = rows_of(student, prompts, continuations, EOS)
+    inputs, labels = teacher_forced(student, prompts, continuations, EOS)
+    expected = f_divergence_rows(student(**inputs).logits[labels >= 0], teacher_logits, "js").sum()
+    torch.testing.assert_close(step_loss(rows, student, theirs, teacher, TABLE["js"]), expected, rtol=1e-2, atol=0)
 
 
 # --- sampling

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
-from ..sequence.models import IGNORE, hidden_only, is_plain, output_head
+from ..sequence.models import IGNORE, at_head, output_head, restore_forward
 
 
-def patch_model(model: Any, **keywords: Any) -> Any:
+def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> Any:
     """Makes a language model's own ``loss`` come from `linear_cross_entropy`, without its N×V logits.
 
     While training with `labels`, the output has the loss and no logits (None); in evaluation both. Without labels
@@ -21,6 +21,7 @@ def patch_model(model: Any, **keywords: Any) -> Any:
 
     Args:
         model: a causal or encoder–decoder Hugging Face model with an output embedding that is one plain weight.
+        keep_logits: make the logits while training too, without gradients, for a trainer that reads them.
         **keywords: of `linear_cross_entropy`: label_smoothing, z_loss, memory, ...
 
     Returns:
@@ -29,9 +30,9 @@ def patch_model(model: Any, **keywords: Any) -> Any:
     Raises:
         TypeError: the output embedding is LoRA or quantised. ValueError: there is none.
     """
-    if not is_plain(output_head(model)):
+    if not output_head(model).plain:
         raise TypeError("the output embedding is LoRA or quantised, not one plain weight")
-    forward = model.forward
+    own, forward = vars(model).get("forward"), model.forward
 
     @functools.wraps(forward)
     def patched(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
@@ -40,32 +41,33 @@ def patch_model(model: Any, **keywords: Any) -> Any:
         inputs.pop("return_dict", None)
         if model.config.is_encoder_decoder and inputs.get("decoder_input_ids") is None:
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        with hidden_only(model) as captured:
-            outputs = forward(*args, return_dict=True, **inputs)
-        hidden, head = captured[0], output_head(model)
         if not model.config.is_encoder_decoder:
             labels = next_tokens(labels, inputs.get("position_ids"))
-        outputs.loss = linear_cross_entropy(
-            hidden, head.weight, labels.to(hidden.device), linear_bias=head.bias, logit_scale=head.scale,
-            logit_softcap=head.softcap, num_items=num_items_in_batch, **keywords,
-        )  # fmt: skip
-        outputs.logits = None if model.training else _logits(hidden, head)
+        logits: list[Tensor | None] = [None]
+
+        def loss(hidden: Tensor) -> Tensor:
+            head = output_head(model)
+            if keep_logits or not model.training:
+                logits[0] = head.logits(hidden.detach())
+            return linear_cross_entropy(
+                hidden, head.weight, labels.to(hidden.device), linear_bias=head.bias, logit_scale=head.scale,
+                logit_softcap=head.softcap, num_items=num_items_in_batch, **keywords,
+            )  # fmt: skip
+
+        with at_head(model, loss) as made:
+            outputs = forward(*args, return_dict=True, **inputs)
+        outputs.loss, outputs.logits = made[0] + outputs.logits.sum(), logits[0]
         return outputs
 
+    patched.own = own  # type: ignore[attr-defined]
     model.forward = patched
     return model
 
 
 def undo_patch(model: Any) -> Any:
     """Takes `patch_model` back."""
-    del model.forward
+    restore_forward(model, model.forward.own)
     return model
-
-
-def _logits(hidden: Tensor, head: Any) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype)) * head.scale
-    logits = logits if head.bias is None else logits + head.bias.to(hidden.dtype)
-    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
 
 
 def next_tokens(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:

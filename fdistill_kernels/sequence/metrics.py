@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .models import rows_of, step_loss
+from .models import forward_to_head, step_loss
 from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
@@ -42,9 +42,10 @@ def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor])
     device = next(model.parameters()).device
     for some, theirs in zip(_batches(prompts), _batches(continuations), strict=True):
         moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
-        rows, _ = rows_of(model, moved, continued, special_tokens(model)[0])
-        total += float(step_loss(rows, model, None, None, None))
-        tokens += len(rows.tokens)
+        pad = special_tokens(model)[0]
+        loss, _ = forward_to_head(model, moved, continued, pad, lambda rows: step_loss(rows, model, None, None, None))
+        total += float(loss)
+        tokens += sum(map(len, theirs))
     model.train(training)
     return total / max(tokens, 1)
 

@@ -1,12 +1,12 @@
 """Hugging Face models as the losses see them: hidden states before the output embedding, and that embedding.
 
-The output embedding is not run: while `hidden_only` holds, it hands its input on, so that N×V logits never exist.
+The output embedding is not run: `at_head` puts the loss in its place, so that N×V logits never exist.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +19,37 @@ IGNORE = -100
 
 
 class Head(NamedTuple):
-    """An output embedding: logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap)."""
+    """An output embedding: logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap).
+
+    A quantised one has no such weight; then bias is what the model adds to the module's own result.
+    """
 
     module: nn.Module
-    weight: Tensor
+    weight: Any
     bias: Tensor | None
     scale: float
     softcap: float | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one floating matrix, and not LoRA's sum or quantised."""
+        return isinstance(self.weight, Tensor)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of a few rows, by the module itself if it is not plain."""
+        if self.plain:
+            z = torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype)) * self.scale
+        else:
+            z = self.module(hidden) * self.scale
+        z = z if self.bias is None else z + self.bias.to(z)
+        return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
 
 
 def output_head(model: Any) -> Head:
     """The model's output embedding, with what its architecture does to logits after it.
 
     Raises:
-        ValueError: there is none. TypeError: it is not a plain weight (LoRA, quantised).
+        ValueError: there is none.
     """
     module = model.get_output_embeddings()
     if module is None:
@@ -42,33 +59,45 @@ def output_head(model: Any) -> Head:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    bias = getattr(module, "bias", None)
+    found = getattr(module, "weight", None)  # of dynamic quantisation, a method; of bitsandbytes, integers
+    plain = isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2
+    weight = found if plain and not hasattr(module, "lora_A") else None
+    bias = None if weight is None else getattr(module, "bias", None)
     extra = getattr(model, "final_logits_bias", None)  # BART's
     if extra is not None and bool(extra.any()):
         bias = extra.flatten() if bias is None else bias + extra.flatten()
-    return Head(module, module.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def is_plain(head: Head) -> bool:
-    """Whether the head is one floating matrix, and not LoRA's sum or quantised."""
-    return not hasattr(head.module, "lora_A") and head.weight.dim() == 2 and head.weight.is_floating_point()
+    return Head(module, weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 @contextlib.contextmanager
-def hidden_only(model: Any) -> Iterator[list[Tensor]]:
-    """Inside, a call of the model puts what its output embedding was given into the list, and makes no logits."""
+def at_head(model: Any, call: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Inside, a call of the model runs `call` on what its output embedding is given, in its place, and makes no logits.
+
+    What it returns goes into the list. It runs there because FSDP and ZeRO-3 have the embedding's weight whole there;
+    and the logits' place is taken by an empty tensor made from it, so that what wraps the model finds in its output
+    every parameter that a loss depends on.
+    """
     module = model.get_output_embeddings()
-    captured: list[Tensor] = []
+    own = vars(module).get("forward")  # of accelerate's hooks
+    made: list[Tensor] = []
 
-    def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        captured.append(hidden)
-        return hidden[..., :1].detach()  # something for the model to go on with
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        made.append(call(hidden))
+        return made[-1].flatten()[:0].view(*hidden.shape[:-2], 0, 1)
 
-    module.forward = keep
+    module.forward = forward
     try:
-        yield captured
+        yield made
     finally:
+        restore_forward(module, own)
+
+
+def restore_forward(module: Any, own: Any) -> None:
+    """A module's `forward` as it was: its own attribute, or its class's (None)."""
+    if own is None:
         del module.forward
+    else:
+        module.forward = own
 
 
 class Rows(NamedTuple):
@@ -123,21 +152,34 @@ def teacher_forced(
     }, padded(targets, IGNORE, side)  # fmt: skip
 
 
-def rows_of(
-    model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, *, wrapped: Any = None,
-    pack: bool = False, side: str = "right", **more: Any,
-) -> Any:  # fmt: skip
-    """The `Rows` of a batch, and the model's own outputs. Gradients flow where they are enabled.
+def forward_to_head(
+    model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, call: Callable[[Rows], Tensor],
+    *, wrapped: Any = None, pack: bool = False, side: str = "right", **more: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """What `call` makes of a batch's rows in the output embedding's place, and the model's own outputs.
 
     wrapped: what is called in the model's place, such as its DistributedDataParallel.
     """
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
     device = next(model.parameters()).device
-    with hidden_only(model) as captured:
+    counts, labels = (labels != IGNORE).to(device), labels.to(device)
+    with at_head(model, lambda hidden: call(Rows(hidden[counts], labels[counts]))) as made:
         outputs = (wrapped or model)(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False, **more)
-    labels = labels.to(device)
-    counts = labels != IGNORE
-    return Rows(captured[0][counts], labels[counts]), outputs
+    return made[0] + outputs.logits.sum(), outputs  # the sum of nothing: FSDP waits for a gradient of the output
+
+
+def rows_of(
+    model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, **options: Any
+) -> tuple[Rows, Any]:
+    """The `Rows` of a batch, and the model's own outputs, as in `forward_to_head`; gradients flow where enabled."""
+    rows: list[Rows] = []
+
+    def keep(found: Rows) -> Tensor:
+        rows.append(found)
+        return found.hidden.flatten()[:0]
+
+    _, outputs = forward_to_head(model, prompts, continuations, pad, keep, **options)
+    return rows[0], outputs
 
 
 def step_loss(
@@ -145,33 +187,30 @@ def step_loss(
     temperature: float = 1.0, ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
 ) -> Tensor:  # fmt: skip
     """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
-    if not len(student.tokens):
-        return student.hidden.sum() * 0.0
     head = output_head(student_model)
-    if not is_plain(head):
+    if not head.plain:
         raise TypeError("the student's output embedding is LoRA or quantised: leave it out, or train it as a whole")
+    if not len(student.tokens):
+        return student.hidden.sum() * 0.0 + head.weight.sum() * 0.0
     if divergence is None:
         return linear_cross_entropy(student.hidden, head.weight, student.tokens, linear_bias=head.bias,
                                     logit_scale=head.scale, logit_softcap=head.softcap, reduction=reduction,
                                     **keywords)  # fmt: skip
     assert teacher is not None
-    theirs = output_head(teacher_model)
-    theirs_size = theirs.weight.shape[0] if is_plain(theirs) else int(theirs.module.out_features)  # type: ignore[arg-type]
-    shared = min(head.weight.shape[0], theirs_size)
+    theirs, hidden = output_head(teacher_model), teacher.hidden
+    shared = min(head.weight.shape[0], theirs.weight.shape[0] if theirs.plain else int(theirs.module.out_features))  # type: ignore[arg-type]
     common: dict[str, Any] = dict(
         student_bias=head.bias, logit_scale=head.scale, logit_softcap=head.softcap, vocab_size=shared,
         labels=student.tokens, ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
     )  # fmt: skip
-    if is_plain(theirs) and theirs.weight.device == student.hidden.device:
+    if theirs.plain and theirs.weight.device == student.hidden.device:
         return linear_f_divergence(
-            student.hidden, head.weight, teacher.hidden, theirs.weight, divergence, teacher_bias=theirs.bias,
+            student.hidden, head.weight, hidden, theirs.weight, divergence, teacher_bias=theirs.bias,
             teacher_logit_scale=theirs.scale, teacher_logit_softcap=theirs.softcap, **common,
         )  # fmt: skip
 
+    @torch.no_grad()
     def logits(begin: int, end: int) -> Tensor:
-        with torch.no_grad():
-            z = theirs.module(teacher.hidden[begin:end]) * theirs.scale
-            z = z if theirs.softcap is None else theirs.softcap * (z / theirs.softcap).tanh()
-        return z[:, :shared].to(student.hidden.device)
+        return theirs.logits(hidden[begin:end])[:, :shared].to(student.hidden.device)
 
     return linear_f_divergence(student.hidden, head.weight, logits, None, divergence, **common)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..divergences import resolve
-from .models import rows_of, step_loss
+from .models import Rows, forward_to_head, rows_of, step_loss
 
 #: A configuration's names for its counts of layers.
 ENCODER = ("encoder_layers", "num_layers")
@@ -82,9 +82,13 @@ def predistillation_loss(
     of_kl, of_ce, of_mse = weights
     with torch.no_grad():
         teacher, theirs = rows_of(teacher_model, prompts, targets, pad, output_hidden_states=True)
-    student, ours = rows_of(student_model, prompts, targets, pad, wrapped=wrapped, output_hidden_states=True)
-    loss = of_kl * step_loss(student, student_model, teacher, teacher_model, resolve("kl"), reduction="mean",
-                             ce_weight=of_ce / of_kl)  # fmt: skip
+
+    def soft_and_hard(student: Rows) -> Tensor:
+        return of_kl * step_loss(student, student_model, teacher, teacher_model, resolve("kl"), reduction="mean",
+                                 ce_weight=of_ce / of_kl)  # fmt: skip
+
+    loss, ours = forward_to_head(student_model, prompts, targets, pad, soft_and_hard, wrapped=wrapped,
+                                 output_hidden_states=True)  # fmt: skip
     names = ("decoder_hidden_states", "encoder_hidden_states") if student_model.config.is_encoder_decoder else (
         "hidden_states",)  # fmt: skip
     for name in names:

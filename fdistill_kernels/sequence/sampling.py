@@ -128,9 +128,12 @@ class Server:
 def fingerprint(model: Any) -> str:
     """Sixteen hex digits of a model's configuration and weights: their names, shapes and sums."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        total = tensor.double().sum().item() if tensor.is_floating_point() else 0
-        digest.update(f"{name}{tuple(tensor.shape)}{total:.6e}".encode())
+    for name, found in model.state_dict().items():
+        for tensor in found if isinstance(found, tuple) else (found,):  # a quantised module's weight and bias
+            if isinstance(tensor, Tensor):
+                tensor = tensor.dequantize() if tensor.is_quantized else tensor
+                total = tensor.double().sum().item() if tensor.is_floating_point() else 0
+                digest.update(f"{name}{tuple(tensor.shape)}{total:.6e}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..divergences import resolve
-from .models import IGNORE, Rows, padded, rows_of, step_loss, unpadded
-from .objectives import Half, method, mixture
+from .models import IGNORE, Rows, forward_to_head, padded, rows_of, step_loss, unpadded
+from .objectives import SOURCES, Half, method, mixture
 from .predistill import predistillation_loss
 from .sampling import Sampling, draw, special_tokens
+
+#: Which column has a source's sequences; of the student's, none.
+COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids", "student": ""}
 
 
 @dataclass
@@ -29,8 +33,9 @@ class FDistillConfig(TrainingArguments):
         temperature: of both models' distributions in the loss.
         max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training.
         student_every: draw student samples every so many steps; in between the last ones are used again.
-        normalize: "token", a mean over each batch's steps; or "sequence", the paper's sum over steps, a mean over
-            sequences.
+        normalize: "token", a mean over steps; or "sequence", the paper's sum over steps, a mean over sequences. The
+            mean is over all batches that are accumulated and all ranks, so that they give the gradient of one large
+            batch; of sequences drawn during training, whose lengths are not known before, over each batch.
         freeze_embeddings: leave the student's input embeddings (and a tied output embedding) as they are.
         pack: give causal models a batch as one row of sequences, without padding.
         memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`.
@@ -124,15 +129,17 @@ class FDistillTrainer(Trainer):
             data = trainer.get(name)
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
                 raise ValueError(f"{name} is empty")
+        args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         self.teacher = teacher.eval().requires_grad_(False)
         self.halves, self.sampling = args.halves(), args.sampling()
-        self._kept: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
-        self._kept_at = -1
+        self._kept: collections.deque[tuple[list[Tensor], list[Tensor], list[Tensor]]] = collections.deque()
+        self._draws = True
+        self._items: dict[str, Tensor] = {}
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         trainer.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
-        self.model_accepts_loss_kwargs = False  # each batch's loss is a mean, averaged over accumulated batches
+        self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self.accelerator.unwrap_model(self.model))[0]
         if getattr(self.teacher, "hf_device_map", None) is None and not getattr(self.teacher, "is_quantized", False):
             at = next(self.teacher.parameters()).device
@@ -149,6 +156,7 @@ class FDistillTrainer(Trainer):
             loss = self._half(Half("gold", resolve("kl")), model, prompts, teacher_prompts, gold)
         elif self.args.method == "predistill" and self.args.divergence is None:
             loss = predistillation_loss(student, self.teacher, prompts, gold, self.pad, wrapped=model)
+            loss = loss * (self._count(inputs["labels"]) / self._items["gold"])
         else:
             loss = torch.zeros((), device=self.args.device)
             for half in self.halves:
@@ -156,6 +164,23 @@ class FDistillTrainer(Trainer):
                 loss = loss + half.weight * self._half(half, model, *batch)
         loss = self._checked(loss, inputs, student) if model.training else loss
         return (loss, {}) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
+        """The batches of one update; counts, for each source, what its losses are divided by."""
+        batches, number = super().get_batch_samples(*args, **keywords)
+        if self.state.global_step % self.args.student_every == 0:
+            self._kept.clear()
+        self._draws = not self._kept
+        for source in SOURCES if batches else ():
+            name = COLUMNS[source] if self.args.normalize == "token" else "prompt_ids"
+            if name in batches[0]:
+                total = torch.stack([self._count(batch[name]) for batch in batches]).mean().to(self.args.device)
+                self._items[source] = self.accelerator.reduce(total, "mean")
+        return batches, number
+
+    def _count(self, ids: Tensor) -> Tensor:
+        """What a mean over a batch is over: steps or sequences."""
+        return ((ids != IGNORE).sum() if self.args.normalize == "token" else torch.tensor(len(ids))).float()
 
     def _sequences(
         self, source: str, student: Any, inputs: dict[str, Tensor], prompts: list[Tensor],
@@ -165,11 +190,11 @@ class FDistillTrainer(Trainer):
         if source == "gold":
             return prompts, teacher_prompts, gold
         if source == "student":
-            step = self.state.global_step
-            if self._kept is None or (step % self.args.student_every == 0 and step != self._kept_at) or (
-                    self.args.student_every == 1):  # fmt: skip
-                self._kept, self._kept_at = (prompts, teacher_prompts, draw(student, prompts, self.sampling)), step
-            return self._kept
+            if self._draws:
+                self._kept.append((prompts, teacher_prompts, draw(student, prompts, self.sampling)))
+            else:
+                self._kept.rotate(-1)
+            return self._kept[-1]
         if "sample_ids" in inputs:
             return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
         beams = Sampling(self.sampling.max_new_tokens, beams=4)
@@ -187,12 +212,14 @@ class FDistillTrainer(Trainer):
             moved, continued = ([x.to(at) for x in rows] for rows in (teacher_prompts, continuations))
             with torch.no_grad():
                 teacher, _ = rows_of(self.teacher, moved, continued, self.pad, **options)
-        rows, _ = rows_of(student, prompts, continuations, self.pad, wrapped=model, **options)
-        count = len(rows.tokens) if self.args.normalize == "token" else len(prompts)
-        with self.compute_loss_context_manager():
-            total = self.step_loss(rows, student, teacher, self.teacher, half.divergence, self.args.temperature,
-                              reduction="mean", num_items=max(count, 1), memory=self.args.memory)  # fmt: skip
-        return total
+        items = self._items.get(half.source) if model.training else None
+
+        def loss(rows: Rows) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.step_loss(rows, student, teacher, self.teacher, half.divergence, self.args.temperature,
+                                      reduction="mean", num_items=items, memory=self.args.memory)  # fmt: skip
+
+        return forward_to_head(student, prompts, continuations, self.pad, loss, wrapped=model, **options)[0]
 
     def _checked(self, loss: Tensor, inputs: dict[str, Tensor], student: nn.Module) -> Tensor:
         if torch.isfinite(loss):
@@ -200,7 +227,7 @@ class FDistillTrainer(Trainer):
         step = self.state.global_step
         if self.args.on_nan == "skip":
             self.log({"skipped_batches": step})
-            return next(p for p in student.parameters() if p.requires_grad).sum() * 0.0
+            return sum((p.sum() for p in student.parameters() if p.requires_grad), loss.new_zeros(())) * 0.0
         path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({k: v.cpu() for k, v in inputs.items()}, path)
