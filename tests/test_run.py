@@ -89,9 +89,9 @@ def test_sample_teacher_and_seqkd(files, capsys):
 
 def test_mixture_and_half_written_checkpoints(files, capsys):
     mixed = arguments(files, "--divergence", "gjs", "--shares", "student=0.7,gold=0.3", "--predistill-steps", "0")
-    (files / "run" / "trainer-tvd" / "checkpoint-1").mkdir(parents=True)  # as a kill would leave it
+    (files / "run" / "trainer-gjs" / "checkpoint-1").mkdir(parents=True)  # as a kill would leave it
     assert cli.main(mixed) == 0
-    assert not (files / "run" / "trainer-tvd" / "checkpoint-1" / "config.json").exists()
+    assert not (files / "run" / "trainer-gjs" / "checkpoint-1" / "config.json").exists()
     assert cli.main([*mixed, "--shares", "student"]) == 2 and "--shares must be" in capsys.readouterr().err
 
 

@@ -67,22 +67,29 @@ def tokenize(rows: Any, tokenizer: Any, model: Any, max_target: int) -> Any:
     encoder_decoder, end = model.config.is_encoder_decoder, tokenizer.eos_token_id
     room = context if encoder_decoder or context is None else context - max_target
 
-    def ids(text: str, closed: bool) -> list[int]:
-        found = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*found, end] if closed else found
+    if end is None:
+        raise ValueError("the tokenizer has no end token")
+
+    def open_ids(**text: str) -> list[int]:
+        """With the special tokens that the tokenizer puts around, but for the end token."""
+        found = tokenizer(**text)["input_ids"]
+        return found[:-1] if found and found[-1] == end else found
 
     def encode(row: dict[str, str], index: int) -> dict[str, list[int]]:
         prompts = {"prompt_ids": row["prompt"]}
-        if row.get("teacher_prompt"):
-            prompts["teacher_prompt_ids"] = row["teacher_prompt"]
-        made = {name: ids(text, encoder_decoder) for name, text in prompts.items()}
+        if "teacher_prompt" in row:
+            prompts["teacher_prompt_ids"] = row["teacher_prompt"] or row["prompt"]
+        made = {name: open_ids(text=text) + [end] * encoder_decoder for name, text in prompts.items()}
         for name, found in made.items():
             if room is not None and len(found) > room:
                 raise ValueError(f"pair {index}: {name} has {len(found)} tokens, the model has room for {room}")
             if not found:
                 raise ValueError(f"pair {index}: the prompt is empty")
-        target = ids(row["target"], False)[: max_target - 1]
-        return {**made, "labels": [*target, end]}
+        if encoder_decoder:
+            target = open_ids(text_target=row["target"])
+        else:  # it goes on from the prompt
+            target = tokenizer(row["target"], add_special_tokens=False)["input_ids"]
+        return {**made, "labels": [*target[: max_target - 1], end]}
 
     return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
                     desc="tokenizing")  # fmt: skip

@@ -71,20 +71,21 @@ def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dic
 
 
 def evaluate(
-    student: Any, teacher: Any, prompts: Sequence[Tensor], gold: Sequence[Tensor], references: Sequence[str],
-    tokenizer: Any, sampling: Sampling, seed: int = 0,
+    student: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor], gold: Sequence[Tensor],
+    references: Sequence[str], tokenizer: Any, sampling: Sampling, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Every measure of a student on held-out data; outputs for BLEU, chrF and TER are by greedy search.
 
-    gold: ids of the targets. references: their whole text, which the ids may have been cut from.
+    teacher_prompts: what the teacher sees in the prompts' place; most often the same. gold: ids of the targets.
+    references: their whole text, which the ids may have been cut from.
     """
     greedy = _Greedy(sampling.max_new_tokens)
     outputs = draw_all(student, prompts, greedy, seed)
     text = tokenizer.batch_decode([x.tolist() for x in outputs], skip_special_tokens=True)
     return {
         "perplexity": float(torch.tensor(risk(student, prompts, gold)).exp()),
-        "likelihood_risk": risk(teacher, prompts, draw_all(student, prompts, sampling, seed)),
-        "coverage_risk": risk(student, prompts, draw_all(teacher, prompts, sampling, seed)),
+        "likelihood_risk": risk(teacher, teacher_prompts, draw_all(student, prompts, sampling, seed)),
+        "coverage_risk": risk(student, prompts, draw_all(teacher, teacher_prompts, sampling, seed)),
         **translation_scores(text, references),
     }
 
@@ -97,9 +98,11 @@ class _Greedy(Sampling):
 class Measures(TrainerCallback):
     """Adds `evaluate`'s measures to every evaluation's log, and so to the reports."""
 
-    def __init__(self, teacher: Any, prompts: Sequence[Tensor], gold: Sequence[Tensor], references: Sequence[str],
-                 tokenizer: Any, sampling: Sampling, log: Any):  # fmt: skip
-        self.arguments, self.log = (teacher, prompts, gold, references, tokenizer, sampling), log
+    def __init__(self, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor],
+                 gold: Sequence[Tensor], references: Sequence[str], tokenizer: Any, sampling: Sampling,
+                 log: Any):  # fmt: skip
+        self.arguments = (teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling)
+        self.log = log
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Called by the trainer."""

@@ -1,8 +1,9 @@
 """`fdistill train`, `sample-teacher` and `evaluate`: one command from two models and a file to a student and a report.
 
 A run is a folder: config.yaml (what was asked), teacher_samples/, predistilled/ (the student every method starts from),
-trainer/ (checkpoints), metrics.jsonl, results.json, curves.png, report.html, student/. Each stage that is there is not
-done again, so that a killed run goes on with the same command.
+trainer-*/ (checkpoints), metrics.jsonl, student/, curves.png, report.html, results.json. Each stage that is there is
+not done again, so that a killed run goes on with the same command. Under torchrun or accelerate launch the ranks share
+the teacher's sampling and the training; the first one writes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import base64
 import contextlib
 import html
 import json
+import os
 import shutil
 import sys
 import time
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,6 +85,10 @@ class Job:
             mixture(self.divergence, **self.shares_by_source()) if self.divergence else method(self.method, self.beta)
         )
 
+    def name(self) -> str:
+        """Of the objective, for people."""
+        return f"{self.divergence} on {self.shares or 'gold'}" if self.divergence else self.method
+
     def shares_by_source(self) -> dict[str, float]:
         """`shares` as numbers."""
         try:
@@ -107,6 +113,7 @@ HELP = {
     "shares": "of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
     "predistill_steps": "steps of pre-distillation first", "evaluate_every": "steps; 0: at the end",
     "limit": "use the first pairs of the data alone", "online_teacher": "draw teacher samples anew at every step",
+    "batch": "pairs a step, in each process",
     "samples": "folder of the teacher's samples, for several runs to share; default: inside the run's folder",
     "vllm_url": "a vLLM server of the teacher, to draw its samples from", "beams": "of the teacher's outputs for seqkd",
 }  # fmt: skip
@@ -145,7 +152,12 @@ def job_of(args: argparse.Namespace) -> Job:
     return job
 
 
-def load_model(path: str) -> Any:
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun and accelerate launch say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def load_model(path: str | Path) -> Any:
     """A causal or encoder–decoder model, by its configuration."""
     config = AutoConfig.from_pretrained(path)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -170,7 +182,9 @@ class Run:
         self.tokenizer = AutoTokenizer.from_pretrained(job.teacher)
         self.teacher = load_model(job.teacher).eval()
         if torch.cuda.is_available():
-            self.teacher.cuda()
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            if not getattr(self.teacher, "is_quantized", False):
+                self.teacher.cuda()
         self.pairs, self.held_out = (
             tokenize(rows, self.tokenizer, self.teacher, job.max_new_tokens) for rows in (pairs, held_out)
         )
@@ -180,13 +194,14 @@ class Run:
         path = self.folder / "config.yaml"
         asked = vars(self.job)
         if path.exists():
-            known = yaml.safe_load(path.read_text())
-            differ = [f"{k} was {known.get(k)!r} and is {v!r}" for k, v in asked.items() if known.get(k) != v]
+            known = vars(Job()) | yaml.safe_load(path.read_text())
+            differ = [f"{k} was {known[k]!r} and is {v!r}" for k, v in asked.items() if known[k] != v]
             if differ:
                 raise ValueError(f"{self.folder} holds another run: {'; '.join(differ)}")
             self.console.print(f"going on with {self.folder}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(asked, sort_keys=False))
+        elif rank()[0] == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, yaml.safe_dump(asked, sort_keys=False).encode())
 
     def samples(self) -> Any:
         """The training pairs with the teacher's stored samples, drawn where they are missing."""
@@ -194,14 +209,17 @@ class Run:
         beams = "beam" in sources
         if not sources & {"teacher", "beam"} or self.job.online_teacher:
             return self.pairs
-        name = "teacher_prompt_ids" if "teacher_prompt_ids" in self.pairs.column_names else "prompt_ids"
         folder = Path(self.job.samples or self.folder) / ("teacher_beams" if beams else "teacher_samples")
-        store = TeacherSamples(folder, self.pairs[name][:], self.job.sampling(beams), fingerprint(self.teacher),
-                               self.job.seed)  # fmt: skip
+        store = TeacherSamples(folder, self.pairs[self.teacher_prompts()][:], self.job.sampling(beams),
+                               fingerprint(self.teacher), self.job.seed)  # fmt: skip
         source = Server(self.job.vllm_url, self.job.teacher) if self.job.vllm_url else self.teacher
         if store.missing():
-            for _ in track(store.fill(source), "teacher samples", -(-len(self.pairs) // 32), console=self.console):
-                pass
+            with Progress(console=self.console) as bar:
+                task = bar.add_task("teacher samples", total=len(self.pairs))
+                for done in store.fill(source, *rank(), vocabulary=len(self.tokenizer)):
+                    bar.update(task, completed=done)
+            while store.missing():  # other ranks draw; no collective waits for hours
+                time.sleep(1)
         return self.pairs.add_column("sample_ids", store.load())
 
     def student(self) -> Any:
@@ -212,21 +230,22 @@ class Run:
         if job.student_layers:
             student = copy_layers(self.teacher, *(int(n) for n in job.student_layers.split(",")))
         elif job.student:
-            student = load_model(job.student)
+            student = load_model(job.student).float()  # what the optimizer adds to is float32, also with --bf16
             check_vocabularies(AutoTokenizer.from_pretrained(job.student), self.tokenizer)
         else:
             raise ValueError("--student or --student-layers is needed")
         if job.predistill_steps:
-            student = self.train(student, self.pairs, "predistill", job.predistill_steps)
-            _save(student, made)
+            self.train(student, self.pairs, "predistill", job.predistill_steps, made)
+            student = load_model(made)
         return student
 
-    def train(self, student: Any, pairs: Any, stage: str, steps: int) -> Any:
-        """One stage of training, from its last checkpoint if there is one."""
+    def train(self, student: Any, pairs: Any, stage: str, steps: int, into: Path) -> None:
+        """One stage of training, from its last checkpoint if there is one, until its student is in a folder."""
         job, folder = self.job, self.folder / f"trainer-{stage}"
         every = job.evaluate_every or steps
         config = FDistillConfig(
-            str(folder), method=stage, beta=job.beta, divergence=None if stage == "predistill" else job.divergence,
+            str(folder), method="predistill" if stage == "predistill" else job.method, beta=job.beta,
+            divergence=None if stage == "predistill" else job.divergence,
             shares=job.shares_by_source() if job.divergence else None, max_steps=steps,
             per_device_train_batch_size=job.batch, per_device_eval_batch_size=32, learning_rate=job.learning_rate,
             warmup_steps=min(job.warmup_steps, steps // 4),
@@ -234,6 +253,7 @@ class Run:
             save_total_limit=1, logging_steps=max(1, steps // 50), report_to=[], seed=job.seed, bf16=job.bf16,
             max_new_tokens=job.max_new_tokens, sample_temperature=job.sample_temperature, top_k=job.top_k,
             top_p=job.top_p, freeze_embeddings=job.freeze_embeddings, weight_decay=0.0,
+            use_cpu=not torch.accelerator.is_available(),  # else ranks without a card would train apart
         )  # fmt: skip
         trainer = FDistillTrainer(student, self.teacher, config, train_dataset=pairs, eval_dataset=self.held_out,
                                   processing_class=self.tokenizer)  # fmt: skip
@@ -242,12 +262,20 @@ class Run:
             trainer.add_callback(Measures(self.teacher, *self.held_out_rows(), self.tokenizer, job.sampling(),
                                           trainer.log))  # fmt: skip
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        return trainer.accelerator.unwrap_model(trainer.model)
+        weights = trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model, gathered
+        if rank()[0] == 0:
+            _save(trainer.accelerator.unwrap_model(trainer.model), into, self.tokenizer, weights)
+        trainer.accelerator.wait_for_everyone()
 
-    def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
-        """Prompts and targets of the held-out pairs, and the targets' text."""
-        prompts, targets = ([torch.tensor(x) for x in self.held_out[n][:]] for n in ("prompt_ids", "labels"))
-        return prompts, targets, self.references
+    def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[str]]:
+        """Of the held-out pairs: prompts, the teacher's prompts, targets, and the targets' text."""
+        names = ("prompt_ids", self.teacher_prompts(), "labels")
+        prompts, teacher_prompts, targets = ([torch.tensor(x) for x in self.held_out[n][:]] for n in names)
+        return prompts, teacher_prompts, targets, self.references
+
+    def teacher_prompts(self) -> str:
+        """The column of the prompts that the teacher sees."""
+        return "teacher_prompt_ids" if "teacher_prompt_ids" in self.pairs.column_names else "prompt_ids"
 
     def measure(self, model: Any) -> dict[str, float]:
         """`metrics.evaluate` on the held-out pairs."""
@@ -258,70 +286,122 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; one that a kill left half written is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in found[::-1]:
-        if (path / "trainer_state.json").exists():  # what the trainer writes last
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text())  # what the trainer writes last
             return str(path)
-        shutil.rmtree(path)
+        if rank()[0] == 0:
+            shutil.rmtree(path, ignore_errors=True)
     return None
 
 
 class _Log(TrainerCallback):
-    """Every log line as JSON, in one file."""
+    """Every log line as JSON, in one file; those after the checkpoint that a stage goes on from are taken out."""
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [line for line in _logged(self.path) if line["stage"] != self.stage]
+            kept += [{"stage": self.stage, **line} for line in state.log_history]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": state.global_step, **(logs or {})}) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"stage": self.stage, **(logs or {}), "step": state.global_step}) + "\n")
 
 
-def _save(model: Any, folder: Path, tokenizer: Any = None) -> None:
+def _logged(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without one that a kill or a full disk left half written."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _save(model: Any, folder: Path, tokenizer: Any = None, weights: Any = None) -> None:
     """A model's folder, whole or not there."""
     partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    partial.replace(folder)
+    try:
+        model.save_pretrained(partial, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def train(job: Job, console: Console) -> dict[str, Any]:
-    """The whole run; what results.json holds."""
+    """The whole run; what results.json holds. Of other ranks than the first, nothing."""
     run = Run(job, console)
     run.start()
-    results_file = run.folder / "results.json"
+    results_file, folder = run.folder / "results.json", run.folder / "student"
     if results_file.exists():
         return json.loads(results_file.read_text())
     started = time.perf_counter()
-    pairs, student = run.samples(), run.student()
-    student = run.train(student, pairs, job.method, job.steps)
-    results = {"method": job.method, "parameters": student.num_parameters(),
+    if not folder.exists():
+        student = run.student()
+        run.train(student, run.samples(), job.divergence or job.method, job.steps, folder)
+    if rank()[0]:
+        return {}
+    student = load_model(folder).to(run.teacher.device)
+    results = {"method": job.name(), "parameters": student.num_parameters(),
                "teacher_parameters": run.teacher.num_parameters(), **run.measure(student)}  # fmt: skip
     results["seconds"] = time.perf_counter() - started
-    if not (run.folder / "student").exists():
-        _save(student, run.folder / "student", run.tokenizer)
-    plot(run.folder)
+    plot(run.folder, job)
     write_report(run.folder, job, results)
     write_whole(results_file, (json.dumps(results, indent=1) + "\n").encode())
     return results
 
 
-def plot(folder: Path) -> None:
-    """curves.png of metrics.jsonl: training loss and evaluation loss against step, stage by stage."""
+#: What results.json holds, for people.
+SHOWN = {
+    "method": ("method", ""),
+    "perplexity": ("perplexity of the gold targets", ",.2f"),
+    "likelihood_risk": ("likelihood risk: −log p of the student's samples, nats a token", ".3f"),
+    "coverage_risk": ("coverage risk: −log q of the teacher's samples, nats a token", ".3f"),
+    "bleu": ("BLEU of greedy outputs, of 100", ".2f"),
+    "chrf": ("chrF of greedy outputs, of 100", ".2f"),
+    "ter": ("TER of greedy outputs, %, less is better", ".2f"),
+    "parameters": ("the student's parameters", ",d"),
+    "teacher_parameters": ("the teacher's parameters", ",d"),
+    "seconds": ("time since the last start, s", ",.0f"),
+}
+#: Divergences that are measured in nats; the others are pure numbers.
+IN_NATS = {"kl", "rkl", "js", "jeffreys", "gjs", "skew_kl", "skew_rkl", "engine", "cross_entropy"}
+
+
+def plot(folder: Path, job: Job) -> None:
+    """curves.png of metrics.jsonl: each stage's training loss, and the held-out KL, against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for stage in dict.fromkeys(line["stage"] for line in lines):
-        for key, marker in (("loss", ""), ("eval_loss", "o")):
-            points = sorted({x["step"]: float(x[key]) for x in lines if x["stage"] == stage and key in x}.items())
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=marker, label=f"{stage}: {key}")
-    axes.set(xlabel="step", ylabel="nats a token")
-    axes.legend()
-    figure.savefig(folder / "curves.png", dpi=120, bbox_inches="tight")
+    lines = _logged(folder / "metrics.jsonl")
+    stages = list(dict.fromkeys(line["stage"] for line in lines))
+
+    def draw(axis: Any, stage: str, key: str, **style: Any) -> None:
+        points = sorted((x["step"], float(x[key])) for x in lines if x["stage"] == stage and key in x)
+        if points:
+            axis.plot(*zip(*points, strict=True), **style)
+
+    nats = all(half.divergence is None or half.divergence.name in IN_NATS for half in job.halves())
+    figure, axes = plt.subplots(1, len(stages) + 1, figsize=(4.5 * (len(stages) + 1), 3.6), layout="constrained")
+    for axis, stage in zip(axes, stages, strict=False):
+        draw(axis, stage, "loss", color=f"C{stages.index(stage)}")
+        unit = "0.8 KL + 0.2 CE + 3 MSE" if stage == "predistill" else "nats a token" if nats else "mean of tokens"
+        axis.set(title=f"training: {'pre-distillation' if stage == 'predistill' else job.name()}", xlabel="step",
+                 ylabel=f"loss, {unit}")  # fmt: skip
+        draw(axes[-1], stage, "eval_loss", marker="o", label=stage)
+    axes[-1].set(title="held-out pairs", xlabel="step", ylabel="KL(teacher‖student), nats a token")
+    axes[-1].legend()
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
 
 
@@ -329,24 +409,31 @@ def write_report(folder: Path, job: Job, results: dict[str, Any]) -> None:
     """report.html, one file that opens without a network."""
 
     def table(values: dict[str, Any]) -> str:
-        shown = {k: f"{v:,.3f}" if isinstance(v, float) else v for k, v in values.items()}
-        rows = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in shown.items())
+        rows = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in values.items())
         return f"<table>{rows}</table>"
 
+    measured = {name: format(results[key], form) for key, (name, form) in SHOWN.items() if key in results}
+    asked = {key.replace("_", " "): "–" if value is None else value for key, value in vars(job).items()}
     image = base64.b64encode((folder / "curves.png").read_bytes()).decode()
-    (folder / "report.html").write_text(
-        "<!doctype html><meta charset=utf-8><title>fdistill</title><style>body{font:16px sans-serif;margin:2em}"
-        "th{text-align:left;padding-right:2em;font-weight:normal}</style>"
-        f"<h1>fdistill: {html.escape(job.method)}</h1>{table(results)}<img src='data:image/png;base64,{image}'>"
-        f"<h2>Configuration</h2>{table(vars(job))}"
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>fdistill: {html.escape(job.name())}</title><style>"
+        "body{font:16px/1.5 system-ui,sans-serif;margin:2em auto;max-width:64em;padding:0 1em;color:#222}"
+        "table{border-collapse:collapse}th,td{border-bottom:1px solid #ddd;padding:.25em 2em .25em 0;text-align:left;"
+        "vertical-align:top}th{font-weight:normal}td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}"
+        "img{max-width:100%;margin:1em 0}</style>"
+        f"<h1>Distillation by {html.escape(job.name())}</h1><p>Measures on {job.eval_pairs} held-out pairs at most.</p>"
+        f"{table(measured)}<img alt='training losses and held-out KL by step' src='data:image/png;base64,{image}'>"
+        f"<h2>Configuration</h2>{table(asked)}</html>\n"
     )
+    write_whole(folder / "report.html", page.encode())
 
 
 def command(work: Callable[[Job, Console], Any]) -> Callable[[argparse.Namespace], int]:
     """A command's exit status: 0; 2 with one line for bad input; 130 after Ctrl-C, to be gone on with."""
 
     def main(args: argparse.Namespace) -> int:
-        console = Console(stderr=True)
+        console = Console(stderr=True, quiet=rank()[0] > 0)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
                 results = work(job_of(args), console)
@@ -356,6 +443,8 @@ def command(work: Callable[[Job, Console], Any]) -> Callable[[argparse.Namespace
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             return 130
+        if rank()[0]:
+            return 0
         print(json.dumps(results, indent=1) if args.json else "\n".join(
             f"{k:20s} {v:.4f}" if isinstance(v, float) else f"{k:20s} {v}" for k, v in results.items()))  # fmt: skip
         return 0

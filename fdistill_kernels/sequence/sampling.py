@@ -7,8 +7,10 @@ differs is an error that shows both values.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -66,10 +68,13 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
 
 
 @torch.no_grad()
-def draw(model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None) -> list[Tensor]:
+def draw(
+    model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None, vocabulary: int | None = None
+) -> list[Tensor]:
     """One continuation for each prompt, its end token included, by batched `generate` with a KV cache.
 
-    The seed alone decides a batch's samples; without one they go on from torch's generator.
+    The seed alone decides a batch's samples; without one they go on from torch's generator. Ids from `vocabulary` on,
+    where a model is padded with more than the other has, are not drawn.
     """
     pad, ends = special_tokens(model)
     device = next(model.parameters()).device
@@ -80,6 +85,9 @@ def draw(model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | 
         raise ValueError(
             f"a prompt of {inputs.shape[1]} tokens and {sampling.max_new_tokens} new ones exceed the context of {limit}"
         )
+    size = model.config.get_text_config().vocab_size
+    beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
+    sharded = hasattr(next(model.parameters()), "full_tensor")  # FSDP2: all ranks go on until the last has ended
     training = model.training
     model.eval()
     devices = [device] if device.type == "cuda" else []
@@ -89,7 +97,8 @@ def draw(model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | 
                 torch.manual_seed(seed)
             made = model.generate(
                 input_ids=inputs.masked_fill(inputs == IGNORE, pad), attention_mask=(inputs != IGNORE).long(),
-                pad_token_id=pad, eos_token_id=ends, use_cache=True, **sampling.keywords(),
+                pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
+                synced_gpus=sharded or None, **sampling.keywords(),
             )  # fmt: skip
     finally:
         model.train(training)
@@ -173,15 +182,20 @@ class TeacherSamples:
         """Numbers of the shards that are not there yet."""
         return [i for i, shard in enumerate(self.shards()) if not shard.exists()]
 
-    def fill(self, source: Any, batch: int = 32) -> Iterator[int]:
-        """Draws what is missing from a model or a `Server`; yields the number of prompts done after each batch."""
+    def fill(
+        self, source: Any, rank: int = 0, ranks: int = 1, *, batch: int = 32, vocabulary: int | None = None
+    ) -> Iterator[int]:
+        """Draws what is missing from a model or a `Server`; yields the number of prompts done after each batch.
+
+        Of several ranks each draws its share of the shards. vocabulary: as in `draw`.
+        """
         import pyarrow
         import pyarrow.parquet
 
-        ask = source.draw if isinstance(source, Server) else lambda *a: draw(source, *a)
-        done = sum(len(self._range(i)) for i, shard in enumerate(self.shards()) if shard.exists())
-        for number in self.missing():
+        ask = source.draw if isinstance(source, Server) else functools.partial(draw, source, vocabulary=vocabulary)
+        for number in [n for n in self.missing() if n % ranks == rank]:
             made: list[list[int]] = []
+            done = sum(len(self._range(i)) for i, shard in enumerate(self.shards()) if shard.exists())
             indices = self._range(number)
             for begin in range(0, len(indices), batch):
                 some = indices[begin : begin + batch]
@@ -216,7 +230,7 @@ class TeacherSamples:
 
 def write_whole(path: Path, content: bytes) -> None:
     """All of the file or none of it, also when the disk is full or the process killed."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # several ranks may write the same
     try:
         partial.write_bytes(content)
         partial.replace(path)
