@@ -115,3 +115,32 @@ def test_bad_input(tmp_path):
     check_vocabularies(Tokenizer(a=0, b=1), Tokenizer(a=0, b=1, c=2))
     with pytest.raises(ValueError, match="different tokenizers: 'b' is 1 in one and 2"):
         check_vocabularies(Tokenizer(a=0, b=1), Tokenizer(a=0, b=2))
+    with pytest.raises(ValueError, match="'c' is 1 in one and 'b' has that id"):
+        check_vocabularies(Tokenizer(a=0, c=1), Tokenizer(a=0, b=1))
+
+
+@pytest.mark.parametrize("sizes", [(60, 64), (64, 60)])
+def test_vocabularies_padded_differently(sizes, tmp_path):
+    student, teacher = (gpt2(v, seed=i) for i, v in enumerate(sizes))
+    for model in (student, teacher):  # what only one model has would be drawn
+        model.lm_head.weight.data[60:] *= 50
+    run = trainer(tmp_path, student, teacher, method="tvd", top_k=0)
+    run.train()
+    assert run.evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="labels has the id 61, but student and teacher share 60"):
+        trainer(tmp_path, student, teacher, [{"prompt_ids": [2], "labels": [61]}] * 4).train()
+
+
+def test_kept_samples_are_of_their_own_batch(tmp_path, monkeypatch):
+    from fdistill_kernels.sequence import trainer as module
+
+    drawn, asked = [], module.draw
+    monkeypatch.setattr(module, "draw", lambda *a: drawn.append(a[1]) or asked(*a))
+    seen = []
+    run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), data(16), method="rkl", student_every=2, max_steps=4,
+                  per_device_train_batch_size=2, gradient_accumulation_steps=2)  # fmt: skip
+    half = run._half
+    run._half = lambda h, model, prompts, *rest: seen.append(prompts) or half(h, model, prompts, *rest)
+    run.train()
+    assert len(drawn) == 4
+    assert all(p is q for p, q in zip(seen, [*drawn[:2] * 2, *drawn[2:] * 2], strict=True))

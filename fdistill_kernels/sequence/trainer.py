@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,12 +80,20 @@ class FDistillConfig(TrainingArguments):
         return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
 
 
-def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there."""
+def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -> dict[str, Tensor]:
+    """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there.
+
+    Raises:
+        ValueError: no prompt_ids, or an id that is not in the vocabulary that student and teacher share.
+    """
     names = [n for n in ("prompt_ids", "labels", "sample_ids", "teacher_prompt_ids") if n in examples[0]]
     if "prompt_ids" not in names:
         raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
-    return {n: padded([torch.as_tensor(e[n], dtype=torch.long) for e in examples], IGNORE) for n in names}
+    batch: dict[str, Tensor] = {n: padded([torch.as_tensor(e[n], dtype=torch.long) for e in examples], IGNORE) for n in names}
+    for name, ids in batch.items():
+        if vocabulary is not None and name != "teacher_prompt_ids" and ids.numel() and int(ids.max()) >= vocabulary:
+            raise ValueError(f"{name} has the id {int(ids.max())}, but student and teacher share {vocabulary} ids")
+    return batch
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
@@ -94,12 +103,14 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
         ValueError: a token has two ids, or an id two tokens.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differ = [(t, i, theirs.get(t)) for t, i in ours.items() if theirs.get(t, i) != i]
+    tokens = {i: t for t, i in theirs.items()}
+    differ = [t for t, i in ours.items() if theirs.get(t, i) != i or (t not in theirs and i in tokens)]
     if differ or not set(ours) & set(theirs):
-        token, i, j = differ[0] if differ else (next(iter(ours)), 0, None)
+        token = next(iter(differ or ours))
+        i, j = ours[token], theirs.get(token)
         raise ValueError(
-            f"student and teacher have different tokenizers: {token!r} is {i} in one and {j} in the other; step-wise "
-            "losses need one vocabulary"
+            f"student and teacher have different tokenizers: {token!r} is {i} in one and "
+            f"{f'{tokens.get(i)!r} has that id' if j is None else j} in the other; step-wise losses need one vocabulary"
         )
 
 
@@ -137,7 +148,8 @@ class FDistillTrainer(Trainer):
         self._items: dict[str, Tensor] = {}
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
-        trainer.setdefault("data_collator", collate)
+        self.vocabulary = min(m.config.get_text_config().vocab_size for m in (model, teacher))
+        trainer.setdefault("data_collator", functools.partial(collate, vocabulary=self.vocabulary))
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self.accelerator.unwrap_model(self.model))[0]
@@ -191,14 +203,15 @@ class FDistillTrainer(Trainer):
             return prompts, teacher_prompts, gold
         if source == "student":
             if self._draws:
-                self._kept.append((prompts, teacher_prompts, draw(student, prompts, self.sampling)))
+                made = draw(student, prompts, self.sampling, None, self.vocabulary)
+                self._kept.append((prompts, teacher_prompts, made))
             else:
                 self._kept.rotate(-1)
             return self._kept[-1]
         if "sample_ids" in inputs:
             return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
         beams = Sampling(self.sampling.max_new_tokens, beams=4)
-        made = draw(self.teacher, teacher_prompts, beams if source == "beam" else self.sampling)
+        made = draw(self.teacher, teacher_prompts, beams if source == "beam" else self.sampling, None, self.vocabulary)
         return prompts, teacher_prompts, [row.to(prompts[0].device) for row in made]
 
     def _half(
