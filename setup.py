@@ -1,10 +1,17 @@
-"""Builds the native CPU backend against the installed torch; without a compiler the package installs without it."""
+"""Builds the native CPU backend against the installed torch, and the CUDA kernels where nvcc is (they need no torch and
+no GPU to be built). Without compilers the package installs without them. FDISTILL_CUDA: 0 never, 1 or fail, auto.
+"""
 
 import contextlib
+import os
 import platform
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
 
 ISA_FLAGS = {
     "default": [],
@@ -71,10 +78,50 @@ def native_extension():
     }
 
 
+def build_cuda(folder):
+    """libfdistill_cuda.so into the package's folder, as FDISTILL_CUDA says."""
+    wanted = os.environ.get("FDISTILL_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"FDISTILL_CUDA must be 0, 1 or auto, not {wanted!r}")
+    found = shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    )
+    if wanted == "0" or (wanted == "auto" and not found):
+        return
+    library = Path(folder, "libfdistill_cuda.so")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not found:
+            raise OSError("there is no nvcc on the path or under CUDA_HOME")
+        subprocess.run(
+            ["bash", "csrc/cuda/build.sh", str(library.resolve())], check=True, env={**os.environ, "NVCC": found}
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        if wanted == "1":
+            raise SystemExit(f"fdistill_kernels: the CUDA kernels were not built ({error})") from error
+        print(f"fdistill_kernels: CUDA kernels not built ({error}); Triton serves on GPUs", file=sys.stderr)
+
+
+class BuildWithCuda(build_py):
+    """The package's files, and the CUDA library beside them."""
+
+    def run(self):  # noqa: D102
+        super().run()
+        build_cuda("fdistill_kernels" if self.editable_mode else Path(self.build_lib, "fdistill_kernels"))
+
+
+class NativeDistribution(Distribution):
+    """Never a wheel for any platform."""
+
+    def has_ext_modules(self):  # noqa: D102
+        return True
+
+
 try:
     native = native_extension()
 except ImportError as error:  # no torch to build against
     print(f"fdistill_kernels: native CPU backend not built ({error})", file=sys.stderr)
     native = {}
 
-setup(**native)
+native.setdefault("cmdclass", {})["build_py"] = BuildWithCuda
+setup(distclass=NativeDistribution, **native)

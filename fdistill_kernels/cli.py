@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
+from .backends import cuda
 from .divergences import PARAMETERS, TABLE, Divergence, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -67,6 +68,13 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _state(backend: str, device: torch.device) -> str:
+    """Whether a backend can run float32 js there, and what `auto` has against it."""
+    reason = backends.BACKENDS[backend].why_not(device, torch.float32, TABLE["js"])
+    passed_over = backends.why_not_auto(backend, device)
+    return reason or (f"ready, by name alone: {passed_over}" if passed_over else "ready")
+
+
 def _doctor(args: argparse.Namespace) -> int:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     report: dict[str, Any] = {
@@ -76,17 +84,15 @@ def _doctor(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "triton": importlib.util.find_spec("triton") is not None,
+        "cuda_library": cuda.LIBRARY.version if cuda.LIBRARY else None,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"]) for d in devices},
-        "backends": {
-            name: {d: module.why_not(torch.device(d), torch.float32, TABLE["js"]) or "ready" for d in devices}
-            for name, module in backends.BACKENDS.items()
-        },
+        "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
     }
     if args.json:
         print(json.dumps(report, indent=1))
         return 0
-    for key in ("fdistill_kernels", "torch", "python", "threads", "instruction_set", "triton", "cuda"):
+    for key in ("fdistill_kernels", "torch", "python", "threads", "instruction_set", "triton", "cuda_library", "cuda"):
         print(f"{key}: {report[key]}")
     for name, states in report["backends"].items():
         for device, state in states.items():

@@ -229,7 +229,7 @@ def _linear(
 
     def run(row_arguments: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
         per_row = token_arguments["reduction"] == "none"
-        path = memory == "minimal" and name == "triton", skip_tiles, chunk_bytes or 0
+        path = memory == "minimal" and name in ("triton", "cuda"), skip_tiles, chunk_bytes or 0
         return _LinearLoss.apply(hidden.reshape(rows, -1), weight, bias, teacher, per_row, *heads, *path, name,
                                  *row_arguments)  # fmt: skip
 

@@ -1,4 +1,8 @@
+import functools
+import hashlib
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +23,38 @@ def native_backend_is_built() -> bool:
     return backends.cpu.NOT_LOADED is None
 
 
-@pytest.fixture(params=["torch", "cpu", "triton", "triton-spans"])
+@functools.cache
+def emulated_library() -> backends.cuda.Library:
+    """The CUDA kernels built for a CPU, once for each state of their sources."""
+    root = Path(__file__).parent.parent
+    sources = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cu", ".sh") and "cpu" not in p.parts)
+    state = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    path = root / "build" / f"emulated-{state}.so"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        subprocess.run(["bash", root / "csrc/cuda/build.sh", "--emulated", partial], check=True)
+        partial.replace(path)
+    return backends.cuda.Library(path)
+
+
+def emulate_cuda(monkeypatch, cluster: int = 2, stages: int = 2) -> None:
+    """The CUDA backend on CPU tensors, with clusters of that many blocks of the fewest threads that hold a row."""
+
+    def plan(vocabulary, itemsize, models, aligned):
+        entries = 16 // itemsize
+        vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
+        slice = -(-vectors // cluster)
+        return backends.cuda.Launch(cluster, -(-slice * entries // 1024) * 32, stages, slice)
+
+    monkeypatch.setattr(backends.cuda, "LIBRARY", emulated_library())
+    monkeypatch.setattr(backends.cuda, "plan", plan)
+
+
+@pytest.fixture(params=["torch", "cpu", "triton", "triton-spans", "cuda"])
 def backend(request, monkeypatch):
+    if request.param == "cuda":
+        emulate_cuda(monkeypatch)
     if request.param == "cpu":
         assert native_backend_is_built(), backends.cpu.NOT_LOADED  # a failure, not a skip: `make` builds it
     if request.param.startswith("triton"):  # blocks so small that rows cross several; and rows cut into spans

@@ -1,36 +1,9 @@
-// What the row kernels are asked, in plain types: the one interface between the binding and the per-ISA builds.
+// The interface between the binding and the per-ISA builds of the row kernel.
 #pragma once
 
-#include <cstdint>
+#include "../row_task.h"
 
 namespace fdistill {
-
-enum class Scalar { kFloat, kBFloat16, kHalf };
-
-// Rows of a (outer, inner, vocabulary) tensor whose last dimension is dense: row n starts at
-// (n / inner) * outer_stride + (n % inner) * inner_stride elements.
-struct Rows {
-  void* data = nullptr;
-  int64_t inner = 1, outer_stride = 0, inner_stride = 0;
-};
-
-struct RowTask {
-  Scalar scalar;
-  int64_t row_count, vocabulary;
-  Rows student, teacher;                      // logits; no teacher: the label terms alone
-  Rows student_gradient, teacher_gradient;    // null data: not wanted
-  const float* row_scale;                     // (rows); 0 skips the row before any load
-  const float* student_inverse_temperature;   // (rows)
-  const float* teacher_inverse_temperature;   // (rows)
-  const float* divergence_scale;              // (rows)
-  float parameter;                            // the divergence's own
-  const int64_t* labels;                      // (rows), or null: no label terms; checked by the caller
-  const float* class_weight;                  // (vocabulary), or null: ones
-  float class_weight_sum;
-  float cross_entropy_weight, label_smoothing, z_loss;
-  float student_softcap, teacher_softcap;     // 0: none; else capped logits overwrite the logits
-  float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
-};
 
 // Entries that share one shift, and that are summed in float before the row's total in double: 8 KiB, a quarter of L1.
 constexpr int64_t kBlock = 2048;

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence, by_key
-from . import chunked, cpu, triton
+from . import chunked, cpu, cuda, triton
 from .rows import RowCall
 
-#: Fastest first; `auto` takes the first that can.
-BACKENDS = {"cpu": cpu, "triton": triton, "torch": chunked}
+#: Fastest first; `auto` takes the first that can, and that `why_not_auto` has nothing against.
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": chunked}
+
+
+def why_not_auto(backend: str, device: torch.device) -> str | None:
+    """The reason `auto` passes over a backend that can take a call, or None."""
+    if backend == "triton" and device.type == "cpu":
+        return "on a CPU it is Triton's interpreter, for tests alone"
+    return cuda.why_not_auto() if backend == "cuda" else None
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str:
@@ -25,9 +32,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
         ValueError: an unknown backend, or one that cannot take the call, with its reason.
     """
     if backend == "auto":
-        # Triton on a CPU is its interpreter, for tests alone
         able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
-        return next(name for name in able if name != "triton" or device.type != "cpu")
+        return next(name for name in able if why_not_auto(name, device) is None)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].why_not(device, dtype, divergence)

@@ -1,0 +1,297 @@
+// The chip on a CPU: the names of hopper.cuh, with every thread of a cluster a coroutine. Threads are resumed in an order
+// that a seed decides, and copies land as late or as early as the barriers allow, so that a missing barrier shows as a
+// result that changes with the seed, or as a deadlock. For tests: nothing here is fast.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../divergences.h"
+
+#define FDISTILL_KERNEL inline void
+#define FDISTILL_DEVICE inline
+
+namespace fdistill {
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+struct alignas(16) Raw { uint32_t word[4]; };
+
+struct Barrier {
+  int32_t pending;  // bytes that are still to come, and one for the arrival
+  int32_t parity;
+};
+
+namespace emulation {
+
+constexpr int kWarpSize = 32, kClusters = 2;  // two persistent clusters, one after the other
+
+struct Meeting {  // of `size` threads; the k-th has passed when k * size have arrived
+  int size = 0;
+  int64_t arrived = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  Barrier* barrier;
+};
+
+struct Warp {
+  Meeting meeting;
+  float lanes[2][kWarpSize];
+};
+
+struct Block {
+  std::vector<char> memory;
+  char* shared = nullptr;
+  Meeting meeting;
+  std::vector<Warp> warps;
+  std::vector<Copy> copies;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block = nullptr;
+  int rank = 0, index = 0;
+  int64_t shuffles = 0, block_meetings = 0, cluster_meetings = 0;
+  bool done = false;
+};
+
+struct Cluster {
+  ucontext_t scheduler;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
+  Meeting meeting;
+  Thread* running = nullptr;
+  const std::function<void()>* kernel = nullptr;
+  int index = 0;
+  int64_t events = 0;  // arrivals so far: none in a whole round is a deadlock
+  bool late_copies = false;
+};
+
+inline Cluster* now = nullptr;
+
+inline Thread& me() { return *now->running; }
+
+template <typename Condition>
+void wait_until(const Condition& condition) {
+  while (!condition()) swapcontext(&me().context, &now->scheduler);
+}
+
+inline void arrive(Meeting& meeting) {
+  ++meeting.arrived;
+  ++now->events;
+}
+
+inline void meet(Meeting& meeting, int64_t& times) {
+  arrive(meeting);
+  const int64_t needed = ++times * meeting.size;
+  wait_until([&] { return meeting.arrived >= needed; });
+}
+
+inline void finish(Barrier* barrier, int32_t of_pending) {
+  barrier->pending -= of_pending;
+  ++now->events;
+  if (barrier->pending == 0) barrier->parity ^= 1, barrier->pending = 1;
+}
+
+inline void land(Block& block) {
+  for (const Copy& copy : block.copies) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    finish(copy.barrier, static_cast<int32_t>(copy.bytes));
+  }
+  block.copies.clear();
+}
+
+inline void thread_main() {
+  (*now->kernel)();
+  me().done = true;
+  ++now->events;
+  swapcontext(&me().context, &now->scheduler);
+}
+
+// Null, or what went wrong.
+inline const char* run_cluster(Cluster& cluster, uint32_t seed) {
+  std::minstd_rand random(seed + 1);
+  std::vector<std::vector<Thread*>> warps(cluster.threads.size() / kWarpSize);
+  for (size_t i = 0; i < cluster.threads.size(); ++i) warps[i / kWarpSize].push_back(&cluster.threads[i]);
+  now = &cluster;
+  bool everyone = seed == 0;  // else some warps sleep for a round or a few, so that others get far ahead
+  for (size_t left = cluster.threads.size(); left;) {
+    const int64_t before = cluster.events;
+    if (seed) std::shuffle(warps.begin(), warps.end(), random);
+    for (std::vector<Thread*>& warp : warps) {
+      if (!everyone && random() % 4) continue;
+      if (seed) std::shuffle(warp.begin(), warp.end(), random);
+      for (Thread* thread : warp) {
+        if (thread->done) continue;
+        cluster.running = thread;
+        swapcontext(&cluster.scheduler, &thread->context);
+        left -= thread->done;
+      }
+    }
+    const bool stuck = cluster.events == before;
+    if (stuck && everyone && left) {
+      bool waiting = false;  // for a copy, perhaps: they land when nothing else goes on
+      for (Block& block : cluster.blocks) waiting |= !block.copies.empty(), land(block);
+      if (!waiting) return "deadlock: every thread waits";
+    }
+    everyone = seed == 0 || (stuck && !everyone);
+  }
+  return nullptr;
+}
+
+}  // namespace emulation
+
+inline int thread() { return emulation::me().index; }
+inline int rank() { return emulation::me().rank; }
+inline int cluster_size() { return static_cast<int>(emulation::now->blocks.size()); }
+inline int threads() { return static_cast<int>(emulation::now->threads.size()) / cluster_size(); }
+inline int cluster() { return emulation::now->index; }
+inline int clusters() { return emulation::kClusters; }
+inline char* shared_memory() { return emulation::me().block->shared; }
+
+inline float from_lane(float value, int mask) {
+  emulation::Thread& me = emulation::me();
+  emulation::Warp& warp = me.block->warps[me.index / emulation::kWarpSize];
+  const int lane = me.index % emulation::kWarpSize, turn = me.shuffles % 2;
+  warp.lanes[turn][lane] = value;
+  emulation::meet(warp.meeting, me.shuffles);
+  return warp.lanes[turn][lane ^ mask];
+}
+
+inline void block_barrier() { emulation::meet(emulation::me().block->meeting, emulation::me().block_meetings); }
+
+inline void cluster_arrive() {
+  emulation::arrive(emulation::now->meeting);
+  ++emulation::me().cluster_meetings;
+}
+
+inline void cluster_wait() {
+  const emulation::Meeting& meeting = emulation::now->meeting;
+  const int64_t needed = emulation::me().cluster_meetings * meeting.size;
+  emulation::wait_until([&] { return meeting.arrived >= needed; });
+}
+
+inline void store_to(int to, float* place, float value) {
+  const auto offset = reinterpret_cast<char*>(place) - shared_memory();
+  *reinterpret_cast<float*>(emulation::now->blocks[to].shared + offset) = value;
+}
+
+inline void start_barrier(Barrier* barrier) { *barrier = {1, 0}; }
+
+inline void expect(Barrier* barrier, uint32_t bytes) {
+  barrier->pending += static_cast<int32_t>(bytes);
+  emulation::finish(barrier, 1);
+}
+
+inline void copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  // of a row's neighbours only what is in the row's own 16-byte vectors may be asked for
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
+  emulation::Block& block = *emulation::me().block;
+  block.copies.push_back({to, from, bytes, barrier});
+  if (!emulation::now->late_copies) emulation::land(block);
+}
+
+inline void wait_for(Barrier* barrier, uint32_t parity) {
+  emulation::wait_until([&] { return barrier->parity != static_cast<int32_t>(parity); });
+}
+
+inline void before_copies() {}
+
+inline void store_streaming(void* to, const Raw& raw) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
+  std::memcpy(to, &raw, sizeof(raw));
+}
+
+template <typename scalar_t>
+struct Pair {
+  static float wide(uint16_t bits) {
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+      const uint32_t word = static_cast<uint32_t>(bits) << 16;
+      float x;
+      std::memcpy(&x, &word, sizeof(x));
+      return x;
+    } else {
+      _Float16 x;
+      std::memcpy(&x, &bits, sizeof(x));
+      return x;
+    }
+  }
+  static uint32_t slim(float x) {
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+      uint32_t word;
+      std::memcpy(&word, &x, sizeof(x));
+      return std::isnan(x) ? 0x7fff : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    } else {
+      const _Float16 half = static_cast<_Float16>(x);
+      uint16_t bits;
+      std::memcpy(&bits, &half, sizeof(bits));
+      return bits;
+    }
+  }
+  static void widen(uint32_t word, float& low, float& high) {
+    low = wide(static_cast<uint16_t>(word));
+    high = wide(static_cast<uint16_t>(word >> 16));
+  }
+  static uint32_t narrow(float low, float high) { return slim(low) | slim(high) << 16; }
+  static uint32_t larger(uint32_t a, uint32_t b) {
+    float x[4];
+    widen(a, x[0], x[1]);
+    widen(b, x[2], x[3]);
+    return narrow(std::fmax(x[0], x[2]), std::fmax(x[1], x[3]));
+  }
+};
+
+// Runs a kernel by every thread of the grid; null, or what went wrong. FDISTILL_SEED picks the schedule: 0 is in order.
+template <typename Launch>
+const char* emulate(const std::function<void()>& kernel, const Launch& launch, size_t shared_bytes) {
+  using namespace emulation;
+  const char* text = std::getenv("FDISTILL_SEED");
+  const uint32_t seed = text ? static_cast<uint32_t>(std::atoi(text)) : 0;
+  for (int index = 0; index < kClusters; ++index) {
+    Cluster cluster;
+    cluster.kernel = &kernel;
+    cluster.index = index;
+    cluster.late_copies = seed % 2;
+    cluster.blocks.resize(launch.cluster);
+    cluster.threads.resize(launch.cluster * launch.threads);
+    cluster.meeting.size = launch.cluster * launch.threads;
+    for (int rank = 0; rank < launch.cluster; ++rank) {
+      Block& block = cluster.blocks[rank];
+      block.memory.assign(shared_bytes + 128, static_cast<char>(0xff));  // NaN, until something is written
+      block.shared = block.memory.data() + 128 - reinterpret_cast<uintptr_t>(block.memory.data()) % 128;
+      block.meeting.size = launch.threads;
+      block.warps.resize(launch.threads / kWarpSize);
+      for (Warp& warp : block.warps) warp.meeting.size = kWarpSize;
+      for (int i = 0; i < launch.threads; ++i) {
+        Thread& thread = cluster.threads[rank * launch.threads + i];
+        constexpr size_t stack = 64 << 10;
+        thread.stack.reset(new char[stack]);
+        thread.block = &block;
+        thread.rank = rank;
+        thread.index = i;
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = stack;
+        makecontext(&thread.context, thread_main, 0);
+      }
+    }
+    if (const char* error = run_cluster(cluster, seed)) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace fdistill

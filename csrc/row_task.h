@@ -1,0 +1,35 @@
+// What row kernels are asked, in plain types: the one interface between Python's bindings and the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace fdistill {
+
+enum class Scalar : int32_t { kFloat, kBFloat16, kHalf };
+
+// Rows of a (outer, inner, vocabulary) tensor whose last dimension is dense: row n starts at
+// (n / inner) * outer_stride + (n % inner) * inner_stride elements.
+struct Rows {
+  void* data = nullptr;
+  int64_t inner = 1, outer_stride = 0, inner_stride = 0;
+};
+
+struct RowTask {
+  Scalar scalar;
+  int64_t row_count, vocabulary;
+  Rows student, teacher;                      // logits; no teacher: the label terms alone
+  Rows student_gradient, teacher_gradient;    // null data: not wanted
+  const float* row_scale;                     // (rows); 0 skips the row before any load
+  const float* student_inverse_temperature;   // (rows)
+  const float* teacher_inverse_temperature;   // (rows)
+  const float* divergence_scale;              // (rows)
+  float parameter;                            // the divergence's own
+  const int64_t* labels;                      // (rows), or null: no label terms; checked by the caller
+  const float* class_weight;                  // (vocabulary), or null: ones
+  float class_weight_sum;
+  float cross_entropy_weight, label_smoothing, z_loss;
+  float student_softcap, teacher_softcap;     // 0: none; else logits are capped first, and may be overwritten so
+  float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
+};
+
+}  // namespace fdistill

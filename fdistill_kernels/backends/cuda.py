@@ -1,0 +1,195 @@
+"""The CUDA backend: Hopper kernels of csrc/cuda, which read each logit once; what they cannot take goes to Triton."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..divergences import Divergence
+from . import triton
+from .rows import RowCall
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERFACE = 1  # of csrc/cuda/rows.cu
+HELD, WARP, MOST_THREADS, CLUSTERS = 32, 32, 512, (1, 2, 4, 8, 16)  # as in csrc/cuda/row_kernel.h
+SHARED_MEMORY = 227 << 10  # of a block, in bytes
+#: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
+FASTER_FROM: int | None = None
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *[(n, ctypes.c_int64) for n in ("inner", "outer_stride", "inner_stride")]]
+
+
+class _RowTask(ctypes.Structure):
+    """csrc/row_task.h's, field by field."""
+
+    _fields_ = [
+        ("scalar", ctypes.c_int32), ("row_count", ctypes.c_int64), ("vocabulary", ctypes.c_int64),
+        *[(n, _Rows) for n in ("student", "teacher", "student_gradient", "teacher_gradient")],
+        *[(n, ctypes.c_void_p) for n in ("row_scale", "student_inverse_temperature", "teacher_inverse_temperature",
+                                         "divergence_scale")],
+        ("parameter", ctypes.c_float), ("labels", ctypes.c_void_p), ("class_weight", ctypes.c_void_p),
+        *[(n, ctypes.c_float) for n in ("class_weight_sum", "cross_entropy_weight", "label_smoothing", "z_loss",
+                                        "student_softcap", "teacher_softcap")],
+        ("parts", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "stages", "slice")]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Blocks of a cluster, threads of a block, rows on their way into a block, 16-byte vectors of a row in a block."""
+
+    cluster: int
+    threads: int
+    stages: int
+    slice: int
+
+
+def plan(vocabulary: int, itemsize: int, models: int, aligned: bool, threads: int = MOST_THREADS) -> Launch | None:
+    """The smallest cluster whose registers hold a row, with room for a second row on its way; None if the row is too
+    long for any.
+
+    aligned: every row starts at a multiple of 16 bytes. threads: the most of a block.
+    """
+    entries = 16 // itemsize
+    vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
+    for cluster in CLUSTERS:
+        slice = -(-vectors // cluster)
+        needed = -(-slice * entries // (HELD * WARP)) * WARP
+        if needed > threads:
+            continue
+        room = SHARED_MEMORY - 2 * cluster * (needed // WARP) * 32 - 256
+        stages = min(3, room // (models * needed * HELD * itemsize))
+        if stages > 1 or (stages and cluster == CLUSTERS[-1]):
+            return Launch(cluster, needed, stages, slice)
+    return None
+
+
+class Library:
+    """The kernels' shared library, which links to no torch and so serves every version of it."""
+
+    def __init__(self, path: Path):
+        """Raises OSError where it cannot be loaded, or is of another version of this package."""
+        library = ctypes.CDLL(str(path))
+        if library.fdistill_interface() != INTERFACE:
+            raise OSError(f"{path.name} is of interface {library.fdistill_interface()}, not {INTERFACE}")
+        library.fdistill_architectures.restype = library.fdistill_divergence_rows.restype = ctypes.c_char_p
+        self.architectures = library.fdistill_architectures().decode()
+        self.emulated = self.architectures == "emulation"
+        self.version = f"interface {INTERFACE}, for {self.architectures}"
+        self._divergence_rows = library.fdistill_divergence_rows
+
+    def divergence_rows(self, symbol: str, task: Any, launch: Launch, stream: int) -> None:
+        """Starts the kernel; RuntimeError with the driver's words where it cannot."""
+        request = _Launch(launch.cluster, launch.threads, launch.stages, launch.slice)
+        error = self._divergence_rows(symbol.encode(), ctypes.byref(task), ctypes.byref(request),
+                                      ctypes.c_void_p(stream))  # fmt: skip
+        if error:
+            raise RuntimeError(f"the CUDA row kernel did not start with {launch}: {error.decode()}")
+
+
+def _load() -> tuple[Library | None, str]:
+    path = Path(__file__).parent.parent / "libfdistill_cuda.so"
+    if not path.exists():
+        return None, "the CUDA library is not built (it needs nvcc at install time, and FDISTILL_CUDA not 0)"
+    try:
+        return Library(path), ""
+    except OSError as error:
+        return None, f"the CUDA library does not load: {error}"
+
+
+LIBRARY, NOT_LOADED = _load()
+
+
+def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
+    """The reason this backend cannot take a call, or None."""
+    if LIBRARY is None:
+        return NOT_LOADED
+    if device.type != ("cpu" if LIBRARY.emulated else "cuda"):
+        return f"the logits are on {device}"
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
+    if divergence is not None and divergence.symbol is None:
+        return f"{divergence} is a user's own generator, which only the torch and triton backends run"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is not sm_90"
+    return None
+
+
+def why_not_auto() -> str | None:
+    """The reason `auto` does not take this backend, though it could run."""
+    if LIBRARY is not None and LIBRARY.emulated:
+        return "it is emulated, for tests alone"
+    return "not yet measured on a card beside triton: ask for it by name" if FASTER_FROM is None else None
+
+
+def why_triton(call: RowCall) -> str | None:
+    """The reason a call is Triton's, or None."""
+    if call.teacher_gradient:
+        return "the teacher wants a gradient"
+    if call.class_weight is not None:
+        return "classes have weights"
+    if len(_starts(call)) > 1:
+        return "rows of student, teacher and gradient start at different offsets from 16 bytes"
+    if _plan(call) is None:
+        return f"rows of {call.student.shape[2]} entries are too long for a cluster's registers"
+    return None
+
+
+def _starts(call: RowCall) -> set[tuple[int, ...]]:
+    """Where each tensor's rows start within 16 bytes, by address and strides; a fresh gradient's are dense."""
+    (outer, inner, vocabulary), size = call.student.shape, call.student.element_size()
+    places = [(x.data_ptr(), x.stride(0), x.stride(1)) for x in (call.student, call.teacher) if x is not None]
+    if call.student_gradient and not call.inplace:
+        places.append((0, inner * vocabulary, vocabulary))
+    return {(address % 16, size * over % 16 * (outer > 1), size * within % 16 * (inner > 1))
+            for address, over, within in places}  # fmt: skip
+
+
+def _plan(call: RowCall) -> Launch | None:
+    models = 1 if call.teacher is None else 2
+    return plan(call.student.shape[2], call.student.element_size(), models, _starts(call) == {(0, 0, 0)})
+
+
+def _rows(x: Tensor | None) -> _Rows:
+    return _Rows(None, 1, 0, 0) if x is None else _Rows(x.data_ptr(), x.shape[1], x.stride(0), x.stride(1))
+
+
+def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
+    """See `RowCall`."""
+    if why_triton(call) is not None:
+        return triton.divergence_rows(call)
+    student, divergence, launch = call.student, call.divergence, _plan(call)
+    assert LIBRARY is not None and launch is not None
+    rows = call.row_scale.shape[0]
+    parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
+    gradient = student if call.inplace else student.new_empty(0)
+    if call.student_gradient and not call.inplace:
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
+    vectors = (call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature, scale, call.labels)
+    held = [None if x is None else x.contiguous() for x in vectors]  # until the kernel has been started
+    *per_row, labels = (None if x is None else x.data_ptr() for x in held)
+    task = _RowTask(
+        DTYPES.index(student.dtype), rows, student.shape[2], _rows(student), _rows(call.teacher),
+        _rows(gradient if call.student_gradient else None), _rows(None), *per_row,
+        divergence.parameter if divergence else 0.0, labels, None, 0.0, call.cross_entropy_weight,
+        call.label_smoothing, call.z_loss, call.student_softcap, call.teacher_softcap, parts.data_ptr(),
+    )  # fmt: skip
+    symbol = (divergence.symbol or "") if divergence else ""
+    if student.is_cuda:
+        with torch.cuda.device(student.device):
+            LIBRARY.divergence_rows(symbol, task, launch, torch.cuda.current_stream().cuda_stream)
+    else:
+        LIBRARY.divergence_rows(symbol, task, launch, 0)
+    return parts, student.new_empty(0) if call.inplace else gradient, student.new_empty(0)

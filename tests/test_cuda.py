@@ -1,0 +1,293 @@
+"""The Hopper kernels without a Hopper: run by a CPU thread by thread, and read in the machine code that nvcc made."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import fdistill_kernels as fk
+from fdistill_kernels.backends import choose, cuda, why_not_auto
+from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.reference import f_divergence_rows
+
+from .conftest import emulate_cuda, emulated_library, reference, relative
+
+ROOT = Path(__file__).parent.parent
+#: Error relative to the reference's largest entry, of loss and gradient.
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 4e-3), torch.float16: (1e-5, 6e-4)}
+#: Tails that fill no vector, slices that fill no block, and blocks that have nothing of the row.
+VOCABULARIES = (1, 5, 1024, 3001, 4100)
+
+
+def models(rows, vocabulary, dtype=torch.float32, scale=1.5):
+    student, teacher = ((scale * torch.randn(rows, vocabulary)).to(dtype) for _ in range(2))
+    return student.requires_grad_(), teacher
+
+
+def gradient_of(loss, student):
+    return torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", list(TABLE))
+def test_every_cluster_agrees_with_the_reference(name, dtype, cluster, monkeypatch):
+    emulate_cuda(monkeypatch, cluster)
+    loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
+    for vocabulary in VOCABULARIES:
+        student, teacher = models(3, vocabulary, dtype)
+        keep = torch.tensor([1.0, 0.0, 1.0])
+        loss = fk.f_divergence(
+            student, teacher, name, token_weight=keep, temperature=1.5, reduction="sum", backend="cuda"
+        )
+        gradient = gradient_of(loss, student)
+        expected, of_student, _ = reference(student, teacher, name, weights=keep.double(), temperature=1.5)
+        if vocabulary > 1:
+            assert relative(loss, expected) < loss_tolerance
+            assert relative(gradient, of_student) < gradient_tolerance
+        assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("cluster", [1, 3, 8])
+def test_no_schedule_of_threads_and_copies_changes_a_bit(cluster, stages, monkeypatch):
+    """Seeds shuffle who goes on next, and make copies land at once or as late as can be."""
+    emulate_cuda(monkeypatch, cluster, stages)
+    student, teacher = models(9, 2051, torch.bfloat16)
+    labels = torch.randint(2051, (9,))
+    labels[[1, 4, 5]] = -100
+    results = []
+    for seed in range(7):
+        monkeypatch.setenv("FDISTILL_SEED", str(seed))
+        for name in ("js", "kl"):  # that wait for S, and that do not
+            rows = fk.f_divergence(student, teacher, name, labels=labels, ce_weight=0.3, label_smoothing=0.1,
+                                   temperature=2.0, reduction="none", backend="cuda")  # fmt: skip
+            results.append((rows.detach(), gradient_of(rows.sum(), student)))
+    for one, other in zip(results[2:], results, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("barrier", ["block_barrier();  // every thread is done", "cluster_arrive();\n    cluster_wait();\n    const",
+                                     "wait_for(&arrived[at], parity);"])  # fmt: skip
+def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
+    """That the schedules above can tell: without one of its barriers the kernel gives other results, or stops."""
+    source = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", source)
+    kernel = source / "cuda" / "row_kernel.h"
+    text = kernel.read_text()
+    assert text.count(barrier) == 1
+    kernel.write_text(
+        text.replace(barrier, "//" if barrier.startswith("block") else "const" if "const" in barrier else "")
+    )
+    rows = source / "cuda" / "rows.cu"
+    rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE\(FDISTILL_FIND\)", "FDISTILL_FIND(Gjs)", rows.read_text()))
+    subprocess.run(["bash", source / "cuda/build.sh", "--emulated", tmp_path / "broken.so"], check=True)
+    emulate_cuda(monkeypatch, 2, 2)
+    student, teacher = models(9, 2051, torch.bfloat16)
+    settings = dict(labels=torch.arange(9), ce_weight=0.3, temperature=2.0, backend="cuda")
+    expected = gradient_of(fk.f_divergence(student, teacher, "js", **settings), student)
+    monkeypatch.setattr(cuda, "LIBRARY", cuda.Library(tmp_path / "broken.so"))
+    noticed = 0
+    for seed in range(7):
+        monkeypatch.setenv("FDISTILL_SEED", str(seed))
+        try:
+            got = gradient_of(fk.f_divergence(student, teacher, "js", **settings), student)
+            noticed += not torch.equal(got, expected)
+        except RuntimeError as error:
+            noticed += "deadlock" in str(error)
+    assert noticed
+
+
+@pytest.mark.parametrize("name", ["kl", "js", "tvd", "rkl", "hellinger"])
+def test_hard_logits(name, monkeypatch):
+    emulate_cuda(monkeypatch, 4)
+    student, teacher = models(6, 1003)
+    with torch.no_grad():
+        student[0] += 1e4  # a shift of the row
+        teacher[1] = -1e4
+        teacher[1, 17] = 1e4  # one-hot
+        teacher[2] = student[2]  # ties
+        teacher[3, 100:] = student[3, 100:] = -torch.inf
+        student[4] = teacher[4] = 0
+        student[5, 900] = torch.nan
+    rows, cpu = (fk.f_divergence(student, teacher, name, reduction="none", backend=b) for b in ("cuda", "cpu"))
+    assert rows[5].isnan() and cpu[5].isnan()
+    torch.testing.assert_close(rows[:5], cpu[:5], rtol=1e-5, atol=3e-7)
+    labels = torch.where(rows.isfinite(), 0, -100)
+    losses = [
+        fk.f_divergence(student, teacher, name, labels=labels, reduction="sum", backend=b) for b in ("cuda", "cpu")
+    ]
+    for loss, ours, theirs in zip(rows, *(gradient_of(loss, student) for loss in losses), strict=True):
+        # q (g - S) keeps the digits that S, as large as the loss, leaves it
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-7 + 3e-9 * loss.nan_to_num(0, 0).item())
+
+
+def test_labels_smoothing_z_loss_and_caps(monkeypatch):
+    from fdistill_kernels import linear_cross_entropy, linear_f_divergence
+
+    emulate_cuda(monkeypatch, 4)
+    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(1500, 8, requires_grad=True)
+    labels = torch.randint(1500, (7,))
+    labels[2] = -100
+    shared = dict(label_smoothing=0.2, z_loss=0.01, logit_softcap=5.0)
+    for loss in (
+        lambda b: linear_f_divergence(hidden, weight, hidden.detach() + 1, weight.detach(), "js", labels=labels,
+                                      ce_weight=0.5, temperature=2.0, teacher_logit_softcap=3.0, backend=b, **shared),
+        lambda b: linear_cross_entropy(hidden, weight, labels, backend=b, **shared),
+    ):  # fmt: skip
+        ours, theirs = ((x, *torch.autograd.grad(x, (hidden, weight))) for x in (loss("cuda"), loss("torch")))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_beside_the_rows_is_written_or_used(monkeypatch):
+    """Rows that start anywhere within 16 bytes, with NaN between them, and the gradient in their own place."""
+    emulate_cuda(monkeypatch, 2)
+    wide = torch.full((5, 1411), torch.nan, dtype=torch.bfloat16)
+    other = torch.full((5, 1411), torch.nan, dtype=torch.bfloat16)
+    student, teacher = wide[:, 3:1404], other[:, 3:1404]
+    student.copy_(torch.randn(5, 1401))
+    teacher.copy_(torch.randn(5, 1401))
+    expected, of_student, _ = reference(student, teacher, "js", weights=torch.full((5,), 0.2).double())
+    view = student.detach().requires_grad_()
+    loss = fk.f_divergence(view, teacher, "js", inplace=True, backend="cuda")
+    (gradient,) = torch.autograd.grad(loss, view)
+    assert gradient.data_ptr() == student.data_ptr() and relative(loss, expected) < 1e-5
+    assert relative(wide[:, 3:1404], of_student) < 4e-3
+    assert wide[:, :3].isnan().all() and wide[:, 1404:].isnan().all()
+
+
+def test_what_goes_to_triton_says_why(monkeypatch):
+    emulate_cuda(monkeypatch)
+    calls = []
+    monkeypatch.setattr(cuda.triton, "divergence_rows", lambda call: calls.append(cuda.why_triton(call)) or run(call))
+    from fdistill_kernels.backends import cpu
+
+    run = cpu.divergence_rows
+    student, teacher = models(4, 1001)
+    fk.f_divergence(student, teacher.clone().requires_grad_(), backend="cuda")
+    fk.cross_entropy(student, torch.zeros(4, dtype=torch.long), torch.ones(1001), backend="cuda")
+    fk.f_divergence(student[:, 1:], teacher[:, :-1], backend="cuda")
+    monkeypatch.setattr(cuda, "plan", lambda *_: None)
+    fk.f_divergence(student, teacher, backend="cuda")
+    assert [re.sub(r"\d+", "N", c) for c in calls] == [
+        "the teacher wants a gradient", "classes have weights",
+        "rows of student, teacher and gradient start at different offsets from N bytes",
+        "rows of N entries are too long for a cluster's registers"]  # fmt: skip
+
+
+def test_plans_fit_the_chip():
+    for vocabulary in (1, 31, 32000, 50257, 128256, 151936, 256000, 262144):
+        for itemsize in (2, 4):
+            for models_ in (1, 2):
+                for aligned in (True, False)[: 1 + (vocabulary < 262144)]:
+                    launch = cuda.plan(vocabulary, itemsize, models_, aligned)
+                    held = launch.cluster * launch.slice * 16 // itemsize
+                    assert launch.slice * 16 // itemsize <= cuda.HELD * launch.threads <= cuda.HELD * 512
+                    assert vocabulary <= held and launch.threads % 32 == 0
+                    stage = models_ * launch.threads * cuda.HELD * itemsize
+                    meeting = 2 * launch.cluster * (launch.threads // 32) * 32
+                    assert launch.stages * (stage + 64) + meeting <= 227 * 1024
+    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(cluster=8, threads=512, stages=3, slice=2004)
+    assert cuda.plan(262145, 2, 2, True) is None and cuda.plan(10**6, 2, 1, True) is None
+
+
+def test_auto_waits_for_a_measurement(monkeypatch):
+    emulate_cuda(monkeypatch)
+    assert choose("auto", torch.device("cpu"), torch.float32, TABLE["js"]) == "cpu"
+    monkeypatch.undo()
+    assert cuda.FASTER_FROM is not None or "not yet measured" in why_not_auto("cuda", torch.device("cuda"))
+
+
+def test_errors_are_told(monkeypatch, tmp_path):
+    emulate_cuda(monkeypatch)
+    with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
+        fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), backend="cuda")
+    with pytest.raises(RuntimeError, match=r"did not start.*there is no such kernel"):
+        emulated_library().divergence_rows("Nothing", cuda._RowTask(), cuda.Launch(1, 32, 1, 1), 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "LIBRARY", None)
+    monkeypatch.setattr(cuda, "NOT_LOADED", "the CUDA library is not built")
+    with pytest.raises(ValueError, match="cannot take this call: the CUDA library is not built"):
+        fk.f_divergence(torch.zeros(1, 2), torch.zeros(1, 2), backend="cuda")
+
+
+def test_kl_of_rows_matches_eager_where_labels_mask(monkeypatch):
+    emulate_cuda(monkeypatch, 4, 3)
+    student, teacher = models(12, 2000, torch.bfloat16)
+    labels = torch.where(torch.rand(12) < 0.5, -100, 3)
+    loss = fk.f_divergence(student, teacher, "kl", labels=labels, backend="cuda")
+    rows = f_divergence_rows(student.double(), teacher.double(), "kl")
+    assert relative(loss, rows[labels >= 0].mean()) < 1e-5
+
+
+# --- what nvcc made
+
+
+def nvcc_is_here() -> bool:
+    return shutil.which("nvcc") is not None
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    if not nvcc_is_here():
+        pytest.skip("needs nvcc, which made no library here")
+    assert cuda.LIBRARY is not None, cuda.NOT_LOADED  # a failure, not a skip: `make` builds it where nvcc is
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    library = ROOT / "fdistill_kernels" / "libfdistill_cuda.so"
+    usage, code = (
+        subprocess.check_output([tools / "cuobjdump", flag, library], text=True) for flag in ("-res-usage", "-sass")
+    )
+    return usage, re.split(r"\n\s+Function : ", code)[1:]
+
+
+def test_no_spills_and_every_variant_is_there(machine_code):
+    usage, kernels = machine_code
+    found = re.findall(r"Function (\w*row_kernel\w*):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(found) == len(kernels) == 3 * 12  # scalars, and every divergence and the labels alone
+    for name, registers, stack, local in found:
+        assert (int(registers) <= 128, stack, local) == (True, "0", "0"), name
+    for text in kernels:
+        assert not re.search(r"\b(?:LDL|STL)\b", text), text.split()[0]
+
+
+def test_wide_accesses_copies_and_cluster_instructions(machine_code):
+    for text in machine_code[1]:
+        name = text.split()[0]
+        assert "sm_90a" in cuda.LIBRARY.architectures
+        for instruction, least in ((r"\bUBLKCP\b", 1), (r"\bLDS\.128\b", 4), (r"\bSTG\.E\.EF\.128\b", 4), (r"\bUCGABAR_ARV\b", 2),
+                                   (r"\bUCGABAR_WAIT\b", 2), (r"\bSYNCS\.PHASECHK\S*TRYWAIT\b", 1), (r"\bMUFU\.EX2\b", 32)):  # fmt: skip
+            assert len(re.findall(instruction, text)) >= least, (name, instruction)
+        assert not re.search(r"\bD(?:ADD|MUL|FMA|SETP)\b", text), name  # no double precision
+
+
+def test_the_interface_is_the_one_python_speaks(tmp_path):
+    """Offsets of RowTask's fields, from the compiler."""
+    source = '#include <cstddef>\n#include <cstdio>\n#include "row_task.h"\nint main() {\n'
+    for field, _ in cuda._RowTask._fields_:
+        source += f'printf("%zu\\n", offsetof(fdistill::RowTask, {field}));\n'
+    source += 'printf("%zu\\n", sizeof(fdistill::RowTask)); }'
+    command = ["g++", "-x", "c++", "-std=c++17", "-I", ROOT / "csrc", "-o", tmp_path / "offsets", "-"]
+    subprocess.run(command, input=source, check=True, text=True)
+    offsets = [int(x) for x in subprocess.check_output([tmp_path / "offsets"], text=True).split()]
+
+    assert offsets == [
+        *(getattr(cuda._RowTask, f).offset for f, _ in cuda._RowTask._fields_),
+        ctypes.sizeof(cuda._RowTask),
+    ]
+
+
+def test_without_nvcc_and_with_it_asked_for(tmp_path):
+    """FDISTILL_CUDA: auto goes on without nvcc, 1 does not, 0 builds nothing."""
+    code = f"import sys; sys.argv = ['setup.py', '--name']; import setup; setup.build_cuda({str(tmp_path)!r})"
+    for wanted, status in (("auto", 0), ("0", 0), ("1", 1), ("yes", 1)):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                              env={"PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "FDISTILL_CUDA": wanted})  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert ("there is no nvcc" in done.stderr) == (wanted == "1") and not list(tmp_path.iterdir())
