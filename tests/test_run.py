@@ -1,23 +1,27 @@
 """`fdistill train` end to end on a tiny encoder–decoder teacher: a student, a report, resumption, bad input."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import run
+from fdistill_kernels.sequence import metrics, run
 from fdistill_kernels.sequence.data import read_pairs
+from fdistill_kernels.sequence.sampling import Sampling
 
-from .test_sequence import bart
+from .test_sequence import bart, llama
 
 PAIRS = [(f"the number {i} and {i + 1}", f"numărul {i} și {i + 1}") for i in range(60)]
 
 
-@pytest.fixture
-def files(tmp_path):
+def make_files(tmp_path):
     (tmp_path / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in PAIRS))
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator([x for pair in PAIRS for x in pair], vocab_size=300, special_tokens=["</s>", "<s>"])
@@ -27,6 +31,12 @@ def files(tmp_path):
     teacher = bart(len(tokenizer))
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
+    return tokenizer
+
+
+@pytest.fixture
+def files(tmp_path):
+    make_files(tmp_path)
     return tmp_path
 
 
@@ -79,6 +89,111 @@ def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypat
     again = AutoModelForSeq2SeqLM.from_pretrained(files / "run" / "student")
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+#: A process that gets SIGKILL with half of a shard of samples written, or half of a log line.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fdistill_kernels import cli
+from fdistill_kernels.sequence import run, sampling
+
+moment, *arguments = sys.argv[1:]
+write, log = sampling.write_whole, run._Log.on_log
+
+def half_a_shard(path, content):
+    if path.suffix == ".parquet":
+        path.with_suffix(".partial").write_bytes(content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+
+def half_a_line(self, args, state, *rest, **more):
+    log(self, args, state, *rest, **more)
+    if (self.stage, state.global_step) == ("tvd", 3):
+        with self.path.open("a") as file:
+            file.write('{"stage": "tv')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "shard":
+    sampling.write_whole = half_a_shard
+else:
+    run._Log.on_log = half_a_line
+cli.main(arguments)
+"""
+
+
+def test_sigkill_loses_and_doubles_nothing(files, capsys):
+    settings = ("--method", "tvd", "--evaluate-every", "2")
+    assert cli.main(arguments(files, *settings, "--out", f"{files}/whole")) == 0
+    for moment in ("shard", "line"):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, moment, *arguments(files, *settings)], capture_output=True
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        assert (files / "run" / "teacher_samples" / "shard-00000.parquet").exists() == (moment == "line")
+    assert (files / "run" / "metrics.jsonl").read_text().endswith('{"stage": "tv')
+    assert cli.main(arguments(files, *settings)) == 0
+    whole, again = (AutoModelForSeq2SeqLM.from_pretrained(files / name / "student") for name in ("whole", "run"))
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+    def logged(name):
+        lines = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {k: v for k, v in line.items() if not k.endswith(("runtime", "second", "train_loss"))} for line in lines
+        ]
+
+    assert logged("whole") == logged("run")
+
+
+def test_full_disk_is_told_in_a_line_and_gone_on_after(files, capsys, monkeypatch):
+    from safetensors import SafetensorError
+    from transformers import Trainer
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save_checkpoint", full)
+        assert cli.main(arguments(files)) == 2
+    assert "fdistill: no space left on the disk (Error while" in capsys.readouterr().err
+    assert cli.main(arguments(files)) == 0
+
+
+def test_causal_students_left_padding_and_prompts_of_the_teachers_own(files, capsys, monkeypatch):
+    tokenizer = make_files(files)
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.padding_side = "left"
+    llama(len(tokenizer)).save_pretrained(files / "llama")
+    tokenizer.save_pretrained(files / "llama")
+    rows = [{"prompt": a, "target": b, "teacher_prompt": None if i == 0 else f"translate: {a}"}
+            for i, (a, b) in enumerate(PAIRS)]  # fmt: skip
+    (files / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [*arguments(files), "--teacher", f"{files}/llama", "--student-layers", "1", "--data",
+               f"{files}/pairs.jsonl"]  # fmt: skip
+    asked, draw = [], metrics.draw
+    monkeypatch.setattr(metrics, "draw", lambda *a: asked.append(a) or draw(*a))
+    prepared = run.Run(run.job_of(cli.parser(command).parse_args(command)), run.Console(quiet=True))
+    first, second = prepared.pairs[0], prepared.pairs[1]
+    assert first["teacher_prompt_ids"] == first["prompt_ids"] == [tokenizer.bos_token_id, *tokenizer.encode(
+        rows[0]["prompt"], add_special_tokens=False)]  # fmt: skip
+    assert tokenizer.decode(second["teacher_prompt_ids"]) == "<s>translate: " + rows[1]["prompt"]
+    assert tokenizer.bos_token_id not in second["labels"] and second["labels"][-1] == tokenizer.eos_token_id
+    assert cli.main(command) == 0
+    assert AutoModelForCausalLM.from_pretrained(files / "run" / "student").config.num_hidden_layers == 1
+    by_teacher = [len(prompts[0]) for model, prompts, *_ in asked if model.config.num_hidden_layers == 2]
+    by_student = [len(prompts[0]) for model, prompts, *_ in asked if model.config.num_hidden_layers == 1]
+    assert by_teacher and by_student and min(by_teacher) > max(by_student)
+
+
+def test_measures_of_few_and_empty_outputs(files):
+    teacher, tokenizer = bart(), AutoTokenizer.from_pretrained(files / "teacher")
+    teacher.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(60).index_fill(0, torch.tensor(0), 1e4))
+    ends = [torch.tensor([teacher.config.eos_token_id])]
+    prompts = [torch.tensor([5, 6, 0])]
+    measured = metrics.evaluate(teacher, teacher, prompts, prompts, ends, [""], tokenizer, Sampling(4))
+    assert measured["perplexity"] == pytest.approx(1) and measured["bleu"] == 0
+    assert measured["likelihood_risk"] == pytest.approx(0, abs=1e-5)
 
 
 def test_sample_teacher_and_seqkd(files, capsys):

@@ -429,20 +429,37 @@ def write_report(folder: Path, job: Job, results: dict[str, Any]) -> None:
     write_whole(folder / "report.html", page.encode())
 
 
+def _disk_is_full(error: BaseException | None, job: Job) -> bool:
+    """Whether that is behind an error; torch.save and safetensors do not tell it by an OSError."""
+    if Path(job.out).exists() and shutil.disk_usage(job.out).free < 1 << 16:
+        return True
+    while error is not None and "No space left" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def command(work: Callable[[Job, Console], Any]) -> Callable[[argparse.Namespace], int]:
     """A command's exit status: 0; 2 with one line for bad input; 130 after Ctrl-C, to be gone on with."""
 
     def main(args: argparse.Namespace) -> int:
         console = Console(stderr=True, quiet=rank()[0] > 0)
+        job = Job()
         try:
+            job = job_of(args)
             with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
-                results = work(job_of(args), console)
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"fdistill: {error}", file=sys.stderr)
-            return 2
+                results = work(job, console)
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             return 130
+        except Exception as error:
+            if _disk_is_full(error, job):
+                told = f"no space left on the disk ({str(error).splitlines()[0]}); with more the same command goes on"
+            elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+                told = str(error)
+            else:
+                raise
+            print(f"fdistill: {told}", file=sys.stderr)
+            return 2
         if rank()[0]:
             return 0
         print(json.dumps(results, indent=1) if args.json else "\n".join(

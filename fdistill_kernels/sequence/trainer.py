@@ -89,8 +89,9 @@ def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -
     names = [n for n in ("prompt_ids", "labels", "sample_ids", "teacher_prompt_ids") if n in examples[0]]
     if "prompt_ids" not in names:
         raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
-    batch: dict[str, Tensor] = {n: padded([torch.as_tensor(e[n], dtype=torch.long) for e in examples], IGNORE) for n in names}
-    for name, ids in batch.items():
+    batch: dict[str, Tensor] = {}
+    for name in names:
+        batch[name] = ids = padded([torch.as_tensor(e[name], dtype=torch.long) for e in examples], IGNORE)
         if vocabulary is not None and name != "teacher_prompt_ids" and ids.numel() and int(ids.max()) >= vocabulary:
             raise ValueError(f"{name} has the id {int(ids.max())}, but student and teacher share {vocabulary} ids")
     return batch
