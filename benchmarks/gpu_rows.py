@@ -1,13 +1,15 @@
-"""Row losses on a GPU, beside the floor and the peers that are installed, in one run.
+"""Row losses on a GPU, by every backend of ours, beside the floor and the peers that are installed, in one run.
 
     python -m benchmarks.gpu_rows --out results.json [--dry]
 
-The floor is three passes over N·V at the copy rate measured first. --dry runs toy shapes in Triton's interpreter.
+The floor is three passes over N·V at the copy rate measured first; two for labels alone, which have no teacher. --dry
+runs toy shapes, Triton in its interpreter and the CUDA kernels emulated.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
@@ -17,13 +19,28 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.peers import row_losses
-from fdistill_kernels import f_divergence
+from benchmarks.peers import labels_of, row_losses
+from fdistill_kernels import cross_entropy, f_divergence
+from fdistill_kernels.backends import BACKENDS, cuda
 from fdistill_kernels.bench import floor_seconds, make_logits, median_seconds, training_step
+from tests.conftest import emulated_library
 
-SHAPES = {"kl": [(8192, 128256), (4096, 32000), (8192, 50257)], "js": [(8192, 128256), (4096, 32000), (8192, 50257)],
-          "tvd": [(8192, 128256), (4096, 32000)], "rkl": [(8192, 128256)], "engine": [(8192, 128256)],
-          "cross_entropy": [(8192, 128256)]}  # fmt: skip
+PEERS_TOO = [(8192, 128256), (4096, 32000), (8192, 50257)]
+OURS_ALONE = [(8192, v) for v in (32000, 151936, 262144)]
+SHAPES = {"kl": PEERS_TOO + OURS_ALONE, "js": PEERS_TOO + OURS_ALONE, "tvd": PEERS_TOO + OURS_ALONE,
+          "rkl": PEERS_TOO[:1], "engine": PEERS_TOO[:1], "labels": PEERS_TOO[:1] + OURS_ALONE}  # fmt: skip
+
+
+def our_losses(name, device):
+    """The loss by each backend that runs there, as functions of logits of student and teacher."""
+
+    def loss(student, teacher, backend):
+        if name == "labels":
+            return cross_entropy(student, labels_of(student), backend=backend)
+        return f_divergence(student, teacher, name, backend=backend)
+
+    able = [n for n in ("triton", "cuda") if BACKENDS[n].why_not(torch.device(device), torch.bfloat16, None) is None]
+    return {f"fdistill {n}": functools.partial(loss, backend=n) for n in able}
 
 
 def matrix_rate(device: str, n: int) -> float:
@@ -55,17 +72,20 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
     device = "cpu" if args.dry else "cuda"
+    if args.dry:
+        cuda.LIBRARY = emulated_library()
     results = []
     for name, shapes in SHAPES.items():
         for shape in [(2, 500)] if args.dry else shapes:
             student, teacher = make_logits(shape, torch.bfloat16, device)
-            floor = floor_seconds(teacher)
-            ours = training_step(lambda s, t, d=name: f_divergence(s, t, d, backend="triton"), student, teacher)
-            results.append(measure(ours, floor, "fdistill", name, shape))
-            for peer, loss in ({} if args.dry else row_losses(name)).items():
+            floor = floor_seconds(teacher) * (2 / 3 if name == "labels" else 1)
+            losses = our_losses(name, device)
+            if shape in PEERS_TOO:
+                losses |= row_losses(name)
+            for what, loss in losses.items():
                 torch._dynamo.reset()
-                results.append(measure(training_step(loss, student, teacher), floor, peer, name, shape))
-            del student, teacher, ours
+                results.append(measure(training_step(loss, student, teacher), floor, what, name, shape))
+            del student, teacher
     like = torch.empty(2**16 if args.dry else 2**29, dtype=torch.bfloat16, device=device)
     report = {
         "device": "interpreter" if args.dry else torch.cuda.get_device_name(),
@@ -79,7 +99,7 @@ def main() -> None:
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     for r in results:
         print(
-            f"{r['divergence']:14s} {r['shape']!s:16s} {r['what']:14s}",
+            f"{r['divergence']:14s} {r['shape']!s:16s} {r['what']:16s}",
             f"{r['milliseconds']:9.3f} ms  {r['over_floor']:6.2f} floors" if "milliseconds" in r else "out of memory",
         )
 

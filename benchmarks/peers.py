@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,30 @@ from fdistill_kernels.bench import eager_loss
 from fdistill_kernels.divergences import TABLE
 
 
+def labels_of(logits: Tensor) -> Tensor:
+    """The same labels for everyone."""
+    return torch.arange(logits.shape[0], device=logits.device) % logits.shape[1]
+
+
+def label_losses() -> dict[str, object]:
+    """Every installed peer's cross-entropy to labels, from logits; the second argument is not looked at."""
+    plain = torch.nn.functional.cross_entropy
+    found = {"eager": plain, "torch.compile": torch.compile(plain)}
+    with contextlib.suppress(ImportError):
+        from quack import cross_entropy as quack
+
+        found["quack"] = quack
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        found["liger-kernel"] = LigerCrossEntropyLoss()
+    return {name: lambda z, _, loss=loss: loss(z, labels_of(z)) for name, loss in found.items()}
+
+
 def row_losses(name: str) -> dict[str, object]:
-    """Every installed peer's loss for kl, js, tvd or cross-entropy, from logits."""
+    """Every installed peer's loss for kl, js, tvd or labels, from logits."""
+    if name == "labels":
+        return label_losses()
     eager = eager_loss(TABLE[name])
     peers = {"eager": eager, "torch.compile": torch.compile(eager)}
     try:

@@ -24,11 +24,11 @@ def test_without_a_compiler(tmp_path):
     for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
     built = run("setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib"),
-                "egg_info", "--egg-base", str(tmp_path), cwd=source, CC="/bin/false", CXX="/bin/false")  # fmt: skip
+                "egg_info", "--egg-base", str(tmp_path), cwd=source, CC="/bin/false", CXX="/bin/false", FDISTILL_CUDA="0")  # fmt: skip
     assert built.returncode == 0 and "native CPU backend not built" in built.stderr, built.stderr
     doctor = run("-m", "fdistill_kernels.cli", "doctor", cwd=tmp_path / "lib")
     assert "backend cpu on cpu: the native extension is not built (it needs a C++ compiler" in doctor.stdout
-    assert "auto on cpu logits: torch" in doctor.stdout
+    assert "auto on cpu logits: torch" in doctor.stdout and "the CUDA library is not built" in doctor.stdout
     use = "import torch, fdistill_kernels as fk; x = torch.zeros(2, 9, requires_grad=True); fk.f_divergence(x, x).backward()"
     assert run("-c", use, cwd=tmp_path / "lib").returncode == 0
 

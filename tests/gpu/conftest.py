@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+from fdistill_kernels import backends
+
+from ..conftest import emulate_cuda
+
 DRY = os.environ.get("FDISTILL_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 
@@ -22,3 +26,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU (FDISTILL_DRY=1 runs it as a toy on the CPU)"))
         elif DRY and item.get_closest_marker("card"):
             item.add_marker(pytest.mark.skip(reason="asks something only a card can answer"))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request, monkeypatch):
+    """Each backend of a GPU; with FDISTILL_DRY the CUDA kernels are emulated, as Triton's are interpreted."""
+    if request.param == "cuda" and DRY:
+        emulate_cuda(monkeypatch)
+    reason = backends.BACKENDS[request.param].why_not(torch.device(DEVICE), torch.bfloat16, None)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
