@@ -83,7 +83,7 @@ def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, dev
     """
     from .backends.triton import launch
 
-    backends.choose("triton", torch.device(device), dtype, divergence)
+    backends.choose("triton", torch.device(device), dtype, divergence, shape[1])
     student, teacher = make_logits(shape, dtype, device)
     card = launch.device_of(student.device)
     step = training_step(lambda s, t: f_divergence(s, t, divergence, backend="triton"), student, teacher)

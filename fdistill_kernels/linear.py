@@ -233,7 +233,7 @@ def _linear(
         return _LinearLoss.apply(hidden.reshape(rows, -1), weight, bias, teacher, per_row, *heads, *path, name,
                                  *row_arguments)  # fmt: skip
 
-    return token_loss(hidden, run, divergence, **token_arguments)
+    return token_loss(hidden, run, divergence, weight.shape[0], **token_arguments)
 
 
 def _chunk_rows(call: LinearCall, chunk_bytes: int) -> int:

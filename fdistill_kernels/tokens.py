@@ -27,7 +27,7 @@ class LossParts(NamedTuple):
 
 
 def token_loss(
-    student: Tensor, run: Callable[[tuple[Any, ...], str], tuple[Tensor, Tensor]], divergence: Divergence | None, *,
+    student: Tensor, run: Callable[[tuple[Any, ...], str], tuple[Tensor, Tensor]], divergence: Divergence | None, vocabulary: int, *,
     labels: Tensor | None, ce_weight: float = 0.0, label_smoothing: float = 0.0, z_loss: float = 0.0,
     class_weight: Tensor | None = None, ignore_index: int = -100, token_weight: Tensor | None = None,
     temperature: Temperature = 1.0, teacher_temperature: Temperature | None = None, temperature_squared: bool = False,
@@ -56,7 +56,7 @@ def token_loss(
         checks.check_labels(labels, student)
     if token_weight is not None:
         checks.check_tokens("token_weight", token_weight, student)
-    name = backends.choose(backend, student.device, student.dtype, divergence)
+    name = backends.choose(backend, student.device, student.dtype, divergence, vocabulary)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     shape = student.shape[:-1]
 

@@ -201,9 +201,14 @@ def test_plans_fit_the_chip():
 
 def test_auto_waits_for_a_measurement(monkeypatch):
     emulate_cuda(monkeypatch)
-    assert choose("auto", torch.device("cpu"), torch.float32, TABLE["js"]) == "cpu"
-    monkeypatch.undo()
-    assert cuda.FASTER_FROM is not None or "not yet measured" in why_not_auto("cuda", torch.device("cuda"))
+    device = torch.device("cpu")
+    assert choose("auto", device, torch.float32, TABLE["js"], 10**6) == "cpu"
+    monkeypatch.setattr(cuda, "LIBRARY", cuda._load()[0])
+    monkeypatch.setattr(cuda, "FASTER_FROM", None)
+    assert "not yet measured" in why_not_auto("cuda", device, 10**6)
+    monkeypatch.setattr(cuda, "FASTER_FROM", 64000)
+    assert "faster below a vocabulary of 64000" in why_not_auto("cuda", device, 32000)
+    assert why_not_auto("cuda", device, 64000) is None
 
 
 def test_errors_are_told(monkeypatch, tmp_path):

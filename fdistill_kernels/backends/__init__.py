@@ -18,14 +18,16 @@ from .rows import RowCall
 BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": chunked}
 
 
-def why_not_auto(backend: str, device: torch.device) -> str | None:
+def why_not_auto(backend: str, device: torch.device, vocabulary: int) -> str | None:
     """The reason `auto` passes over a backend that can take a call, or None."""
     if backend == "triton" and device.type == "cpu":
         return "on a CPU it is Triton's interpreter, for tests alone"
-    return cuda.why_not_auto() if backend == "cuda" else None
+    return cuda.why_not_auto(vocabulary) if backend == "cuda" else None
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str:
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None, vocabulary: int
+) -> str:
     """The backend's name for a call; `auto` is the fastest that can take it.
 
     Raises:
@@ -33,7 +35,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
     """
     if backend == "auto":
         able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
-        return next(name for name in able if why_not_auto(name, device) is None)
+        return next(name for name in able if why_not_auto(name, device, vocabulary) is None)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].why_not(device, dtype, divergence)

@@ -126,11 +126,13 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
     return None
 
 
-def why_not_auto() -> str | None:
+def why_not_auto(vocabulary: int) -> str | None:
     """The reason `auto` does not take this backend, though it could run."""
     if LIBRARY is not None and LIBRARY.emulated:
         return "it is emulated, for tests alone"
-    return "not yet measured on a card beside triton: ask for it by name" if FASTER_FROM is None else None
+    if FASTER_FROM is None:
+        return "not yet measured on a card beside triton"
+    return f"triton is faster below a vocabulary of {FASTER_FROM}" if vocabulary < FASTER_FROM else None
 
 
 def why_triton(call: RowCall) -> str | None:
