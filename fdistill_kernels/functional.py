@@ -75,8 +75,8 @@ def f_divergence(
         return _RowLoss.apply(*rows, *row_arguments, name, inplace, reduction == "none")
 
     return token_loss(
-        student, run, chosen, student.shape[-1], labels=labels, ce_weight=ce_weight, label_smoothing=label_smoothing, z_loss=z_loss,
-        ignore_index=ignore_index, token_weight=token_weight, temperature=temperature,
+        student, run, chosen, student.shape[-1], labels=labels, ce_weight=ce_weight, label_smoothing=label_smoothing,
+        z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight, temperature=temperature,
         teacher_temperature=teacher_temperature, temperature_squared=temperature_squared, reduction=reduction,
         num_items=num_items, backend=backend, return_parts=return_parts,
     )  # fmt: skip
@@ -130,8 +130,8 @@ def cross_entropy(
         return _RowLoss.apply(_rows(logits, inplace), None, *row_arguments, name, inplace, reduction == "none")
 
     return token_loss(
-        logits, run, None, logits.shape[-1], labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
-        class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend,
+        logits, run, None, logits.shape[-1], labels=target, ce_weight=1.0, label_smoothing=label_smoothing,
+        z_loss=z_loss, class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend,
         return_parts=return_parts,
     )  # fmt: skip
 

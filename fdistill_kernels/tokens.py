@@ -27,7 +27,8 @@ class LossParts(NamedTuple):
 
 
 def token_loss(
-    student: Tensor, run: Callable[[tuple[Any, ...], str], tuple[Tensor, Tensor]], divergence: Divergence | None, vocabulary: int, *,
+    student: Tensor, run: Callable[[tuple[Any, ...], str], tuple[Tensor, Tensor]], divergence: Divergence | None,
+    vocabulary: int, *,
     labels: Tensor | None, ce_weight: float = 0.0, label_smoothing: float = 0.0, z_loss: float = 0.0,
     class_weight: Tensor | None = None, ignore_index: int = -100, token_weight: Tensor | None = None,
     temperature: Temperature = 1.0, teacher_temperature: Temperature | None = None, temperature_squared: bool = False,
