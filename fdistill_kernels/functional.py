@@ -131,8 +131,8 @@ def cross_entropy(
 
     return token_loss(
         logits, run, None, logits.shape[-1], labels=target, ce_weight=1.0, label_smoothing=label_smoothing,
-        z_loss=z_loss, class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend,
-        return_parts=return_parts,
+        z_loss=z_loss, class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items,
+        backend=backend, return_parts=return_parts,
     )  # fmt: skip
 
 

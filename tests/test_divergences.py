@@ -37,7 +37,9 @@ def test_agrees_with_reference(divergence, dtype, backend):
     expected, expected_student, expected_teacher = reference(student, teacher, divergence, temperature=1.5)
     loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
     if backend == "cuda":  # a teacher that is trained too is Triton's
-        alone = fk.f_divergence(student, teacher.detach(), divergence, temperature=1.5, reduction="sum", backend=backend)
+        alone = fk.f_divergence(
+            student, teacher.detach(), divergence, temperature=1.5, reduction="sum", backend=backend
+        )
         assert relative(torch.autograd.grad(alone, student)[0], expected_student) < gradient_tolerance
     if backend in ("triton", "cuda") and student.device.type == "cpu" and dtype == torch.bfloat16:
         gradient_tolerance *= 2  # the interpreter truncates
