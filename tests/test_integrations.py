@@ -28,6 +28,15 @@ def test_patched_loss_and_gradients(make):
     for g, w in zip(torch.autograd.grad(got.loss, list(model.parameters()), allow_unused=True), gradients, strict=True):
         assert (g is None and w is None) or torch.allclose(g, w, atol=1e-6)
     assert torch.equal(undo_patch(model)(input_ids=ids, labels=labels).logits, want.logits)
+    kept = patch_model(model, keep_logits=True).train()(input_ids=ids, labels=labels)
+    torch.testing.assert_close(kept.logits, want.logits, atol=1e-5, rtol=1e-4)
+    assert not kept.logits.requires_grad and kept.loss.requires_grad
+
+
+def test_undoing_leaves_what_was_there_before():
+    model = gpt2(60)
+    model.forward = hooked = model.forward  # as accelerate's hooks set it
+    assert undo_patch(patch_model(model)).forward is hooked
 
 
 def test_packed_sequences_do_not_predict_each_other():
@@ -40,11 +49,11 @@ def test_packed_sequences_do_not_predict_each_other():
     torch.testing.assert_close(loss, (4 * apart[0] + 3 * apart[1]) / 7)
 
 
-def trained(model, folder, **keywords):
+def trained(model, folder, bf16=False, **keywords):
     data = [
         {"input_ids": x, "labels": x} for x in torch.randint(2, 60, (12, 6), generator=torch.Generator().manual_seed(1))
     ]
-    trainer = Trainer(model, TrainingArguments(str(folder), **ARGUMENTS), train_dataset=data, **keywords)
+    trainer = Trainer(model, TrainingArguments(str(folder), **ARGUMENTS, bf16=bf16), train_dataset=data, **keywords)
     trainer.train()
     return model.lm_head.weight.detach()
 
@@ -53,6 +62,10 @@ def test_trainer_with_and_without(tmp_path):
     want = trained(gpt2(60), tmp_path)
     torch.testing.assert_close(trained(patch_model(gpt2(60)), tmp_path), want, atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(trained(gpt2(60), tmp_path, compute_loss_func=causal_loss), want, atol=2e-5, rtol=1e-3)
+    narrow = patch_model(gpt2(60))
+    trained(narrow, tmp_path, bf16=True)
+    undo_patch(narrow)
+    assert narrow(torch.zeros(1, 2, dtype=torch.long)).logits.dtype == torch.float32
 
 
 def test_lora_heads_are_refused():

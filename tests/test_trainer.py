@@ -104,6 +104,8 @@ def test_bad_input(tmp_path):
         trainer(tmp_path, gpt2(60), bart())
     with pytest.raises(ValueError, match="needs the column prompt_ids"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"labels": [1]}] * 4).train()
+    with pytest.raises(ValueError, match="needs the column labels"):
+        trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2]}] * 4, method="predistill").train()
     with pytest.raises(ValueError, match="the model's context 32"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2] * 40, "labels": [1]}] * 4, method="mle").train()
     with pytest.raises(ValueError, match="on_nan must be one of"):

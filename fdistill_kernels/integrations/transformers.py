@@ -48,7 +48,8 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
         def loss(hidden: Tensor) -> Tensor:
             head = output_head(model)
             if keep_logits or not model.training:
-                logits[0] = head.logits(hidden.detach())
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not model.training):
+                    logits[0] = head.logits(hidden)
             return linear_cross_entropy(
                 hidden, head.weight, labels.to(hidden.device), linear_bias=head.bias, logit_scale=head.scale,
                 logit_softcap=head.softcap, num_items=num_items_in_batch, **keywords,

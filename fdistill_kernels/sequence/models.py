@@ -83,7 +83,7 @@ def at_head(model: Any, call: Callable[[Tensor], Tensor]) -> Iterator[list[Tenso
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         made.append(call(hidden))
-        return made[-1].flatten()[:0].view(*hidden.shape[:-2], 0, 1)
+        return made[-1].flatten()[:0].reshape(*hidden.shape[:-2], 0, 1).clone()  # FSDP warns of views
 
     module.forward = forward
     try:

@@ -63,35 +63,39 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
     return student
 
 
-def _matched(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+def _matched(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor, count: float | Tensor) -> Tensor:
     """MSE of the states after each of the student's layers and after the teacher's layer as far along."""
     depth, of = len(student) - 1, len(teacher) - 1
     pairs = [(student[i], teacher[round(i * of / depth)]) for i in range(1, depth + 1)]
-    return torch.stack([(s[mask] - t[mask].to(s)).square().mean() for s, t in pairs]).mean()
+    return torch.stack([(s[mask] - t[mask].to(s)).square().mean(-1).sum() for s, t in pairs]).mean() / count
 
 
 def predistillation_loss(
     student_model: Any, teacher_model: Any, prompts: list[Tensor], targets: list[Tensor], pad: int,
-    weights: tuple[float, float, float] = (0.8, 0.2, 3.0), wrapped: Any = None,
+    weights: tuple[float, float, float] = (0.8, 0.2, 3.0), wrapped: Any = None, counts: Any = None,
 ) -> Tensor:  # fmt: skip
     """0.8·KL to the teacher + 0.2·cross-entropy on gold targets + 3·MSE of matched hidden states.
+
+    counts: what means are over, tokens of prompts and of targets; default: those of this batch.
 
     Raises:
         ValueError: the models' hidden states differ in size, so that they cannot be matched.
     """
     of_kl, of_ce, of_mse = weights
+    of_prompts, of_targets = counts or (sum(map(len, prompts)), sum(map(len, targets)))
     with torch.no_grad():
         teacher, theirs = rows_of(teacher_model, prompts, targets, pad, output_hidden_states=True)
 
     def soft_and_hard(student: Rows) -> Tensor:
         return of_kl * step_loss(student, student_model, teacher, teacher_model, resolve("kl"), reduction="mean",
-                                 ce_weight=of_ce / of_kl)  # fmt: skip
+                                 ce_weight=of_ce / of_kl, num_items=of_targets)  # fmt: skip
 
     loss, ours = forward_to_head(student_model, prompts, targets, pad, soft_and_hard, wrapped=wrapped,
                                  output_hidden_states=True)  # fmt: skip
-    names = ("decoder_hidden_states", "encoder_hidden_states") if student_model.config.is_encoder_decoder else (
-        "hidden_states",)  # fmt: skip
-    for name in names:
+    names = {"decoder_hidden_states": of_targets, "encoder_hidden_states": of_prompts}
+    if not student_model.config.is_encoder_decoder:
+        names = {"hidden_states": of_prompts + of_targets}
+    for name, count in names.items():
         states, their_states = getattr(ours, name), getattr(theirs, name)
         if states[0].shape[-1] != their_states[0].shape[-1]:
             raise ValueError(
@@ -101,5 +105,5 @@ def predistillation_loss(
             len(t) if name.startswith("decoder") else len(p) + len(t) for p, t in zip(prompts, targets, strict=True)
         ]  # fmt: skip
         mask = torch.arange(states[0].shape[1]) < torch.tensor(lengths)[:, None]
-        loss = loss + of_mse * _matched(states, their_states, mask.to(states[0].device))
+        loss = loss + of_mse * _matched(states, their_states, mask.to(states[0].device), count)
     return loss

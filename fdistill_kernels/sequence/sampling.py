@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from .models import IGNORE, padded
 
@@ -87,7 +88,7 @@ def draw(
         )
     size = model.config.get_text_config().vocab_size
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
-    sharded = hasattr(next(model.parameters()), "full_tensor")  # FSDP2: all ranks go on until the last has ended
+    sharded = isinstance(model, FSDPModule)  # then all ranks go on until the last has ended
     training = model.training
     model.eval()
     devices = [device] if device.type == "cuda" else []

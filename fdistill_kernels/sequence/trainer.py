@@ -15,12 +15,12 @@ from transformers import Trainer, TrainingArguments
 
 from ..divergences import resolve
 from .models import IGNORE, Rows, forward_to_head, padded, rows_of, step_loss, unpadded
-from .objectives import SOURCES, Half, method, mixture
+from .objectives import Half, method, mixture
 from .predistill import predistillation_loss
 from .sampling import Sampling, draw, special_tokens
 
-#: Which column has a source's sequences; of the student's, none.
-COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids", "student": ""}
+#: Which column has a source's sequences.
+COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
 
 
 @dataclass
@@ -120,7 +120,8 @@ class FDistillTrainer(Trainer):
 
     Datasets have the columns prompt_ids and labels (the gold target's ids, end token included), and may have sample_ids
     (the teacher's stored samples; without them they are drawn at every step) and teacher_prompt_ids (a longer prompt,
-    for the teacher alone). Evaluation is the KL of the student to the teacher on gold targets, a mean over tokens.
+    for the teacher alone). Evaluation is the KL of the student to the teacher on gold targets, a mean over each batch's
+    tokens.
 
     Args:
         model: the student, a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters.
@@ -146,7 +147,8 @@ class FDistillTrainer(Trainer):
         self.halves, self.sampling = args.halves(), args.sampling()
         self._kept: collections.deque[tuple[list[Tensor], list[Tensor], list[Tensor]]] = collections.deque()
         self._draws = True
-        self._items: dict[str, Tensor] = {}
+        self._by_token = args.normalize == "token" or not self.halves
+        self._items: dict[str, Tensor] = {}  # of a column, what an update's batches have on average
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         self.vocabulary = min(m.config.get_text_config().vocab_size for m in (model, teacher))
@@ -166,10 +168,12 @@ class FDistillTrainer(Trainer):
         prompts, gold = unpadded(inputs["prompt_ids"]), unpadded(inputs["labels"]) if "labels" in inputs else []
         teacher_prompts = unpadded(inputs["teacher_prompt_ids"]) if "teacher_prompt_ids" in inputs else prompts
         if not model.training:
-            loss = self._half(Half("gold", resolve("kl")), model, prompts, teacher_prompts, gold)
+            batch = self._sequences("gold", student, inputs, prompts, teacher_prompts, gold)
+            loss = self._half(Half("gold", resolve("kl")), model, *batch)
         elif self.args.method == "predistill" and self.args.divergence is None:
-            loss = predistillation_loss(student, self.teacher, prompts, gold, self.pad, wrapped=model)
-            loss = loss * (self._count(inputs["labels"]) / self._items["gold"])
+            self._sequences("gold", student, inputs, prompts, teacher_prompts, gold)
+            loss = predistillation_loss(student, self.teacher, prompts, gold, self.pad, wrapped=model,
+                                        counts=(self._items["prompt_ids"], self._items["labels"]))  # fmt: skip
         else:
             loss = torch.zeros((), device=self.args.device)
             for half in self.halves:
@@ -179,21 +183,17 @@ class FDistillTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
-        """The batches of one update; counts, for each source, what its losses are divided by."""
+        """The batches of one update; counts what their losses are divided by."""
         batches, number = super().get_batch_samples(*args, **keywords)
         if self.state.global_step % self.args.student_every == 0:
             self._kept.clear()
         self._draws = not self._kept
-        for source in SOURCES if batches else ():
-            name = COLUMNS[source] if self.args.normalize == "token" else "prompt_ids"
-            if name in batches[0]:
-                total = torch.stack([self._count(batch[name]) for batch in batches]).mean().to(self.args.device)
-                self._items[source] = self.accelerator.reduce(total, "mean")
+        for name in ("prompt_ids", "labels", "sample_ids"):
+            if batches and name in batches[0]:
+                counts = [(b[name] != IGNORE).sum() if self._by_token else torch.tensor(len(b[name])) for b in batches]
+                total = torch.stack(counts).float().mean().to(self.args.device)
+                self._items[name] = self.accelerator.reduce(total, "mean")
         return batches, number
-
-    def _count(self, ids: Tensor) -> Tensor:
-        """What a mean over a batch is over: steps or sequences."""
-        return ((ids != IGNORE).sum() if self.args.normalize == "token" else torch.tensor(len(ids))).float()
 
     def _sequences(
         self, source: str, student: Any, inputs: dict[str, Tensor], prompts: list[Tensor],
@@ -201,6 +201,8 @@ class FDistillTrainer(Trainer):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
         """The student's and the teacher's prompts, and the continuations of a source."""
         if source == "gold":
+            if not gold:
+                raise ValueError("the objective or the evaluation is on gold targets: the data needs the column labels")
             return prompts, teacher_prompts, gold
         if source == "student":
             if self._draws:
@@ -226,7 +228,8 @@ class FDistillTrainer(Trainer):
             moved, continued = ([x.to(at) for x in rows] for rows in (teacher_prompts, continuations))
             with torch.no_grad():
                 teacher, _ = rows_of(self.teacher, moved, continued, self.pad, **options)
-        items = self._items.get(half.source) if model.training else None
+        items = self._items.get(COLUMNS.get(half.source, "") if self._by_token else "prompt_ids")
+        items = items if model.training else None  # in evaluation, and where no count is known, of this batch
 
         def loss(rows: Rows) -> Tensor:
             with self.compute_loss_context_manager():

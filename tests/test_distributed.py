@@ -1,0 +1,114 @@
+"""Two processes on one machine: gradients are those of one process with the whole batch, FSDP2, and `fdistill train`."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from fdistill_kernels import cli
+from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.sequence.models import forward_to_head, step_loss
+from fdistill_kernels.sequence.sampling import Sampling, draw
+
+from .test_run import arguments, make_files
+from .test_sequence import EOS, bart, batch, gpt2
+from .test_trainer import trainer
+
+#: Student samples by top_k=1 are the same in one process as in two; their lengths count by the sequence.
+SETTINGS = dict(optim="sgd", max_steps=2, learning_rate=0.1, top_k=1)
+CASES = {"kl": {}, "js": dict(normalize="sequence"), "predistill": {}, "mle": dict(gradient_accumulation_steps=2)}
+MODELS = {"gpt2": lambda seed: gpt2(60, seed=seed), "bart": lambda seed: bart(seed=seed)}
+
+
+def rows():
+    """Targets and samples of different lengths; of the prompts' and of predistill's states no padding."""
+    prompts, targets = [2, 3, 4], [[5, EOS], [6, 7, 8, 9, EOS]]
+    return [
+        {"prompt_ids": [i, *prompts], "labels": targets[i % 2], "sample_ids": targets[i // 2 % 2]} for i in range(2, 10)
+    ]
+
+
+def weights_after(method, make, folder, ranks):
+    accumulated = CASES[method].get("gradient_accumulation_steps", 1)
+    student = make(1)
+    run = trainer(folder, student, make(2), rows(), method=method, **SETTINGS, **CASES[method],
+                  per_device_train_batch_size=4 // ranks // accumulated)  # fmt: skip
+    run.train()
+    return [p.detach() for p in student.parameters()]
+
+
+def sharded(rank):
+    """A student's gradients by FSDP2, its head sharded with the rest; and samples whose number of steps differs."""
+    from torch.distributed.fsdp import fully_shard
+
+    student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
+    for block in student.transformer.h:
+        fully_shard(block)
+    fully_shard(student)
+    prompts, continuations = batch(n=6)
+    mine = slice(3 * rank, 3 * rank + 3)
+    loss = kl(student, teacher, prompts[mine], continuations[mine])
+    loss.backward()
+    gradients = [p.grad.full_tensor() for p in student.parameters()]
+    drawn = draw(student, prompts[mine], Sampling(max_new_tokens=2 + 3 * rank))
+    assert max(map(len, drawn)) <= 2 + 3 * rank
+    return gradients
+
+
+def kl(student, teacher, prompts, continuations):
+    from fdistill_kernels.sequence.models import rows_of
+
+    with torch.no_grad():
+        theirs, _ = rows_of(teacher, prompts, continuations, EOS)
+    return forward_to_head(student, prompts, continuations, EOS,
+                           lambda ours: step_loss(ours, student, theirs, teacher, TABLE["kl"]))[0]  # fmt: skip
+
+
+def worker(rank, folder, port):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    found = {
+        (name, method): weights_after(method, make, folder, 2) for name, make in MODELS.items() for method in CASES
+    }
+    found["fsdp"] = sharded(rank)
+    assert cli.main(arguments(folder, "--method", "tvd", "--evaluate-every", "2")) == 0
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    make_files(folder)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    mp.spawn(worker, (folder, port), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("name", MODELS)
+def test_ddp_trains_as_one_process_does(two, name, method, tmp_path):
+    want = weights_after(method, MODELS[name], tmp_path, 1)
+    for rank in range(2):
+        for got, expected in zip(torch.load(two / f"{rank}.pt")[name, method], want, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_fsdp2_gathers_the_head_of_a_whole_model(two):
+    student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
+    prompts, continuations = batch(n=6)
+    (sum(kl(student, teacher, prompts[i : i + 3], continuations[i : i + 3]) for i in (0, 3)) / 2).backward()
+    for got, parameter in zip(torch.load(two / "0.pt")["fsdp"], student.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_one_of_two_processes_writes_the_run(two):
+    lines = [json.loads(line) for line in (two / "run" / "metrics.jsonl").read_text().splitlines()]
+    keys = [(line["stage"], line["step"], *sorted(line)) for line in lines]
+    assert len(set(keys)) == len(keys) and {line["stage"] for line in lines} == {"predistill", "tvd"}
+    assert all((two / "run" / name).exists() for name in ("student", "report.html", "results.json"))
