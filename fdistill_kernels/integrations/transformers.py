@@ -32,7 +32,9 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
     """
     if not output_head(model).plain:
         raise TypeError("the output embedding is LoRA or quantised, not one plain weight")
-    own, forward = vars(model).get("forward"), model.forward
+    if "_own_forward" in vars(model):
+        undo_patch(model)
+    model._own_forward, forward = vars(model).get("forward"), model.forward
 
     @functools.wraps(forward)
     def patched(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
@@ -60,14 +62,13 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
         outputs.loss, outputs.logits = made[0] + outputs.logits.sum(), logits[0]
         return outputs
 
-    patched.own = own  # type: ignore[attr-defined]
     model.forward = patched
     return model
 
 
 def undo_patch(model: Any) -> Any:
-    """Takes `patch_model` back."""
-    restore_forward(model, model.forward.own)
+    """Takes `patch_model` back, and what has wrapped the model's `forward` since."""
+    restore_forward(model, vars(model).pop("_own_forward"))
     return model
 
 
