@@ -210,6 +210,23 @@ def test_mixture_and_half_written_checkpoints(files, capsys):
     assert cli.main([*mixed, "--shares", "student"]) == 2 and "--shares must be" in capsys.readouterr().err
 
 
+def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    lines = [{"stage": stage, "step": i, key: 1.0} for stage in ("predistill", "x") for i in (1, 2)
+             for key in ("loss", "eval_loss")]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage"')
+    for job, label in ((run.Job(method="seqkd"), "loss, nats a token"), (run.Job(method="tvd"), "loss, mean of tokens"),
+                       (run.Job(divergence="gjs", shares="gold=1"), "loss, nats a token")):  # fmt: skip
+        run.plot(tmp_path, job)
+        first, second, third = figures[-1].axes
+        assert first.get_ylabel() == "loss, 0.8 KL + 0.2 CE + 3 MSE" and second.get_ylabel() == label
+        assert job.name() in second.get_title() and third.get_ylabel().endswith("nats a token")
+        assert len(third.get_legend().get_texts()) == 2
+
+
 def test_bad_input(files, capsys):
     def says(text, *more):
         assert cli.main(arguments(files, *more)) == 2

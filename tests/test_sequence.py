@@ -281,10 +281,14 @@ def test_samples_follow_the_model_and_their_seed(make):
     one, two, other = (draw(model, prompts, sampling, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
+    model.generation_config.min_length = 20  # what the model came with for its own outputs
+    assert all(torch.equal(a, b) for a, b in zip(one, draw(model, prompts, sampling, 1), strict=True))
+    assert model.generation_config.repetition_penalty == 5
     assert all(len(row) <= 6 and (row[:-1] != EOS).all() for row in one)
     assert len(draw(model, prompts, Sampling(max_new_tokens=4, beams=3))) == len(prompts)
     with pytest.raises(ValueError, match="exceed the context"):
-        draw(gpt2(60), prompts, Sampling(max_new_tokens=50))
+        draw(make(60), prompts, Sampling(max_new_tokens=70))
     with pytest.raises(ValueError, match="top_p"):
         Sampling(top_p=0.0)
     model.generation_config.eos_token_id = model.config.eos_token_id = None

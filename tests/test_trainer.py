@@ -77,6 +77,7 @@ def test_lora_student_longer_prompts_frozen_embeddings_and_bf16(tmp_path):
     longer = data(teacher_prompt_ids=[[7, 8, *row["prompt_ids"]] for row in data()])
     trainer(tmp_path, student, gpt2(60, seed=2).bfloat16(), longer, method="tvd", bf16=True).train()
     assert any(p.abs().sum() > 0 for n, p in student.named_parameters() if "lora_B" in n)
+    assert student.get_base_model().generation_config.eos_token_id == EOS  # as before it was drawn from
     frozen = gpt2(60, seed=1)
     before = frozen.lm_head.weight.clone()
     trainer(tmp_path, frozen, gpt2(60, seed=2), method="rkl", freeze_embeddings=True, student_every=2).train()
@@ -104,6 +105,8 @@ def test_bad_input(tmp_path):
         trainer(tmp_path, gpt2(60), bart())
     with pytest.raises(ValueError, match="needs the column prompt_ids"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"labels": [1]}] * 4).train()
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [], "labels": [1]}] * 4).train()
     with pytest.raises(ValueError, match="needs the column labels"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2]}] * 4, method="predistill").train()
     with pytest.raises(ValueError, match="the model's context 32"):

@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig
 
 from .models import IGNORE, padded
 
 SHARD = 256
+#: What a model's own generation configuration decides of its samples.
+TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,17 @@ def draw(
     encoder_decoder = model.config.is_encoder_decoder
     inputs = padded(prompts, IGNORE, "right" if encoder_decoder else "left").to(device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and inputs.shape[1] + (0 if encoder_decoder else sampling.max_new_tokens) > limit:
-        raise ValueError(
-            f"a prompt of {inputs.shape[1]} tokens and {sampling.max_new_tokens} new ones exceed the context of {limit}"
-        )
+    new = sampling.max_new_tokens
+    if limit and (max(inputs.shape[1], new) if encoder_decoder else inputs.shape[1] + new) > limit:
+        raise ValueError(f"a prompt of {inputs.shape[1]} tokens and {new} new ones exceed the context of {limit}")
     size = model.config.get_text_config().vocab_size
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
     sharded = isinstance(model, FSDPModule)  # then all ranks go on until the last has ended
     training = model.training
+    owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
+    if sampling.beams == 1:  # samples are of p itself: no repetition penalty or smallest length the model came with
+        for module, own in owners.items():
+            module.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -103,6 +109,8 @@ def draw(
             )  # fmt: skip
     finally:
         model.train(training)
+        for module, own in owners.items():
+            module.generation_config = own
     return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else inputs.shape[1] :]]
 
 

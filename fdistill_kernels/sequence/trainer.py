@@ -84,11 +84,13 @@ def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -
     """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there.
 
     Raises:
-        ValueError: no prompt_ids, or an id that is not in the vocabulary that student and teacher share.
+        ValueError: no prompt_ids, an empty prompt, or an id beyond the vocabulary that student and teacher share.
     """
     names = [n for n in ("prompt_ids", "labels", "sample_ids", "teacher_prompt_ids") if n in examples[0]]
     if "prompt_ids" not in names:
         raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
+    if not all(len(e["prompt_ids"]) for e in examples):
+        raise ValueError("a prompt is empty: prompt_ids needs a token at least")
     batch: dict[str, Tensor] = {}
     for name in names:
         batch[name] = ids = padded([torch.as_tensor(e[name], dtype=torch.long) for e in examples], IGNORE)
