@@ -4,13 +4,12 @@ import json
 import os
 import socket
 
-import pytest
 import torch
 import torch.multiprocessing as mp
 
 from fdistill_kernels import cli
 from fdistill_kernels.divergences import TABLE
-from fdistill_kernels.sequence.models import forward_to_head, step_loss
+from fdistill_kernels.sequence.models import forward_to_head, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling, draw
 
 from .test_run import arguments, make_files
@@ -59,8 +58,6 @@ def sharded(rank):
 
 
 def kl(student, teacher, prompts, continuations):
-    from fdistill_kernels.sequence.models import rows_of
-
     with torch.no_grad():
         theirs, _ = rows_of(teacher, prompts, continuations, EOS)
     return forward_to_head(student, prompts, continuations, EOS,
@@ -79,36 +76,28 @@ def worker(rank, folder, port):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    make_files(folder)
+def test_two_processes_do_what_one_does(tmp_path):  # one test, so that they are started once
+    make_files(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    mp.spawn(worker, (folder, port), nprocs=2)
-    return folder
+    mp.spawn(worker, (tmp_path, port), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, make in MODELS.items():
+        for method in CASES:
+            want = weights_after(method, make, tmp_path / "one", 1)
+            for of_rank in found:
+                for got, expected in zip(of_rank[name, method], want, strict=True):
+                    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4, msg=f"{name} {method}")
 
-
-@pytest.mark.parametrize("method", CASES)
-@pytest.mark.parametrize("name", MODELS)
-def test_ddp_trains_as_one_process_does(two, name, method, tmp_path):
-    want = weights_after(method, MODELS[name], tmp_path, 1)
-    for rank in range(2):
-        for got, expected in zip(torch.load(two / f"{rank}.pt")[name, method], want, strict=True):
-            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
-
-
-def test_fsdp2_gathers_the_head_of_a_whole_model(two):
     student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
     prompts, continuations = batch(n=6)
     (sum(kl(student, teacher, prompts[i : i + 3], continuations[i : i + 3]) for i in (0, 3)) / 2).backward()
-    for got, parameter in zip(torch.load(two / "0.pt")["fsdp"], student.parameters(), strict=True):
+    for got, parameter in zip(found[0]["fsdp"], student.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-4)
 
-
-def test_one_of_two_processes_writes_the_run(two):
-    lines = [json.loads(line) for line in (two / "run" / "metrics.jsonl").read_text().splitlines()]
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys = [(line["stage"], line["step"], *sorted(line)) for line in lines]
     assert len(set(keys)) == len(keys) and {line["stage"] for line in lines} == {"predistill", "tvd"}
-    assert all((two / "run" / name).exists() for name in ("student", "report.html", "results.json"))
+    assert all((run / name).exists() for name in ("student", "report.html", "results.json"))
