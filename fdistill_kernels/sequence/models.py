@@ -162,8 +162,12 @@ def forward_to_head(
     """
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
     device = next(model.parameters()).device
-    counts, labels = (labels != IGNORE).to(device), labels.to(device)
-    with at_head(model, lambda hidden: call(Rows(hidden[counts], labels[counts]))) as made:
+    counts, tokens = labels != IGNORE, labels[labels != IGNORE]
+
+    def with_rows(hidden: Tensor) -> Tensor:  # a large model's head may be on another device than its beginning
+        return call(Rows(hidden[counts.to(hidden.device)], tokens.to(hidden.device)))
+
+    with at_head(model, with_rows) as made:
         outputs = (wrapped or model)(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False, **more)
     return made[0] + outputs.logits.sum(), outputs  # the sum of nothing: FSDP waits for a gradient of the output
 
