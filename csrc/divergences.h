@@ -21,7 +21,7 @@
 
 namespace fdistill {
 
-constexpr float kSmallestNormal = 1.17549435e-38f;
+constexpr float kSmallestNormal = 1.17549435e-38f, kLowest = -3.40282347e38f;
 
 template <typename T>
 struct Math;
@@ -100,9 +100,10 @@ struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q,
   static constexpr bool centred = false;
   template <typename T>
   static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float beta) {
-    const T m = T(beta) * e.p + T(1.0f - beta) * e.q;
-    const T log_m = Math<T>::log(Math<T>::at_least(m, kSmallestNormal));
-    return {T(1.0f - beta) * Math<T>::times(e.q, e.log_q - log_m), T(beta) * Math<T>::times(e.p, e.log_p - log_m)};
+    const T p = T(beta) * e.p, q = T(1.0f - beta) * e.q;
+    const T log_m = Math<T>::log(Math<T>::at_least(p + q, kSmallestNormal));
+    // log 0 as a finite number: 0 log 0 is 0 without asking
+    return {q * (Math<T>::at_least(e.log_q, kLowest) - log_m), p * (Math<T>::at_least(e.log_p, kLowest) - log_m)};
   }
 };
 

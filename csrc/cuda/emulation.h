@@ -42,9 +42,10 @@ struct Meeting {  // of `size` threads; the k-th has passed when k * size have a
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: what is sent
   uint32_t bytes;
   Barrier* barrier;
+  Raw sent;
 };
 
 struct Warp {
@@ -109,10 +110,15 @@ inline void finish(Barrier* barrier, int32_t of_pending) {
 
 inline void land(Block& block) {
   for (const Copy& copy : block.copies) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memcpy(copy.to, copy.from ? copy.from : &copy.sent, copy.bytes);
     finish(copy.barrier, static_cast<int32_t>(copy.bytes));
   }
   block.copies.clear();
+}
+
+inline void start_copy(Block& block, const Copy& copy) {
+  block.copies.push_back(copy);
+  if (!now->late_copies) land(block);
 }
 
 inline void thread_main() {
@@ -174,21 +180,7 @@ inline float from_lane(float value, int mask) {
 
 inline void block_barrier() { emulation::meet(emulation::me().block->meeting, emulation::me().block_meetings); }
 
-inline void cluster_arrive() {
-  emulation::arrive(emulation::now->meeting);
-  ++emulation::me().cluster_meetings;
-}
-
-inline void cluster_wait() {
-  const emulation::Meeting& meeting = emulation::now->meeting;
-  const int64_t needed = emulation::me().cluster_meetings * meeting.size;
-  emulation::wait_until([&] { return meeting.arrived >= needed; });
-}
-
-inline void store_to(int to, float* place, float value) {
-  const auto offset = reinterpret_cast<char*>(place) - shared_memory();
-  *reinterpret_cast<float*>(emulation::now->blocks[to].shared + offset) = value;
-}
+inline void cluster_barrier() { emulation::meet(emulation::now->meeting, emulation::me().cluster_meetings); }
 
 inline void start_barrier(Barrier* barrier) { *barrier = {1, 0}; }
 
@@ -200,9 +192,13 @@ inline void expect(Barrier* barrier, uint32_t bytes) {
 inline void copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
   // of a row's neighbours only what is in the row's own 16-byte vectors may be asked for
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
-  emulation::Block& block = *emulation::me().block;
-  block.copies.push_back({to, from, bytes, barrier});
-  if (!emulation::now->late_copies) emulation::land(block);
+  emulation::start_copy(*emulation::me().block, {to, from, bytes, barrier, {}});
+}
+
+inline void send(int to, Raw* place, const Raw& raw, Barrier* barrier) {
+  emulation::Block& block = emulation::now->blocks[to];
+  const auto there = [&](void* here) { return block.shared + (static_cast<char*>(here) - shared_memory()); };
+  emulation::start_copy(block, {there(place), nullptr, sizeof(raw), reinterpret_cast<Barrier*>(there(barrier)), raw});
 }
 
 inline void wait_for(Barrier* barrier, uint32_t parity) {

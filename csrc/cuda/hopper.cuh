@@ -38,17 +38,26 @@ FDISTILL_DEVICE char* shared_memory() {
 
 FDISTILL_DEVICE float from_lane(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 FDISTILL_DEVICE void block_barrier() { __syncthreads(); }
-// Stores to a peer's shared memory before `arrive` are there for all after `wait`.
-FDISTILL_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-FDISTILL_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+FDISTILL_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 FDISTILL_DEVICE uint32_t address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
-// A value into the same place of shared memory in the block `to` of the cluster.
-FDISTILL_DEVICE void store_to(int to, float* place, float value) {
+FDISTILL_DEVICE uint32_t address_in(int block, const void* shared) {
   uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(place)), "r"(to));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(shared)), "r"(block));
+  return there;
+}
+
+// 16 bytes to the same place of shared memory in the block `to` of the cluster, counted by its barrier there. No fence:
+// a release over the cluster would wait for every store that is still on its way to memory.
+FDISTILL_DEVICE void send(int to, Raw* place, const Raw& raw, Barrier* barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address_in(to, place)),
+      "r"(raw.word[0]), "r"(raw.word[1]), "r"(raw.word[2]), "r"(raw.word[3]), "r"(address_in(to, barrier))
+      : "memory");
 }
 
 FDISTILL_DEVICE void start_barrier(Barrier* barrier) {
@@ -71,7 +80,7 @@ FDISTILL_DEVICE void copy(void* to, const void* from, uint32_t bytes, Barrier* b
 FDISTILL_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra.uni over;\nbra.uni again;\nover:\n}" ::"r"(
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\nbra again;\nover:\n}" ::"r"(
           address(barrier)),
       "r"(parity)
       : "memory");

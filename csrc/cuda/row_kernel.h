@@ -7,7 +7,9 @@
 //     statistics   e = exp((z - the warp's top) / T), and their sums       all warps of the cluster meet
 //     totals       the divergence's terms; D and S                         all meet again
 //     gradient     student term - q S, to memory
-// Where S = 0 (`centred`) the gradient does not wait for the second meeting.
+// Where S = 0 (`centred`) the gradient does not wait for the second meeting. In a meeting each warp sends 16 bytes to every
+// block, whose barrier counts them. There is room for two: who sends for the next has heard from all in this one, and
+// they were done with the one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
 #pragma once
@@ -25,13 +27,13 @@
 namespace fdistill {
 
 constexpr int kHeld = 32;                // entries of a model in a thread's registers
-constexpr int kWarp = 32, kSlot = 8;     // floats that a warp leaves for the others
+constexpr int kWarp = 32;
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLowest = -3.40282347e38f;  // a top to start from: finite, so that -inf - top is -inf
 
-// How a call is cut; made by the caller, `slice` being the vectors of a row that each block of the cluster takes.
+// How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `aligned`: every
+// row starts at a multiple of 16 bytes.
 struct Launch {
-  int32_t cluster, threads, stages, slice;
+  int32_t cluster, threads, stages, slice, aligned;
 };
 
 template <typename scalar_t>
@@ -99,7 +101,7 @@ struct Facts {
 };
 constexpr int kFacts = sizeof(Facts) / sizeof(float);
 
-// A model's softmax: p = exp((z - top) rate) / total.
+// A model's softmax: p = exp((z - top) rate) / total. A top starts from kLowest: finite, so that -inf - top is -inf.
 struct Softmax {
   float top = kLowest, total = 0, rate = 1;
   FDISTILL_DEVICE float worth(float other_top) const { return exp2f((other_top - top) * (rate * kLog2E)); }
@@ -124,21 +126,23 @@ struct RowProgram {
   const RowTask& task;
   const Launch& launch;
   Raw* stage;          // [stages][models][kVectors * threads]: a model's slice
+  Raw* meeting;        // [2][2][warps of the cluster]: of the two meetings what all send, and what labels need besides
   Barrier* arrived;    // [stages]: the slices are there
+  Barrier* met;        // [2]: all have been heard
   Facts* facts;        // [stages]: of the rows in the stages
-  float* meeting;      // [2][blocks of the cluster * warps][kSlot]
-  int turn = 0;        // of the two meetings' room
+  const int vocabulary, warps;  // warps of the cluster
+  uint32_t meetings = 0;
   int shift, begin, count;  // of the row at hand: entries before it in its first vector; my first vector and how many
   float held[kHeld], other[kHeld];  // exponentials of the student and of the teacher; in the end `other` is the student's term
 
-  FDISTILL_DEVICE RowProgram(const RowTask& task, const Launch& launch) : task(task), launch(launch) {
-    char* memory = shared_memory();
-    stage = reinterpret_cast<Raw*>(memory);
-    memory += sizeof(Raw) * launch.stages * kModels * kVectors * threads();
-    meeting = reinterpret_cast<float*>(memory);
-    memory += sizeof(float) * 2 * launch.cluster * (threads() / kWarp) * kSlot;
-    arrived = reinterpret_cast<Barrier*>(memory);
-    facts = reinterpret_cast<Facts*>(arrived + launch.stages);
+  FDISTILL_DEVICE RowProgram(const RowTask& task, const Launch& launch)
+      : task(task), launch(launch), vocabulary(static_cast<int>(task.vocabulary)),
+        warps(launch.cluster * (threads() / kWarp)) {
+    stage = reinterpret_cast<Raw*>(shared_memory());
+    meeting = stage + launch.stages * kModels * kVectors * threads();
+    arrived = reinterpret_cast<Barrier*>(meeting + 4 * warps);
+    met = arrived + launch.stages;
+    facts = reinterpret_cast<Facts*>(met + 2);
   }
 
   FDISTILL_DEVICE void run() {
@@ -170,15 +174,21 @@ struct RowProgram {
     for (int v = thread(); v < vectors; v += threads())  // what no slice reaches stays so
       for (uint32_t& word : stage[v].word) word = Vec::lowest;
     if (thread() == 0)
-      for (int i = 0; i < launch.stages; ++i) start_barrier(&arrived[i]);
+      for (int i = 0; i < launch.stages + 2; ++i) start_barrier(&arrived[i]);
     before_copies();
-    cluster_arrive();
-    cluster_wait();
+    cluster_barrier();
   }
 
-  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, uint32_t n) const {
-    const uint32_t inner = static_cast<uint32_t>(rows.inner);
-    return static_cast<scalar_t*>(rows.data) + n / inner * rows.outer_stride + n % inner * rows.inner_stride;
+  // Row n's indices: the same (outer, inner) in every tensor of the call.
+  struct Place {
+    uint32_t outer, inner;
+  };
+  FDISTILL_DEVICE Place place_of(uint32_t n) const {
+    const uint32_t inner = static_cast<uint32_t>(task.student.inner);
+    return {n / inner, n % inner};
+  }
+  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, const Place& at) const {
+    return static_cast<scalar_t*>(rows.data) + at.outer * rows.outer_stride + at.inner * rows.inner_stride;
   }
 
   // Entries by which a row's start is past a multiple of 16 bytes: the same for every tensor of the call.
@@ -189,7 +199,7 @@ struct RowProgram {
   FDISTILL_DEVICE void find_slice(const scalar_t* row) {
     shift = shift_of(row);
     begin = rank() * launch.slice;
-    const int vectors = (shift + static_cast<int>(task.vocabulary) + kSize - 1) / kSize, left = vectors - begin;
+    const int vectors = (shift + vocabulary + kSize - 1) / kSize, left = vectors - begin;
     count = left < 0 ? 0 : left < launch.slice ? left : launch.slice;
   }
 
@@ -204,7 +214,7 @@ struct RowProgram {
       default: break;
     }
     const int64_t label = task.labels ? task.labels[n] : -1;
-    return label >= 0 && label < task.vocabulary ? static_cast<float>(label) : -1.0f;  // no other is ever read
+    return label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is ever read
   }
 
   static FDISTILL_DEVICE float value_of(scalar_t x) {
@@ -222,9 +232,14 @@ struct RowProgram {
     return cap == 0.0f ? x : cap * (1.0f - 2.0f / (exp2f(x * (2 * kLog2E / cap)) + 1.0f));
   }
 
-  FDISTILL_DEVICE float label_logit_of(uint32_t n, int label) const {
+  // In the logits' own precision, as `prepare` leaves them.
+  FDISTILL_DEVICE float label_logit_of(const Place& place, int label) const {
     if (!task.labels) return 0.0f;
-    return label < 0 ? NAN : capped(value_of(row_at(task.student, n)[label]), task.student_softcap);
+    if (label < 0) return NAN;
+    const float logit = value_of(row_at(task.student, place)[label]);
+    if (task.student_softcap == 0.0f) return logit;
+    const float x[kSize] = {capped(logit, task.student_softcap)};
+    return value_of(Vec::entry(Vec::narrow(x), 0));
   }
 
   // Calls for my slice of row n's logits; an ignored row's stage is at once ready, with nothing new in it.
@@ -233,7 +248,8 @@ struct RowProgram {
     if (thread() < kFacts) (&facts[at].scale)[thread()] = fact;
     if (thread() != 0) return;
     if (fact == 0.0f) return expect(&arrived[at], 0);
-    const scalar_t* rows[] = {row_at(task.student, n), kTeacher ? row_at(task.teacher, n) : nullptr};
+    const Place place = place_of(n);
+    const scalar_t* rows[] = {row_at(task.student, place), kTeacher ? row_at(task.teacher, place) : nullptr};
     find_slice(rows[0]);
     const uint32_t bytes = count * sizeof(Raw);
     expect(&arrived[at], kModels * bytes);
@@ -250,11 +266,13 @@ struct RowProgram {
   // Makes the row's slices in a stage what the passes read: nothing but this row, its logits capped. Each thread touches
   // no vector but those that it alone reads.
   FDISTILL_DEVICE void prepare(Raw* logits) {
+    // every row fills the same whole vectors: around them the stage is as it was at the start
+    if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
 #pragma unroll 1
     for (int k = 0; k < kVectors; ++k) {
       const int v = k * threads() + thread(), entry = entry_of(v);
       if (v >= launch.slice) break;
-      const bool whole = v < count && entry >= 0 && entry + kSize <= task.vocabulary;
+      const bool whole = v < count && entry >= 0 && entry + kSize <= vocabulary;
 #pragma unroll
       for (int model = 0; model < kModels; ++model) {
         const float cap = model ? task.teacher_softcap : task.student_softcap;
@@ -264,7 +282,7 @@ struct RowProgram {
         Vec::widen(raw, x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          x[i] = v < count && entry + i >= 0 && entry + i < task.vocabulary ? capped(x[i], cap) : -INFINITY;
+          x[i] = v < count && entry + i >= 0 && entry + i < vocabulary ? capped(x[i], cap) : -INFINITY;
         raw = Vec::narrow(x);
       }
     }
@@ -297,86 +315,112 @@ struct RowProgram {
     return mine;
   }
 
-  // A warp's values to every block of the cluster; all have all of them after cluster_arrive and cluster_wait.
-  template <int values>
-  FDISTILL_DEVICE void publish(const float (&value)[values]) {
-    const int lane = thread() % kWarp, slot = rank() * (threads() / kWarp) + thread() / kWarp;
-    turn ^= 1;
-    float* place = &meeting[(turn * launch.cluster * (threads() / kWarp) + slot) * kSlot];
-    if (lane < launch.cluster)
-#pragma unroll
-      for (int i = 0; i < values; ++i) store_to(lane, &place[i], value[i]);
+  // Goes to the next meeting; `messages` of 16 bytes will come from each warp of the cluster.
+  FDISTILL_DEVICE void call_meeting(int messages) {
+    ++meetings;
+    if (thread() == 0) expect(&met[meetings % 2], messages * warps * sizeof(Raw));
   }
+
+  // A warp's values to every block of the cluster; `extra` is a second message of the same meeting.
+  FDISTILL_DEVICE void publish(const float (&value)[4], int extra = 0) {
+    const int lane = thread() % kWarp, warp = rank() * (threads() / kWarp) + thread() / kWarp;
+    Raw raw;
+    memcpy(&raw, value, sizeof(raw));
+    if (lane < launch.cluster) send(lane, &room(extra)[warp], raw, &met[meetings % 2]);
+  }
+
+  FDISTILL_DEVICE Raw* room(int extra) const { return &meeting[(2 * extra + meetings % 2) * warps]; }
+
+  FDISTILL_DEVICE void meet() const { wait_for(&met[meetings % 2], (meetings - 1) / 2 % 2); }
 
   // body(values of a warp) for those of the cluster's warps that this lane is to look at.
   template <typename Body>
-  FDISTILL_DEVICE void for_met(const Body& body) const {
-    const int slots = launch.cluster * (threads() / kWarp);
-    for (int slot = thread() % kWarp; slot < slots; slot += kWarp) body(&meeting[(turn * slots + slot) * kSlot]);
+  FDISTILL_DEVICE void for_met(int extra, const Body& body) const {
+    const Raw* all = room(extra);
+#pragma unroll 1
+    for (int warp = thread() % kWarp; warp < warps; warp += kWarp) {
+      float value[4];
+      memcpy(value, &all[warp], sizeof(value));
+      body(value);
+    }
   }
 
-  // The cluster's softmax from its warps' tops and totals.
-  FDISTILL_DEVICE Softmax met_softmax(int top_at, int total_at, float rate) const {
-    Softmax all;
-    all.rate = rate;
-    float top = kLowest;
-    for_met([&](const float* value) { top = fmaxf(top, value[top_at]); });
-    all.top = warp_top(top);
-    for_met([&](const float* value) { all.total += value[total_at] * all.worth(value[top_at]); });
-    all.total = warp_sum(all.total);
-    return all;
+  // The cluster's softmaxes from its warps' tops and totals.
+  FDISTILL_DEVICE void met_softmaxes(Softmax& student, Softmax& teacher) const {
+    for_met(0, [&](const float(&value)[4]) {
+      student.top = fmaxf(student.top, value[0]);
+      if (kTeacher) teacher.top = fmaxf(teacher.top, value[2]);
+    });
+    student.top = warp_top(student.top);
+    if (kTeacher) teacher.top = warp_top(teacher.top);
+    for_met(0, [&](const float(&value)[4]) {
+      student.total += value[1] * student.worth(value[0]);
+      if (kTeacher) teacher.total += value[3] * teacher.worth(value[2]);
+    });
+    student.total = warp_sum(student.total);
+    if (kTeacher) teacher.total = warp_sum(teacher.total);
   }
 
-  FDISTILL_DEVICE float met_sum(int where) const {
+  template <int which>
+  FDISTILL_DEVICE float met_sum(int extra) const {
     float total = 0;
-    for_met([&](const float* value) { total += value[where]; });
+    for_met(extra, [&](const float(&value)[4]) { total += value[which]; });
     return warp_sum(total);
   }
 
   FDISTILL_DEVICE void take_row(uint32_t n, const Facts& row, Raw* logits) {
-    find_slice(row_at(task.student, n));
+    const Place place = place_of(n);
+    find_slice(row_at(task.student, place));
     prepare(logits);
     const Raw* other_logits = logits + kVectors * threads();
     const bool tempered = task.labels && row.rate != 1.0f;  // labels have a softmax of their own, at temperature 1
     const bool smoothed = task.labels && task.label_smoothing != 0.0f;
-    const float label_logit = label_logit_of(n, static_cast<int>(row.label));
+    const float label_logit = label_logit_of(place, static_cast<int>(row.label));
     const float pivot = fabsf(label_logit) < INFINITY ? label_logit : 0.0f;
 
+    call_meeting(tempered || smoothed ? 2 : 1);
     const Softmax mine = exponentials(logits, row.rate, held);
     const Softmax other_mine = kTeacher ? exponentials(other_logits, row.other_rate, other) : Softmax{};
-    publish({mine.top, mine.total, other_mine.top, other_mine.total,
-             tempered ? plain_total(logits, {mine.top, 0.0f, 1.0f}) : 0.0f, smoothed ? sum_about(logits, pivot) : 0.0f});
-    cluster_arrive();
-    cluster_wait();
-    const Softmax student = met_softmax(0, 1, row.rate);
+    publish({mine.top, mine.total, other_mine.top, other_mine.total});
+    if (tempered || smoothed)
+      publish({mine.top, tempered ? plain_total(logits, {mine.top, 0.0f, 1.0f}) : 0.0f,
+               smoothed ? sum_about(logits, pivot) : 0.0f, 0.0f}, 1);
+    meet();
+    Softmax student{kLowest, 0.0f, row.rate}, teacher{kLowest, 0.0f, row.other_rate};
+    met_softmaxes(student, teacher);
     const float of_held = student.worth(mine.top) / student.total;  // makes an exponential of mine a probability
     Gradient of;
     if (task.labels) {
-      const Softmax plain = tempered ? met_softmax(0, 4, 1.0f) : student;
-      of = label_terms(n, row.scale, plain, label_logit, pivot, smoothed ? met_sum(5) : 0.0f);
+      Softmax plain{student.top, student.total, 1.0f};
+      if (tempered) {
+        plain.total = 0.0f;
+        for_met(1, [&](const float(&value)[4]) { plain.total += value[1] * plain.worth(value[0]); });
+        plain.total = warp_sum(plain.total);
+      }
+      of = label_terms(n, row.scale, plain, label_logit, pivot, smoothed ? met_sum<2>(1) : 0.0f);
       (tempered ? of.plain : of.exponential) = of.softmax * (tempered ? 1.0f / plain.total : of_held);
     } else if (first()) {
       task.parts[task.row_count + n] = task.parts[2 * task.row_count + n] = 0.0f;
     }
 
-    float divergence = 0, weight = 0;
     if constexpr (kTeacher) {
-      const Softmax teacher = met_softmax(2, 3, row.other_rate);
+      float divergence = 0, weight = 0;
+      call_meeting(1);
       totals(logits, other_logits, student, teacher, of_held, teacher.worth(other_mine.top) / teacher.total, divergence,
              weight);
-      publish({warp_sum(divergence), warp_sum(weight)});
-      cluster_arrive();
+      publish({warp_sum(divergence), kCentred ? 0.0f : warp_sum(weight), 0.0f, 0.0f});
       of.term = row.scale * row.divergence_scale * row.rate;
       if (!kCentred) {
-        cluster_wait();
-        of.exponential -= of.term * met_sum(1) * of_held;
+        meet();
+        of.exponential -= of.term * met_sum<1>(0) * of_held;
       }
     }
     of.top = student.top;
-    if (task.student_gradient.data) write_gradient(n, static_cast<int>(row.label), logits, of);
+    if (task.student_gradient.data) write_gradient(place, static_cast<int>(row.label), logits, of);
+    float divergence = 0;
     if constexpr (kTeacher) {
-      if (kCentred) cluster_wait();
-      divergence = met_sum(0);
+      if (kCentred) meet();
+      if (rank() == 0 && thread() < kWarp) divergence = met_sum<0>(0);
     }
     if (first()) task.parts[n] = kTeacher ? row.scale * row.divergence_scale * divergence : 0.0f;
   }
@@ -387,15 +431,15 @@ struct RowProgram {
   FDISTILL_DEVICE Gradient label_terms(uint32_t n, float scale, const Softmax& plain, float label_logit, float pivot,
                                        float linear) const {
     const float log_total = logf(plain.total), lse = plain.top + log_total;
-    const float of_label = 1.0f - task.label_smoothing, spread = task.label_smoothing / task.vocabulary;
+    const float of_label = 1.0f - task.label_smoothing, spread = task.label_smoothing / vocabulary;
     if (first()) {
       float cross_entropy = Math<float>::times(of_label, plain.top - label_logit + log_total);
-      if (spread != 0.0f) cross_entropy += spread * (task.vocabulary * (plain.top - pivot + log_total) - linear);
+      if (spread != 0.0f) cross_entropy += spread * (vocabulary * (plain.top - pivot + log_total) - linear);
       task.parts[task.row_count + n] = scale * cross_entropy;
       task.parts[2 * task.row_count + n] = scale * lse * lse;
     }
     Gradient of;
-    of.softmax = scale * (task.cross_entropy_weight * (of_label + spread * task.vocabulary) + 2.0f * task.z_loss * lse);
+    of.softmax = scale * (task.cross_entropy_weight * (of_label + spread * vocabulary) + 2.0f * task.z_loss * lse);
     of.constant = -scale * task.cross_entropy_weight * spread;
     of.label = scale * task.cross_entropy_weight * of_label;
     return of;
@@ -417,7 +461,7 @@ struct RowProgram {
       const int v = k * threads() + thread(), entry = entry_of(v);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
-        if (v < count && entry + i >= 0 && entry + i < task.vocabulary) total += x[i] - pivot;
+        if (v < count && entry + i >= 0 && entry + i < vocabulary) total += x[i] - pivot;
     });
     return warp_sum(total);
   }
@@ -444,8 +488,8 @@ struct RowProgram {
     }
   }
 
-  FDISTILL_DEVICE void write_gradient(uint32_t n, int label, const Raw* logits, const Gradient& of) const {
-    scalar_t* row = row_at(task.student_gradient, n);
+  FDISTILL_DEVICE void write_gradient(const Place& place, int label, const Raw* logits, const Gradient& of) const {
+    scalar_t* row = row_at(task.student_gradient, place);
     const float inverse_cap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -456,7 +500,7 @@ struct RowProgram {
         value[i] = of.exponential * held[k * kSize + i] + of.constant;
         if (kTeacher) value[i] += of.term * other[k * kSize + i];
       }
-      const bool labelled = label >= 0 && label >= entry && label < entry + kSize;
+      const bool labelled = label >= 0 && static_cast<unsigned>(label - entry) < kSize;
       if (of.plain != 0.0f || inverse_cap != 0.0f || labelled) {
         float x[kSize];
         Vec::widen(logits[v], x);
@@ -474,17 +518,17 @@ struct RowProgram {
   // Of a vector what is of this row.
   FDISTILL_DEVICE void store(scalar_t* row, int v, int entry, const Raw& raw) const {
     if (v >= count) return;
-    if (entry >= 0 && entry + kSize <= task.vocabulary) return store_streaming(row + entry, raw);
+    if (entry >= 0 && entry + kSize <= vocabulary) return store_streaming(row + entry, raw);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      if (entry + i >= 0 && entry + i < task.vocabulary) row[entry + i] = Vec::entry(raw, i);
+      if (entry + i >= 0 && entry + i < vocabulary) row[entry + i] = Vec::entry(raw, i);
   }
 
   FDISTILL_DEVICE void skip_row(uint32_t n) {
     if (first())
       for (int part = 0; part < 3; ++part) task.parts[part * task.row_count + n] = 0.0f;
     if (!task.student_gradient.data) return;
-    scalar_t* row = row_at(task.student_gradient, n);
+    scalar_t* row = row_at(task.student_gradient, place_of(n));
     find_slice(row);
     for (int v = thread(); v < count; v += threads()) store(row, v, entry_of(v), Raw{});
   }

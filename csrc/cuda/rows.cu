@@ -28,34 +28,75 @@ Kernel find_kernel(const char* divergence, Scalar scalar) {
   return nullptr;
 }
 
+constexpr const char* kNoRoom = "the card holds no such cluster";
+
 size_t shared_bytes(const RowTask& task, const Launch& launch) {
   const size_t models = task.teacher.data ? 2 : 1, scalar = task.scalar == Scalar::kFloat ? 4 : 2;
   return launch.stages * models * kHeld * scalar * launch.threads +
-         sizeof(float) * 2 * launch.cluster * (launch.threads / kWarp) * kSlot +
-         launch.stages * (sizeof(Barrier) + sizeof(Facts));
+         sizeof(Raw) * 4 * launch.cluster * (launch.threads / kWarp) +
+         launch.stages * (sizeof(Barrier) + sizeof(Facts)) + 2 * sizeof(Barrier);
 }
 
 }  // namespace fdistill
 
 extern "C" {
 
-// 1 with every change of RowTask or Launch that a caller must know of.
+// 1 more with every change of RowTask or Launch that a caller must know of.
 int fdistill_interface() { return 1; }
 
 const char* fdistill_architectures() { return FDISTILL_ARCHITECTURES; }
 
-// Null when the rows are under way on the stream, or what went wrong.
+// Null, or why nothing of this library can run with this machine's driver.
+const char* fdistill_trouble();
+
+// Null when the rows are under way on the stream, or what went wrong; kNoRoom: nothing, but the card holds no such cluster.
 const char* fdistill_divergence_rows(const char* divergence, const fdistill::RowTask* task,
                                      const fdistill::Launch* launch, void* stream);
 }
 
 #ifdef __CUDACC__
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace fdistill {
+
+// Readies a kernel for a launch; how many of its clusters the card holds at a time.
+cudaError_t resident_clusters(const void* function, const cudaLaunchConfig_t& config, const Launch& launch, int* count) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, size_t>, int> known;  // asking takes longer than a small call
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, fresh] = known.try_emplace({device, function, launch.cluster, launch.threads, config.dynamicSmemBytes}, -1);
+  if (entry->second < 0) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10);
+    if (error == cudaSuccess && launch.cluster > 8)
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&entry->second, function, &config);
+    if (error != cudaSuccess) known.erase(entry);
+  }
+  if (error == cudaSuccess) *count = entry->second;
+  return error;
+}
+
+}  // namespace fdistill
+
+const char* fdistill_trouble() {
+  int driver = 0;
+  const cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  static char text[128];
+  snprintf(text, sizeof(text), "the driver supports CUDA %d.%d, the library is of CUDA %d.%d", driver / 1000,
+           driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  return driver / 1000 < CUDART_VERSION / 1000 ? text : nullptr;
+}
 
 const char* fdistill_divergence_rows(const char* divergence, const fdistill::RowTask* task,
                                      const fdistill::Launch* launch, void* stream) {
   const fdistill::Kernel kernel = fdistill::find_kernel(divergence, task->scalar);
   if (!kernel) return "there is no such kernel";
-  const size_t shared = fdistill::shared_bytes(*task, *launch);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = launch->cluster;
@@ -63,19 +104,15 @@ const char* fdistill_divergence_rows(const char* divergence, const fdistill::Row
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(launch->cluster);
   config.blockDim = dim3(launch->threads);
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = fdistill::shared_bytes(*task, *launch);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess && launch->cluster > 8)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  int resident = 0;  // as many clusters as the card holds at a time, each for many rows
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&resident, function, &config);
-  if (error == cudaSuccess && resident == 0) return "the card holds no such cluster";
-  if (resident > task->row_count) resident = static_cast<int>(task->row_count);
-  config.gridDim.x = launch->cluster * resident;
+  int resident = 0;
+  cudaError_t error = fdistill::resident_clusters(reinterpret_cast<const void*>(kernel), config, *launch, &resident);
+  if (error == cudaSuccess && resident == 0) return fdistill::kNoRoom;
+  const int64_t clusters = task->row_count < resident ? task->row_count : resident;  // persistent: each for many rows
+  config.gridDim.x = static_cast<unsigned>(launch->cluster * clusters);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, *task, *launch);
   if (error != cudaSuccess) cudaGetLastError();  // ours is told here, and not to the next caller
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -83,10 +120,13 @@ const char* fdistill_divergence_rows(const char* divergence, const fdistill::Row
 
 #else
 
+const char* fdistill_trouble() { return nullptr; }
+
 const char* fdistill_divergence_rows(const char* divergence, const fdistill::RowTask* task,
                                      const fdistill::Launch* launch, void*) {
   const fdistill::Kernel kernel = fdistill::find_kernel(divergence, task->scalar);
   if (!kernel) return "there is no such kernel";
+  if (launch->cluster > 16) return fdistill::kNoRoom;
   return fdistill::emulate([=] { kernel(*task, *launch); }, *launch, fdistill::shared_bytes(*task, *launch));
 }
 

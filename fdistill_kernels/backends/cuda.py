@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from . import triton
 from .rows import RowCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERFACE = 1  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 1, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, MOST_THREADS, CLUSTERS = 32, 32, 512, (1, 2, 4, 8, 16)  # as in csrc/cuda/row_kernel.h
 SHARED_MEMORY = 227 << 10  # of a block, in bytes
+LINE = 8  # vectors of a 128-byte line, which blocks do not share
 #: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
 FASTER_FROM: int | None = None
 
@@ -42,17 +44,20 @@ class _RowTask(ctypes.Structure):
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "stages", "slice")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "stages", "slice", "aligned")]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Blocks of a cluster, threads of a block, rows on their way into a block, 16-byte vectors of a row in a block."""
+    """Blocks of a cluster, threads of a block, rows on their way into a block, 16-byte vectors of a row in a block, and
+    whether every row starts at a multiple of 16 bytes.
+    """
 
     cluster: int
     threads: int
     stages: int
     slice: int
+    aligned: bool
 
 
 def plan(vocabulary: int, itemsize: int, models: int, aligned: bool, threads: int = MOST_THREADS) -> Launch | None:
@@ -64,14 +69,14 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool, threads: in
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
     for cluster in CLUSTERS:
-        slice = -(-vectors // cluster)
+        slice = -(-vectors // (cluster * LINE)) * LINE
         needed = -(-slice * entries // (HELD * WARP)) * WARP
         if needed > threads:
             continue
-        room = SHARED_MEMORY - 2 * cluster * (needed // WARP) * 32 - 256
+        room = SHARED_MEMORY - 64 * cluster * (needed // WARP) - 128
         stages = min(3, room // (models * needed * HELD * itemsize))
         if stages > 1 or (stages and cluster == CLUSTERS[-1]):
-            return Launch(cluster, needed, stages, slice)
+            return Launch(cluster, needed, stages, slice, aligned)
     return None
 
 
@@ -88,14 +93,22 @@ class Library:
         self.emulated = self.architectures == "emulation"
         self.version = f"interface {INTERFACE}, for {self.architectures}"
         self._divergence_rows = library.fdistill_divergence_rows
+        library.fdistill_trouble.restype = ctypes.c_char_p
+        self._trouble = library.fdistill_trouble
 
-    def divergence_rows(self, symbol: str, task: Any, launch: Launch, stream: int) -> None:
-        """Starts the kernel; RuntimeError with the driver's words where it cannot."""
-        request = _Launch(launch.cluster, launch.threads, launch.stages, launch.slice)
+    def trouble(self) -> str | None:
+        """Why the driver cannot run the library, or None."""
+        text = self._trouble()
+        return text and text.decode()
+
+    def divergence_rows(self, symbol: str, task: Any, launch: Launch, stream: int) -> bool:
+        """Starts the kernel; False where the card holds no such cluster, RuntimeError with the driver's words else."""
+        request = _Launch(*astuple(launch))
         error = self._divergence_rows(symbol.encode(), ctypes.byref(task), ctypes.byref(request),
                                       ctypes.c_void_p(stream))  # fmt: skip
-        if error:
+        if error and error != NO_ROOM:
             raise RuntimeError(f"the CUDA row kernel did not start with {launch}: {error.decode()}")
+        return not error
 
 
 def _load() -> tuple[Library | None, str]:
@@ -123,7 +136,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return f"{divergence} is a user's own generator, which only the torch and triton backends run"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not sm_90"
-    return None
+    return LIBRARY.trouble()
 
 
 def why_not_auto(vocabulary: int) -> str | None:
@@ -143,6 +156,8 @@ def why_triton(call: RowCall) -> str | None:
         return "classes have weights"
     if len(_starts(call)) > 1:
         return "rows of student, teacher and gradient start at different offsets from 16 bytes"
+    if call.row_scale.shape[0] >= 2**31:
+        return "there are 2**31 rows or more"
     if _plan(call) is None:
         return f"rows of {call.student.shape[2]} entries are too long for a cluster's registers"
     return None
@@ -189,9 +204,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         call.label_smoothing, call.z_loss, call.student_softcap, call.teacher_softcap, parts.data_ptr(),
     )  # fmt: skip
     symbol = (divergence.symbol or "") if divergence else ""
-    if student.is_cuda:
-        with torch.cuda.device(student.device):
-            LIBRARY.divergence_rows(symbol, task, launch, torch.cuda.current_stream().cuda_stream)
-    else:
-        LIBRARY.divergence_rows(symbol, task, launch, 0)
+    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0
+        if not LIBRARY.divergence_rows(symbol, task, launch, stream):
+            return triton.divergence_rows(call)
     return parts, student.new_empty(0) if call.inplace else gradient, student.new_empty(0)
