@@ -35,8 +35,8 @@ METHODS = ("seqkd", "engine", "kl", "rkl", "js", "tvd")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(pairs=64, distil_pairs=16, vocabulary=400, width=16, layers=4, teacher_steps=4, predistill_steps=2,
                   steps=2, batch=4, test=4, tokens=8, timed=1),
-    "cpu": dict(pairs=None, distil_pairs=3200, vocabulary=4000, width=192, layers=4, teacher_steps=4000,
-                predistill_steps=400, steps=200, batch=16, test=200, tokens=48, timed=20),
+    "cpu": dict(pairs=None, distil_pairs=4800, vocabulary=4000, width=192, layers=4, teacher_steps=12000,
+                predistill_steps=800, steps=300, batch=16, test=200, tokens=48, timed=20),
     "gpu": dict(pairs=None, distil_pairs=None, vocabulary=16000, width=512, layers=6, teacher_steps=6000,
                 predistill_steps=3000, steps=1500, batch=64, test=1000, tokens=64, timed=50),
 }  # fmt: skip
@@ -89,7 +89,7 @@ class Experiment:
             str(self.out / "trainer-teacher"), method="mle", max_steps=size["teacher_steps"], report_to=[],
             per_device_train_batch_size=size["batch"], learning_rate=1e-3, warmup_steps=size["teacher_steps"] // 20,
             save_steps=max(1, size["teacher_steps"] // 5), save_total_limit=1, logging_steps=50,
-            bf16=self.name == "gpu",
+            bf16=self.name == "gpu", **sequence_run.BY_LENGTH,
         )  # fmt: skip
         trainer = FDistillTrainer(model, copy.deepcopy(model), arguments, train_dataset=pairs)
         trainer.train(resume_from_checkpoint=sequence_run.last_checkpoint(Path(arguments.output_dir)))
@@ -151,7 +151,7 @@ class Experiment:
                 config = FDistillConfig(
                     str(self.out / "timing"), method=method, max_steps=self.size["timed"], report_to=[],
                     top_k=job.top_k, per_device_train_batch_size=job.batch, max_new_tokens=job.max_new_tokens,
-                    save_strategy="no", bf16=job.bf16, disable_tqdm=True,
+                    save_strategy="no", bf16=job.bf16, disable_tqdm=True, **sequence_run.BY_LENGTH,
                 )  # fmt: skip
                 trainer = FDistillTrainer(load_model(job.student), prepared.teacher, config, train_dataset=pairs)
                 spent = _models_time(trainer)
@@ -201,8 +201,12 @@ def _models_time(trainer: FDistillTrainer) -> dict[str, float]:
                 return call(*args, **keywords)
             finally:
                 inside[0] -= 1
+                took = time.perf_counter() - started
                 if not inside[0]:  # generation calls forward
-                    spent[name] += time.perf_counter() - started
+                    spent[name] += took
+                elif name == "loss":  # inside the student's forward
+                    spent["loss"] += took
+                    spent["forward"] -= took
 
         return wrapped
 

@@ -58,7 +58,7 @@ def _read_tsv(path: Path, columns: tuple[str, str]) -> list[dict[str, str]]:
 
 
 def tokenize(rows: Any, tokenizer: Any, model: Any, max_target: int) -> Any:
-    """Columns prompt_ids and labels (end token included, at most `max_target`), and teacher_prompt_ids.
+    """Columns prompt_ids, labels (end token included, at most `max_target`), teacher_prompt_ids, and length, of both.
 
     Raises:
         ValueError: a prompt is longer than the model's context.
@@ -75,7 +75,7 @@ def tokenize(rows: Any, tokenizer: Any, model: Any, max_target: int) -> Any:
         found = tokenizer(**text)["input_ids"]
         return found[:-1] if found and found[-1] == end else found
 
-    def encode(row: dict[str, str], index: int) -> dict[str, list[int]]:
+    def encode(row: dict[str, str], index: int) -> dict[str, Any]:
         prompts = {"prompt_ids": row["prompt"]}
         if "teacher_prompt" in row:
             prompts["teacher_prompt_ids"] = row["teacher_prompt"] or row["prompt"]
@@ -89,7 +89,8 @@ def tokenize(rows: Any, tokenizer: Any, model: Any, max_target: int) -> Any:
             target = open_ids(text_target=row["target"])
         else:  # it goes on from the prompt
             target = tokenizer(row["target"], add_special_tokens=False)["input_ids"]
-        return {**made, "labels": [*target[: max_target - 1], end]}
+        labels = [*target[: max_target - 1], end]
+        return {**made, "labels": labels, "length": len(made["prompt_ids"]) + len(labels)}
 
     return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
                     desc="tokenizing")  # fmt: skip

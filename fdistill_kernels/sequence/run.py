@@ -42,6 +42,12 @@ from .predistill import copy_layers
 from .sampling import Sampling, Server, TeacherSamples, fingerprint, write_whole
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
+#: Batches of like lengths, which are little padded; transformers 5 has another name for it.
+BY_LENGTH: dict[str, Any] = (
+    {"train_sampling_strategy": "group_by_length"} if hasattr(FDistillConfig, "train_sampling_strategy")
+    else {"group_by_length": True}
+)  # fmt: skip
+
 
 @dataclass
 class Job:
@@ -254,6 +260,7 @@ class Run:
             max_new_tokens=job.max_new_tokens, sample_temperature=job.sample_temperature, top_k=job.top_k,
             top_p=job.top_p, freeze_embeddings=job.freeze_embeddings, weight_decay=0.0,
             use_cpu=not torch.accelerator.is_available(),  # else ranks without a card would train apart
+            **BY_LENGTH,
         )  # fmt: skip
         trainer = FDistillTrainer(student, self.teacher, config, train_dataset=pairs, eval_dataset=self.held_out,
                                   processing_class=self.tokenizer)  # fmt: skip
