@@ -14,6 +14,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ from benchmarks.peers import labels_of, row_losses
 from fdistill_kernels import cross_entropy, f_divergence
 from fdistill_kernels.backends import BACKENDS, cuda
 from fdistill_kernels.bench import floor_seconds, make_logits, median_seconds, training_step
-from tests.conftest import emulated_library
 
 PEERS_TOO = [(8192, 128256), (4096, 32000), (8192, 50257)]
 OURS_ALONE = [(8192, v) for v in (32000, 151936, 262144)]
@@ -34,13 +34,17 @@ SHAPES = {"kl": PEERS_TOO + OURS_ALONE, "js": PEERS_TOO + OURS_ALONE, "tvd": PEE
 def our_losses(name, device):
     """The loss by each backend that runs there, as functions of logits of student and teacher."""
 
-    def loss(student, teacher, backend):
+    def loss(student, teacher, backend, threads=512):
+        cuda.MOST_THREADS = threads
         if name == "labels":
             return cross_entropy(student, labels_of(student), backend=backend)
         return f_divergence(student, teacher, name, backend=backend)
 
     able = [n for n in ("triton", "cuda") if BACKENDS[n].why_not(torch.device(device), torch.bfloat16, None) is None]
-    return {f"fdistill {n}": functools.partial(loss, backend=n) for n in able}
+    losses = {f"fdistill {n}": functools.partial(loss, backend=n) for n in able}
+    if "cuda" in able:
+        losses["fdistill cuda 256"] = functools.partial(loss, backend="cuda", threads=256)
+    return losses
 
 
 def matrix_rate(device: str, n: int) -> float:
@@ -73,7 +77,9 @@ def main() -> None:
     args = parser.parse_args()
     device = "cpu" if args.dry else "cuda"
     if args.dry:
-        cuda.LIBRARY = emulated_library()
+        folder = tempfile.TemporaryDirectory()
+        subprocess.run(["csrc/cuda/build.sh", "--emulated", f"{folder.name}/emulated.so"], check=True)
+        cuda.LIBRARY = cuda.Library(Path(folder.name, "emulated.so"))
     results = []
     for name, shapes in SHAPES.items():
         for shape in [(2, 500)] if args.dry else shapes:
@@ -99,7 +105,7 @@ def main() -> None:
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     for r in results:
         print(
-            f"{r['divergence']:14s} {r['shape']!s:16s} {r['what']:16s}",
+            f"{r['divergence']:14s} {r['shape']!s:16s} {r['what']:18s}",
             f"{r['milliseconds']:9.3f} ms  {r['over_floor']:6.2f} floors" if "milliseconds" in r else "out of memory",
         )
 

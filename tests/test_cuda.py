@@ -2,6 +2,7 @@
 
 import collections
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -198,20 +199,24 @@ def test_what_goes_to_triton_says_why(monkeypatch):
         "rows of N entries are too long for a cluster's registers", None]  # fmt: skip
 
 
-def test_plans_fit_the_chip():
+@pytest.mark.parametrize("threads, blocks, longest", [(512, 1, 262144), (256, 2, 131072)])
+def test_plans_fit_the_chip(threads, blocks, longest, monkeypatch):
+    monkeypatch.setattr(cuda, "MOST_THREADS", threads)
     for vocabulary in (1, 31, 32000, 50257, 128256, 151936, 256000, 262144):
-        for itemsize in (2, 4):
-            for models_ in (1, 2):
-                for aligned in (True, False)[: 1 + (vocabulary < 262144)]:
-                    launch = cuda.plan(vocabulary, itemsize, models_, aligned)
-                    held = launch.cluster * launch.slice * 16 // itemsize
-                    assert launch.slice * 16 // itemsize <= cuda.HELD * launch.threads <= cuda.HELD * 512
-                    assert vocabulary <= held and launch.threads % 32 == 0
-                    stage = models_ * launch.threads * cuda.HELD * itemsize
-                    meeting = 64 * launch.cluster * (launch.threads // 32)
-                    assert launch.stages * (stage + 28) + 16 + meeting <= 227 * 1024
+        for itemsize, models, aligned in itertools.product((2, 4), (1, 2), (True, False)):
+            launch = cuda.plan(vocabulary, itemsize, models, aligned)
+            if vocabulary > longest or (vocabulary == longest and not aligned):
+                assert launch is None
+                continue
+            entries = 16 // itemsize
+            assert launch.slice * entries <= cuda.HELD * launch.threads and launch.threads <= threads
+            assert vocabulary + (0 if aligned else entries - 1) <= launch.cluster * launch.slice * entries
+            stage = models * launch.threads * cuda.HELD * itemsize
+            needed = launch.stages * (stage + 28) + 16 + 64 * launch.cluster * (launch.threads // 32)
+            assert blocks * (needed + 1024) <= 228 * 1024  # the system takes 1 KB a block
+    monkeypatch.setattr(cuda, "MOST_THREADS", 512)
     assert cuda.plan(128256, 2, 2, True) == cuda.Launch(cluster=8, threads=512, stages=3, slice=2008, aligned=True)
-    assert cuda.plan(262145, 2, 2, True) is None and cuda.plan(10**6, 2, 1, True) is None
+    assert cuda.plan(10**6, 2, 1, True) is None
 
 
 def test_auto_waits_for_a_measurement(monkeypatch):
@@ -286,6 +291,11 @@ def test_wide_accesses_copies_and_cluster_instructions(machine_code):
                  "SYNCS.PHASECHK.TRANS64.TRYWAIT": 1}  # fmt: skip
         assert all(count[name] >= n for name, n in least.items()), (text.split()[0], count)
         assert not {name.partition(".")[0] for name in count} & {"LDL", "STL", "DADD", "DMUL", "DFMA", "DSETP"}
+
+
+def test_doctor_names_the_library(machine_code):
+    report = subprocess.check_output([sys.executable, "-m", "fdistill_kernels.cli", "doctor"], cwd=ROOT, text=True)
+    assert "cuda_library: interface 1, for sm_90a" in report and "backend cuda on cpu: the logits are on cpu" in report
 
 
 def test_the_interface_is_the_one_python_speaks(tmp_path):

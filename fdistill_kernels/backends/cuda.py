@@ -17,9 +17,11 @@ from .rows import RowCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERFACE, NO_ROOM = 1, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
-HELD, WARP, MOST_THREADS, CLUSTERS = 32, 32, 512, (1, 2, 4, 8, 16)  # as in csrc/cuda/row_kernel.h
+HELD, WARP, CLUSTERS = 32, 32, (1, 2, 4, 8, 16)  # as in csrc/cuda/row_kernel.h
 SHARED_MEMORY = 227 << 10  # of a block, in bytes
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
+#: The most threads of a block, up to 512: with 256 a multiprocessor has two blocks of clusters twice as large.
+MOST_THREADS = 512
 #: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
 FASTER_FROM: int | None = None
 
@@ -60,20 +62,20 @@ class Launch:
     aligned: bool
 
 
-def plan(vocabulary: int, itemsize: int, models: int, aligned: bool, threads: int = MOST_THREADS) -> Launch | None:
+def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
     """The smallest cluster whose registers hold a row, with room for a second row on its way; None if the row is too
     long for any.
 
-    aligned: every row starts at a multiple of 16 bytes. threads: the most of a block.
+    models: 2, or 1 without a teacher. aligned: every row starts at a multiple of 16 bytes.
     """
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
     for cluster in CLUSTERS:
         slice = -(-vectors // (cluster * LINE)) * LINE
         needed = -(-slice * entries // (HELD * WARP)) * WARP
-        if needed > threads:
+        if needed > MOST_THREADS:
             continue
-        room = SHARED_MEMORY - 64 * cluster * (needed // WARP) - 128
+        room = SHARED_MEMORY * MOST_THREADS // 512 - 64 * cluster * (needed // WARP) - 1152
         stages = min(3, room // (models * needed * HELD * itemsize))
         if stages > 1 or (stages and cluster == CLUSTERS[-1]):
             return Launch(cluster, needed, stages, slice, aligned)
