@@ -9,17 +9,13 @@ the float32 accumulator of ∂weight included. --dry runs toy shapes in Triton's
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-import triton
 
 from benchmarks.gpu_rows import matrix_rate
 from benchmarks.peers import linear_losses
+from benchmarks.report import save
 from fdistill_kernels import linear_f_divergence
 from fdistill_kernels.bench import eager_loss, median_seconds
 from fdistill_kernels.divergences import TABLE
@@ -97,14 +93,7 @@ def main() -> None:
                 found = measure(loss, problem(n, v, d_s, d_t, device), floor)
                 results.append({"what": what, "divergence": name, "shape": [n, v, d_s, d_t], **found})
                 print(results[-1], flush=True)
-    report = {
-        "device": "interpreter" if args.dry else torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "command": " ".join(sys.argv), "dtype": "bfloat16", "matrix_flop_per_second": rate, "results": results,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+            save(args.out, results, args.dry, matrix_flop_per_second=rate)
 
 
 if __name__ == "__main__":
