@@ -35,7 +35,7 @@ METHODS = ("seqkd", "engine", "kl", "rkl", "js", "tvd")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(pairs=64, distil_pairs=16, vocabulary=400, width=16, layers=4, teacher_steps=4, predistill_steps=2,
                   steps=2, batch=4, test=4, tokens=8, timed=1),
-    "cpu": dict(pairs=None, distil_pairs=4800, vocabulary=4000, width=192, layers=4, teacher_steps=12000,
+    "cpu": dict(pairs=None, distil_pairs=4800, vocabulary=4000, width=192, layers=4, teacher_steps=5000,
                 predistill_steps=800, steps=300, batch=16, test=200, tokens=48, timed=20),
     "gpu": dict(pairs=None, distil_pairs=None, vocabulary=16000, width=512, layers=6, teacher_steps=6000,
                 predistill_steps=3000, steps=1500, batch=64, test=1000, tokens=64, timed=50),
@@ -87,7 +87,7 @@ class Experiment:
         pairs = tokenize(read_pairs(self.file("train"), size["pairs"]), tokenizer, model, size["tokens"])
         arguments = FDistillConfig(
             str(self.out / "trainer-teacher"), method="mle", max_steps=size["teacher_steps"], report_to=[],
-            per_device_train_batch_size=size["batch"], learning_rate=1e-3, warmup_steps=size["teacher_steps"] // 20,
+            per_device_train_batch_size=size["batch"], learning_rate=3e-4, warmup_steps=size["teacher_steps"] // 16,
             save_steps=max(1, size["teacher_steps"] // 5), save_total_limit=1, logging_steps=50,
             bf16=self.name == "gpu", **sequence_run.BY_LENGTH,
         )  # fmt: skip
@@ -111,7 +111,7 @@ class Experiment:
         if folder.exists():
             return
         job = self.job("kl", predistill_steps=self.size["predistill_steps"], student_layers="3,1")
-        job.student, job.out, job.freeze_embeddings, job.learning_rate = None, str(self.out / "predistill"), False, 1e-3
+        job.student, job.out, job.freeze_embeddings, job.learning_rate = None, str(self.out / "predistill"), False, 3e-4
         prepared = Run(job, self.console)
         prepared.start()
         student = prepared.student()
