@@ -96,12 +96,9 @@ class Library:
         self.version = f"interface {INTERFACE}, for {self.architectures}"
         self._divergence_rows = library.fdistill_divergence_rows
         library.fdistill_trouble.restype = ctypes.c_char_p
-        self._trouble = library.fdistill_trouble
-
-    def trouble(self) -> str | None:
-        """Why the driver cannot run the library, or None."""
-        text = self._trouble()
-        return text and text.decode()
+        trouble = library.fdistill_trouble()
+        #: Why the driver cannot run the library, or None; asked once, since compilers cannot trace the question.
+        self.trouble: str | None = trouble and trouble.decode()
 
     def divergence_rows(self, symbol: str, task: Any, launch: Launch, stream: int) -> bool:
         """Starts the kernel; False where the card holds no such cluster, RuntimeError with the driver's words else."""
@@ -138,7 +135,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return f"{divergence} is a user's own generator, which only the torch and triton backends run"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not sm_90"
-    return LIBRARY.trouble()
+    return LIBRARY.trouble
 
 
 def why_not_auto(vocabulary: int) -> str | None:
