@@ -75,6 +75,7 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch |
         needed = -(-slice * entries // (HELD * WARP)) * WARP
         if needed > MOST_THREADS:
             continue
+        # besides the stages: two meetings' room, and 1 KB of the system's with the barriers and facts
         room = SHARED_MEMORY * MOST_THREADS // 512 - 64 * cluster * (needed // WARP) - 1152
         stages = min(3, room // (models * needed * HELD * itemsize))
         if stages > 1 or (stages and cluster == CLUSTERS[-1]):
@@ -147,19 +148,19 @@ def why_not_auto(vocabulary: int) -> str | None:
     return f"triton is faster below a vocabulary of {FASTER_FROM}" if vocabulary < FASTER_FROM else None
 
 
-def why_triton(call: RowCall) -> str | None:
-    """The reason a call is Triton's, or None."""
+def route(call: RowCall) -> Launch | str:
+    """How a call is cut, or the reason it is Triton's."""
+    vocabulary, starts = call.student.shape[2], _starts(call)
     if call.teacher_gradient:
         return "the teacher wants a gradient"
     if call.class_weight is not None:
         return "classes have weights"
-    if len(_starts(call)) > 1:
+    if len(starts) > 1:
         return "rows of student, teacher and gradient start at different offsets from 16 bytes"
     if call.row_scale.shape[0] >= 2**31:
         return "there are 2**31 rows or more"
-    if _plan(call) is None:
-        return f"rows of {call.student.shape[2]} entries are too long for a cluster's registers"
-    return None
+    launch = plan(vocabulary, call.student.element_size(), 1 if call.teacher is None else 2, starts == {(0, 0, 0)})
+    return launch or f"rows of {vocabulary} entries are too long for a cluster's registers"
 
 
 def _starts(call: RowCall) -> set[tuple[int, ...]]:
@@ -172,21 +173,17 @@ def _starts(call: RowCall) -> set[tuple[int, ...]]:
             for address, over, within in places}  # fmt: skip
 
 
-def _plan(call: RowCall) -> Launch | None:
-    models = 1 if call.teacher is None else 2
-    return plan(call.student.shape[2], call.student.element_size(), models, _starts(call) == {(0, 0, 0)})
-
-
 def _rows(x: Tensor | None) -> _Rows:
     return _Rows(None, 1, 0, 0) if x is None else _Rows(x.data_ptr(), x.shape[1], x.stride(0), x.stride(1))
 
 
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
-    if why_triton(call) is not None:
+    launch = route(call)
+    if isinstance(launch, str):
         return triton.divergence_rows(call)
-    student, divergence, launch = call.student, call.divergence, _plan(call)
-    assert LIBRARY is not None and launch is not None
+    student, divergence = call.student, call.divergence
+    assert LIBRARY is not None
     rows = call.row_scale.shape[0]
     parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
     gradient = student if call.inplace else student.new_empty(0)
