@@ -31,8 +31,8 @@ SHAPES = {"kl": PEERS_TOO + OURS_ALONE, "js": PEERS_TOO + OURS_ALONE, "tvd": PEE
 def our_losses(name, device):
     """The loss by each backend that runs there, as functions of logits of student and teacher."""
 
-    def loss(student, teacher, backend, threads=512):
-        cuda.MOST_THREADS = threads
+    def loss(student, teacher, backend, blocks=cuda.BLOCKS):
+        cuda.BLOCKS = blocks
         if name == "labels":
             return cross_entropy(student, labels_of(student), backend=backend)
         return f_divergence(student, teacher, name, backend=backend)
@@ -40,7 +40,8 @@ def our_losses(name, device):
     able = [n for n in ("triton", "cuda") if BACKENDS[n].why_not(torch.device(device), torch.bfloat16, None) is None]
     losses = {f"fdistill {n}": functools.partial(loss, backend=n) for n in able}
     if "cuda" in able:
-        losses["fdistill cuda 256"] = functools.partial(loss, backend="cuda", threads=256)
+        for blocks in ((1,), (3, 2, 1)):
+            losses[f"fdistill cuda {blocks[0]}"] = functools.partial(loss, backend="cuda", blocks=blocks)
     return losses
 
 

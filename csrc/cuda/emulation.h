@@ -207,6 +207,8 @@ inline void wait_for(Barrier* barrier, uint32_t parity) {
 
 inline void before_copies() {}
 
+inline Raw load(const Raw* from) { return *from; }
+
 inline void store_streaming(void* to, const Raw& raw) {
   if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
   std::memcpy(to, &raw, sizeof(raw));

@@ -89,6 +89,14 @@ FDISTILL_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
 // What threads wrote to shared memory comes before what the copy engine writes there after the next barrier.
 FDISTILL_DEVICE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// From shared memory, anew at each call: the compiler must not keep a row's logits in registers from pass to pass.
+FDISTILL_DEVICE Raw load(const Raw* from) {
+  Raw raw;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.word[0]), "=r"(raw.word[1]), "=r"(raw.word[2]), "=r"(raw.word[3]) : "r"(address(from)));
+  return raw;
+}
+
 FDISTILL_DEVICE void store_streaming(void* to, const Raw& raw) {
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]));
 }

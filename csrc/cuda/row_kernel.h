@@ -2,14 +2,14 @@
 //
 // A cluster of thread blocks takes a row at a time. The row is cut into 16-byte vectors and these into one slice a block;
 // the copy engine brings a slice of the student's and of the teacher's logits into a stage of shared memory while earlier
-// rows are worked on. A thread keeps its kHeld entries of both models in registers from the first exponential to the
+// rows are worked on. A thread keeps its entries of both models in registers from the first exponential to the
 // gradient, so that each is made once:
-//     statistics   e = exp((z - the warp's top) / T), and their sums       all warps of the cluster meet
-//     totals       the divergence's terms; D and S                         all meet again
+//     statistics   e = exp((z - the warp's top) / T), and their sums       the blocks of the cluster meet
+//     totals       the divergence's terms; D and S                         they meet again
 //     gradient     student term - q S, to memory
-// Where S = 0 (`centred`) the gradient does not wait for the second meeting. In a meeting each warp sends 16 bytes to every
-// block, whose barrier counts them. There is room for two: who sends for the next has heard from all in this one, and
-// they were done with the one before.
+// Where S = 0 (`centred`) the gradient does not wait for the second meeting. In a meeting warps tell their block, and its
+// first warp tells every block, whose barrier counts the bytes. There is room for two: who tells in the next has heard
+// all in this one, and every thread there was done with the one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
 #pragma once
@@ -26,8 +26,9 @@
 
 namespace fdistill {
 
-constexpr int kHeld = 32;                // entries of a model in a thread's registers
 constexpr int kWarp = 32;
+// Entries of a model in a thread's registers: as many as 128 registers hold without a spill.
+constexpr int held_of(Scalar scalar) { return scalar == Scalar::kFloat ? 32 : 40; }
 constexpr float kLog2E = 1.44269504f;
 
 // How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `aligned`: every
@@ -95,16 +96,41 @@ FDISTILL_DEVICE float warp_top(float x) {
   return x;
 }
 
-// What is known of a row before its logits are there.
-struct Facts {
+// What is known of a row before its logits are there: facts that threads carry, and what of it is this block's.
+struct Row {
   float scale, rate, other_rate, divergence_scale, label;  // a label below 2^24 is exact; -1: none
+  uint32_t outer, inner;                                   // its indices, the same in every tensor of the call
+  int32_t shift, count;  // entries before it in its first 16 bytes; vectors of the slice
 };
-constexpr int kFacts = sizeof(Facts) / sizeof(float);
+constexpr int kFacts = 5;
 
-// A model's softmax: p = exp((z - top) rate) / total. A top starts from kLowest: finite, so that -inf - top is -inf.
+// A model's softmax, whole or in part: p = exp((z - top) rate) / total. A top starts from kLowest: finite, so that
+// -inf - top is -inf.
 struct Softmax {
-  float top = kLowest, total = 0, rate = 1;
-  FDISTILL_DEVICE float worth(float other_top) const { return exp2f((other_top - top) * (rate * kLog2E)); }
+  float top = kLowest, total = 0;
+  FDISTILL_DEVICE float worth(float x, float rate) const { return exp2f((x - top) * (rate * kLog2E)); }
+};
+
+// What is told in the first meeting. Of the student's, what labels may need: `plain` is the sum of exp(z - top), `linear`
+// that of z - top, over so many `entries`.
+struct alignas(sizeof(Raw)) Statistics {
+  Softmax student, teacher;
+  float label_logit = 0, plain = 0, linear = 0, entries = 0;
+};
+
+// And in the second: shares of D and S.
+struct alignas(sizeof(Raw)) Totals {
+  float divergence = 0, weight = 0;
+};
+
+// A block's shared memory, before the stages.
+struct Shared {
+  static constexpr int most_stages = 3, most_warps = 16, most_blocks = 16, message = sizeof(Statistics) / sizeof(Raw);
+  Barrier arrived[most_stages];  // the slices are there
+  Barrier met[2];                // every block has been heard
+  Row rows[most_stages];         // in the stages
+  Raw told[message * most_warps];      // by warps to their block
+  Raw heard[2][message * most_blocks];  // of blocks, in two meetings
 };
 
 // The gradient of a row: term * the divergence's + exponential * e + plain * exp(z - top) + constant, less `label` at the
@@ -116,7 +142,8 @@ struct Gradient {
 template <typename Divergence, typename scalar_t>
 struct RowProgram {
   static constexpr bool kTeacher = !std::is_void_v<Divergence>;
-  static constexpr int kModels = kTeacher ? 2 : 1, kSize = Vector<scalar_t>::size, kVectors = kHeld / kSize;
+  static constexpr int kModels = kTeacher ? 2 : 1, kSize = Vector<scalar_t>::size;
+  static constexpr int kHeld = held_of(std::is_same_v<scalar_t, float> ? Scalar::kFloat : Scalar::kHalf), kVectors = kHeld / kSize;
   static constexpr bool kCentred = [] {
     if constexpr (kTeacher) return Divergence::centred;
     return true;
@@ -125,25 +152,18 @@ struct RowProgram {
 
   const RowTask& task;
   const Launch& launch;
-  Raw* stage;          // [stages][models][kVectors * threads]: a model's slice
-  Raw* meeting;        // [2][2][warps of the cluster]: of the two meetings what all send, and what labels need besides
-  Barrier* arrived;    // [stages]: the slices are there
-  Barrier* met;        // [2]: all have been heard
-  Facts* facts;        // [stages]: of the rows in the stages
-  const int vocabulary, warps;  // warps of the cluster
+  Shared& shared;
+  Raw* const stages;  // [stages][models][kVectors * threads]: a model's slice
+  const int vocabulary;
   uint32_t meetings = 0;
-  int shift, begin, count;  // of the row at hand: entries before it in its first vector; my first vector and how many
   float held[kHeld], other[kHeld];  // exponentials of the student and of the teacher; in the end `other` is the student's term
 
   FDISTILL_DEVICE RowProgram(const RowTask& task, const Launch& launch)
-      : task(task), launch(launch), vocabulary(static_cast<int>(task.vocabulary)),
-        warps(launch.cluster * (threads() / kWarp)) {
-    stage = reinterpret_cast<Raw*>(shared_memory());
-    meeting = stage + launch.stages * kModels * kVectors * threads();
-    arrived = reinterpret_cast<Barrier*>(meeting + 4 * warps);
-    met = arrived + launch.stages;
-    facts = reinterpret_cast<Facts*>(met + 2);
-  }
+      : task(task), launch(launch), shared(*reinterpret_cast<Shared*>(shared_memory())),
+        stages(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
+
+  // A model's slice in a stage.
+  FDISTILL_DEVICE Raw* slice_at(int at, int model) const { return stages + (at * kModels + model) * kVectors * threads(); }
 
   FDISTILL_DEVICE void run() {
     start();
@@ -154,12 +174,12 @@ struct RowProgram {
     for (uint32_t n = cluster(); n < task.row_count; n += step) {
       const uint32_t ahead = n + launch.stages * step;
       const float fact_ahead = fact_of(ahead);  // asked for now, so that it is there by then
-      wait_for(&arrived[at], parity);
-      const Facts& row = facts[at];
+      wait_for(&shared.arrived[at], parity);
+      const Row& row = shared.rows[at];
       if (row.scale == 0.0f) {
-        skip_row(n);
+        skip_row(n, row);
       } else {
-        take_row(n, row, &stage[at * kModels * kVectors * threads()]);
+        take_row(n, row, slice_at(at, 0));
       }
       before_copies();
       block_barrier();  // every thread is done with the stage
@@ -172,36 +192,30 @@ struct RowProgram {
   FDISTILL_DEVICE void start() {
     const int vectors = launch.stages * kModels * kVectors * threads();
     for (int v = thread(); v < vectors; v += threads())  // what no slice reaches stays so
-      for (uint32_t& word : stage[v].word) word = Vec::lowest;
-    if (thread() == 0)
-      for (int i = 0; i < launch.stages + 2; ++i) start_barrier(&arrived[i]);
+      for (uint32_t& word : stages[v].word) word = Vec::lowest;
+    if (thread() == 0) {
+      for (Barrier& barrier : shared.arrived) start_barrier(&barrier);
+      for (Barrier& barrier : shared.met) start_barrier(&barrier);
+    }
     before_copies();
     cluster_barrier();
   }
 
-  // Row n's indices: the same (outer, inner) in every tensor of the call.
-  struct Place {
-    uint32_t outer, inner;
-  };
-  FDISTILL_DEVICE Place place_of(uint32_t n) const {
+  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, const Row& row) const {
+    return static_cast<scalar_t*>(rows.data) + row.outer * rows.outer_stride + row.inner * rows.inner_stride;
+  }
+
+  // Where row n is, and what of it is this block's slice.
+  FDISTILL_DEVICE void place(uint32_t n, Row& row) const {
     const uint32_t inner = static_cast<uint32_t>(task.student.inner);
-    return {n / inner, n % inner};
-  }
-  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, const Place& at) const {
-    return static_cast<scalar_t*>(rows.data) + at.outer * rows.outer_stride + at.inner * rows.inner_stride;
-  }
-
-  // Entries by which a row's start is past a multiple of 16 bytes: the same for every tensor of the call.
-  static FDISTILL_DEVICE int shift_of(const scalar_t* row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(Raw) / sizeof(scalar_t));
+    row.outer = n / inner, row.inner = n % inner;
+    row.shift = reinterpret_cast<uintptr_t>(row_at(task.student, row)) % sizeof(Raw) / sizeof(scalar_t);
+    const int vectors = (row.shift + vocabulary + kSize - 1) / kSize, left = vectors - begin();
+    row.count = left < 0 ? 0 : left < launch.slice ? left : launch.slice;
   }
 
-  FDISTILL_DEVICE void find_slice(const scalar_t* row) {
-    shift = shift_of(row);
-    begin = rank() * launch.slice;
-    const int vectors = (shift + vocabulary + kSize - 1) / kSize, left = vectors - begin;
-    count = left < 0 ? 0 : left < launch.slice ? left : launch.slice;
-  }
+  // The first vector of this block's slices.
+  FDISTILL_DEVICE int begin() const { return rank() * launch.slice; }
 
   // Each of the first threads carries a fact of a row; 0 is the scale, 0 for a row that is ignored or does not exist.
   FDISTILL_DEVICE float fact_of(uint32_t n) const {
@@ -232,47 +246,39 @@ struct RowProgram {
     return cap == 0.0f ? x : cap * (1.0f - 2.0f / (exp2f(x * (2 * kLog2E / cap)) + 1.0f));
   }
 
-  // In the logits' own precision, as `prepare` leaves them.
-  FDISTILL_DEVICE float label_logit_of(const Place& place, int label) const {
-    if (!task.labels) return 0.0f;
-    if (label < 0) return NAN;
-    const float logit = value_of(row_at(task.student, place)[label]);
-    if (task.student_softcap == 0.0f) return logit;
-    const float x[kSize] = {capped(logit, task.student_softcap)};
-    return value_of(Vec::entry(Vec::narrow(x), 0));
-  }
-
   // Calls for my slice of row n's logits; an ignored row's stage is at once ready, with nothing new in it.
   FDISTILL_DEVICE void fetch(int at, uint32_t n, float fact) {
     if (n >= task.row_count) return;
-    if (thread() < kFacts) (&facts[at].scale)[thread()] = fact;
+    Row& row = shared.rows[at];
+    if (thread() < kFacts) (&row.scale)[thread()] = fact;
     if (thread() != 0) return;
-    if (fact == 0.0f) return expect(&arrived[at], 0);
-    const Place place = place_of(n);
-    const scalar_t* rows[] = {row_at(task.student, place), kTeacher ? row_at(task.teacher, place) : nullptr};
-    find_slice(rows[0]);
-    const uint32_t bytes = count * sizeof(Raw);
-    expect(&arrived[at], kModels * bytes);
+    place(n, row);
+    const uint32_t bytes = fact == 0.0f ? 0 : row.count * sizeof(Raw);
+    expect(&shared.arrived[at], kModels * bytes);
     if (bytes == 0) return;
 #pragma unroll
-    for (int model = 0; model < kModels; ++model)
-      copy(&stage[(at * kModels + model) * kVectors * threads()],
-           reinterpret_cast<const Raw*>(rows[model] - shift) + begin, bytes, &arrived[at]);
+    for (int model = 0; model < kModels; ++model) {
+      const scalar_t* start = row_at(model ? task.teacher : task.student, row) - row.shift;
+      copy(slice_at(at, model), reinterpret_cast<const Raw*>(start) + begin(), bytes, &shared.arrived[at]);
+    }
   }
 
+  // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
+  static FDISTILL_DEVICE int vector(int k) { return thread() / kWarp * kVectors * kWarp + thread() % kWarp + k * kWarp; }
+
   // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
-  FDISTILL_DEVICE int entry_of(int vector) const { return (begin + vector) * kSize - shift; }
+  FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
 
   // Makes the row's slices in a stage what the passes read: nothing but this row, its logits capped. Each thread touches
   // no vector but those that it alone reads.
-  FDISTILL_DEVICE void prepare(Raw* logits) {
+  FDISTILL_DEVICE void prepare(Raw* logits, const Row& row) const {
     // every row fills the same whole vectors: around them the stage is as it was at the start
     if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
 #pragma unroll 1
     for (int k = 0; k < kVectors; ++k) {
-      const int v = k * threads() + thread(), entry = entry_of(v);
+      const int v = vector(k), entry = entry_of(v, row);
       if (v >= launch.slice) break;
-      const bool whole = v < count && entry >= 0 && entry + kSize <= vocabulary;
+      const bool whole = v < row.count && entry >= 0 && entry + kSize <= vocabulary;
 #pragma unroll
       for (int model = 0; model < kModels; ++model) {
         const float cap = model ? task.teacher_softcap : task.student_softcap;
@@ -282,7 +288,7 @@ struct RowProgram {
         Vec::widen(raw, x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          x[i] = v < count && entry + i >= 0 && entry + i < vocabulary ? capped(x[i], cap) : -INFINITY;
+          x[i] = v < row.count && entry + i >= 0 && entry + i < vocabulary ? capped(x[i], cap) : -INFINITY;
         raw = Vec::narrow(x);
       }
     }
@@ -294,147 +300,135 @@ struct RowProgram {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float x[kSize];
-      Vec::widen(logits[k * threads() + thread()], x);
+      Vec::widen(load(&logits[vector(k)]), x);
       body(k, x);
     }
   }
 
-  // A model's exponentials about the warp's top, which comes back with their sum.
-  FDISTILL_DEVICE Softmax exponentials(const Raw* logits, float rate, float (&kept)[kHeld]) const {
-    Softmax mine;
-    mine.rate = rate;
+  // My warp's.
+  FDISTILL_DEVICE float top_of(const Raw* logits) const {
     float top = kLowest;
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) top = fmaxf(top, Vec::top(logits[k * threads() + thread()]));
-    mine.top = warp_top(top);
+    for (int k = 0; k < kVectors; ++k) top = fmaxf(top, Vec::top(load(&logits[vector(k)])));
+    return warp_top(top);
+  }
+
+  // A model's exponentials about my warp's top, and their sum over it.
+  FDISTILL_DEVICE void exponentials(const Raw* logits, float rate, float (&kept)[kHeld], Softmax& mine) const {
     for_vectors(logits, [&](int k, const float(&x)[kSize]) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) mine.total += kept[k * kSize + i] = mine.worth(x[i]);
+      for (int i = 0; i < kSize; ++i) mine.total += kept[k * kSize + i] = mine.worth(x[i], rate);
     });
     mine.total = warp_sum(mine.total);
-    return mine;
   }
 
-  // Goes to the next meeting; `messages` of 16 bytes will come from each warp of the cluster.
-  FDISTILL_DEVICE void call_meeting(int messages) {
-    ++meetings;
-    if (thread() == 0) expect(&met[meetings % 2], messages * warps * sizeof(Raw));
+  static FDISTILL_DEVICE Softmax sum_over_lanes(const Softmax& of_lane, float rate) {
+    Softmax all{warp_top(of_lane.top)};
+    all.total = warp_sum(of_lane.total * all.worth(of_lane.top, rate));
+    return all;
   }
 
-  // A warp's values to every block of the cluster; `extra` is a second message of the same meeting.
-  FDISTILL_DEVICE void publish(const float (&value)[4], int extra = 0) {
-    const int lane = thread() % kWarp, warp = rank() * (threads() / kWarp) + thread() / kWarp;
-    Raw raw;
-    memcpy(&raw, value, sizeof(raw));
-    if (lane < launch.cluster) send(lane, &room(extra)[warp], raw, &met[meetings % 2]);
-  }
-
-  FDISTILL_DEVICE Raw* room(int extra) const { return &meeting[(2 * extra + meetings % 2) * warps]; }
-
-  FDISTILL_DEVICE void meet() const { wait_for(&met[meetings % 2], (meetings - 1) / 2 % 2); }
-
-  // body(values of a warp) for those of the cluster's warps that this lane is to look at.
-  template <typename Body>
-  FDISTILL_DEVICE void for_met(int extra, const Body& body) const {
-    const Raw* all = room(extra);
-#pragma unroll 1
-    for (int warp = thread() % kWarp; warp < warps; warp += kWarp) {
-      float value[4];
-      memcpy(value, &all[warp], sizeof(value));
-      body(value);
+  FDISTILL_DEVICE Statistics sum_over_lanes(const Statistics& of_lane, const Row& row) const {
+    Statistics all{sum_over_lanes(of_lane.student, row.rate)};
+    if (kTeacher) all.teacher = sum_over_lanes(of_lane.teacher, row.other_rate);
+    if (tempered(row)) all.plain = warp_sum(of_lane.plain * all.student.worth(of_lane.student.top, 1.0f));
+    if (task.labels) all.label_logit = warp_sum(of_lane.label_logit);
+    if (smoothed()) {
+      all.entries = warp_sum(of_lane.entries);
+      all.linear = warp_sum(of_lane.linear + Math<float>::times(of_lane.entries, of_lane.student.top - all.student.top));
     }
+    return all;
   }
 
-  // The cluster's softmaxes from its warps' tops and totals.
-  FDISTILL_DEVICE void met_softmaxes(Softmax& student, Softmax& teacher) const {
-    for_met(0, [&](const float(&value)[4]) {
-      student.top = fmaxf(student.top, value[0]);
-      if (kTeacher) teacher.top = fmaxf(teacher.top, value[2]);
-    });
-    student.top = warp_top(student.top);
-    if (kTeacher) teacher.top = warp_top(teacher.top);
-    for_met(0, [&](const float(&value)[4]) {
-      student.total += value[1] * student.worth(value[0]);
-      if (kTeacher) teacher.total += value[3] * teacher.worth(value[2]);
-    });
-    student.total = warp_sum(student.total);
-    if (kTeacher) teacher.total = warp_sum(teacher.total);
+  FDISTILL_DEVICE Totals sum_over_lanes(const Totals& of_lane, const Row&) const {
+    return {warp_sum(of_lane.divergence), kCentred ? 0.0f : warp_sum(of_lane.weight)};
   }
 
-  template <int which>
-  FDISTILL_DEVICE float met_sum(int extra) const {
-    float total = 0;
-    for_met(extra, [&](const float(&value)[4]) { total += value[which]; });
-    return warp_sum(total);
+  // Of the first `count` messages, a lane for each.
+  template <typename Message>
+  FDISTILL_DEVICE Message sum_of(const Raw* messages, int count, const Row& row) const {
+    const int lane = thread() % kWarp;
+    return sum_over_lanes(lane < count ? reinterpret_cast<const Message*>(messages)[lane] : Message{}, row);
   }
 
-  FDISTILL_DEVICE void take_row(uint32_t n, const Facts& row, Raw* logits) {
-    const Place place = place_of(n);
-    find_slice(row_at(task.student, place));
-    prepare(logits);
+  // Tells my warp's share in the next meeting.
+  template <typename Message>
+  FDISTILL_DEVICE void tell(const Message& of_warp, const Row& row) {
+    const int lane = thread() % kWarp, warp = thread() / kWarp;
+    if (lane == 0) reinterpret_cast<Message*>(shared.told)[warp] = of_warp;
+    Barrier* met = &shared.met[++meetings % 2];
+    if (thread() == 0) expect(met, launch.cluster * sizeof(Message));
+    block_barrier();  // every warp has told
+    if (warp != 0) return;
+    const Message of_block = sum_of<Message>(shared.told, threads() / kWarp, row);
+    constexpr int parts = sizeof(Message) / sizeof(Raw);
+    Raw raw[parts];
+    memcpy(raw, &of_block, sizeof(raw));
+    if (lane >= launch.cluster) return;
+    for (int i = 0; i < parts; ++i) send(lane, &shared.heard[meetings % 2][rank() * parts + i], raw[i], met);
+  }
+
+  // What all have told in this meeting.
+  template <typename Message>
+  FDISTILL_DEVICE Message hear(const Row& row) const {
+    wait_for(&shared.met[meetings % 2], (meetings - 1) / 2 % 2);
+    return sum_of<Message>(shared.heard[meetings % 2], launch.cluster, row);
+  }
+
+  // Labels have a softmax of their own, at temperature 1.
+  FDISTILL_DEVICE bool tempered(const Row& row) const { return task.labels && row.rate != 1.0f; }
+  FDISTILL_DEVICE bool smoothed() const { return task.labels && task.label_smoothing != 0.0f; }
+
+  FDISTILL_DEVICE void take_row(uint32_t n, const Row& row, Raw* logits) {
+    prepare(logits, row);
     const Raw* other_logits = logits + kVectors * threads();
-    const bool tempered = task.labels && row.rate != 1.0f;  // labels have a softmax of their own, at temperature 1
-    const bool smoothed = task.labels && task.label_smoothing != 0.0f;
-    const float label_logit = label_logit_of(place, static_cast<int>(row.label));
-    const float pivot = fabsf(label_logit) < INFINITY ? label_logit : 0.0f;
-
-    call_meeting(tempered || smoothed ? 2 : 1);
-    const Softmax mine = exponentials(logits, row.rate, held);
-    const Softmax other_mine = kTeacher ? exponentials(other_logits, row.other_rate, other) : Softmax{};
-    publish({mine.top, mine.total, other_mine.top, other_mine.total});
-    if (tempered || smoothed)
-      publish({mine.top, tempered ? plain_total(logits, {mine.top, 0.0f, 1.0f}) : 0.0f,
-               smoothed ? sum_about(logits, pivot) : 0.0f, 0.0f}, 1);
-    meet();
-    Softmax student{kLowest, 0.0f, row.rate}, teacher{kLowest, 0.0f, row.other_rate};
-    met_softmaxes(student, teacher);
-    const float of_held = student.worth(mine.top) / student.total;  // makes an exponential of mine a probability
+    Statistics mine{{top_of(logits)}};
+    if (tempered(row)) mine.plain = plain_total(logits, mine.student);
+    if (task.labels) mine.label_logit = label_logit(logits, row);
+    if (smoothed()) sum_about_top(logits, row, mine);
+    exponentials(logits, row.rate, held, mine.student);
+    if (kTeacher) {
+      mine.teacher.top = top_of(other_logits);
+      exponentials(other_logits, row.other_rate, other, mine.teacher);
+    }
+    tell(mine, row);
+    const Statistics all = hear<Statistics>(row);
+    const float of_held = all.student.worth(mine.student.top, row.rate) / all.student.total;  // to probabilities
     Gradient of;
     if (task.labels) {
-      Softmax plain{student.top, student.total, 1.0f};
-      if (tempered) {
-        plain.total = 0.0f;
-        for_met(1, [&](const float(&value)[4]) { plain.total += value[1] * plain.worth(value[0]); });
-        plain.total = warp_sum(plain.total);
-      }
-      of = label_terms(n, row.scale, plain, label_logit, pivot, smoothed ? met_sum<2>(1) : 0.0f);
-      (tempered ? of.plain : of.exponential) = of.softmax * (tempered ? 1.0f / plain.total : of_held);
+      const float plain = tempered(row) ? all.plain : all.student.total;
+      of = label_terms(n, row, {all.student.top, plain}, all.label_logit, all.linear);
+      (tempered(row) ? of.plain : of.exponential) = of.softmax * (tempered(row) ? 1.0f / plain : of_held);
     } else if (first()) {
       task.parts[task.row_count + n] = task.parts[2 * task.row_count + n] = 0.0f;
     }
 
+    Totals total;
     if constexpr (kTeacher) {
-      float divergence = 0, weight = 0;
-      call_meeting(1);
-      totals(logits, other_logits, student, teacher, of_held, teacher.worth(other_mine.top) / teacher.total, divergence,
-             weight);
-      publish({warp_sum(divergence), kCentred ? 0.0f : warp_sum(weight), 0.0f, 0.0f});
+      const float of_other = all.teacher.worth(mine.teacher.top, row.other_rate) / all.teacher.total;
+      tell(totals(logits, other_logits, row, all, of_held, of_other), row);
       of.term = row.scale * row.divergence_scale * row.rate;
       if (!kCentred) {
-        meet();
-        of.exponential -= of.term * met_sum<1>(0) * of_held;
+        total = hear<Totals>(row);
+        of.exponential -= of.term * total.weight * of_held;
       }
     }
-    of.top = student.top;
-    if (task.student_gradient.data) write_gradient(place, static_cast<int>(row.label), logits, of);
-    float divergence = 0;
-    if constexpr (kTeacher) {
-      if (kCentred) meet();
-      if (rank() == 0 && thread() < kWarp) divergence = met_sum<0>(0);
-    }
-    if (first()) task.parts[n] = kTeacher ? row.scale * row.divergence_scale * divergence : 0.0f;
+    of.top = all.student.top;
+    if (task.student_gradient.data) write_gradient(row, logits, of);
+    if (kTeacher && kCentred) total = hear<Totals>(row);
+    if (first()) task.parts[n] = kTeacher ? row.scale * row.divergence_scale * total.divergence : 0.0f;
   }
 
   FDISTILL_DEVICE bool first() const { return rank() == 0 && thread() == 0; }
 
   // Cross-entropy and lse^2 of a row, and their gradient's coefficients.
-  FDISTILL_DEVICE Gradient label_terms(uint32_t n, float scale, const Softmax& plain, float label_logit, float pivot,
+  FDISTILL_DEVICE Gradient label_terms(uint32_t n, const Row& row, const Softmax& plain, float label_logit,
                                        float linear) const {
-    const float log_total = logf(plain.total), lse = plain.top + log_total;
+    const float log_total = logf(plain.total), lse = plain.top + log_total, scale = row.scale;
     const float of_label = 1.0f - task.label_smoothing, spread = task.label_smoothing / vocabulary;
     if (first()) {
       float cross_entropy = Math<float>::times(of_label, plain.top - label_logit + log_total);
-      if (spread != 0.0f) cross_entropy += spread * (vocabulary * (plain.top - pivot + log_total) - linear);
+      if (spread != 0.0f) cross_entropy += spread * (vocabulary * log_total - linear);
       task.parts[task.row_count + n] = scale * cross_entropy;
       task.parts[2 * task.row_count + n] = scale * lse * lse;
     }
@@ -449,51 +443,61 @@ struct RowProgram {
     float total = 0;
     for_vectors(logits, [&](int, const float(&x)[kSize]) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) total += plain.worth(x[i]);
+      for (int i = 0; i < kSize; ++i) total += plain.worth(x[i], 1.0f);
     });
     return warp_sum(total);
   }
 
-  // Sum of z - pivot over the vocabulary, not over what is around the row.
-  FDISTILL_DEVICE float sum_about(const Raw* logits, float pivot) const {
-    float total = 0;
+  // `linear` and `entries`: over the vocabulary, not over what is around the row.
+  FDISTILL_DEVICE void sum_about_top(const Raw* logits, const Row& row, Statistics& mine) const {
     for_vectors(logits, [&](int k, const float(&x)[kSize]) {
-      const int v = k * threads() + thread(), entry = entry_of(v);
+      const int v = vector(k), entry = entry_of(v, row);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
-        if (v < count && entry + i >= 0 && entry + i < vocabulary) total += x[i] - pivot;
+        if (v < row.count && entry + i >= 0 && entry + i < vocabulary) mine.linear += x[i] - mine.student.top, ++mine.entries;
     });
-    return warp_sum(total);
+    mine.linear = warp_sum(mine.linear), mine.entries = warp_sum(mine.entries);
   }
 
-  // My shares of D and S; the student's terms go where the teacher's exponentials were.
-  FDISTILL_DEVICE void totals(const Raw* logits, const Raw* other_logits, const Softmax& student, const Softmax& teacher,
-                              float of_held, float of_other, float& divergence, float& weight) {
-    const float log_total = logf(student.total), other_log_total = logf(teacher.total);
+  // The label's logit if my warp has it, else 0; NaN where there is no label.
+  FDISTILL_DEVICE float label_logit(const Raw* logits, const Row& row) const {
+    if (row.label < 0.0f) return NAN;
+    const int at = static_cast<int>(row.label) + row.shift - begin() * kSize, v = at / kSize;
+    const bool mine = at >= 0 && v < row.count && v / (kVectors * kWarp) == thread() / kWarp && v % kWarp == thread() % kWarp;
+    return warp_sum(mine ? value_of(reinterpret_cast<const scalar_t*>(logits)[at]) : 0.0f);
+  }
+
+  // My warp's shares of D and S; the student's terms go where the teacher's exponentials were.
+  FDISTILL_DEVICE Totals totals(const Raw* logits, const Raw* other_logits, const Row& row, const Statistics& all,
+                                float of_held, float of_other) {
+    Totals mine;
+    const float log_total = logf(all.student.total), other_log_total = logf(all.teacher.total);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float x[kSize], y[kSize];
-      Vec::widen(logits[k * threads() + thread()], x);
-      Vec::widen(other_logits[k * threads() + thread()], y);
+      Vec::widen(load(&logits[vector(k)]), x);
+      Vec::widen(load(&other_logits[vector(k)]), y);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const Entry<float> entry{other[k * kSize + i] * of_other, held[k * kSize + i] * of_held,
-                                 (y[i] - teacher.top) * teacher.rate - other_log_total,
-                                 (x[i] - student.top) * student.rate - log_total};
+                                 (y[i] - all.teacher.top) * row.other_rate - other_log_total,
+                                 (x[i] - all.student.top) * row.rate - log_total};
         const Terms<float> terms = Divergence::terms(entry, task.parameter);
-        divergence += terms.student + terms.teacher;
-        weight += terms.student;
+        mine.divergence += terms.student + terms.teacher;
+        mine.weight += terms.student;
         other[k * kSize + i] = terms.student;
       }
     }
+    return {warp_sum(mine.divergence), kCentred ? 0.0f : warp_sum(mine.weight)};
   }
 
-  FDISTILL_DEVICE void write_gradient(const Place& place, int label, const Raw* logits, const Gradient& of) const {
-    scalar_t* row = row_at(task.student_gradient, place);
+  FDISTILL_DEVICE void write_gradient(const Row& row, const Raw* logits, const Gradient& of) const {
+    scalar_t* to = row_at(task.student_gradient, row);
+    const int label = static_cast<int>(row.label);
     const float inverse_cap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const int v = k * threads() + thread(), entry = entry_of(v);
+      const int v = vector(k), entry = entry_of(v, row);
       float value[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -503,7 +507,7 @@ struct RowProgram {
       const bool labelled = label >= 0 && static_cast<unsigned>(label - entry) < kSize;
       if (of.plain != 0.0f || inverse_cap != 0.0f || labelled) {
         float x[kSize];
-        Vec::widen(logits[v], x);
+        Vec::widen(load(&logits[v]), x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           if (of.plain != 0.0f) value[i] += of.plain * exp2f((x[i] - of.top) * kLog2E);
@@ -511,26 +515,24 @@ struct RowProgram {
           if (inverse_cap != 0.0f) value[i] *= 1.0f - (x[i] * inverse_cap) * (x[i] * inverse_cap);
         }
       }
-      store(row, v, entry, Vec::narrow(value));
+      if (v < row.count) store(to, entry, Vec::narrow(value));
     }
   }
 
   // Of a vector what is of this row.
-  FDISTILL_DEVICE void store(scalar_t* row, int v, int entry, const Raw& raw) const {
-    if (v >= count) return;
-    if (entry >= 0 && entry + kSize <= vocabulary) return store_streaming(row + entry, raw);
+  FDISTILL_DEVICE void store(scalar_t* to, int entry, const Raw& raw) const {
+    if (entry >= 0 && entry + kSize <= vocabulary) return store_streaming(to + entry, raw);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      if (entry + i >= 0 && entry + i < vocabulary) row[entry + i] = Vec::entry(raw, i);
+      if (entry + i >= 0 && entry + i < vocabulary) to[entry + i] = Vec::entry(raw, i);
   }
 
-  FDISTILL_DEVICE void skip_row(uint32_t n) {
+  FDISTILL_DEVICE void skip_row(uint32_t n, const Row& row) const {
     if (first())
       for (int part = 0; part < 3; ++part) task.parts[part * task.row_count + n] = 0.0f;
     if (!task.student_gradient.data) return;
-    scalar_t* row = row_at(task.student_gradient, place_of(n));
-    find_slice(row);
-    for (int v = thread(); v < count; v += threads()) store(row, v, entry_of(v), Raw{});
+    scalar_t* to = row_at(task.student_gradient, row);
+    for (int v = thread(); v < row.count; v += threads()) store(to, entry_of(v, row), Raw{});
   }
 };
 

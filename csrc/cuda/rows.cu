@@ -32,9 +32,7 @@ constexpr const char* kNoRoom = "the card holds no such cluster";
 
 size_t shared_bytes(const RowTask& task, const Launch& launch) {
   const size_t models = task.teacher.data ? 2 : 1, scalar = task.scalar == Scalar::kFloat ? 4 : 2;
-  return launch.stages * models * kHeld * scalar * launch.threads +
-         sizeof(Raw) * 4 * launch.cluster * (launch.threads / kWarp) +
-         launch.stages * (sizeof(Barrier) + sizeof(Facts)) + 2 * sizeof(Barrier);
+  return sizeof(Shared) + launch.stages * models * held_of(task.scalar) * scalar * launch.threads;
 }
 
 }  // namespace fdistill

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from .rows import RowCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERFACE, NO_ROOM = 1, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
-HELD, WARP, CLUSTERS = 32, 32, (1, 2, 4, 8, 16)  # as in csrc/cuda/row_kernel.h
-SHARED_MEMORY = 227 << 10  # of a block, in bytes
+HELD = {4: 32, 2: 40}  # entries of a model in a thread, by their bytes: csrc/cuda/row_kernel.h's `held_of`
+WARP, CLUSTERS = 32, (1, 2, 4, 8, 16)
+MOST_THREADS = 512  # of a multiprocessor, whose registers they share
+SHARED_MEMORY, SYSTEM, DESK = (
+    228 << 10,
+    1 << 10,
+    1696,
+)  # bytes: a multiprocessor's; of each block its driver's and `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
-#: The most threads of a block, up to 512: with 256 a multiprocessor has two blocks of clusters twice as large.
-MOST_THREADS = 512
+#: Blocks of a multiprocessor, in the order tried: with two, one works while the other meets or waits.
+BLOCKS = (2, 1)
 #: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
 FASTER_FROM: int | None = None
 
@@ -62,6 +69,11 @@ class Launch:
     aligned: bool
 
 
+def threads_for(slice: int, itemsize: int) -> int:
+    """The fewest threads, in whole warps, whose registers hold so many 16-byte vectors of each model."""
+    return -(-slice * 16 // (itemsize * HELD[itemsize] * WARP)) * WARP
+
+
 def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
     """The smallest cluster whose registers hold a row, with room for a second row on its way; None if the row is too
     long for any.
@@ -70,16 +82,15 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch |
     """
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
-    for cluster in CLUSTERS:
+    for blocks, cluster in itertools.product(BLOCKS, CLUSTERS):
         slice = -(-vectors // (cluster * LINE)) * LINE
-        needed = -(-slice * entries // (HELD * WARP)) * WARP
-        if needed > MOST_THREADS:
+        threads = threads_for(slice, itemsize)
+        if threads > MOST_THREADS // blocks:
             continue
-        # besides the stages: two meetings' room, and 1 KB of the system's with the barriers and facts
-        room = SHARED_MEMORY * MOST_THREADS // 512 - 64 * cluster * (needed // WARP) - 1152
-        stages = min(3, room // (models * needed * HELD * itemsize))
-        if stages > 1 or (stages and cluster == CLUSTERS[-1]):
-            return Launch(cluster, needed, stages, slice, aligned)
+        room = SHARED_MEMORY // blocks - SYSTEM - DESK
+        stages = min(3, room // (models * threads * HELD[itemsize] * itemsize))
+        if stages > 1 or (stages and (blocks, cluster) == (BLOCKS[-1], CLUSTERS[-1])):
+            return Launch(cluster, threads, stages, slice, aligned)
     return None
 
 
