@@ -197,7 +197,7 @@ def test_what_goes_to_triton_says_why(monkeypatch):
     fk.f_divergence(student[:, 1:], teacher[:, :-1], backend="cuda")
     monkeypatch.setattr(cuda, "plan", lambda *_: None)
     fk.f_divergence(student, teacher, backend="cuda")
-    monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Launch(32, 32, 1, 8, False))
+    monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Launch(32, 32, 1, 1, 8, False))
     fk.f_divergence(student, teacher, backend="cuda")  # a cluster that no card holds
     assert [re.sub(r"\d+", "N", c) if isinstance(c, str) else None for c in calls] == [
         "the teacher wants a gradient", "classes have weights",
@@ -205,9 +205,9 @@ def test_what_goes_to_triton_says_why(monkeypatch):
         "rows of N entries are too long for a cluster's registers", None]  # fmt: skip
 
 
-def blocks_of(launch, itemsize, models):
+def blocks_of(launch, models):
     """Blocks that a multiprocessor holds at a time; the system takes 1 KB of shared memory for each."""
-    stage = models * launch.threads * cuda.HELD[itemsize] * itemsize
+    stage = models * launch.threads * launch.depth * 16
     return min(512 // launch.threads, (228 << 10) // (launch.stages * stage + cuda.DESK + 1024))
 
 
@@ -217,18 +217,15 @@ def test_plans_fit_the_chip(blocks, monkeypatch):
     for vocabulary in (1, 31, 32000, 50257, 128256, 151936, 256000, 262144):
         for itemsize, models, aligned in itertools.product((2, 4), (1, 2), (True, False)):
             launch = cuda.plan(vocabulary, itemsize, models, aligned)
-            if (vocabulary, itemsize, aligned) == (262144, 4, False):
-                assert launch is None
-                continue
-            entries, held = 16 // itemsize, cuda.HELD[itemsize]
-            assert launch.slice * entries <= held * launch.threads and launch.threads <= 512
+            entries = 16 // itemsize
+            assert launch.depth * entries <= 40 and launch.slice <= launch.depth * launch.threads <= 512 * 40
             assert vocabulary + (0 if aligned else entries - 1) <= launch.cluster * launch.slice * entries
-            assert blocks_of(launch, itemsize, models) >= 1
+            assert blocks_of(launch, models) >= 1
     monkeypatch.setattr(cuda, "BLOCKS", (2, 1))
     for vocabulary in (32000, 50257, 128256, 151936):  # bfloat16: while one block waits another works
-        assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2, 2) >= 2
-    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(cluster=16, threads=224, stages=3, slice=1008, aligned=True)
-    assert cuda.plan(262144, 2, 2, True) == cuda.Launch(cluster=16, threads=416, stages=3, slice=2048, aligned=True)
+        assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2) >= 2
+    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(16, threads=256, depth=4, stages=3, slice=1008, aligned=True)
+    assert cuda.plan(262144, 2, 2, True) == cuda.Launch(16, threads=416, depth=5, stages=3, slice=2048, aligned=True)
     assert cuda.plan(10**6, 2, 1, True) is None
 
 
@@ -249,7 +246,7 @@ def test_errors_are_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
         fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), backend="cuda")
     with pytest.raises(RuntimeError, match=r"did not start.*there is no such kernel"):
-        emulated_library().divergence_rows("Nothing", cuda._RowTask(), cuda.Launch(1, 32, 1, 1, True), 0)
+        emulated_library().divergence_rows("Nothing", cuda._RowTask(), cuda.Launch(1, 32, 1, 1, 1, True), 0)
     monkeypatch.undo()
     monkeypatch.setattr(cuda, "LIBRARY", None)
     monkeypatch.setattr(cuda, "NOT_LOADED", "the CUDA library is not built")
@@ -318,7 +315,7 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
     )
     for field, _ in cuda._RowTask._fields_:
         source += f'printf("%zu\\n", offsetof(fdistill::RowTask, {field}));\n'
-    for number in ("sizeof(RowTask)", "sizeof(Shared)", "held_of(Scalar::kFloat)", "held_of(Scalar::kHalf)"):
+    for number in ("sizeof(RowTask)", "sizeof(Launch)", "sizeof(Shared)", "kHeld"):
         source += f'printf("%zu\\n", size_t({number}));\n'
     source += "}"
     command = ["g++", "-x", "c++", "-std=c++17", "-I", ROOT / "csrc", "-o", tmp_path / "offsets", "-"]
@@ -327,7 +324,7 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
 
     assert offsets == [
         *(getattr(cuda._RowTask, f).offset for f, _ in cuda._RowTask._fields_),
-        ctypes.sizeof(cuda._RowTask), cuda.DESK, cuda.HELD[4], cuda.HELD[2],
+        ctypes.sizeof(cuda._RowTask), ctypes.sizeof(cuda._Launch), cuda.DESK, cuda.HELD,
     ]  # fmt: skip
 
 

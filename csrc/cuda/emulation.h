@@ -34,6 +34,8 @@ struct Barrier {
 namespace emulation {
 
 constexpr int kWarpSize = 32, kClusters = 2;  // two persistent clusters, one after the other
+constexpr int kBeyond = 4096;                 // bytes after a block's shared memory that nothing may write
+constexpr char kUnwritten = static_cast<char>(0xff);  // NaN, if read as logits
 
 struct Meeting {  // of `size` threads; the k-th has passed when k * size have arrived
   int size = 0;
@@ -207,7 +209,9 @@ inline void wait_for(Barrier* barrier, uint32_t parity) {
 
 inline void before_copies() {}
 
-inline Raw load(const Raw* from) { return *from; }
+using Address = const Raw*;
+inline Address address(const Raw* shared) { return shared; }
+inline Raw load(Address from, int after) { return from[after]; }
 
 inline void store_streaming(void* to, const Raw& raw) {
   if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
@@ -269,7 +273,7 @@ const char* emulate(const std::function<void()>& kernel, const Launch& launch, s
     cluster.meeting.size = launch.cluster * launch.threads;
     for (int rank = 0; rank < launch.cluster; ++rank) {
       Block& block = cluster.blocks[rank];
-      block.memory.assign(shared_bytes + 128, static_cast<char>(0xff));  // NaN, until something is written
+      block.memory.assign(shared_bytes + 128 + kBeyond, kUnwritten);
       block.shared = block.memory.data() + 128 - reinterpret_cast<uintptr_t>(block.memory.data()) % 128;
       block.meeting.size = launch.threads;
       block.warps.resize(launch.threads / kWarpSize);
@@ -288,6 +292,9 @@ const char* emulate(const std::function<void()>& kernel, const Launch& launch, s
       }
     }
     if (const char* error = run_cluster(cluster, seed)) return error;
+    for (const Block& block : cluster.blocks)
+      for (int i = 0; i < kBeyond; ++i)
+        if (block.shared[shared_bytes + i] != kUnwritten) return "a block wrote beyond its shared memory";
   }
   return nullptr;
 }

@@ -42,7 +42,9 @@ FDISTILL_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-FDISTILL_DEVICE uint32_t address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+using Address = uint32_t;  // in shared memory
+
+FDISTILL_DEVICE Address address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
 FDISTILL_DEVICE uint32_t address_in(int block, const void* shared) {
   uint32_t there;
@@ -89,11 +91,13 @@ FDISTILL_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
 // What threads wrote to shared memory comes before what the copy engine writes there after the next barrier.
 FDISTILL_DEVICE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// From shared memory, anew at each call: the compiler must not keep a row's logits in registers from pass to pass.
-FDISTILL_DEVICE Raw load(const Raw* from) {
+// The vector so many after `from`, anew at each call: the compiler must not keep a row's logits in registers from pass to
+// pass.
+FDISTILL_DEVICE Raw load(Address from, int after) {
   Raw raw;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.word[0]), "=r"(raw.word[1]), "=r"(raw.word[2]), "=r"(raw.word[3]) : "r"(address(from)));
+               : "=r"(raw.word[0]), "=r"(raw.word[1]), "=r"(raw.word[2]), "=r"(raw.word[3])
+               : "r"(from + after * static_cast<int>(sizeof(Raw))));
   return raw;
 }
 

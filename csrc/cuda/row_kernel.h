@@ -2,7 +2,7 @@
 //
 // A cluster of thread blocks takes a row at a time. The row is cut into 16-byte vectors and these into one slice a block;
 // the copy engine brings a slice of the student's and of the teacher's logits into a stage of shared memory while earlier
-// rows are worked on. A thread keeps its entries of both models in registers from the first exponential to the
+// rows are worked on. A thread keeps its kHeld entries of both models in registers from the first exponential to the
 // gradient, so that each is made once:
 //     statistics   e = exp((z - the warp's top) / T), and their sums       the blocks of the cluster meet
 //     totals       the divergence's terms; D and S                         they meet again
@@ -27,14 +27,13 @@
 namespace fdistill {
 
 constexpr int kWarp = 32;
-// Entries of a model in a thread's registers: as many as 128 registers hold without a spill.
-constexpr int held_of(Scalar scalar) { return scalar == Scalar::kFloat ? 32 : 40; }
+constexpr int kHeld = 40;  // entries of a model in a thread's registers: as many as 128 registers hold without a spill
 constexpr float kLog2E = 1.44269504f;
 
-// How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `aligned`: every
-// row starts at a multiple of 16 bytes.
+// How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `depth`: that each
+// thread takes; `aligned`: every row starts at a multiple of 16 bytes.
 struct Launch {
-  int32_t cluster, threads, stages, slice, aligned;
+  int32_t cluster, threads, depth, stages, slice, aligned;
 };
 
 template <typename scalar_t>
@@ -99,8 +98,9 @@ FDISTILL_DEVICE float warp_top(float x) {
 // What is known of a row before its logits are there: facts that threads carry, and what of it is this block's.
 struct Row {
   float scale, rate, other_rate, divergence_scale, label;  // a label below 2^24 is exact; -1: none
-  uint32_t outer, inner;                                   // its indices, the same in every tensor of the call
-  int32_t shift, count;  // entries before it in its first 16 bytes; vectors of the slice
+  uint32_t outer, inner;        // its indices, the same in every tensor of the call
+  int32_t shift;                // entries before it in its first 16 bytes
+  int32_t count, first, whole;  // vectors of the slice; of these from `first` on so many are all of this row
 };
 constexpr int kFacts = 5;
 
@@ -126,10 +126,10 @@ struct alignas(sizeof(Raw)) Totals {
 // A block's shared memory, before the stages.
 struct Shared {
   static constexpr int most_stages = 3, most_warps = 16, most_blocks = 16, message = sizeof(Statistics) / sizeof(Raw);
-  Barrier arrived[most_stages];  // the slices are there
-  Barrier met[2];                // every block has been heard
-  Row rows[most_stages];         // in the stages
-  Raw told[message * most_warps];      // by warps to their block
+  Barrier arrived[most_stages];         // the slices are there
+  Barrier met[2];                       // every block has been heard
+  Row rows[most_stages];                // in the stages
+  Raw told[message * most_warps];       // by warps to their block
   Raw heard[2][message * most_blocks];  // of blocks, in two meetings
 };
 
@@ -142,8 +142,7 @@ struct Gradient {
 template <typename Divergence, typename scalar_t>
 struct RowProgram {
   static constexpr bool kTeacher = !std::is_void_v<Divergence>;
-  static constexpr int kModels = kTeacher ? 2 : 1, kSize = Vector<scalar_t>::size;
-  static constexpr int kHeld = held_of(std::is_same_v<scalar_t, float> ? Scalar::kFloat : Scalar::kHalf), kVectors = kHeld / kSize;
+  static constexpr int kModels = kTeacher ? 2 : 1, kSize = Vector<scalar_t>::size, kVectors = kHeld / kSize;
   static constexpr bool kCentred = [] {
     if constexpr (kTeacher) return Divergence::centred;
     return true;
@@ -153,7 +152,7 @@ struct RowProgram {
   const RowTask& task;
   const Launch& launch;
   Shared& shared;
-  Raw* const stages;  // [stages][models][kVectors * threads]: a model's slice
+  Raw* const stages;  // [stages][models][depth * threads]: a model's slice
   const int vocabulary;
   uint32_t meetings = 0;
   float held[kHeld], other[kHeld];  // exponentials of the student and of the teacher; in the end `other` is the student's term
@@ -163,7 +162,8 @@ struct RowProgram {
         stages(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
 
   // A model's slice in a stage.
-  FDISTILL_DEVICE Raw* slice_at(int at, int model) const { return stages + (at * kModels + model) * kVectors * threads(); }
+  FDISTILL_DEVICE Raw* slice_at(int at, int model) const { return stages + (at * kModels + model) * room(); }
+  FDISTILL_DEVICE int room() const { return launch.depth * threads(); }
 
   FDISTILL_DEVICE void run() {
     start();
@@ -190,7 +190,7 @@ struct RowProgram {
   }
 
   FDISTILL_DEVICE void start() {
-    const int vectors = launch.stages * kModels * kVectors * threads();
+    const int vectors = launch.stages * kModels * room();
     for (int v = thread(); v < vectors; v += threads())  // what no slice reaches stays so
       for (uint32_t& word : stages[v].word) word = Vec::lowest;
     if (thread() == 0) {
@@ -210,12 +210,23 @@ struct RowProgram {
     const uint32_t inner = static_cast<uint32_t>(task.student.inner);
     row.outer = n / inner, row.inner = n % inner;
     row.shift = reinterpret_cast<uintptr_t>(row_at(task.student, row)) % sizeof(Raw) / sizeof(scalar_t);
-    const int vectors = (row.shift + vocabulary + kSize - 1) / kSize, left = vectors - begin();
-    row.count = left < 0 ? 0 : left < launch.slice ? left : launch.slice;
+    const auto until = [&](int entry) {  // vectors of the slice until there
+      const int vectors = entry / kSize - begin();
+      return vectors < 0 ? 0 : vectors < launch.slice ? vectors : launch.slice;
+    };
+    row.count = until(row.shift + vocabulary + kSize - 1);
+    row.first = rank() == 0 && row.shift != 0;
+    const int whole = until(row.shift + vocabulary) - row.first;
+    row.whole = whole < 0 ? 0 : whole;
   }
 
   // The first vector of this block's slices.
   FDISTILL_DEVICE int begin() const { return rank() * launch.slice; }
+
+  // This block's vectors of a row in memory.
+  FDISTILL_DEVICE Raw* slice_of(const Rows& rows, const Row& row) const {
+    return reinterpret_cast<Raw*>(row_at(rows, row) - row.shift) + begin();
+  }
 
   // Each of the first threads carries a fact of a row; 0 is the scale, 0 for a row that is ignored or does not exist.
   FDISTILL_DEVICE float fact_of(uint32_t n) const {
@@ -229,16 +240,6 @@ struct RowProgram {
     }
     const int64_t label = task.labels ? task.labels[n] : -1;
     return label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is ever read
-  }
-
-  static FDISTILL_DEVICE float value_of(scalar_t x) {
-    if constexpr (std::is_same_v<scalar_t, float>) {
-      return x;
-    } else {
-      float low, high;
-      Pair<scalar_t>::widen(x.bits, low, high);
-      return low;
-    }
   }
 
   // cap tanh(x / cap)
@@ -257,14 +258,20 @@ struct RowProgram {
     expect(&shared.arrived[at], kModels * bytes);
     if (bytes == 0) return;
 #pragma unroll
-    for (int model = 0; model < kModels; ++model) {
-      const scalar_t* start = row_at(model ? task.teacher : task.student, row) - row.shift;
-      copy(slice_at(at, model), reinterpret_cast<const Raw*>(start) + begin(), bytes, &shared.arrived[at]);
-    }
+    for (int model = 0; model < kModels; ++model)
+      copy(slice_at(at, model), slice_of(model ? task.teacher : task.student, row), bytes, &shared.arrived[at]);
   }
 
   // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
-  static FDISTILL_DEVICE int vector(int k) { return thread() / kWarp * kVectors * kWarp + thread() % kWarp + k * kWarp; }
+  FDISTILL_DEVICE int vector(int k) const { return thread() / kWarp * launch.depth * kWarp + thread() % kWarp + k * kWarp; }
+
+  // body(k) for each of my vectors.
+  template <typename Body>
+  FDISTILL_DEVICE void for_vectors(const Body& body) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k)
+      if (k < launch.depth) body(k);
+  }
 
   // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
   FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
@@ -275,15 +282,14 @@ struct RowProgram {
     // every row fills the same whole vectors: around them the stage is as it was at the start
     if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
 #pragma unroll 1
-    for (int k = 0; k < kVectors; ++k) {
+    for (int k = 0; k < launch.depth; ++k) {
       const int v = vector(k), entry = entry_of(v, row);
       if (v >= launch.slice) break;
-      const bool whole = v < row.count && entry >= 0 && entry + kSize <= vocabulary;
 #pragma unroll
       for (int model = 0; model < kModels; ++model) {
         const float cap = model ? task.teacher_softcap : task.student_softcap;
-        if (whole && cap == 0.0f) continue;
-        Raw& raw = logits[model * kVectors * threads() + v];
+        if (is_whole(v, row) && cap == 0.0f) continue;
+        Raw& raw = logits[model * room() + v];
         float x[kSize];
         Vec::widen(raw, x);
 #pragma unroll
@@ -294,30 +300,26 @@ struct RowProgram {
     }
   }
 
-  // body(k, x): each of my vectors of a model in a stage.
-  template <typename Body>
-  FDISTILL_DEVICE void for_vectors(const Raw* logits, const Body& body) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      float x[kSize];
-      Vec::widen(load(&logits[vector(k)]), x);
-      body(k, x);
-    }
-  }
-
-  // My warp's.
-  FDISTILL_DEVICE float top_of(const Raw* logits) const {
+  // My entries of a model, and my warp's top of them.
+  FDISTILL_DEVICE float take(const Raw* logits, float (&kept)[kHeld]) const {
     float top = kLowest;
+    const Address mine = address(logits + vector(0));
+    for_vectors([&](int k) {
+      const Raw raw = load(mine, k * kWarp);
+      top = fmaxf(top, Vec::top(raw));
+      float x[kSize];
+      Vec::widen(raw, x);
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) top = fmaxf(top, Vec::top(load(&logits[vector(k)])));
+      for (int i = 0; i < kSize; ++i) kept[k * kSize + i] = x[i];
+    });
     return warp_top(top);
   }
 
-  // A model's exponentials about my warp's top, and their sum over it.
-  FDISTILL_DEVICE void exponentials(const Raw* logits, float rate, float (&kept)[kHeld], Softmax& mine) const {
-    for_vectors(logits, [&](int k, const float(&x)[kSize]) {
+  // Their exponentials about the top, and my warp's sum.
+  FDISTILL_DEVICE void exponentials(float (&kept)[kHeld], float rate, Softmax& mine) const {
+    for_vectors([&](int k) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) mine.total += kept[k * kSize + i] = mine.worth(x[i], rate);
+      for (int i = 0; i < kSize; ++i) mine.total += kept[k * kSize + i] = mine.worth(kept[k * kSize + i], rate);
     });
     mine.total = warp_sum(mine.total);
   }
@@ -381,15 +383,12 @@ struct RowProgram {
 
   FDISTILL_DEVICE void take_row(uint32_t n, const Row& row, Raw* logits) {
     prepare(logits, row);
-    const Raw* other_logits = logits + kVectors * threads();
-    Statistics mine{{top_of(logits)}};
-    if (tempered(row)) mine.plain = plain_total(logits, mine.student);
-    if (task.labels) mine.label_logit = label_logit(logits, row);
-    if (smoothed()) sum_about_top(logits, row, mine);
-    exponentials(logits, row.rate, held, mine.student);
+    Statistics mine{{take(logits, held)}};
+    if (task.labels) of_labels(row, mine);
+    exponentials(held, row.rate, mine.student);
     if (kTeacher) {
-      mine.teacher.top = top_of(other_logits);
-      exponentials(other_logits, row.other_rate, other, mine.teacher);
+      mine.teacher.top = take(logits + room(), other);
+      exponentials(other, row.other_rate, mine.teacher);
     }
     tell(mine, row);
     const Statistics all = hear<Statistics>(row);
@@ -406,7 +405,7 @@ struct RowProgram {
     Totals total;
     if constexpr (kTeacher) {
       const float of_other = all.teacher.worth(mine.teacher.top, row.other_rate) / all.teacher.total;
-      tell(totals(logits, other_logits, row, all, of_held, of_other), row);
+      tell(totals(logits, row, all, of_held, of_other), row);
       of.term = row.scale * row.divergence_scale * row.rate;
       if (!kCentred) {
         total = hear<Totals>(row);
@@ -439,100 +438,117 @@ struct RowProgram {
     return of;
   }
 
-  FDISTILL_DEVICE float plain_total(const Raw* logits, const Softmax& plain) const {
-    float total = 0;
-    for_vectors(logits, [&](int, const float(&x)[kSize]) {
+  // My warp's share in what labels need, of the logits that are held.
+  FDISTILL_DEVICE void of_labels(const Row& row, Statistics& mine) const {
+    if (tempered(row)) {
+      for_vectors([&](int k) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) total += plain.worth(x[i], 1.0f);
-    });
-    return warp_sum(total);
-  }
-
-  // `linear` and `entries`: over the vocabulary, not over what is around the row.
-  FDISTILL_DEVICE void sum_about_top(const Raw* logits, const Row& row, Statistics& mine) const {
-    for_vectors(logits, [&](int k, const float(&x)[kSize]) {
-      const int v = vector(k), entry = entry_of(v, row);
+        for (int i = 0; i < kSize; ++i) mine.plain += mine.student.worth(held[k * kSize + i], 1.0f);
+      });
+      mine.plain = warp_sum(mine.plain);
+    }
+    if (smoothed()) {
+      for_vectors([&](int k) {  // over the vocabulary, not over what is around the row
+        const int v = vector(k), entry = entry_of(v, row);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        if (v < row.count && entry + i >= 0 && entry + i < vocabulary) mine.linear += x[i] - mine.student.top, ++mine.entries;
-    });
-    mine.linear = warp_sum(mine.linear), mine.entries = warp_sum(mine.entries);
-  }
-
-  // The label's logit if my warp has it, else 0; NaN where there is no label.
-  FDISTILL_DEVICE float label_logit(const Raw* logits, const Row& row) const {
-    if (row.label < 0.0f) return NAN;
-    const int at = static_cast<int>(row.label) + row.shift - begin() * kSize, v = at / kSize;
-    const bool mine = at >= 0 && v < row.count && v / (kVectors * kWarp) == thread() / kWarp && v % kWarp == thread() % kWarp;
-    return warp_sum(mine ? value_of(reinterpret_cast<const scalar_t*>(logits)[at]) : 0.0f);
+        for (int i = 0; i < kSize; ++i)
+          if (v < row.count && entry + i >= 0 && entry + i < vocabulary)
+            mine.linear += held[k * kSize + i] - mine.student.top, ++mine.entries;
+      });
+      mine.linear = warp_sum(mine.linear), mine.entries = warp_sum(mine.entries);
+    }
+    const int label = entry_at(static_cast<int>(row.label), row);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      if (j == label) mine.label_logit = held[j];
+    mine.label_logit = row.label < 0.0f ? NAN : warp_sum(mine.label_logit);
   }
 
   // My warp's shares of D and S; the student's terms go where the teacher's exponentials were.
-  FDISTILL_DEVICE Totals totals(const Raw* logits, const Raw* other_logits, const Row& row, const Statistics& all,
+  FDISTILL_DEVICE Totals totals(const Raw* logits, const Row& row, const Statistics& all,
                                 float of_held, float of_other) {
-    Totals mine;
+    Totals total;
     const float log_total = logf(all.student.total), other_log_total = logf(all.teacher.total);
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    const Address mine = address(logits + vector(0));
+    for_vectors([&](int k) {
       float x[kSize], y[kSize];
-      Vec::widen(load(&logits[vector(k)]), x);
-      Vec::widen(load(&other_logits[vector(k)]), y);
+      Vec::widen(load(mine, k * kWarp), x);
+      Vec::widen(load(mine, room() + k * kWarp), y);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const Entry<float> entry{other[k * kSize + i] * of_other, held[k * kSize + i] * of_held,
                                  (y[i] - all.teacher.top) * row.other_rate - other_log_total,
                                  (x[i] - all.student.top) * row.rate - log_total};
         const Terms<float> terms = Divergence::terms(entry, task.parameter);
-        mine.divergence += terms.student + terms.teacher;
-        mine.weight += terms.student;
+        total.divergence += terms.student + terms.teacher;
+        total.weight += terms.student;
         other[k * kSize + i] = terms.student;
       }
-    }
-    return {warp_sum(mine.divergence), kCentred ? 0.0f : warp_sum(mine.weight)};
+    });
+    return {warp_sum(total.divergence), kCentred ? 0.0f : warp_sum(total.weight)};
   }
 
-  FDISTILL_DEVICE void write_gradient(const Row& row, const Raw* logits, const Gradient& of) const {
-    scalar_t* to = row_at(task.student_gradient, row);
-    const int label = static_cast<int>(row.label);
-    const float inverse_cap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
+  FDISTILL_DEVICE void write_gradient(const Row& row, const Raw* logits, const Gradient& of) {
+    for_vectors([&](int k) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const int v = vector(k), entry = entry_of(v, row);
-      float value[kSize];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        value[i] = of.exponential * held[k * kSize + i] + of.constant;
-        if (kTeacher) value[i] += of.term * other[k * kSize + i];
+      for (int j = k * kSize; j < (k + 1) * kSize; ++j) {
+        held[j] = of.exponential * held[j] + of.constant;
+        if (kTeacher) held[j] += of.term * other[j];
       }
-      const bool labelled = label >= 0 && static_cast<unsigned>(label - entry) < kSize;
-      if (of.plain != 0.0f || inverse_cap != 0.0f || labelled) {
+    });
+    const int label = row.label < 0.0f ? -1 : entry_at(static_cast<int>(row.label), row);
+    if (task.labels && label >= 0) {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j)
+        if (j == label) held[j] -= of.label;
+    }
+    const float inverse_cap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
+    if (of.plain != 0.0f || inverse_cap != 0.0f)
+      for_vectors([&](int k) {
         float x[kSize];
-        Vec::widen(load(&logits[v]), x);
+        Vec::widen(load(address(logits + vector(k)), 0), x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          if (of.plain != 0.0f) value[i] += of.plain * exp2f((x[i] - of.top) * kLog2E);
-          if (labelled && label == entry + i) value[i] -= of.label;
-          if (inverse_cap != 0.0f) value[i] *= 1.0f - (x[i] * inverse_cap) * (x[i] * inverse_cap);
+          held[k * kSize + i] += of.plain * exp2f((x[i] - of.top) * kLog2E);
+          if (inverse_cap != 0.0f) held[k * kSize + i] *= 1.0f - (x[i] * inverse_cap) * (x[i] * inverse_cap);
         }
-      }
-      if (v < row.count) store(to, entry, Vec::narrow(value));
-    }
+      });
+    Raw* to = slice_of(task.student_gradient, row) + vector(0);
+    for_vectors([&](int k) {
+      float value[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) value[i] = held[k * kSize + i];
+      store(to + k * kWarp, vector(k), row, Vec::narrow(value));
+    });
+  }
+
+  // Which of the entries that I hold one of the row is, or a negative number.
+  FDISTILL_DEVICE int entry_at(int entry, const Row& row) const {
+    const int at = entry + row.shift - begin() * kSize, v = at / kSize, mine = v - vector(0);
+    const bool is_mine = at >= 0 && v < row.count && mine >= 0 && mine % kWarp == 0 && mine < launch.depth * kWarp;
+    return is_mine ? mine / kWarp * kSize + at % kSize : -1;
+  }
+
+  static FDISTILL_DEVICE bool is_whole(int v, const Row& row) {
+    return static_cast<unsigned>(v - row.first) < static_cast<unsigned>(row.whole);
   }
 
   // Of a vector what is of this row.
-  FDISTILL_DEVICE void store(scalar_t* to, int entry, const Raw& raw) const {
-    if (entry >= 0 && entry + kSize <= vocabulary) return store_streaming(to + entry, raw);
+  FDISTILL_DEVICE void store(Raw* to, int v, const Row& row, const Raw& raw) const {
+    if (is_whole(v, row)) return store_streaming(to, raw);
+    if (v >= row.count) return;
+    const int entry = entry_of(v, row);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      if (entry + i >= 0 && entry + i < vocabulary) to[entry + i] = Vec::entry(raw, i);
+      if (entry + i >= 0 && entry + i < vocabulary) reinterpret_cast<scalar_t*>(to)[i] = Vec::entry(raw, i);
   }
 
   FDISTILL_DEVICE void skip_row(uint32_t n, const Row& row) const {
     if (first())
       for (int part = 0; part < 3; ++part) task.parts[part * task.row_count + n] = 0.0f;
     if (!task.student_gradient.data) return;
-    scalar_t* to = row_at(task.student_gradient, row);
-    for (int v = thread(); v < row.count; v += threads()) store(to, entry_of(v, row), Raw{});
+    Raw* to = slice_of(task.student_gradient, row);
+    for (int v = thread(); v < row.count; v += threads()) store(to + v, v, row, Raw{});
   }
 };
 

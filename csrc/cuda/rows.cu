@@ -31,8 +31,8 @@ Kernel find_kernel(const char* divergence, Scalar scalar) {
 constexpr const char* kNoRoom = "the card holds no such cluster";
 
 size_t shared_bytes(const RowTask& task, const Launch& launch) {
-  const size_t models = task.teacher.data ? 2 : 1, scalar = task.scalar == Scalar::kFloat ? 4 : 2;
-  return sizeof(Shared) + launch.stages * models * held_of(task.scalar) * scalar * launch.threads;
+  const size_t models = task.teacher.data ? 2 : 1;
+  return sizeof(Shared) + launch.stages * models * launch.depth * sizeof(Raw) * launch.threads;
 }
 
 }  // namespace fdistill

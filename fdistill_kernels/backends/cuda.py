@@ -18,14 +18,11 @@ from .rows import RowCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERFACE, NO_ROOM = 1, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
-HELD = {4: 32, 2: 40}  # entries of a model in a thread, by their bytes: csrc/cuda/row_kernel.h's `held_of`
-WARP, CLUSTERS = 32, (1, 2, 4, 8, 16)
+HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
+MEETINGS = 9  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
-SHARED_MEMORY, SYSTEM, DESK = (
-    228 << 10,
-    1 << 10,
-    1696,
-)  # bytes: a multiprocessor's; of each block its driver's and `Shared`
+SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
+SYSTEM, DESK = 1 << 10, 1712  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
 #: Blocks of a multiprocessor, in the order tried: with two, one works while the other meets or waits.
 BLOCKS = (2, 1)
@@ -53,25 +50,29 @@ class _RowTask(ctypes.Structure):
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "stages", "slice", "aligned")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "depth", "stages", "slice", "aligned")]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Blocks of a cluster, threads of a block, rows on their way into a block, 16-byte vectors of a row in a block, and
-    whether every row starts at a multiple of 16 bytes.
+    """Blocks of a cluster, threads of a block, 16-byte vectors of a row in a thread, rows on their way into a block,
+    vectors of a row in a block, and whether every row starts at a multiple of 16 bytes.
     """
 
     cluster: int
     threads: int
+    depth: int
     stages: int
     slice: int
     aligned: bool
 
 
-def threads_for(slice: int, itemsize: int) -> int:
-    """The fewest threads, in whole warps, whose registers hold so many 16-byte vectors of each model."""
-    return -(-slice * 16 // (itemsize * HELD[itemsize] * WARP)) * WARP
+def cut(slice: int, itemsize: int, most_threads: int) -> tuple[int, int] | None:
+    """Threads and depth that take so many vectors with the least work; None if even the deepest are too many."""
+    entries = 16 // itemsize
+    cuts = [(-(-slice // (depth * WARP)) * WARP, depth) for depth in range(1, HELD // entries + 1)]
+    fitting = [(threads, depth) for threads, depth in cuts if threads <= most_threads]
+    return min(fitting, key=lambda c: c[0] * (c[1] * entries + MEETINGS), default=None)
 
 
 def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
@@ -84,13 +85,14 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch |
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
     for blocks, cluster in itertools.product(BLOCKS, CLUSTERS):
         slice = -(-vectors // (cluster * LINE)) * LINE
-        threads = threads_for(slice, itemsize)
-        if threads > MOST_THREADS // blocks:
+        fitting = cut(slice, itemsize, MOST_THREADS // blocks)
+        if fitting is None:
             continue
+        threads, depth = fitting
         room = SHARED_MEMORY // blocks - SYSTEM - DESK
-        stages = min(3, room // (models * threads * HELD[itemsize] * itemsize))
+        stages = min(3, room // (models * threads * depth * 16))
         if stages > 1 or (stages and (blocks, cluster) == (BLOCKS[-1], CLUSTERS[-1])):
-            return Launch(cluster, threads, stages, slice, aligned)
+            return Launch(cluster, threads, depth, stages, slice, aligned)
     return None
 
 
