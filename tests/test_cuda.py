@@ -80,6 +80,7 @@ def test_no_schedule_of_threads_and_copies_changes_a_bit(cluster, stages, monkey
     [
         "block_barrier();  // every thread is done",
         "block_barrier();  // every warp has told",
+        "block_barrier();  // the speaker has heard",
         "wait_for(&shared.met[meetings % 2], (meetings - 1) / 2 % 2);",
         "wait_for(&shared.arrived[at], parity);",
     ],

@@ -7,9 +7,10 @@
 //     statistics   e = exp((z - the warp's top) / T), and their sums       the blocks of the cluster meet
 //     totals       the divergence's terms; D and S                         they meet again
 //     gradient     student term - q S, to memory
-// Where S = 0 (`centred`) the gradient does not wait for the second meeting. In a meeting warps tell their block, and its
-// first warp tells every block, whose barrier counts the bytes. There is room for two: who tells in the next has heard
-// all in this one, and every thread there was done with the one before.
+// Where S = 0 (`centred`) the gradient does not wait for the second meeting. In a meeting warps tell their block; its
+// first warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know.
+// There is room for two meetings: who tells in the next has heard all in this one, and their speakers were done with the
+// one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
 #pragma once
@@ -131,6 +132,7 @@ struct Shared {
   Row rows[most_stages];                // in the stages
   Raw told[message * most_warps];       // by warps to their block
   Raw heard[2][message * most_blocks];  // of blocks, in two meetings
+  Raw learnt[message];                  // by everyone, of a meeting
 };
 
 // The gradient of a row: term * the divergence's + exponential * e + plain * exp(z - top) + constant, less `label` at the
@@ -181,7 +183,6 @@ struct RowProgram {
       } else {
         take_row(n, row, slice_at(at, 0));
       }
-      before_copies();
       block_barrier();  // every thread is done with the stage
       fetch(at, ahead, fact_ahead);
       if (launch.stages == 1) block_barrier();  // the facts of the next row are there at once
@@ -281,6 +282,7 @@ struct RowProgram {
   FDISTILL_DEVICE void prepare(Raw* logits, const Row& row) const {
     // every row fills the same whole vectors: around them the stage is as it was at the start
     if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
+    bool changed = false;
 #pragma unroll 1
     for (int k = 0; k < launch.depth; ++k) {
       const int v = vector(k), entry = entry_of(v, row);
@@ -296,8 +298,10 @@ struct RowProgram {
         for (int i = 0; i < kSize; ++i)
           x[i] = v < row.count && entry + i >= 0 && entry + i < vocabulary ? capped(x[i], cap) : -INFINITY;
         raw = Vec::narrow(x);
+        changed = true;
       }
     }
+    if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
   }
 
   // My entries of a model, and my warp's top of them.
@@ -356,12 +360,12 @@ struct RowProgram {
   // Tells my warp's share in the next meeting.
   template <typename Message>
   FDISTILL_DEVICE void tell(const Message& of_warp, const Row& row) {
-    const int lane = thread() % kWarp, warp = thread() / kWarp;
-    if (lane == 0) reinterpret_cast<Message*>(shared.told)[warp] = of_warp;
+    const int lane = thread() % kWarp;
+    if (lane == 0) reinterpret_cast<Message*>(shared.told)[thread() / kWarp] = of_warp;
     Barrier* met = &shared.met[++meetings % 2];
     if (thread() == 0) expect(met, launch.cluster * sizeof(Message));
     block_barrier();  // every warp has told
-    if (warp != 0) return;
+    if (!speaker()) return;
     const Message of_block = sum_of<Message>(shared.told, threads() / kWarp, row);
     constexpr int parts = sizeof(Message) / sizeof(Raw);
     Raw raw[parts];
@@ -370,11 +374,25 @@ struct RowProgram {
     for (int i = 0; i < parts; ++i) send(lane, &shared.heard[meetings % 2][rank() * parts + i], raw[i], met);
   }
 
-  // What all have told in this meeting.
+  // The warp that tells and hears for its block.
+  static FDISTILL_DEVICE bool speaker() { return thread() < kWarp; }
+
+  // What all have told in this meeting; for the speaker.
   template <typename Message>
   FDISTILL_DEVICE Message hear(const Row& row) const {
     wait_for(&shared.met[meetings % 2], (meetings - 1) / 2 % 2);
     return sum_of<Message>(shared.heard[meetings % 2], launch.cluster, row);
+  }
+
+  // The same, for everyone.
+  template <typename Message>
+  FDISTILL_DEVICE Message learn(const Row& row) const {
+    if (speaker()) {
+      const Message all = hear<Message>(row);
+      if (thread() == 0) *reinterpret_cast<Message*>(shared.learnt) = all;
+    }
+    block_barrier();  // the speaker has heard
+    return *reinterpret_cast<const Message*>(shared.learnt);
   }
 
   // Labels have a softmax of their own, at temperature 1.
@@ -391,7 +409,7 @@ struct RowProgram {
       exponentials(other, row.other_rate, mine.teacher);
     }
     tell(mine, row);
-    const Statistics all = hear<Statistics>(row);
+    const Statistics all = learn<Statistics>(row);
     const float of_held = all.student.worth(mine.student.top, row.rate) / all.student.total;  // to probabilities
     Gradient of;
     if (task.labels) {
@@ -408,13 +426,13 @@ struct RowProgram {
       tell(totals(logits, row, all, of_held, of_other), row);
       of.term = row.scale * row.divergence_scale * row.rate;
       if (!kCentred) {
-        total = hear<Totals>(row);
+        total = learn<Totals>(row);
         of.exponential -= of.term * total.weight * of_held;
       }
     }
     of.top = all.student.top;
     if (task.student_gradient.data) write_gradient(row, logits, of);
-    if (kTeacher && kCentred) total = hear<Totals>(row);
+    if (kTeacher && kCentred && speaker()) total = hear<Totals>(row);
     if (first()) task.parts[n] = kTeacher ? row.scale * row.divergence_scale * total.divergence : 0.0f;
   }
 
