@@ -476,9 +476,11 @@ struct RowProgram {
       mine.linear = warp_sum(mine.linear), mine.entries = warp_sum(mine.entries);
     }
     const int label = entry_at(static_cast<int>(row.label), row);
+    if (label >= 0) {  // one thread of the cluster
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j)
-      if (j == label) mine.label_logit = held[j];
+      for (int j = 0; j < kHeld; ++j)
+        if (j == label) mine.label_logit = held[j];
+    }
     mine.label_logit = row.label < 0.0f ? NAN : warp_sum(mine.label_logit);
   }
 
