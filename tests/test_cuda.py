@@ -223,6 +223,7 @@ def test_plans_fit_the_chip(blocks, monkeypatch):
             assert vocabulary + (0 if aligned else entries - 1) <= launch.cluster * launch.slice * entries
             assert blocks_of(launch, models) >= 1
     monkeypatch.setattr(cuda, "BLOCKS", (2, 1))
+    assert blocks_of(cuda.plan(163840, 2, 2, True), 2) == 2 and blocks_of(cuda.plan(163848, 2, 2, True), 2) == 1
     for vocabulary in (32000, 50257, 128256, 151936):  # bfloat16: while one block waits another works
         assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2) >= 2
     assert cuda.plan(128256, 2, 2, True) == cuda.Launch(16, threads=256, depth=4, stages=3, slice=1008, aligned=True)
