@@ -110,12 +110,19 @@ inline void finish(Barrier* barrier, int32_t of_pending) {
   if (barrier->pending == 0) barrier->parity ^= 1, barrier->pending = 1;
 }
 
-inline void land(Block& block) {
+// All copies that are under way, or some of them in any order.
+inline void land(Block& block, std::minstd_rand* some = nullptr) {
+  std::vector<Copy> later;
+  if (some) std::shuffle(block.copies.begin(), block.copies.end(), *some);
   for (const Copy& copy : block.copies) {
+    if (some && (*some)() % 2) {
+      later.push_back(copy);
+      continue;
+    }
     std::memcpy(copy.to, copy.from ? copy.from : &copy.sent, copy.bytes);
     finish(copy.barrier, static_cast<int32_t>(copy.bytes));
   }
-  block.copies.clear();
+  block.copies = later;
 }
 
 inline void start_copy(Block& block, const Copy& copy) {
@@ -150,6 +157,8 @@ inline const char* run_cluster(Cluster& cluster, uint32_t seed) {
         left -= thread->done;
       }
     }
+    if (seed % 4 == 3)
+      for (Block& block : cluster.blocks) land(block, &random);
     const bool stuck = cluster.events == before;
     if (stuck && everyone && left) {
       bool waiting = false;  // for a copy, perhaps: they land when nothing else goes on

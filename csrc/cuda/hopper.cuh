@@ -97,7 +97,8 @@ FDISTILL_DEVICE Raw load(Address from, int after) {
   Raw raw;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(raw.word[0]), "=r"(raw.word[1]), "=r"(raw.word[2]), "=r"(raw.word[3])
-               : "r"(from + after * static_cast<int>(sizeof(Raw))));
+               : "r"(from + after * static_cast<int>(sizeof(Raw)))
+               : "memory");
   return raw;
 }
 

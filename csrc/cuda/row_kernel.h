@@ -27,7 +27,7 @@
 
 namespace fdistill {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kMost = 16;  // lanes of a warp; the most warps of a block, and blocks of a cluster
 constexpr int kHeld = 40;  // entries of a model in a thread's registers: as many as 128 registers hold without a spill
 constexpr float kLog2E = 1.44269504f;
 
@@ -84,15 +84,17 @@ struct Vector<float> {
   }
 };
 
+template <int lanes = kWarp>
 FDISTILL_DEVICE float warp_sum(float x) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask; mask /= 2) x += from_lane(x, mask);
+  for (int mask = lanes / 2; mask; mask /= 2) x += from_lane(x, mask);
   return x;
 }
 
+template <int lanes = kWarp>
 FDISTILL_DEVICE float warp_top(float x) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask; mask /= 2) x = fmaxf(x, from_lane(x, mask));
+  for (int mask = lanes / 2; mask; mask /= 2) x = fmaxf(x, from_lane(x, mask));
   return x;
 }
 
@@ -103,7 +105,7 @@ struct Row {
   int32_t shift;                // entries before it in its first 16 bytes
   int32_t count, first, whole;  // vectors of the slice; of these from `first` on so many are all of this row
 };
-constexpr int kFacts = 5;
+constexpr int kFacts = 5, kLabel = 4;
 
 // A model's softmax, whole or in part: p = exp((z - top) rate) / total. A top starts from kLowest: finite, so that
 // -inf - top is -inf.
@@ -126,12 +128,12 @@ struct alignas(sizeof(Raw)) Totals {
 
 // A block's shared memory, before the stages.
 struct Shared {
-  static constexpr int most_stages = 3, most_warps = 16, most_blocks = 16, message = sizeof(Statistics) / sizeof(Raw);
+  static constexpr int most_stages = 3, message = sizeof(Statistics) / sizeof(Raw);
   Barrier arrived[most_stages];         // the slices are there
   Barrier met[2];                       // every block has been heard
   Row rows[most_stages];                // in the stages
-  Raw told[message * most_warps];       // by warps to their block
-  Raw heard[2][message * most_blocks];  // of blocks, in two meetings
+  Raw told[message * kMost];            // by warps to their block
+  Raw heard[2][message * kMost];        // of blocks, in two meetings
   Raw learnt[message];                  // by everyone, of a meeting
 };
 
@@ -229,18 +231,17 @@ struct RowProgram {
     return reinterpret_cast<Raw*>(row_at(rows, row) - row.shift) + begin();
   }
 
-  // Each of the first threads carries a fact of a row; 0 is the scale, 0 for a row that is ignored or does not exist.
+  // Each of the first threads carries a fact of a row as it lies in memory, and of a label the low half. Nothing looks at
+  // it before `fetch`, so that no thread waits for it.
   FDISTILL_DEVICE float fact_of(uint32_t n) const {
-    if (thread() >= kFacts || n >= task.row_count) return 0.0f;
-    switch (thread()) {
-      case 0: return task.row_scale[n];
-      case 1: return kTeacher ? task.student_inverse_temperature[n] : 1.0f;
-      case 2: return kTeacher ? task.teacher_inverse_temperature[n] : 1.0f;
-      case 3: return kTeacher ? task.divergence_scale[n] : 0.0f;
-      default: break;
-    }
-    const int64_t label = task.labels ? task.labels[n] : -1;
-    return label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is ever read
+    const void* const facts[kFacts] = {task.row_scale, kTeacher ? task.student_inverse_temperature : nullptr,
+                                       kTeacher ? task.teacher_inverse_temperature : nullptr,
+                                       kTeacher ? task.divergence_scale : nullptr, task.labels};
+    const float* fact = nullptr;
+#pragma unroll
+    for (int i = 0; i < kFacts; ++i)
+      if (thread() == i) fact = static_cast<const float*>(facts[i]);
+    return fact && n < task.row_count ? fact[thread() == kLabel ? 2 * static_cast<size_t>(n) : n] : 1.0f;
   }
 
   // cap tanh(x / cap)
@@ -252,6 +253,11 @@ struct RowProgram {
   FDISTILL_DEVICE void fetch(int at, uint32_t n, float fact) {
     if (n >= task.row_count) return;
     Row& row = shared.rows[at];
+    if (thread() == kLabel) {
+      int32_t label;
+      memcpy(&label, &fact, sizeof(label));
+      fact = task.labels && label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is read
+    }
     if (thread() < kFacts) (&row.scale)[thread()] = fact;
     if (thread() != 0) return;
     place(n, row);
@@ -304,7 +310,7 @@ struct RowProgram {
     if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
   }
 
-  // My entries of a model, and my warp's top of them.
+  // My entries of a model, and their top.
   FDISTILL_DEVICE float take(const Raw* logits, float (&kept)[kHeld]) const {
     float top = kLowest;
     const Address mine = address(logits + vector(0));
@@ -316,45 +322,45 @@ struct RowProgram {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) kept[k * kSize + i] = x[i];
     });
-    return warp_top(top);
+    return top;
   }
 
-  // Their exponentials about the top, and my warp's sum.
+  // Their exponentials about my warp's top, and my sum of them.
   FDISTILL_DEVICE void exponentials(float (&kept)[kHeld], float rate, Softmax& mine) const {
     for_vectors([&](int k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) mine.total += kept[k * kSize + i] = mine.worth(kept[k * kSize + i], rate);
     });
-    mine.total = warp_sum(mine.total);
   }
 
-  static FDISTILL_DEVICE Softmax sum_over_lanes(const Softmax& of_lane, float rate) {
-    Softmax all{warp_top(of_lane.top)};
-    all.total = warp_sum(of_lane.total * all.worth(of_lane.top, rate));
+  // Over kMost lanes.
+  static FDISTILL_DEVICE Softmax sum_over_most(const Softmax& of_lane, float rate) {
+    Softmax all{warp_top<kMost>(of_lane.top)};
+    all.total = warp_sum<kMost>(of_lane.total * all.worth(of_lane.top, rate));
     return all;
   }
 
-  FDISTILL_DEVICE Statistics sum_over_lanes(const Statistics& of_lane, const Row& row) const {
-    Statistics all{sum_over_lanes(of_lane.student, row.rate)};
-    if (kTeacher) all.teacher = sum_over_lanes(of_lane.teacher, row.other_rate);
-    if (tempered(row)) all.plain = warp_sum(of_lane.plain * all.student.worth(of_lane.student.top, 1.0f));
-    if (task.labels) all.label_logit = warp_sum(of_lane.label_logit);
+  FDISTILL_DEVICE Statistics sum_over_most(const Statistics& of_lane, const Row& row) const {
+    Statistics all{sum_over_most(of_lane.student, row.rate)};
+    if (kTeacher) all.teacher = sum_over_most(of_lane.teacher, row.other_rate);
+    if (tempered(row)) all.plain = warp_sum<kMost>(of_lane.plain * all.student.worth(of_lane.student.top, 1.0f));
+    if (task.labels) all.label_logit = warp_sum<kMost>(of_lane.label_logit);
     if (smoothed()) {
-      all.entries = warp_sum(of_lane.entries);
-      all.linear = warp_sum(of_lane.linear + Math<float>::times(of_lane.entries, of_lane.student.top - all.student.top));
+      all.entries = warp_sum<kMost>(of_lane.entries);
+      all.linear = warp_sum<kMost>(of_lane.linear + Math<float>::times(of_lane.entries, of_lane.student.top - all.student.top));
     }
     return all;
   }
 
-  FDISTILL_DEVICE Totals sum_over_lanes(const Totals& of_lane, const Row&) const {
-    return {warp_sum(of_lane.divergence), kCentred ? 0.0f : warp_sum(of_lane.weight)};
+  FDISTILL_DEVICE Totals sum_over_most(const Totals& of_lane, const Row&) const {
+    return {warp_sum<kMost>(of_lane.divergence), kCentred ? 0.0f : warp_sum<kMost>(of_lane.weight)};
   }
 
   // Of the first `count` messages, a lane for each.
   template <typename Message>
   FDISTILL_DEVICE Message sum_of(const Raw* messages, int count, const Row& row) const {
-    const int lane = thread() % kWarp;
-    return sum_over_lanes(lane < count ? reinterpret_cast<const Message*>(messages)[lane] : Message{}, row);
+    const int lane = thread() % kMost;
+    return sum_over_most(lane < count ? reinterpret_cast<const Message*>(messages)[lane] : Message{}, row);
   }
 
   // Tells my warp's share in the next meeting.
@@ -401,13 +407,13 @@ struct RowProgram {
 
   FDISTILL_DEVICE void take_row(uint32_t n, const Row& row, Raw* logits) {
     prepare(logits, row);
-    Statistics mine{{take(logits, held)}};
+    const float top = take(logits, held), other_top = kTeacher ? take(logits + room(), other) : kLowest;
+    Statistics mine{{warp_top(top)}, {kTeacher ? warp_top(other_top) : kLowest}};
     if (task.labels) of_labels(row, mine);
     exponentials(held, row.rate, mine.student);
-    if (kTeacher) {
-      mine.teacher.top = take(logits + room(), other);
-      exponentials(other, row.other_rate, mine.teacher);
-    }
+    if (kTeacher) exponentials(other, row.other_rate, mine.teacher);
+    mine.student.total = warp_sum(mine.student.total);
+    if (kTeacher) mine.teacher.total = warp_sum(mine.teacher.total);
     tell(mine, row);
     const Statistics all = learn<Statistics>(row);
     const float of_held = all.student.worth(mine.student.top, row.rate) / all.student.total;  // to probabilities
