@@ -168,6 +168,17 @@ def test_a_capped_label_is_rounded_as_its_row_is(dtype, monkeypatch):
     torch.testing.assert_close(ours, cpu, rtol=1e-2, atol=2e-4)
 
 
+def test_a_cap_keeps_small_logits(monkeypatch):
+    """Against a teacher that has them capped already, in float64: nothing is left but its rounding."""
+    emulate_cuda(monkeypatch, 2)
+    weight = 1e-3 * torch.randn(1500, 4)
+    capped = (30 * torch.tanh(weight.double() / 30)).float()
+    loss = fk.linear_f_divergence(
+        torch.eye(4), weight, torch.eye(4), capped, "tvd", logit_softcap=30.0, backend="cuda", reduction="mean"
+    )
+    assert loss < 1e-9
+
+
 def test_nothing_beside_the_rows_is_written_or_used(monkeypatch):
     """Rows that start anywhere within 16 bytes, with NaN between them, and the gradient in their own place."""
     emulate_cuda(monkeypatch, 2)

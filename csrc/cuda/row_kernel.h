@@ -244,9 +244,12 @@ struct RowProgram {
     return fact && n < task.row_count ? fact[thread() == kLabel ? 2 * static_cast<size_t>(n) : n] : 1.0f;
   }
 
-  // cap tanh(x / cap)
+  // cap tanh(x / cap), by its series where 1 - 2 / (exp + 1) would cancel
   static FDISTILL_DEVICE float capped(float x, float cap) {
-    return cap == 0.0f ? x : cap * (1.0f - 2.0f / (exp2f(x * (2 * kLog2E / cap)) + 1.0f));
+    if (cap == 0.0f) return x;
+    const float t = x / cap, square = t * t;
+    if (fabsf(t) < 0.0625f) return x - x * square * (1.0f / 3 - square * (2.0f / 15));
+    return cap * (1.0f - 2.0f / (exp2f(t * (2 * kLog2E)) + 1.0f));
   }
 
   // Calls for my slice of row n's logits; an ignored row's stage is at once ready, with nothing new in it.
