@@ -75,10 +75,10 @@ def demo(out, *args):
 
 
 def test_demo_survives_an_interrupt_and_distils(tmp_path):
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  shells' background jobs ignore it
     process = subprocess.Popen(
-        demo(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    )
+        demo(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 240
     while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)

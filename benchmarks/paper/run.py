@@ -13,13 +13,13 @@ import argparse
 import copy
 import gzip
 import json
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import cpuinfo  # comes with pytest-benchmark
 import torch
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
@@ -181,13 +181,17 @@ class Experiment:
         lines += [f"| {n} | " + " | ".join(f"{results[n][c]:.2f}" for c in columns) + " |" for n in names]
         (self.out / "table.md").write_text("\n".join(lines) + "\n")
         results["run"] = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "size": self.name, "sizes": self.size,
             "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
             "command": "python -m benchmarks.paper.run",
         }  # fmt: skip
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         _plot(results, names, columns[:5], self.out / "table.png")
+
+
+def _cpu() -> str:
+    return f"{cpuinfo.get_cpu_info()['brand_raw']}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 class _Clock(TrainerCallback):

@@ -1,5 +1,5 @@
 // The chip on a CPU: the names of hopper.cuh, with every thread of a cluster a coroutine. Threads are resumed in an order
-// that a seed decides, and copies land as late or as early as the barriers allow, so that a missing barrier shows as a
+// that a seed decides, and copies land as late or as early as the barriers allow, or in any order, so that a missing barrier shows as a
 // result that changes with the seed, or as a deadlock. For tests: nothing here is fast.
 #pragma once
 

@@ -129,12 +129,12 @@ struct alignas(sizeof(Raw)) Totals {
 // A block's shared memory, before the stages.
 struct Shared {
   static constexpr int most_stages = 3, message = sizeof(Statistics) / sizeof(Raw);
-  Barrier arrived[most_stages];         // the slices are there
-  Barrier met[2];                       // every block has been heard
-  Row rows[most_stages];                // in the stages
-  Raw told[message * kMost];            // by warps to their block
-  Raw heard[2][message * kMost];        // of blocks, in two meetings
-  Raw learnt[message];                  // by everyone, of a meeting
+  Barrier arrived[most_stages];   // the slices are there
+  Barrier met[2];                 // every block has been heard
+  Row rows[most_stages];          // in the stages
+  Raw told[message * kMost];      // by warps to their block
+  Raw heard[2][message * kMost];  // of blocks, in two meetings
+  Raw learnt[message];            // by everyone, of a meeting
 };
 
 // The gradient of a row: term * the divergence's + exponential * e + plain * exp(z - top) + constant, less `label` at the
@@ -283,8 +283,18 @@ struct RowProgram {
       if (k < launch.depth) body(k);
   }
 
+  // body(j) for each of the entries that I hold.
+  template <typename Body>
+  FDISTILL_DEVICE void for_entries(const Body& body) const {
+    for_vectors([&](int k) {
+#pragma unroll
+      for (int j = k * kSize; j < (k + 1) * kSize; ++j) body(j);
+    });
+  }
+
   // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
   FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
+  FDISTILL_DEVICE bool is_entry(int entry) const { return entry >= 0 && entry < vocabulary; }
 
   // Makes the row's slices in a stage what the passes read: nothing but this row, its logits capped. Each thread touches
   // no vector but those that it alone reads.
@@ -305,7 +315,7 @@ struct RowProgram {
         Vec::widen(raw, x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          x[i] = v < row.count && entry + i >= 0 && entry + i < vocabulary ? capped(x[i], cap) : -INFINITY;
+          x[i] = v < row.count && is_entry(entry + i) ? capped(x[i], cap) : -INFINITY;
         raw = Vec::narrow(x);
         changed = true;
       }
@@ -330,10 +340,7 @@ struct RowProgram {
 
   // Their exponentials about my warp's top, and my sum of them.
   FDISTILL_DEVICE void exponentials(float (&kept)[kHeld], float rate, Softmax& mine) const {
-    for_vectors([&](int k) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) mine.total += kept[k * kSize + i] = mine.worth(kept[k * kSize + i], rate);
-    });
+    for_entries([&](int j) { mine.total += kept[j] = mine.worth(kept[j], rate); });
   }
 
   // Over kMost lanes.
@@ -468,10 +475,7 @@ struct RowProgram {
   // My warp's share in what labels need, of the logits that are held.
   FDISTILL_DEVICE void of_labels(const Row& row, Statistics& mine) const {
     if (tempered(row)) {
-      for_vectors([&](int k) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) mine.plain += mine.student.worth(held[k * kSize + i], 1.0f);
-      });
+      for_entries([&](int j) { mine.plain += mine.student.worth(held[j], 1.0f); });
       mine.plain = warp_sum(mine.plain);
     }
     if (smoothed()) {
@@ -479,12 +483,12 @@ struct RowProgram {
         const int v = vector(k), entry = entry_of(v, row);
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          if (v < row.count && entry + i >= 0 && entry + i < vocabulary)
+          if (v < row.count && is_entry(entry + i))
             mine.linear += held[k * kSize + i] - mine.student.top, ++mine.entries;
       });
       mine.linear = warp_sum(mine.linear), mine.entries = warp_sum(mine.entries);
     }
-    const int label = entry_at(static_cast<int>(row.label), row);
+    const int label = held_label(row);
     if (label >= 0) {  // one thread of the cluster
 #pragma unroll
       for (int j = 0; j < kHeld; ++j)
@@ -494,8 +498,7 @@ struct RowProgram {
   }
 
   // My warp's shares of D and S; the student's terms go where the teacher's exponentials were.
-  FDISTILL_DEVICE Totals totals(const Raw* logits, const Row& row, const Statistics& all,
-                                float of_held, float of_other) {
+  FDISTILL_DEVICE Totals totals(const Raw* logits, const Row& row, const Statistics& all, float of_held, float of_other) {
     Totals total;
     const float log_total = logf(all.student.total), other_log_total = logf(all.teacher.total);
     const Address mine = address(logits + vector(0));
@@ -518,24 +521,22 @@ struct RowProgram {
   }
 
   FDISTILL_DEVICE void write_gradient(const Row& row, const Raw* logits, const Gradient& of) {
-    for_vectors([&](int k) {
-#pragma unroll
-      for (int j = k * kSize; j < (k + 1) * kSize; ++j) {
-        held[j] = of.exponential * held[j] + of.constant;
-        if (kTeacher) held[j] += of.term * other[j];
-      }
+    for_entries([&](int j) {
+      held[j] = of.exponential * held[j] + of.constant;
+      if (kTeacher) held[j] += of.term * other[j];
     });
-    const int label = row.label < 0.0f ? -1 : entry_at(static_cast<int>(row.label), row);
+    const int label = held_label(row);
     if (task.labels && label >= 0) {
 #pragma unroll
       for (int j = 0; j < kHeld; ++j)
         if (j == label) held[j] -= of.label;
     }
     const float inverse_cap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
+    const Address mine = address(logits + vector(0));
     if (of.plain != 0.0f || inverse_cap != 0.0f)
       for_vectors([&](int k) {
         float x[kSize];
-        Vec::widen(load(address(logits + vector(k)), 0), x);
+        Vec::widen(load(mine, k * kWarp), x);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           held[k * kSize + i] += of.plain * exp2f((x[i] - of.top) * kLog2E);
@@ -551,10 +552,10 @@ struct RowProgram {
     });
   }
 
-  // Which of the entries that I hold one of the row is, or a negative number.
-  FDISTILL_DEVICE int entry_at(int entry, const Row& row) const {
-    const int at = entry + row.shift - begin() * kSize, v = at / kSize, mine = v - vector(0);
-    const bool is_mine = at >= 0 && v < row.count && mine >= 0 && mine % kWarp == 0 && mine < launch.depth * kWarp;
+  // Which of the entries that I hold is the label's, or -1.
+  FDISTILL_DEVICE int held_label(const Row& row) const {
+    const int at = static_cast<int>(row.label) + row.shift - begin() * kSize, v = at / kSize, mine = v - vector(0);
+    const bool is_mine = row.label >= 0.0f && at >= 0 && v < row.count && mine >= 0 && mine % kWarp == 0 && mine < launch.depth * kWarp;
     return is_mine ? mine / kWarp * kSize + at % kSize : -1;
   }
 
@@ -569,7 +570,7 @@ struct RowProgram {
     const int entry = entry_of(v, row);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      if (entry + i >= 0 && entry + i < vocabulary) reinterpret_cast<scalar_t*>(to)[i] = Vec::entry(raw, i);
+      if (is_entry(entry + i)) reinterpret_cast<scalar_t*>(to)[i] = Vec::entry(raw, i);
   }
 
   FDISTILL_DEVICE void skip_row(uint32_t n, const Row& row) const {

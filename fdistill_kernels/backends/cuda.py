@@ -17,7 +17,7 @@ from . import triton
 from .rows import RowCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERFACE, NO_ROOM = 1, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 2, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
