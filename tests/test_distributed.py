@@ -61,7 +61,7 @@ def kl(student, teacher, prompts, continuations):
     with torch.no_grad():
         theirs, _ = rows_of(teacher, prompts, continuations, EOS)
     return forward_to_head(student, prompts, continuations, EOS,
-                           lambda ours: step_loss(ours, student, theirs, teacher, TABLE["kl"]))[0]  # fmt: skip
+                           lambda ours: step_loss(ours, theirs, TABLE["kl"]))[0]  # fmt: skip
 
 
 def worker(rank, folder, port):

@@ -1,15 +1,43 @@
 """Hugging Face models whose own loss is ours."""
 
+import copy
+import io
+import pickle
+import threading
+import warnings
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
-from fdistill_kernels.integrations.transformers import causal_loss, patch_model, undo_patch
+from fdistill_kernels.integrations import transformers as integration
+from fdistill_kernels.integrations.transformers import causal_loss, patch_model, seq2seq_loss, undo_patch
 
 from .test_sequence import bart, gpt2, llama, t5
 
 ARGUMENTS = dict(report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_steps=3, per_device_train_batch_size=2,
                  gradient_accumulation_steps=2, learning_rate=1e-2, seed=0)  # fmt: skip
+IDS = torch.randint(2, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+LABELS = IDS.masked_fill(torch.arange(7) > torch.tensor([[6], [3], [6]]), -100)
+BATCH = dict(input_ids=IDS, labels=LABELS)
+
+
+def gradients(model, **inputs):
+    """The loss of a batch and its gradients."""
+    loss = model(**{**BATCH, **inputs})[0]
+    found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    return loss.detach(), [torch.zeros(()) if g is None else g for g in found]
+
+
+@pytest.fixture
+def is_own():
+    """Whether a model's loss and gradients are what they were when its own were asked for."""
+
+    def check(model, own, **inputs):
+        torch.testing.assert_close(gradients(model, **inputs), own, atol=1e-5, rtol=1e-4)
+
+    return check
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, bart, t5])
@@ -37,43 +65,309 @@ def test_undoing_leaves_what_was_there_before():
     model = gpt2(60)
     model.forward = hooked = model.forward  # as accelerate's hooks set it
     assert undo_patch(patch_model(model)).forward is hooked
+    del model.forward
+    assert type(undo_patch(patch_model(model))) is type(gpt2(60)) and set(vars(model)) == set(vars(gpt2(60)))
+    assert not model.lm_head._forward_pre_hooks and not model.lm_head._forward_hooks
 
 
-def test_packed_sequences_do_not_predict_each_other():
+# --- what the model says of its loss is heard
+
+
+def test_outputs_are_the_models_own():
+    model = llama().train()
+    own = model(**BATCH)
+    got = patch_model(model)(**BATCH)
+    assert got[0] is got.loss and type(got) is type(own) and got.logits is None and "logits" not in got
+    loss, logits, *_ = model(**BATCH, return_dict=False)
+    torch.testing.assert_close(loss, own.loss)
+    assert logits is None
+    torch.testing.assert_close(model(IDS, None, None, None, None, LABELS)[0], own.loss)  # labels by position
+    assert type(model).__name__ == type(model).__qualname__ == "LlamaForCausalLM"
+    evaluated = model.eval()(**BATCH, return_dict=False)
+    torch.testing.assert_close(evaluated[1], own.logits)
+
+
+def test_keywords_of_the_loss(is_own):
     model = llama()
-    one, two = torch.randint(2, 60, (1, 5)), torch.randint(2, 60, (1, 4))
-    apart = [patch_model(model)(input_ids=x, labels=x).loss for x in (one, two)]
-    packed = torch.cat((one, two), 1)
-    positions = torch.cat((torch.arange(5), torch.arange(4)))[None]
-    loss = model(input_ids=packed, labels=packed, position_ids=positions, use_cache=False).loss
-    torch.testing.assert_close(loss, (4 * apart[0] + 3 * apart[1]) / 7)
+    aligned, masked = IDS.masked_fill(IDS < 20, -100), IDS.masked_fill(IDS < 20, 7)
+    for inputs in (dict(shift_labels=aligned), dict(ignore_index=7, labels=masked), dict(num_items_in_batch=5)):
+        own = gradients(undo_patch(model), **inputs)
+        is_own(patch_model(model), own, **inputs)
+    own = gradients(undo_patch(model), labels=masked.masked_fill(masked == 7, -100))
+    is_own(patch_model(model, ignore_index=7), own, labels=masked)
+    torch.testing.assert_close(causal_loss(model(input_ids=IDS), masked, ignore_index=7), own[0])
+    shifted = torch.nn.functional.pad(masked[:, 1:], (0, 1), value=7)
+    torch.testing.assert_close(causal_loss(model(input_ids=IDS), IDS, shift_labels=shifted, ignore_index=7), own[0])
+    logits = model(input_ids=IDS).logits
+    for loss, labels in ((causal_loss, masked), (seq2seq_loss, shifted)):  # any leading shape
+        one = type("Outputs", (), {"logits": logits[0]})
+        several = type("Outputs", (), {"logits": logits[None]})
+        torch.testing.assert_close(loss(several, labels[None], ignore_index=7), own[0])
+        assert loss(one, labels[0], ignore_index=7).shape == ()
+    smooth = patch_model(model, label_smoothing=0.2)(**BATCH).loss
+    target = torch.nn.functional.pad(LABELS[:, 1:], (0, 1), value=-100).flatten()
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target, label_smoothing=0.2)
+    torch.testing.assert_close(smooth, want)
+    for unknown in ("labels_smoothing", "reduction", "logit_scale", "num_items"):
+        with pytest.raises(TypeError, match=f"{unknown} is not among what patch_model takes: backend"):
+            patch_model(model, **{unknown: 1.0})
 
 
-def trained(model, folder, bf16=False, **keywords):
+def test_packed_sequences_are_the_models_own(is_own):
+    model = llama()
+    positions = torch.cat((torch.arange(3), torch.arange(4))).expand(3, 7)
+    packed = dict(position_ids=positions, use_cache=False, labels=LABELS.masked_fill(positions == 0, -100))
+    is_own(patch_model(model), gradients(model, **packed), **packed)
+
+
+# --- the model is copied, sent, wrapped, shared
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: (file := io.BytesIO(), torch.save(model, file), file.seek(0)) and torch.load(file, weights_only=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("make", [llama, bart])
+def test_copies_are_models_of_their_own(make, how):
+    model = patch_model(make(), label_smoothing=0.2).train()
+    copied = COPIES[how](model)
+    torch.testing.assert_close(copied(**BATCH).loss, model(**BATCH).loss)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    outputs = copied(**BATCH)
+    outputs.loss.backward()
+    assert outputs.loss.item() == pytest.approx(torch.tensor(60.0).log().item()) and outputs.logits is None
+    assert all(p.grad is None for p in model.parameters()) and not undo_patch(copied)(input_ids=IDS).logits.any()
+
+
+def test_saved_and_loaded_by_name(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    patch_model(model := llama()).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.architectures == ["LlamaForCausalLM"] and type(loaded) is type(llama())
+    torch.testing.assert_close(loaded(**BATCH).loss, model(**BATCH).loss)
+
+
+def test_threads_share_a_model():
+    model = patch_model(llama()).eval()
+    want, wrong = model(**BATCH), []
+
+    def check(inputs, name):
+        for _ in range(30):
+            try:
+                torch.testing.assert_close(model(**inputs)[name], want[name])
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [
+        threading.Thread(target=check, args=pair) for pair in 2 * [(BATCH, "loss"), (dict(input_ids=IDS), "logits")]
+    ]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+@pytest.mark.parametrize("prepare_first", [False, True])
+def test_accelerate(prepare_first):
+    import accelerate
+
+    own = llama().eval()(**BATCH)
+
+    def offloaded(model):
+        accelerate.cpu_offload(model, execution_device="cpu")  # the weights are there only inside each forward
+        return model
+
+    first, second = (offloaded, patch_model) if prepare_first else (patch_model, offloaded)
+    with torch.no_grad():
+        got = second(first(llama().eval()))(**BATCH)
+    torch.testing.assert_close((got.loss, got.logits), (own.loss, own.logits))
+    wrapper = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    first, second = (wrapper.prepare, patch_model) if prepare_first else (patch_model, wrapper.prepare)
+    model = second(first(llama().train()))
+    narrow = model(**BATCH)
+    assert narrow.logits is None and abs(narrow.loss - own.loss) < 0.05
+    unwrapped = wrapper.unwrap_model(model, keep_fp32_wrapper=False)
+    torch.testing.assert_close(unwrapped(**BATCH).loss, narrow.loss if prepare_first else own.loss)
+
+
+def test_checkpointing_and_new_heads(is_own):
+    model = llama().train()
+    own = gradients(model)
+    model.gradient_checkpointing_enable()
+    is_own(patch_model(model), own)
+    model.resize_token_embeddings(64)  # another module in the head's place
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = gradients(undo_patch(model))
+        is_own(patch_model(model), own)
+        model.set_output_embeddings(copy.deepcopy(model.lm_head))
+        is_own(model, own)
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_fully_sharded(patched_first, monkeypatch, is_own):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = llama().train()
+    own = gradients(model)
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0").items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo")
+    try:
+        if patched_first:
+            patch_model(model)
+        for module in (*model.model.layers, model.lm_head, model):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+        patch_model(model)(**BATCH).loss.backward()
+        got = [p.grad.full_tensor() for p in model.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(got, own[1], atol=1e-5, rtol=1e-4)
+
+
+# --- PEFT
+
+
+def peft_model(config, model=None):
+    from peft import get_peft_model
+
+    made = get_peft_model(llama() if model is None else model, config).train()
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("base_first", [False, True])
+def test_peft_models(base_first, is_own):
+    from peft import LoraConfig, PromptTuningConfig
+
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    for config in (lora, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")):
+        base = llama()
+        model = peft_model(config, patch_model(base) if base_first else base)
+        own = gradients(undo_patch(model))
+        if config is lora:
+            with model.disable_adapter():
+                reference = model(**BATCH).loss
+        assert patch_model(model) is model
+        is_own(model, own)
+        assert model(**BATCH).logits is None
+        if config is lora:
+            with model.disable_adapter():
+                torch.testing.assert_close(model(**BATCH).loss, reference)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig", "IA3Config"])
+def test_adapters_on_the_head(kind, is_own, monkeypatch):
+    import peft
+
+    monkeypatch.setattr(integration, "_warned", set())
+    more = dict(feedforward_modules=[]) if kind == "IA3Config" else {}
+    model = peft_model(getattr(peft, kind)(target_modules=["q_proj", "lm_head"], **more), patch_model(llama()))
+    own = gradients(undo_patch(model))
+    with pytest.raises(TypeError, match=r"peft\.tuners\..*, is LoRA or quantised or has a forward of its own"):
+        patch_model(model)
+    model = peft_model(getattr(peft, kind)(target_modules=["q_proj"], **more), patch_model(llama()))
+    model = peft_model(getattr(peft, kind)(target_modules=["q_proj", "lm_head"], **more), patch_model(llama()))
+    own = gradients(undo_patch(model))
+    patch_model(plain := llama())  # what was patched before the adapter came still has the right loss, and says so
+    vars(model.get_base_model()).update(_fused_loss=plain._fused_loss)
+    model.get_base_model().__class__ = type(plain)
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM makes its logits whole.*peft\.tuners"):
+        is_own(model, own)
+
+
+# --- what the fused loss has no form for
+
+
+class Squared(type(llama())):
+    """Does to its logits what no fused loss knows."""
+
+    def forward(self, input_ids=None, labels=None, **inputs):
+        """Its own loss."""
+        logits = super().forward(input_ids, **inputs).logits.square()
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_unknown_operations_are_made_and_said(is_own, monkeypatch):
+    monkeypatch.setattr(integration, "_warned", set())
+    model = Squared(llama().config).train()
+    own = gradients(model)
+    with pytest.warns(UserWarning, match=r"Squared makes its logits whole while training.*\(square\)") as said:
+        is_own(patch_model(model), own)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        is_own(model, own)  # said once
+
+
+def test_models_without_a_head_or_labels():
+    class Bare(type(llama())):
+        def forward(self, input_ids):
+            return super().forward(input_ids)
+
+    with pytest.raises(TypeError, match="Bare's forward takes no labels"):
+        patch_model(Bare(llama().config))
+    with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
+        patch_model(llama().model)
+    model = gpt2(60)
+    model.set_output_embeddings(torch.nn.Embedding(60, 16))
+    with pytest.raises(TypeError, match="Embedding, is LoRA or quantised or has a forward of its own"):
+        patch_model(model)
+
+
+# --- torch.compile
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_compiled(make, is_own):
+    model = make(60).train()
+    own, graphs = gradients(model), []
+
+    def keep(graph, _):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    is_own(torch.compile(patch_model(model), backend=keep, fullgraph=make is llama), own)
+    found = [node.meta.get("example_value") for graph in graphs for node in graph.nodes if node.op != "placeholder"]
+    shapes = {tuple(x.shape) for x in found if isinstance(x, torch.Tensor)}
+    assert (21, 16) in shapes and not {(3, 7, 60), (21, 60)} & shapes  # fused there too
+    if make is llama:
+        model.compile(backend="aot_eager")
+        is_own(model, own)
+
+
+def trained(model, folder, keywords=None, **arguments):
     data = [
         {"input_ids": x, "labels": x} for x in torch.randint(2, 60, (12, 6), generator=torch.Generator().manual_seed(1))
     ]
-    trainer = Trainer(model, TrainingArguments(str(folder), **ARGUMENTS, bf16=bf16), train_dataset=data, **keywords)
-    trainer.train()
+    arguments = TrainingArguments(str(folder), **ARGUMENTS, **arguments)
+    Trainer(model, arguments, train_dataset=data, **(keywords or {})).train()
     return model.lm_head.weight.detach()
 
 
 def test_trainer_with_and_without(tmp_path):
     want = trained(gpt2(60), tmp_path)
     torch.testing.assert_close(trained(patch_model(gpt2(60)), tmp_path), want, atol=2e-5, rtol=1e-3)
-    torch.testing.assert_close(trained(gpt2(60), tmp_path, compute_loss_func=causal_loss), want, atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        trained(gpt2(60), tmp_path, dict(compute_loss_func=causal_loss)), want, atol=2e-5, rtol=1e-3
+    )
+    torch.compiler.reset()
+    quick = trained(patch_model(gpt2(60)), tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    torch.testing.assert_close(quick, want, atol=2e-5, rtol=1e-3)
     narrow = patch_model(gpt2(60))
     trained(narrow, tmp_path, bf16=True)
     undo_patch(narrow)
     assert narrow(torch.zeros(1, 2, dtype=torch.long)).logits.dtype == torch.float32
-
-
-def test_lora_heads_are_refused():
-    model = gpt2(60)
-
-    class Lora(torch.nn.Linear):
-        lora_A = None
-
-    model.set_output_embeddings(Lora(16, 60))
-    with pytest.raises(TypeError, match="LoRA or quantised"):
-        patch_model(model)

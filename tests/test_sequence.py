@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -22,7 +23,7 @@ from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.sequence import METHODS, Sampling, TeacherSamples, copy_layers, method_by_name, mixture
 from fdistill_kernels.sequence.metrics import risk, teacher_dist, translation_scores
-from fdistill_kernels.sequence.models import at_head, output_head, rows_of, step_loss, teacher_forced
+from fdistill_kernels.sequence.models import forward_to_head, rows_of, step_loss, teacher_forced
 from fdistill_kernels.sequence.predistill import chosen_layers, predistillation_loss
 from fdistill_kernels.sequence.sampling import Server, draw, fingerprint
 
@@ -103,8 +104,7 @@ class Toy:
                 teacher, _ = rows_of(self.teacher, self.prompts, self.sequences, EOS)
             student, _ = rows_of(self.student, self.prompts, self.sequences, EOS)
             weight = probability.repeat_interleave(torch.tensor([len(s) for s in self.sequences]))
-            total = total + half.weight * step_loss(student, self.student, teacher, self.teacher, half.divergence,
-                                                    token_weight=weight, **keywords)  # fmt: skip
+            total = total + half.weight * step_loss(student, teacher, half.divergence, token_weight=weight, **keywords)
         return total
 
 
@@ -152,7 +152,7 @@ def test_monte_carlo_converges(name):
         with torch.no_grad():
             teacher, _ = rows_of(toy.teacher, prompts, sequences, EOS)
         student, _ = rows_of(toy.student, prompts, sequences, EOS)
-        total = total + half.weight * step_loss(student, toy.student, teacher, toy.teacher, half.divergence) / n
+        total = total + half.weight * step_loss(student, teacher, half.divergence) / n
     assert abs(total - exact) < 0.05 * exact
     gradient = torch.autograd.grad(total, weights[0])[0]
     assert (gradient - exact_gradient).norm() < 0.15 * exact_gradient.norm()
@@ -179,7 +179,7 @@ def test_rows_are_what_the_logits_come_from(make):
     inputs, labels = teacher_forced(model, prompts, continuations, EOS)
     logits = model(**inputs).logits[labels >= 0]
     rows, _ = rows_of(model, prompts, continuations, EOS)
-    head = output_head(model)
+    head = rows.head
     made = head.scale * rows.hidden @ head.weight.T + (0 if head.bias is None else head.bias)
     torch.testing.assert_close(made, logits, atol=1e-5, rtol=1e-4)
     assert torch.equal(rows.tokens, torch.cat(continuations))
@@ -209,7 +209,7 @@ def test_softcap_and_scale_of_architectures():
         inputs, labels = teacher_forced(model, prompts, continuations, EOS)
         expected = torch.nn.functional.cross_entropy(model(**inputs).logits[labels >= 0], torch.cat(continuations))
         rows, _ = rows_of(model, prompts, continuations, EOS)
-        torch.testing.assert_close(step_loss(rows, model, None, None, None, reduction="mean"), expected)
+        torch.testing.assert_close(step_loss(rows, None, None, reduction="mean"), expected)
 
 
 def test_teachers_with_longer_prompts_padding_and_other_heads():
@@ -223,32 +223,53 @@ def test_teachers_with_longer_prompts_padding_and_other_heads():
         teacher_logits = teacher(**inputs).logits[labels >= 0][:, :60]
     inputs, labels = teacher_forced(student, prompts, continuations, EOS)
     expected = f_divergence_rows(student(**inputs).logits[labels >= 0], teacher_logits, "js").sum()
-    torch.testing.assert_close(step_loss(rows, student, theirs, teacher, TABLE["js"]), expected)
+    torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected)
 
     class Quantised(torch.nn.Linear):  # a head that is not a plain matrix
-        lora_A = None
+        def forward(self, hidden):
+            return super().forward(hidden)
 
-    head = Quantised(16, 64, bias=False)
-    head.weight = teacher.lm_head.weight
-    teacher.lm_head = head
-    torch.testing.assert_close(step_loss(rows, student, theirs, teacher, TABLE["js"]), expected)
-    student.lm_head = Quantised(16, 60, bias=False)
+    for model, size in ((teacher, 64), (student, 60)):
+        head = Quantised(16, size, bias=False)
+        head.weight = model.lm_head.weight
+        model.lm_head = head
+    with torch.no_grad():
+        theirs, _ = rows_of(teacher, longer, continuations, EOS)
+    torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected)
     with pytest.raises(TypeError, match="LoRA or quantised"):
-        step_loss(rows, student, theirs, teacher, TABLE["js"])
+        step_loss(rows_of(student, prompts, continuations, EOS)[0], theirs, TABLE["js"])
 
 
 @pytest.mark.parametrize("make", [gpt2, bart, t5])
-def test_no_logits_are_made_and_the_head_comes_back(make):
+def test_no_logits_are_made_and_the_model_is_what_it_was(make):
     model = make(60)
-    head, ids = model.get_output_embeddings(), torch.zeros(2, 3, dtype=torch.long)
-    inputs = dict(input_ids=ids, decoder_input_ids=ids) if model.config.is_encoder_decoder else dict(input_ids=ids)
-    with at_head(model, lambda hidden: hidden) as made:
-        out = model(**inputs)
-    assert not out.logits.numel() and made[0].shape == (2, 3, 16) and "forward" not in vars(head)
-    head.forward = hooked = lambda hidden: type(head).forward(head, hidden)  # as accelerate's offloading does
-    with at_head(model, lambda hidden: hidden):
-        pass
-    assert head.forward is hooked
+    prompts, continuations = batch()
+    inputs, _ = teacher_forced(model, prompts, continuations, EOS)
+    want, shapes = model(**inputs).logits, []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            shapes.extend([made.shape] if isinstance(made, torch.Tensor) else [])
+            return made
+
+    with Shapes():
+        result, outputs = forward_to_head(model, prompts, continuations, EOS, lambda rows: rows.hidden.sum())
+    assert shapes and not any(shape[-1:] == (60,) and shape.numel() > 60 for shape in shapes)
+    assert not outputs.logits.numel() and result.requires_grad
+    assert torch.equal(model(**inputs).logits, want)
+
+
+def test_logits_of_another_form_are_refused_by_name():
+    class Squared(GPT2LMHeadModel):
+        def forward(self, *args, **inputs):
+            outputs = super().forward(*args, **inputs)
+            outputs.logits = outputs.logits.square()
+            return outputs
+
+    prompts, continuations = batch()
+    with pytest.raises(ValueError, match=r"Squared's logits are not .* go through square"):
+        rows_of(Squared(gpt2(60).config), prompts, continuations, EOS)
 
 
 @pytest.mark.parametrize("make", [llama, bart])
@@ -267,7 +288,7 @@ def test_quantised_teachers(make):
     rows, _ = rows_of(student, prompts, continuations, EOS)
     inputs, labels = teacher_forced(student, prompts, continuations, EOS)
     expected = f_divergence_rows(student(**inputs).logits[labels >= 0], teacher_logits, "js").sum()
-    torch.testing.assert_close(step_loss(rows, student, theirs, teacher, TABLE["js"]), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected, rtol=1e-2, atol=0)
 
 
 # --- sampling

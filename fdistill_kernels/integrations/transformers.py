@@ -1,93 +1,214 @@
-"""`linear_cross_entropy` inside Hugging Face models and `Trainer`, for any model with an output embedding."""
+"""`linear_cross_entropy` inside Hugging Face models and `Trainer`, for any model with an output embedding.
+
+A patched model runs its own forward and its own loss function, on logits that are deferred: the shift of labels, what
+is done to logits and every auxiliary term are the model's.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..deferred import Deferral, Logits, is_plain, output_embedding, unwatch, watch
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
-from ..sequence.models import IGNORE, at_head, output_head, restore_forward
+
+IGNORE = -100
+#: Of `linear_cross_entropy`, what the model's own forward and loss function say.
+THEIRS = {"input", "linear_weight", "target", "linear_bias", "logit_scale", "logit_softcap", "weight", "reduction",
+          "num_items", "vocab_size", "return_parts"}  # fmt: skip
+
+_warned: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedLoss:
+    """What `patch_model` was told."""
+
+    keep_logits: bool
+    keywords: dict[str, Any]
 
 
 def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> Any:
-    """Makes a language model's own ``loss`` come from `linear_cross_entropy`, without its N×V logits.
+    """Makes the cross-entropy of a language model's own ``loss`` come from `linear_cross_entropy`, without N×V logits.
 
     While training with `labels`, the output has the loss and no logits (None); in evaluation both. Without labels
-    nothing changes. `undo_patch` takes it back.
+    nothing changes. What the fused loss has no form for makes the logits and warns, and is what it was. Copies and
+    pickles are patched too. `undo_patch` takes it back; patching again replaces the keywords.
 
     Args:
-        model: a causal or encoder–decoder Hugging Face model with an output embedding that is one plain weight.
+        model: a Hugging Face model with labels and an output embedding that is one plain weight, or a PEFT model of it.
         keep_logits: make the logits while training too, without gradients, for a trainer that reads them.
-        **keywords: of `linear_cross_entropy`: label_smoothing, z_loss, memory, ...
+        **keywords: of `linear_cross_entropy`: label_smoothing, z_loss, memory, chunk_bytes, ... They go before what the
+            model's loss function says; targets of `ignore_index` are masked besides those that it masks.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: the output embedding is LoRA or quantised. ValueError: there is none.
+        TypeError: the output embedding is not a plain linear layer, such as LoRA or quantised; the forward takes no
+            labels; an unknown keyword. ValueError: there is no output embedding.
     """
-    if not output_head(model).plain:
-        raise TypeError("the output embedding is LoRA or quantised, not one plain weight")
-    if "_own_forward" in vars(model):
-        undo_patch(model)
-    model._own_forward, forward = vars(model).get("forward"), model.forward
-
-    @functools.wraps(forward)
-    def patched(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
-        if labels is None:
-            return forward(*args, **inputs)
-        inputs.pop("return_dict", None)
-        if model.config.is_encoder_decoder and inputs.get("decoder_input_ids") is None:
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        if not model.config.is_encoder_decoder:
-            labels = next_tokens(labels, inputs.get("position_ids"))
-        logits: list[Tensor | None] = [None]
-
-        def loss(hidden: Tensor) -> Tensor:
-            head = output_head(model)
-            if keep_logits or not model.training:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not model.training):
-                    logits[0] = head.logits(hidden)
-            return linear_cross_entropy(
-                hidden, head.weight, labels.to(hidden.device), linear_bias=head.bias, logit_scale=head.scale,
-                logit_softcap=head.softcap, num_items=num_items_in_batch, **keywords,
-            )  # fmt: skip
-
-        with at_head(model, loss) as made:
-            outputs = forward(*args, return_dict=True, **inputs)
-        outputs.loss, outputs.logits = made[0] + outputs.logits.sum(), logits[0]
-        return outputs
-
-    model.forward = patched
+    known = inspect.signature(linear_cross_entropy).parameters.keys() - THEIRS
+    for name in keywords.keys() - known:
+        raise TypeError(f"{name} is not among what patch_model takes: {', '.join(sorted(known))}")
+    base = _base_model(model)
+    head = output_embedding(base)
+    if not is_plain(head):
+        raise TypeError(_not_plain(head))
+    watch(head)
+    if not issubclass(type(base), _Patched):
+        base.__class__ = _patched_class(type(base))  # type: ignore[arg-type]
+        own = {name: vars(base).pop(name) for name in ("forward", "_original_forward") if name in vars(base)}
+        if own:  # set on the instance, such as by accelerate: it stays inside
+            base._set_aside = own
+    base._fused_loss = FusedLoss(keep_logits, keywords)
     return model
 
 
 def undo_patch(model: Any) -> Any:
     """Takes `patch_model` back, and what has wrapped the model's `forward` since."""
-    restore_forward(model, vars(model).pop("_own_forward"))
+    base = _base_model(model)
+    if vars(base).pop("_fused_loss", None) is not None:
+        unwatch(output_embedding(base))
+        base.__class__ = _PATCHED.get(type(base), type(base))
+        vars(base).pop("forward", None)
+        vars(base).update(vars(base).pop("_set_aside", {}))
     return model
 
 
-def next_tokens(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Labels of each position's next token; none across the start of a packed sequence (position 0) or at the end."""
-    if position_ids is not None:
-        labels = labels.masked_fill((position_ids == 0).expand_as(labels), IGNORE)
-    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE)
+def _base_model(model: Any) -> Any:
+    """The model inside PEFT's, whose tuners call its forward without calling the module."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None, **keywords: Any) -> Tensor:
+def _not_plain(head: Any) -> str:
+    name = f"{type(head).__module__}.{type(head).__qualname__}"
+    return f"the output embedding, {name}, is LoRA or quantised or has a forward of its own: it is not one plain weight"
+
+
+class _Patched:
+    """A model of a class made by `_patched_class`."""
+
+
+#: Classes made by `_patched_class`, and what they were made from.
+_PATCHED: dict[type, type] = {}
+
+
+@functools.cache
+def _patched_class(base: Any) -> Any:
+    """A class whose forward has the fused loss, and which is in every other way the same: names, signature, pickles."""
+    own = base.forward
+    signature = inspect.signature(own)
+    if "labels" not in signature.parameters:
+        raise TypeError(f"{base.__name__}'s forward takes no labels, so it has no loss")
+    at = list(signature.parameters).index("labels") - 1
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        fused, aside = vars(self).get("_fused_loss"), vars(self).get("_set_aside", {})
+        call = aside["forward"] if "forward" in aside else functools.partial(own, self)
+        labels = args[at] if len(args) > at else inputs.get("labels")
+        if fused is None or labels is None:
+            return call(*args, **inputs)
+        return _with_fused_loss(self, fused, call, args, inputs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        if type(self) is not patched:
+            return super(patched, self).__reduce_ex__(protocol)
+        return _new, (base,), super(patched, self).__reduce_ex__(protocol)[2]
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = own.__doc__
+    names = dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
+    methods = dict(forward=forward, __reduce_ex__=reduce)
+    patched: Any = type(base)(base.__name__, (base, _Patched), {**names, **methods})
+    _PATCHED[patched] = base
+    return patched
+
+
+def _new(base: type) -> Any:
+    """An empty patched instance, for pickles and copies."""
+    made = _patched_class(base)
+    return made.__new__(made)
+
+
+def _with_fused_loss(
+    model: Any, fused: FusedLoss, call: Callable[..., Any], args: tuple[Any, ...], inputs: dict[str, Any]
+) -> Any:
+    head = model.get_output_embeddings()
+    if not torch.compiler.is_compiling():
+        watch(head)  # one that was put in its place after patching
+
+    def finished(logits: Logits) -> Tensor | None:
+        if not model.training:
+            return logits.tensor()
+        with torch.no_grad():
+            return logits.tensor().detach() if fused.keep_logits else None
+
+    with Deferral(head, fused.keywords) as deferral:
+        outputs = call(*args, **inputs)
+        reason = deferral.reason
+        outputs = _finish(outputs, finished)
+    if model.training and not torch.compiler.is_compiling() and (reason or not deferral.fused):
+        elsewhere = "its forward makes its loss without its output embedding's own"
+        _warn(type(model).__name__, reason or (elsewhere if is_plain(head) else _not_plain(head)))
+    return outputs
+
+
+def _finish(outputs: Any, finished: Callable[[Logits], Any]) -> Any:
+    """A model's outputs with a value for deferred logits, wherever they are."""
+    if isinstance(outputs, Logits):
+        return finished(outputs)
+    if isinstance(outputs, dict):
+        values = {key: _finish(value, finished) for key, value in outputs.items()}
+        same = all(values[key] is outputs[key] for key in values)
+        return outputs if same else type(outputs)(**values)
+    if type(outputs) is tuple:
+        return tuple([_finish(value, finished) for value in outputs])
+    return outputs
+
+
+def _warn(name: str, reason: str) -> None:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"{name} makes its logits whole while training: its loss is right, but takes their memory "
+                      f"({reason})", stacklevel=4)  # fmt: skip
+
+
+def next_tokens(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """Labels of each position's next token; none at the end."""
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def causal_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, shift_labels: Tensor | None = None,
+    ignore_index: int = IGNORE, **keywords: Any,
+) -> Tensor:  # fmt: skip
     """For ``Trainer(compute_loss_func=causal_loss)``: `cross_entropy` of a causal model's logits, fused.
 
-    outputs: with logits (B, L, V). labels: (B, L), not shifted.
+    Args:
+        outputs: with logits (..., L, V).
+        labels: (..., L), not shifted.
+        num_items_in_batch: the mean's denominator.
+        shift_labels: (..., L), already shifted, used in the labels' place.
+        ignore_index: the label of what does not count.
+        **keywords: of `cross_entropy`.
     """
-    return cross_entropy(outputs.logits.flatten(0, 1), next_tokens(labels).flatten(), num_items=num_items_in_batch,
-                         **keywords)  # fmt: skip
+    shifted = next_tokens(labels, ignore_index) if shift_labels is None else shift_labels
+    return seq2seq_loss(outputs, shifted, num_items_in_batch, ignore_index=ignore_index, **keywords)
 
 
-def seq2seq_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None, **keywords: Any) -> Tensor:
-    """As `causal_loss`, for encoder–decoder models, whose labels are aligned with their logits."""
-    return cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), num_items=num_items_in_batch, **keywords)
+def seq2seq_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, ignore_index: int = IGNORE, **keywords: Any
+) -> Tensor:
+    """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked ones."""
+    logits = outputs.logits.flatten(0, -2)
+    return cross_entropy(logits, labels.to(logits.device).flatten(), num_items=num_items_in_batch,
+                         ignore_index=ignore_index, **keywords)  # fmt: skip

@@ -43,7 +43,7 @@ def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor])
     for some, theirs in zip(_batches(prompts), _batches(continuations), strict=True):
         moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
         pad = special_tokens(model)[0]
-        loss, _ = forward_to_head(model, moved, continued, pad, lambda rows: step_loss(rows, model, None, None, None))
+        loss, _ = forward_to_head(model, moved, continued, pad, lambda rows: step_loss(rows, None, None))
         total += float(loss)
         tokens += sum(map(len, theirs))
     model.train(training)

@@ -1,17 +1,18 @@
 """Hugging Face models as the losses see them: hidden states before the output embedding, and that embedding.
 
-The output embedding is not run: `at_head` puts the loss in its place, so that N×V logits never exist.
+A model's forward runs on deferred logits, and the loss is made in the output embedding: N×V logits never exist.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..deferred import Deferral, Logits, active, hook, is_plain, output_embedding, watch
 from ..divergences import Divergence
 from ..linear import linear_cross_entropy, linear_f_divergence
 
@@ -19,85 +20,22 @@ IGNORE = -100
 
 
 class Head(NamedTuple):
-    """An output embedding: logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap).
+    """An output embedding as a model uses it: logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap).
 
-    A quantised one has no such weight; then bias is what the model adds to the module's own result.
+    One that is not plain (LoRA's sum, quantised) has only `logits`, a function of a few rows of hidden states.
     """
 
-    module: nn.Module
-    weight: Any
+    weight: Tensor | None
     bias: Tensor | None
     scale: float
     softcap: float | None
+    vocabulary: int
+    logits: Callable[[Tensor], Tensor]
 
     @property
     def plain(self) -> bool:
-        """Whether it is one floating matrix, and not LoRA's sum or quantised."""
-        return isinstance(self.weight, Tensor)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Of a few rows, by the module itself if it is not plain."""
-        if self.plain:
-            z = torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype)) * self.scale
-        else:
-            z = self.module(hidden) * self.scale
-        z = z if self.bias is None else z + self.bias.to(z)
-        return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
-
-
-def output_head(model: Any) -> Head:
-    """The model's output embedding, with what its architecture does to logits after it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module = model.get_output_embeddings()
-    if module is None:
-        raise ValueError(f"{type(model).__name__} has no output embedding: not a language model with a head")
-    if hasattr(module, "modules_to_save"):  # PEFT's trainable copy of it
-        module = module.modules_to_save[module.active_adapters[0]]
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    found = getattr(module, "weight", None)  # of dynamic quantisation, a method; of bitsandbytes, integers
-    plain = isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2
-    weight = found if plain and not hasattr(module, "lora_A") else None
-    bias = None if weight is None else getattr(module, "bias", None)
-    extra = getattr(model, "final_logits_bias", None)  # BART's
-    if extra is not None and bool(extra.any()):
-        bias = extra.flatten() if bias is None else bias + extra.flatten()
-    return Head(module, weight, bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-@contextlib.contextmanager
-def at_head(model: Any, call: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Inside, a call of the model runs `call` on what its output embedding is given, in its place, and makes no logits.
-
-    What it returns goes into the list. It runs there because FSDP and ZeRO-3 have the embedding's weight whole there;
-    and the logits' place is taken by an empty tensor made from it, so that what wraps the model finds in its output
-    every parameter that a loss depends on.
-    """
-    module = model.get_output_embeddings()
-    own = vars(module).get("forward")  # of accelerate's hooks
-    made: list[Tensor] = []
-
-    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        made.append(call(hidden))
-        return made[-1].flatten()[:0].reshape(*hidden.shape[:-2], 0, 1).clone()  # FSDP warns of views
-
-    module.forward = forward
-    try:
-        yield made
-    finally:
-        restore_forward(module, own)
-
-
-def restore_forward(module: Any, own: Any) -> None:
-    """A module's `forward` as it was: its own attribute, or its class's (None)."""
-    if own is None:
-        del module.forward
-    else:
-        module.forward = own
+        """Whether it is one floating matrix."""
+        return self.weight is not None
 
 
 class Rows(NamedTuple):
@@ -105,6 +43,7 @@ class Rows(NamedTuple):
 
     hidden: Tensor  # (M, D), what predicts the token
     tokens: Tensor  # (M,)
+    head: Head
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
@@ -136,7 +75,7 @@ def teacher_forced(
         }, labels  # fmt: skip
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True))
-    if limit and longest > limit:
+    if limit and 0 < limit < longest:  # XLNet's is −1: none
         raise ValueError(f"a prompt with its continuation has {longest} tokens, the model's context {limit}")
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
     targets = [torch.cat((pair[: len(p)].new_full((len(p) - 1,), IGNORE), pair[len(p) :], pair.new_full((1,), IGNORE)))
@@ -156,20 +95,89 @@ def forward_to_head(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, call: Callable[[Rows], Tensor],
     *, wrapped: Any = None, pack: bool = False, side: str = "right", **more: Any,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """What `call` makes of a batch's rows in the output embedding's place, and the model's own outputs.
+    """What `call` makes of a batch's rows in the output embedding's forward, and the model's own outputs.
 
-    wrapped: what is called in the model's place, such as its DistributedDataParallel.
+    The model's forward runs with deferred logits, so that what it does to them is in the rows' head, and `call` runs
+    before the model's call ends: FSDP and ZeRO-3 have the embedding's weight whole there. The logits' place is taken by
+    an empty tensor made from the result, so that what wraps the model finds in its output every parameter that a loss
+    depends on.
+
+    Args:
+        model: a causal or encoder–decoder model.
+        prompts, continuations, pad, pack, side: as `teacher_forced`.
+        call: a loss of `Rows`.
+        wrapped: what is called in the model's place, such as its DistributedDataParallel.
+        **more: of the model's forward.
+
+    Raises:
+        ValueError: no output embedding; or the model does to its logits what is no scale, bias or soft-cap.
     """
+    wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
+    inputs = accepted(model, {**inputs, "use_cache": False}, pack)
     device = next(model.parameters()).device
-    counts, tokens = labels != IGNORE, labels[labels != IGNORE]
+    head = output_embedding(model)
+    watch(head)
+    hook(model, _finish)
+    with _ToRows(model, head, labels, call) as deferral:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        outputs = wrapped(**moved, **more)
+    return deferral.made + outputs.logits.sum(), outputs  # the sum of nothing: FSDP waits for a gradient of the output
 
-    def with_rows(hidden: Tensor) -> Tensor:  # a large model's head may be on another device than its beginning
-        return call(Rows(hidden[counts.to(hidden.device)], tokens.to(hidden.device)))
 
-    with at_head(model, with_rows) as made:
-        outputs = (wrapped or model)(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False, **more)
-    return made[0] + outputs.logits.sum(), outputs  # the sum of nothing: FSDP waits for a gradient of the output
+def accepted(model: Any, inputs: dict[str, Any], pack: bool) -> dict[str, Any]:
+    """Without the inputs that not every model's forward has; positions are needed only where rows are packed."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(type(base).forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return inputs
+    if pack and "position_ids" not in known:
+        raise ValueError(f"{type(base).__name__} takes no position_ids: its sequences cannot be packed")
+    return {k: v for k, v in inputs.items() if k in known or k not in ("position_ids", "use_cache")}
+
+
+class _ToRows(Deferral):
+    """A forward pass of `model` that ends in what `call` makes of the rows with labels."""
+
+    def __init__(self, model: Any, head: Any, labels: Tensor, call: Callable[[Rows], Tensor]):
+        super().__init__(head, other_heads=True)
+        self.model, self.labels, self.call = model, labels, call
+        self.made: Any = None
+
+    def finish(self, logits: Any) -> Tensor:
+        """The result, as an empty tensor in the logits' place."""
+        name = type(self.model).__name__
+        if not isinstance(logits, Logits) or logits.real is not None:
+            reason = self.reason or "a forward that makes them elsewhere than in its output embedding"
+            raise ValueError(f"{name}'s logits are not its output embedding's with a scale, a bias and a soft-cap, but "
+                             f"go through {reason}: no loss is fused with that")  # fmt: skip
+        if logits.shape[:-1] != self.labels.shape:
+            of, to = tuple(logits.shape[:-1]), tuple(self.labels.shape)
+            raise ValueError(f"{name} gives logits of {of} tokens for labels of {to}")
+        counts = self.labels != IGNORE
+        hidden, tokens = logits.hidden[counts.to(logits.hidden.device)], self.labels[counts].to(logits.hidden.device)
+
+        def made(rows: Tensor) -> Tensor:
+            return logits.of(rows).tensor()
+
+        def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.call(Rows(hidden, tokens, Head(*logits.head(weight, bias), logits.vocabulary, made)))
+
+        if is_plain(self.head):
+            self.made = logits.of(hidden).at_head(with_head)
+        else:
+            self.made = self.call(Rows(hidden, tokens, Head(None, None, 1.0, None, logits.vocabulary, made)))
+        return self.made.flatten()[:0].reshape(*logits.shape[:-2], 0, 1).clone()  # FSDP warns of views
+
+
+@torch.compiler.disable
+def _finish(model: Any, args: Any, outputs: Any) -> Any:
+    """A forward hook of models: ends `_ToRows`."""
+    deferral = active()
+    if not isinstance(deferral, _ToRows) or deferral.model is not model or deferral.made is not None:
+        return None
+    outputs.logits = deferral.finish(outputs.logits)
+    return outputs
 
 
 def rows_of(
@@ -187,12 +195,12 @@ def rows_of(
 
 
 def step_loss(
-    student: Rows, student_model: Any, teacher: Rows | None, teacher_model: Any, divergence: Divergence | None,
-    temperature: float = 1.0, ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
+    student: Rows, teacher: Rows | None, divergence: Divergence | None, temperature: float = 1.0,
+    ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
 ) -> Tensor:  # fmt: skip
     """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
-    head = output_head(student_model)
-    if not head.plain:
+    head = student.head
+    if head.weight is None:
         raise TypeError("the student's output embedding is LoRA or quantised: leave it out, or train it as a whole")
     if not len(student.tokens):
         return student.hidden.sum() * 0.0 + head.weight.sum() * 0.0
@@ -201,13 +209,13 @@ def step_loss(
                                     logit_scale=head.scale, logit_softcap=head.softcap, reduction=reduction,
                                     **keywords)  # fmt: skip
     assert teacher is not None
-    theirs, hidden = output_head(teacher_model), teacher.hidden
-    shared = min(head.weight.shape[0], theirs.weight.shape[0] if theirs.plain else int(theirs.module.out_features))  # type: ignore[arg-type]
+    theirs, hidden = teacher.head, teacher.hidden
+    shared = min(head.vocabulary, theirs.vocabulary)
     common: dict[str, Any] = dict(
         student_bias=head.bias, logit_scale=head.scale, logit_softcap=head.softcap, vocab_size=shared,
         labels=student.tokens, ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
     )  # fmt: skip
-    if theirs.plain and theirs.weight.device == student.hidden.device:
+    if theirs.weight is not None and theirs.weight.device == student.hidden.device:
         return linear_f_divergence(
             student.hidden, head.weight, hidden, theirs.weight, divergence, teacher_bias=theirs.bias,
             teacher_logit_scale=theirs.scale, teacher_logit_softcap=theirs.softcap, **common,

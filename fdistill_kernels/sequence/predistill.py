@@ -87,8 +87,8 @@ def predistillation_loss(
         teacher, theirs = rows_of(teacher_model, prompts, targets, pad, output_hidden_states=True)
 
     def soft_and_hard(student: Rows) -> Tensor:
-        return of_kl * step_loss(student, student_model, teacher, teacher_model, resolve("kl"), reduction="mean",
-                                 ce_weight=of_ce / of_kl, num_items=of_targets)  # fmt: skip
+        return of_kl * step_loss(student, teacher, resolve("kl"), reduction="mean", ce_weight=of_ce / of_kl,
+                                 num_items=of_targets)  # fmt: skip
 
     loss, ours = forward_to_head(student_model, prompts, targets, pad, soft_and_hard, wrapped=wrapped,
                                  output_hidden_states=True)  # fmt: skip

@@ -157,7 +157,7 @@ class FDistillTrainer(Trainer):
         trainer.setdefault("data_collator", functools.partial(collate, vocabulary=self.vocabulary))
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
-        self.pad = special_tokens(self.accelerator.unwrap_model(self.model))[0]
+        self.pad = special_tokens(self._unwrapped(self.model))[0]
         if getattr(self.teacher, "hf_device_map", None) is None and not getattr(self.teacher, "is_quantized", False):
             at = next(self.teacher.parameters()).device
             if at.type == "cpu" and self.args.device.type != "cpu":
@@ -166,7 +166,7 @@ class FDistillTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """The method's loss of one batch; in evaluation the KL on gold targets."""
-        student = self.accelerator.unwrap_model(model)
+        student = self._unwrapped(model)
         prompts, gold = unpadded(inputs["prompt_ids"]), unpadded(inputs["labels"]) if "labels" in inputs else []
         teacher_prompts = unpadded(inputs["teacher_prompt_ids"]) if "teacher_prompt_ids" in inputs else prompts
         if not model.training:
@@ -183,6 +183,11 @@ class FDistillTrainer(Trainer):
                 loss = loss + half.weight * self._half(half, model, *batch)
         loss = self._checked(loss, inputs, student) if model.training else loss
         return (loss, {}) if return_outputs else loss
+
+    def _unwrapped(self, model: Any) -> Any:
+        """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
+        model = self.accelerator.unwrap_model(getattr(model, "_orig_mod", model))
+        return getattr(model, "_orig_mod", model)
 
     def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
         """The batches of one update; counts what their losses are divided by."""
@@ -222,7 +227,7 @@ class FDistillTrainer(Trainer):
     def _half(
         self, half: Half, model: Any, prompts: list[Tensor], teacher_prompts: list[Tensor], continuations: list[Tensor]
     ) -> Tensor:
-        student = self.accelerator.unwrap_model(model)
+        student = self._unwrapped(model)
         options: dict[str, Any] = dict(pack=self.args.pack and not student.config.is_encoder_decoder)
         teacher: Rows | None = None
         if half.divergence is not None:
@@ -235,8 +240,8 @@ class FDistillTrainer(Trainer):
 
         def loss(rows: Rows) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.step_loss(rows, student, teacher, self.teacher, half.divergence, self.args.temperature,
-                                      reduction="mean", num_items=items, memory=self.args.memory)  # fmt: skip
+                return self.step_loss(rows, teacher, half.divergence, self.args.temperature, reduction="mean",
+                                      num_items=items, memory=self.args.memory)  # fmt: skip
 
         return forward_to_head(student, prompts, continuations, self.pad, loss, wrapped=model, **options)[0]
 
