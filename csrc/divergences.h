@@ -22,6 +22,7 @@
 namespace fdistill {
 
 constexpr float kSmallestNormal = 1.17549435e-38f, kLowest = -3.40282347e38f;
+constexpr float kLowestLog = -1e30f;  // a logarithm of 0 that may still be multiplied
 
 template <typename T>
 struct Math;
@@ -40,8 +41,8 @@ struct Math<float> {
   static FDISTILL_INLINE float where_small(float x, float bound, float small, float large) {
     return fabsf(x) < bound ? small : large;
   }
-  static FDISTILL_INLINE float zero_if_both_minus_infinity(float x, float y, float value) {
-    return x == -INFINITY && y == -INFINITY ? 0.0f : value;
+  static FDISTILL_INLINE float zero_if_both_lowest(float x, float y, float value) {
+    return x == kLowestLog && y == kLowestLog ? 0.0f : value;
   }
   static FDISTILL_INLINE float infinite_with(float x, float value) { return x == INFINITY ? x : value; }
 };
@@ -143,11 +144,13 @@ struct Alpha {
   static constexpr bool centred = false;
   template <typename T>
   static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float alpha) {
-    const T w = Math<T>::exp(T(alpha) * e.log_p + T(1.0f - alpha) * e.log_q), u = e.log_p - e.log_q;
+    // alpha times finfo.min, the mask of many models, would overflow
+    const T log_p = Math<T>::at_least(e.log_p, kLowestLog), log_q = Math<T>::at_least(e.log_q, kLowestLog);
+    const T w = Math<T>::exp(T(alpha) * log_p + T(1.0f - alpha) * log_q), u = log_p - log_q;
     const T student = difference(w, e.q, T(alpha) * u) * T(-1.0f / alpha);
     const T teacher = difference(w, e.p, T(alpha - 1.0f) * u) * T(1.0f / (alpha - 1.0f));
     const auto limit = [&](T term) {  // the terms of an infinite w have opposite signs, their sum is +inf
-      return Math<T>::zero_if_both_minus_infinity(e.log_p, e.log_q, Math<T>::infinite_with(w, term));
+      return Math<T>::zero_if_both_lowest(log_p, log_q, Math<T>::infinite_with(w, term));
     };
     return {limit(student), limit(teacher)};
   }

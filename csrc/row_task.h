@@ -23,12 +23,14 @@ struct RowTask {
   const float* student_inverse_temperature;   // (rows)
   const float* teacher_inverse_temperature;   // (rows)
   const float* divergence_scale;              // (rows)
+  const float* cross_entropy_scale;           // (rows)
+  const float* z_loss_scale;                  // (rows)
   float parameter;                            // the divergence's own
   const int64_t* labels;                      // (rows), or null: no label terms; checked by the caller
   const float* class_weight;                  // (vocabulary), or null: ones
-  float class_weight_sum;
-  float cross_entropy_weight, label_smoothing, z_loss;
-  float student_softcap, teacher_softcap;     // 0: none; else logits are capped first, and may be overwritten so
+  float class_weight_sum;                     // 0 where labels are not smoothed
+  float label_smoothing;
+  float student_softcap, teacher_softcap;     // 0: none; else logits are capped first
   float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
 };
 

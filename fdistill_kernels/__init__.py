@@ -1,7 +1,7 @@
 """Fused f-divergence losses for language-model distillation."""
 
 from .divergences import GJS, TABLE, Alpha, Divergence, FDivergence, SkewKL, SkewRKL
-from .functional import cross_entropy, f_divergence
+from .functional import cross_entropy, f_divergence, log_sum_exp
 from .linear import linear_cross_entropy, linear_f_divergence
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .tokens import LossParts
@@ -25,4 +25,5 @@ __all__ = [
     "f_divergence",
     "linear_cross_entropy",
     "linear_f_divergence",
+    "log_sum_exp",
 ]

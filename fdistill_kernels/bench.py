@@ -92,7 +92,7 @@ def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, dev
         with launch.forced(candidate):
             timed.append((candidate, median_seconds(step, 0.1)))
     timed.sort(key=lambda pair: pair[1])
-    launch.remember(timed[0][0], card, divergence.symbol or "own", shape[1], dtype.itemsize)
+    launch.remember(timed[0][0], card, divergence.kernel or "own", shape[1], dtype.itemsize)
     return timed
 
 

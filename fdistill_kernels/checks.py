@@ -3,23 +3,90 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
 
+def check_tensor(name: str, value: object, floating: bool = True) -> None:
+    """A dense tensor with data, floating point unless it may be of any dtype.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
+    if value.is_meta and not torch.compiler.is_compiling():
+        raise TypeError(f"{name} is on the meta device: it has a shape and no data")
+    if floating and value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, not {value.dtype}")
+
+
 def check_logits(name: str, logits: Tensor) -> None:
-    """Floating logits (..., V) with at least one row and one entry."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"{name} must be floating point, not {logits.dtype}")
+    """Floating logits (..., V) with at least one entry a row."""
+    check_tensor(name, logits)
     if logits.dim() == 0:
         raise ValueError(f"{name} must have shape (..., V), but is a scalar")
-    if logits.numel() == 0:
-        raise ValueError(f"{name} is empty: shape {tuple(logits.shape)}; a batch needs at least one row and one entry")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name} has no vocabulary: shape {tuple(logits.shape)}; a row needs at least one entry")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_integer(name: str, value: object, low: int | None = None) -> None:
+    """An int, at least `low`."""
+    if torch.compiler.is_compiling() and not isinstance(value, int):
+        return  # a symbolic one
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {_shown(value)}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, not {value}")
+
+
+def _shown(value: object) -> str:
+    return type(value).__name__ if isinstance(value, Tensor) or value is None else repr(value)
+
+
+def check_overwritten(name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """A tensor that a kernel writes to: each of its entries has a place of its own, which no other argument shares.
+
+    Raises:
+        ValueError: strides that overlap, or memory shared with another argument, through whatever storage.
+    """
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError(
+                    f"inplace=True would overwrite {name}, whose rows share memory: strides {tensor.stride()}"
+                )
+            reach += stride * (size - 1)
+    begin, end = _span(tensor)
+    for other, value in others.items():
+        if value is not None and value.device == tensor.device and _span(value)[0] < end and begin < _span(value)[1]:
+            raise ValueError(f"inplace=True would overwrite {other}, which shares memory with {name}")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and beyond its last."""
+    begin = tensor.data_ptr()
+    if not tensor.numel():
+        return begin, begin
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def check_pair(student: Tensor, teacher: Tensor) -> None:
@@ -32,8 +99,6 @@ def check_pair(student: Tensor, teacher: Tensor) -> None:
             "student_logits and teacher_logits must have one shape, "
             f"not {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    if student.dtype != teacher.dtype:
-        raise TypeError(f"student_logits are {student.dtype} but teacher_logits {teacher.dtype}; cast one of them")
     if student.device != teacher.device:
         raise ValueError(f"student_logits are on {student.device} but teacher_logits on {teacher.device}")
 
@@ -48,20 +113,16 @@ def check_vocabularies(student: int, teacher: int) -> None:
 
 
 def check_hidden(name: str, hidden: Tensor) -> None:
-    """Floating hidden states (..., D) with at least one row."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(hidden).__name__}")
-    if not hidden.is_floating_point():
-        raise TypeError(f"{name} must be floating point, not {hidden.dtype}")
-    if hidden.dim() == 0 or hidden.numel() == 0:
-        raise ValueError(f"{name} must have shape (..., D) with at least one row, not {tuple(hidden.shape)}")
+    """Floating hidden states (..., D)."""
+    check_tensor(name, hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., D), not {tuple(hidden.shape)}")
 
 
 def check_head(
-    whose: str, weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab_size: int | None
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """A plain head, (V, D) and (V), cut to `vocab_size`."""
-    name = f"{whose}_weight"
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"{name} must be a tensor (V, D), not {type(weight).__name__}; of a plain nn.Linear give .weight, and "
@@ -71,7 +132,8 @@ def check_head(
         raise TypeError(f"{name} is sharded (DTensor): give {name}.full_tensor(), or call from the unsharded module")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(f"{name} is partitioned by ZeRO-3: call inside deepspeed.zero.GatheredParameters")
-    if not weight.is_floating_point():
+    check_tensor(name, weight, floating=False)
+    if weight.dtype not in DTYPES:
         raise TypeError(f"{name} must be floating point, not {weight.dtype}: dequantise it first")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
@@ -79,15 +141,22 @@ def check_head(
         )
     if weight.device != hidden.device:
         raise ValueError(f"{name} is on {weight.device} but the hidden states on {hidden.device}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
-        raise ValueError(
-            f"{whose}_bias must have shape ({weight.shape[0]},) on {weight.device}, not {tuple(bias.shape)}"
-        )
+    if bias is not None:
+        check_tensor(bias_name, bias)
+        if bias.shape != weight.shape[:1] or bias.device != weight.device:
+            raise ValueError(f"{bias_name} must have shape ({weight.shape[0]},) on {weight.device}, "
+                             f"not {tuple(bias.shape)} on {bias.device}")  # fmt: skip
     if vocab_size is not None:
-        if not 0 < vocab_size <= weight.shape[0]:
-            raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], the rows of {name}, not {vocab_size}")
+        check_vocab_size(vocab_size, weight.shape[0], f"the rows of {name}")
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     return weight, bias
+
+
+def check_vocab_size(vocab_size: int, most: int, of: str) -> None:
+    """At least one entry, and no more than there are."""
+    check_integer("vocab_size", vocab_size)
+    if not 0 < vocab_size <= most:
+        raise ValueError(f"vocab_size must be in [1, {most}], {of}, not {vocab_size}")
 
 
 def check_chunk(logits: object, like: Tensor) -> Tensor:
@@ -102,25 +171,32 @@ def check_class_weight(weight: Tensor | None, vocabulary: int, device: torch.dev
     """A constant factor on each class."""
     if weight is None:
         return
+    check_tensor("weight", weight)
     if weight.shape != (vocabulary,):
         raise ValueError(f"weight must have shape ({vocabulary},), not {tuple(weight.shape)}")
-    if weight.requires_grad or weight.device != device or not weight.is_floating_point():
-        raise ValueError("weight must be floating point, on the logits' device, and not require grad")
+    if weight.device != device:
+        raise ValueError(f"weight is on {weight.device} but the logits on {device}")
+    check_constant("weight", weight)
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    """A tensor that no gradient is expected of."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but the loss is not differentiable in it; detach it")
 
 
 def shared_vocabulary(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
     """The first `vocab_size` entries of padded logits."""
-    if vocab_size is None or not isinstance(logits, Tensor) or logits.dim() == 0:
+    check_logits(name, logits)
+    if vocab_size is None:
         return logits
-    if not 0 < vocab_size <= logits.shape[-1]:
-        raise ValueError(f"vocab_size must be in [1, {logits.shape[-1]}], the vocabulary of {name}, not {vocab_size}")
+    check_vocab_size(vocab_size, logits.shape[-1], f"the vocabulary of {name}")
     return logits[..., :vocab_size]
 
 
 def check_labels(labels: Tensor, logits: Tensor, name: str = "labels") -> None:
     """Class indices of the logits' leading shape."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(labels).__name__}")
+    check_tensor(name, labels, floating=False)
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(f"{name} must be integer class indices, not {labels.dtype}")
     check_tokens(name, labels, logits)
@@ -128,30 +204,82 @@ def check_labels(labels: Tensor, logits: Tensor, name: str = "labels") -> None:
 
 def check_tokens(name: str, value: Tensor, logits: Tensor) -> None:
     """One value a token: the logits' leading shape, on their device."""
+    check_tensor(name, value, floating=False)
+    if value.is_complex() or value.is_quantized:
+        raise TypeError(f"{name} must be real numbers, not {value.dtype}")
     if value.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name} must have the logits' leading shape {tuple(logits.shape[:-1])}, not {tuple(value.shape)}"
         )
     if value.device != logits.device:
         raise ValueError(f"{name} is on {value.device} but the logits on {logits.device}")
-    if value.requires_grad:
-        raise ValueError(f"{name} requires grad, but the loss is not differentiable in it; detach it")
+    check_constant(name, value)
 
 
-def check_number(name: str, value: float, low: float, high: float = float("inf"), open_low: bool = False) -> None:
-    """A number in [low, high], or (low, high] with `open_low`."""
+def check_number(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> None:
+    """A finite number in [low, high], or (low, high] with `open_low`."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        if torch.compiler.is_compiling() and not isinstance(value, (bool, Tensor, str)) and value is not None:
+            return  # a symbolic one
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, not {_shown(value)}")
+        value = float(value)
     inside = low < value <= high if open_low else low <= value <= high
-    if not inside:
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], not {value!r}")
+    if not (inside and -math.inf < value < math.inf):
+        if low == -math.inf and high == math.inf:
+            raise ValueError(f"{name} must be finite, not {value!r}")
+        ends = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+        raise ValueError(f"{name} must be in {ends}, not {value!r}")
 
 
-def check_reduction(reduction: str, num_items: object) -> None:
-    """A known reduction, and num_items only where there is a denominator to override."""
+def check_temperature(name: str, value: object, logits: Tensor, low: float, high: float) -> None:
+    """A number in [low, high], a 0-dim tensor, or one value a token."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, low, high)
+    elif value.dim() == 0:
+        check_tensor(name, value)
+        if value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device} but the logits on {logits.device}")
+        check_constant(name, value)
+    else:
+        check_tokens(name, value, logits)
+
+
+def check_temperature_of(name: str, value: object, mask: Tensor, low: float, high: float) -> None:
+    """The values of a tensor of temperatures, of unmasked tokens; a GPU is not asked."""
+    if isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        fits = (value >= low) & (value <= high)
+        if not (fits.reshape(-1) | ~mask).all():
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}] in every token")
+
+
+def checked_items(num_items: object, reduction: str, tokens: Tensor) -> float | Tensor:
+    """The denominator that a user gives: a positive number, or a tensor of one; 0 where no token counts."""
+    if reduction in ("sum", "none"):
+        raise ValueError(f"num_items overrides the denominator of a mean; reduction={reduction!r} has none")
+    known = not torch.compiler.is_compiling() and tokens.device.type == "cpu"
+    if isinstance(num_items, Tensor):
+        check_tensor("num_items", num_items, floating=False)
+        if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
+            raise ValueError(f"num_items must be one number, not {num_items.dtype} of shape {tuple(num_items.shape)}")
+        check_constant("num_items", num_items)
+        num_items = num_items.reshape(()).to(tokens.device)
+        if known:
+            check_number("num_items", num_items.item(), 0)
+    else:
+        check_number("num_items", num_items, 0)
+    if known and num_items == 0 and tokens > 0:
+        raise ValueError(f"num_items must be positive, not {num_items!r}, for {int(tokens)} tokens that count")
+    return num_items  # type: ignore[return-value]
+
+
+def check_reduction(reduction: object) -> None:
+    """A known reduction."""
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a string, not {_shown(reduction)}")
     if reduction not in REDUCTIONS:
-        near = difflib.get_close_matches(str(reduction), REDUCTIONS, n=1)
+        near = difflib.get_close_matches(reduction, REDUCTIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(REDUCTIONS)}"
         raise ValueError(f"unknown reduction {reduction!r}; {hint}")
-    if num_items is not None and reduction in ("sum", "none"):
-        raise ValueError(f"num_items overrides the denominator of a mean; reduction={reduction!r} has none")
-    if isinstance(num_items, (int, float)) and not num_items > 0:
-        raise ValueError(f"num_items must be positive, not {num_items!r}")

@@ -12,15 +12,17 @@ csrc/divergences.h holds the same formulas for C++ and CUDA.
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
-import weakref
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: Parameters so close to a family's limit are taken for it: float32 cannot tell them apart.
+NEAR = 1e-7
 
 Terms = tuple[Tensor, Tensor]
 TermsFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Terms]
@@ -31,13 +33,14 @@ class Divergence:
     """One divergence with its parameter fixed.
 
     Attributes:
-        name: the name users write, or the registered name of a user's own generator.
+        name: the name users write.
         terms: ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``, elementwise, in any float dtype.
         symbol: the kernel's name in native backends; None where only the torch backend has it.
         parameter: β, λ or α; 0 where there is none.
         scale: a factor on the loss (hellinger is ¼ of alpha(½)).
         centred: Σ q g = 0, so that the gradient needs no sum over the row.
         triton: a user's own pair of terms as a `@triton.jit` function; the table's are found by symbol.
+        key: what an operator's plain arguments say of a divergence with a `kernel`; `by_key` reads it.
     """
 
     name: str
@@ -47,9 +50,31 @@ class Divergence:
     scale: float = 1.0
     centred: bool = False
     triton: Any = field(default=None, repr=False, compare=False)
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not callable(self.terms):
+            raise TypeError("a Divergence needs a name and a function of its terms")
+        for what in ("parameter", "scale"):
+            if not math.isfinite(getattr(self, what)):
+                raise ValueError(f"{self.name}: {what} must be finite, not {getattr(self, what)!r}")
+        if self.symbol == "Alpha" and min(abs(self.parameter), abs(1 - self.parameter)) <= NEAR:
+            raise ValueError(f"{self.name}: the parameter must not be 0 or 1, which are rkl and kl")
+        object.__setattr__(self, "key", f"{self.symbol} {self.parameter!r} {self.scale!r}")
 
     def __str__(self) -> str:
         return f"{self.name}({self.parameter:g})" if self.name in PARAMETERS else self.name
+
+    @property
+    def kernel(self) -> str | None:
+        """The symbol, where native kernels compute just these terms; None for terms of the user's own."""
+        entry = KERNELS.get(self.symbol or "")
+        same = entry is not None and entry == (self.terms, self.centred) and self.triton is None
+        return self.symbol if same else None
+
+
+#: A logarithm of 0 that may still be multiplied: masks of finfo.min, and −inf.
+LOWEST_LOG = -1e30
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
@@ -95,13 +120,14 @@ def _tvd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
 
 
 def _alpha(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, alpha: float) -> Terms:
+    neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
+    log_p, log_q = log_p.clamp_min(LOWEST_LOG), log_q.clamp_min(LOWEST_LOG)  # α times finfo.min would overflow
     w, u = (alpha * log_p + (1 - alpha) * log_q).exp(), log_p - log_q
 
     def difference(x: Tensor, d: Tensor) -> Tensor:  # w − x = x (e^d − 1), without cancellation where d is small
         return torch.where(d.abs() < 0.5, x * torch.expm1(d), w - x)
 
     def limit(term: Tensor) -> Tensor:  # the terms of an infinite w have opposite signs, their sum is +inf
-        neither = (log_p == -math.inf) & (log_q == -math.inf)
         return torch.where(w == math.inf, w, term).masked_fill(neither, 0)
 
     return limit(difference(q, alpha * u) / -alpha), limit(difference(p, (alpha - 1) * u) / (alpha - 1))
@@ -121,6 +147,13 @@ def _cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float)
     return q - p, -times(p, log_q)
 
 
+#: What each native kernel computes: its terms, and whether they are centred.
+KERNELS: dict[str, tuple[TermsFunction, bool]] = {
+    "Kl": (_kl, True), "Rkl": (_rkl, False), "Jeffreys": (_jeffreys, False), "Gjs": (_gjs, False),
+    "SkewKl": (_skew_kl, False), "SkewRkl": (_skew_rkl, False), "Tvd": (_tvd, False), "Alpha": (_alpha, False),
+    "Triangular": (_triangular, False), "Engine": (_engine, False), "CrossEntropy": (_cross_entropy, True),
+}  # fmt: skip
+
 KL = Divergence("kl", _kl, "Kl", centred=True)
 RKL = Divergence("rkl", _rkl, "Rkl")
 JS = Divergence("js", _gjs, "Gjs", 0.5)
@@ -135,37 +168,58 @@ CROSS_ENTROPY = Divergence("cross_entropy", _cross_entropy, "CrossEntropy", cent
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
-    if not (isinstance(value, (int, float)) and low <= value <= high):
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) and low <= value <= high):
         raise ValueError(f"{name} must be a number in {shown}, not {value!r}")
     return float(value)
 
 
 def GJS(beta: float = 0.5) -> Divergence:
-    """β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q, 0 ≤ β ≤ 1; as in TRL's GKD, β = 0 is kl and β = 1 is rkl."""
+    """β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q, 0 ≤ β ≤ 1; as in TRL's GKD, β = 0 is kl and β = 1 is rkl.
+
+    Raises:
+        ValueError: β is outside [0, 1]; or within 1e-6 of an end but not at it, where the value falls to 0 and its
+            digits are lost, while at the end it is a whole KL.
+    """
     beta = _parameter("beta", beta, 0, 1, "[0, 1]")
+    if 0 < min(beta, 1 - beta) < 1e-6:
+        raise ValueError(f"beta must be 0, 1, or at least 1e-6 from both, not {beta!r}: 0 is kl and 1 is rkl")
     return _at_limit("gjs", beta, {0.0: KL, 1.0: RKL}) or Divergence("gjs", _gjs, "Gjs", beta)
 
 
 def SkewKL(lam: float = 0.1) -> Divergence:
-    """KL(p ‖ λp + (1−λ)q), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0 is kl."""
+    """KL(p ‖ λp + (1−λ)q), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0, and what float32 cannot tell from it, is kl.
+
+    Raises:
+        ValueError: λ is outside [0, 1 − 1e-6].
+    """
     lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
     return _at_limit("skew_kl", lam, {0.0: KL}) or Divergence("skew_kl", _skew_kl, "SkewKl", lam)
 
 
 def SkewRKL(lam: float = 0.1) -> Divergence:
-    """KL(q ‖ λq + (1−λ)p), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0 is rkl."""
+    """KL(q ‖ λq + (1−λ)p), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0, and what float32 cannot tell from it, is rkl.
+
+    Raises:
+        ValueError: λ is outside [0, 1 − 1e-6].
+    """
     lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
     return _at_limit("skew_rkl", lam, {0.0: RKL}) or Divergence("skew_rkl", _skew_rkl, "SkewRkl", lam)
 
 
 def Alpha(alpha: float = 0.5) -> Divergence:
-    """(Σ p^α q^(1−α) − 1) / (α(α−1)), α in [−8, 8]; α = 1 is kl, α = 0 is rkl, α = ½ is 4·hellinger."""
+    """(Σ p^α q^(1−α) − 1) / (α(α−1)), α in [−8, 8]; α = 1 is kl, α = 0 is rkl, α = ½ is 4·hellinger.
+
+    An α within 1e-7 of 0 or 1 is taken for it: float32 cannot tell them apart.
+
+    Raises:
+        ValueError: α is outside [−8, 8].
+    """
     alpha = _parameter("alpha", alpha, -8, 8, "[-8, 8]")
     return _at_limit("alpha", alpha, {0.0: RKL, 1.0: KL}) or Divergence("alpha", _alpha, "Alpha", alpha)
 
 
 def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> Divergence | None:
-    limit = limits.get(parameter)
+    limit = next((d for at, d in limits.items() if abs(parameter - at) <= NEAR), None)
     return limit and Divergence(name, limit.terms, limit.symbol, parameter, limit.scale, limit.centred)
 
 
@@ -184,12 +238,12 @@ TABLE: dict[str, Divergence] = {
               ENGINE, CROSS_ENTROPY)
 }  # fmt: skip
 
-_generators: weakref.WeakValueDictionary[str, FDivergence] = weakref.WeakValueDictionary()
-_serial = itertools.count()
-
 
 class FDivergence(Divergence):
     """A divergence from a user's own generator, run by the torch backend in chunks, or by Triton with your pair.
+
+    It can be copied, and pickled where its functions can be (those of a module, not lambdas). Inside ``torch.export``
+    f is traced into the program, which then stands on its own.
 
     Args:
         f: elementwise generator of t = p/q on tensors; convex with f(1) = 0.
@@ -204,6 +258,7 @@ class FDivergence(Divergence):
 
     Raises:
         ValueError: f is not elementwise, not finite, not convex, or f(1) ≠ 0, on a grid of t from 1e-3 to 1e3.
+        TypeError: f is not a function.
     """
 
     def __init__(
@@ -216,29 +271,56 @@ class FDivergence(Divergence):
     ) -> None:
         if (f is None) == (from_log_ratio is None):
             raise ValueError("FDivergence takes either f, a function of t = p/q, or from_log_ratio, one of log t")
-        generator = from_log_ratio or (lambda u: f(u.exp()))  # type: ignore[misc]
-        _validate_generator(generator, name)
+        if not callable(f or from_log_ratio):
+            raise TypeError(f"f must be a function of tensors, not {type(f or from_log_ratio).__name__}")
+        object.__setattr__(self, "given", {"f": f, "from_log_ratio": from_log_ratio, "name": name, "triton": triton})
+        if not torch.compiler.is_compiling():
+            _validate_generator(self.generator, name)
+        super().__init__(name, self._terms, triton=triton)
 
-        def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-            bound = 0.9 * math.log(torch.finfo(p.dtype).max)
-            with torch.enable_grad(), _autograd_inside_an_operator():
-                u = (log_p - log_q).detach().clamp(-bound, bound).nan_to_num().requires_grad_()
-                value = generator(u)
-                (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
-            # q f and q t f′, taken as p (f/t) and p f′ where q is the smaller
-            larger, inverse = torch.where(u > 0, p, q), torch.where(u > 0, (-u).exp(), torch.ones_like(u))
-            value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
-            return value - slope, slope
+    def generator(self, u: Tensor) -> Tensor:
+        """f at t = exp(u)."""
+        f, from_log_ratio = self.given["f"], self.given["from_log_ratio"]  # type: ignore[attr-defined]
+        return from_log_ratio(u) if f is None else f(u.exp())
 
-        super().__init__(f"{name}#{next(_serial)}", terms)
-        object.__setattr__(self, "generator", generator)
-        object.__setattr__(self, "triton", triton)
-        _generators[self.name] = self
+    def _terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+        with torch.enable_grad(), _autograd_inside_an_operator():
+            u = _log_ratio(log_p, log_q).detach().requires_grad_()
+            value = self.generator(u)
+            (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
+        larger, inverse = _larger(p, q, u)
+        value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
+        return value - slope, slope
 
-    __hash__ = object.__hash__
+    def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """``q f(p/q)``, elementwise and differentiable by autograd: what a compiler traces."""
+        u = _log_ratio(log_p, log_q)
+        larger, inverse = _larger(p, q, u)
+        return times(larger, self.generator(u) * inverse)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_divergence, (self.given,)  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.given.values()))  # type: ignore[attr-defined]
 
     def __eq__(self, other: object) -> bool:
-        return self is other
+        return isinstance(other, FDivergence) and self.given == other.given  # type: ignore[attr-defined]
+
+
+def _own_divergence(given: dict[str, Any]) -> FDivergence:
+    return FDivergence(given["f"], **{k: v for k, v in given.items() if k != "f"})
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log(p/q), held to what its exponential's dtype holds; 0 where neither model has the entry."""
+    bound = 0.9 * math.log(torch.finfo(log_p.dtype).max)
+    return (log_p - log_q).clamp(-bound, bound).nan_to_num()
+
+
+def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """``q f`` is p·(f/t) where q is the smaller: the larger probability, and what f is multiplied with beside it."""
+    return torch.where(u > 0, p, q), (-u.clamp_min(0)).exp()
 
 
 def _autograd_inside_an_operator() -> Any:
@@ -286,8 +368,15 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
     raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")
 
 
-def by_key(name: str, parameter: float) -> Divergence:
-    """The divergence of that name and parameter: what an operator's plain arguments stand for."""
-    if name in PARAMETERS:
-        return PARAMETERS[name][0](parameter)
-    return _generators[name] if name in _generators else TABLE[name]
+def by_key(key: str) -> Divergence:
+    """The divergence that a `Divergence.key` stands for.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    symbol, _, rest = key.partition(" ")
+    if symbol not in KERNELS:
+        raise ValueError(f"no kernel is named {symbol!r}; known: {', '.join(KERNELS)}")
+    parameter, scale = map(float, rest.split())
+    terms, centred = KERNELS[symbol]
+    return Divergence(symbol, terms, symbol, parameter, scale, centred)

@@ -6,6 +6,7 @@ it to the hidden states and the weight. The loss is the end of the graph, so all
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, products
-from .backends.rows import LinearCall, RowCall
-from .divergences import Divergence, by_key, resolve
-from .tokens import Temperature, once, scaled, token_loss
+from .backends.rows import LinearCall, RowCall, TokenTerms, schema, split
+from .divergences import CROSS_ENTROPY, Divergence, resolve
+from .functional import soft_loss, soft_targets, softcaps
+from .tokens import Temperature, graph_is_kept, of_parts, once, token_loss
 
 #: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
 CPU_CHUNK_BYTES = 55_000_000
@@ -85,25 +87,34 @@ def linear_f_divergence(
         The rest: as in `f_divergence`.
 
     Returns:
-        As `f_divergence`. The weight's gradient is accumulated in float32 over the chunks, and handed over by the first
-        backward pass: a second one through a retained graph raises. ``reduction="none"`` computes the chunks again in
-        the backward pass, since each row's upstream gradient is not known before.
+        As `f_divergence`. Gradients are summed in float32 and rounded to the inputs' dtype in the backward pass, once,
+        with the upstream factor. ``reduction="none"`` computes the chunks again in the backward pass, since each row's
+        upstream gradient is not known before. Inside torch.compile a teacher that is a function, or a user's own
+        divergence, breaks the graph.
 
     Raises:
         ValueError, TypeError: as `f_divergence`; heads that are not plain tensors (LoRA, quantised, sharded).
 
     Source: Wen et al., ACL 2023, eq. (4)-(11), for the loss.
     """
-    heads = _heads(student_hidden, student_weight, student_bias, "student", vocab_size)
+    heads = _heads(student_hidden, student_weight, student_bias, STUDENT, vocab_size)
     chosen = resolve(divergence)
     student_hidden, student_weight, student_bias = heads
     teacher, teacher_weight, teacher_bias = _teacher(
         teacher_hidden, teacher_weight, teacher_bias, student_hidden, student_weight.shape[0], vocab_size
     )
+    checks.check_number("logit_scale", logit_scale)
+    if teacher_logit_scale is not None:
+        checks.check_number("teacher_logit_scale", teacher_logit_scale)
+    if teacher_logit_softcap is not None and teacher_weight is None:
+        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
+    model = (
+        teacher, teacher_weight, teacher_bias, float(logit_scale),
+        float(logit_scale if teacher_logit_scale is None else teacher_logit_scale),
+        *softcaps(logit_softcap, teacher_logit_softcap),
+    )  # fmt: skip
     return _linear(
-        student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, logit_scale,
-        logit_scale if teacher_logit_scale is None else teacher_logit_scale, logit_softcap, teacher_logit_softcap,
-        chosen, memory, skip_tiles, chunk_bytes, labels=labels,
+        student_hidden, student_weight, student_bias, model, (memory, skip_tiles, chunk_bytes), chosen, labels=labels,
         ce_weight=ce_weight, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index,
         token_weight=token_weight, temperature=temperature, teacher_temperature=teacher_temperature,
         temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, backend=backend,
@@ -124,6 +135,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
     vocab_size: int | None = None,
     memory: str = "chunks",
@@ -136,35 +148,62 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states (..., D).
-        linear_weight, linear_bias: the head, (V, D) and (V).
-        target: class indices (...), in [0, V) or `ignore_index`.
-        weight: (V) a factor on each class.
+        linear_weight, linear_bias: the head, (V, D) and (V). Or (V, d1, ..., D) and (V, d1, ...), for input (N, D) a
+            head for each of d1, ..., and targets (N, d1, ...), as `torch.nn.functional.linear_cross_entropy` has it.
+        target: class indices (...), in [0, V) or `ignore_index`; or class probabilities (..., V), as in
+            `cross_entropy`.
+        weight: (V) a factor on each class, as in `cross_entropy`.
+        token_weight: (...) a factor on each token's loss, not in the denominator.
         The rest: as in `linear_f_divergence` and `cross_entropy`.
 
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.
     """
-    input, linear_weight, linear_bias = _heads(input, linear_weight, linear_bias, "linear", vocab_size)
-    checks.check_labels(target, input, "target")
-    checks.check_class_weight(weight, linear_weight.shape[0], input.device)
-    return _linear(
-        input, linear_weight, linear_bias, None, None, None, logit_scale, 1.0, logit_softcap, None, None, memory,
-        skip_tiles, chunk_bytes, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
-        class_weight=weight, ignore_index=ignore_index, reduction=reduction, num_items=num_items, backend=backend,
+    shared: dict[str, Any] = dict(
+        z_loss=z_loss, token_weight=token_weight, reduction=reduction, num_items=num_items, backend=backend,
         return_parts=return_parts,
     )  # fmt: skip
+    hard: dict[str, Any] = dict(class_weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
+        raise ValueError(f"linear_weight must have shape (V, D), not {tuple(linear_weight.shape)}")
+    input, linear_weight, linear_bias = _heads(input, linear_weight, linear_bias, LINEAR, vocab_size)
+    vocabulary = linear_weight.shape[0]
+    checks.check_class_weight(weight, vocabulary, input.device)
+    checks.check_number("logit_scale", logit_scale)
+    checks.check_tensor("target", target, floating=False)
+    path = memory, skip_tiles, chunk_bytes
+    model: tuple[Any, ...]
+    caps = softcaps(logit_softcap, None)
+    if target.is_floating_point():
+        like = input[..., :1].expand(*input.shape[:-1], vocabulary)
+        teacher, mass = soft_targets(target, like, weight, ignore_index, label_smoothing)
+        model = teacher.reshape(-1, vocabulary), None, None, float(logit_scale), 1.0, *caps
+        return _linear(input, linear_weight, linear_bias, model, path, CROSS_ENTROPY, mass=mass, **shared)
+    checks.check_labels(target, input, "target")
+    model = None, None, None, float(logit_scale), 1.0, *caps
+    return _linear(input, linear_weight, linear_bias, model, path, None, labels=target, labels_name="target",
+                   ce_weight=1.0, **hard, **shared)  # fmt: skip
+
+
+#: What the arguments of a head are called: hidden states, weight and bias.
+STUDENT, TEACHER, LINEAR = (
+    ("student_hidden", "student_weight", "student_bias"),
+    ("teacher_hidden", "teacher_weight", "teacher_bias"),
+    ("input", "linear_weight", "linear_bias"),
+)
 
 
 def _heads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, whose: str, vocab_size: int | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str], vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    checks.check_hidden(f"{whose}_hidden", hidden)
-    weight, bias = checks.check_head(whose, weight, bias, hidden, vocab_size)
+    checks.check_hidden(names[0], hidden)
+    weight, bias = checks.check_head(names[1], weight, names[2], bias, hidden, vocab_size)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         return hidden.to(dtype), weight, bias  # the head is cast later, so that its gradient stays in its own dtype
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        raise TypeError(f"{whose}_hidden is {hidden.dtype} but {whose}_weight {weight.dtype}; cast one of them")
+    for name, value in zip(names[1:], (weight, bias), strict=True):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{names[0]} is {hidden.dtype} but {name} {value.dtype}; cast one of them")
     return hidden, weight, bias
 
 
@@ -173,6 +212,7 @@ def _teacher(
 ) -> tuple[Teacher, Tensor | None, Tensor | None]:
     """The teacher as rows of hidden states, rows of logits, or a function of a range of rows."""
     if isinstance(teacher, Tensor):
+        checks.check_tensor("teacher_hidden", teacher)
         if teacher.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "teacher_hidden requires grad, but linear_f_divergence trains the student alone; detach it, or give "
@@ -192,53 +232,70 @@ def _teacher(
             raise ValueError("teacher_bias needs teacher_weight")
         if isinstance(teacher, Tensor):
             teacher = checks.shared_vocabulary("teacher_hidden", teacher, vocab_size)
-            checks.check_logits("teacher_hidden", teacher)
             checks.check_vocabularies(vocabulary, teacher.shape[-1])
             return teacher.detach().reshape(-1, vocabulary), None, None
         return teacher, None, None
     if not isinstance(teacher, Tensor):
         raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
-    teacher, weight, bias = _heads(teacher, weight, bias, "teacher", vocab_size)
+    teacher, weight, bias = _heads(teacher, weight, bias, TEACHER, vocab_size)
     checks.check_vocabularies(vocabulary, weight.shape[0])
     weight, bias = weight.detach().to(teacher.dtype), None if bias is None else bias.detach().to(teacher.dtype)
     return teacher.detach().reshape(-1, teacher.shape[-1]), weight, bias
 
 
 def _linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, softcap: float | None,
-    teacher_softcap: float | None, divergence: Divergence | None, memory: str,
-    skip_tiles: bool, chunk_bytes: int | None, **token_arguments: Any,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, model: tuple[Any, ...],
+    path: tuple[str, bool, int | None], divergence: Divergence | None, mass: Tensor | None = None,
+    **token_arguments: Any,
 ) -> Any:  # fmt: skip
-    rows = hidden.numel() // hidden.shape[-1]
+    """model: the fields of `LinearCall` from `teacher` to `teacher_softcap`; path: memory, skip_tiles, chunk_bytes."""
+    memory, skip_tiles, chunk_bytes = path
+    checks.check_flag("skip_tiles", skip_tiles)
     if memory not in ("chunks", "minimal"):
         raise ValueError(f"memory must be 'chunks' or 'minimal', not {memory!r}")
-    if memory == "minimal" and teacher is not None and teacher_weight is None:
+    if memory == "minimal" and model[0] is not None and model[1] is None:
         raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
+    if chunk_bytes is not None:
+        checks.check_integer("chunk_bytes", chunk_bytes)
+        if chunk_bytes <= 0:
+            raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
     if memory == "minimal" and chunk_bytes is None:
         chunk_bytes = MINIMAL_CHUNK_BYTES
-    for name, cap in (("logit_softcap", softcap), ("teacher_logit_softcap", teacher_softcap)):
-        if cap is not None:
-            checks.check_number(name, cap, 0, open_low=True)
-    if teacher_softcap and teacher_weight is None:
-        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
-    heads = (teacher_weight, teacher_bias, float(logit_scale), float(teacher_logit_scale), float(softcap or 0),
-             float(teacher_softcap or 0))  # fmt: skip
+    per_row = token_arguments["reduction"] == "none"
+    rows = hidden.reshape(-1, hidden.shape[-1])
 
-    def run(row_arguments: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
-        per_row = token_arguments["reduction"] == "none"
-        path = memory == "minimal" and name in ("triton", "cuda"), skip_tiles, chunk_bytes or 0
-        return _LinearLoss.apply(hidden.reshape(rows, -1), weight, bias, teacher, per_row, *heads, *path, name,
-                                 *row_arguments)  # fmt: skip
+    def run(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
+        cut_path = memory == "minimal" and name in ("triton", "cuda")
+        how = (*model, cut_path, skip_tiles, chunk_bytes or 0)
+        objects = callable(model[0]) or isinstance(terms.divergence, Divergence)
+        call = _outside_graphs if objects and torch.compiler.is_compiling() else _linear_loss
+        return call(rows, weight, bias, how, terms, per_row, name)
 
+    if mass is not None:
+        return soft_loss(hidden, run, weight.shape[0], mass, **token_arguments)
     return token_loss(hidden, run, divergence, weight.shape[0], **token_arguments)
 
 
-def _chunk_rows(call: LinearCall, chunk_bytes: int) -> int:
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...], terms: TokenTerms, per_row: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss, summed or of each row, and the parts (3, N); how: the fields of `LinearCall` before those of terms."""
+    trained = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+    if trained and torch.is_grad_enabled():
+        return _LinearLoss.apply(hidden, weight, bias, per_row, backend, len(how), *how, *terms)
+    parts, *_ = _rows_of([hidden, weight, bias], how, terms, (False, False, False), backend)
+    losses = of_parts(parts, terms)
+    return (losses if per_row else losses.sum()), parts
+
+
+#: A teacher's function and a user's own divergence are Python objects, which no graph holds.
+_outside_graphs = torch.compiler.disable(_linear_loss)
+
+
+def _chunk_rows(call: LinearCall) -> int:
     """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product."""
-    device = call.hidden.device
+    device, chunk_bytes = call.hidden.device, call.chunk_bytes
     if not chunk_bytes:
         chunk_bytes = CPU_CHUNK_BYTES
         if call.hidden.is_cuda:
@@ -246,33 +303,47 @@ def _chunk_rows(call: LinearCall, chunk_bytes: int) -> int:
             if not torch.cuda.is_current_stream_capturing():
                 chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(device)[0] // 4)
     models = 1 if call.teacher is None else 2
-    most = max(1, chunk_bytes // (models * call.weight.shape[0] * call.hidden.element_size()))
+    most = max(1, chunk_bytes // (models * call.weight.shape[0] * _buffer_dtype(call).itemsize))
     tile = 128 if call.hidden.is_cuda else 16
     return most // tile * tile or most
 
 
-def _in_chunks(call: LinearCall, chunk_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parts (3, N), and the gradients of hidden states, weight and bias, one not wanted empty."""
+def _buffer_dtype(call: LinearCall) -> torch.dtype:
+    """Of a chunk's logits: the hidden states', but a teacher's logits are not narrowed."""
+    given = isinstance(call.teacher, Tensor) and call.teacher_weight is None
+    return torch.promote_types(call.hidden.dtype, call.teacher.dtype) if given else call.hidden.dtype  # type: ignore
+
+
+def _in_chunks(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parts (3, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
     hidden, weight, teacher, labels = call.hidden, call.weight, call.teacher, call.labels
     wide = call.row_scale.dtype
+    row_scale, power, most = call.row_scale, None, None
+    if hidden.dtype == torch.float16:  # a row's gradient in the buffer must not underflow, however little it weighs
+        row_scale, power = split(row_scale)
+        most = torch.where(row_scale == 0, 0, power).amax() if len(power) else power.new_ones(())
+        most = torch.where(most == 0, 1, most)
     parts = torch.zeros(3, hidden.shape[0], dtype=wide, device=hidden.device)
-    of_hidden = torch.zeros_like(hidden) if call.want_hidden else hidden.new_empty(0)
+    of_hidden = torch.zeros(hidden.shape if call.want_hidden else (0,), dtype=wide, device=hidden.device)
     of_weight = products.empty(call.row_scale, *(weight.shape if call.want_weight else (0,)))
     of_bias = torch.zeros(weight.shape[:1] if call.want_bias else (0,), dtype=wide, device=hidden.device)
     gradients = call.want_hidden or call.want_weight or call.want_bias
     live = None if callable(teacher) else _live_rows(call.row_scale, labels)
     count = hidden.shape[0] if live is None else len(live)
-    step = min(_chunk_rows(call, chunk_bytes), max(1, count))
-    student_buffer = products.empty(hidden, step, weight.shape[0])
-    teacher_buffer = products.empty(hidden, step, weight.shape[0]) if teacher is not None else None
+    step = min(_chunk_rows(call), max(1, count))
+    like = hidden.new_empty(0, dtype=_buffer_dtype(call))
+    student_buffer = products.empty(like, step, weight.shape[0])
+    teacher_buffer = products.empty(like, step, weight.shape[0]) if teacher is not None else None
     if not count:
         of_weight.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
         for begin in range(0, count, step):
             end = min(begin + step, count)
             rows = slice(begin, end) if live is None else live[begin:end]
-            logits = student_buffer[: end - begin]
-            products.logits_(hidden[rows], weight, call.bias, call.logit_scale, logits)
+            logits, states = student_buffer[: end - begin], hidden[rows]
+            if live is None:  # 0 times a masked row's NaN would be NaN in the weight's gradient
+                states = states.masked_fill((row_scale[rows] == 0).unsqueeze(1), 0)
+            products.logits_(states, weight, call.bias, call.logit_scale, logits)
             teacher_logits = None
             if teacher_buffer is not None:
                 teacher_logits = teacher_buffer[: end - begin]
@@ -281,26 +352,33 @@ def _in_chunks(call: LinearCall, chunk_bytes: int, backend: str) -> tuple[Tensor
                 elif call.teacher_weight is None:
                     teacher_logits.copy_(teacher[rows])  # type: ignore[index]
                 else:
-                    states = teacher[rows]  # type: ignore[index]
-                    products.logits_(
-                        states, call.teacher_weight, call.teacher_bias, call.teacher_logit_scale, teacher_logits
-                    )
+                    products.logits_(teacher[rows], call.teacher_weight, call.teacher_bias,  # type: ignore[index]
+                                     call.teacher_logit_scale, teacher_logits)  # fmt: skip
                 teacher_logits = teacher_logits.unsqueeze(0)
             row_call = RowCall(
-                logits.unsqueeze(0), teacher_logits, call.row_scale[rows], call.student_inverse_temperature[rows],
-                call.teacher_inverse_temperature[rows], call.divergence_scale[rows],
-                None if labels is None else labels[rows], call.class_weight, call.divergence,
-                call.cross_entropy_weight, call.label_smoothing, call.z_loss, gradients, False, inplace=gradients,
-                student_softcap=call.student_softcap, teacher_softcap=call.teacher_softcap,
+                logits.unsqueeze(0), teacher_logits, row_scale[rows], call.student_inverse_temperature[rows],
+                call.teacher_inverse_temperature[rows], call.divergence_scale[rows], call.cross_entropy_scale[rows],
+                call.z_loss_scale[rows], None if labels is None else labels[rows], call.class_weight, call.divergence,
+                call.label_smoothing, gradients, False, inplace=gradients, student_softcap=call.student_softcap,
+                teacher_softcap=call.teacher_softcap,
             )  # fmt: skip
             parts[:, rows] = backends.BACKENDS[backend].divergence_rows(row_call)[0]
+            if not gradients:
+                continue
+            logits = logits.to(hidden.dtype)
             if call.want_hidden:
-                of_hidden[rows] = products.hidden_gradient(logits, weight, call.logit_scale)
+                of_hidden[rows] = products.hidden_gradient(logits, weight, call.logit_scale).to(wide)
+            if power is not None and most is not None:
+                share = torch.where(row_scale[rows] == 0, 0, power[rows] / most).unsqueeze(1)
+                states = states * share.to(states.dtype) if states.is_cuda else states.float() * share
             if call.want_weight:
-                keep = 1.0 if begin else 0.0
-                products.add_weight_gradient_(logits, hidden[rows], call.logit_scale, keep, of_weight)
+                products.add_weight_gradient_(logits, states, call.logit_scale, 1.0 if begin else 0.0, of_weight)
             if call.want_bias:
-                of_bias += logits.sum(0, dtype=wide)
+                of_bias += logits.sum(0, dtype=wide) if power is None else (logits.to(wide) * share).sum(0)
+    if power is not None and most is not None:
+        parts = parts * power
+        of_hidden = of_hidden * power.unsqueeze(1) if call.want_hidden else of_hidden
+        of_weight, of_bias = of_weight.mul_(most), of_bias * most
     return parts, of_hidden, of_weight, of_bias
 
 
@@ -312,99 +390,122 @@ def _live_rows(row_scale: Tensor, labels: Tensor | None) -> Tensor | None:
     return None if len(live) == len(row_scale) else live
 
 
-def _linear_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor | None, teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None, logit_scale: float, teacher_logit_scale: float, softcap: float, teacher_softcap: float,
-    cut_path: bool, skip_tiles: bool, chunk_bytes: int, backend: str, row_scale: Tensor, student_rate: Tensor,
-    teacher_rate: Tensor, divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None, divergence: str,
-    parameter: float, ce_weight: float, label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool,
-    want_bias: bool,
+def _rows_of(
+    inputs: list[Any], how: tuple[Any, ...], terms: TokenTerms,
+    wants: tuple[bool, bool, bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `LinearCall`, as plain arguments. A teacher that is a function can only be given outside the operator."""
-    backends.check_label_range(labels, row_scale, weight.shape[0])
-    call = LinearCall(
-        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype), teacher, teacher_weight,
-        teacher_bias, logit_scale, teacher_logit_scale, softcap, teacher_softcap, row_scale, student_rate, teacher_rate,
-        divergence_scale, labels, class_weight, by_key(divergence, parameter) if divergence else None, ce_weight,
-        label_smoothing, z_loss, want_hidden, want_weight, want_bias,
-    )  # fmt: skip
-    if cut_path:
+    """Parts and gradients of hidden states, weight and bias; through the operator, but for what only Python holds."""
+    arguments = (*inputs, *how, *terms, *wants)
+    if callable(how[0]) or isinstance(terms.divergence, Divergence):
+        return _linear_rows(*arguments, backend)
+    return linear_rows(*arguments, backend)
+
+
+def _linear_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call, backend = LinearCall(*arguments[:-1]).checked(), arguments[-1]
+    dtype = call.hidden.dtype
+    call = dataclasses.replace(call, weight=call.weight.to(dtype), bias=None if call.bias is None else
+                               call.bias.to(dtype))  # fmt: skip
+    backends.check_label_range(call.labels, call.row_scale, call.weight.shape[0])
+    backend = backends.choose(backend, call.hidden.device, dtype, call.divergence, call.weight.shape[0])
+    if call.cut_path and call.hidden.shape[0]:
         from .backends.triton import cut
 
-        parts, of_hidden, of_weight, of_bias = cut.linear_rows(call, skip_tiles)
-    else:
-        parts, of_hidden, of_weight, of_bias = _in_chunks(call, chunk_bytes, backend)
-    return parts, of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+        return cut.linear_rows(call, call.skip_tiles)
+    return _in_chunks(call, backend)
 
 
-linear_rows = torch.library.custom_op("fdistill_kernels::linear_rows", _linear_rows, mutates_args=())
+#: The operator's arguments are the fields of `LinearCall`, and the backend's name.
+linear_rows: Any = torch.library.custom_op(
+    "fdistill_kernels::linear_rows", _linear_rows, mutates_args=(),
+    schema=f"({schema(LinearCall)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 @linear_rows.register_fake
-def _(hidden, weight, *args):  # type: ignore[no-untyped-def]
-    row_scale, (want_hidden, want_weight, want_bias) = args[12], args[-3:]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = LinearCall(*arguments[:-1])
+    wide = call.row_scale
+    hidden, weight = (call.hidden, call.hidden) if call.cut_path else (wide, wide)
     return (
-        row_scale.new_empty(3, hidden.shape[0]),
-        hidden.new_empty(hidden.shape if want_hidden else (0,)),
-        weight.new_empty(weight.shape if want_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if want_bias else (0,)),
+        wide.new_empty(3, call.hidden.shape[0]),
+        hidden.new_empty(call.hidden.shape if call.want_hidden else (0,)),
+        weight.new_empty(call.weight.shape if call.want_weight else (0,)),
+        wide.new_empty(call.weight.shape[:1] if call.want_bias else (0,)),
     )
-
-
-#: `_LinearLoss`'s arguments after the teacher up to the backend's name: those of the heads and of the path.
-FIXED = 11
 
 
 class _LinearLoss(torch.autograd.Function):
     """Gradients are made in the forward pass; where each row has its own upstream gradient, in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, *args: Any) -> Any:
-        per_row, fixed, row_arguments = args[0], args[1:FIXED], args[FIXED:]
-        call: Any = _linear_rows if callable(teacher) else linear_rows
-        wants = [not per_row and ctx.needs_input_grad[i] for i in range(3)]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, per_row: bool, backend: str,
+                count: int, *fields: Any) -> Any:  # fmt: skip
+        how, terms = fields[:count], TokenTerms(*fields[count:])
+        needed = ctx.needs_input_grad
+        wants = (False, False, False) if per_row else (needed[0], needed[1], needed[2])
         detached: list[Any] = [x if x is None else x.detach() for x in (hidden, weight, bias)]
-        parts, *gradients = call(*detached, teacher, *fixed, *row_arguments, *wants)
-        ctx.per_row = per_row
+        parts, *gradients = _rows_of(detached, how, terms, wants, backend)
+        ctx.per_row, ctx.dtypes = per_row, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         if per_row:
             ctx.save_for_backward(hidden, weight, bias)
-            ctx.again = (call, teacher, fixed, row_arguments)
+            ctx.again = (how, terms, backend)
         elif torch.compiler.is_compiling():
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(terms.row_scale, *gradients)
         else:  # kept so that nothing else holds them in the backward pass: a leaf then takes them without a copy
             ctx.gradients = gradients
+            ctx.save_for_backward(terms.row_scale)
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
-        rows = parts[0]
-        for factor, part in ((row_arguments[-3], parts[1]), (row_arguments[-1], parts[2])):
-            rows = rows + factor * part if factor else rows  # 0 times an infinite part is not NaN
-        return (rows if per_row else rows.sum()), parts
+        losses = of_parts(parts, terms)
+        return (losses if per_row else losses.sum()), parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        results: list[Tensor | None] = [None, None, None]
-        wants = ctx.needs_input_grad[:3]
-        if upstream is not None and ctx.per_row:
-            call, teacher, fixed, (row_scale, *row_arguments) = ctx.again
-            scale = row_scale * upstream.detach()
+        wants, nothing = ctx.needs_input_grad[:3], (None,) * (len(ctx.needs_input_grad) - 3)
+        if upstream is None:
+            return (None, None, None, *nothing)
+        factor: Tensor | None = upstream.detach()
+        gradients: list[Any]
+        if ctx.per_row:
+            how, terms, backend = ctx.again
+            terms = terms._replace(row_scale=torch.where(terms.row_scale == 0, 0, terms.row_scale * factor))
             detached: list[Any] = [x if x is None else x.detach() for x in ctx.saved_tensors]
-            _, *gradients = call(*detached, teacher, *fixed, scale, *row_arguments, *wants)
-            results = [once(g) if want else None for g, want in zip(gradients, wants, strict=True)]
-        elif upstream is not None:
+            _, *gradients = _rows_of(detached, how, terms, wants, backend)
+            factor = None
+        else:
+            assert factor is not None
+            factor = torch.where((ctx.saved_tensors[0] != 0).any(), factor, 1)  # zeros stay, whatever comes for them
             gradients = _handed_over(ctx)
-            for i in range(3):
-                gradient, gradients[i] = gradients[i], None
-                if wants[i]:
-                    flat = scaled(gradient.view(1, -1, gradient.shape[-1]), upstream.detach())
-                    results[i] = flat.view(gradient.shape) if torch.compiler.is_compiling() else once(gradient)
-        return (*results, *[None] * (len(ctx.needs_input_grad) - 3))
+        results: list[Tensor | None] = [None, None, None]
+        for i, (want, dtype) in enumerate(zip(wants, ctx.dtypes, strict=True)):
+            gradient, gradients[i] = gradients[i], None
+            if want:
+                results[i] = _rounded(gradient, factor, dtype)
+        return (*results, *nothing)
+
+
+def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient·factor in an input's dtype, rounded once."""
+    if torch.compiler.is_compiling():
+        return (gradient if factor is None else gradient * factor).to(dtype)
+    if factor is not None and graph_is_kept():
+        gradient = gradient * factor
+    elif factor is not None and not (factor.device.type == "cpu" and bool(factor == 1)):
+        gradient = gradient.mul_(factor)
+    return once(gradient.to(dtype))
 
 
 def _handed_over(ctx: Any) -> list[Any]:
-    """The gradients, out of the graph's hands."""
+    """The gradients, out of the graph's hands unless it is kept for another backward pass."""
     if torch.compiler.is_compiling():
-        return list(ctx.saved_tensors)
-    gradients, ctx.gradients = ctx.gradients, None
+        return list(ctx.saved_tensors[1:])
+    gradients = ctx.gradients
     if gradients is None:
-        raise RuntimeError("the linear losses hand their gradients over once: no second backward pass")
-    return gradients
+        raise RuntimeError(
+            "a second backward pass through a linear loss, whose gradients were handed over by the first: give that "
+            "one retain_graph=True"
+        )
+    if not graph_is_kept():
+        ctx.gradients = None
+    return list(gradients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,21 @@ from torch import Tensor, nn
 from .divergences import Divergence, resolve
 from .functional import cross_entropy, f_divergence
 from .linear import linear_cross_entropy, linear_f_divergence
+
+
+def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are keywords of the function.
+
+    Raises:
+        TypeError: one is not.
+    """
+    known = inspect.signature(function).parameters
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
+    return settings
 
 
 class FDivergenceLoss(nn.Module):
@@ -23,7 +40,7 @@ class FDivergenceLoss(nn.Module):
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
         super().__init__()
         self.divergence = resolve(divergence)
-        self.settings = settings
+        self.settings = checked_settings(f_divergence, settings)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any
@@ -51,7 +68,7 @@ class CrossEntropyLoss(nn.Module):
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.settings = settings
+        self.settings = checked_settings(cross_entropy, settings)
 
     def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
         """Logits (N, C, ...) and class indices (N, ...) to the loss."""
@@ -73,7 +90,7 @@ class LinearFDivergenceLoss(nn.Module):
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
         super().__init__()
         self.divergence = resolve(divergence)
-        self.settings = settings
+        self.settings = checked_settings(linear_f_divergence, settings)
 
     def forward(
         self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Any, teacher_weight: Tensor | None = None,
@@ -94,16 +111,20 @@ class LinearCrossEntropyLoss(nn.Module):
     """`linear_cross_entropy` with its settings fixed.
 
     Args:
-        **settings: any keyword of `linear_cross_entropy` that is not a tensor of one batch.
+        weight: (V) a factor on each class, kept as a buffer.
+        **settings: any other keyword of `linear_cross_entropy` that is not a tensor of one batch.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
         super().__init__()
-        self.settings = settings
+        self.register_buffer("weight", weight)
+        self.settings = checked_settings(linear_cross_entropy, settings)
 
     def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **batch: Any) -> Any:
         """Hidden states (..., D), head (V, D) and class indices (...) to the loss."""
-        return linear_cross_entropy(input, linear_weight, target, **{**self.settings, **batch})
+        return linear_cross_entropy(input, linear_weight, target, **{"weight": self.weight, **self.settings, **batch})
 
     def extra_repr(self) -> str:
         """The settings, as printed."""

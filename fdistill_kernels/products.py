@@ -36,7 +36,7 @@ def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, o
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """``scale·gradient weight``: (n, V), (V, D) to (n, D)."""
+    """``scale·gradient weight``: (n, V), (V, D) to (n, D), in float32 where the product is summed so."""
     if _native(gradient):
         return torch.ops.fdistill_native.hidden_gradient(gradient, weight, scale)
     product = torch.mm(gradient, weight)

@@ -41,12 +41,12 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "student_gradient": logits if "student" in gradients else None,
         "teacher_gradient": logits if "teacher" in gradients else None, "parts": f32,
         "partials": f32 if phase != "WHOLE" else None, "row_scale": f32, "student_rates": f32, "teacher_rates": f32,
-        "divergence_scale": f32, "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
+        "divergence_scale": f32, "ce_scales": f32, "z_scales": f32, "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
         "class_weight_sum": f32 if weighted else None,
         **dict.fromkeys(("student_cap", "teacher_cap"), "fp32" if capped else None),
         **dict.fromkeys(("rows", "inner", "vocabulary", "span", "student_outer", "student_inner", "teacher_outer",
                          "teacher_inner", "gradient_outer", "gradient_inner"), "i32"),
-        **dict.fromkeys(("parameter", "ce_weight", "smoothing", "z_loss"), "fp32"),
+        **dict.fromkeys(("parameter", "smoothing"), "fp32"),
     }  # fmt: skip
     constants = {
         "TERMS": getattr(terms, symbol) if symbol else None, "CENTRED": symbol in CENTRED,

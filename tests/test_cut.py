@@ -167,8 +167,8 @@ def test_memory_of_the_sizes_that_matter(shape, monkeypatch):
     monkeypatch.setattr(cut.launch, "device_of", lambda _: cut.launch.Device("H100", 132, 50 << 20))
     hidden, weight = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
     ones = torch.ones(n)
-    call = LinearCall(hidden, weight, None, hidden, weight, None, 1.0, 1.0, 0.0, 0.0, ones, ones, ones, ones,
-                      ones.long(), None, TABLE["js"], 0.1, 0.0, 0.0, True, True, False)  # fmt: skip
+    call = LinearCall(hidden, weight, None, hidden, weight, None, 1.0, 1.0, 0.0, 0.0, True, True, 0, ones,
+                      ones, ones, ones, 0.1 * ones, 0 * ones, ones.long(), None, TABLE["js"], 0.0, True, True, False)  # fmt: skip
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         outputs = cut.linear_rows(call, True)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

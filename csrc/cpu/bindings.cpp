@@ -1,4 +1,5 @@
-// The native operator: tensors in, RowTask out to the widest kernel this CPU runs. Arguments were checked in Python.
+// The native operator: tensors in, RowTask out to the widest kernel this CPU runs. Whoever calls it, no pointer is taken
+// of a tensor whose type, length and strides have not been looked at.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -29,9 +30,30 @@ fdistill::Rows rows_of(const optional<Tensor>& rows) {
   return {rows->data_ptr(), std::max<int64_t>(rows->size(1), 1), rows->stride(0), rows->stride(1)};
 }
 
+void check_rows(const char* name, const Tensor& rows, const Tensor& like) {
+  TORCH_CHECK_VALUE(rows.layout() == at::kStrided && rows.device().is_cpu() && rows.dim() == 3 &&
+                        rows.sizes() == like.sizes() && rows.scalar_type() == like.scalar_type() &&
+                        (rows.size(2) <= 1 || rows.stride(2) == 1),
+                    name, " must be rows (outer, inner, V) as the student's, dense in V");
+}
+
+// A vector of `count` entries, or null for one not given.
 template <typename T>
-const T* pointer(const optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+const T* pointer(const char* name, const optional<Tensor>& tensor, int64_t count) {
+  if (!tensor) return nullptr;
+  TORCH_CHECK_VALUE(tensor->layout() == at::kStrided && tensor->device().is_cpu() && tensor->is_contiguous() &&
+                        tensor->scalar_type() == c10::CppTypeToScalarType<T>::value && tensor->numel() == count,
+                    name, " must be ", count, " dense entries of ", c10::CppTypeToScalarType<T>::value,
+                    " on the CPU, not ", tensor->sizes(), " of ", tensor->scalar_type());
+  return tensor->const_data_ptr<T>();
+}
+
+// Labels are indices into a row: those of rows that count must be inside.
+void check_labels(const fdistill::RowTask& task) {
+  if (!task.labels) return;
+  for (int64_t n = 0; n < task.row_count; ++n)
+    TORCH_CHECK_VALUE(task.row_scale[n] == 0.0f || (0 <= task.labels[n] && task.labels[n] < task.vocabulary),
+                      "labels must be in [0, ", task.vocabulary, "), but hold ", task.labels[n]);
 }
 
 // A fresh N x V tensor costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.
@@ -59,40 +81,49 @@ fdistill::Scalar scalar_of(const Tensor& logits) {
 std::tuple<Tensor, Tensor, Tensor> divergence_rows(
     const Tensor& student, const optional<Tensor>& teacher, const Tensor& row_scale,
     const Tensor& student_inverse_temperature, const Tensor& teacher_inverse_temperature,
-    const Tensor& divergence_scale, const optional<Tensor>& labels, const optional<Tensor>& class_weight,
-    const std::string& divergence, double parameter, double cross_entropy_weight, double label_smoothing,
-    double z_loss, bool student_gradient_wanted, bool teacher_gradient_wanted, bool inplace, double student_softcap,
-    double teacher_softcap) {
+    const Tensor& divergence_scale, const Tensor& cross_entropy_scale, const Tensor& z_loss_scale,
+    const optional<Tensor>& labels, const optional<Tensor>& class_weight, const std::string& divergence,
+    double parameter, double label_smoothing, bool student_gradient_wanted, bool teacher_gradient_wanted, bool inplace,
+    double student_softcap, double teacher_softcap) {
   const fdistill::RowKernel kernel = find_kernel(divergence);
   TORCH_CHECK(kernel, "the cpu backend has no kernel named '", divergence, "'");
-  const int64_t row_count = student.size(0) * student.size(1);
+  check_rows("student", student, student);
+  if (teacher) check_rows("teacher", *teacher, student);
+  TORCH_CHECK_VALUE(divergence.empty() ? labels.has_value() : teacher.has_value(),
+                    "a divergence needs a teacher, and a loss without one labels");
+  TORCH_CHECK_VALUE(!teacher_gradient_wanted || teacher, "there is no teacher to make a gradient for");
+  const int64_t row_count = student.size(0) * student.size(1), vocabulary = student.size(2);
 
   Tensor parts = at::empty({3, row_count}, student.options().dtype(at::kFloat));
   optional<Tensor> student_gradient, teacher_gradient;
   if (student_gradient_wanted) student_gradient = inplace ? student : empty_in_large_pages(student, student.sizes());
   if (teacher_gradient_wanted) teacher_gradient = empty_in_large_pages(*teacher, teacher->sizes());
 
-  fdistill::RowTask task;
+  fdistill::RowTask task{};
   task.scalar = scalar_of(student);
   task.row_count = row_count;
-  task.vocabulary = student.size(2);
+  task.vocabulary = vocabulary;
   task.student = rows_of(student);
   task.teacher = rows_of(teacher);
   task.student_gradient = rows_of(student_gradient);
   task.teacher_gradient = rows_of(teacher_gradient);
-  task.row_scale = row_scale.const_data_ptr<float>();
-  task.student_inverse_temperature = student_inverse_temperature.const_data_ptr<float>();
-  task.teacher_inverse_temperature = teacher_inverse_temperature.const_data_ptr<float>();
-  task.divergence_scale = divergence_scale.const_data_ptr<float>();
+  task.row_scale = pointer<float>("row_scale", row_scale, row_count);
+  task.student_inverse_temperature =
+      pointer<float>("student_inverse_temperature", student_inverse_temperature, row_count);
+  task.teacher_inverse_temperature =
+      pointer<float>("teacher_inverse_temperature", teacher_inverse_temperature, row_count);
+  task.divergence_scale = pointer<float>("divergence_scale", divergence_scale, row_count);
+  task.cross_entropy_scale = pointer<float>("cross_entropy_scale", cross_entropy_scale, row_count);
+  task.z_loss_scale = pointer<float>("z_loss_scale", z_loss_scale, row_count);
   task.parameter = static_cast<float>(parameter);
-  task.labels = pointer<int64_t>(labels);
-  task.class_weight = pointer<float>(class_weight);
-  task.class_weight_sum = class_weight ? class_weight->sum().item<float>() : static_cast<float>(task.vocabulary);
-  task.cross_entropy_weight = static_cast<float>(cross_entropy_weight);
+  task.labels = pointer<int64_t>("labels", labels, row_count);
+  task.class_weight = pointer<float>("class_weight", class_weight, vocabulary);
   task.label_smoothing = static_cast<float>(label_smoothing);
-  task.z_loss = static_cast<float>(z_loss);
+  if (label_smoothing != 0.0)
+    task.class_weight_sum = class_weight ? class_weight->sum().item<float>() : static_cast<float>(vocabulary);
   task.student_softcap = static_cast<float>(student_softcap);
   task.teacher_softcap = static_cast<float>(teacher_softcap);
+  check_labels(task);
   task.parts = parts.mutable_data_ptr<float>();
 
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(task.vocabulary, 1));
@@ -112,8 +143,8 @@ std::string capability() { return at::get_cpu_capability(); }
 TORCH_LIBRARY(fdistill_native, library) {
   library.def(
       "divergence_rows(Tensor(a!) student, Tensor(b!)? teacher, Tensor row_scale, Tensor student_inverse_temperature, "
-      "Tensor teacher_inverse_temperature, Tensor divergence_scale, Tensor? labels, Tensor? class_weight, "
-      "str divergence, float parameter, float cross_entropy_weight, float label_smoothing, float z_loss, "
+      "Tensor teacher_inverse_temperature, Tensor divergence_scale, Tensor cross_entropy_scale, Tensor z_loss_scale, "
+      "Tensor? labels, Tensor? class_weight, str divergence, float parameter, float label_smoothing, "
       "bool student_gradient, bool teacher_gradient, bool inplace, float student_softcap, float teacher_softcap) -> (Tensor, Tensor, Tensor)");
   library.impl("divergence_rows", c10::DispatchKey::CPU, TORCH_FN(divergence_rows));
   library.def("empty_in_large_pages(Tensor like, int[] sizes) -> Tensor");

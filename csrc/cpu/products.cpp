@@ -4,6 +4,7 @@
 // that. A tile's slice of the weight stays in L2 instead, and no thread waits for another.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 namespace {
@@ -18,6 +19,7 @@ int64_t tile_count(int64_t vocabulary) { return (vocabulary + kTile - 1) / kTile
 template <typename F>
 void for_tiles(int64_t vocabulary, const F& each) {
   at::parallel_for(0, tile_count(vocabulary), 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView below;  // a worker does not know of its caller's inference mode
     for (int64_t tile = first; tile < last; ++tile)
       each(tile * kTile, std::min(kTile, vocabulary - tile * kTile));
   });
@@ -43,11 +45,12 @@ void add_weight_gradient_(const Tensor& gradient, const Tensor& hidden, double s
   });
 }
 
-// hidden_gradient (n, D) = scale gradient (n, V) weight (V, D), summed over each thread's tiles in float32
+// hidden_gradient (n, D) float32 = scale gradient (n, V) weight (V, D), summed over each thread's tiles
 Tensor hidden_gradient(const Tensor& gradient, const Tensor& weight, double scale) {
   const int64_t tiles = tile_count(weight.size(0)), parts = std::min<int64_t>(at::get_num_threads(), tiles);
   Tensor sums = at::zeros({parts, gradient.size(0), weight.size(1)}, gradient.options().dtype(at::kFloat));
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView below;
     for (int64_t part = first; part < last; ++part) {
       Tensor sum = sums[part];
       for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile) {
@@ -60,7 +63,7 @@ Tensor hidden_gradient(const Tensor& gradient, const Tensor& weight, double scal
       }
     }
   });
-  return sums.sum(0).to(gradient.scalar_type());
+  return sums.sum(0);
 }
 
 }  // namespace

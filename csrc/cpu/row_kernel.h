@@ -11,9 +11,12 @@ constexpr int64_t kBlock = 2048;
 inline int64_t padded(int64_t vocabulary) { return (vocabulary + 63) / 64 * 64; }
 inline int64_t block_count(int64_t vocabulary) { return (vocabulary + kBlock - 1) / kBlock; }
 
-// Floats of scratch a thread needs: a row each of q, p and the divergence's two terms, and a factor a block of q and p.
+// Floats of scratch a thread needs: a row each of q, p and the divergence's two terms, of both models' logits where they
+// are capped, and a factor a block of q and p.
 inline int64_t scratch_floats(const RowTask& task) {
-  const int64_t rows = !task.teacher.data ? 1 : task.teacher_gradient.data ? 4 : 2;
+  const int64_t models = task.teacher.data ? 2 : 1;
+  const bool capped = task.student_softcap != 0.0f || task.teacher_softcap != 0.0f;
+  const int64_t rows = (task.teacher_gradient.data ? 4 : models) + (capped ? models : 0);
   return rows * padded(task.vocabulary) + 2 * block_count(task.vocabulary);
 }
 

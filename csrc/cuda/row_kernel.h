@@ -466,9 +466,10 @@ struct RowProgram {
       task.parts[2 * task.row_count + n] = scale * lse * lse;
     }
     Gradient of;
-    of.softmax = scale * (task.cross_entropy_weight * (of_label + spread * vocabulary) + 2.0f * task.z_loss * lse);
-    of.constant = -scale * task.cross_entropy_weight * spread;
-    of.label = scale * task.cross_entropy_weight * of_label;
+    const float of_cross_entropy = scale * task.cross_entropy_scale[n];
+    of.softmax = of_cross_entropy * (of_label + spread * vocabulary) + 2.0f * scale * task.z_loss_scale[n] * lse;
+    of.constant = -of_cross_entropy * spread;
+    of.label = of_cross_entropy * of_label;
     return of;
   }
 

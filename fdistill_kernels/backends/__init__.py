@@ -7,12 +7,14 @@ Each backend module has two functions:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence, by_key
+from ..divergences import Divergence
 from . import chunked, cpu, cuda, triton
-from .rows import RowCall
+from .rows import RowCall, TokenTerms, schema
 
 #: Fastest first; `auto` takes the first that can, and that `why_not_auto` has nothing against.
 BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": chunked}
@@ -36,7 +38,7 @@ def choose(
     if backend == "auto":
         able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
         return next(name for name in able if why_not_auto(name, device, vocabulary) is None)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].why_not(device, dtype, divergence)
     if reason is not None:
@@ -44,75 +46,82 @@ def choose(
     return backend
 
 
-def _run(
-    student: Tensor, teacher: Tensor | None, row_scale: Tensor, student_inverse_temperature: Tensor,
-    teacher_inverse_temperature: Tensor, divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None,
-    divergence: str, parameter: float, cross_entropy_weight: float, label_smoothing: float, z_loss: float,
-    student_gradient: bool, teacher_gradient: bool, backend: str, inplace: bool,
+def divergence_rows(
+    student: Tensor, teacher: Tensor | None, terms: TokenTerms, gradients: tuple[bool, bool], inplace: bool,
+    softcaps: tuple[float, float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_label_range(labels, row_scale, student.shape[-1])
-    call = RowCall(
-        student, teacher, row_scale, student_inverse_temperature, teacher_inverse_temperature, divergence_scale,
-        labels, class_weight, by_key(divergence, parameter) if divergence else None, cross_entropy_weight,
-        label_smoothing, z_loss, student_gradient, teacher_gradient, inplace,
-    )  # fmt: skip
-    return BACKENDS[backend].divergence_rows(call)
+    """Loss parts (3, N) and both models' gradients, one not wanted empty; see `RowCall`.
+
+    Through an operator, which compilers see as one; but for a user's own divergence, which is an object.
+
+    Raises:
+        ValueError: what does not fit, such as labels outside [0, V) in rows that count.
+    """
+    arguments: tuple[Any, ...] = (student, teacher, *terms, *gradients, inplace, *softcaps)
+    if isinstance(terms.divergence, Divergence):
+        return _run(RowCall(*arguments), backend)
+    if inplace:
+        parts, of_teacher = divergence_rows_operator_(*arguments, backend)
+        return parts, student.new_empty(0), of_teacher
+    return divergence_rows_operator(*arguments, backend)
 
 
-def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int) -> None:
+def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    call = call.checked()
+    check_label_range(call.labels, call.row_scale, call.student.shape[-1])
+    if not call.row_scale.numel():
+        return _empty(call)
+    return BACKENDS[choose(backend, call.student.device, call.student.dtype, call.divergence, call.student.shape[-1])
+                    ].divergence_rows(call)  # fmt: skip
+
+
+def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of the right shapes and dtypes, their values not set."""
+    fresh = call.student_gradient and not call.inplace
+    return (
+        call.row_scale.new_empty(3, call.row_scale.shape[0]),
+        call.student.new_empty(call.student.shape if fresh else (0,)),
+        call.student.new_empty(call.student.shape if call.teacher_gradient else (0,)),
+    )
+
+
+def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int, name: str = "labels") -> None:
     """Raises ValueError for labels outside [0, V) in rows that count; on a GPU the device itself stops."""
     if labels is None:
         return
     wrong = ((labels < 0) | (labels >= vocabulary)) & (row_scale != 0)
     if labels.is_cuda:  # no wait for the device: the error surfaces there, and the kernel never reads out of bounds
-        torch._assert_async(~wrong.any(), "labels outside [0, V) that are not ignore_index")
+        torch._assert_async(~wrong.any(), f"{name} outside [0, V) that are not ignore_index")
     elif wrong.any():
-        raise ValueError(f"labels must be in [0, {vocabulary}) or ignore_index, but hold {labels[wrong][0].item()}")
+        raise ValueError(f"{name} must be in [0, {vocabulary}) or ignore_index, but hold {labels[wrong][0].item()}")
 
 
-@torch.library.custom_op("fdistill_kernels::divergence_rows", mutates_args=())
-def divergence_rows(
-    student: Tensor, teacher: Tensor | None, row_scale: Tensor, student_inverse_temperature: Tensor,
-    teacher_inverse_temperature: Tensor, divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None,
-    divergence: str, parameter: float, cross_entropy_weight: float, label_smoothing: float, z_loss: float,
-    student_gradient: bool, teacher_gradient: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss parts (3, N) and gradients of rows (outer, inner, V); a gradient not wanted is empty. See `RowCall`."""
-    return _run(
-        student, teacher, row_scale, student_inverse_temperature, teacher_inverse_temperature, divergence_scale,
-        labels, class_weight, divergence, parameter, cross_entropy_weight, label_smoothing, z_loss, student_gradient,
-        teacher_gradient, backend, inplace=False,
-    )  # fmt: skip
+def _divergence_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(RowCall(*arguments[:-1]), arguments[-1])
 
 
-@divergence_rows.register_fake
-def _(student, teacher, row_scale, *args):  # type: ignore[no-untyped-def]
-    student_gradient, teacher_gradient = args[-3], args[-2]
-    parts = student.new_empty((3, row_scale.shape[0]), dtype=row_scale.dtype)
-    return (
-        parts,
-        student.new_empty(student.shape if student_gradient else (0,)),
-        student.new_empty(student.shape if teacher_gradient else (0,)),
-    )
-
-
-@torch.library.custom_op("fdistill_kernels::divergence_rows_", mutates_args=("student",))
-def divergence_rows_(
-    student: Tensor, teacher: Tensor | None, row_scale: Tensor, student_inverse_temperature: Tensor,
-    teacher_inverse_temperature: Tensor, divergence_scale: Tensor, labels: Tensor | None, class_weight: Tensor | None,
-    divergence: str, parameter: float, cross_entropy_weight: float, label_smoothing: float, z_loss: float,
-    teacher_gradient: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`divergence_rows` that leaves the student's gradient where its logits were."""
-    parts, _, of_teacher = _run(
-        student, teacher, row_scale, student_inverse_temperature, teacher_inverse_temperature, divergence_scale,
-        labels, class_weight, divergence, parameter, cross_entropy_weight, label_smoothing, z_loss, True,
-        teacher_gradient, backend, inplace=True,
-    )  # fmt: skip
+def _divergence_rows_(*arguments: Any) -> tuple[Tensor, Tensor]:
+    parts, _, of_teacher = _divergence_rows(*arguments)
     return parts, of_teacher
 
 
-@divergence_rows_.register_fake
-def _(student, teacher, row_scale, *args):  # type: ignore[no-untyped-def]
-    parts = student.new_empty((3, row_scale.shape[0]), dtype=row_scale.dtype)
-    return parts, student.new_empty(student.shape if args[-2] else (0,))
+#: The operators' arguments are the fields of `RowCall`, and the backend's name.
+divergence_rows_operator: Any = torch.library.custom_op(
+    "fdistill_kernels::divergence_rows", _divergence_rows, mutates_args=(),
+    schema=f"({schema(RowCall)}, str backend) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+divergence_rows_operator_: Any = torch.library.custom_op(
+    "fdistill_kernels::divergence_rows_", _divergence_rows_, mutates_args=("student",),
+    schema=f"({schema(RowCall, mutated='student')}, str backend) -> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@divergence_rows_operator.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(RowCall(*arguments[:-1]))
+
+
+@divergence_rows_operator_.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    parts, _, of_teacher = _empty(RowCall(*arguments[:-1]))
+    return parts, of_teacher

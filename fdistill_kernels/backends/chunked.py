@@ -71,7 +71,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
             teacher_gradient = weight * t_t * (teacher - p * (total - of_student))
 
     if call.labels is not None:
-        cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, call.labels[n], live.squeeze(1))
+        cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
         student_gradient = student_gradient + of_labels
 
     if call.student_softcap:
@@ -93,9 +93,11 @@ def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:
     return ((z - z.amax(1, keepdim=True)) * inverse_temperature).log_softmax(1)
 
 
-def _label_terms(call: RowCall, z: Tensor, labels: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _label_terms(call: RowCall, z: Tensor, n: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and lse² (n, 1), and the weighted gradient of both (n, V), at temperature 1."""
-    vocabulary = z.shape[1]
+    assert call.labels is not None
+    vocabulary, labels = z.shape[1], call.labels[n]
+    ce_scale, z_scale = call.cross_entropy_scale[n].unsqueeze(1), call.z_loss_scale[n].unsqueeze(1)
     label = torch.where(live, labels, 0).unsqueeze(1)
     w = torch.ones(vocabulary, dtype=z.dtype, device=z.device) if call.class_weight is None else call.class_weight.to(z)
     log_q = _log_softmax(z, torch.ones((), dtype=z.dtype, device=z.device))
@@ -104,8 +106,8 @@ def _label_terms(call: RowCall, z: Tensor, labels: Tensor, live: Tensor) -> tupl
     of_label = (1 - call.label_smoothing) * w[label]
     cross_entropy = times(of_label, -log_q.gather(1, label))
     if spread:
-        cross_entropy = cross_entropy - spread * (w * log_q).sum(1, keepdim=True)
-    of_q = call.cross_entropy_weight * (of_label + spread * w.sum()) + 2 * call.z_loss * lse
-    gradient = of_q * log_q.exp() - call.cross_entropy_weight * spread * w
-    gradient.scatter_add_(1, label, -call.cross_entropy_weight * of_label)
+        cross_entropy = cross_entropy - spread * times(w, log_q).sum(1, keepdim=True)
+    of_q = ce_scale * (of_label + (spread * w.sum() if spread else 0)) + 2 * z_scale * lse
+    gradient = of_q * log_q.exp() - (ce_scale * spread * w if spread else 0)
+    gradient.scatter_add_(1, label, -ce_scale * of_label)
     return cross_entropy, lse**2, gradient

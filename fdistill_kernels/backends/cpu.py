@@ -39,7 +39,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return f"the logits are on {device}"
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
-    if divergence is not None and divergence.symbol is None:
+    if divergence is not None and divergence.kernel is None:
         return f"{divergence} is a user's own generator, which only the torch backend runs"
     return NOT_LOADED
 
@@ -50,7 +50,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
     return torch.ops.fdistill_native.divergence_rows(
         call.student, call.teacher, call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature,
-        scale, call.labels, call.class_weight, (divergence.symbol or "") if divergence else "",
-        divergence.parameter if divergence else 0.0, call.cross_entropy_weight, call.label_smoothing, call.z_loss,
-        call.student_gradient, call.teacher_gradient, call.inplace, call.student_softcap, call.teacher_softcap,
+        scale, call.cross_entropy_scale, call.z_loss_scale, call.labels, call.class_weight,
+        (divergence.kernel or "") if divergence else "", divergence.parameter if divergence else 0.0,
+        call.label_smoothing, call.student_gradient, call.teacher_gradient, call.inplace,
+        call.student_softcap, call.teacher_softcap,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from . import triton
 from .rows import RowCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERFACE, NO_ROOM = 2, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 3, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
@@ -41,10 +41,9 @@ class _RowTask(ctypes.Structure):
         ("scalar", ctypes.c_int32), ("row_count", ctypes.c_int64), ("vocabulary", ctypes.c_int64),
         *[(n, _Rows) for n in ("student", "teacher", "student_gradient", "teacher_gradient")],
         *[(n, ctypes.c_void_p) for n in ("row_scale", "student_inverse_temperature", "teacher_inverse_temperature",
-                                         "divergence_scale")],
+                                         "divergence_scale", "cross_entropy_scale", "z_loss_scale")],
         ("parameter", ctypes.c_float), ("labels", ctypes.c_void_p), ("class_weight", ctypes.c_void_p),
-        *[(n, ctypes.c_float) for n in ("class_weight_sum", "cross_entropy_weight", "label_smoothing", "z_loss",
-                                        "student_softcap", "teacher_softcap")],
+        *[(n, ctypes.c_float) for n in ("class_weight_sum", "label_smoothing", "student_softcap", "teacher_softcap")],
         ("parts", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -145,7 +144,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return f"the logits are on {device}"
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
-    if divergence is not None and divergence.symbol is None:
+    if divergence is not None and divergence.kernel is None:
         return f"{divergence} is a user's own generator, which only the torch and triton backends run"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not sm_90"
@@ -168,6 +167,8 @@ def route(call: RowCall) -> Launch | str:
         return "the teacher wants a gradient"
     if call.class_weight is not None:
         return "classes have weights"
+    if (call.student_softcap or call.teacher_softcap) and call.student.element_size() == 2:
+        return "capped logits would be rounded to 16 bits"
     if len(starts) > 1:
         return "rows of student, teacher and gradient start at different offsets from 16 bytes"
     if call.row_scale.shape[0] >= 2**31:
@@ -203,16 +204,17 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.student_gradient and not call.inplace:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
-    vectors = (call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature, scale, call.labels)
+    vectors = (call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature, scale,
+               call.cross_entropy_scale, call.z_loss_scale, call.labels)  # fmt: skip
     held = [None if x is None else x.contiguous() for x in vectors]  # until the kernel has been started
     *per_row, labels = (None if x is None else x.data_ptr() for x in held)
     task = _RowTask(
         DTYPES.index(student.dtype), rows, student.shape[2], _rows(student), _rows(call.teacher),
         _rows(gradient if call.student_gradient else None), _rows(None), *per_row,
-        divergence.parameter if divergence else 0.0, labels, None, 0.0, call.cross_entropy_weight,
-        call.label_smoothing, call.z_loss, call.student_softcap, call.teacher_softcap, parts.data_ptr(),
+        divergence.parameter if divergence else 0.0, labels, None, 0.0, call.label_smoothing,
+        call.student_softcap, call.teacher_softcap, parts.data_ptr(),
     )  # fmt: skip
-    symbol = (divergence.symbol or "") if divergence else ""
+    symbol = (divergence.kernel or "") if divergence else ""
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0
         if not LIBRARY.divergence_rows(symbol, task, launch, stream):

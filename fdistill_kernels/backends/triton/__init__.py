@@ -13,6 +13,8 @@ from torch import Tensor
 from ...divergences import Divergence
 from ..rows import RowCall
 
+#: Asked once: compilers cannot trace the question.
+INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Symbols whose totals come out of the first sweep: D = S = Σ q·(c·log q − log p), with this c.
 CROSSED = {"Rkl": 1.0, "Engine": 0.0}
@@ -29,13 +31,13 @@ def interpreting() -> bool:
 
 def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
     """The reason this backend cannot take a call, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "triton is not installed"
     if device.type != "cuda" and not interpreting():
         return f"the logits are on {device}"
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
-    if divergence is not None and divergence.symbol is None and divergence.triton is None:
+    if divergence is not None and divergence.kernel is None and divergence.triton is None:
         return f"{divergence} is a user's own generator without a Triton pair (FDivergence(..., triton=))"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
@@ -47,14 +49,14 @@ def _terms(divergence: Divergence | None) -> Any:
 
     if divergence is None:
         return None
-    return BY_SYMBOL[divergence.symbol] if divergence.symbol else divergence.triton
+    return BY_SYMBOL[divergence.kernel] if divergence.kernel else divergence.triton
 
 
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     from . import launch
 
-    symbol = (call.divergence.symbol or "own") if call.divergence else "labels"
+    symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
     rows = call.row_scale.shape[0]
     heavy = call.labels is not None or symbol in HEAVY
     chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol, heavy)
@@ -85,13 +87,14 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     def phase(number: int, grid: tuple[int, int]) -> None:
         kernels.row_kernel[grid](
             student, teacher, student_gradient, of_teacher, parts, partials, call.row_scale,
-            call.student_inverse_temperature, call.teacher_inverse_temperature, scale, call.labels, call.class_weight,
-            rows, inner, vocabulary, span, student.stride(0), student.stride(1), teacher_strides[0],
-            teacher_strides[1], gradient_strides[0], gradient_strides[1], call.student_softcap or None,
-            call.teacher_softcap or None, divergence.parameter if divergence else 0.0, call.cross_entropy_weight,
-            call.label_smoothing, call.z_loss, class_weight_sum,
+            call.student_inverse_temperature, call.teacher_inverse_temperature, scale, call.cross_entropy_scale,
+            call.z_loss_scale, call.labels, call.class_weight, rows, inner, vocabulary, span,
+            student.stride(0), student.stride(1), teacher_strides[0], teacher_strides[1],
+            gradient_strides[0], gradient_strides[1], call.student_softcap or None,
+            call.teacher_softcap or None, divergence.parameter if divergence else 0.0, call.label_smoothing,
+            class_weight_sum,
             TERMS=_terms(divergence), CENTRED=divergence is not None and divergence.centred,
-            CROSSED=CROSSED.get(divergence.symbol or "") if divergence else None,
+            CROSSED=CROSSED.get(divergence.kernel or "") if divergence else None,
             SMOOTHED=call.labels is not None and call.label_smoothing > 0, PHASE=number, SPLITS=padded,
             BLOCK=launch.block, num_warps=launch.warps,
         )  # fmt: skip

@@ -13,6 +13,7 @@ has four; a tile that does not matter costs those of the first two sweeps alone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from ...divergences import times
 from .. import triton as triton_backend
-from ..rows import LinearCall
+from ..rows import LinearCall, split
 from . import launch
 from .tiles import BLOCK, FACTS, GRADIENT, TOTALS, product_kernel, statistics_kernel, tile_kernel
 
 ACCUMULATOR_BYTES = 8 << 20
+SMALLEST = torch.finfo(torch.float32).tiny
 GRADIENT_BYTES = 2 << 20
+STATES_BYTES = 1 << 20
 STAGES = 2 if torch.version.hip else 3
 #: Symbols whose gradient of entries with p, q < ε/V has an L1 norm under 2ε: |q·(g − S)| ≤ 2·max(p, q).
 SKIPPABLE = ("Kl", "CrossEntropy", "Gjs", "SkewKl", "Tvd")
@@ -43,6 +46,14 @@ class _Sweeps:
     """A call's facts of each row, gathered sweep by sweep."""
 
     def __init__(self, call: LinearCall, skip_tiles: bool):
+        # float16 tiles of a row's gradient must not underflow, however little it weighs; a masked row counts 0 times
+        self.power, self.most = call.row_scale.new_ones(1), call.row_scale.new_ones(())
+        self.share = (call.row_scale != 0).to(call.hidden.dtype)
+        if call.hidden.dtype == torch.float16:
+            mantissa, self.power = split(call.row_scale)
+            self.most = (self.power * self.share).amax().clamp_min(SMALLEST)
+            self.share = self.share * (self.power / self.most)
+            call = dataclasses.replace(call, row_scale=mantissa)
         self.call = call
         self.rows, self.vocabulary = call.hidden.shape[0], call.weight.shape[0]
         self.facts = torch.zeros(len(FACTS), self.rows, device=call.hidden.device)
@@ -54,7 +65,7 @@ class _Sweeps:
                                  call.teacher_softcap)  # fmt: skip
         self.gradients = call.want_hidden or call.want_weight or call.want_bias
         self.smoothed = call.labels is not None and call.label_smoothing > 0
-        skippable = call.divergence is None or call.divergence.symbol in SKIPPABLE
+        skippable = call.divergence is None or call.divergence.kernel in SKIPPABLE
         self.live = None
         if skip_tiles and skippable and self.gradients and not self.smoothed:
             shape = _blocks(self.rows), _blocks(self.vocabulary)
@@ -74,7 +85,7 @@ class _Sweeps:
             self.hidden_gradient(of_hidden)
         if call.want_weight or call.want_bias:
             self.weight_gradient(of_weight, of_bias)
-        return parts, of_hidden, of_weight, of_bias
+        return parts.mul_(self.power), of_hidden, of_weight, of_bias.mul_(self.most)
 
     def parts(self) -> Tensor:
         """Sweeps 1 and 2: the parts, and all the facts."""
@@ -142,8 +153,9 @@ class _Sweeps:
         of_label = of_label * torch.ones_like(linear)
         cross_entropy = times(of_label, fact["student_top"] - label_logit + fact["plain_log_total"]) - spread * linear
         lse = fact["student_top"] + fact["plain_log_total"]
-        weight = call.row_scale * call.cross_entropy_weight
-        fact["of_q"].copy_(weight * (of_label + spread * weight_sum) + call.row_scale * 2 * call.z_loss * lse)
+        weight = call.row_scale * call.cross_entropy_scale
+        of_spread = spread * weight_sum if spread else 0
+        fact["of_q"].copy_(weight * (of_label + of_spread) + call.row_scale * 2 * call.z_loss_scale * lse)
         fact["of_label"].copy_(weight * of_label)
         fact["of_weight"].copy_(weight * spread)
         return cross_entropy, lse**2
@@ -152,7 +164,7 @@ class _Sweeps:
               partials: Tensor | None = None, gradient: Tensor | None = None) -> None:  # fmt: skip
         """Launches `tile_kernel`."""
         call, student, teacher = self.call, self.student, self.teacher
-        symbol = (call.divergence.symbol or "own") if call.divergence else None
+        symbol = (call.divergence.kernel or "own") if call.divergence else None
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         tile_kernel[grid](
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
@@ -181,27 +193,35 @@ class _Sweeps:
             for entries in _bands(self.vocabulary, length):
                 gradient, live = self.gradient_tiles(rows, entries, buffer)
                 self.multiply(gradient, live, self.student.weight[entries], total, entries.start == 0)
-            of_hidden[rows] = total[: rows.stop - rows.start].mul_(self.call.logit_scale)
+            total = total[: rows.stop - rows.start].mul_(self.call.logit_scale)
+            of_hidden[rows] = total.mul_(self.power.expand(self.rows)[rows].unsqueeze(1))
 
     def weight_gradient(self, of_weight: Tensor, of_bias: Tensor) -> None:
         """Sweep 4."""
-        height, length, total, buffer = self.buffers(self.vocabulary, self.rows)
+        row_bytes = self.student.hidden.element_size() * self.student.hidden.shape[1]
+        most = max(1, STATES_BYTES // (row_bytes * BLOCK))
+        height, length, total, buffer = self.buffers(self.vocabulary, self.rows, most)
         for entries in _bands(self.vocabulary, height):
             for rows in _bands(self.rows, length):
                 gradient, live = self.gradient_tiles(rows, entries, buffer)
                 if self.call.want_bias:
-                    of_bias[entries] += gradient.sum(0, dtype=torch.float32)[: entries.stop - entries.start]
+                    share = torch.nn.functional.pad(self.share[rows], (0, gradient.shape[0] - (rows.stop - rows.start)))
+                    of_tiles = (gradient.float() * share.unsqueeze(1)).sum(0)
+                    of_bias[entries] += of_tiles[: entries.stop - entries.start]
                 if self.call.want_weight:
                     live = None if live is None else live.t()
-                    self.multiply(gradient.t(), live, self.student.hidden[rows], total, rows.start == 0)
+                    share, hidden = self.share[rows].unsqueeze(1), self.student.hidden[rows]
+                    states = hidden.masked_fill(share == 0, 0).mul_(share)  # without a masked row's NaN
+                    self.multiply(gradient.t(), live, states, total, rows.start == 0)
             if self.call.want_weight:
-                of_weight[entries] = total[: entries.stop - entries.start].mul_(self.call.logit_scale)
+                of_weight[entries] = total[: entries.stop - entries.start].mul_(self.call.logit_scale * self.most)
 
-    def buffers(self, across: int, along: int) -> tuple[int, int, Tensor, Tensor]:
+    def buffers(self, across: int, along: int, most: int | None = None) -> tuple[int, int, Tensor, Tensor]:
         """A band's height, how far a buffer of its gradient goes, the band's accumulator, and that buffer."""
         hidden = self.student.hidden
         height = min(_blocks(across), max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1] * BLOCK))) * BLOCK
-        length = min(_blocks(along), max(1, GRADIENT_BYTES // (hidden.element_size() * height * BLOCK))) * BLOCK
+        blocks = min(_blocks(along), max(1, GRADIENT_BYTES // (hidden.element_size() * height * BLOCK)))
+        length = min(blocks, most or blocks) * BLOCK
         total = torch.empty(height, hidden.shape[1], device=hidden.device)
         return height, length, total, hidden.new_empty(height * length)
 
@@ -213,8 +233,8 @@ class _Sweeps:
             counts = live.sum(1, dtype=torch.int32)
         width = other.shape[1]
         product_kernel[(gradient.shape[0] // BLOCK, _blocks(width))](
-            gradient, other, total, order, counts, gradient.shape[1], other.shape[0] - 1, width, *gradient.stride(),
-            other.stride(0), 0 if order is None else order.stride(0), FRESH=fresh,
+            gradient, other, total, order, counts, gradient.shape[1], other.shape[0] - 1, width,
+            *gradient.stride(), other.stride(0), 0 if order is None else order.stride(0), FRESH=fresh,
             PRECISION=self.student.precision, BLOCK=BLOCK, BLOCK_K=self.student.depth, num_warps=8, num_stages=STAGES,
         )  # fmt: skip
 

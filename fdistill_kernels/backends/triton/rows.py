@@ -146,7 +146,7 @@ def _totals(
 
 @triton.jit
 def _label_terms(
-    label, label_logit, top, log_total, linear, pivot, class_weight, vocabulary, ce_weight, smoothing, z_loss,
+    label, label_logit, top, log_total, linear, pivot, class_weight, vocabulary, ce_scale, smoothing, z_scale,
     class_weight_sum, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Cross-entropy and lse², and the factors of q, of the label's entry and of each class weight in their gradient."""
@@ -158,8 +158,10 @@ def _label_terms(
     if SMOOTHED:
         cross_entropy += spread * (class_weight_sum * (top - pivot + log_total) - linear)
     lse = top + log_total
-    of_q = ce_weight * (of_label + spread * class_weight_sum) + 2 * z_loss * lse
-    return cross_entropy, lse * lse, of_q, ce_weight * of_label, ce_weight * spread
+    of_q = ce_scale * of_label + 2 * z_scale * lse
+    if SMOOTHED:
+        of_q += ce_scale * spread * class_weight_sum
+    return cross_entropy, lse * lse, of_q, ce_scale * of_label, ce_scale * spread
 
 
 @triton.jit
@@ -243,9 +245,10 @@ def _meet(partials, step, student_rate, teacher_rate, CROSSED: tl.constexpr, SPL
 @triton.jit(do_not_specialize=["rows", "inner"])
 def row_kernel(
     student, teacher, student_gradient, teacher_gradient, parts, partials, row_scale, student_rates, teacher_rates,
-    divergence_scale, labels, class_weight, rows, inner, vocabulary, span, student_outer, student_inner, teacher_outer,
-    teacher_inner, gradient_outer, gradient_inner, student_cap, teacher_cap, parameter, ce_weight, smoothing, z_loss,
-    class_weight_sum,
+    divergence_scale, ce_scales, z_scales, labels, class_weight, rows, inner, vocabulary, span,
+    student_outer, student_inner, teacher_outer, teacher_inner,
+    gradient_outer, gradient_inner, student_cap, teacher_cap,
+    parameter, smoothing, class_weight_sum,
     TERMS: tl.constexpr, CENTRED: tl.constexpr, CROSSED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -344,7 +347,7 @@ def row_kernel(
                             weight_sum = tl.load(class_weight_sum)
                         cross_entropy, squared_lse, of_q, of_label, of_weight = _label_terms(
                             label, label_logit, student_top, plain_log_total, linear, pivot, class_weight, vocabulary,
-                            ce_weight, smoothing, z_loss, weight_sum, SMOOTHED,
+                            tl.load(ce_scales + n), smoothing, tl.load(z_scales + n), weight_sum, SMOOTHED,
                         )  # fmt: skip
                     if GRADIENTS:
                         value = _gradient(

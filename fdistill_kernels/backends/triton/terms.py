@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 SMALLEST_NORMAL = tl.constexpr(1.2e-38)  # a little over 2^-126: Triton takes what is less for float64
+LOWEST_LOG = tl.constexpr(-1e30)  # a logarithm of 0 that may still be multiplied
 
 
 @triton.jit
@@ -71,13 +72,16 @@ def _difference(w, x, d):
 
 @triton.jit
 def Alpha(p, q, log_p, log_q, parameter):
+    neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
+    # the parameter times finfo.min would overflow; max(NaN, x) may be x
+    log_p = tl.where(log_p < LOWEST_LOG, LOWEST_LOG, log_p)
+    log_q = tl.where(log_q < LOWEST_LOG, LOWEST_LOG, log_q)
     w = tl.exp(parameter * log_p + (1 - parameter) * log_q)
     u = log_p - log_q
     student = _difference(w, q, parameter * u) / -parameter
     teacher = _difference(w, p, (parameter - 1) * u) / (parameter - 1)
     # the terms of an infinite w have opposite signs, their sum is +inf; an entry neither model has counts nothing
     infinite = w == float("inf")
-    neither = (log_p == float("-inf")) & (log_q == float("-inf"))
     student = tl.where(neither, 0.0, tl.where(infinite, w, student))
     teacher = tl.where(neither, 0.0, tl.where(infinite, w, teacher))
     return student, teacher

@@ -1,0 +1,671 @@
+"""Never wrong, never silent: memory, values and copies at the borders of what may be given."""
+
+import copy
+import dataclasses
+import gc
+import io
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fdistill_kernels as fk
+from fdistill_kernels.reference import f_divergence_rows
+
+from .conftest import reference, relative
+
+N, V, D = 6, 301, 24
+
+
+def models(n=N, v=V, dtype=torch.float32):
+    return torch.randn(n, v).to(dtype).requires_grad_(), torch.randn(n, v).to(dtype)
+
+
+def heads(n=N, v=V, dtype=torch.float32):
+    student, weight, teacher, teacher_weight = (
+        torch.randn(n, D),
+        torch.randn(v, D),
+        torch.randn(n, D),
+        torch.randn(v, D),
+    )
+    return (
+        student.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        teacher.to(dtype),
+        teacher_weight.to(dtype),
+    )
+
+
+VIEWS = {
+    "every second": lambda x: torch.stack((x, x.roll(1)), 1)[:, 0],
+    "reversed by index": lambda x: x.flip(0).flip(0).view(2, -1).t().contiguous().t().reshape(-1),
+    "expanded": lambda x: x[:1].expand(len(x)),
+    "offset": lambda x: torch.cat((x, x))[1 : len(x) + 1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_every_argument(view, backend):
+    """Labels, weights and temperatures of any strides are their dense copies."""
+    student, teacher = models()
+    strided = VIEWS[view]
+    arguments = dict(labels=strided(torch.randint(V, (N,))), token_weight=strided(torch.rand(N)),
+                     temperature=strided(1 + torch.rand(N)), teacher_temperature=strided(1 + torch.rand(N)))  # fmt: skip
+    loss = fk.f_divergence(student, teacher, ce_weight=0.5, backend=backend, **arguments)
+    dense = {k: v.clone() for k, v in arguments.items()}
+    want = fk.f_divergence(student, teacher, ce_weight=0.5, backend=backend, **dense)
+    assert loss == want and torch.equal(*(torch.autograd.grad(x, student)[0] for x in (loss, want)))
+    weight = torch.rand(V, 2)[:, 0]
+    target = arguments["labels"]
+    ours, theirs = fk.cross_entropy(student, target, weight, backend=backend), F.cross_entropy(student, target, weight)
+    torch.testing.assert_close(ours, theirs)
+    hidden, head, *_ = heads()
+    ours = fk.linear_cross_entropy(hidden, head, target, weight=weight, linear_bias=weight, backend=backend)
+    torch.testing.assert_close(ours, F.cross_entropy(hidden @ head.T + weight, target, weight))
+
+
+OPERATORS = torch.ops.fdistill_kernels
+KEY = fk.TABLE["js"].key
+
+
+def row_arguments(**changes):
+    ones = torch.ones(N)
+    names = ("student", "teacher", "row_scale", "student_inverse_temperature", "teacher_inverse_temperature", "divergence_scale",
+             "cross_entropy_scale", "z_loss_scale", "labels", "class_weight", "divergence", "label_smoothing", "student_gradient",
+             "teacher_gradient", "inplace", "student_softcap", "teacher_softcap", "backend")  # fmt: skip
+    values = (torch.randn(1, N, V), torch.randn(1, N, V), *[ones] * 6, torch.zeros(N).long(), torch.ones(V), KEY, 0.1, True, True,
+              False, 0.0, 0.0, "cpu")  # fmt: skip
+    return [changes.get(name, value) for name, value in zip(names, values, strict=True)]
+
+
+BAD_ROWS = {
+    "short row_scale": dict(row_scale=torch.ones(1)),
+    "short labels": dict(labels=torch.zeros(2).long()),
+    "labels beyond": dict(labels=torch.full((N,), V)),
+    "negative labels": dict(labels=torch.full((N,), -1)),
+    "short class_weight": dict(class_weight=torch.ones(3)),
+    "short ce": dict(cross_entropy_scale=torch.ones(2)),
+    "teacher's shape": dict(teacher=torch.randn(1, N, V - 1)),
+    "teacher's dtype": dict(teacher=torch.randn(1, N, V).half()),
+    "no teacher": dict(teacher=None),
+    "strides": dict(student=torch.randn(1, V, N).mT),
+    "two dimensions": dict(student=torch.randn(N, V), teacher=torch.randn(N, V)),
+    "unknown kernel": dict(divergence="Nosuch 0.0 1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+def test_operators_called_by_hand_read_nothing_foreign(name, backend):
+    with pytest.raises(ValueError):
+        OPERATORS.divergence_rows(*row_arguments(**BAD_ROWS[name], backend=backend))
+
+
+def test_operators_by_hand_take_what_they_can():
+    got = OPERATORS.divergence_rows(
+        *row_arguments(labels=torch.zeros(2 * N).long()[::2], row_scale=torch.ones(N).double())
+    )
+    assert all(x.isfinite().all() for x in got)
+
+
+def test_native_operator_checks_for_itself():
+    names = ("short row_scale", "short labels", "labels beyond", "short class_weight", "short ce", "strides")
+    for name in names:
+        a = row_arguments(**BAD_ROWS[name])
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.ops.fdistill_native.divergence_rows(*a[:10], "Gjs", 0.5, *a[11:17])
+
+
+BAD_ITEMS = {
+    "vector": torch.tensor([1.0, 2, 3]), "empty": torch.tensor([]), "negative": torch.tensor(-4), "NaN": torch.tensor(math.nan),
+    "complex": torch.tensor(4 + 1j), "bool": torch.tensor(True), "string": "4", "list": [4], "number": -1.0, "infinite": math.inf,
+    "zero": 0, "zero tensor": torch.tensor(0), "grad": torch.tensor(4.0, requires_grad=True), "meta": torch.tensor(4, device="meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ITEMS)
+def test_num_items_is_one_positive_number(name):
+    student, teacher = models()
+    with pytest.raises((ValueError, TypeError), match="num_items"):
+        fk.f_divergence(student, teacher, num_items=BAD_ITEMS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_num_items_of_any_shape_and_type(dtype):
+    student, teacher = models(dtype=dtype)
+    want = fk.f_divergence(student, teacher, num_items=4)
+    for items in (torch.tensor([4]), torch.tensor([[4.0]]).double(), torch.tensor(4, dtype=torch.int16)):
+        got = fk.f_divergence(student, teacher, num_items=items)
+        assert got == want and got.shape == () and got.dtype == torch.float32
+    masked = torch.full((N,), -100)
+    for items in (0, torch.tensor(0)):
+        loss = fk.f_divergence(student, teacher, labels=masked, num_items=items)
+        assert loss == 0 and (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+def test_inplace_refuses_shared_memory():
+    base = torch.randn(1, V, requires_grad=True)
+    with pytest.raises(ValueError, match="rows share memory"):
+        fk.cross_entropy((base * 1).expand(N, V), torch.zeros(N).long(), inplace=True)
+    buffer = torch.randn(N * V + 40)
+    windows = buffer.clone().requires_grad_() * 1
+    with pytest.raises(ValueError, match="rows share memory"):
+        fk.f_divergence(windows.as_strided((N, V), (V - 1, 1)), torch.randn(N, V), inplace=True)
+    logits = torch.randn(N, V, requires_grad=True) * 1
+    foreign = torch.from_numpy(logits.detach().numpy())  # another storage of the same memory
+    with pytest.raises(ValueError, match="overwrite teacher_logits"):
+        fk.f_divergence(logits, foreign, inplace=True)
+    with pytest.raises(ValueError, match="overwrite token_weight"):
+        fk.f_divergence(logits, torch.randn(N, V), token_weight=foreign[:, 0], inplace=True)
+    rows = row_arguments(student=foreign[None], teacher=foreign[None], inplace=True)
+    with pytest.raises(ValueError, match="shares memory"):
+        OPERATORS.divergence_rows_(*rows)
+    pair = torch.randn(2, N, V, requires_grad=True) * 1  # neighbours in one storage share nothing
+    fk.f_divergence(pair[0], pair[1].detach(), inplace=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_made_where_none_is_wanted(mode, monkeypatch):
+    student, teacher = models(v=2500)
+    hidden, weight, *other = heads(v=2500)
+    asked = []
+    from fdistill_kernels.backends import cpu
+
+    run = cpu.divergence_rows
+
+    def spy(call):
+        asked.append((call.student_gradient, call.teacher_gradient, call.inplace))
+        return run(call)
+
+    monkeypatch.setattr(cpu, "divergence_rows", spy)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    before = student.detach().clone()
+    with mode():
+        losses = [fk.f_divergence(student, teacher, backend="cpu"),
+                  fk.f_divergence(student, teacher, inplace=True, backend="cpu"),
+                  fk.cross_entropy(student, torch.zeros(N).long(), inplace=True, backend="cpu"),
+                  fk.linear_f_divergence(hidden, weight, *other, backend="cpu"),
+                  fk.linear_cross_entropy(hidden, weight, torch.zeros(N).long(), backend="cpu")]  # fmt: skip
+    torch.set_num_threads(threads)
+    assert asked == [(False, False, False)] * 5 and torch.equal(student, before)
+    assert all(x.isfinite() and not x.requires_grad for x in losses)
+
+
+def square(t):
+    return (t - 1) ** 2
+
+
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loss = fk.FDivergenceLoss(square)
+
+    def forward(self, student, teacher):
+        return self.loss(student, teacher)
+
+
+def test_own_divergences_live_as_long_as_what_holds_them():
+    student, teacher = models()
+    want = fk.f_divergence(student, teacher, "pearson")
+    for make in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded):
+        module = fk.FDivergenceLoss(square)
+        other = make(module)
+        del module
+        gc.collect()
+        torch.testing.assert_close(other(student, teacher), want)
+    assert pickle.loads(pickle.dumps(fk.FDivergence(square))) == fk.FDivergence(square)
+    hidden, weight, *rest = heads()
+    for reduction in ("mean", "none"):
+        loss = fk.linear_f_divergence(hidden, weight, *rest, lambda t: (t - 1) ** 2, reduction=reduction).sum()
+        gc.collect()
+        expected = fk.linear_f_divergence(hidden, weight, *rest, "pearson", reduction=reduction).sum()
+        torch.testing.assert_close(*(torch.autograd.grad(x, weight)[0] for x in (loss, expected)), rtol=1e-2, atol=1e-3)
+
+
+def saved_and_loaded(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_own_divergence_in_a_saved_export():
+    student, teacher = (x.detach() for x in models())
+    want = fk.f_divergence(student, teacher, "pearson")
+    module = Loss()
+    program, buffer = torch.export.export(module, (student, teacher)), io.BytesIO()
+    torch.export.save(program, buffer)
+    del module, program
+    gc.collect()
+    buffer.seek(0)
+    torch.testing.assert_close(torch.export.load(buffer).module()(student, teacher), want)
+
+
+def test_own_divergence_compiled():
+    student, teacher = models()
+    labels = torch.randint(V, (N,))
+    labels[0] = -100
+
+    def step(s, t):
+        return fk.f_divergence(s, t, OWN, labels=labels, ce_weight=0.3, temperature=2.0)
+
+    want, got = step(student, teacher), torch.compile(step, fullgraph=True, backend="aot_eager")(student, teacher)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (got, want)), rtol=1e-4, atol=1e-7)
+
+
+OWN = fk.FDivergence(square)
+
+
+def test_changed_table_entries_are_what_they_say(backend):
+    student, teacher = models()
+    exact = student.detach().double(), teacher.double()
+
+    def loss(divergence, **more):
+        return fk.f_divergence(student.detach(), teacher, divergence, backend=more.get("backend", backend))
+
+    torch.testing.assert_close(loss(dataclasses.replace(fk.GJS(0.3), scale=3.0)), 3 * loss(fk.GJS(0.3)))
+    torch.testing.assert_close(loss(dataclasses.replace(fk.TABLE["js"], parameter=0.1)), loss(fk.GJS(0.1)))
+    own = fk.Divergence("mine", fk.TABLE["kl"].terms)
+    want = f_divergence_rows(*exact, "kl").mean().float()
+    torch.testing.assert_close(loss(own, backend="torch"), want)
+    swapped = dataclasses.replace(fk.TABLE["js"], terms=fk.TABLE["kl"].terms)
+    torch.testing.assert_close(loss(swapped, backend="torch"), want)
+
+
+def ulps(got, want):
+    """The largest error in units of the last place, beyond what float32 arithmetic leaves of a row's largest entry."""
+    info = torch.finfo(got.dtype)
+    spacing = (info.eps * 2.0 ** want.abs().log2().floor()).clamp_min(info.smallest_normal * info.eps)
+    arithmetic = 1e-6 * want.abs().amax(-1, keepdim=True)
+    return (((got.double() - want).abs() - arithmetic) / spacing).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [3.0, 0.7, 65536.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_narrow_gradients_are_rounded_once(dtype, factor, reduction):
+    student, teacher = models(dtype=dtype)
+    teacher.requires_grad_()
+    if dtype == torch.float16 and factor > 1000 and reduction != "mean":
+        factor = 16.0
+    loss = factor * fk.f_divergence(student, teacher, "kl", reduction=reduction, backend="cpu")
+    got = torch.autograd.grad(loss.sum(), (student, teacher))
+    weights = torch.full((N,), factor / (N if reduction == "mean" else 1))
+    for g, want in zip(got, reference(student, teacher, "kl", weights)[1:], strict=True):
+        assert ulps(g, want) < 0.501
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_float16_gradients_of_light_tokens_survive(reduction, backend):
+    """A weight a token, a sum, a large denominator: whatever makes gradients small before the scaler's factor."""
+    student, teacher = models(v=2000, dtype=torch.float16)
+    weight = torch.logspace(0, -4, N)
+    loss = fk.f_divergence(student, teacher, "js", token_weight=weight, reduction=reduction, backend=backend)
+    (got,) = torch.autograd.grad(2.0**16 * loss.sum(), student)
+    scale = 2.0**16 * weight / (N if reduction == "mean" else 1)
+    want = reference(student, teacher, "js", scale)[1]
+    assert ulps(got, want) < 1.001  # the interpreter truncates
+    hidden, head, *rest = heads(dtype=torch.float16)
+    loss = fk.linear_f_divergence(hidden, head, *rest, "js", token_weight=weight, reduction=reduction, backend=backend)
+    of_hidden, of_head = torch.autograd.grad(2.0**13 * loss.sum(), (hidden, head))
+    h, w = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    rows = f_divergence_rows(h @ w.T, rest[0].double() @ rest[1].double().T, "js")
+    wants = torch.autograd.grad((rows * scale / 2**3).sum(), (h, w))
+    for row in range(N):  # each row to its own size
+        assert relative(of_hidden[row], wants[0][row]) < 2e-2
+    assert relative(of_head, wants[1]) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_soft_caps_are_not_rounded(dtype, backend):
+    logits = (20 * torch.randn(N, V)).to(dtype).requires_grad_()
+    target = torch.randint(V, (N,))
+    exact = logits.detach().double().requires_grad_()
+    want = F.cross_entropy(5 * (exact / 5).tanh(), target)
+    got = fk.cross_entropy(logits, target, logit_softcap=5.0, backend=backend)
+    assert relative(got, want) < 1e-6
+    truncating = 2 if backend == "triton" else 1  # the interpreter's bfloat16
+    assert (
+        relative(torch.autograd.grad(got, logits)[0], torch.autograd.grad(want, exact)[0])
+        < truncating * torch.finfo(dtype).eps
+    )
+    both = fk.f_divergence(
+        logits, logits.detach().flip(0), "kl", logit_softcap=5.0, teacher_logit_softcap=3.0, backend=backend
+    )
+    other = exact.detach().flip(0)
+    assert relative(both, f_divergence_rows(5 * (exact / 5).tanh(), 3 * (other / 3).tanh(), "kl").mean()) < 1e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e5, 1e7])
+def test_label_smoothing_keeps_its_digits_under_an_offset(offset, backend):
+    logits, target = torch.randn(2, 5000) + offset, torch.zeros(2).long()
+    want = F.cross_entropy(logits.double(), target, label_smoothing=0.5)
+    assert relative(fk.cross_entropy(logits, target, label_smoothing=0.5, backend=backend), want) < 2e-6
+    huge = torch.full((2, 5000), 1e36)
+    assert (
+        relative(fk.cross_entropy(huge, target, label_smoothing=0.5, backend=backend), torch.tensor(5000.0).log())
+        < 1e-5
+    )
+
+
+def test_class_weights(backend):
+    logits, target = torch.randn(N, V, requires_grad=True), torch.randint(1, V, (N,))
+    weight = torch.rand(V)
+    got = fk.cross_entropy(logits, target, weight, z_loss=0.1, backend=backend)
+    want = F.cross_entropy(logits, target, weight) + 0.1 * (logits.logsumexp(1) ** 2).mean()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (got, want)))
+    for odd in (math.inf, math.nan):
+        weight[0] = odd  # of a class that no target has
+        torch.testing.assert_close(
+            fk.cross_entropy(logits, target, weight, backend=backend), F.cross_entropy(logits, target, weight)
+        )
+        (gradient,) = torch.autograd.grad(fk.cross_entropy(logits, target, weight, backend=backend), logits)
+        assert gradient.isfinite().all()
+    loss = fk.cross_entropy(logits, target, torch.zeros(V), backend=backend)
+    assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["logits", "function", "hidden"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("by", ["label", "weight"])
+def test_masked_rows_are_not_looked_at(form, reduction, by, backend):
+    hidden, weight, teacher, teacher_weight = heads()
+    logits = teacher @ teacher_weight.T
+    with torch.no_grad():
+        for x in (hidden, teacher, logits):
+            x[2] = math.nan
+    mask = torch.ones(N)
+    mask[2] = 0
+    masked = dict(token_weight=mask) if by == "weight" else dict(labels=torch.where(mask == 0, -100, 1))
+    given = {
+        "logits": (logits, None),
+        "function": (lambda a, b: logits[a:b], None),
+        "hidden": (teacher, teacher_weight),
+    }[form]
+    loss = fk.linear_f_divergence(hidden, weight, *given, reduction=reduction, backend=backend, **masked)
+    gradients = torch.autograd.grad(
+        loss, (hidden, weight), torch.where(mask == 0, math.nan, 1.0) if reduction == "none" else None
+    )
+    assert loss.isfinite().all() and all(g.isfinite().all() for g in gradients) and (gradients[0][2] == 0).all()
+    student = (hidden @ weight.T).detach().requires_grad_()
+    both = logits.clone().requires_grad_()
+    loss = fk.f_divergence(
+        student, both, reduction=reduction, backend=backend, temperature=torch.where(mask == 0, -1.0, 2.0), **masked
+    )
+    gradients = torch.autograd.grad(
+        loss, (student, both), torch.where(mask == 0, math.nan, 1.0) if reduction == "none" else None
+    )
+    assert loss.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+def test_parameters_near_their_limits(backend):
+    student, teacher = models()
+
+    def loss(divergence, a=None, b=teacher):
+        return fk.f_divergence(student.detach() if a is None else a, b, divergence, backend=backend)
+
+    for near, limit in ((fk.Alpha(1e-40), "rkl"), (fk.Alpha(1 - 1e-9), "kl"), (fk.Alpha(1e-6), "rkl"), (fk.Alpha(1 - 2e-7), "kl"),
+                        (fk.Alpha(-1e-9), "rkl"), (fk.SkewKL(1e-40), "kl"), (fk.SkewRKL(1e-12), "rkl")):  # fmt: skip
+        torch.testing.assert_close(loss(near), loss(limit), rtol=1e-4, atol=0)
+    for bad in (lambda: fk.GJS(1e-9), lambda: fk.GJS(1 - 1e-9), lambda: fk.SkewKL(1 - 1e-9), lambda: fk.Alpha(math.nan),
+                lambda: dataclasses.replace(fk.Alpha(0.5), parameter=1.0)):  # fmt: skip
+        with pytest.raises(ValueError):
+            bad()
+    for mask in (torch.finfo(torch.float32).min, -math.inf, -1e30):
+        a, b = student.detach().clone(), teacher.clone()
+        a[:, :7] = b[:, :7] = mask
+        for alpha in (-8.0, -2.0, -1.5, 0.5, 3.0, 8.0):
+            got = loss(fk.Alpha(alpha), a, b)
+            want = loss(fk.Alpha(alpha), a[:, 7:], b[:, 7:])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    for bad in (math.inf, 1e-39, 0.0, math.nan, torch.full((N,), math.inf), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="temperature must be"):
+            fk.f_divergence(student, teacher, temperature=bad, backend=backend)
+
+
+def test_empty_batches(backend):
+    for shape in ((0, V), (3, 0, V)):
+        student, teacher = torch.zeros(shape, requires_grad=True), torch.zeros(shape, requires_grad=True)
+        hidden, weight = torch.zeros(*shape[:-1], D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+        target = torch.zeros(shape[:-1]).long()
+        for reduction in ("mean", "sum", "none", "batchmean"):
+            options = dict(reduction=reduction, backend=backend)
+            losses = (
+                (fk.f_divergence(student, teacher, labels=target, ce_weight=1.0, **options), (student, teacher)),
+                (fk.linear_f_divergence(hidden, weight, hidden.detach(), weight.detach(), **options), (hidden, weight)),
+                (fk.linear_cross_entropy(hidden, weight, target, **options), (hidden, weight)),
+            )
+            for loss, inputs in losses:
+                assert loss.shape == (shape[:-1] if reduction == "none" else ()) and loss.sum() == 0
+                gradients = torch.autograd.grad(loss.sum(), inputs)
+                assert all((g == 0).all() and g.shape == x.shape for g, x in zip(gradients, inputs, strict=True))
+    assert fk.cross_entropy(torch.zeros(0, V), torch.zeros(0).long(), torch.ones(V), backend=backend) == 0
+
+
+GRADED = {
+    "temperature": lambda x: fk.f_divergence(*models(), temperature=x),
+    "teacher_temperature": lambda x: fk.f_divergence(*models(), teacher_temperature=x),
+    "token_weight": lambda x: fk.f_divergence(*models(), token_weight=x.expand(N)),
+    "weight": lambda x: fk.cross_entropy(models()[0], torch.zeros(N).long(), x.expand(V)),
+    "ce_weight": lambda x: fk.f_divergence(*models(), labels=torch.zeros(N).long(), ce_weight=x),
+    "z_loss": lambda x: fk.cross_entropy(models()[0], torch.zeros(N).long(), z_loss=x),
+    "logit_scale": lambda x: fk.linear_f_divergence(*heads(), logit_scale=x),
+    "logit_softcap": lambda x: fk.linear_f_divergence(*heads(), logit_softcap=x),
+    "num_items": lambda x: fk.f_divergence(*models(), num_items=x),
+    "target": lambda x: fk.cross_entropy(models()[0], x.expand(N, V)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_a_gradient_that_is_not_made_is_refused(name):
+    with pytest.raises((ValueError, TypeError), match=name):
+        GRADED[name](torch.ones((), requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float64)],
+    ids=str,
+)
+def test_models_of_different_dtypes(dtypes, backend):
+    student, teacher = (
+        torch.randn(N, V).to(dtypes[0]).requires_grad_(),
+        torch.randn(N, V).to(dtypes[1]).requires_grad_(),
+    )
+    if torch.float64 in dtypes and backend != "torch":
+        backend = "auto"
+    loss = fk.f_divergence(student, teacher, "js", backend=backend)
+    want, *expected = reference(student, teacher, "js", torch.full((N,), 1 / N))
+    assert relative(loss, want) < 1e-6
+    for x, got, e in zip((student, teacher), torch.autograd.grad(loss, (student, teacher)), expected, strict=True):
+        assert got.dtype == x.dtype and relative(got, e) < max(2e-5, torch.finfo(x.dtype).eps)
+
+
+def test_second_backward_and_changes_in_place(backend):
+    student, teacher = models()
+    hidden, weight, *rest = heads()
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    for make, inputs in ((lambda r: fk.f_divergence(student, teacher, reduction=r, backend=backend), (student,)),
+                         (lambda r: fk.linear_f_divergence(hidden, weight, *rest, reduction=r, backend=backend), (hidden, weight)),
+                         (lambda r: fk.cross_entropy(student, torch.zeros(N).long(), reduction=r, backend=backend), (student,))):  # fmt: skip
+        for reduction in ("mean", "none"):
+            loss = (3 * make(reduction)).sum()
+            first = [g.clone() for g in torch.autograd.grad(loss, inputs, retain_graph=True)]
+            for a, b in zip(first, torch.autograd.grad(loss, inputs), strict=True):
+                assert torch.equal(a, b)
+        loss = make("none")
+        loss *= mask
+        want = (make("none") * mask).sum()
+        for a, b in zip(*(torch.autograd.grad(x, inputs) for x in (loss.sum(), want)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_batchmean_and_one_vector(backend):
+    student, teacher = (x[0].detach() for x in models())
+    row = fk.f_divergence(student[None], teacher[None], "kl", backend=backend)
+    for reduction in ("mean", "sum", "batchmean", "none"):
+        loss = fk.f_divergence(student, teacher, "kl", reduction=reduction, backend=backend)
+        assert loss.shape == () and relative(loss, row) < 1e-6
+
+
+@pytest.mark.parametrize("weighted, smoothing", [(False, 0.0), (True, 0.0), (False, 0.2), (True, 0.2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_class_probabilities(weighted, smoothing, reduction, backend):
+    for shape in ((13,), (N, 13), (2, 13, 5)):
+        logits = torch.randn(shape, requires_grad=True)
+        target = torch.rand(shape)
+        target = target / target.sum(1 if len(shape) > 1 else 0, keepdim=True) * 1.1  # torch asks for no sum of 1
+        keywords = dict(weight=torch.rand(13) if weighted else None, label_smoothing=smoothing, reduction=reduction)
+        ours, theirs = (
+            fk.cross_entropy(logits, target, backend=backend, **keywords),
+            F.cross_entropy(logits, target, **keywords),
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x.sum(), logits)[0] for x in (ours, theirs)), rtol=1e-4, atol=1e-6
+        )
+    hidden, weight, *_ = heads(v=13)
+    target = torch.rand(N, 13).softmax(1)
+    ours = fk.linear_cross_entropy(hidden, weight, target, backend=backend, **keywords)
+    theirs = F.cross_entropy(hidden @ weight.T, target, **keywords)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_token_weight_and_log_sum_exp(backend):
+    logits, target, weight = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,)), torch.rand(N)
+    want = (F.cross_entropy(logits, target, reduction="none") * weight).mean()
+    torch.testing.assert_close(fk.cross_entropy(logits, target, token_weight=weight, backend=backend), want)
+    hidden, head, *_ = heads()
+    want = (F.cross_entropy(hidden @ head.T, target, reduction="none") * weight).mean()
+    torch.testing.assert_close(
+        fk.linear_cross_entropy(hidden, head, target, token_weight=weight, backend=backend), want
+    )
+    ours, theirs = fk.log_sum_exp(logits, backend=backend), logits.logsumexp(-1)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad((x**2).sum(), logits)[0] for x in (ours, theirs)))
+
+
+def graphs(function, values):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter)
+    for value in values:
+        compiled(value)
+    return counter.frame_count
+
+
+def test_floats_that_change_make_no_new_graphs():
+    student, teacher = models()
+    labels = torch.zeros(N).long()
+    hidden, weight, *rest = heads()
+    values = [0.1 * i + 0.1 for i in range(12)]
+    for function in (lambda x: fk.f_divergence(student, teacher, labels=labels, ce_weight=x),
+                     lambda x: fk.f_divergence(student, teacher, temperature=x, temperature_squared=True),
+                     lambda x: fk.cross_entropy(student, labels, z_loss=x),
+                     lambda x: fk.linear_f_divergence(hidden, weight, *rest, temperature=x, labels=labels, ce_weight=x)):  # fmt: skip
+        assert graphs(function, values) <= 2
+    assert graphs(lambda n: fk.cross_entropy(student, labels, num_items=n), range(3, 15)) <= 2
+
+
+def test_dynamic_batches_in_export_and_compile():
+    class Both(torch.nn.Module):
+        def forward(self, x, t, y, w):
+            logits = fk.f_divergence(x, t, "js", labels=y, ce_weight=1.0)
+            return logits + fk.linear_cross_entropy(x, w, y)
+
+    def arguments(n):
+        return torch.randn(n, 40), torch.randn(n, 40), torch.zeros(n).long(), torch.randn(30, 40)
+
+    batch = torch.export.Dim("batch")
+    example = arguments(3)
+    program = torch.export.export(Both(), example, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}, None)).module()
+    compiled = torch.compile(Both(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 5, 9):
+        given = arguments(n)
+        torch.testing.assert_close(program(*given), Both()(*given))
+        torch.testing.assert_close(compiled(*given), Both()(*given))
+
+
+def test_compiled_teacher_functions_break_the_graph_and_are_right():
+    hidden, weight, teacher, teacher_weight = heads()
+    logits = teacher @ teacher_weight.T
+
+    def step(h, w):
+        return fk.linear_f_divergence(h, w, lambda a, b: logits[a:b], None, "js")
+
+    want, got = step(hidden, weight), torch.compile(step, backend="aot_eager")(hidden, weight)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+ODD = {"None": None, "list": [1.0], "string": "x", "dict": {}, "complex": torch.ones(3) + 1j, "sparse": torch.eye(3).to_sparse(),
+       "meta": torch.ones(3, device="meta"), "NaN": math.nan, "infinity": math.inf, "object": object(), "nested": torch.nested.nested_tensor([torch.ones(2)]),
+       "numbers": torch.ones(7, 5, 3)}  # fmt: skip
+S, T, Y = torch.randn(4, 8), torch.randn(4, 8), torch.zeros(4).long()
+H, W = torch.randn(4, 5), torch.randn(8, 5)
+CALLS = {
+    fk.f_divergence: (dict(student_logits=S, teacher_logits=T, labels=Y, ce_weight=0.5), ()),
+    fk.cross_entropy: (dict(input=S, target=Y), ("size_average", "reduce")),
+    fk.linear_f_divergence: (
+        dict(student_hidden=H, student_weight=W, teacher_hidden=H, teacher_weight=W, labels=Y, ce_weight=0.5),
+        (),
+    ),
+    fk.linear_cross_entropy: (dict(input=H, linear_weight=W, target=Y), ()),
+}
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("odd", ODD)
+def test_wrong_types_name_the_argument(function, odd):
+    """Every argument of every public function: it is taken, or the message begins with its name."""
+    import inspect
+
+    given, skipped = CALLS[function]
+    for name in inspect.signature(function).parameters:
+        if name in skipped:
+            continue
+        try:
+            function(**{**given, name: ODD[odd]})
+        except (ValueError, TypeError) as error:
+            two_sides = odd in ("numbers", "None")  # of a shape that does not fit
+            names = inspect.signature(function).parameters if two_sides else [name]
+            assert any(n in str(error) for n in names) or "vocabularies" in str(error), f"{name}={odd}: {error!r}"
+        except NotImplementedError as error:
+            raise AssertionError(f"{name}={odd}: {error}") from error
+
+
+MEMORY = """
+import resource, torch, fdistill_kernels as fk
+torch.set_num_threads(1)
+s, t, y = torch.randn(4, 50, requires_grad=True), torch.randn(4, 50), torch.zeros(4).long()
+h, w = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+def step(i):
+    fk.f_divergence(s, t, "js", labels=y, ce_weight=.5).backward()
+    fk.f_divergence(s, t, lambda t: (t - 1) ** 2).backward()
+    fk.linear_f_divergence(h, w, h.detach(), w.detach(), reduction="none").sum().backward()
+    fk.cross_entropy(s.half(), y).backward()
+    fk.cross_entropy(s * 1, y, inplace=True).backward()
+    try: fk.cross_entropy(s, y + 50)
+    except ValueError: pass
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+for i in range(300): step(i)
+before = resident()
+for i in range(1700): step(i)
+print(resident() - before)
+"""
+
+
+def test_memory_over_ten_thousand_calls():
+    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    assert int(out) < 8e6, f"{int(out) / 1e6:.1f} MB more"
