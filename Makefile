@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# every architecture of the installed transformers, where make test takes a sample
+test-all: $(VENV)/installed
+	FDISTILL_WHOLE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -165,7 +165,11 @@ def linear_cross_entropy(
     )  # fmt: skip
     hard: dict[str, Any] = dict(class_weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        raise ValueError(f"linear_weight must have shape (V, D), not {tuple(linear_weight.shape)}")
+        return _many_heads(
+            input, linear_weight, target, linear_bias, logit_scale=logit_scale, logit_softcap=logit_softcap,
+            vocab_size=vocab_size, memory=memory, skip_tiles=skip_tiles, chunk_bytes=chunk_bytes, weight=weight,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, **shared,
+        )  # fmt: skip
     input, linear_weight, linear_bias = _heads(input, linear_weight, linear_bias, LINEAR, vocab_size)
     vocabulary = linear_weight.shape[0]
     checks.check_class_weight(weight, vocabulary, input.device)
@@ -183,6 +187,45 @@ def linear_cross_entropy(
     model = None, None, None, float(logit_scale), 1.0, *caps
     return _linear(input, linear_weight, linear_bias, model, path, None, labels=target, labels_name="target",
                    ce_weight=1.0, **hard, **shared)  # fmt: skip
+
+
+def _many_heads(
+    input: Tensor, weights: Tensor, target: Tensor, biases: Tensor | None, *, weight: Tensor | None, reduction: str,
+    num_items: Any, return_parts: bool, z_loss: float, token_weight: Tensor | None, ignore_index: int, **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """A head (V, D) for each of the places (d1, ...) of weights (V, d1, ..., D), and their losses' common reduction."""
+    if return_parts or (z_loss and weight is not None) or reduction == "batchmean":
+        raise ValueError("linear_weight of more than two dimensions goes without return_parts, without batchmean, and "
+                         "without z_loss beside weight")  # fmt: skip
+    places = weights.shape[1:-1]
+    checks.check_hidden("input", input)
+    checks.check_tensor("target", target, floating=False)
+    soft = target.is_floating_point()
+    wanted = (input.shape[0], *([weights.shape[0]] if soft else []), *places)
+    if input.dim() != 2 or target.shape != wanted:
+        raise ValueError(f"linear_weight of shape {tuple(weights.shape)} needs input (N, D) and target {wanted}, not "
+                         f"{tuple(input.shape)} and {tuple(target.shape)}")  # fmt: skip
+    heads = weights.flatten(1, -2).unbind(1)
+    each_bias = [None] * len(heads) if biases is None else biases.flatten(1).unbind(1)
+    each_target = target.flatten(2 if soft else 1).unbind(-1)
+    each_weight = [None] * len(heads) if token_weight is None else token_weight.flatten(1).unbind(-1)
+    each = [
+        linear_cross_entropy(input, head, of_head, linear_bias=bias, weight=weight, token_weight=factor, z_loss=z_loss,
+                             ignore_index=ignore_index, reduction="none", **keywords)
+        for head, of_head, bias, factor in zip(heads, each_target, each_bias, each_weight, strict=True)
+    ]  # fmt: skip
+    losses = torch.stack(each, -1).reshape(input.shape[0], *places)
+    mask = torch.ones_like(target, dtype=torch.bool)[:, 0] if soft else target != ignore_index
+    tokens = mask.sum()
+    checks.check_reduction(reduction)
+    if num_items is not None:
+        return losses.sum() / checks.checked_items(num_items, reduction, tokens)
+    if reduction in ("none", "sum"):
+        return losses if reduction == "none" else losses.sum()
+    if weight is not None and not soft:
+        of_targets = torch.where(mask, weight[torch.where(mask, target, 0)], 0)
+        return losses.sum() / torch.where((of_targets == 0).all(), 1, of_targets.sum())
+    return losses.sum() / tokens.clamp_min(1)
 
 
 #: What the arguments of a head are called: hidden states, weight and bias.

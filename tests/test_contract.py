@@ -555,6 +555,27 @@ def test_token_weight_and_log_sum_exp(backend):
     torch.testing.assert_close(*(torch.autograd.grad((x**2).sum(), logits)[0] for x in (ours, theirs)))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_heads_of_more_dimensions(reduction):
+    hidden, weight, bias = (
+        torch.randn(N, D, requires_grad=True),
+        torch.randn(13, 2, 3, D, requires_grad=True),
+        torch.randn(13, 2, 3),
+    )
+    target, class_weight = torch.randint(13, (N, 2, 3)), torch.rand(13)
+    target[0, 0, 0] = -100
+    logits = torch.einsum("nd,vabd->nvab", hidden, weight) + bias
+    for of_logits in (target, torch.rand(N, 13, 2, 3)):
+        keywords = dict(weight=class_weight, label_smoothing=0.1, reduction=reduction)
+        ours = fk.linear_cross_entropy(hidden, weight, of_logits, linear_bias=bias, **keywords)
+        theirs = F.cross_entropy(logits, of_logits, **keywords)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for a, b in zip(
+            *(torch.autograd.grad(x.sum(), (hidden, weight), retain_graph=True) for x in (ours, theirs)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def graphs(function, values):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
