@@ -201,9 +201,18 @@ def compare_distilled(name, kind, mapping):
 LEAST = {compare_patched: (27, 300), compare_distilled: (21, 190)}
 
 
+@pytest.fixture
+def quiet():
+    """Without transformers' remarks; put back, for trainers choose their progress bar by it."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("compare", [compare_patched, compare_distilled])
 def test_architectures(compare, capsys):
-    transformers.logging.set_verbosity_error()
     found, whole = architectures(), bool(os.environ.get("FDISTILL_WHOLE"))
     results = {name: compare(name, *found[name]) for name in (found if whole else SAMPLE)
                if compare is compare_patched or found[name][1] in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")}  # fmt: skip
