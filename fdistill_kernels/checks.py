@@ -46,14 +46,12 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def check_integer(name: str, value: object, low: int | None = None) -> None:
-    """An int, at least `low`."""
+def check_integer(name: str, value: object) -> None:
+    """An int."""
     if torch.compiler.is_compiling() and not isinstance(value, int):
         return  # a symbolic one
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {_shown(value)}")
-    if low is not None and value < low:
-        raise ValueError(f"{name} must be at least {low}, not {value}")
 
 
 def _shown(value: object) -> str:

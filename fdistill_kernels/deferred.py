@@ -374,13 +374,12 @@ def _cross_entropy(
         target = target.masked_fill(target == masked, ignore_index)
 
     def loss(hidden: Tensor, own_weight: Tensor, own_bias: Tensor | None) -> Tensor:
-        head, classes = z.head(own_weight, own_bias), target.to(hidden.device)
-        made = linear_cross_entropy(
-            hidden, head.weight, classes, linear_bias=head.bias, logit_scale=head.scale, logit_softcap=head.softcap,
+        head = z.head(own_weight, own_bias)
+        return linear_cross_entropy(
+            hidden, head.weight, target.to(hidden.device), linear_bias=head.bias, logit_scale=head.scale,
+            logit_softcap=head.softcap,
             weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing, **more,
         )  # fmt: skip
-        live = classes != ignore_index  # a model that divides by no tokens gives 0/0, and yet no gradient
-        return torch.where(live if reduction == "none" else live.any(), made, made.detach())
 
     z.deferral.fused = True
     return z.at_head(loss).to(z.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends, checks
 from .backends.rows import VECTORS, TokenTerms, split
 from .divergences import CROSS_ENTROPY, Divergence, FDivergence, resolve
-from .tokens import LossParts, Temperature, is_power_of_two, of_parts, once, scaled, token_loss  # fmt: skip
+from .tokens import LossParts, Temperature, is_power_of_two, of_parts, once, scaled, token_loss
 
 
 def f_divergence(

@@ -164,6 +164,8 @@ def linear_cross_entropy(
         return_parts=return_parts,
     )  # fmt: skip
     hard: dict[str, Any] = dict(class_weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    checks.check_hidden("input", input)
+    checks.check_tensor("target", target, floating=False)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         return _many_heads(
             input, linear_weight, target, linear_bias, logit_scale=logit_scale, logit_softcap=logit_softcap,
@@ -174,7 +176,6 @@ def linear_cross_entropy(
     vocabulary = linear_weight.shape[0]
     checks.check_class_weight(weight, vocabulary, input.device)
     checks.check_number("logit_scale", logit_scale)
-    checks.check_tensor("target", target, floating=False)
     path = memory, skip_tiles, chunk_bytes
     model: tuple[Any, ...]
     caps = softcaps(logit_softcap, None)
@@ -194,17 +195,26 @@ def _many_heads(
     num_items: Any, return_parts: bool, z_loss: float, token_weight: Tensor | None, ignore_index: int, **keywords: Any,
 ) -> Tensor:  # fmt: skip
     """A head (V, D) for each of the places (d1, ...) of weights (V, d1, ..., D), and their losses' common reduction."""
+    checks.check_reduction(reduction)
+    checks.check_integer("ignore_index", ignore_index)
     if return_parts or (z_loss and weight is not None) or reduction == "batchmean":
         raise ValueError("linear_weight of more than two dimensions goes without return_parts, without batchmean, and "
                          "without z_loss beside weight")  # fmt: skip
     places = weights.shape[1:-1]
-    checks.check_hidden("input", input)
-    checks.check_tensor("target", target, floating=False)
+    for name, value, shape in (("linear_bias", biases, weights.shape[:-1]),
+                               ("token_weight", token_weight, (*input.shape[:1], *places))):  # fmt: skip
+        if value is not None:
+            checks.check_tensor(name, value, floating=False)
+            if value.shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(value.shape)}")
     soft = target.is_floating_point()
     wanted = (input.shape[0], *([weights.shape[0]] if soft else []), *places)
     if input.dim() != 2 or target.shape != wanted:
         raise ValueError(f"linear_weight of shape {tuple(weights.shape)} needs input (N, D) and target {wanted}, not "
                          f"{tuple(input.shape)} and {tuple(target.shape)}")  # fmt: skip
+    mask = torch.ones_like(target, dtype=torch.bool)[:, 0] if soft else target != ignore_index
+    tokens = mask.sum()
+    items = None if num_items is None else checks.checked_items(num_items, reduction, tokens)
     heads = weights.flatten(1, -2).unbind(1)
     each_bias = [None] * len(heads) if biases is None else biases.flatten(1).unbind(1)
     each_target = target.flatten(2 if soft else 1).unbind(-1)
@@ -215,11 +225,8 @@ def _many_heads(
         for head, of_head, bias, factor in zip(heads, each_target, each_bias, each_weight, strict=True)
     ]  # fmt: skip
     losses = torch.stack(each, -1).reshape(input.shape[0], *places)
-    mask = torch.ones_like(target, dtype=torch.bool)[:, 0] if soft else target != ignore_index
-    tokens = mask.sum()
-    checks.check_reduction(reduction)
-    if num_items is not None:
-        return losses.sum() / checks.checked_items(num_items, reduction, tokens)
+    if items is not None:
+        return losses.sum() / torch.where(tokens == 0, 1, items)
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()
     if weight is not None and not soft:
