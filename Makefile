@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all peers sanitize lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo
@@ -16,6 +16,29 @@ test: $(VENV)/installed
 # every architecture of the installed transformers, where make test takes a sample
 test-all: $(VENV)/installed
 	FDISTILL_WHOLE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# the whole grids of other libraries' tests, and the table of where we agree
+peers: $(VENV)/installed
+	FDISTILL_WHOLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/peers $(ARGS)
+	cat tests/peers/TABLE.md
+
+# the native code under AddressSanitizer and UBSan: the tests that run it, then random calls; `make sanitize
+# FUZZ_SECONDS=20` is the short form. Masked vector loads are not instrumented, so half of the calls go without vectors.
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 0
+SANITIZED := build/sanitized/_native.so
+sanitized = FDISTILL_NATIVE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
+fuzz = $(BIN)/python -m tests.fuzz.fuzz --seconds $$(($(FUZZ_SECONDS) / 2)) --seed $(FUZZ_SEED)
+
+sanitize: $(SANITIZED)
+	$(sanitized) $(BIN)/python -m pytest -p no:xdist --capture=sys tests/test_functional.py tests/test_linear.py \
+		tests/test_divergences.py -k "cpu and not compile"
+	$(sanitized) ATEN_CPU_CAPABILITY=default $(fuzz)
+	$(sanitized) $(fuzz)
+
+$(SANITIZED): tests/fuzz/build_sanitized.sh $(shell find csrc/cpu csrc/*.h) | $(VENV)/installed
+	PYTHON=$(BIN)/python $< $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
