@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
-from .backends import cuda
+from .backends import cuda, native
 from .divergences import PARAMETERS, TABLE, Divergence, resolve
 
 VOCABULARY = 128256  # that `doctor` asks for
@@ -78,6 +80,7 @@ def _state(backend: str, device: torch.device) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    remedies = [line for library in ("cpu", "cuda") for line in _remedy(library)]
     report: dict[str, Any] = {
         "fdistill_kernels": __version__,
         "torch": torch.__version__,
@@ -89,6 +92,7 @@ def _doctor(args: argparse.Namespace) -> int:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"], VOCABULARY) for d in devices},
         "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
+        "remedies": remedies,
     }
     if args.json:
         print(json.dumps(report, indent=1))
@@ -100,7 +104,24 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"backend {name} on {device}: {state}")
     for device, name in report["auto"].items():
         print(f"auto on {device} logits: {name}")
+    for line in remedies:
+        print(line)
     return 0
+
+
+def _remedy(library: str) -> list[str]:
+    """What to do about a library whose build failed, as a command; nothing for one that is there or has no need."""
+    log = native.log_of(library)
+    if not log.exists() or (library == "cuda" and not torch.cuda.is_available()):
+        return []
+    source = "fdistill_kernels"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        installed = json.loads(importlib.metadata.distribution("fdistill_kernels").read_text("direct_url.json") or "{}")
+        editable = installed.get("dir_info", {}).get("editable", False)
+        source = ("--editable " if editable else "") + installed["url"].removeprefix("file://")
+    compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
+    return [f"for the {library} library, whose build's words are in {log}: with {compiler},",
+            f"    pip install --no-cache-dir --force-reinstall --no-deps {source}"]  # fmt: skip
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -34,9 +34,9 @@ def test_doctor_says_what_would_run(capsys):
 def test_doctor_without_the_native_backend(capsys, monkeypatch):
     from fdistill_kernels.backends import cpu
 
-    monkeypatch.setattr(cpu, "NOT_LOADED", "the native extension is not built")
+    monkeypatch.setattr(cpu, "NOT_LOADED", "the cpu library is not built")
     out = run(capsys, "doctor")[1]
-    assert "backend cpu on cpu: the native extension is not built" in out and "auto on cpu logits: torch" in out
+    assert "backend cpu on cpu: the cpu library is not built" in out and "auto on cpu logits: torch" in out
 
 
 def test_verify_passes_and_prints_json(capsys):

@@ -21,14 +21,18 @@ def run(*args, cwd=ROOT, **environment):
 def test_without_a_compiler(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).symlink_to(ROOT / name)
     built = run("setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib"),
                 "egg_info", "--egg-base", str(tmp_path), cwd=source, CC="/bin/false", CXX="/bin/false", FDISTILL_CUDA="0")  # fmt: skip
-    assert built.returncode == 0 and "native CPU backend not built" in built.stderr, built.stderr
-    doctor = run("-m", "fdistill_kernels.cli", "doctor", cwd=tmp_path / "lib")
-    assert "backend cpu on cpu: the native extension is not built (it needs a C++ compiler" in doctor.stdout
-    assert "auto on cpu logits: torch" in doctor.stdout and "the CUDA library is not built" in doctor.stdout
+    assert built.returncode == 0 and "the cpu library is not built: the compiler '/bin/false' failed" in built.stderr
+    doctor = run("-m", "fdistill_kernels.cli", "doctor", cwd=tmp_path / "lib").stdout
+    assert (
+        "backend cpu on cpu: the cpu library is not built: the compiler '/bin/false' failed at install time" in doctor
+    )
+    assert "auto on cpu logits: torch" in doctor and "FDISTILL_CUDA was 0 at install time" in doctor
+    assert "pip install --no-cache-dir --force-reinstall --no-deps" in doctor and "libfdistill_cpu.log" in doctor
+    assert not list(tmp_path.glob("lib/**/*.so")) and not list(tmp_path.glob("lib/**/*.partial"))
     use = "import torch, fdistill_kernels as fk; x = torch.zeros(2, 9, requires_grad=True); fk.f_divergence(x, x).backward()"
     assert run("-c", use, cwd=tmp_path / "lib").returncode == 0
 
