@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import io
 import json
 import platform
 import sys
@@ -50,6 +51,20 @@ def _shape(text: str) -> tuple[int, int]:
     if rows < 1 or vocabulary < 1:
         raise argparse.ArgumentTypeError("N and V must be at least 1")
     return rows, vocabulary
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except Exception as error:  # a driver that is missing, no such card, no such word: torch has many errors for it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return text
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -232,15 +247,15 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here"
     )
-    demo.add_argument("--teacher-steps", type=int, default=320, metavar="N", help="default: 320")
+    demo.add_argument("--teacher-steps", type=_count, default=320, metavar="N", help="default: 320")
     demo.add_argument(
-        "--student-steps", type=int, default=300, metavar="N", help="of student and baseline; default: 300"
+        "--student-steps", type=_count, default=300, metavar="N", help="of student and baseline; default: 300"
     )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")
 
     verify = command("verify", _verify, "Compare every backend with the float64 reference; exit 1 on a miss.")
-    verify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+    verify.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
     verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all the device has")
     verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
     verify.add_argument("--divergence", **several)
@@ -248,9 +263,9 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Time forward and backward beside eager torch and the memory floor.")
     bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V", help="default: 1024,32000")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--backend", default="auto")
-    bench.add_argument("--threads", type=int, metavar="N", help="default: torch's")
+    bench.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+    bench.add_argument("--backend", choices=("auto", *backends.BACKENDS), default="auto")
+    bench.add_argument("--threads", type=_count, metavar="N", help="default: torch's")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
     bench.add_argument("--divergence", **several)
     bench.add_argument(
@@ -264,11 +279,12 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = command(name, _sequence, help if not missing else f"{help} (needs fdistill_kernels[sequence])")
         sub.set_defaults(command=name)
         if arguments and arguments[0] == name:  # their own file is not read for the other commands
-            if missing:
+            if missing and not {"-h", "--help"} & set(arguments):
                 sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
-            from .sequence.run import add_arguments
+            if not missing:
+                from .sequence.run import add_arguments
 
-            add_arguments(sub)
+                add_arguments(sub, name)
     command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
     command("list", _list, "List the divergences and their parameters.")
     return top
@@ -277,8 +293,15 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII alone shows ? for ÷
     args = parser(argv).parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except (OSError, ValueError) as error:  # a file that is not there, a folder that is read-only, a call refused
+        print(f"fdistill {argv[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

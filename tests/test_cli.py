@@ -1,6 +1,7 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,6 +68,56 @@ def test_misuse(args, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(args)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+BAD = {
+    "backend": (["bench", "--backend", "nosuch"], "invalid choice: 'nosuch'"),
+    "device": (["bench", "--device", "cuda:77"], "'cuda:77' cannot be used"),
+    "no such device": (["verify", "--device", "nosuch"], "'nosuch' cannot be used"),
+    "threads": (["bench", "--threads", "0"], "must be a positive number"),
+    "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
+    "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
+    "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
+    "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
+    "no data": (["train", "--teacher", "nosuch", "--data", "nosuch.tsv", "--out", "OUT"], "nosuch.tsv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_line_and_no_traceback(name, tmp_path, capsys):
+    arguments, message = BAD[name]
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    places = {"OUT": str(tmp_path / "out"), "BYTES": str(tmp_path / "bytes.txt")}
+    try:
+        status = cli.main([places.get(a, a) for a in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and message in last and last.startswith("fdistill"), last
+
+
+def test_a_terminal_of_ascii_alone():
+    command = [*COMMAND, "bench", "--shape", "4,100", "--divergence", "kl", "--threads", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and "? floor" in done.stdout
+
+
+def test_help(capsys, monkeypatch):
+    def shown(*args):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*args, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    own = shown("evaluate")
+    assert "--eval-data" in own and "--learning-rate" not in own and "(default: )" not in own + shown("train")
+    monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))
+    assert "needs fdistill_kernels[sequence]" in shown("train").replace("\n  ", "")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--data", "x"])
+    assert "nosuch_package missing: pip install" in capsys.readouterr().err
 
 
 def demo(out, *args):
