@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/fdistill demo
+	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)

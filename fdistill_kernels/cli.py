@@ -12,6 +12,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from . import __version__, backends
 from .backends import cuda, native
 from .divergences import PARAMETERS, TABLE, Divergence, resolve
 
+STUDENTS = ("kl", "js", "tvd")  # of the demo
 VOCABULARY = 128256  # that `doctor` asks for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -240,16 +242,22 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETER as in alpha=0.3")
     demo = command(
-        "demo", _demo, "Train a small GPT-2 teacher on real text, distil a student, compare with cross-entropy."
+        "demo",
+        _demo,
+        "Train a small GPT-2 teacher on real text, distil students by several divergences, compare with none.",
     )
-    demo.add_argument("--divergence", type=_divergence, default=TABLE["js"], metavar="NAME", help="default: js")
+    demo.add_argument("--divergence", **{**several, "help": f"a student each; default: {' '.join(STUDENTS)}"},
+                      default=[TABLE[name] for name in STUDENTS])  # fmt: skip
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's own language reference")
     demo.add_argument(
         "--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here"
     )
     demo.add_argument("--teacher-steps", type=_count, default=320, metavar="N", help="default: 320")
+    demo.add_argument("--start-steps", type=_count, default=100, metavar="N",
+                      help="of the students' common start; default: 100")  # fmt: skip
+    demo.add_argument("--student-steps", type=_count, default=250, metavar="N", help="of each student; default: 250")
     demo.add_argument(
-        "--student-steps", type=_count, default=300, metavar="N", help="of student and baseline; default: 300"
+        "--expect", type=Path, metavar="FILE", help="a results.json to agree with; exit 1 outside its band"
     )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")

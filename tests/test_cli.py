@@ -121,8 +121,8 @@ def test_help(capsys, monkeypatch):
 
 
 def demo(out, *args):
-    return [*COMMAND, "demo", "--out", str(out), "--json", "--teacher-steps", "60", "--student-steps", "60",
-            "--divergence", "kl", *args]  # fmt: skip
+    return [*COMMAND, "demo", "--out", str(out), "--json", "--teacher-steps", "60", "--start-steps", "20",
+            "--student-steps", "50", "--divergence", "kl", "tvd", *args]  # fmt: skip
 
 
 def test_demo_survives_an_interrupt_and_distils(tmp_path):
@@ -140,8 +140,18 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path):
     assert saved["teacher"]["done"] >= 50
     finished = subprocess.run(demo(tmp_path), capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0 and "going on from" in finished.stderr
-    models = json.loads(finished.stdout)["models"]
-    assert models["distilled"]["steps"] == models["baseline"]["steps"] == 60
-    assert models["distilled"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"]
-    assert models["teacher"]["parameters"] > 4 * models["distilled"]["parameters"]
+    results = json.loads(finished.stdout)
+    models = results["models"]
+    assert models["kl"]["steps"] == models["tvd"]["steps"] == models["baseline"]["steps"] == 50
+    assert models["kl"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"] < models["start"]["kl_to_teacher"]
+    assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
+    assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
+    again = [*demo(tmp_path), "--expect", str(tmp_path / "results.json")]  # all is trained: measured once more
+    assert subprocess.run(again, capture_output=True, timeout=280).returncode == 0
+    results["models"]["kl"]["perplexity"] *= 1.1
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    done = subprocess.run(
+        [*again, "--expect", str(tmp_path / "other.json")], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 1 and "kl's perplexity is" in done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -43,7 +43,9 @@ def test_an_sdist_makes_a_wheel_that_works(tmp_path):
     made = run("setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert made.returncode == 0, made.stderr
     (sdist,) = tmp_path.glob("*.tar.gz")
-    made = run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), FDISTILL_CUDA="0")
+    made = run(
+        "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), FDISTILL_CUDA="0"
+    )
     assert made.returncode == 0, made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
