@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
+import io
 import json
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__, backends
-from .backends import cuda
+from .backends import cuda, native
 from .divergences import PARAMETERS, TABLE, Divergence, resolve
 
+STUDENTS = ("kl", "js", "tvd")  # of the demo
 VOCABULARY = 128256  # that `doctor` asks for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -50,6 +55,20 @@ def _shape(text: str) -> tuple[int, int]:
     return rows, vocabulary
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except Exception as error:  # a driver that is missing, no such card, no such word: torch has many errors for it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return text
+
+
 def _list(args: argparse.Namespace) -> int:
     def ready(divergence: Divergence) -> list[str]:
         cpu = torch.device("cpu")
@@ -78,6 +97,7 @@ def _state(backend: str, device: torch.device) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    remedies = [line for library in ("cpu", "cuda") for line in _remedy(library)]
     report: dict[str, Any] = {
         "fdistill_kernels": __version__,
         "torch": torch.__version__,
@@ -89,6 +109,7 @@ def _doctor(args: argparse.Namespace) -> int:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"], VOCABULARY) for d in devices},
         "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
+        "remedies": remedies,
     }
     if args.json:
         print(json.dumps(report, indent=1))
@@ -100,7 +121,24 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"backend {name} on {device}: {state}")
     for device, name in report["auto"].items():
         print(f"auto on {device} logits: {name}")
+    for line in remedies:
+        print(line)
     return 0
+
+
+def _remedy(library: str) -> list[str]:
+    """What to do about a library whose build failed, as a command; nothing for one that is there or has no need."""
+    log = native.log_of(library)
+    if not log.exists() or (library == "cuda" and not torch.cuda.is_available()):
+        return []
+    source = "fdistill_kernels"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        installed = json.loads(importlib.metadata.distribution("fdistill_kernels").read_text("direct_url.json") or "{}")
+        editable = installed.get("dir_info", {}).get("editable", False)
+        source = ("--editable " if editable else "") + installed["url"].removeprefix("file://")
+    compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
+    return [f"for the {library} library, whose build's words are in {log}: with {compiler},",
+            f"    pip install --no-cache-dir --force-reinstall --no-deps {source}"]  # fmt: skip
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -204,22 +242,28 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETER as in alpha=0.3")
     demo = command(
-        "demo", _demo, "Train a small GPT-2 teacher on real text, distil a student, compare with cross-entropy."
+        "demo",
+        _demo,
+        "Train a small GPT-2 teacher on real text, distil students by several divergences, compare with none.",
     )
-    demo.add_argument("--divergence", type=_divergence, default=TABLE["js"], metavar="NAME", help="default: js")
+    demo.add_argument("--divergence", **{**several, "help": f"a student each; default: {' '.join(STUDENTS)}"},
+                      default=[TABLE[name] for name in STUDENTS])  # fmt: skip
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's own language reference")
     demo.add_argument(
         "--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here"
     )
-    demo.add_argument("--teacher-steps", type=int, default=320, metavar="N", help="default: 320")
+    demo.add_argument("--teacher-steps", type=_count, default=320, metavar="N", help="default: 320")
+    demo.add_argument("--start-steps", type=_count, default=100, metavar="N",
+                      help="of the students' common start; default: 100")  # fmt: skip
+    demo.add_argument("--student-steps", type=_count, default=250, metavar="N", help="of each student; default: 250")
     demo.add_argument(
-        "--student-steps", type=int, default=300, metavar="N", help="of student and baseline; default: 300"
+        "--expect", type=Path, metavar="FILE", help="a results.json to agree with; exit 1 outside its band"
     )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")
 
     verify = command("verify", _verify, "Compare every backend with the float64 reference; exit 1 on a miss.")
-    verify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+    verify.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
     verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all the device has")
     verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
     verify.add_argument("--divergence", **several)
@@ -227,9 +271,9 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Time forward and backward beside eager torch and the memory floor.")
     bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V", help="default: 1024,32000")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--backend", default="auto")
-    bench.add_argument("--threads", type=int, metavar="N", help="default: torch's")
+    bench.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+    bench.add_argument("--backend", choices=("auto", *backends.BACKENDS), default="auto")
+    bench.add_argument("--threads", type=_count, metavar="N", help="default: torch's")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
     bench.add_argument("--divergence", **several)
     bench.add_argument(
@@ -243,11 +287,12 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = command(name, _sequence, help if not missing else f"{help} (needs fdistill_kernels[sequence])")
         sub.set_defaults(command=name)
         if arguments and arguments[0] == name:  # their own file is not read for the other commands
-            if missing:
+            if missing and not {"-h", "--help"} & set(arguments):
                 sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
-            from .sequence.run import add_arguments
+            if not missing:
+                from .sequence.run import add_arguments
 
-            add_arguments(sub)
+                add_arguments(sub, name)
     command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
     command("list", _list, "List the divergences and their parameters.")
     return top
@@ -256,8 +301,15 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII alone shows ? for ÷
     args = parser(argv).parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except (OSError, ValueError) as error:  # a file that is not there, a folder that is read-only, a call refused
+        print(f"fdistill {argv[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

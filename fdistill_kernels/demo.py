@@ -1,8 +1,13 @@
-"""`fdistill demo`: a teacher trained on real text, a student distilled from it, and the same student without it."""
+"""`fdistill demo`: a teacher trained on real text, students distilled from it, and the same student without it.
+
+The students share a short start by cross-entropy: far from the teacher, js and tvd have small gradients, which is why
+the paper pre-distils (Wen et al., ACL 2023, §4).
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import resource
@@ -22,6 +27,7 @@ from torch import Tensor
 from .bench import eager_loss, median_seconds, training_step
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence
+from .provenance import provenance
 
 VOCABULARY = 8000
 CONTEXT = 128
@@ -95,6 +101,7 @@ class Stage:
     model: Any
     steps: int
     loss: Loss
+    begins_from: Stage | None = None  # whose weights, when it begins
     learning_rate: float = 1.5e-3
     done: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out cross-entropy)
@@ -115,6 +122,8 @@ class Stage:
 
     def train_step(self, text: Text, seed: int) -> None:
         """One step of AdamW, warmed up over 20 steps and decayed by a cosine."""
+        if self.begins_from is not None and not self.done:
+            self.model.load_state_dict(self.begins_from.model.state_dict())
         warm_up = min(1.0, (self.done + 1) / 20)
         decay = 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
         for group in self.optimizer.param_groups:
@@ -206,22 +215,27 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    text = tokenize(read_text(args.text))
+    source = read_text(args.text)
+    text = tokenize(source)
     teacher = gpt2(TEACHER, args.seed)
-    distilled, baseline = gpt2(STUDENT, args.seed + 1), gpt2(STUDENT, args.seed + 1)
 
-    def distillation_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            of_teacher = teacher(tokens[:, :-1]).logits
-        return f_divergence(logits, of_teacher, args.divergence)
+    def distillation(divergence: Divergence) -> Loss:
+        def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+            with torch.no_grad():
+                of_teacher = teacher(tokens[:, :-1]).logits
+            return f_divergence(logits, of_teacher, divergence)
 
-    stages = [
-        Stage("teacher", teacher, args.teacher_steps, label_loss),
-        Stage("baseline", baseline, args.student_steps, label_loss),
-        Stage("distilled", distilled, args.student_steps, distillation_loss),
-    ]
+        return loss
+
+    start = Stage("start", gpt2(STUDENT, args.seed + 1), args.start_steps, label_loss)
+    losses = {"baseline": label_loss} | {str(d): distillation(d) for d in args.divergence}
+    students = [Stage(name, gpt2(STUDENT, args.seed + 1), args.student_steps, loss, start)
+                for name, loss in losses.items()]  # fmt: skip
+    stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
+        if set(saved) != {stage.name for stage in stages}:
+            raise ValueError(f"{checkpoint} is of other students; --restart begins anew")
         for stage in stages:
             stage.restore(saved[stage.name])
         console.print(f"going on from {checkpoint}")
@@ -232,7 +246,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
 
     windows = text.windows()
-    fused, eager = loss_speed(distilled, teacher, args.divergence, windows[:8])
+    fused, eager = loss_speed(students[-1].model, teacher, args.divergence[-1], windows[:8])
     rows = {}
     for stage in stages:
         nats, kl = evaluate(stage.model, windows, teacher)
@@ -245,10 +259,10 @@ def main(args: argparse.Namespace) -> int:
         }
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     results = {
-        "divergence": str(args.divergence), "models": rows, "loss_tokens_per_second": fused,
+        "models": rows, "loss": str(args.divergence[-1]), "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
-        "peak_memory_mib": kilobytes / 1024,
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "peak_memory_mib": kilobytes / 1024, "text_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        **provenance(),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(stages, out / "curves.png")
@@ -256,7 +270,24 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1))
     else:
         _print(results, out, console)
-    return 0
+    return _compare(rows, json.loads(args.expect.read_text()), console) if args.expect else 0
+
+
+#: How far a model's perplexity and KL may be from the committed ones: rounding differs between processors, and a few
+#: hundred steps multiply it.
+BAND = {"perplexity": 0.03, "kl_to_teacher": 0.06}
+
+
+def _compare(rows: dict[str, Any], expected: dict[str, Any], console: Console) -> int:
+    """0 when every model is within the band of the expected result file's, else 1 with those that are not."""
+    outside = [
+        f"{name}'s {key} is {rows[name][key]:.4f}, not within {band:.0%} of {model[key]:.4f}"
+        for name, model in expected["models"].items()
+        for key, band in BAND.items()
+        if abs(rows[name][key] - model[key]) > band * model[key]
+    ]
+    console.print("\n".join(outside) or "as expected: every model is within the band of the committed result")
+    return 1 if outside else 0
 
 
 def _print(results: dict[str, Any], out: Path, console: Console) -> None:
@@ -266,6 +297,6 @@ def _print(results: dict[str, Any], out: Path, console: Console) -> None:
         table.add_row(name, f"{row['parameters']:,}", str(row["steps"]), f"{row['perplexity']:.1f}", kl)
     console.print(table)
     fused, eager = results["loss_tokens_per_second"], results["eager_loss_tokens_per_second"]
-    console.print(f"{results['divergence']} loss, forward and backward: {fused:,.0f} tokens/s; eager {eager:,.0f} "
+    console.print(f"{results['loss']} loss, forward and backward: {fused:,.0f} tokens/s; eager {eager:,.0f} "
                   f"({fused / eager:.1f}x). Peak memory {results['peak_memory_mib']:,.0f} MiB, "
                   f"{results['seconds']:.0f} s. Curves: {out / 'curves.png'}")  # fmt: skip

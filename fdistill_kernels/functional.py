@@ -189,16 +189,56 @@ def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: 
         logits, logit_softcap, backend: as in `f_divergence`.
     """
     checks.check_logits("logits", logits)
-    top = logits.detach().argmax(-1)
-    cap = softcaps(logit_softcap, None)[0]
-    at_top = logits.gather(-1, top.unsqueeze(-1)).squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
+    return _LogSumExp.apply(logits, softcaps(logit_softcap, None)[0], backend)
 
-    def run(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
-        return _row_loss(logits, None, terms, False, True, (cap, 0.0), name)
 
-    beside = token_loss(logits, run, None, logits.shape[-1], labels=top, ce_weight=1.0, reduction="none",
-                        backend=backend)  # fmt: skip
-    return beside + (cap * (at_top / cap).tanh() if cap else at_top)
+class _LogSumExp(torch.autograd.Function):
+    """Its gradient is the softmax: made whole by the kernel, since that of a label's cross-entropy, which lacks a 1 at
+    the label, has lost the last digits there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cap: float, backend: str) -> Tensor:
+        top = logits.argmax(-1)
+        at_top = logits.gather(-1, top.unsqueeze(-1)).squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
+
+        def run(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
+            return _row_loss(logits, None, terms, False, True, (cap, 0.0), name)
+
+        _, parts = token_loss(logits, run, None, logits.shape[-1], labels=top, ce_weight=1.0, z_loss=1.0,
+                                   reduction="none", backend=backend, return_parts=True)  # fmt: skip
+        at_top = cap * (at_top / cap).tanh() if cap else at_top
+        value = parts.cross_entropy + at_top
+        of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
+        # near 0 its sign is rounding
+        ctx.save_for_backward(logits, value, torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
+        ctx.call = cap, backend
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, value, lse = ctx.saved_tensors
+        (cap, backend), scale, value, lse = ctx.call, upstream.reshape(-1), value.reshape(-1), lse.reshape(-1)
+        flat = logits.detach().reshape(-1, logits.shape[-1])
+        if torch.compiler.is_compiling():  # which makes one kernel of it
+            return once(_scaled_softmax(flat, cap, value, scale).view(logits.shape)), None, None
+        ones, labels = torch.ones_like(scale), torch.zeros_like(scale, dtype=torch.long)
+        # 2 lse softmax is the kernel's gradient of lse^2
+        terms = TokenTerms(scale, ones, ones, ones, 0 * ones, 0.5 / lse, labels, None, None, 0.0)
+        rows = _rows(logits.detach())
+        gradient = backends.divergence_rows(rows, None, terms, (True, False), False, (cap, 0.0), backend)[1]
+        gradient, few = gradient.view(flat.shape), (lse == 0).nonzero().squeeze(1)
+        if len(few):  # as of normalised logits
+            gradient[few] = _scaled_softmax(flat[few], cap, value[few], scale[few])
+        return once(gradient.view(logits.shape)), None, None
+
+
+def _scaled_softmax(logits: Tensor, cap: float, lse: Tensor, scale: Tensor) -> Tensor:
+    """The softmax of rows of logits, capped or not, times each row's factor."""
+    z = logits.to(lse.dtype)
+    slope = 1 - (z / cap).tanh() ** 2 if cap else 1
+    z = cap * (z / cap).tanh() if cap else z
+    return ((z - lse.unsqueeze(1)).exp() * slope * scale.unsqueeze(1)).to(logits.dtype)
 
 
 def soft_targets(
@@ -222,6 +262,13 @@ def soft_targets(
     p = target.detach().to(wide)
     if label_smoothing:
         p = p * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
+    if (
+        weight is not None
+        and not torch.compiler.is_compiling()
+        and weight.device.type == "cpu"
+        and bool((weight < 0).any())
+    ):
+        raise ValueError("weight must not be negative where target holds class probabilities")
     p = p if weight is None else p * weight.to(wide)
     mass = p.sum(-1)
     return torch.where(mass.unsqueeze(-1) == 0, 0, p.log()), mass

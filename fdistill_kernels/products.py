@@ -2,21 +2,71 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .backends import cpu
 
 
+class _Torch(ctypes.Structure):
+    """csrc/cpu/products.cpp's: torch's C functions for compiled programs, which every version keeps."""
+
+    NAMES = ("create_tensor_from_blob", "delete_tensor_object", "copy_", "cpu_addmm_out")
+    _fields_ = [*[(name, ctypes.c_void_p) for name in NAMES], ("float32", ctypes.c_int32)]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "itemsize")],
+    ]
+
+
+def _find_torch() -> tuple[_Torch, dict[torch.dtype, int]] | None:
+    """torch's functions and how they call the dtypes; None in a build of torch without them."""
+    try:
+        library: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        dtypes = {dtype: getattr(library, f"aoti_torch_dtype_{str(dtype)[6:]}")() for dtype in cpu.DTYPES}
+        addresses = [ctypes.cast(getattr(library, f"aoti_torch_{name}"), ctypes.c_void_p) for name in _Torch.NAMES]
+    except (OSError, AttributeError):
+        return None
+    return _Torch(*[a.value for a in addresses], dtypes[torch.float32]), dtypes
+
+
+FOUND = _find_torch() if cpu.NOT_LOADED is None else None
+TILE = 1024  # csrc/cpu/products.cpp's kTile
+
+
 def _native(like: Tensor) -> bool:
-    return like.device.type == "cpu" and like.dtype in cpu.DTYPES and cpu.NOT_LOADED is None
+    return FOUND is not None and like.device.type == "cpu" and like.dtype in cpu.DTYPES
+
+
+def _matrix(x: Tensor | None) -> Any:
+    """How products.cpp finds a matrix; a vector is every row of one."""
+    assert FOUND is not None
+    if x is None:
+        return ctypes.byref(_Matrix(None, 0, 0, 0, 0, 0, 1))
+    (rows, columns), (over, within) = (x.shape, x.stride()) if x.dim() == 2 else ((1, x.shape[0]), (0, x.stride(0)))
+    return ctypes.byref(_Matrix(x.data_ptr(), rows, columns, over, within, FOUND[1][x.dtype], x.element_size()))
+
+
+def _run(name: str, *arguments: Any) -> None:
+    """Runs a product of products.cpp on torch's threads."""
+    assert FOUND is not None
+    given = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) if isinstance(x, int) else _matrix(x)
+             for x in arguments]  # fmt: skip
+    if not getattr(cpu.LIBRARY, f"fdistill_cpu_{name}")(ctypes.byref(FOUND[0]), *given, torch.get_num_threads()):
+        raise RuntimeError(f"{name} did not run: torch's own message is on stderr, or there is no memory")
 
 
 def empty(like: Tensor, *sizes: int) -> Tensor:
-    """An uninitialised tensor of like's dtype and device; on the native backend in large pages, which fault less."""
-    if _native(like):
-        return torch.ops.fdistill_native.empty_in_large_pages(like, sizes)
-    return like.new_empty(sizes)
+    """An uninitialised tensor of like's dtype and device; on the native backend in large pages."""
+    return cpu.empty(like, *sizes) if _native(like) else like.new_empty(sizes)
 
 
 def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:
@@ -26,7 +76,7 @@ def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, o
         logits_(hidden, weight, bias, scale, exact)
         out.copy_(exact)
     elif _native(hidden):
-        torch.ops.fdistill_native.logits_product_(hidden, weight, bias, scale, out)
+        _run("logits_product", hidden, weight, bias, float(scale), out)
     elif bias is not None:
         torch.addmm(bias, hidden, weight.t(), alpha=scale, out=out)
     else:
@@ -38,7 +88,10 @@ def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, o
 def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
     """``scale·gradient weight``: (n, V), (V, D) to (n, D), in float32 where the product is summed so."""
     if _native(gradient):
-        return torch.ops.fdistill_native.hidden_gradient(gradient, weight, scale)
+        parts = max(1, min(torch.get_num_threads(), -(-weight.shape[0] // TILE)))
+        sums = torch.zeros(parts, gradient.shape[0], weight.shape[1])
+        _run("hidden_gradient", gradient, weight, float(scale), sums.flatten(0, 1), parts)
+        return sums.sum(0)
     product = torch.mm(gradient, weight)
     return product.mul_(scale) if scale != 1 else product
 
@@ -50,7 +103,7 @@ def add_weight_gradient_(gradient: Tensor, hidden: Tensor, scale: float, keep: f
     torch); elsewhere both are widened first, on the native backend tile by tile.
     """
     if _native(gradient):
-        torch.ops.fdistill_native.add_weight_gradient_(gradient, hidden, scale, keep, total)
+        _run("add_weight_gradient", gradient, hidden.float(), float(scale), float(keep), total)
         return
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden, beta=keep, alpha=scale)

@@ -1,6 +1,7 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,9 +35,9 @@ def test_doctor_says_what_would_run(capsys):
 def test_doctor_without_the_native_backend(capsys, monkeypatch):
     from fdistill_kernels.backends import cpu
 
-    monkeypatch.setattr(cpu, "NOT_LOADED", "the native extension is not built")
+    monkeypatch.setattr(cpu, "NOT_LOADED", "the cpu library is not built")
     out = run(capsys, "doctor")[1]
-    assert "backend cpu on cpu: the native extension is not built" in out and "auto on cpu logits: torch" in out
+    assert "backend cpu on cpu: the cpu library is not built" in out and "auto on cpu logits: torch" in out
 
 
 def test_verify_passes_and_prints_json(capsys):
@@ -69,9 +70,59 @@ def test_misuse(args, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+BAD = {
+    "backend": (["bench", "--backend", "nosuch"], "invalid choice: 'nosuch'"),
+    "device": (["bench", "--device", "cuda:77"], "'cuda:77' cannot be used"),
+    "no such device": (["verify", "--device", "nosuch"], "'nosuch' cannot be used"),
+    "threads": (["bench", "--threads", "0"], "must be a positive number"),
+    "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
+    "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
+    "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
+    "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
+    "no data": (["train", "--teacher", "nosuch", "--data", "nosuch.tsv", "--out", "OUT"], "nosuch.tsv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_line_and_no_traceback(name, tmp_path, capsys):
+    arguments, message = BAD[name]
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    places = {"OUT": str(tmp_path / "out"), "BYTES": str(tmp_path / "bytes.txt")}
+    try:
+        status = cli.main([places.get(a, a) for a in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and message in last and last.startswith("fdistill"), last
+
+
+def test_a_terminal_of_ascii_alone():
+    command = [*COMMAND, "bench", "--shape", "4,100", "--divergence", "kl", "--threads", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and "? floor" in done.stdout
+
+
+def test_help(capsys, monkeypatch):
+    def shown(*args):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*args, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    own = shown("evaluate")
+    assert "--eval-data" in own and "--learning-rate" not in own and "(default: )" not in own + shown("train")
+    monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))
+    assert "needs fdistill_kernels[sequence]" in shown("train").replace("\n  ", "")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--data", "x"])
+    assert "nosuch_package missing: pip install" in capsys.readouterr().err
+
+
 def demo(out, *args):
-    return [*COMMAND, "demo", "--out", str(out), "--json", "--teacher-steps", "60", "--student-steps", "60",
-            "--divergence", "kl", *args]  # fmt: skip
+    return [*COMMAND, "demo", "--out", str(out), "--json", "--teacher-steps", "60", "--start-steps", "20",
+            "--student-steps", "50", "--divergence", "kl", "tvd", *args]  # fmt: skip
 
 
 def test_demo_survives_an_interrupt_and_distils(tmp_path):
@@ -89,8 +140,18 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path):
     assert saved["teacher"]["done"] >= 50
     finished = subprocess.run(demo(tmp_path), capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0 and "going on from" in finished.stderr
-    models = json.loads(finished.stdout)["models"]
-    assert models["distilled"]["steps"] == models["baseline"]["steps"] == 60
-    assert models["distilled"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"]
-    assert models["teacher"]["parameters"] > 4 * models["distilled"]["parameters"]
+    results = json.loads(finished.stdout)
+    models = results["models"]
+    assert models["kl"]["steps"] == models["tvd"]["steps"] == models["baseline"]["steps"] == 50
+    assert models["kl"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"] < models["start"]["kl_to_teacher"]
+    assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
+    assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
+    again = [*demo(tmp_path), "--expect", str(tmp_path / "results.json")]  # all is trained: measured once more
+    assert subprocess.run(again, capture_output=True, timeout=280).returncode == 0
+    results["models"]["kl"]["perplexity"] *= 1.1
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    done = subprocess.run(
+        [*again, "--expect", str(tmp_path / "other.json")], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 1 and "kl's perplexity is" in done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

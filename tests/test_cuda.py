@@ -14,7 +14,7 @@ import torch
 import triton
 
 import fdistill_kernels as fk
-from fdistill_kernels.backends import choose, cuda, why_not_auto
+from fdistill_kernels.backends import choose, cuda, native, why_not_auto
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -259,7 +259,7 @@ def test_errors_are_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
         fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), backend="cuda")
     with pytest.raises(RuntimeError, match=r"did not start.*there is no such kernel"):
-        emulated_library().divergence_rows("Nothing", cuda._RowTask(), cuda.Launch(1, 32, 1, 1, 1, True), 0)
+        emulated_library().divergence_rows("Nothing", native.RowTask(), cuda.Launch(1, 32, 1, 1, 1, True), 0)
     monkeypatch.undo()
     monkeypatch.setattr(cuda, "LIBRARY", None)
     monkeypatch.setattr(cuda, "NOT_LOADED", "the CUDA library is not built")
@@ -326,7 +326,7 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
     source = (
         '#include <cstddef>\n#include <cstdio>\n#include "cuda/row_kernel.h"\nusing namespace fdistill;\nint main() {\n'
     )
-    for field, _ in cuda._RowTask._fields_:
+    for field, _ in native.RowTask._fields_:
         source += f'printf("%zu\\n", offsetof(fdistill::RowTask, {field}));\n'
     for number in ("sizeof(RowTask)", "sizeof(Launch)", "sizeof(Shared)", "kHeld"):
         source += f'printf("%zu\\n", size_t({number}));\n'
@@ -336,8 +336,8 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
     offsets = [int(x) for x in subprocess.check_output([tmp_path / "offsets"], text=True).split()]
 
     assert offsets == [
-        *(getattr(cuda._RowTask, f).offset for f, _ in cuda._RowTask._fields_),
-        ctypes.sizeof(cuda._RowTask), ctypes.sizeof(cuda._Launch), cuda.DESK, cuda.HELD,
+        *(getattr(native.RowTask, f).offset for f, _ in native.RowTask._fields_),
+        ctypes.sizeof(native.RowTask), ctypes.sizeof(cuda._Launch), cuda.DESK, cuda.HELD,
     ]  # fmt: skip
 
 
@@ -350,16 +350,16 @@ import setup
 for wanted in ("auto", "0", "1", "yes"):
     os.environ["FDISTILL_CUDA"] = wanted
     try:
-        setup.build_cuda(sys.path[0])
+        setup.build_libraries(sys.path[0])
         print(wanted, "went on")
     except SystemExit as error:
         print(wanted, error)
 """
     script = tmp_path / "script.py"
     script.write_text(code)
-    environment = {"PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "CXX": "nosuch", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, env=environment)
     auto, never, always, other = done.stdout.splitlines()[-4:]
     assert (auto, never) == ("auto went on", "0 went on")
-    assert "there is no nvcc" in always and "must be 0, 1 or auto" in other
+    assert "no compiler 'nvcc'" in always and "must be 0, 1 or auto" in other
     assert not list(tmp_path.glob("*.so"))

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,41 @@ def run(*args, cwd=ROOT, **environment):
 def test_without_a_compiler(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).symlink_to(ROOT / name)
     built = run("setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib"),
                 "egg_info", "--egg-base", str(tmp_path), cwd=source, CC="/bin/false", CXX="/bin/false", FDISTILL_CUDA="0")  # fmt: skip
-    assert built.returncode == 0 and "native CPU backend not built" in built.stderr, built.stderr
-    doctor = run("-m", "fdistill_kernels.cli", "doctor", cwd=tmp_path / "lib")
-    assert "backend cpu on cpu: the native extension is not built (it needs a C++ compiler" in doctor.stdout
-    assert "auto on cpu logits: torch" in doctor.stdout and "the CUDA library is not built" in doctor.stdout
+    assert built.returncode == 0 and "the cpu library is not built: the compiler '/bin/false' failed" in built.stderr
+    doctor = run("-m", "fdistill_kernels.cli", "doctor", cwd=tmp_path / "lib").stdout
+    assert (
+        "backend cpu on cpu: the cpu library is not built: the compiler '/bin/false' failed at install time" in doctor
+    )
+    assert "auto on cpu logits: torch" in doctor and "FDISTILL_CUDA was 0 at install time" in doctor
+    assert "pip install --no-cache-dir --force-reinstall --no-deps" in doctor and "libfdistill_cpu.log" in doctor
+    assert not list(tmp_path.glob("lib/**/*.so")) and not list(tmp_path.glob("lib/**/*.partial"))
     use = "import torch, fdistill_kernels as fk; x = torch.zeros(2, 9, requires_grad=True); fk.f_divergence(x, x).backward()"
     assert run("-c", use, cwd=tmp_path / "lib").returncode == 0
+
+
+def test_an_sdist_makes_a_wheel_that_works(tmp_path):
+    """Without torch at build time; into a folder of its own, which Python then finds before this one."""
+    made = run("setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    made = run(
+        "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), FDISTILL_CUDA="0"
+    )
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {x.filename: x.file_size for x in archive.infolist() if x.filename.endswith((".so", ".log"))}
+    assert list(sizes) == ["fdistill_kernels/libfdistill_cpu.so", "fdistill_kernels/libfdistill_cuda.log"]
+    assert sizes["fdistill_kernels/libfdistill_cpu.so"] < 1.5e6
+    place = tmp_path / "place"
+    assert run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), str(wheel)).returncode == 0
+    verify = run("-m", "fdistill_kernels.cli", "verify", "--shape", "3,999", "--divergence", "js", "--json", cwd=place)
+    assert verify.returncode == 0 and {"cpu", "torch"} <= {o["backend"] for o in json.loads(verify.stdout)}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="dispatch by instruction set is x86's")

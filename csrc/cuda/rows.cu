@@ -40,15 +40,15 @@ size_t shared_bytes(const RowTask& task, const Launch& launch) {
 extern "C" {
 
 // 1 more with every change of RowTask or Launch that a caller must know of.
-int fdistill_interface() { return 3; }
+int fdistill_cuda_interface() { return 3; }
 
-const char* fdistill_architectures() { return FDISTILL_ARCHITECTURES; }
+const char* fdistill_cuda_architectures() { return FDISTILL_ARCHITECTURES; }
 
 // Null, or why nothing of this library can run with this machine's driver.
-const char* fdistill_trouble();
+const char* fdistill_cuda_trouble();
 
 // Null when the rows are under way on the stream, or what went wrong; kNoRoom: nothing, but the card holds no such cluster.
-const char* fdistill_divergence_rows(const char* divergence, const fdistill::RowTask* task,
+const char* fdistill_cuda_divergence_rows(const char* divergence, const fdistill::RowTask* task,
                                      const fdistill::Launch* launch, void* stream);
 }
 
@@ -81,7 +81,7 @@ cudaError_t resident_clusters(const void* function, const cudaLaunchConfig_t& co
 
 }  // namespace fdistill
 
-const char* fdistill_trouble() {
+const char* fdistill_cuda_trouble() {
   int driver = 0;
   const cudaError_t error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -91,7 +91,7 @@ const char* fdistill_trouble() {
   return driver / 1000 < CUDART_VERSION / 1000 ? text : nullptr;
 }
 
-const char* fdistill_divergence_rows(const char* divergence, const fdistill::RowTask* task,
+const char* fdistill_cuda_divergence_rows(const char* divergence, const fdistill::RowTask* task,
                                      const fdistill::Launch* launch, void* stream) {
   const fdistill::Kernel kernel = fdistill::find_kernel(divergence, task->scalar);
   if (!kernel) return "there is no such kernel";
@@ -118,9 +118,9 @@ const char* fdistill_divergence_rows(const char* divergence, const fdistill::Row
 
 #else
 
-const char* fdistill_trouble() { return nullptr; }
+const char* fdistill_cuda_trouble() { return nullptr; }
 
-const char* fdistill_divergence_rows(const char* divergence, const fdistill::RowTask* task,
+const char* fdistill_cuda_divergence_rows(const char* divergence, const fdistill::RowTask* task,
                                      const fdistill::Launch* launch, void*) {
   const fdistill::Kernel kernel = fdistill::find_kernel(divergence, task->scalar);
   if (!kernel) return "there is no such kernel";

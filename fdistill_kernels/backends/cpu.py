@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..divergences import Divergence
+from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERFACE = 1  # of csrc/cpu/rows.cpp
 
 
-def _load() -> str | None:
-    """Loads the extension; the reason when it cannot be."""
-    library = next(Path(__file__).parent.parent.glob("_native*.so"), None)
-    if library is None:
-        return "the native extension is not built (it needs a C++ compiler at install time)"
+def _load() -> tuple[Any, str | None]:
+    """The library, which serves every version of torch; or None, with the reason."""
     try:
-        torch.ops.load_library(str(library))
+        library = open_library("cpu", INTERFACE)
     except OSError as error:
-        return f"the native extension does not load with torch {torch.__version__}: {error}"
-    return None
+        return None, str(error)
+    library.fdistill_cpu_divergence_rows.restype = ctypes.c_char_p
+    return library, None
 
 
-NOT_LOADED = _load()
+LIBRARY, NOT_LOADED = _load()
 
 
 def capability() -> str:
     """The instruction set the kernels run with: DEFAULT, AVX2 or AVX512."""
-    return torch.ops.fdistill_native.capability()
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in ("AVX2", "AVX512") else "DEFAULT"
+
+
+#: Asked once: compilers cannot trace the question.
+CAPABILITY = capability().encode()
 
 
 def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
@@ -44,14 +49,27 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
     return NOT_LOADED
 
 
+def empty(like: Tensor, *sizes: int) -> Tensor:
+    """An uninitialised tensor of like's dtype, in large pages, which fault less."""
+    fresh = torch.empty(sizes, dtype=like.dtype)
+    LIBRARY.fdistill_cpu_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(fresh.nbytes))
+    return fresh
+
+
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
-    divergence = call.divergence
-    scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
-    return torch.ops.fdistill_native.divergence_rows(
-        call.student, call.teacher, call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature,
-        scale, call.cross_entropy_scale, call.z_loss_scale, call.labels, call.class_weight,
-        (divergence.kernel or "") if divergence else "", divergence.parameter if divergence else 0.0,
-        call.label_smoothing, call.student_gradient, call.teacher_gradient, call.inplace,
-        call.student_softcap, call.teacher_softcap,
+    student = call.student
+    fresh = call.student_gradient and not call.inplace
+    of_student = empty(student, *(student.shape if fresh else (0,)))
+    of_teacher = empty(student, *(student.shape if call.teacher_gradient else (0,)))
+    parts = torch.empty(3, call.row_scale.shape[0])
+    symbol, task, _held = row_task(
+        call, (of_student if fresh else student) if call.student_gradient else None,
+        of_teacher if call.teacher_gradient else None, parts,
     )  # fmt: skip
+    error = LIBRARY.fdistill_cpu_divergence_rows(
+        CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads()
+    )
+    if error:
+        raise RuntimeError(f"the CPU row kernel {symbol!r} did not run: {error.decode()}")
+    return parts, of_student, of_teacher

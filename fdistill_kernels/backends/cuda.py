@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from . import triton
+from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERFACE, NO_ROOM = 3, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
@@ -28,24 +28,6 @@ LINE = 8  # vectors of a 128-byte line, which blocks do not share
 BLOCKS = (2, 1)
 #: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
 FASTER_FROM: int | None = None
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *[(n, ctypes.c_int64) for n in ("inner", "outer_stride", "inner_stride")]]
-
-
-class _RowTask(ctypes.Structure):
-    """csrc/row_task.h's, field by field."""
-
-    _fields_ = [
-        ("scalar", ctypes.c_int32), ("row_count", ctypes.c_int64), ("vocabulary", ctypes.c_int64),
-        *[(n, _Rows) for n in ("student", "teacher", "student_gradient", "teacher_gradient")],
-        *[(n, ctypes.c_void_p) for n in ("row_scale", "student_inverse_temperature", "teacher_inverse_temperature",
-                                         "divergence_scale", "cross_entropy_scale", "z_loss_scale")],
-        ("parameter", ctypes.c_float), ("labels", ctypes.c_void_p), ("class_weight", ctypes.c_void_p),
-        *[(n, ctypes.c_float) for n in ("class_weight_sum", "label_smoothing", "student_softcap", "teacher_softcap")],
-        ("parts", ctypes.c_void_p),
-    ]  # fmt: skip
 
 
 class _Launch(ctypes.Structure):
@@ -98,18 +80,16 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch |
 class Library:
     """The kernels' shared library, which links to no torch and so serves every version of it."""
 
-    def __init__(self, path: Path):
-        """Raises OSError where it cannot be loaded, or is of another version of this package."""
-        library = ctypes.CDLL(str(path))
-        if library.fdistill_interface() != INTERFACE:
-            raise OSError(f"{path.name} is of interface {library.fdistill_interface()}, not {INTERFACE}")
-        library.fdistill_architectures.restype = library.fdistill_divergence_rows.restype = ctypes.c_char_p
-        self.architectures = library.fdistill_architectures().decode()
+    def __init__(self, path: Path | None = None):
+        """Raises OSError where it was not built, cannot be loaded, or is of another version of this package."""
+        library = open_library("cuda", INTERFACE, path)
+        library.fdistill_cuda_architectures.restype = library.fdistill_cuda_divergence_rows.restype = ctypes.c_char_p
+        self.architectures = library.fdistill_cuda_architectures().decode()
         self.emulated = self.architectures == "emulation"
         self.version = f"interface {INTERFACE}, for {self.architectures}"
-        self._divergence_rows = library.fdistill_divergence_rows
-        library.fdistill_trouble.restype = ctypes.c_char_p
-        trouble = library.fdistill_trouble()
+        self._divergence_rows = library.fdistill_cuda_divergence_rows
+        library.fdistill_cuda_trouble.restype = ctypes.c_char_p
+        trouble = library.fdistill_cuda_trouble()
         #: Why the driver cannot run the library, or None; asked once, since compilers cannot trace the question.
         self.trouble: str | None = trouble and trouble.decode()
 
@@ -124,13 +104,10 @@ class Library:
 
 
 def _load() -> tuple[Library | None, str]:
-    path = Path(__file__).parent.parent / "libfdistill_cuda.so"
-    if not path.exists():
-        return None, "the CUDA library is not built (it needs nvcc at install time, and FDISTILL_CUDA not 0)"
     try:
-        return Library(path), ""
+        return Library(), ""
     except OSError as error:
-        return None, f"the CUDA library does not load: {error}"
+        return None, str(error)
 
 
 LIBRARY, NOT_LOADED = _load()
@@ -187,34 +164,18 @@ def _starts(call: RowCall) -> set[tuple[int, ...]]:
             for address, over, within in places}  # fmt: skip
 
 
-def _rows(x: Tensor | None) -> _Rows:
-    return _Rows(None, 1, 0, 0) if x is None else _Rows(x.data_ptr(), x.shape[1], x.stride(0), x.stride(1))
-
-
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     launch = route(call)
     if isinstance(launch, str):
         return triton.divergence_rows(call)
-    student, divergence = call.student, call.divergence
+    student = call.student
     assert LIBRARY is not None
-    rows = call.row_scale.shape[0]
-    parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
+    parts = torch.empty(3, call.row_scale.shape[0], dtype=torch.float32, device=student.device)
     gradient = student if call.inplace else student.new_empty(0)
     if call.student_gradient and not call.inplace:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
-    vectors = (call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature, scale,
-               call.cross_entropy_scale, call.z_loss_scale, call.labels)  # fmt: skip
-    held = [None if x is None else x.contiguous() for x in vectors]  # until the kernel has been started
-    *per_row, labels = (None if x is None else x.data_ptr() for x in held)
-    task = _RowTask(
-        DTYPES.index(student.dtype), rows, student.shape[2], _rows(student), _rows(call.teacher),
-        _rows(gradient if call.student_gradient else None), _rows(None), *per_row,
-        divergence.parameter if divergence else 0.0, labels, None, 0.0, call.label_smoothing,
-        call.student_softcap, call.teacher_softcap, parts.data_ptr(),
-    )  # fmt: skip
-    symbol = (divergence.kernel or "") if divergence else ""
+    symbol, task, _held = row_task(call, gradient if call.student_gradient else None, None, parts)
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0
         if not LIBRARY.divergence_rows(symbol, task, launch, stream):

@@ -125,12 +125,20 @@ HELP = {
 }  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every field of `Job`, and --config FILE with any of them; the command line wins."""
-    parser.add_argument("--config", metavar="FILE", help="YAML of these arguments, as a run's config.yaml")
-    for field in fields(Job):
+#: What `evaluate` uses of train's arguments.
+USED = ("teacher", "student", "data", "limit", "prompt_column", "target_column", "eval_data", "eval_pairs",
+        "max_new_tokens", "sample_temperature", "top_k", "top_p", "seed")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """The fields of `Job` that the command uses, and --config FILE with any of them; the command line wins."""
+    parser.add_argument("--config", metavar="FILE", help="YAML of train's arguments, as a run's config.yaml")
+    parser.set_defaults(**{field.name: None for field in fields(Job)})
+    for field in (f for f in fields(Job) if command != "evaluate" or f.name in USED):
         name, default = "--" + field.name.replace("_", "-"), field.default
-        help = f"{HELP.get(field.name, field.name.replace('_', ' '))} (default: {default})"
+        help = HELP.get(field.name, field.name.replace("_", " "))
+        if default not in (None, "") and "default:" not in help:
+            help += f" (default: {default})"
         if isinstance(default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:

@@ -1,0 +1,141 @@
+"""Every measured number in README, CHANGELOG and docs, from the result file that holds it.
+
+A measured number stands between `<!-- measured: NAME -->` and `<!-- end -->`, and the text between is written by the
+function of that name below. Anywhere else a number with a unit must be a bound that a test holds, and the paragraph
+names the test.
+
+    python -m benchmarks.numbers            prints each number with its file and key
+    python -m benchmarks.numbers --write    writes the texts anew, after a benchmark
+    python -m benchmarks.numbers --check    fails on a text that is not the file's, or a number without a file
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results/"
+DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
+BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+WITH_UNIT = re.compile(r"\d[\d.,]*\s?(?:%|×|ms\b|µs\b|ns\b|s\b|MB\b|MiB\b|GB\b|GiB\b|times\b|tokens/s|seconds\b)")
+
+
+class Numbers:
+    """Reads results and remembers which number came from where."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[str, str, str]] = []
+
+    def file(self, name: str) -> Any:
+        """A result file's content; it must say of which commit it is, and that the tree was clean."""
+        content = json.loads((ROOT / RESULTS / name).read_text())
+        commit = content.get("commit_info") or content.get("run") or content
+        if not (commit.get("id") or commit.get("commit")) or commit.get("dirty", True):
+            raise SystemExit(f"{name} does not say that it is of a clean tree, and of which commit")
+        return content
+
+    def __call__(self, name: str, *keys: str, form: str = ".1f") -> str:
+        """One number, formatted. Of a benchmark's file the first key is the benchmark's name."""
+        value = self.file(name)
+        if "benchmarks" in value:
+            found = next(b for b in value["benchmarks"] if b["name"] == keys[0])
+            value = {keys[0]: {**found["extra_info"], "ms": 1e3 * found["stats"]["median"]}}
+        for key in keys:
+            value = value[key]
+        text = format(value, form)
+        self.read.append((text, RESULTS + name, " / ".join(keys)))
+        return text
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ("---",) * len(header), *rows))
+
+
+def rows(number: Numbers) -> str:
+    """Row losses on the CPU."""
+    machine = number.file("cpu_rows.json")["machine_info"]
+    lines = [
+        (name, number("cpu_rows.json", f"test_ours[{name}-torch.float32]", "ms") + " ms",
+         number("cpu_rows.json", f"test_ours[{name}-torch.float32]", "over_floor"),
+         *(number("cpu_rows.json", f"test_peers[{name}-{peer}]", "over_ours") for peer in ("compile", "eager")))
+        for name in ("kl", "js", "tvd")
+    ]  # fmt: skip
+    return (
+        f"Forward and backward, N = 1024, V = 32000, float32, {machine['threads']} cores of an {machine['cpu']} with "
+        f"{machine['instruction_set']},\nmedians:\n\n"
+        + table(("", "ours", "÷ floor", "torch.compile ÷ ours", "eager ÷ ours"), lines)
+    )  # fmt: skip
+
+
+def linear(number: Numbers) -> str:
+    """From hidden states on the CPU."""
+    peers = {"ours": "fdistill", "liger-kernel's chunked JSD": "liger-kernel", "torch.compile": "torch.compile",
+             "eager": "eager", "orda-kernel": "orda-kernel"}  # fmt: skip
+    lines = [
+        (shown, number("cpu_linear.json", f"test_linear_js[{name}]", "over_floor", form=".2f"),
+         number("cpu_linear.json", f"test_linear_js[{name}]", "growth_mb", form=".0f") + " MB")
+        for shown, name in peers.items()
+    ]  # fmt: skip
+    return table(("", "÷ floor", "growth"), lines)
+
+
+def demo(number: Numbers) -> str:
+    """The demo's models."""
+    names = number.file("demo_cpu.json")["models"]
+
+    def line(name: str) -> tuple[str, ...]:
+        kl = "" if name == "teacher" else number("demo_cpu.json", "models", name, "kl_to_teacher", form=".3f")
+        return name, kl, number("demo_cpu.json", "models", name, "perplexity")
+
+    return table(("", "held-out KL to the teacher", "perplexity"), [line(name) for name in names])
+
+
+def paper(number: Numbers) -> str:
+    """The paper's experiment."""
+    shown = {"bleu": ".2f", "chrf": ".2f", "ter": ".2f", "likelihood_risk": ".2f", "coverage_risk": ".2f",
+             "perplexity": ".2f"}  # fmt: skip
+    methods = ("teacher", "predistill", "seqkd", "engine", "kl", "rkl", "js", "tvd")
+    lines = [(m, *(number("paper_cpu.json", m, key, form=form) for key, form in shown.items())) for m in methods]
+    return table(("", "BLEU", "chrF", "TER", "R_llh", "R_cvg", "perplexity"), lines)
+
+
+BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper)}
+
+
+def examined(number: Numbers, document: str) -> tuple[str, list[str]]:
+    """The document with its measured texts written anew, and the complaints about the rest."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    new = BLOCK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{BLOCKS[m[1]](number)}<!-- end -->", text)
+    rest = re.sub(r"```.*?```", "", BLOCK.sub("", text), flags=re.DOTALL)
+    loose = [
+        f"{document}: {found.group()!r} is of no file and no test: {paragraph.strip()[:60]!r}"
+        for paragraph in re.split(r"\n\n|\n(?=[-|])", rest)
+        if "tests/" not in paragraph
+        for found in WITH_UNIT.finditer(re.sub(r"`[^`]*`", "", paragraph))
+    ]
+    return new, loose + [f"{document} is not what its result files say"] * (new != text)
+
+
+def main(arguments: list[str]) -> int:
+    """0, or 1 with what is wrong."""
+    number, wrong = Numbers(), []
+    for document in DOCUMENTS:
+        text, complaints = examined(number, document)
+        if "--write" in arguments:
+            (ROOT / document).write_text(text, encoding="utf-8")
+            complaints = [c for c in complaints if "is not what" not in c]
+        wrong += complaints
+    for text, file, key in number.read:
+        print(f"{text:>10s}  {file}: {key}")
+    for complaint in wrong:
+        print(complaint, file=sys.stderr)
+    return 1 if wrong and arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,243 @@
+// A vector of floats by the compiler's own vector extensions (GCC and Clang, any architecture), as wide as the build's
+// instruction set has them, with the functions and conversions that the row kernel needs. Nothing here is of torch.
+//
+// exp, log and tanh are within 1.5 units in the last place, of subnormal results too; coefficients are Cephes' (S. L.
+// Moshier, single precision). Each build of the row kernel has its own namespace, so that no two share a symbol.
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "../divergences.h"
+
+namespace fdistill {
+namespace FDISTILL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+using Floats __attribute__((vector_size(kLanes * 4))) = float;
+using Ints __attribute__((vector_size(kLanes * 4))) = int32_t;
+using Words __attribute__((vector_size(kLanes * 4))) = uint32_t;
+using Halves __attribute__((vector_size(kLanes * 2))) = uint16_t;
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+struct Vec {
+  Floats lanes;
+
+  Vec() = default;
+  FDISTILL_INLINE Vec(Floats lanes) : lanes(lanes) {}
+  FDISTILL_INLINE Vec(float x) : lanes(x - Floats{}) {}  // a broadcast: -0 too, which 0 + x would lose
+
+  static FDISTILL_INLINE Vec loadu(const float* from) {
+    Vec x;
+    std::memcpy(&x.lanes, from, sizeof(x.lanes));
+    return x;
+  }
+  FDISTILL_INLINE void store(float* to) const { std::memcpy(to, &lanes, sizeof(lanes)); }
+
+  friend FDISTILL_INLINE Vec operator+(const Vec& x, const Vec& y) { return x.lanes + y.lanes; }
+  friend FDISTILL_INLINE Vec operator-(const Vec& x, const Vec& y) { return x.lanes - y.lanes; }
+  friend FDISTILL_INLINE Vec operator*(const Vec& x, const Vec& y) { return x.lanes * y.lanes; }
+  friend FDISTILL_INLINE Vec operator/(const Vec& x, const Vec& y) { return x.lanes / y.lanes; }
+};
+
+template <typename To, typename From>
+FDISTILL_INLINE To bits(const From& x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &x, sizeof(to));
+  return to;
+}
+
+FDISTILL_INLINE Words broadcast(uint32_t x) { return x - Words{}; }
+FDISTILL_INLINE Vec select(const Ints& condition, const Vec& yes, const Vec& no) {
+  return condition ? yes.lanes : no.lanes;
+}
+FDISTILL_INLINE Vec absolute(const Vec& x) { return bits<Floats>(bits<Words>(x.lanes) & 0x7fffffffu); }
+
+// A NaN of either is handed on.
+FDISTILL_INLINE Vec maximum(const Vec& x, const Vec& y) {
+  return select((x.lanes > y.lanes) | (x.lanes != x.lanes), x, y);
+}
+
+// The first `count` lanes of `value`, the others of `rest`.
+FDISTILL_INLINE Vec first_lanes(int64_t count, const Vec& value, const Vec& rest) {
+  Ints index;
+  for (int32_t i = 0; i < kLanes; ++i) index[i] = i;
+  return select(index < static_cast<int32_t>(count), value, rest);
+}
+
+FDISTILL_INLINE double lane_sum(const Vec& x) {
+  double sum = 0;
+  for (int64_t i = 0; i < kLanes; ++i) sum += x.lanes[i];
+  return sum;
+}
+
+FDISTILL_INLINE float lane_maximum(const Vec& x) {
+  float best = x.lanes[0];
+  for (int64_t i = 1; i < kLanes; ++i) best = best > x.lanes[i] || best != best ? best : x.lanes[i];
+  return best;
+}
+
+// x = n log 2 + r, e^r by a polynomial; 2^n in two factors, so that a result below the normal numbers is rounded once.
+FDISTILL_INLINE Vec exponential(const Vec& argument) {
+  constexpr float kRounder = 0x1.8p23f;  // what is added to it becomes an integer
+  Floats x = argument.lanes;
+  x = x < -104.0f ? Floats{} - 104.0f : x;  // a NaN passes
+  x = x > 89.0f ? Floats{} + 89.0f : x;
+  const Floats rounded = x * 1.44269504088896341f + kRounder, n = rounded - kRounder;
+  Floats r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Floats p = Floats{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+#ifdef __AVX512F__
+  return Floats(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
+  const Ints exponent = bits<Ints>(rounded) - bits<int32_t>(kRounder), half = exponent >> 1;
+  return p * bits<Floats>((half + 127) << 23) * bits<Floats>((exponent - half + 127) << 23);
+#endif
+}
+
+// Of normal numbers, infinity and NaN: x = 2^n m, m in [sqrt(1/2), sqrt(2)).
+FDISTILL_INLINE Vec logarithm(const Vec& x) {
+  constexpr int32_t kRootOfHalf = 0x3f3504f3;
+  const Ints above = bits<Ints>(x.lanes) - kRootOfHalf;
+  const Floats n = __builtin_convertvector(above >> 23, Floats);
+  const Floats f = bits<Floats>((above & 0x7fffff) + kRootOfHalf) - 1.0f, square = f * f;
+  Floats p = Floats{} + 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Floats tail = f * square * p + n * -2.12194440e-4f - 0.5f * square;
+  return select(x.lanes < kInfinity, f + tail + n * 0.693359375f, x);
+}
+
+FDISTILL_INLINE Vec hyperbolic_tangent(const Vec& x) {
+  const Floats square = x.lanes * x.lanes;
+  Floats p = Floats{} - 5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec small = p * square * x.lanes + x.lanes, size = absolute(x);
+  const Vec large = Vec(1.0f) - Vec(2.0f) / (exponential(size + size) + Vec(1.0f));
+  const Words sign = bits<Words>(x.lanes) & 0x80000000u;
+  return select(size.lanes < 0.625f, small, bits<Floats>(bits<Words>(large.lanes) | sign));
+}
+
+FDISTILL_INLINE Vec widened(const Halves& narrow, BFloat16) {
+  return bits<Floats>(__builtin_convertvector(narrow, Words) << 16);
+}
+
+FDISTILL_INLINE Halves narrowed(const Vec& x, BFloat16) {  // to the nearest, ties to even
+  const Words word = bits<Words>(x.lanes), rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x.lanes != x.lanes ? broadcast(0x7fc0u) : rounded, Halves);
+}
+
+FDISTILL_INLINE Vec widened(const Halves& narrow, Half) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtph_ps(bits<__m256i>(narrow)));
+#elif defined(__F16C__)
+  return Floats(_mm256_cvtph_ps(bits<__m128i>(narrow)));
+#else  // the exponent's bias is mended by a product, which is exact for subnormal numbers too
+  const Words half = __builtin_convertvector(narrow, Words), size = (half & 0x7fffu) << 13;
+  const Words finite = bits<Words>(bits<Floats>(size) * 0x1p112f);
+  return bits<Floats>((size >= 0x0f800000u ? size | 0x7f800000u : finite) | (half & 0x8000u) << 16);
+#endif
+}
+
+FDISTILL_INLINE Halves narrowed(const Vec& x, Half) {
+#if defined(__AVX512F__)
+  return bits<Halves>(_mm512_cvtps_ph(__m512(x.lanes), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return bits<Halves>(_mm256_cvtps_ph(__m256(x.lanes), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Words word = bits<Words>(x.lanes), size = word & 0x7fffffffu, sign = (word >> 16) & 0x8000u;
+  const Words normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  // 0.5 has the spacing of float16's subnormal numbers
+  const Words subnormal = bits<Words>(bits<Floats>(size) + 0.5f) - 0x3f000000u;
+  Words half = size < 0x38800000u ? subnormal : normal;
+  half = size >= 0x477ff000u ? broadcast(0x7c00u) : half;
+  half = size > 0x7f800000u ? broadcast(0x7e00u) : half;
+  return __builtin_convertvector(half | sign, Halves);
+#endif
+}
+
+// A vector of a row as float; lanes past `count` are -inf, which every pass takes for "not in the vocabulary".
+FDISTILL_INLINE Vec load(const float* from, int64_t count) {
+  if (count >= kLanes) return Vec::loadu(from);
+  Vec x(-kInfinity);
+  std::memcpy(&x.lanes, from, count * sizeof(float));
+  return x;
+}
+
+template <typename Narrow>
+FDISTILL_INLINE Vec load(const Narrow* from, int64_t count) {
+  Halves narrow{};
+  std::memcpy(&narrow, from, (count >= kLanes ? kLanes : count) * sizeof(Narrow));
+  const Vec wide = widened(narrow, Narrow());
+  return count >= kLanes ? wide : first_lanes(count, wide, Vec(-kInfinity));
+}
+
+FDISTILL_INLINE void store(float* to, const Vec& x, int64_t count) {
+  std::memcpy(to, &x.lanes, (count >= kLanes ? kLanes : count) * sizeof(float));
+}
+
+template <typename Narrow>
+FDISTILL_INLINE void store(Narrow* to, const Vec& x, int64_t count) {
+  const Halves narrow = narrowed(x, Narrow());
+  std::memcpy(to, &narrow, (count >= kLanes ? kLanes : count) * sizeof(Narrow));
+}
+
+template <typename scalar_t>
+FDISTILL_INLINE float entry_of(const scalar_t* row, int64_t v) {
+  return load(row + v, 1).lanes[0];
+}
+
+}  // namespace FDISTILL_ISA
+
+template <>
+struct Math<FDISTILL_ISA::Vec> {
+  using Vec = FDISTILL_ISA::Vec;
+  static FDISTILL_INLINE Vec exp(const Vec& x) { return exponential(x); }
+  static FDISTILL_INLINE Vec log(const Vec& x) { return logarithm(x); }
+  static FDISTILL_INLINE Vec at_least(const Vec& x, float least) { return select(x.lanes < least, Vec(least), x); }
+  static FDISTILL_INLINE Vec times(const Vec& x, const Vec& y) { return select(x.lanes == 0.0f, Vec(0.0f), x * y); }
+  static FDISTILL_INLINE Vec signed_as(const Vec& size, const Vec& side) {
+    return select(side.lanes > 0.0f, size, select(side.lanes < 0.0f, Vec(0.0f) - size, side * size));
+  }
+  static FDISTILL_INLINE Vec where_small(const Vec& x, float bound, const Vec& small, const Vec& large) {
+    return select(absolute(x).lanes < bound, small, large);
+  }
+  static FDISTILL_INLINE Vec zero_if_both_lowest(const Vec& x, const Vec& y, const Vec& value) {
+    return select((x.lanes == kLowestLog) & (y.lanes == kLowestLog), Vec(0.0f), value);
+  }
+  static FDISTILL_INLINE Vec infinite_with(const Vec& x, const Vec& value) {
+    return select(x.lanes == FDISTILL_ISA::kInfinity, x, value);
+  }
+};
+
+}  // namespace fdistill

@@ -1,0 +1,40 @@
+"""What a result file says of where its numbers come from, so that they can be had again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+
+
+def _git(*arguments: str) -> str | None:
+    """git's answer about the checkout that this package is in; None in none."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git)."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "fdistill_kernels": __version__,
+        "commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
+        "command": " ".join(["fdistill", *sys.argv[1:]]),
+    }  # fmt: skip
