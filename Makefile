@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all peers sanitize lint bench clean
+.PHONY: demo test test-all test-matrix peers sanitize release lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
@@ -23,12 +23,12 @@ peers: $(VENV)/installed
 	FDISTILL_WHOLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/peers $(ARGS)
 	cat tests/peers/TABLE.md
 
-# the native code under AddressSanitizer and UBSan: the tests that run it, then random calls; `make sanitize
-# FUZZ_SECONDS=20` is the short form. Masked vector loads are not instrumented, so half of the calls go without vectors.
+# the CPU library under AddressSanitizer and UBSan: the tests that run it, then random calls, half of them by the build
+# without vectors; `make sanitize FUZZ_SECONDS=20` is the short form
 FUZZ_SECONDS ?= 600
 FUZZ_SEED ?= 0
-SANITIZED := build/sanitized/_native.so
-sanitized = FDISTILL_NATIVE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+SANITIZED := build/libfdistill_cpu_sanitized.so
+sanitized = FDISTILL_CPU_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
 fuzz = $(BIN)/python -m tests.fuzz.fuzz --seconds $$(($(FUZZ_SECONDS) / 2)) --seed $(FUZZ_SEED)
 
@@ -38,8 +38,16 @@ sanitize: $(SANITIZED)
 	$(sanitized) ATEN_CPU_CAPABILITY=default $(fuzz)
 	$(sanitized) $(fuzz)
 
-$(SANITIZED): tests/fuzz/build_sanitized.sh $(shell find csrc/cpu csrc/*.h) | $(VENV)/installed
-	PYTHON=$(BIN)/python $< $@
+$(SANITIZED): $(shell find csrc/cpu csrc/*.h)
+	mkdir -p build
+	bash csrc/cpu/build.sh $@ -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+# other versions of torch, Triton, transformers and Python, each in an environment of its own; writes tests/MATRIX.md
+test-matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
+
+release:
+	bash tests/release.sh "$(TORCH)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -35,9 +35,12 @@ class Deferral:
         other_heads: defer the logits of a head that is not a plain ``nn.Linear`` as well, by one probe row.
 
     Attributes:
+        own_loss: whether the model's cross-entropy is wanted; else it is 0.
         fused: whether a cross-entropy was made without logits.
         reason: the first operation that made the logits.
     """
+
+    own_loss = True
 
     def __init__(self, head: Any, keywords: dict[str, Any] | None = None, other_heads: bool = False):
         self.head, self.keywords, self.other_heads = head, keywords or {}, other_heads
@@ -368,6 +371,8 @@ def _cross_entropy(
 ) -> Any:  # fmt: skip
     if z.hidden.dim() != 2 or target.is_floating_point() or size_average is not None or reduce is not None:
         return NotImplemented
+    if not z.deferral.own_loss:
+        return torch.zeros(target.shape if reduction == "none" else (), device=z.device)
     more = dict(z.deferral.keywords)
     masked, smoothing = more.pop("ignore_index", None), more.pop("label_smoothing", label_smoothing)
     if masked is not None:

@@ -199,7 +199,7 @@ def test_accelerate(prepare_first):
 def test_checkpointing_and_new_heads(is_own):
     model = llama().train()
     own = gradients(model)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))  # the default from transformers 5 on
     is_own(patch_model(model), own)
     model.resize_token_embeddings(64)  # another module in the head's place
     with warnings.catch_warnings():
@@ -340,13 +340,14 @@ def test_compiled(make, is_own):
         return graph.forward
 
     torch.compiler.reset()
-    is_own(torch.compile(patch_model(model), backend=keep, fullgraph=make is llama), own)
+    # without a cache: its configuration is more than torch 2.8's compiler traces
+    is_own(torch.compile(patch_model(model), backend=keep, fullgraph=make is llama), own, use_cache=False)
     found = [node.meta.get("example_value") for graph in graphs for node in graph.nodes if node.op != "placeholder"]
     shapes = {tuple(x.shape) for x in found if isinstance(x, torch.Tensor)}
     assert (21, 16) in shapes and not {(3, 7, 60), (21, 60)} & shapes  # fused there too
     if make is llama:
         model.compile(backend="aot_eager")
-        is_own(model, own)
+        is_own(model, own, use_cache=False)
 
 
 def trained(model, folder, keywords=None, **arguments):

@@ -1,11 +1,17 @@
 """The trainer: every method trains, resumes, accumulates; PEFT, prompts of the teacher's own, and bad input."""
 
+import itertools
+import os
+
 import pytest
 import torch
 
-from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
+from fdistill_kernels.integrations.transformers import patch_model
+from fdistill_kernels.sequence.models import virtual_tokens
+from fdistill_kernels.sequence.sampling import Sampling, draw
+from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies, drawn_by_forward
 
-from .test_sequence import EOS, bart, batch, gpt2
+from .test_sequence import EOS, bart, batch, gpt2, llama
 
 BASE = dict(report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_steps=2, per_device_train_batch_size=4,
             learning_rate=1e-2, max_new_tokens=5, top_k=30, seed=0)  # fmt: skip
@@ -82,6 +88,96 @@ def test_lora_student_longer_prompts_frozen_embeddings_and_bf16(tmp_path):
     before = frozen.lm_head.weight.clone()
     trainer(tmp_path, frozen, gpt2(60, seed=2), method="rkl", freeze_embeddings=True, student_every=2).train()
     assert torch.equal(frozen.lm_head.weight, before)
+
+
+def prompted(kind, make, seed=1):
+    """A model with four tokens of PEFT's own before its input, and large weights for them."""
+    import peft
+
+    model, causal = make(60, seed=seed), make in (gpt2, llama)
+    more = dict(encoder_hidden_size=8) if kind == "PromptEncoderConfig" else {}
+    task = "CAUSAL_LM" if causal else "SEQ_2_SEQ_LM"
+    model = peft.get_peft_model(model, getattr(peft, kind)(num_virtual_tokens=4, task_type=task, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+PROMPTED = [("PromptTuningConfig", gpt2), ("PrefixTuningConfig", llama), ("PromptEncoderConfig", bart)]
+if os.environ.get("FDISTILL_WHOLE"):
+    PROMPTED = list(itertools.product([kind for kind, _ in PROMPTED], [make for _, make in PROMPTED]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind, make", PROMPTED)
+def test_students_with_virtual_tokens(kind, make, tmp_path):
+    student, teacher = prompted(kind, make), make(60, seed=2)
+    assert virtual_tokens(student) == 4
+    for method in ("tvd", "seqkd"):
+        trainer(tmp_path, student, teacher, method=method).train()
+    run = trainer(tmp_path, student, teacher, divergence="kl", per_device_eval_batch_size=1)
+    tokens = []
+    for row in data(4):
+        both = [torch.tensor([row[name]]) for name in ("prompt_ids", "labels")]
+        if make is bart:
+            given = dict(input_ids=both[0], decoder_input_ids=student.prepare_decoder_input_ids_from_labels(both[1]))
+        else:
+            given = dict(input_ids=torch.cat(both, 1)[:, :-1])
+        with torch.no_grad():  # each alone, without padding: its last logits predict the targets
+            q, p = (m.eval()(**given).logits[0, -both[1].shape[1] :].log_softmax(-1) for m in (student, teacher))
+        tokens.append((p.exp() * (p - q)).sum(-1).mean())
+    assert run.evaluate()["eval_loss"] == pytest.approx(float(torch.stack(tokens).mean()), rel=1e-3)
+    with pytest.raises(ValueError, match="pre-distil the model before"):
+        trainer(tmp_path, student, teacher, method="predistill")
+    if make is not bart:
+        with pytest.raises(ValueError, match="virtual tokens: its sequences cannot be packed"):
+            trainer(tmp_path, student, teacher, method="mle", pack=True).train()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_models_that_shift_labels_in_their_forward_alone(patched, tmp_path):
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    def make(seed):
+        config, _ = bart().config, torch.manual_seed(seed)
+        fields = M2M100Config(vocab_size=60, **{name: getattr(config, name) for name in (
+            "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
+            "encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings", "dropout", "init_std",
+            "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")})  # fmt: skip
+        return M2M100ForConditionalGeneration(fields).eval()
+
+    student, teacher = make(1), make(2)
+    run = trainer(tmp_path, patch_model(student) if patched else student, teacher, method="tvd")
+    run.train()
+    log_q, log_p = (
+        torch.cat([m(input_ids=torch.tensor([row["prompt_ids"]]), labels=torch.tensor([row["labels"]])).logits[0]
+                   for row in data(4)]).log_softmax(-1)
+        for m in (student.eval(), teacher)
+    )  # fmt: skip
+    want = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    assert run.evaluate()["eval_loss"] == pytest.approx(want.item(), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_drawn_by_forward(make):
+    prompts, _ = batch()
+    greedy = Sampling(5, top_k=1)
+    plain = [x.tolist() for x in draw(make(60), prompts, greedy)]
+    assert [x.tolist() for x in drawn_by_forward(make(60), prompts, greedy, 60)] == plain
+    model = prompted("PrefixTuningConfig", make)
+    drawn, *_ = drawn_by_forward(model, prompts, greedy, 50)
+    assert drawn.max() < 50
+    for i, token in enumerate(drawn):
+        so_far = drawn[None, :i]
+        given = dict(input_ids=prompts[0][None], decoder_input_ids=torch.nn.functional.pad(so_far, (1, 0), value=EOS))
+        given = given if make is bart else dict(input_ids=torch.cat((prompts[0][None], so_far), 1))
+        with torch.no_grad():
+            assert model.eval()(**given).logits[0, -1, :50].argmax() == token
+    with pytest.raises(ValueError, match="beams need a cache"):
+        drawn_by_forward(model, prompts, Sampling(5, beams=2), 60)
 
 
 def test_nan_stops_with_the_batch_or_is_skipped(tmp_path):

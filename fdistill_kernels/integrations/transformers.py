@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..deferred import Deferral, Logits, is_plain, output_embedding, unwatch, watch
+from ..deferred import Deferral, Logits, active, is_plain, output_embedding, unwatch, watch
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
 
@@ -112,7 +112,7 @@ def _patched_class(base: Any) -> Any:
     at = list(signature.parameters).index("labels") - 1
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
-        fused, aside = vars(self).get("_fused_loss"), vars(self).get("_set_aside", {})
+        fused, aside = getattr(self, "_fused_loss", None), getattr(self, "_set_aside", {})
         call = aside["forward"] if "forward" in aside else functools.partial(own, self)
         labels = args[at] if len(args) > at else inputs.get("labels")
         if fused is None or labels is None:
@@ -142,7 +142,9 @@ def _new(base: type) -> Any:
 def _with_fused_loss(
     model: Any, fused: FusedLoss, call: Callable[..., Any], args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> Any:
-    head = model.get_output_embeddings()
+    head, outer = model.get_output_embeddings(), active()
+    if outer is not None and outer.head is head:  # whoever defers these logits says what becomes of them
+        return call(*args, **inputs)
     if not torch.compiler.is_compiling():
         watch(head)  # one that was put in its place after patching
 

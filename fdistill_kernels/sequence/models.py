@@ -6,6 +6,7 @@ A model's forward runs on deferred logits, and the loss is made in the output em
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,12 +70,14 @@ def teacher_forced(
     if model.config.is_encoder_decoder:
         labels = padded(continuations, IGNORE)
         inputs = padded(prompts, IGNORE)
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         return {
             "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": (inputs != IGNORE).long(),
-            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
+            # M2M100 and its kin shift labels in their forward alone; their own loss is not made then
+            **({"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}),
         }, labels  # fmt: skip
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True))
+    longest = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True)) + virtual_tokens(model)
     if limit and 0 < limit < longest:  # XLNet's is −1: none
         raise ValueError(f"a prompt with its continuation has {longest} tokens, the model's context {limit}")
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
@@ -110,11 +113,14 @@ def forward_to_head(
         **more: of the model's forward.
 
     Raises:
-        ValueError: no output embedding; or the model does to its logits what is no scale, bias or soft-cap.
+        ValueError: no output embedding; the model does to its logits what is no scale, bias or soft-cap; or it mixes
+            packed sequences.
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
     inputs = accepted(model, {**inputs, "use_cache": False}, pack)
+    if pack:
+        check_packing(model, wrapped)
     device = next(model.parameters()).device
     head = output_embedding(model)
     watch(head)
@@ -125,19 +131,67 @@ def forward_to_head(
     return deferral.made + outputs.logits.sum(), outputs  # the sum of nothing: FSDP waits for a gradient of the output
 
 
+def virtual_tokens(model: Any) -> int:
+    """How many tokens of its own PEFT's prompt learning puts before a model's."""
+    config = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+
 def accepted(model: Any, inputs: dict[str, Any], pack: bool) -> dict[str, Any]:
     """Without the inputs that not every model's forward has; positions are needed only where rows are packed."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(type(base).forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return inputs
-    if pack and "position_ids" not in known:
-        raise ValueError(f"{type(base).__name__} takes no position_ids: its sequences cannot be packed")
-    return {k: v for k, v in inputs.items() if k in known or k not in ("position_ids", "use_cache")}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    left_out = {name for name in ("position_ids", "use_cache") if not takes_any and name not in known}
+    beside = ""
+    if virtual_tokens(model):  # PEFT counts positions itself, and warns of others
+        left_out.add("position_ids")
+        beside = " beside PEFT's virtual tokens"
+    if pack and "position_ids" in left_out:
+        raise ValueError(f"{type(base).__name__} takes no position_ids{beside}: its sequences cannot be packed")
+    return {name: value for name, value in inputs.items() if name not in left_out}
+
+
+#: Models that have been asked whether they keep packed sequences apart.
+_KEEPS_APART: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def check_packing(model: Any, wrapped: Any) -> None:
+    """Tries once whether a model tells packed sequences apart: many do not look where positions begin again.
+
+    Raises:
+        ValueError: it does not, so that packed losses would be wrong.
+    """
+    if model not in _KEEPS_APART:
+        _KEEPS_APART[model] = _keeps_apart(model, wrapped)
+    if not _KEEPS_APART[model]:
+        raise ValueError(f"{type(model).__name__} mixes sequences that are packed in one row: leave out pack")
+
+
+@torch.no_grad()
+def _keeps_apart(model: Any, wrapped: Any) -> bool:
+    """Whether a sequence's logits are the same whatever is packed before it."""
+    device, training = next(model.parameters()).device, model.training
+    ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, 9, device=device).long()
+    positions = torch.arange(3, device=device).repeat(2)[None]
+    model.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            one, other = (
+                wrapped(**accepted(model, {"input_ids": torch.cat((before, ids[6:]))[None], "position_ids": positions,
+                                           "use_cache": False}, True)).logits[0, 3:]
+                for before in (ids[:3], ids[3:6])
+            )  # fmt: skip
+    finally:
+        model.train(training)
+    tolerance = max(1e-4, 2 * torch.finfo(one.dtype).eps)
+    return bool((one - other).abs().max() <= tolerance * one.abs().max())
 
 
 class _ToRows(Deferral):
     """A forward pass of `model` that ends in what `call` makes of the rows with labels."""
+
+    own_loss = False
 
     def __init__(self, model: Any, head: Any, labels: Tensor, call: Callable[[Rows], Tensor]):
         super().__init__(head, other_heads=True)
@@ -151,11 +205,14 @@ class _ToRows(Deferral):
             reason = self.reason or "a forward that makes them elsewhere than in its output embedding"
             raise ValueError(f"{name}'s logits are not its output embedding's with a scale, a bias and a soft-cap, but "
                              f"go through {reason}: no loss is fused with that")  # fmt: skip
-        if logits.shape[:-1] != self.labels.shape:
-            of, to = tuple(logits.shape[:-1]), tuple(self.labels.shape)
+        labels, more = self.labels, logits.shape[-2] - self.labels.shape[-1]
+        if more and more == virtual_tokens(self.model):  # they come first, and predict nothing that counts
+            labels = nn.functional.pad(labels, (more, 0), value=IGNORE)
+        if logits.shape[:-1] != labels.shape:
+            of, to = tuple(logits.shape[:-1]), tuple(labels.shape)
             raise ValueError(f"{name} gives logits of {of} tokens for labels of {to}")
-        counts = self.labels != IGNORE
-        hidden, tokens = logits.hidden[counts.to(logits.hidden.device)], self.labels[counts].to(logits.hidden.device)
+        counts = labels != IGNORE
+        hidden, tokens = logits.hidden[counts.to(logits.hidden.device)], labels[counts].to(logits.hidden.device)
 
         def made(rows: Tensor) -> Tensor:
             return logits.of(rows).tensor()
