@@ -62,8 +62,11 @@ def check_overwritten(name: str, tensor: Tensor, others: Mapping[str, Tensor | N
     """A tensor that a kernel writes to: each of its entries has a place of its own, which no other argument shares.
 
     Raises:
-        ValueError: strides that overlap, or memory shared with another argument, through whatever storage.
+        ValueError: rows that are not dense, strides that overlap, or memory shared with another argument, through
+            whatever storage.
     """
+    if tensor.shape[-1] > 1 and tensor.stride(-1) not in (0, 1):
+        raise ValueError(f"inplace=True needs {name} of dense rows, not strides {tensor.stride()}")
     reach = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -161,7 +164,9 @@ def check_chunk(logits: object, like: Tensor) -> Tensor:
     """What a teacher's function returned for a range of rows."""
     if not isinstance(logits, Tensor) or logits.shape != like.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the teacher's function must return logits {tuple(like.shape)} for these rows, not {got}")
+        raise ValueError(
+            f"teacher_hidden, a function, must return logits {tuple(like.shape)} for these rows, not {got}"
+        )
     return logits.detach()
 
 
@@ -248,6 +253,7 @@ def check_temperature(name: str, value: object, logits: Tensor, low: float, high
 def check_temperature_of(name: str, value: object, mask: Tensor, low: float, high: float) -> None:
     """The values of a tensor of temperatures, of unmasked tokens; a GPU is not asked."""
     if isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = value.double()  # float8 does not compare
         fits = (value >= low) & (value <= high)
         if not (fits.reshape(-1) | ~mask).all():
             raise ValueError(f"{name} must be in [{low:g}, {high:g}] in every token")

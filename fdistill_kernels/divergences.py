@@ -219,8 +219,10 @@ def Alpha(alpha: float = 0.5) -> Divergence:
 
 
 def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> Divergence | None:
-    limit = next((d for at, d in limits.items() if abs(parameter - at) <= NEAR), None)
-    return limit and Divergence(name, limit.terms, limit.symbol, parameter, limit.scale, limit.centred)
+    for at, limit in limits.items():
+        if abs(parameter - at) <= NEAR:
+            return Divergence(name, limit.terms, limit.symbol, parameter, limit.scale, limit.centred)
+    return None
 
 
 #: The parameter of each family, by name: what `divergence_by_name` and the docs read.
@@ -284,7 +286,7 @@ class FDivergence(Divergence):
         return from_log_ratio(u) if f is None else f(u.exp())
 
     def _terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-        with torch.enable_grad(), _autograd_inside_an_operator():
+        with torch.inference_mode(False), torch.enable_grad(), _autograd_inside_an_operator():
             u = _log_ratio(log_p, log_q).detach().requires_grad_()
             value = self.generator(u)
             (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
@@ -313,9 +315,10 @@ def _own_divergence(given: dict[str, Any]) -> FDivergence:
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(p/q), held to what its exponential's dtype holds; 0 where neither model has the entry."""
+    """log(p/q), held to what its exponential's dtype holds; 0 where neither model has the entry; NaN of a NaN."""
     bound = 0.9 * math.log(torch.finfo(log_p.dtype).max)
-    return (log_p - log_q).clamp(-bound, bound).nan_to_num()
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    return torch.where(neither, 0, log_p - log_q).clamp(-bound, bound)
 
 
 def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,8 +334,9 @@ def _autograd_inside_an_operator() -> Any:
 
 def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:
     t = torch.cat([torch.logspace(-3, 0, 301, dtype=torch.float64), torch.logspace(0, 3, 301, dtype=torch.float64)[1:]])
-    u = t.log().requires_grad_()
-    value = generator(u)
+    with torch.inference_mode(False), torch.enable_grad():
+        u = t.log().clone().requires_grad_()
+        value = generator(u)
     if not isinstance(value, Tensor) or value.shape != t.shape:
         raise ValueError(f"{name}: f must be elementwise: it takes a tensor and returns one of the same shape")
     if not value.isfinite().all():

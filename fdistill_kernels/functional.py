@@ -147,9 +147,9 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
-    checks.check_logits("input", input)
     checks.check_flag("inplace", inplace)
-    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    logits = input.movedim(1, -1) if isinstance(input, Tensor) and input.dim() > 2 else input
+    checks.check_logits("input", logits)
     shared: dict[str, Any] = dict(
         z_loss=z_loss, token_weight=token_weight, reduction=reduction, num_items=num_items, backend=backend,
         return_parts=return_parts,
@@ -208,7 +208,7 @@ class _LogSumExp(torch.autograd.Function):
         _, parts = token_loss(logits, run, None, logits.shape[-1], labels=top, ce_weight=1.0, z_loss=1.0,
                                    reduction="none", backend=backend, return_parts=True)  # fmt: skip
         at_top = cap * (at_top / cap).tanh() if cap else at_top
-        value = parts.cross_entropy + at_top
+        value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
         of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
         # near 0 its sign is rounding
         ctx.save_for_backward(logits, value, torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
@@ -303,7 +303,7 @@ def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
             pass
     if inplace:
         raise ValueError(f"inplace=True needs student_logits of dense rows, not strides {logits.stride()}")
-    return logits.contiguous().view(shape)
+    return logits.clone(memory_format=torch.contiguous_format).view(shape)  # of an empty one too
 
 
 def _row_loss(
@@ -338,7 +338,7 @@ def _traced_loss(
     losses = terms.row_scale * terms.divergence_scale * value
     parts = torch.stack([losses.detach(), torch.zeros_like(losses.detach()), torch.zeros_like(losses.detach())])
     if terms.labels is not None:
-        alone = terms._replace(divergence=None)
+        alone = terms.replaced(divergence=None)
         of_labels, label_parts = _row_loss(student, None, alone, False, True, caps, backend)
         losses, parts = losses + of_labels, parts + label_parts
     return (losses if per_row else losses.sum()), parts
@@ -358,7 +358,7 @@ class _RowLoss(torch.autograd.Function):
         later = student.dtype == torch.float16 and not inplace
         if student.dtype == torch.float16 and inplace:
             mantissa, power = split(terms.row_scale)
-            terms = terms._replace(row_scale=mantissa)
+            terms = terms.replaced(row_scale=mantissa)
         wants = (False, False) if later else ctx.needs_input_grad[:2]
         parts, of_student, of_teacher = backends.divergence_rows(student, teacher, terms, wants, inplace, caps, backend)
         if inplace:
@@ -368,8 +368,8 @@ class _RowLoss(torch.autograd.Function):
         on_cpu = student.device.type == "cpu" and not torch.compiler.is_compiling()
         keep = later or (student.dtype == torch.bfloat16 and on_cpu and not inplace)
         kept = (student, teacher) if keep else (None, None)
-        ctx.save_for_backward(of_student, of_teacher, power, *kept, *terms[: len(VECTORS)])
-        ctx.later, ctx.rest, ctx.call = later, terms[len(VECTORS) :], (inplace, caps, backend)
+        ctx.save_for_backward(of_student, of_teacher, power, *kept, *fields[: len(VECTORS)])
+        ctx.later, ctx.rest, ctx.call = later, fields[len(VECTORS) :], (inplace, caps, backend)
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         losses = of_parts(parts, terms)

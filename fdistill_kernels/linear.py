@@ -180,6 +180,8 @@ def linear_cross_entropy(
     model: tuple[Any, ...]
     caps = softcaps(logit_softcap, None)
     if target.is_floating_point():
+        if memory == "minimal":
+            raise ValueError("memory='minimal' is for class indices as target")
         like = input[..., :1].expand(*input.shape[:-1], vocabulary)
         teacher, mass = soft_targets(target, like, weight, ignore_index, label_smoothing)
         model = teacher.reshape(-1, vocabulary), None, None, float(logit_scale), 1.0, *caps
@@ -230,7 +232,7 @@ def _many_heads(
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()
     if weight is not None and not soft:
-        of_targets = torch.where(mask, weight[torch.where(mask, target, 0)], 0)
+        of_targets = torch.where(mask, weight[torch.where(mask, target, 0).long()], 0)
         return losses.sum() / torch.where((of_targets == 0).all(), 1, of_targets.sum())
     return losses.sum() / tokens.clamp_min(1)
 
@@ -359,9 +361,11 @@ def _chunk_rows(call: LinearCall) -> int:
 
 
 def _buffer_dtype(call: LinearCall) -> torch.dtype:
-    """Of a chunk's logits: the hidden states', but a teacher's logits are not narrowed."""
-    given = isinstance(call.teacher, Tensor) and call.teacher_weight is None
-    return torch.promote_types(call.hidden.dtype, call.teacher.dtype) if given else call.hidden.dtype  # type: ignore
+    """Of a chunk's logits: the hidden states', but a teacher's logits are not narrowed; float64's to float32 alone."""
+    if not isinstance(call.teacher, Tensor) or call.teacher_weight is not None:
+        return call.hidden.dtype
+    wide = torch.promote_types(call.hidden.dtype, call.teacher.dtype)
+    return wide if call.hidden.dtype == torch.float64 or wide != torch.float64 else torch.float32
 
 
 def _in_chunks(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -519,9 +523,9 @@ class _LinearLoss(torch.autograd.Function):
         gradients: list[Any]
         if ctx.per_row:
             how, terms, backend = ctx.again
-            terms = terms._replace(row_scale=torch.where(terms.row_scale == 0, 0, terms.row_scale * factor))
+            terms = terms.replaced(row_scale=torch.where(terms.row_scale == 0, 0, terms.row_scale * factor))
             detached: list[Any] = [x if x is None else x.detach() for x in ctx.saved_tensors]
-            _, *gradients = _rows_of(detached, how, terms, wants, backend)
+            gradients = list(_rows_of(detached, how, terms, wants, backend)[1:])
             factor = None
         else:
             assert factor is not None

@@ -85,7 +85,8 @@ def token_loss(
     tokens = mask.sum()
     denominator = _denominator(reduction, num_items, tokens, student)
     if class_weight is not None and labels is not None and reduction == "mean" and num_items is None:
-        class_weight = class_weight * _over_target_weights(class_weight.to(dtype), labels, mask, tokens)
+        class_weight = class_weight.to(dtype)
+        class_weight = class_weight * _over_target_weights(class_weight, labels, mask, tokens)
     row_scale = torch.where(mask, (ones if token_weight is None else per_token(token_weight)) / denominator, 0)
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
         checks.check_temperature_of(name, value, row_scale != 0, *TEMPERATURES)

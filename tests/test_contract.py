@@ -682,3 +682,129 @@ print(resident() - before)
 def test_memory_over_ten_thousand_calls():
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
     assert int(out) < 8e6, f"{int(out) / 1e6:.1f} MB more"
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_both_models_caps_have_their_slope(inplace, backend):
+    """A cap of given logits, of the student, the teacher or both, in both gradients."""
+    student, teacher = (3 * torch.randn(3, 307)).requires_grad_(), (3 * torch.randn(3, 307)).requires_grad_()
+    for caps in ((2.0, 3.0), (None, 3.0), (2.0, None)):
+        loss = fk.f_divergence(student * 1, teacher, "js", logit_softcap=caps[0], teacher_logit_softcap=caps[1],
+                               inplace=inplace, backend=backend)  # fmt: skip
+        got = torch.autograd.grad(loss, (student, teacher))
+        exact = [x.detach().double().requires_grad_() for x in (student, teacher)]
+        capped = [x if cap is None else cap * (x / cap).tanh() for x, cap in zip(exact, caps, strict=True)]
+        want = torch.autograd.grad(f_divergence_rows(*capped, "js").mean(), exact)
+        for a, b in zip(got, want, strict=True):
+            assert relative(a, b) < 2e-5, caps
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_own_generators_without_autograd(mode):
+    student, teacher = models()
+    made = fk.FDivergence(square)
+    want = fk.f_divergence(student, teacher, "pearson").item()
+    with mode():
+        for divergence in (made, square, fk.FDivergence(square), copy.deepcopy(made)):
+            assert math.isclose(fk.f_divergence(student, teacher, divergence).item(), want, rel_tol=1e-5)
+        hidden = heads()
+        assert fk.linear_f_divergence(*hidden, made).isfinite()
+
+
+def test_an_own_generator_hands_a_nan_on():
+    student, teacher = models()
+    teacher[0, 3] = math.nan
+    losses = fk.f_divergence(student, teacher, square, reduction="none")
+    assert losses[0].isnan() and losses[1:].isfinite().all()
+    assert torch.autograd.grad(losses.sum(), student)[0].isnan().any(1).tolist() == [True] + [False] * (N - 1)
+
+
+@pytest.mark.parametrize("logits, weights", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_class_weights_keep_their_digits(logits, weights):
+    x, y, w = torch.randn(N, 13, dtype=logits, requires_grad=True), torch.randint(13, (N,)), torch.rand(13).to(weights)
+    for reduction in ("mean", "sum"):
+        ours, theirs = (
+            fk.cross_entropy(x, y, w, reduction=reduction),
+            F.cross_entropy(x, y, w.to(logits), reduction=reduction),
+        )
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-6, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (ours, theirs)), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float64_teacher_beside_narrower_hidden_states(dtype):
+    hidden, weight, *_ = heads(dtype=dtype)
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    teacher, target = torch.randn(N, V).double(), torch.rand(N, V).double()
+    ours = (
+        fk.linear_f_divergence(hidden, weight, teacher, divergence="js"),
+        fk.linear_cross_entropy(hidden, weight, target),
+    )
+    want = f_divergence_rows(h @ w.T, teacher, "js").mean(), F.cross_entropy(h @ w.T, target)
+    for a, b in zip(ours, want, strict=True):
+        assert relative(a.detach(), b.detach()) < (1e-5 if dtype == torch.float32 else 2e-2)
+        gradients = torch.autograd.grad(a, (hidden, weight)), torch.autograd.grad(b, (h, w))
+        assert all(relative(x, y) < (2e-5 if dtype == torch.float32 else 3e-2) for x, y in zip(*gradients, strict=True))
+
+
+def test_nothing_of_any_layout():
+    """Batches without a token, whatever their strides; and small integers as targets of several heads."""
+    empty = torch.zeros(2, 0, 17)[..., ::2].requires_grad_()
+    assert fk.log_sum_exp(empty).shape == (2, 0)
+    fk.f_divergence(empty, torch.zeros(2, 0, 9)).backward()
+    assert empty.grad.shape == empty.shape
+    assert fk.cross_entropy(torch.zeros(2, 5, 0), torch.zeros(2, 0).long()) == 0
+    x, head, weight, target = torch.randn(6, 8), torch.randn(13, 2, 8), torch.rand(13), torch.randint(13, (6, 2))
+    want = fk.linear_cross_entropy(x, head, target, weight=weight)
+    for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert fk.linear_cross_entropy(x, head, target.to(kind), weight=weight) == want
+    logits = torch.randn(2, 5)
+    eighth = fk.f_divergence(logits, 2 * logits, temperature=torch.full((2,), 2.0).to(torch.float8_e4m3fn))
+    assert eighth == fk.f_divergence(logits, 2 * logits, temperature=torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["scattered", "flat", "normalised", "masked", "all masked"])
+def test_the_gradient_of_log_sum_exp_is_the_softmax(kind, dtype, cap):
+    x = torch.zeros(5, 3001) if kind == "flat" else torch.randn(5, 3001)
+    x = x.log_softmax(-1) if kind == "normalised" else x
+    x[0, :: 1 if kind == "all masked" else 2] = -torch.inf if kind.endswith("masked") else 0
+    x, upstream = x.to(dtype).requires_grad_(), torch.randn(5)
+    value = fk.log_sum_exp(x, logit_softcap=cap)
+    (got,) = torch.autograd.grad((value * upstream).sum(), x)
+    exact = x.detach().double().requires_grad_()
+    want = (cap * (exact / cap).tanh() if cap else exact).logsumexp(-1)
+    torch.testing.assert_close(value, want.to(value.dtype), rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad((want * upstream.double()).sum(), exact)
+    live = slice(1, None) if kind.endswith("masked") and (cap or kind == "all masked") else slice(None)
+    spacing = 2.0**-25 if dtype == torch.float16 else 0  # half of its subnormal numbers'
+    off = ((got.double() - gradient).abs().amax(1) - spacing) / gradient.abs().amax(1)
+    assert (off[live] < 2e-5 + 1.01 * torch.finfo(dtype).eps / 2).all(), off
+
+
+BAD_HEADS = {
+    "integer hidden": dict(hidden=torch.ones(N, D).long()), "complex hidden": dict(hidden=torch.ones(N, D) * 1j),
+    "integer weight": dict(weight=torch.ones(V, D).int()), "float8 teacher": dict(teacher=torch.ones(N, D).to(torch.float8_e4m3fn)),
+    "mixed teacher": dict(teacher_weight=torch.ones(V, D).double()), "sparse scale": dict(row_scale=torch.ones(N).to_sparse()),
+    "short labels": dict(labels=torch.zeros(2).long()), "no such kernel": dict(divergence="Nosuch 0.0 1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_the_linear_operator_checks_for_itself(name):
+    from fdistill_kernels.backends.rows import LinearCall
+
+    hidden, weight, teacher, teacher_weight = (x.detach() for x in heads())
+    ones = torch.ones(N)
+    given = dict(
+        hidden=hidden, weight=weight, bias=None, teacher=teacher, teacher_weight=teacher_weight, teacher_bias=None,
+        logit_scale=1.0, teacher_logit_scale=1.0, student_softcap=0.0, teacher_softcap=0.0, cut_path=False, skip_tiles=True,
+        chunk_bytes=0, row_scale=ones, student_inverse_temperature=ones, teacher_inverse_temperature=ones, divergence_scale=ones,
+        cross_entropy_scale=ones, z_loss_scale=ones, labels=torch.zeros(N).long(), class_weight=None, divergence=KEY,
+        label_smoothing=0.0, want_hidden=True, want_weight=True, want_bias=False,
+    )  # fmt: skip
+    assert list(given) == [f.name for f in dataclasses.fields(LinearCall)]
+    assert all(x.isfinite().all() for x in OPERATORS.linear_rows(*given.values(), "cpu"))
+    with pytest.raises(ValueError):
+        OPERATORS.linear_rows(*(given | BAD_HEADS[name]).values(), "cpu")

@@ -68,14 +68,13 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         divergence = weight * total
         student_gradient = weight * t_s * (student - q * of_student)
         if call.teacher_gradient:
-            teacher_gradient = weight * t_t * (teacher - p * (total - of_student))
+            teacher_gradient = weight * t_t * (teacher - p * (total - of_student)) * _slope(z_t, call.teacher_softcap)
 
     if call.labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
         student_gradient = student_gradient + of_labels
 
-    if call.student_softcap:
-        student_gradient = student_gradient * (1 - (z_s / call.student_softcap) ** 2)
+    student_gradient = student_gradient * _slope(z_s, call.student_softcap)
 
     def finish(x: Tensor) -> Tensor:
         return torch.where(live, scale * x, zero)
@@ -86,6 +85,11 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
 
 def _capped(z: Tensor, softcap: float) -> Tensor:
     return softcap * (z / softcap).tanh() if softcap else z
+
+
+def _slope(capped: Tensor, softcap: float) -> Tensor | float:
+    """Of the cap, by what it gave."""
+    return 1 - (capped / softcap) ** 2 if softcap else 1.0
 
 
 def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:

@@ -37,6 +37,10 @@ class TokenTerms(NamedTuple):
     divergence: str | Divergence | None
     label_smoothing: float
 
+    def replaced(self, **changes: Any) -> TokenTerms:
+        """With other values in some fields; compilers of torch 2.8 do not trace ``_replace``."""
+        return TokenTerms(**{**dict(zip(TokenTerms._fields, self, strict=True)), **changes})
+
 
 #: The fields that are tensors, one entry a row (a class for `class_weight`).
 VECTORS = TokenTerms._fields[:8]
@@ -60,10 +64,9 @@ def checked_vectors(call: Any, rows: int, vocabulary: int, dtype: torch.dtype, d
         if value is None:
             continue
         size, kind = vocabulary if name == "class_weight" else rows, torch.int64 if name == "labels" else dtype
-        if value.shape != (size,) or value.device != device:
-            raise ValueError(
-                f"{name} must have shape ({size},) on {device}, not {tuple(value.shape)} on {value.device}"
-            )
+        if value.shape != (size,) or value.device != device or value.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, of shape ({size},) on {device}, "
+                             f"not {value.layout} of shape {tuple(value.shape)} on {value.device}")  # fmt: skip
         found[name] = value.to(kind).contiguous()
     if isinstance(call.divergence, str):
         found["divergence"] = by_key(call.divergence)
@@ -199,6 +202,17 @@ class LinearCall:
                                  f"{tuple(weight.shape)}, for N = {rows} and V = {vocabulary}")  # fmt: skip
             if bias is not None and bias.shape != (vocabulary,):
                 raise ValueError(f"{whose}: bias must have shape ({vocabulary},), not {tuple(bias.shape)}")
+        tensors = {
+            n: getattr(self, n) for n in ("hidden", "weight", "bias", "teacher", "teacher_weight", "teacher_bias")
+        }
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and (value.dtype not in checks.DTYPES or value.layout != torch.strided
+                                              or value.device != self.hidden.device):  # fmt: skip
+                raise ValueError(f"{name} must be dense and floating, on {self.hidden.device}, "
+                                 f"not {value.layout} of {value.dtype} on {value.device}")  # fmt: skip
+        for name in ("teacher_weight", "teacher_bias"):
+            if tensors[name] is not None and tensors[name].dtype != self.teacher.dtype:  # type: ignore[union-attr]
+                raise ValueError(f"{name} is {tensors[name].dtype}, but teacher {self.teacher.dtype}")  # type: ignore
         given = self.teacher if self.teacher_weight is None and isinstance(self.teacher, Tensor) else None
         if given is not None and given.shape != (rows, vocabulary):
             raise ValueError(f"the teacher's logits must be ({rows}, {vocabulary}), not {tuple(given.shape)}")

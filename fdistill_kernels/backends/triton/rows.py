@@ -189,7 +189,10 @@ def _gradient(
             value += tl.where(inside, of_student + of_teacher, 0.0)
             gradient = student_scale * (of_student - q * weight)
             if teacher_gradient is not None:
-                tl.store(teacher_gradient + v, teacher_scale * (of_teacher - p * (divergence - weight)), mask=inside)
+                other = teacher_scale * (of_teacher - p * (divergence - weight))
+                if teacher_cap is not None:
+                    other *= 1 - (y / teacher_cap) * (y / teacher_cap)
+                tl.store(teacher_gradient + v, other, mask=inside)
         if student_gradient is not None:
             if LABELS:
                 of_labels = of_q * tl.exp(x - student_top - plain_log_total)
