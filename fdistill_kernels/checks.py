@@ -77,6 +77,8 @@ def check_overwritten(name: str, tensor: Tensor, others: Mapping[str, Tensor | N
             reach += stride * (size - 1)
     begin, end = _span(tensor)
     for other, value in others.items():
+        if value is not None:
+            check_tensor(other, value, floating=False)
         if value is not None and value.device == tensor.device and _span(value)[0] < end and begin < _span(value)[1]:
             raise ValueError(f"inplace=True would overwrite {other}, which shares memory with {name}")
 

@@ -232,7 +232,7 @@ def _many_heads(
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()
     if weight is not None and not soft:
-        of_targets = torch.where(mask, weight[torch.where(mask, target, 0).long()], 0)
+        of_targets = torch.where(mask, weight.to(losses.dtype)[torch.where(mask, target, 0).long()], 0)
         return losses.sum() / torch.where((of_targets == 0).all(), 1, of_targets.sum())
     return losses.sum() / tokens.clamp_min(1)
 

@@ -82,7 +82,7 @@ def exact(name: str, a: dict[str, Any]) -> Exact:
     rows, parts = rows_of(student, teacher, terms)
     loss = rows.reshape(lead) if a.get("reduction", "mean") == "none" or name == "log_sum_exp" else rows.sum()
     dtypes = [a[k].dtype for k in leaves]
-    wide = torch.float64 if torch.float64 in dtypes else dtypes[0] if "linear" in name else torch.float32
+    wide = dtypes[0] if "linear" in name else torch.float64 if torch.float64 in dtypes else torch.float32
     slack, error, floor = tolerances(student.detach(), teacher, terms, parts, wide, "linear" in name)
     return Exact(loss, leaves, rows.detach(), slack, error, floor, tokens)
 
@@ -212,10 +212,10 @@ def tolerances(
     mass = 1 if terms.targets is None else terms.targets.abs().sum(1).nan_to_num(0, HUGE).clamp_min(1)
     of_labels, of_divergence = terms.of_labels.abs() * mass, terms.of_divergence
     slack = of_divergence * (divergence.abs() + 0.1) + of_labels * (cross_entropy.abs() + 0.1)
-    slack = error * weight * (slack + terms.of_z * lse * (1 + lse + height))
+    slack = torch.where(weight == 0, 0, error * weight * (slack + terms.of_z * lse * (1 + lse + height)))
     peak = torch.maximum(p, q).amax(1)
     floor = 0.05 * error * (of_divergence * rate * peak + of_labels + 2 * terms.of_z * lse)
-    floor = floor + 2 * digits * of_divergence * rate * divergence.abs()  # q (g - S) where g and S nearly cancel
+    floor = floor + 4 * digits * of_divergence * rate * divergence.abs()  # q (g - S) where g and S nearly cancel
     if chosen == "tvd" or chosen == TABLE["tvd"]:  # at equal probabilities its gradient jumps
         tied = (p - q).abs() <= (error.unsqueeze(1) + 1e-5) * torch.maximum(p, q)
         floor = floor + of_divergence * rate * torch.where(tied, p + q, 0).sum(1)

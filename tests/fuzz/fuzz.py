@@ -78,6 +78,8 @@ def public_call(draw: Draw) -> str:
     if loss is None:
         unchanged(draw, before)
         return f"{name} refused"
+    if want is None and not a[TRAINED[name][0]].numel():
+        return f"{name} of nothing"  # a teacher's function is not asked for no rows
     if want is None:
         raise Failure(f"taken, though the reference cannot: {problem!r}")
     if a.get("return_parts") is True:
