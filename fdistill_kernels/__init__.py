@@ -6,7 +6,7 @@ from .linear import linear_cross_entropy, linear_f_divergence
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .tokens import LossParts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GJS",

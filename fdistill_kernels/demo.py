@@ -89,8 +89,7 @@ def gpt2(shape: dict[str, Any], seed: int) -> Any:
 
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0, **shape)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    return GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config).eval()  # no dropout
 
 
 @dataclass

@@ -24,6 +24,10 @@ def test_without_a_compiler(tmp_path):
     source.mkdir()
     for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).symlink_to(ROOT / name)
+    stale = tmp_path / "lib" / "fdistill_kernels"
+    stale.mkdir(parents=True)
+    for name in ("_native", "libfdistill_cpu", "libfdistill_cuda"):  # of an older build
+        (stale / f"{name}.so").write_bytes(b"")
     built = run("setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib"),
                 "egg_info", "--egg-base", str(tmp_path), cwd=source, CC="/bin/false", CXX="/bin/false", FDISTILL_CUDA="0")  # fmt: skip
     assert built.returncode == 0 and "the cpu library is not built: the compiler '/bin/false' failed" in built.stderr

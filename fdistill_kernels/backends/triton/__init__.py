@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -15,6 +16,19 @@ from ..rows import RowCall
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _interpreter_trouble() -> str | None:
+    """Before 3.7 the interpreter makes an int of an array of one entry, which numpy 2.4 does not let it."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions = [tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy")]
+        if versions[0] < (3, 7) and versions[1] >= (2, 4):
+            return "Triton's interpreter before 3.7 does not work with numpy 2.4 or newer; install numpy<2.4"
+    return None
+
+
+#: Asked once, too.
+INTERPRETER_TROUBLE = _interpreter_trouble()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Symbols whose totals come out of the first sweep: D = S = Σ q·(c·log q − log p), with this c.
 CROSSED = {"Rkl": 1.0, "Engine": 0.0}
@@ -35,6 +49,8 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return "triton is not installed"
     if device.type != "cuda" and not interpreting():
         return f"the logits are on {device}"
+    if device.type != "cuda" and INTERPRETER_TROUBLE:
+        return INTERPRETER_TROUBLE
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
     if divergence is not None and divergence.kernel is None and divergence.triton is None:
