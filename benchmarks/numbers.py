@@ -117,8 +117,8 @@ def paper_steps(number: Numbers) -> str:
     return (
         f"There a step with the teacher's samples drawn online takes {both('online ÷ offline', form='.2f')} times as\n"
         f"long as with those stored, for js and tvd; of a stored step {both('offline', 'outside_models', form='.1%')} "
-        f"is outside both\nmodels, the loss and the optimizer, and {both('offline', 'loss', form='.1%')} is the loss, the "
-        "heads' products\nand their gradients included.\n"
+        f"is outside both\nmodels, the loss and the optimizer, and {both('offline', 'loss', form='.1%')} is the loss, "
+        "the heads' products\nand their gradients included.\n"
     )
 
 

@@ -176,7 +176,9 @@ def test_threads_share_a_model():
 @pytest.mark.parametrize("prepare_first", [False, True])
 def test_accelerate(prepare_first):
     import accelerate
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainers before, in this process
     own = llama().eval()(**BATCH)
 
     def offloaded(model):
