@@ -253,9 +253,9 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here"
     )
     demo.add_argument("--teacher-steps", type=_count, default=320, metavar="N", help="default: 320")
-    demo.add_argument("--start-steps", type=_count, default=100, metavar="N",
-                      help="of the students' common start; default: 100")  # fmt: skip
-    demo.add_argument("--student-steps", type=_count, default=250, metavar="N", help="of each student; default: 250")
+    demo.add_argument("--start-steps", type=_count, default=60, metavar="N",
+                      help="of the students' common start; default: 60")  # fmt: skip
+    demo.add_argument("--student-steps", type=_count, default=150, metavar="N", help="of each student; default: 150")
     demo.add_argument(
         "--expect", type=Path, metavar="FILE", help="a results.json to agree with; exit 1 outside its band"
     )

@@ -106,7 +106,9 @@ class Stage:
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out cross-entropy)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        # a second moment that forgets the first steps' large gradients within so few
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95),
+                                           weight_decay=0.01)  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
