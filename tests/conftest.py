@@ -15,7 +15,9 @@ from fdistill_kernels.reference import f_divergence_rows
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(monkeypatch):
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "DYNAMO_MODE"):  # which trainers leave behind in this process
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
     torch.manual_seed(0)
 
 

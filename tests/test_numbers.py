@@ -1,0 +1,21 @@
+"""The documents' measured numbers are those of the result files, and no other number with a unit stands in them."""
+
+from benchmarks import numbers
+
+
+def test_every_number_is_of_a_file(capsys):
+    assert numbers.main(["--check"]) == 0, capsys.readouterr().err
+    assert "benchmarks/results/cpu_rows.json: test_ours[js-torch.float32] / over_floor" in capsys.readouterr().out
+
+
+def test_what_is_found(monkeypatch, tmp_path, capsys):
+    for name in ("benchmarks", "docs"):
+        (tmp_path / name).symlink_to(numbers.ROOT / name)
+    text = (numbers.ROOT / "README.md").read_text()
+    changed = text.replace(" ms |", "1 ms |", 1) + "\n\nIt is 3.5× faster and takes 40 MB.\n\nAt most 16 MB (`tests/test_cut.py`).\n"
+    (tmp_path / "README.md").write_text(changed)
+    (tmp_path / "CHANGELOG.md").write_text("- 12% less\n")
+    monkeypatch.setattr(numbers, "ROOT", tmp_path)
+    assert numbers.main(["--check"]) == 1
+    said = capsys.readouterr().err
+    assert all(x in said for x in ("'3.5×'", "'40 MB'", "'12%'", "README.md is not what")) and "16 MB" not in said
