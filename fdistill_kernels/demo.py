@@ -276,7 +276,7 @@ def main(args: argparse.Namespace) -> int:
 
 #: How far a model's perplexity and KL may be from the committed ones: rounding differs between processors, and a few
 #: hundred steps multiply it.
-BAND = {"perplexity": 0.03, "kl_to_teacher": 0.06}
+BAND = {"perplexity": 0.05, "kl_to_teacher": 0.1}
 
 
 def _compare(rows: dict[str, Any], expected: dict[str, Any], console: Console) -> int:
