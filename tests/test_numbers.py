@@ -12,7 +12,10 @@ def test_what_is_found(monkeypatch, tmp_path, capsys):
     for name in ("benchmarks", "docs"):
         (tmp_path / name).symlink_to(numbers.ROOT / name)
     text = (numbers.ROOT / "README.md").read_text()
-    changed = text.replace(" ms |", "1 ms |", 1) + "\n\nIt is 3.5× faster and takes 40 MB.\n\nAt most 16 MB (`tests/test_cut.py`).\n"
+    changed = (
+        text.replace(" ms |", "1 ms |", 1)
+        + "\n\nIt is 3.5× faster and takes 40 MB.\n\nAt most 16 MB (`tests/test_cut.py`).\n"
+    )
     (tmp_path / "README.md").write_text(changed)
     (tmp_path / "CHANGELOG.md").write_text("- 12% less\n")
     monkeypatch.setattr(numbers, "ROOT", tmp_path)
