@@ -1,5 +1,6 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from fdistill_kernels import TABLE, cli, verify
 
@@ -146,12 +148,11 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path):
     assert models["kl"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"] < models["start"]["kl_to_teacher"]
     assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
     assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
-    again = [*demo(tmp_path), "--expect", str(tmp_path / "results.json")]  # all is trained: measured once more
-    assert subprocess.run(again, capture_output=True, timeout=280).returncode == 0
-    results["models"]["kl"]["perplexity"] *= 1.1
-    (tmp_path / "other.json").write_text(json.dumps(results))
-    done = subprocess.run(
-        [*again, "--expect", str(tmp_path / "other.json")], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 1 and "kl's perplexity is" in done.stderr
+    from fdistill_kernels.demo import _compare
+
+    console = Console(file=io.StringIO(), width=200)
+    assert _compare(models, results, console) == 0
+    other = json.loads(json.dumps(results))
+    other["models"]["kl"]["perplexity"] *= 1.1
+    assert _compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
