@@ -8,8 +8,8 @@ import torch
 
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.sequence.models import virtual_tokens
-from fdistill_kernels.sequence.sampling import Sampling, draw
-from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies, drawn_by_forward
+from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, draw, drawn_by_forward
+from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 from .test_sequence import EOS, bart, batch, gpt2, llama
 
@@ -162,7 +162,7 @@ def test_models_that_shift_labels_in_their_forward_alone(patched, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("make", [gpt2, bart])
-def test_drawn_by_forward(make):
+def test_drawn_by_forward(make, tmp_path):
     prompts, _ = batch()
     greedy = Sampling(5, top_k=1)
     plain = [x.tolist() for x in draw(make(60), prompts, greedy)]
@@ -176,6 +176,9 @@ def test_drawn_by_forward(make):
         given = given if make is bart else dict(input_ids=torch.cat((prompts[0][None], so_far), 1))
         with torch.no_grad():
             assert model.eval()(**given).logits[0, -1, :50].argmax() == token
+    store = TeacherSamples(tmp_path, [p.tolist() for p in prompts], greedy, "prompted", 0)
+    list(store.fill(model, vocabulary=50))
+    assert store.load()[0] == drawn.tolist()
     with pytest.raises(ValueError, match="beams need a cache"):
         drawn_by_forward(model, prompts, Sampling(5, beams=2), 60)
 

@@ -7,6 +7,7 @@ differs is an error that shows both values.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .models import IGNORE, padded
+from .models import IGNORE, padded, rows_of, virtual_tokens
 
 SHARD = 256
 #: What a model's own generation configuration decides of its samples.
@@ -75,11 +76,15 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
 def draw(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None, vocabulary: int | None = None
 ) -> list[Tensor]:
-    """One continuation for each prompt, its end token included, by batched `generate` with a KV cache.
+    """One continuation for each prompt, its end token included, by batched `generate` with a KV cache; of a model with
+    PEFT's virtual tokens, which `generate` loses in that cache, by `drawn_by_forward`.
 
     The seed alone decides a batch's samples; without one they go on from torch's generator. Ids from `vocabulary` on,
     where a model is padded with more than the other has, are not drawn.
     """
+    if virtual_tokens(model):
+        with _seeded(model, seed):
+            return drawn_by_forward(model, prompts, sampling, vocabulary)
     pad, ends = special_tokens(model)
     device = next(model.parameters()).device
     encoder_decoder = model.config.is_encoder_decoder
@@ -97,11 +102,8 @@ def draw(
         for module, own in owners.items():
             module.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})
     model.eval()
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with _seeded(model, seed):
             made = model.generate(
                 input_ids=inputs.masked_fill(inputs == IGNORE, pad), attention_mask=(inputs != IGNORE).long(),
                 pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
@@ -112,6 +114,46 @@ def draw(
         for module, own in owners.items():
             module.generation_config = own
     return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else inputs.shape[1] :]]
+
+
+@contextlib.contextmanager
+def _seeded(model: Any, seed: int | None) -> Iterator[None]:
+    """The seed alone decides, and torch's generators stay where they were; no seed: they go on."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int | None) -> list[Tensor]:
+    """As `draw`, by a whole forward for each token.
+
+    Raises:
+        ValueError: beams are asked for.
+    """
+    if sampling.beams > 1:
+        raise ValueError("beams need a cache, which PEFT's virtual tokens are lost in: store them, or draw samples")
+    pad, ends = special_tokens(model)
+    warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
+    if sampling.top_k:
+        warpers.insert(1, TopKLogitsWarper(sampling.top_k))
+    made = prompts[0].new_empty(len(prompts), 0)
+    stops, training, sharded = made.new_tensor(ends), model.training, isinstance(model, FSDPModule)
+    model.eval()
+    try:
+        for _ in range(sampling.max_new_tokens):
+            rows, _ = rows_of(model, prompts, [*nn.functional.pad(made, (0, 1), value=pad)], pad)
+            scores = rows.head.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
+            for warper in warpers:
+                scores = warper(made, scores)
+            made = torch.cat((made, torch.multinomial(scores.softmax(1), 1).to(made.device)), 1)
+            if not sharded and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
+                break
+    finally:
+        model.train(training)
+    return [_until_end(row, ends) for row in made]
 
 
 def _until_end(row: Tensor, ends: list[int]) -> Tensor:

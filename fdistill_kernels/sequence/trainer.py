@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..divergences import resolve
 from .models import IGNORE, Rows, forward_to_head, padded, rows_of, step_loss, unpadded, virtual_tokens
 from .objectives import Half, method, mixture
 from .predistill import predistillation_loss
-from .sampling import Sampling, _until_end, draw, special_tokens
+from .sampling import Sampling, draw, special_tokens
 
 #: Which column has a source's sequences.
 COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
@@ -116,43 +115,6 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
             f"student and teacher have different tokenizers: {token!r} is {i} in one and "
             f"{f'{tokens.get(i)!r} has that id' if j is None else j} in the other; step-wise losses need one vocabulary"
         )
-
-
-def continuations(model: Any, prompts: list[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
-    """As `draw`; with PEFT's virtual tokens by `drawn_by_forward`, for ``generate`` loses them in its cache."""
-    if virtual_tokens(model):
-        return drawn_by_forward(model, prompts, sampling, vocabulary)
-    return draw(model, prompts, sampling, None, vocabulary)
-
-
-@torch.no_grad()
-def drawn_by_forward(model: Any, prompts: list[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
-    """As `draw`, by a whole forward for each token.
-
-    Raises:
-        ValueError: beams are asked for.
-    """
-    if sampling.beams > 1:
-        raise ValueError("beams need a cache, which PEFT's virtual tokens are lost in: store them, or draw samples")
-    pad, ends = special_tokens(model)
-    warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
-    if sampling.top_k:
-        warpers.insert(1, TopKLogitsWarper(sampling.top_k))
-    made = prompts[0].new_empty(len(prompts), 0)
-    stops, training, sharded = made.new_tensor(ends), model.training, isinstance(model, FSDPModule)
-    model.eval()
-    try:
-        for _ in range(sampling.max_new_tokens):
-            rows, _ = rows_of(model, prompts, [*nn.functional.pad(made, (0, 1), value=pad)], pad)
-            scores = rows.head.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
-            for warper in warpers:
-                scores = warper(made, scores)
-            made = torch.cat((made, torch.multinomial(scores.softmax(1), 1).to(made.device)), 1)
-            if not sharded and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
-                break
-    finally:
-        model.train(training)
-    return [_until_end(row, ends) for row in made]
 
 
 class FDistillTrainer(Trainer):
@@ -254,7 +216,7 @@ class FDistillTrainer(Trainer):
             return prompts, teacher_prompts, gold
         if source == "student":
             if self._draws:
-                made = continuations(student, prompts, self.sampling, self.vocabulary)
+                made = draw(student, prompts, self.sampling, None, self.vocabulary)
                 self._kept.append((prompts, teacher_prompts, made))
             else:
                 self._kept.rotate(-1)
@@ -262,8 +224,7 @@ class FDistillTrainer(Trainer):
         if "sample_ids" in inputs:
             return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
         beams = Sampling(self.sampling.max_new_tokens, beams=4)
-        how = beams if source == "beam" else self.sampling
-        made = continuations(self.teacher, teacher_prompts, how, self.vocabulary)
+        made = draw(self.teacher, teacher_prompts, beams if source == "beam" else self.sampling, None, self.vocabulary)
         return prompts, teacher_prompts, [row.to(prompts[0].device) for row in made]
 
     def _half(
