@@ -24,11 +24,10 @@ def compiler_of(library):
 
 
 def build(library, folder):
-    """libfdistill_<library>.so into a folder; or a log that says why there is none, and what else lay there is gone."""
+    """libfdistill_<library>.so into a folder; or a log that says why there is none."""
     target = Path(folder, f"libfdistill_{library}.so").resolve()
     log = target.with_suffix(".log")
-    for old in (target, log):
-        old.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler = compiler_of(library)
     partial = target.with_suffix(".partial")

@@ -30,9 +30,15 @@ class Numbers:
 
     def __init__(self) -> None:
         self.read: list[tuple[str, str, str]] = []
+        self.files: dict[str, Any] = {}
 
     def file(self, name: str) -> Any:
         """A result file's content; it must say of which commit it is, and that the tree was clean."""
+        if name not in self.files:
+            self.files[name] = self._checked(name)
+        return self.files[name]
+
+    def _checked(self, name: str) -> Any:
         content = json.loads((ROOT / RESULTS / name).read_text())
         commit = content.get("commit_info") or content.get("run") or content
         if not (commit.get("id") or commit.get("commit")) or (commit.get("dirty", True) and name not in OLDER):

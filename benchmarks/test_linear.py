@@ -2,8 +2,8 @@
 
 The floor is the four matrix products (both models' logits, ∂hidden, ∂weight) on whole matrices, into fresh outputs, as
 torch does them. Every result carries `over_floor`, and the growth of peak memory beyond inputs and gradients in MB,
-measured once in a process of its own. What bounds ours: the row kernel adds 5%, the first touch of the weight's
-gradient and chunks thinner than a BLAS would like the rest. Run: make bench
+measured once in a process of its own. What bounds ours: the row kernel, the first touch of the weight's
+gradient, and chunks thinner than a BLAS would like. Run: make bench
 """
 
 import subprocess

@@ -1,10 +1,8 @@
 """Row losses on the CPU at N=1024, V=32000: ours, torch.compile and eager beside the floor, in one run.
 
 Every result carries `over_floor`, and `over_ours` for peers, in its extra_info; the floor is three passes over one
-matrix at the copy rate measured just before. What bounds ours (AMD EPYC with AVX-512): arithmetic. An entry of the
-pair takes two exponentials, and for js, gjs and the skewed ones a logarithm, at 5 to 9 ns a vector of 16 each, while
-the prefetcher brings the next block; bfloat16 halves the traffic and adds conversions, so it gains little.
-Run: make bench
+matrix at the copy rate measured just before. What bounds ours: arithmetic, two exponentials an entry of the pair and a
+logarithm for js, gjs and the skewed ones, and the first touch of the gradient's pages. Run: make bench
 """
 
 import pytest

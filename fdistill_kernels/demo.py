@@ -263,7 +263,7 @@ def main(args: argparse.Namespace) -> int:
         "models": rows, "loss": str(args.divergence[-1]), "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
         "peak_memory_mib": kilobytes / 1024, "text_sha256": hashlib.sha256(source.encode()).hexdigest(),
-        **provenance(),
+        **provenance(" ".join(["fdistill", *sys.argv[1:]])),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(stages, out / "curves.png")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .backends.rows import VECTORS, TokenTerms, split
+from .backends.rows import VECTORS, TokenTerms, cap_slope, capped, split
 from .divergences import CROSS_ENTROPY, Divergence, FDivergence, resolve
 from .tokens import LossParts, Temperature, is_power_of_two, of_parts, once, scaled, token_loss
 
@@ -206,8 +206,8 @@ class _LogSumExp(torch.autograd.Function):
             return _row_loss(logits, None, terms, False, True, (cap, 0.0), name)
 
         _, parts = token_loss(logits, run, None, logits.shape[-1], labels=top, ce_weight=1.0, z_loss=1.0,
-                                   reduction="none", backend=backend, return_parts=True)  # fmt: skip
-        at_top = cap * (at_top / cap).tanh() if cap else at_top
+                              reduction="none", backend=backend, return_parts=True)  # fmt: skip
+        at_top = capped(at_top, cap)
         value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
         of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
         # near 0 its sign is rounding
@@ -235,10 +235,8 @@ class _LogSumExp(torch.autograd.Function):
 
 def _scaled_softmax(logits: Tensor, cap: float, lse: Tensor, scale: Tensor) -> Tensor:
     """The softmax of rows of logits, capped or not, times each row's factor."""
-    z = logits.to(lse.dtype)
-    slope = 1 - (z / cap).tanh() ** 2 if cap else 1
-    z = cap * (z / cap).tanh() if cap else z
-    return ((z - lse.unsqueeze(1)).exp() * slope * scale.unsqueeze(1)).to(logits.dtype)
+    z = capped(logits.to(lse.dtype), cap)
+    return ((z - lse.unsqueeze(1)).exp() * cap_slope(z, cap) * scale.unsqueeze(1)).to(logits.dtype)
 
 
 def soft_targets(
@@ -256,22 +254,22 @@ def soft_targets(
     checks.check_integer("ignore_index", ignore_index)
     if ignore_index >= 0:
         raise ValueError("ignore_index is for class indices, and target holds class probabilities")
-    if not torch.compiler.is_compiling() and target.device.type == "cpu" and bool((target < 0).any()):
+    if _known_negative(target):
         raise ValueError("target holds negative class probabilities")
     wide = torch.promote_types(torch.promote_types(target.dtype, logits.dtype), torch.float32)
     p = target.detach().to(wide)
     if label_smoothing:
         p = p * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
-    if (
-        weight is not None
-        and not torch.compiler.is_compiling()
-        and weight.device.type == "cpu"
-        and bool((weight < 0).any())
-    ):
+    if weight is not None and _known_negative(weight):
         raise ValueError("weight must not be negative where target holds class probabilities")
     p = p if weight is None else p * weight.to(wide)
     mass = p.sum(-1)
     return torch.where(mass.unsqueeze(-1) == 0, 0, p.log()), mass
+
+
+def _known_negative(x: Tensor) -> bool:
+    """Whether an entry is below 0; a GPU is not asked."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and bool((x < 0).any())
 
 
 def soft_loss(
@@ -330,7 +328,7 @@ def _traced_loss(
 
     def log_probabilities(logits: Tensor, cap: float, rate: Tensor) -> Tensor:
         z = torch.where(live, logits.reshape(-1, logits.shape[-1]).to(rate.dtype), 0)
-        return ((cap * (z / cap).tanh() if cap else z) * rate.unsqueeze(1)).log_softmax(1)
+        return (capped(z, cap) * rate.unsqueeze(1)).log_softmax(1)
 
     log_q = log_probabilities(student, caps[0], terms.student_inverse_temperature)
     log_p = log_probabilities(teacher, caps[1], terms.teacher_inverse_temperature)

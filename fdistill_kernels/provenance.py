@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def _processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
+def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
     """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git)."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -36,5 +35,5 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "fdistill_kernels": __version__,
         "commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
-        "command": " ".join(["fdistill", *sys.argv[1:]]),
+        "command": command,
     }  # fmt: skip

@@ -13,13 +13,11 @@ import argparse
 import copy
 import gzip
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import cpuinfo  # comes with pytest-benchmark
 import torch
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
@@ -31,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from fdistill_kernels.provenance import provenance
 from fdistill_kernels.sequence import run as sequence_run
 from fdistill_kernels.sequence.data import read_pairs, tokenize
 from fdistill_kernels.sequence.metrics import draw_all, teacher_dist
@@ -180,18 +179,10 @@ class Experiment:
         lines = ["| | BLEU | chrF | TER | R_llh | R_cvg | perplexity |", "|---|---|---|---|---|---|---|"]
         lines += [f"| {n} | " + " | ".join(f"{results[n][c]:.2f}" for c in columns) + " |" for n in names]
         (self.out / "table.md").write_text("\n".join(lines) + "\n")
-        results["run"] = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "size": self.name, "sizes": self.size,
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-            "command": "python -m benchmarks.paper.run",
-        }  # fmt: skip
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        results["run"] = {**provenance("python -m benchmarks.paper.run", device), "size": self.name, "sizes": self.size}
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         _plot(results, names, columns[:5], self.out / "table.png")
-
-
-def _cpu() -> str:
-    return f"{cpuinfo.get_cpu_info()['brand_raw']}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 class _Clock(TrainerCallback):

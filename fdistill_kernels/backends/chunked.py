@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence, times
-from .rows import RowCall
+from .rows import RowCall, cap_slope, capped
 
 #: Elements of one chunk of rows; the arithmetic holds about ten temporaries of this size.
 CHUNK_ELEMENTS = 1 << 18
@@ -52,13 +52,13 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     dtype = call.row_scale.dtype
     live = (call.row_scale[n] != 0).unsqueeze(1)
     scale = call.row_scale[n].unsqueeze(1)
-    z_s = _capped(call.student[i, inner].to(dtype), call.student_softcap)
+    z_s = capped(call.student[i, inner].to(dtype), call.student_softcap)
     zero = torch.zeros((), dtype=dtype, device=z_s.device)
     divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
 
     if call.divergence is not None and call.teacher is not None:
         t_s, t_t = call.student_inverse_temperature[n].unsqueeze(1), call.teacher_inverse_temperature[n].unsqueeze(1)
-        z_t = _capped(call.teacher[i, inner].to(dtype), call.teacher_softcap)
+        z_t = capped(call.teacher[i, inner].to(dtype), call.teacher_softcap)
         weight = call.divergence_scale[n].unsqueeze(1) * call.divergence.scale
         log_q, log_p = _log_softmax(z_s, t_s), _log_softmax(z_t, t_t)
         q, p = log_q.exp(), log_p.exp()
@@ -68,28 +68,21 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         divergence = weight * total
         student_gradient = weight * t_s * (student - q * of_student)
         if call.teacher_gradient:
-            teacher_gradient = weight * t_t * (teacher - p * (total - of_student)) * _slope(z_t, call.teacher_softcap)
+            teacher_gradient = (
+                weight * t_t * (teacher - p * (total - of_student)) * cap_slope(z_t, call.teacher_softcap)
+            )
 
     if call.labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
         student_gradient = student_gradient + of_labels
 
-    student_gradient = student_gradient * _slope(z_s, call.student_softcap)
+    student_gradient = student_gradient * cap_slope(z_s, call.student_softcap)
 
     def finish(x: Tensor) -> Tensor:
         return torch.where(live, scale * x, zero)
 
     parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in (divergence, cross_entropy, squared_lse)])
     return parts, finish(student_gradient), finish(teacher_gradient)
-
-
-def _capped(z: Tensor, softcap: float) -> Tensor:
-    return softcap * (z / softcap).tanh() if softcap else z
-
-
-def _slope(capped: Tensor, softcap: float) -> Tensor | float:
-    """Of the cap, by what it gave."""
-    return 1 - (capped / softcap) ** 2 if softcap else 1.0
 
 
 def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:

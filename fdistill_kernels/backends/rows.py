@@ -80,6 +80,16 @@ def split(row_scale: Tensor) -> tuple[Tensor, Tensor]:
     return row_scale / power, power
 
 
+def capped(z: Tensor, softcap: float) -> Tensor:
+    """Logits as c·tanh(z/c); 0: as they are."""
+    return softcap * (z / softcap).tanh() if softcap else z
+
+
+def cap_slope(capped: Tensor, softcap: float) -> Tensor | float:
+    """The slope of a cap, by the logits that it gave."""
+    return 1 - (capped / softcap) ** 2 if softcap else 1.0
+
+
 @dataclass(frozen=True)
 class RowCall:
     """Rows of logits in, losses and gradients out. N = outer·inner rows; arguments are checked already.

@@ -27,8 +27,6 @@ def _interpreter_trouble() -> str | None:
     return None
 
 
-#: Asked once, too.
-INTERPRETER_TROUBLE = _interpreter_trouble()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Symbols whose totals come out of the first sweep: D = S = Σ q·(c·log q − log p), with this c.
 CROSSED = {"Rkl": 1.0, "Engine": 0.0}
@@ -41,6 +39,10 @@ HEAVY = (*CROSSED, "Alpha")
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before the import."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+#: Asked once, too, and only where it matters.
+INTERPRETER_TROUBLE = _interpreter_trouble() if interpreting() else None
 
 
 def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
