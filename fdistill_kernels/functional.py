@@ -210,8 +210,8 @@ class _LogSumExp(torch.autograd.Function):
         at_top = capped(at_top, cap)
         value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
         of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
-        # near 0 its sign is rounding
-        ctx.save_for_backward(logits, value, torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
+        # near 0 its sign is rounding; a copy of the value, which may be changed in place
+        ctx.save_for_backward(logits, value.clone(), torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
         ctx.call = cap, backend
         return value
 

@@ -496,6 +496,11 @@ def test_second_backward_and_changes_in_place(backend):
         want = (make("none") * mask).sum()
         for a, b in zip(*(torch.autograd.grad(x, inputs) for x in (loss.sum(), want)), strict=True):
             torch.testing.assert_close(a, b)
+    value = fk.log_sum_exp(student, backend=backend)
+    value *= mask
+    (first,) = torch.autograd.grad(value.sum(), student, retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(value.sum(), student)[0])
+    torch.testing.assert_close(first, (student.detach().softmax(1) * mask.unsqueeze(1)))
 
 
 def test_batchmean_and_one_vector(backend):

@@ -160,6 +160,17 @@ def test_models_that_shift_labels_in_their_forward_alone(patched, tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(want.item(), rel=1e-3)
 
 
+def test_configurations_without_a_padding_token(tmp_path):
+    from transformers import CodeGenConfig, CodeGenForCausalLM
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return CodeGenForCausalLM(CodeGenConfig(vocab_size=60, n_positions=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4,
+                                                bos_token_id=EOS, eos_token_id=EOS))  # fmt: skip
+
+    trainer(tmp_path, make(1), make(2), method="tvd").train()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("make", [gpt2, bart])
 def test_drawn_by_forward(make, tmp_path):

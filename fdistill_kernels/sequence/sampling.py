@@ -61,14 +61,17 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
     Raises:
         ValueError: no end token is configured.
     """
-    config = getattr(model, "generation_config", None) or model.config
-    ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
+
+    def known(name: str) -> Any:
+        configs = (getattr(model, "generation_config", None), model.config)  # CodeGen's, for one, has no pad_token_id
+        return next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
+
+    ends, pad = known("eos_token_id"), known("pad_token_id")
     if ends is None:
         raise ValueError(
             f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
         )
     ends = ends if isinstance(ends, list) else [ends]
-    pad = config.pad_token_id if config.pad_token_id is not None else model.config.pad_token_id
     return (ends[0] if pad is None else pad), ends
 
 
