@@ -28,8 +28,11 @@ def _processor() -> str:
 
 
 def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git)."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git).
+
+    Results that an earlier command has written anew are no change: nothing is measured with them.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
