@@ -25,11 +25,11 @@ struct RowTask {
   const float* divergence_scale;              // (rows)
   const float* cross_entropy_scale;           // (rows)
   const float* z_loss_scale;                  // (rows)
-  float parameter;                            // the divergence's own
   const int64_t* labels;                      // (rows), or null: no label terms; checked by the caller
   const float* class_weight;                  // (vocabulary), or null: ones
-  float class_weight_sum;                     // 0 where labels are not smoothed
+  float parameter;                            // the divergence's own
   float label_smoothing;
+  float class_weight_sum;                     // 0 where labels are not smoothed
   float student_softcap, teacher_softcap;     // 0: none; else logits are capped first
   float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
 };

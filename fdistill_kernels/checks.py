@@ -239,7 +239,7 @@ def check_number(
         raise ValueError(f"{name} must be in {ends}, not {value!r}")
 
 
-def check_temperature(name: str, value: object, logits: Tensor, low: float, high: float) -> None:
+def check_per_token(name: str, value: object, logits: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
     """A number in [low, high], a 0-dim tensor, or one value a token."""
     if not isinstance(value, Tensor):
         check_number(name, value, low, high)

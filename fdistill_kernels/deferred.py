@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .linear import linear_cross_entropy
+from .functional import linear_cross_entropy
 
 #: A function of hidden states and the head's weight and bias, run where the head has them whole.
 AtHead = Callable[[Tensor, Tensor, Tensor | None], Any]

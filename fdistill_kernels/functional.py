@@ -1,4 +1,4 @@
-"""The public functions of logits: arguments in, a differentiable loss out."""
+"""The public functions: arguments in, checked and made values; a differentiable loss out."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks
-from .backends.rows import VECTORS, TokenTerms, cap_slope, capped, split
-from .divergences import CROSS_ENTROPY, Divergence, FDivergence, resolve
-from .tokens import LossParts, Temperature, is_power_of_two, of_parts, once, scaled, token_loss
+from . import checks
+from .backends.rows import Teacher
+from .divergences import Divergence, resolve
+from .heads import checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
+from .linear import loss_of_hidden
+from .logits import log_sum_exp as _log_sum_exp
+from .logits import loss_of_logits
+from .targets import as_cross_entropy, soft_targets
+from .tokens import checked_terms
+from .values import Head, Hidden, Logits, LossTerms, RowFunction, Temperature
 
 
 def f_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    divergence: str | Divergence | Callable[[Tensor], Tensor] = "js",
+    student_logits: Tensor | Logits,
+    teacher_logits: Tensor | Logits,
+    divergence: str | Divergence | Callable[[Tensor], Tensor] | LossTerms = "js",
     *,
+    divergence_weight: float | Tensor = 1.0,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -42,8 +49,10 @@ def f_divergence(
     Args:
         student_logits, teacher_logits: (..., V), any strides; float32, bfloat16, float16, or float64. Arithmetic is in
             float32 (float64 for float64). Either may require grad. Where their dtypes differ both are widened first,
-            which takes a copy, and each gradient is in its own.
-        divergence: a name (`fdistill list`), a `Divergence` such as ``Alpha(0.3)``, or a convex f(t) with f(1) = 0.
+            which takes a copy, and each gradient is in its own. Or `Logits`, with their soft-cap.
+        divergence: a name (`fdistill list`), a `Divergence` such as ``Alpha(0.3)``, or a convex f(t) with f(1) = 0. Or
+            `LossTerms`, which hold all that follows up to num_items.
+        divergence_weight: a factor on the divergence, a number or one a token (...).
         labels: (...) integers in [0, V). A token whose label is `ignore_index` is left out of every term.
         ce_weight: weight of the cross-entropy to `labels`, at temperature 1, added to the divergence.
         label_smoothing: of that cross-entropy, in [0, 1], as in `torch.nn.functional.cross_entropy`.
@@ -76,9 +85,18 @@ def f_divergence(
 
     Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, eq. (4)-(11).
     """
-    chosen = resolve(divergence)
-    student = checks.shared_vocabulary("student_logits", student_logits, vocab_size)
-    teacher = checks.shared_vocabulary("teacher_logits", teacher_logits, vocab_size)
+    terms = _terms(divergence, LossTerms(
+        divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
+        label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight,
+        temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
+        reduction=reduction, num_items=num_items,
+    ))  # fmt: skip
+    models = (
+        logits_of("student_logits", student_logits, "logit_softcap", logit_softcap),
+        logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap),
+    )
+    student = checks.shared_vocabulary("student_logits", models[0].values, vocab_size)
+    teacher = checks.shared_vocabulary("teacher_logits", models[1].values, vocab_size)
     checks.check_pair(student, teacher)
     checks.check_flag("inplace", inplace)
     if student.dtype != teacher.dtype:
@@ -86,27 +104,18 @@ def f_divergence(
             raise ValueError(f"inplace=True needs logits of one dtype, not {student.dtype} and {teacher.dtype}")
         wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         student, teacher = student.to(wide), teacher.to(wide)
-    overwritten = inplace and student.requires_grad and torch.is_grad_enabled()
-    if overwritten and not torch.compiler.is_compiling():
-        given = dict(teacher_logits=teacher, labels=labels, token_weight=token_weight, temperature=temperature,
-                     teacher_temperature=teacher_temperature, num_items=num_items)  # fmt: skip
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        checks.check_overwritten("student_logits", student, tensors)
-    caps = softcaps(logit_softcap, teacher_logit_softcap)
-
-    def run(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
-        return _row_loss(student, teacher, terms, overwritten, reduction == "none", caps, name)
-
-    return token_loss(
-        student, run, chosen, student.shape[-1], labels=labels, ce_weight=ce_weight, label_smoothing=label_smoothing,
-        z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight, temperature=temperature,
-        teacher_temperature=teacher_temperature, temperature_squared=temperature_squared, reduction=reduction,
-        num_items=num_items, backend=backend, return_parts=return_parts,
-    )  # fmt: skip
+    checked_terms(terms, student, student.shape[-1])
+    inplace = inplace and student.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        _check_overwritten("student_logits", student, {"teacher_logits": teacher, **terms._asdict()})
+    loss, parts = loss_of_logits(
+        Logits(student, models[0].softcap), Logits(teacher, models[1].softcap), terms, backend, inplace
+    )
+    return _returned(loss, parts, return_parts)
 
 
 def cross_entropy(
-    input: Tensor,
+    input: Tensor | Logits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: None = None,
@@ -148,38 +157,24 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
     checks.check_flag("inplace", inplace)
-    logits = input.movedim(1, -1) if isinstance(input, Tensor) and input.dim() > 2 else input
+    values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
+    logits = values.movedim(1, -1) if isinstance(values, Tensor) and values.dim() > 2 else values
     checks.check_logits("input", logits)
-    shared: dict[str, Any] = dict(
-        z_loss=z_loss, token_weight=token_weight, reduction=reduction, num_items=num_items, backend=backend,
-        return_parts=return_parts,
-    )  # fmt: skip
-    checks.check_class_weight(weight, logits.shape[-1], logits.device)
-    checks.check_tensor("target", target, floating=False)
+    terms = _label_terms(target, weight, ignore_index, label_smoothing, z_loss, token_weight, reduction, num_items)
     if target.is_floating_point():
         if inplace:
             raise ValueError("inplace=True is for class indices as target")
-        probabilities = target.movedim(1, -1) if target.dim() > 2 else target
-        teacher, mass = soft_targets(probabilities, logits, weight, ignore_index, label_smoothing)
-        wide = logits.to(teacher.dtype)
-
-        def run_soft(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
-            return _row_loss(wide, teacher, terms, False, reduction == "none", softcaps(logit_softcap, None), name)
-
-        return soft_loss(wide, run_soft, wide.shape[-1], mass, **shared)
-    checks.check_labels(target, logits, "target")
-    overwritten = inplace and logits.requires_grad and torch.is_grad_enabled()
-    if overwritten and not torch.compiler.is_compiling():
-        given = dict(target=target, weight=weight, token_weight=token_weight)
-        checks.check_overwritten("input", logits, given)
-
-    def run(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
-        return _row_loss(logits, None, terms, overwritten, reduction == "none", softcaps(logit_softcap, None), name)
-
-    return token_loss(
-        logits, run, None, logits.shape[-1], labels=target, labels_name="target", ce_weight=1.0,
-        label_smoothing=label_smoothing, class_weight=weight, ignore_index=ignore_index, **shared,
-    )  # fmt: skip
+        teacher, terms = soft_targets(target.movedim(1, -1) if target.dim() > 2 else target, logits, terms)
+        logits = logits.to(teacher.dtype)
+        checked_terms(terms, logits, logits.shape[-1])
+        loss, parts = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend)
+        return _returned(loss, as_cross_entropy(parts), return_parts)
+    checked_terms(terms, logits, logits.shape[-1], "target")
+    inplace = inplace and logits.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        _check_overwritten("input", logits, {"target": target, "weight": weight, "token_weight": token_weight})
+    loss, parts = loss_of_logits(Logits(logits, softcap), None, terms, backend, inplace)
+    return _returned(loss, parts, return_parts)
 
 
 def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto") -> Tensor:
@@ -189,206 +184,202 @@ def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: 
         logits, logit_softcap, backend: as in `f_divergence`.
     """
     checks.check_logits("logits", logits)
-    return _LogSumExp.apply(logits, softcaps(logit_softcap, None)[0], backend)
+    checked_terms(LossTerms(None), logits, logits.shape[-1])
+    return _log_sum_exp(logits, checked_cap("logit_softcap", logit_softcap), backend)
 
 
-class _LogSumExp(torch.autograd.Function):
-    """Its gradient is the softmax: made whole by the kernel, since that of a label's cross-entropy, which lacks a 1 at
-    the label, has lost the last digits there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, cap: float, backend: str) -> Tensor:
-        top = logits.argmax(-1)
-        at_top = logits.gather(-1, top.unsqueeze(-1)).squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
-
-        def run(terms: TokenTerms, name: str) -> tuple[Tensor, Tensor]:
-            return _row_loss(logits, None, terms, False, True, (cap, 0.0), name)
-
-        _, parts = token_loss(logits, run, None, logits.shape[-1], labels=top, ce_weight=1.0, z_loss=1.0,
-                              reduction="none", backend=backend, return_parts=True)  # fmt: skip
-        at_top = capped(at_top, cap)
-        value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
-        of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
-        # near 0 its sign is rounding; a copy of the value, which may be changed in place
-        ctx.save_for_backward(logits, value.clone(), torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
-        ctx.call = cap, backend
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, value, lse = ctx.saved_tensors
-        (cap, backend), scale, value, lse = ctx.call, upstream.reshape(-1), value.reshape(-1), lse.reshape(-1)
-        flat = logits.detach().reshape(-1, logits.shape[-1])
-        if torch.compiler.is_compiling():  # which makes one kernel of it
-            return once(_scaled_softmax(flat, cap, value, scale).view(logits.shape)), None, None
-        ones, labels = torch.ones_like(scale), torch.zeros_like(scale, dtype=torch.long)
-        # 2 lse softmax is the kernel's gradient of lse^2
-        terms = TokenTerms(scale, ones, ones, ones, 0 * ones, 0.5 / lse, labels, None, None, 0.0)
-        rows = _rows(logits.detach())
-        gradient = backends.divergence_rows(rows, None, terms, (True, False), False, (cap, 0.0), backend)[1]
-        gradient, few = gradient.view(flat.shape), (lse == 0).nonzero().squeeze(1)
-        if len(few):  # as of normalised logits
-            gradient[few] = _scaled_softmax(flat[few], cap, value[few], scale[few])
-        return once(gradient.view(logits.shape)), None, None
-
-
-def _scaled_softmax(logits: Tensor, cap: float, lse: Tensor, scale: Tensor) -> Tensor:
-    """The softmax of rows of logits, capped or not, times each row's factor."""
-    z = capped(logits.to(lse.dtype), cap)
-    return ((z - lse.unsqueeze(1)).exp() * cap_slope(z, cap) * scale.unsqueeze(1)).to(logits.dtype)
-
-
-def soft_targets(
-    target: Tensor, logits: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Class probabilities as a teacher's logits (..., V), and each token's mass (...): ``−Σ w p log q`` is the mass
-    times the cross-entropy to w p over the mass.
-    """
-    if target.shape != logits.shape or target.device != logits.device:
-        raise ValueError(f"target of class probabilities must have the logits' shape {tuple(logits.shape)} on "
-                         f"{logits.device}, not {tuple(target.shape)} on {target.device}")  # fmt: skip
-    checks.check_tensor("target", target)
-    checks.check_constant("target", target)
-    checks.check_number("label_smoothing", label_smoothing, 0, 1)
-    checks.check_integer("ignore_index", ignore_index)
-    if ignore_index >= 0:
-        raise ValueError("ignore_index is for class indices, and target holds class probabilities")
-    if _known_negative(target):
-        raise ValueError("target holds negative class probabilities")
-    wide = torch.promote_types(torch.promote_types(target.dtype, logits.dtype), torch.float32)
-    p = target.detach().to(wide)
-    if label_smoothing:
-        p = p * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
-    if weight is not None and _known_negative(weight):
-        raise ValueError("weight must not be negative where target holds class probabilities")
-    p = p if weight is None else p * weight.to(wide)
-    mass = p.sum(-1)
-    return torch.where(mass.unsqueeze(-1) == 0, 0, p.log()), mass
-
-
-def _known_negative(x: Tensor) -> bool:
-    """Whether an entry is below 0; a GPU is not asked."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and bool((x < 0).any())
-
-
-def soft_loss(
-    student: Tensor, run: Any, vocabulary: int, mass: Tensor, *, z_loss: float, return_parts: bool, **keywords: Any
+def linear_f_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor | Head,
+    teacher_hidden: Tensor | Hidden | Logits | RowFunction,
+    teacher_weight: Tensor | Head | None = None,
+    divergence: str | Divergence | Callable[[Tensor], Tensor] | LossTerms = "js",
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    logit_scale: float | None = None,
+    teacher_logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    divergence_weight: float | Tensor = 1.0,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    temperature: Temperature = 1.0,
+    teacher_temperature: Temperature | None = None,
+    temperature_squared: bool = False,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    memory: str = "chunks",
+    skip_tiles: bool = True,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+    return_parts: bool = False,
 ) -> Any:
-    """The cross-entropy to `soft_targets`, which `run` compares with: a divergence by its kernel."""
-    labels = torch.zeros(student.shape[:-1], dtype=torch.long, device=student.device)  # for the z-loss: all count
-    loss, parts = token_loss(student, run, CROSS_ENTROPY, vocabulary, labels=labels, z_loss=z_loss,
-                             divergence_weight=mass, return_parts=True, **keywords)  # fmt: skip
-    parts = LossParts(torch.zeros_like(parts.divergence), parts.divergence, parts.z_loss, parts.tokens)
+    """`f_divergence` of the logits ``logit_scale·hidden weightᵀ + bias`` of both models, which are never held at once.
+
+    Args:
+        student_hidden: (..., D_s), float32, bfloat16 or float16 (float64 on the torch backend).
+        student_weight, student_bias: the student's head, (V, D_s) and (V), in the hidden states' dtype; or a `Head`. A
+            head that does not require grad costs no product for its gradient.
+        teacher_hidden: (..., D_t) with `teacher_weight`, or `Hidden`; or without it the teacher's logits (..., V), as a
+            tensor or `Logits`, or a function ``(begin, end) -> logits (end − begin, V)`` of a range of the flattened
+            rows.
+        teacher_weight, teacher_bias: the teacher's head, (V, D_t) and (V), in its hidden states' dtype; may be the
+            student's own; or a `Head`. The teacher gets no gradient from here.
+        logit_scale, teacher_logit_scale: a factor on hidden weightᵀ (Cohere, Granite), 1 by default; the teacher's
+            defaults to the student's.
+        logit_softcap, teacher_logit_softcap: c > 0 makes each logit z, scaled and biased, c·tanh(z/c) (Gemma 2, Gemma
+            Team 2024, §2); each model its own, without one by default. Logits given as such are taken as they are.
+        vocab_size: use only the first rows of both heads, where they are padded differently.
+        memory: "chunks", or "minimal": on Triton the logits of both models stay on chip and are made again in the
+            backward sweeps, for a memory of O(N) + 16 MB beyond the gradients and twice the products (`backends.triton.
+            cut`); elsewhere chunks of 8 MB.
+        skip_tiles: with memory="minimal", leave out of the gradient the tiles whose every probability, of both models,
+            is below ε/V, ε the dtype's resolution. What a row's gradient by the logits loses has an L1 norm under 2ε
+            times the row's weight. Divergences whose gradient has no such bound (rkl, jeffreys, engine, alpha) and
+            smoothed labels skip nothing.
+        chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 512 MB on a GPU,
+            or a quarter of its free memory if that is less (the last bits of the gradients then depend on it).
+        The rest: as in `f_divergence`.
+
+    Returns:
+        As `f_divergence`. Gradients are summed in float32 and rounded to the inputs' dtype in the backward pass, once,
+        with the upstream factor. ``reduction="none"`` computes the chunks again in the backward pass, since each row's
+        upstream gradient is not known before. Inside torch.compile a teacher that is a function, or a user's own
+        divergence, breaks the graph.
+
+    Raises:
+        ValueError, TypeError: as `f_divergence`; heads that are not plain tensors (LoRA, quantised, sharded).
+
+    Source: Wen et al., ACL 2023, eq. (4)-(11), for the loss.
+    """
+    terms = _terms(divergence, LossTerms(
+        divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
+        label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight,
+        temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
+        reduction=reduction, num_items=num_items,
+    ))  # fmt: skip
+    head = head_of("student_weight", student_weight, student_bias=student_bias, logit_scale=logit_scale,
+                   logit_softcap=logit_softcap)  # fmt: skip
+    names = "student_hidden", "student_weight", "student_bias"
+    hidden, head = checked_head(student_hidden, head, names, vocab_size)
+    vocabulary = head.weight.shape[0]
+    teacher = teacher_of(
+        teacher_hidden, teacher_weight, hidden, head.scale, vocabulary, vocab_size, teacher_bias=teacher_bias,
+        teacher_logit_scale=teacher_logit_scale, teacher_logit_softcap=teacher_logit_softcap,
+    )  # fmt: skip
+    path = path_of(memory, skip_tiles, chunk_bytes, teacher)
+    checked_terms(terms, hidden, vocabulary)
+    loss, parts = loss_of_hidden(hidden, head, teacher, terms, path, backend)
+    return _returned(loss, parts, return_parts)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor | Head,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    memory: str = "chunks",
+    skip_tiles: bool = True,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Any:
+    """`cross_entropy` of the logits ``logit_scale·input linear_weightᵀ + linear_bias``, which are never held at once.
+
+    Args:
+        input: hidden states (..., D).
+        linear_weight, linear_bias: the head, (V, D) and (V); or a `Head`. Or (V, d1, ..., D) and (V, d1, ...), for
+            input (N, D) a head for each of d1, ..., and targets (N, d1, ...), as
+            `torch.nn.functional.linear_cross_entropy` has it.
+        target: class indices (...), in [0, V) or `ignore_index`; or class probabilities (..., V), as in
+            `cross_entropy`.
+        weight: (V) a factor on each class, as in `cross_entropy`.
+        token_weight: (...) a factor on each token's loss, not in the denominator.
+        The rest: as in `linear_f_divergence` and `cross_entropy`.
+
+    Raises:
+        ValueError, TypeError: as `linear_f_divergence`.
+    """
+    checks.check_hidden("input", input)
+    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
+        checks.check_tensor("target", target, floating=False)
+        return many_heads(
+            linear_cross_entropy, input, linear_weight, target, linear_bias=linear_bias, logit_scale=logit_scale,
+            logit_softcap=logit_softcap, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, token_weight=token_weight, num_items=num_items,
+            vocab_size=vocab_size, memory=memory, skip_tiles=skip_tiles, chunk_bytes=chunk_bytes, backend=backend,
+            return_parts=return_parts,
+        )  # fmt: skip
+    terms = _label_terms(target, weight, ignore_index, label_smoothing, z_loss, token_weight, reduction, num_items)
+    head = head_of("linear_weight", linear_weight, linear_bias=linear_bias, logit_scale=logit_scale,
+                   logit_softcap=logit_softcap)  # fmt: skip
+    hidden, head = checked_head(input, head, ("input", "linear_weight", "linear_bias"), vocab_size)
+    vocabulary, teacher = head.weight.shape[0], Teacher()
+    soft = target.is_floating_point()
+    if soft:
+        if memory == "minimal":
+            raise ValueError("memory='minimal' is for class indices as target")
+        like = hidden[..., :1].expand(*hidden.shape[:-1], vocabulary)
+        probabilities, terms = soft_targets(target, like, terms)
+        teacher = Teacher(probabilities.reshape(-1, vocabulary))
+    path = path_of(memory, skip_tiles, chunk_bytes, teacher)
+    checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
+    loss, parts = loss_of_hidden(hidden, head, teacher, terms, path, backend)
+    return _returned(loss, as_cross_entropy(parts) if soft else parts, return_parts)
+
+
+def _terms(divergence: Any, given: LossTerms) -> LossTerms:
+    """The terms of the divergence and the keywords, or those given as one value in its place.
+
+    Raises:
+        ValueError: a value, and one of its fields beside it.
+    """
+    if isinstance(divergence, LossTerms):
+        beside = [n for n, x in given._asdict().items() if not _same(x, LossTerms._field_defaults[n])]
+        if beside:
+            raise ValueError(f"{', '.join(beside)} beside divergence, a LossTerms, which has its own")
+        divergence, given = divergence.divergence, divergence
+    return LossTerms(resolve(divergence), *given[1:])
+
+
+def _same(x: Any, default: Any) -> bool:
+    return x is default or (not isinstance(x, Tensor) and x == default)
+
+
+def _label_terms(
+    target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
+    token_weight: Tensor | None, reduction: str, num_items: float | Tensor | None,
+) -> LossTerms:  # fmt: skip
+    """The terms of a cross-entropy to class indices, or what `soft_targets` needs of them."""
+    checks.check_tensor("target", target, floating=False)
+    return LossTerms(
+        None, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight,
+        ignore_index=ignore_index, token_weight=token_weight, reduction=reduction, num_items=num_items,
+    )  # fmt: skip
+
+
+def _check_overwritten(name: str, logits: Tensor, others: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        checks.check_overwritten(name, logits, {n: x for n, x in others.items() if isinstance(x, Tensor)})
+
+
+def _returned(loss: Tensor, parts: Any, return_parts: bool) -> Any:
+    checks.check_flag("return_parts", return_parts)
     return (loss, parts) if return_parts else loss
-
-
-def softcaps(student: float | None, teacher: float | None) -> tuple[float, float]:
-    """Both models' caps as kernels take them: 0 for none."""
-    for name, cap in (("logit_softcap", student), ("teacher_logit_softcap", teacher)):
-        if cap is not None:
-            checks.check_number(name, cap, 0, open_low=True)
-    return float(student or 0), float(teacher or 0)
-
-
-def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
-    """(..., V) as (outer, inner, V), dense in V; a view wherever strides allow, as for logits[:, :-1]."""
-    shape = logits.shape if logits.dim() == 3 else (1, -1, logits.shape[-1])
-    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
-        try:
-            return logits.view(shape)
-        except RuntimeError:  # leading dimensions that no single stride walks
-            pass
-    if inplace:
-        raise ValueError(f"inplace=True needs student_logits of dense rows, not strides {logits.stride()}")
-    return logits.clone(memory_format=torch.contiguous_format).view(shape)  # of an empty one too
-
-
-def _row_loss(
-    student: Tensor, teacher: Tensor | None, terms: TokenTerms, inplace: bool, per_row: bool, caps: tuple[float, float],
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss, summed or of each row, and the parts (3, N), of logits (..., V)."""
-    if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
-        return _traced_loss(student, teacher, terms, per_row, caps, backend)
-    rows = _rows(student, inplace), None if teacher is None else _rows(teacher)
-    if torch.is_grad_enabled() and (student.requires_grad or (teacher is not None and teacher.requires_grad)):
-        return _RowLoss.apply(*rows, per_row, inplace, caps, backend, *terms)
-    parts, _, _ = backends.divergence_rows(*rows, terms, (False, False), False, caps, backend)
-    losses = of_parts(parts, terms)
-    return (losses if per_row else losses.sum()), parts
-
-
-def _traced_loss(
-    student: Tensor, teacher: Tensor | None, terms: TokenTerms, per_row: bool, caps: tuple[float, float], backend: str
-) -> tuple[Tensor, Tensor]:
-    """A user's generator inside a compiler: f itself is traced, so that the program needs no object beside it."""
-    divergence, live = terms.divergence, terms.row_scale.unsqueeze(1) != 0
-    assert isinstance(divergence, FDivergence) and teacher is not None
-
-    def log_probabilities(logits: Tensor, cap: float, rate: Tensor) -> Tensor:
-        z = torch.where(live, logits.reshape(-1, logits.shape[-1]).to(rate.dtype), 0)
-        return (capped(z, cap) * rate.unsqueeze(1)).log_softmax(1)
-
-    log_q = log_probabilities(student, caps[0], terms.student_inverse_temperature)
-    log_p = log_probabilities(teacher, caps[1], terms.teacher_inverse_temperature)
-    value = divergence.value(log_p.exp(), log_q.exp(), log_p, log_q).sum(1)
-    losses = terms.row_scale * terms.divergence_scale * value
-    parts = torch.stack([losses.detach(), torch.zeros_like(losses.detach()), torch.zeros_like(losses.detach())])
-    if terms.labels is not None:
-        alone = terms.replaced(divergence=None)
-        of_labels, label_parts = _row_loss(student, None, alone, False, True, caps, backend)
-        losses, parts = losses + of_labels, parts + label_parts
-    return (losses if per_row else losses.sum()), parts
-
-
-class _RowLoss(torch.autograd.Function):
-    """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor | None, per_row: bool, inplace: bool, caps: tuple[float, float],
-        backend: str, *fields: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        terms, power = TokenTerms(*fields), None
-        inplace = inplace and ctx.needs_input_grad[0]
-        # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
-        later = student.dtype == torch.float16 and not inplace
-        if student.dtype == torch.float16 and inplace:
-            mantissa, power = split(terms.row_scale)
-            terms = terms.replaced(row_scale=mantissa)
-        wants = (False, False) if later else ctx.needs_input_grad[:2]
-        parts, of_student, of_teacher = backends.divergence_rows(student, teacher, terms, wants, inplace, caps, backend)
-        if inplace:
-            of_student = student.detach()
-        if power is not None:
-            parts = parts * power
-        on_cpu = student.device.type == "cpu" and not torch.compiler.is_compiling()
-        keep = later or (student.dtype == torch.bfloat16 and on_cpu and not inplace)
-        kept = (student, teacher) if keep else (None, None)
-        ctx.save_for_backward(of_student, of_teacher, power, *kept, *fields[: len(VECTORS)])
-        ctx.later, ctx.rest, ctx.call = later, fields[len(VECTORS) :], (inplace, caps, backend)
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        losses = of_parts(parts, terms)
-        return (losses if per_row else losses.sum()), parts
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing, wants = (None,) * (len(ctx.needs_input_grad) - 2), ctx.needs_input_grad[:2]
-        if upstream is None:
-            return (None, None, *nothing)
-        of_student, of_teacher, power, student, teacher, row_scale, *vectors = ctx.saved_tensors
-        upstream = upstream.detach()
-        if ctx.later or (student is not None and not is_power_of_two(upstream)):
-            teacher = None if teacher is None else teacher.detach()
-            scale = torch.where(row_scale == 0, 0, row_scale * upstream)  # rounded once, the factor included
-            terms = TokenTerms(scale, *vectors, *ctx.rest)
-            _, *gradients = backends.divergence_rows(student.detach(), teacher, terms, wants, *ctx.call)
-        else:
-            factor = upstream if power is None else upstream * power
-            factor = torch.where(row_scale == 0, 1, factor)  # a masked row's zeros stay, whatever comes for them
-            factor = factor.view(*(of_student if of_student.dim() == 3 else of_teacher).shape[:2], 1)
-            gradients = [scaled(g, factor) if want else g
-                         for g, want in zip((of_student, of_teacher), wants, strict=True)]  # fmt: skip
-        return (*(once(g) if want else None for g, want in zip(gradients, wants, strict=True)), *nothing)

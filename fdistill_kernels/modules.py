@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .divergences import Divergence, resolve
-from .functional import cross_entropy, f_divergence
-from .linear import linear_cross_entropy, linear_f_divergence
+from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
 
 
 def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

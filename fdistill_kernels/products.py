@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu
+from .values import Head
 
 
 class _Torch(ctypes.Structure):
@@ -69,20 +70,20 @@ def empty(like: Tensor, *sizes: int) -> Tensor:
     return cpu.empty(like, *sizes) if _native(like) else like.new_empty(sizes)
 
 
-def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:
-    """``out = scale·hidden weightᵀ + bias``: (n, D), (V, D), (V) to (n, V); computed in hidden's dtype."""
+def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
+    """``out = scale·hidden weightᵀ + bias``: (n, D) to (n, V), before any cap; computed in hidden's dtype."""
     if out.dtype != hidden.dtype:
         exact = torch.empty(out.shape, dtype=hidden.dtype, device=out.device)
-        logits_(hidden, weight, bias, scale, exact)
+        logits_(hidden, head, exact)
         out.copy_(exact)
     elif _native(hidden):
-        _run("logits_product", hidden, weight, bias, float(scale), out)
-    elif bias is not None:
-        torch.addmm(bias, hidden, weight.t(), alpha=scale, out=out)
+        _run("logits_product", hidden, head.weight, head.bias, float(head.scale), out)
+    elif head.bias is not None:
+        torch.addmm(head.bias, hidden, head.weight.t(), alpha=head.scale, out=out)
     else:
-        torch.mm(hidden, weight.t(), out=out)
-        if scale != 1:
-            out.mul_(scale)
+        torch.mm(hidden, head.weight.t(), out=out)
+        if head.scale != 1:
+            out.mul_(head.scale)
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:

@@ -1,9 +1,6 @@
-"""What every loss shares: arguments of tokens checked and made rows, reductions, and gradients handed back."""
+"""What every loss shares: terms checked and made numbers of each row, reductions, and gradients handed back."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,112 +8,108 @@ from torch import Tensor
 from . import backends, checks
 from .backends.rows import TokenTerms
 from .divergences import Divergence
+from .values import LossParts, LossTerms
 
-Temperature = float | Tensor
 #: Temperatures whose square and inverse float32 holds.
 TEMPERATURES = (1e-18, 1e18)
 
 
-class LossParts(NamedTuple):
-    """What a loss is made of, reduced like it, detached: loss = divergence + ce_weight·cross_entropy + z_loss.
+def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_name: str = "labels") -> None:
+    """The terms fit the tokens of `student`, (..., V) logits or (..., D) hidden states.
 
-    ``tokens`` is the number of unmasked tokens, a 0-dim tensor.
-    """
-
-    divergence: Tensor
-    cross_entropy: Tensor
-    z_loss: Tensor
-    tokens: Tensor
-
-
-def token_loss(
-    student: Tensor, run: Callable[[TokenTerms, str], tuple[Tensor, Tensor]], divergence: Divergence | None,
-    vocabulary: int, *,
-    labels: Tensor | None, labels_name: str = "labels", ce_weight: float = 0.0, label_smoothing: float = 0.0,
-    z_loss: float = 0.0, class_weight: Tensor | None = None, ignore_index: int = -100,
-    token_weight: Tensor | None = None, temperature: Temperature = 1.0, teacher_temperature: Temperature | None = None,
-    temperature_squared: bool = False, divergence_weight: Tensor | None = None, reduction: str = "mean",
-    num_items: float | Tensor | None = None, backend: str = "auto", return_parts: bool = False,
-) -> Any:  # fmt: skip
-    """The loss of the tokens of `student`, (..., V) logits or (..., D) hidden states, as `f_divergence` describes it.
-
-    ``run(terms, backend)`` gives the loss, summed or of each row, and the parts (3, rows). divergence_weight: (...) a
-    factor on each token's divergence alone.
+    Raises:
+        ValueError, TypeError: one does not, by its name.
     """
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         raise NotImplementedError(
             "torch.func transforms (vmap, grad) do not reach into the fused losses; batch by leading dimensions, "
             "differentiate with torch.autograd"
         )
-    for name, flag in (("temperature_squared", temperature_squared), ("return_parts", return_parts)):
-        checks.check_flag(name, flag)
-    checks.check_number("ce_weight", ce_weight)
-    checks.check_number("label_smoothing", label_smoothing, 0, 1)
-    checks.check_number("z_loss", z_loss, 0)
-    checks.check_integer("ignore_index", ignore_index)
-    if (ce_weight or z_loss) and labels is None:
+    checks.check_flag("temperature_squared", terms.temperature_squared)
+    checks.check_number("ce_weight", terms.ce_weight)
+    checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
+    checks.check_number("z_loss", terms.z_loss, 0)
+    checks.check_integer("ignore_index", terms.ignore_index)
+    if (terms.ce_weight or terms.z_loss) and terms.labels is None:
         raise ValueError("ce_weight and z_loss need labels")
-    if divergence is not None and label_smoothing and not ce_weight:
+    if terms.divergence is not None and terms.label_smoothing and not terms.ce_weight:
         raise ValueError("label_smoothing is of the labels' cross-entropy: give ce_weight")
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        checks.check_temperature(name, value, student, *TEMPERATURES)
-    checks.check_reduction(reduction)
-    if labels is not None:
-        checks.check_labels(labels, student, labels_name)
-    if token_weight is not None:
-        checks.check_tokens("token_weight", token_weight, student)
-    backend = backends.choose(backend, student.device, student.dtype, divergence, vocabulary)
+    checks.check_per_token("temperature", terms.temperature, student, *TEMPERATURES)
+    checks.check_per_token("teacher_temperature", _teacher_temperature(terms), student, *TEMPERATURES)
+    checks.check_reduction(terms.reduction)
+    checks.check_class_weight(terms.class_weight, vocabulary, student.device)
+    if terms.labels is not None:
+        checks.check_labels(terms.labels, student, labels_name)
+        if (
+            terms.labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # with its name; the operator asks too
+            labels = terms.labels.reshape(-1).long()
+            backends.check_label_range(labels, labels != terms.ignore_index, vocabulary, labels_name)
+    if terms.token_weight is not None:
+        checks.check_tokens("token_weight", terms.token_weight, student)
+    checks.check_per_token("divergence_weight", terms.divergence_weight, student)
+
+
+def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
+    """The terms as numbers of each row, and the number of tokens that count.
+
+    Raises:
+        ValueError: a denominator or a temperature of a token that counts is out of range.
+    """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    shape = student.shape[:-1]
-    ones = torch.ones(shape, dtype=dtype, device=student.device).reshape(-1)
+    ones = torch.ones(student.shape[:-1], dtype=dtype, device=student.device).reshape(-1)
 
     def per_token(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor) and value.dim():
             return value.to(dtype).reshape(-1)
         return ones * value  # a float that changes each step stays an input of a compiled graph
 
-    mask = ones > 0
-    if labels is not None:
-        labels = labels.reshape(-1).long()
-        mask = labels != ignore_index
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # with its name; the operator asks too
-            backends.check_label_range(labels, mask, vocabulary, labels_name)
+    mask, labels = ones > 0, None
+    if terms.labels is not None:
+        labels = terms.labels.reshape(-1).long()
+        mask = labels != terms.ignore_index
     tokens = mask.sum()
-    denominator = _denominator(reduction, num_items, tokens, student)
-    if class_weight is not None and labels is not None and reduction == "mean" and num_items is None:
-        class_weight = class_weight.to(dtype)
-        class_weight = class_weight * _over_target_weights(class_weight, labels, mask, tokens)
-    row_scale = torch.where(mask, (ones if token_weight is None else per_token(token_weight)) / denominator, 0)
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+    weight = ones if terms.token_weight is None else per_token(terms.token_weight)
+    row_scale = torch.where(mask, weight / _denominator(terms, tokens, student), 0)
+    for name, value in (("temperature", terms.temperature), ("teacher_temperature", _teacher_temperature(terms))):
         checks.check_temperature_of(name, value, row_scale != 0, *TEMPERATURES)
-    t = per_token(temperature)
-    divergence_scale = t * t if temperature_squared else ones
-    if divergence_weight is not None:
-        divergence_scale = divergence_scale * per_token(divergence_weight)
-    has_label_terms = labels is not None and bool(ce_weight or z_loss)
-    terms = TokenTerms(
-        row_scale, 1 / t, 1 / per_token(teacher_temperature), divergence_scale, per_token(ce_weight),
-        per_token(z_loss), labels if has_label_terms else None,
-        None if class_weight is None else class_weight.to(dtype).contiguous(),
-        divergence.key if divergence is not None and divergence.kernel else divergence, float(label_smoothing),
-    )  # fmt: skip
-    loss, parts = run(terms, backend)
-    if reduction == "none":
-        loss = loss.reshape(shape)
-    if not return_parts:
-        return loss
-    reduced = parts.reshape(3, *shape) if reduction == "none" else parts.sum(1)
-    return loss, LossParts(reduced[0], reduced[1], z_loss * reduced[2], tokens)
+    t = per_token(terms.temperature)
+    divergence, class_weight = divergence_of(terms), terms.class_weight
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype).contiguous()
+        if labels is not None and terms.reduction == "mean" and terms.num_items is None:
+            class_weight = class_weight * _over_target_weights(class_weight, labels, mask, tokens)
+    return TokenTerms(
+        row_scale=row_scale,
+        student_inverse_temperature=1 / t,
+        teacher_inverse_temperature=1 / per_token(_teacher_temperature(terms)),
+        divergence_scale=per_token(terms.divergence_weight) * (t * t if terms.temperature_squared else 1),
+        cross_entropy_scale=per_token(terms.ce_weight),
+        z_loss_scale=per_token(terms.z_loss),
+        labels=labels if terms.ce_weight or terms.z_loss else None,
+        class_weight=class_weight,
+        divergence=divergence.key if divergence is not None and divergence.kernel else divergence,
+        label_smoothing=float(terms.label_smoothing),
+    ), tokens
 
 
-def _denominator(reduction: str, num_items: float | Tensor | None, tokens: Tensor, student: Tensor) -> float | Tensor:
+def divergence_of(terms: LossTerms) -> Divergence | None:
+    """The divergence of checked terms."""
+    assert terms.divergence is None or isinstance(terms.divergence, Divergence)
+    return terms.divergence
+
+
+def _teacher_temperature(terms: LossTerms) -> float | Tensor:
+    return terms.temperature if terms.teacher_temperature is None else terms.teacher_temperature
+
+
+def _denominator(terms: LossTerms, tokens: Tensor, student: Tensor) -> float | Tensor:
     """What each token's loss is divided by."""
-    if num_items is not None:
-        return checks.checked_items(num_items, reduction, tokens)
-    if reduction in ("sum", "none"):
+    if terms.num_items is not None:
+        return checks.checked_items(terms.num_items, terms.reduction, tokens)
+    if terms.reduction in ("sum", "none"):
         return 1.0
-    if reduction == "batchmean":
+    if terms.reduction == "batchmean":
         return max(1, student.shape[0]) if student.dim() > 1 else 1
     return tokens.clamp_min(1)
 
@@ -138,6 +131,15 @@ def of_parts(parts: Tensor, terms: TokenTerms) -> Tensor:
     scales = terms.cross_entropy_scale, terms.z_loss_scale
     of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:], strict=True))  # not 0·inf
     return parts[0] + sum(of_labels)
+
+
+def reduced(loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor) -> tuple[Tensor, LossParts]:
+    """The loss in its tokens' shape where each has its own, and the parts (3, N) reduced like it."""
+    if terms.reduction == "none":
+        loss, parts = loss.reshape(student.shape[:-1]), parts.reshape(3, *student.shape[:-1])
+    else:
+        parts = parts.sum(1)
+    return loss, LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
 
 
 def is_power_of_two(factor: Tensor) -> bool:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fdistill_kernels as fk
+from fdistill_kernels.backends.rows import LinearCall, RowCall, Teacher, TokenTerms, Wants
+from fdistill_kernels.carried import flat
 from fdistill_kernels.reference import f_divergence_rows
 
 from .conftest import reference, relative
@@ -73,12 +75,11 @@ KEY = fk.TABLE["js"].key
 
 def row_arguments(**changes):
     ones = torch.ones(N)
-    names = ("student", "teacher", "row_scale", "student_inverse_temperature", "teacher_inverse_temperature", "divergence_scale",
-             "cross_entropy_scale", "z_loss_scale", "labels", "class_weight", "divergence", "label_smoothing", "student_gradient",
-             "teacher_gradient", "inplace", "student_softcap", "teacher_softcap", "backend")  # fmt: skip
-    values = (torch.randn(1, N, V), torch.randn(1, N, V), *[ones] * 6, torch.zeros(N).long(), torch.ones(V), KEY, 0.1, True, True,
-              False, 0.0, 0.0, "cpu")  # fmt: skip
-    return [changes.get(name, value) for name, value in zip(names, values, strict=True)]
+    terms = TokenTerms(*[ones] * 6, torch.zeros(N).long(), torch.ones(V), KEY, 0.1)
+    call = RowCall(torch.randn(1, N, V), torch.randn(1, N, V), terms, student_gradient=True, teacher_gradient=True)
+    backend = changes.pop("backend", "cpu")
+    of_terms = {name: changes.pop(name) for name in TokenTerms._fields if name in changes}
+    return (*flat(call._replace(terms=terms._replace(**of_terms), **changes)), backend)
 
 
 BAD_ROWS = {
@@ -762,26 +763,20 @@ def test_the_gradient_of_log_sum_exp_is_the_softmax(kind, dtype, cap):
 
 BAD_HEADS = {
     "integer hidden": dict(hidden=torch.ones(N, D).long()), "complex hidden": dict(hidden=torch.ones(N, D) * 1j),
-    "integer weight": dict(weight=torch.ones(V, D).int()), "float8 teacher": dict(teacher=torch.ones(N, D).to(torch.float8_e4m3fn)),
-    "mixed teacher": dict(teacher_weight=torch.ones(V, D).double()), "sparse scale": dict(row_scale=torch.ones(N).to_sparse()),
-    "short labels": dict(labels=torch.zeros(2).long()), "no such kernel": dict(divergence="Nosuch 0.0 1.0"),
+    "integer weight": dict(head_weight=torch.ones(V, D).int()), "float8 teacher": dict(teacher_rows=torch.ones(N, D).to(torch.float8_e4m3fn)),
+    "mixed teacher": dict(teacher_weight=torch.ones(V, D).double()), "sparse scale": dict(terms_row_scale=torch.ones(N).to_sparse()),
+    "short labels": dict(terms_labels=torch.zeros(2).long()), "no such kernel": dict(terms_divergence="Nosuch 0.0 1.0"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_HEADS)
 def test_the_linear_operator_checks_for_itself(name):
-    from fdistill_kernels.backends.rows import LinearCall
-
     hidden, weight, teacher, teacher_weight = (x.detach() for x in heads())
-    ones = torch.ones(N)
-    given = dict(
-        hidden=hidden, weight=weight, bias=None, teacher=teacher, teacher_weight=teacher_weight, teacher_bias=None,
-        logit_scale=1.0, teacher_logit_scale=1.0, student_softcap=0.0, teacher_softcap=0.0, cut_path=False, skip_tiles=True,
-        chunk_bytes=0, row_scale=ones, student_inverse_temperature=ones, teacher_inverse_temperature=ones, divergence_scale=ones,
-        cross_entropy_scale=ones, z_loss_scale=ones, labels=torch.zeros(N).long(), class_weight=None, divergence=KEY,
-        label_smoothing=0.0, want_hidden=True, want_weight=True, want_bias=False,
-    )  # fmt: skip
-    assert list(given) == [f.name for f in dataclasses.fields(LinearCall)]
-    assert all(x.isfinite().all() for x in OPERATORS.linear_rows(*given.values(), "cpu"))
+    terms = TokenTerms(*[torch.ones(N)] * 6, torch.zeros(N).long(), None, KEY, 0.0)
+    call = LinearCall(hidden, fk.Head(weight), Teacher(teacher, teacher_weight), terms, wants=Wants(True, True))
+    assert all(x.isfinite().all() for x in OPERATORS.linear_rows(*flat(call), "cpu"))
+    given = dict(zip((argument.name for argument in OPERATORS.linear_rows.default._schema.arguments),
+                     (*flat(call), "cpu"), strict=True))  # fmt: skip
+    assert given.keys() > BAD_HEADS[name].keys()
     with pytest.raises(ValueError):
-        OPERATORS.linear_rows(*(given | BAD_HEADS[name]).values(), "cpu")
+        OPERATORS.linear_rows(**(given | BAD_HEADS[name]))

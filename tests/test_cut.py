@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import fdistill_kernels as fk
-from fdistill_kernels.backends.rows import LinearCall
+from fdistill_kernels.backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
 from fdistill_kernels.backends.triton import cut
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
+from fdistill_kernels.values import Head
 
 from .conftest import relative
 
@@ -167,10 +168,10 @@ def test_memory_of_the_sizes_that_matter(shape, monkeypatch):
     monkeypatch.setattr(cut.launch, "device_of", lambda _: cut.launch.Device("H100", 132, 50 << 20))
     hidden, weight = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
     ones = torch.ones(n)
-    call = LinearCall(hidden, weight, None, hidden, weight, None, 1.0, 1.0, 0.0, 0.0, True, True, 0, ones,
-                      ones, ones, ones, 0.1 * ones, 0 * ones, ones.long(), None, TABLE["js"], 0.0, True, True, False)  # fmt: skip
+    terms = TokenTerms(ones, ones, ones, ones, 0.1 * ones, 0 * ones, ones.long(), None, TABLE["js"], 0.0)
+    call = LinearCall(hidden, Head(weight), Teacher(hidden, weight), terms, Path(cut=True), Wants(True, True))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        outputs = cut.linear_rows(call, True)
+        outputs = cut.linear_rows(call)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     beyond = max(alive) - sum(x.nbytes for x in outputs)

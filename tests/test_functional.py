@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fdistill_kernels as fk
+from fdistill_kernels.backends.rows import RowCall, TokenTerms
+from fdistill_kernels.carried import flat
 
 from .conftest import reference, relative
 
@@ -214,10 +216,11 @@ def test_compile_without_graph_breaks(backend):
 def test_opcheck(backend):
     student, teacher, ones = torch.randn(2, 5, 33), torch.randn(2, 5, 33), torch.ones(10)
     labels = torch.randint(0, 33, (10,))
-    rows = (student, teacher, ones, ones, ones, ones, 0.5 * ones, 0.01 * ones, labels, None, fk.GJS(0.3).key, 0.1)
-    rest = (0.0, 0.0, backend)
-    torch.library.opcheck(torch.ops.fdistill_kernels.divergence_rows.default, (*rows, True, True, False, *rest))
-    torch.library.opcheck(torch.ops.fdistill_kernels.divergence_rows_.default, (*rows, True, True, True, *rest))
+    terms = TokenTerms(ones, ones, ones, ones, 0.5 * ones, 0.01 * ones, labels, None, fk.GJS(0.3).key, 0.1)
+    call = RowCall(student, teacher, terms, student_gradient=True, teacher_gradient=True)
+    operators = torch.ops.fdistill_kernels
+    torch.library.opcheck(operators.divergence_rows.default, (*flat(call), backend))
+    torch.library.opcheck(operators.divergence_rows_.default, (*flat(call._replace(inplace=True)), backend))
 
 
 def test_checkpointing_and_autocast():

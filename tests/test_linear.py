@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fdistill_kernels as fk
+from fdistill_kernels.backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
+from fdistill_kernels.carried import flat
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -195,9 +197,10 @@ def test_modules_and_compile():
 def test_opcheck(backend):
     hidden, weight, teacher, teacher_weight = (x.detach() for x in problem())
     ones = torch.ones(N)
-    call = (hidden, weight, None, teacher, teacher_weight, None, 1.0, 1.0, 0.0, 0.0, False, True, 5 * 8 * V,
-            *[ones] * 6, None, None, fk.TABLE["js"].key, 0.0, True, True, False, backend)  # fmt: skip
-    torch.library.opcheck(fk.linear.linear_rows, call)
+    terms = TokenTerms(*[ones] * 6, None, None, fk.TABLE["js"].key, 0.0)
+    call = LinearCall(hidden, fk.Head(weight), Teacher(teacher, teacher_weight), terms, Path(False, True, 5 * 8 * V),
+                      Wants(True, True))  # fmt: skip
+    torch.library.opcheck(fk.linear.linear_rows, (*flat(call), backend))
 
 
 def test_second_backward():

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..carried import built, flat, schema
 from ..divergences import Divergence
 from . import chunked, cpu, cuda, triton
-from .rows import RowCall, TokenTerms, schema
+from .rows import RowCall
 
 #: Fastest first; `auto` takes the first that can, and that `why_not_auto` has nothing against.
 BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": chunked}
@@ -46,10 +47,7 @@ def choose(
     return backend
 
 
-def divergence_rows(
-    student: Tensor, teacher: Tensor | None, terms: TokenTerms, gradients: tuple[bool, bool], inplace: bool,
-    softcaps: tuple[float, float], backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss parts (3, N) and both models' gradients, one not wanted empty; see `RowCall`.
 
     Through an operator, which compilers see as one; but for a user's own divergence, which is an object.
@@ -57,29 +55,28 @@ def divergence_rows(
     Raises:
         ValueError: what does not fit, such as labels outside [0, V) in rows that count.
     """
-    arguments: tuple[Any, ...] = (student, teacher, *terms, *gradients, inplace, *softcaps)
-    if isinstance(terms.divergence, Divergence):
-        return _run(RowCall(*arguments), backend)
-    if inplace:
-        parts, of_teacher = divergence_rows_operator_(*arguments, backend)
-        return parts, student.new_empty(0), of_teacher
-    return divergence_rows_operator(*arguments, backend)
+    if isinstance(call.terms.divergence, Divergence):
+        return _run(call, backend)
+    if call.inplace:
+        parts, of_teacher = divergence_rows_operator_(*flat(call), backend)
+        return parts, call.student.new_empty(0), of_teacher
+    return divergence_rows_operator(*flat(call), backend)
 
 
 def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     call = call.checked()
-    check_label_range(call.labels, call.row_scale, call.student.shape[-1])
-    if not call.row_scale.numel():
+    check_label_range(call.terms.labels, call.terms.row_scale, call.student.shape[-1])
+    if not call.terms.row_scale.numel():
         return _empty(call)
-    return BACKENDS[choose(backend, call.student.device, call.student.dtype, call.divergence, call.student.shape[-1])
-                    ].divergence_rows(call)  # fmt: skip
+    name = choose(backend, call.student.device, call.student.dtype, call.divergence, call.student.shape[-1])
+    return BACKENDS[name].divergence_rows(call)
 
 
 def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """Results of the right shapes and dtypes, their values not set."""
-    fresh = call.student_gradient and not call.inplace
+    fresh, like = call.student_gradient and not call.inplace, call.terms.row_scale
     return (
-        call.row_scale.new_empty(3, call.row_scale.shape[0]),
+        like.new_empty(3, like.shape[0]),
         call.student.new_empty(call.student.shape if fresh else (0,)),
         call.student.new_empty(call.student.shape if call.teacher_gradient else (0,)),
     )
@@ -97,7 +94,7 @@ def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int,
 
 
 def _divergence_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(RowCall(*arguments[:-1]), arguments[-1])
+    return _run(built(RowCall, arguments[:-1]), arguments[-1])
 
 
 def _divergence_rows_(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -105,7 +102,7 @@ def _divergence_rows_(*arguments: Any) -> tuple[Tensor, Tensor]:
     return parts, of_teacher
 
 
-#: The operators' arguments are the fields of `RowCall`, and the backend's name.
+#: The operators' arguments are the leaves of `RowCall`, and the backend's name.
 divergence_rows_operator: Any = torch.library.custom_op(
     "fdistill_kernels::divergence_rows", _divergence_rows, mutates_args=(),
     schema=f"({schema(RowCall)}, str backend) -> (Tensor, Tensor, Tensor)",
@@ -118,10 +115,10 @@ divergence_rows_operator_: Any = torch.library.custom_op(
 
 @divergence_rows_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(RowCall(*arguments[:-1]))
+    return _empty(built(RowCall, arguments[:-1]))
 
 
 @divergence_rows_operator_.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    parts, _, of_teacher = _empty(RowCall(*arguments[:-1]))
+    parts, _, of_teacher = _empty(built(RowCall, arguments[:-1]))
     return parts, of_teacher

@@ -21,7 +21,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     outer, inner, vocabulary = call.student.shape
     rows = outer * inner
-    parts = torch.zeros(3, rows, dtype=call.row_scale.dtype, device=call.student.device)
+    parts = torch.zeros(3, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
     of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
     of_teacher = (
         torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
@@ -49,17 +49,20 @@ def _fresh(call: RowCall) -> bool:
 
 def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Parts (3, n) and both gradients (n, V) of one chunk, in the arithmetic's dtype."""
-    dtype = call.row_scale.dtype
-    live = (call.row_scale[n] != 0).unsqueeze(1)
-    scale = call.row_scale[n].unsqueeze(1)
+    dtype = call.terms.row_scale.dtype
+    live = (call.terms.row_scale[n] != 0).unsqueeze(1)
+    scale = call.terms.row_scale[n].unsqueeze(1)
     z_s = capped(call.student[i, inner].to(dtype), call.student_softcap)
     zero = torch.zeros((), dtype=dtype, device=z_s.device)
     divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
 
     if call.divergence is not None and call.teacher is not None:
-        t_s, t_t = call.student_inverse_temperature[n].unsqueeze(1), call.teacher_inverse_temperature[n].unsqueeze(1)
+        t_s, t_t = (
+            call.terms.student_inverse_temperature[n].unsqueeze(1),
+            call.terms.teacher_inverse_temperature[n].unsqueeze(1),
+        )
         z_t = capped(call.teacher[i, inner].to(dtype), call.teacher_softcap)
-        weight = call.divergence_scale[n].unsqueeze(1) * call.divergence.scale
+        weight = call.terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
         log_q, log_p = _log_softmax(z_s, t_s), _log_softmax(z_t, t_t)
         q, p = log_q.exp(), log_p.exp()
         student, teacher = call.divergence.terms(p, q, log_p, log_q, call.divergence.parameter)
@@ -72,7 +75,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
                 weight * t_t * (teacher - p * (total - of_student)) * cap_slope(z_t, call.teacher_softcap)
             )
 
-    if call.labels is not None:
+    if call.terms.labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
         student_gradient = student_gradient + of_labels
 
@@ -92,15 +95,19 @@ def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:
 
 def _label_terms(call: RowCall, z: Tensor, n: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and lse² (n, 1), and the weighted gradient of both (n, V), at temperature 1."""
-    assert call.labels is not None
-    vocabulary, labels = z.shape[1], call.labels[n]
-    ce_scale, z_scale = call.cross_entropy_scale[n].unsqueeze(1), call.z_loss_scale[n].unsqueeze(1)
+    assert call.terms.labels is not None
+    vocabulary, labels = z.shape[1], call.terms.labels[n]
+    ce_scale, z_scale = call.terms.cross_entropy_scale[n].unsqueeze(1), call.terms.z_loss_scale[n].unsqueeze(1)
     label = torch.where(live, labels, 0).unsqueeze(1)
-    w = torch.ones(vocabulary, dtype=z.dtype, device=z.device) if call.class_weight is None else call.class_weight.to(z)
+    w = (
+        torch.ones(vocabulary, dtype=z.dtype, device=z.device)
+        if call.terms.class_weight is None
+        else call.terms.class_weight.to(z)
+    )
     log_q = _log_softmax(z, torch.ones((), dtype=z.dtype, device=z.device))
     lse = z.logsumexp(1, keepdim=True)
-    spread = call.label_smoothing / vocabulary
-    of_label = (1 - call.label_smoothing) * w[label]
+    spread = call.terms.label_smoothing / vocabulary
+    of_label = (1 - call.terms.label_smoothing) * w[label]
     cross_entropy = times(of_label, -log_q.gather(1, label))
     if spread:
         cross_entropy = cross_entropy - spread * times(w, log_q).sum(1, keepdim=True)

@@ -17,7 +17,7 @@ from . import triton
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE, NO_ROOM = 3, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 4, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
@@ -142,13 +142,13 @@ def route(call: RowCall) -> Launch | str:
     vocabulary, starts = call.student.shape[2], _starts(call)
     if call.teacher_gradient:
         return "the teacher wants a gradient"
-    if call.class_weight is not None:
+    if call.terms.class_weight is not None:
         return "classes have weights"
     if (call.student_softcap or call.teacher_softcap) and call.student.element_size() == 2:
         return "capped logits would be rounded to 16 bits"
     if len(starts) > 1:
         return "rows of student, teacher and gradient start at different offsets from 16 bytes"
-    if call.row_scale.shape[0] >= 2**31:
+    if call.terms.row_scale.shape[0] >= 2**31:
         return "there are 2**31 rows or more"
     launch = plan(vocabulary, call.student.element_size(), 1 if call.teacher is None else 2, starts == {(0, 0, 0)})
     return launch or f"rows of {vocabulary} entries are too long for a cluster's registers"
@@ -171,7 +171,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         return triton.divergence_rows(call)
     student = call.student
     assert LIBRARY is not None
-    parts = torch.empty(3, call.row_scale.shape[0], dtype=torch.float32, device=student.device)
+    parts = torch.empty(3, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
     gradient = student if call.inplace else student.new_empty(0)
     if call.student_gradient and not call.inplace:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)

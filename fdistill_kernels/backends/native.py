@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import RowCall
+from .rows import VECTORS, RowCall
 
 #: In the order of csrc/row_task.h's `Scalar`.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,10 +57,9 @@ class RowTask(ctypes.Structure):
     _fields_ = [
         ("scalar", ctypes.c_int32), ("row_count", ctypes.c_int64), ("vocabulary", ctypes.c_int64),
         *[(n, Rows) for n in ("student", "teacher", "student_gradient", "teacher_gradient")],
-        *[(n, ctypes.c_void_p) for n in ("row_scale", "student_inverse_temperature", "teacher_inverse_temperature",
-                                         "divergence_scale", "cross_entropy_scale", "z_loss_scale")],
-        ("parameter", ctypes.c_float), ("labels", ctypes.c_void_p), ("class_weight", ctypes.c_void_p),
-        *[(n, ctypes.c_float) for n in ("class_weight_sum", "label_smoothing", "student_softcap", "teacher_softcap")],
+        *[(n, ctypes.c_void_p) for n in VECTORS],
+        *[(n, ctypes.c_float) for n in ("parameter", "label_smoothing", "class_weight_sum", "student_softcap",
+                                        "teacher_softcap")],
         ("parts", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -72,21 +71,22 @@ def rows_of(x: Tensor | None) -> Rows:
 
 def row_task(
     call: RowCall, student_gradient: Tensor | None, teacher_gradient: Tensor | None, parts: Tensor
-) -> tuple[str, RowTask, list[Any]]:
+) -> tuple[str, RowTask, Any]:
     """The kernel's symbol, its task, and what must live until the kernel has read the task."""
-    divergence, class_weight = call.divergence, call.class_weight
-    class_weight_sum = 0.0
-    if call.label_smoothing:
-        class_weight_sum = float(call.student.shape[2]) if class_weight is None else float(class_weight.sum())
-    scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
-    vectors = (call.row_scale, call.student_inverse_temperature, call.teacher_inverse_temperature, scale,
-               call.cross_entropy_scale, call.z_loss_scale, call.labels, class_weight)  # fmt: skip
-    held = [None if x is None else x.contiguous() for x in vectors]
-    *per_row, labels, weights = (None if x is None else x.data_ptr() for x in held)
+    divergence, terms = call.divergence, call.terms
+    if divergence:
+        terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
+    weight_sum = 0.0
+    if terms.label_smoothing:
+        weight_sum = call.student.shape[2] if terms.class_weight is None else float(terms.class_weight.sum())
+    vectors = {name: getattr(terms, name) for name in VECTORS}
     task = RowTask(
-        DTYPES.index(call.student.dtype), call.row_scale.shape[0], call.student.shape[2], rows_of(call.student),
-        rows_of(call.teacher), rows_of(student_gradient), rows_of(teacher_gradient), *per_row,
-        divergence.parameter if divergence else 0.0, labels, weights, class_weight_sum, call.label_smoothing,
-        call.student_softcap, call.teacher_softcap, parts.data_ptr(),
+        scalar=DTYPES.index(call.student.dtype), row_count=terms.row_scale.shape[0], vocabulary=call.student.shape[2],
+        student=rows_of(call.student), teacher=rows_of(call.teacher), student_gradient=rows_of(student_gradient),
+        teacher_gradient=rows_of(teacher_gradient),
+        **{name: None if x is None else x.data_ptr() for name, x in vectors.items()},
+        parameter=divergence.parameter if divergence else 0.0, label_smoothing=terms.label_smoothing,
+        class_weight_sum=weight_sum, student_softcap=call.student_softcap or 0.0,
+        teacher_softcap=call.teacher_softcap or 0.0, parts=parts.data_ptr(),
     )  # fmt: skip
-    return (divergence.kernel or "") if divergence else "", task, held
+    return (divergence.kernel or "") if divergence else "", task, vectors

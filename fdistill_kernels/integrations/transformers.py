@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..deferred import Deferral, Logits, active, is_plain, output_embedding, unwatch, watch
-from ..functional import cross_entropy
-from ..linear import linear_cross_entropy
+from ..functional import cross_entropy, linear_cross_entropy
 
 IGNORE = -100
 #: Of `linear_cross_entropy`, what the model's own forward and loss function say.

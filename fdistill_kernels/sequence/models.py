@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..deferred import Deferral, Logits, active, hook, is_plain, output_embedding, watch
 from ..divergences import Divergence
-from ..linear import linear_cross_entropy, linear_f_divergence
+from ..functional import linear_cross_entropy, linear_f_divergence
 
 IGNORE = -100
 

@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 
 import fdistill_kernels as fk
+from fdistill_kernels.backends.rows import TokenTerms
 from fdistill_kernels.divergences import Divergence
 
 from .arguments import DTYPES, logits, per_token, spoil
 from .checks import Failure, called, check_gradient, close, unchanged
 from .exact import FAR, HUGE, Terms, capped, rows_of, tolerances
 from .layouts import SIZES, Draw
+
+#: The operators' names of what is named here as a user would.
+LEAVES = {
+    **{name: f"terms_{name}" for name in TokenTerms._fields}, "weight": "head_weight", "bias": "head_bias",
+    "logit_scale": "head_scale", "teacher_logit_scale": "teacher_scale", "cut_path": "path_cut",
+    "skip_tiles": "path_skip_tiles", "chunk_bytes": "path_chunk_bytes",
+    **{f"want_{name}": f"wants_{name}" for name in ("hidden", "weight", "bias")},
+}  # fmt: skip
 
 
 def terms_of(draw: Draw, n: int, v: int) -> tuple[dict[str, Any], Divergence | None]:
@@ -87,7 +96,8 @@ def operator_call(draw: Draw) -> str:
     except Exception as error:  # whatever does not fit there either
         problem = error
     operator = getattr(torch.ops.fdistill_kernels, name)
-    got = called(draw, lambda **k: operator(*k.values()), a, a)
+    names = LEAVES if not linear else LEAVES | {"teacher": "teacher_rows", "student_softcap": "head_softcap"}
+    got = called(draw, lambda **k: operator(**{names.get(key, key): x for key, x in k.items()}), a, a)
     if got is not None and want is None:
         raise Failure(f"taken, though the reference cannot: {problem!r}")
     if got is not None:

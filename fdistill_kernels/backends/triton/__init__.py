@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import Divergence
-from ..rows import RowCall
+from ..rows import VECTORS, RowCall
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -75,8 +75,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     from . import launch
 
     symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
-    rows = call.row_scale.shape[0]
-    heavy = call.labels is not None or symbol in HEAVY
+    rows = call.terms.row_scale.shape[0]
+    heavy = call.terms.labels is not None or symbol in HEAVY
     chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol, heavy)
     return run(call, chosen)
 
@@ -85,35 +85,40 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The call under a given `Launch`."""
     from . import rows as kernels
 
-    student, teacher, divergence = call.student, call.teacher, call.divergence
+    student, teacher, divergence, terms = call.student, call.teacher, call.divergence, call.terms
     _, inner, vocabulary = student.shape
-    rows = call.row_scale.shape[0]
+    rows = terms.row_scale.shape[0]
     parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
     fresh = _empty_like(student) if call.student_gradient and not call.inplace else None
     student_gradient = student if call.inplace else fresh
     of_teacher = _empty_like(student) if call.teacher_gradient else None
-    scale = call.divergence_scale * divergence.scale if divergence else call.divergence_scale
-    class_weight_sum = None if call.class_weight is None else call.class_weight.sum()
-    gradient_strides = student_gradient.stride() if student_gradient is not None else (0, 0)
-    teacher_strides = teacher.stride() if teacher is not None else (0, 0)
+    if divergence:
+        terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
+    class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
     blocks = -(-vocabulary // launch.block)
     span = -(-blocks // launch.splits) * launch.block
     splits = -(-vocabulary // span)
     padded = 1 << (splits - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if splits > 1 else None
 
+    def strides(x: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
     def phase(number: int, grid: tuple[int, int]) -> None:
+        (student_outer, student_inner), (teacher_outer, teacher_inner) = strides(student), strides(teacher)
+        gradient_outer, gradient_inner = strides(student_gradient)
         kernels.row_kernel[grid](
-            student, teacher, student_gradient, of_teacher, parts, partials, call.row_scale,
-            call.student_inverse_temperature, call.teacher_inverse_temperature, scale, call.cross_entropy_scale,
-            call.z_loss_scale, call.labels, call.class_weight, rows, inner, vocabulary, span,
-            student.stride(0), student.stride(1), teacher_strides[0], teacher_strides[1],
-            gradient_strides[0], gradient_strides[1], call.student_softcap or None,
-            call.teacher_softcap or None, divergence.parameter if divergence else 0.0, call.label_smoothing,
-            class_weight_sum,
+            student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=of_teacher,
+            parts=parts, partials=partials, **{name: getattr(terms, name) for name in VECTORS},
+            rows=rows, inner=inner, vocabulary=vocabulary, span=span, student_outer=student_outer,
+            student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
+            gradient_outer=gradient_outer, gradient_inner=gradient_inner, student_cap=call.student_softcap or None,
+            teacher_cap=call.teacher_softcap or None, parameter=divergence.parameter if divergence else 0.0,
+            smoothing=terms.label_smoothing,
+            class_weight_sum=class_weight_sum,
             TERMS=_terms(divergence), CENTRED=divergence is not None and divergence.centred,
             CROSSED=CROSSED.get(divergence.kernel or "") if divergence else None,
-            SMOOTHED=call.labels is not None and call.label_smoothing > 0, PHASE=number, SPLITS=padded,
+            SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
             BLOCK=launch.block, num_warps=launch.warps,
         )  # fmt: skip
 

@@ -13,7 +13,6 @@ has four; a tile that does not matter costs those of the first two sweeps alone.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import times
+from ...values import Head
 from .. import triton as triton_backend
 from ..rows import LinearCall, split
 from . import launch
@@ -36,38 +36,38 @@ STAGES = 2 if torch.version.hip else 3
 SKIPPABLE = ("Kl", "CrossEntropy", "Gjs", "SkewKl", "Tvd")
 
 
-def linear_rows(call: LinearCall, skip_tiles: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_rows(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (3, N), and the gradients of hidden states, weight and bias, one not wanted empty."""
     with torch.cuda.device(call.hidden.device) if call.hidden.is_cuda else contextlib.nullcontext():
-        return _Sweeps(call, skip_tiles).run()
+        return _Sweeps(call).run()
 
 
 class _Sweeps:
     """A call's facts of each row, gathered sweep by sweep."""
 
-    def __init__(self, call: LinearCall, skip_tiles: bool):
+    def __init__(self, call: LinearCall):
         # float16 tiles of a row's gradient must not underflow, however little it weighs; a masked row counts 0 times
-        self.power, self.most = call.row_scale.new_ones(1), call.row_scale.new_ones(())
-        self.share = (call.row_scale != 0).to(call.hidden.dtype)
+        terms = call.terms
+        self.power, self.most = terms.row_scale.new_ones(1), terms.row_scale.new_ones(())
+        self.share = (terms.row_scale != 0).to(call.hidden.dtype)
         if call.hidden.dtype == torch.float16:
-            mantissa, self.power = split(call.row_scale)
+            mantissa, self.power = split(terms.row_scale)
             self.most = (self.power * self.share).amax().clamp_min(SMALLEST)
             self.share = self.share * (self.power / self.most)
-            call = dataclasses.replace(call, row_scale=mantissa)
+            call = call._replace(terms=terms._replace(row_scale=mantissa))
         self.call = call
-        self.rows, self.vocabulary = call.hidden.shape[0], call.weight.shape[0]
+        self.rows, self.vocabulary = call.hidden.shape[0], call.head.weight.shape[0]
         self.facts = torch.zeros(len(FACTS), self.rows, device=call.hidden.device)
         self.fact = dict(zip(FACTS, self.facts, strict=True))
-        self.student = _Head(call.hidden, call.weight, call.bias, call.logit_scale, call.student_softcap)
+        self.student = _Model(call.hidden, call.head)
         self.teacher = None
-        if call.teacher_weight is not None:
-            self.teacher = _Head(call.teacher, call.teacher_weight, call.teacher_bias, call.teacher_logit_scale,
-                                 call.teacher_softcap)  # fmt: skip
-        self.gradients = call.want_hidden or call.want_weight or call.want_bias
-        self.smoothed = call.labels is not None and call.label_smoothing > 0
+        if call.teacher.weight is not None:
+            self.teacher = _Model(call.teacher.rows, call.teacher.head)
+        self.gradients = any(call.wants)
+        self.smoothed = terms.labels is not None and terms.label_smoothing > 0
         skippable = call.divergence is None or call.divergence.kernel in SKIPPABLE
         self.live = None
-        if skip_tiles and skippable and self.gradients and not self.smoothed:
+        if call.path.skip_tiles and skippable and self.gradients and not self.smoothed:
             shape = _blocks(self.rows), _blocks(self.vocabulary)
             self.live = torch.zeros(shape, dtype=torch.int8, device=call.hidden.device)
         # enough spans to fill the card a few times over, where the blocks of rows do not
@@ -79,42 +79,42 @@ class _Sweeps:
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call, parts = self.call, self.parts()
         of_hidden, of_weight = (torch.empty_like(x) if want else x.new_empty(0) for x, want in (
-            (call.hidden, call.want_hidden), (call.weight, call.want_weight)))  # fmt: skip
-        of_bias = torch.zeros(self.vocabulary if call.want_bias else 0, device=call.hidden.device)
-        if call.want_hidden:
+            (call.hidden, call.wants.hidden), (call.head.weight, call.wants.weight)))  # fmt: skip
+        of_bias = torch.zeros(self.vocabulary if call.wants.bias else 0, device=call.hidden.device)
+        if call.wants.hidden:
             self.hidden_gradient(of_hidden)
-        if call.want_weight or call.want_bias:
+        if call.wants.weight or call.wants.bias:
             self.weight_gradient(of_weight, of_bias)
         return parts.mul_(self.power), of_hidden, of_weight, of_bias.mul_(self.most)
 
     def parts(self) -> Tensor:
         """Sweeps 1 and 2: the parts, and all the facts."""
-        call, fact = self.call, self.fact
-        fact["scale"].copy_(call.row_scale)
+        call, terms, fact = self.call, self.call.terms, self.fact
+        fact["scale"].copy_(terms.row_scale)
         label_logit = self.statistics()
         divergence, linear = self.totals()
-        scale = call.divergence_scale * (call.divergence.scale if call.divergence else 1)
+        scale = terms.divergence_scale * (call.divergence.scale if call.divergence else 1)
         cross_entropy, squared_lse = self.label_terms(label_logit, linear)
-        fact["of_divergence"].copy_(call.row_scale * scale * fact["student_rate"])
+        fact["of_divergence"].copy_(terms.row_scale * scale * fact["student_rate"])
         values = (scale * divergence, cross_entropy, squared_lse)
-        return torch.stack([torch.where(call.row_scale != 0, call.row_scale * x, 0) for x in values])
+        return torch.stack([torch.where(terms.row_scale != 0, terms.row_scale * x, 0) for x in values])
 
     def statistics(self) -> Tensor:
         """Sweep 1, into facts; the label's logit of each row."""
-        call, fact = self.call, self.fact
-        plain = self.teacher is not None and call.labels is not None
-        ones = torch.ones_like(call.row_scale)
-        rates = call.student_inverse_temperature if self.teacher else ones
+        call, terms, fact = self.call, self.call.terms, self.fact
+        plain = self.teacher is not None and terms.labels is not None
+        ones = torch.ones_like(terms.row_scale)
+        rates = terms.student_inverse_temperature if self.teacher else ones
         label_logit = ones
         for name, head, rate in (
-            ("student", self.student, rates), ("teacher", self.teacher, call.teacher_inverse_temperature)
+            ("student", self.student, rates), ("teacher", self.teacher, terms.teacher_inverse_temperature)
         ):  # fmt: skip
             if head is None:
                 continue
             of_student = name == "student"
             partials = torch.empty(4, self.splits, self.rows, device=call.hidden.device)
             statistics_kernel[(_blocks(self.rows), self.splits)](
-                head.hidden, head.weight, head.bias, call.row_scale, rate, call.labels if of_student else None,
+                head.hidden, head.weight, head.bias, terms.row_scale, rate, terms.labels if of_student else None,
                 partials, self.rows, self.vocabulary, *head.shape, self.span, PLAIN=plain and of_student,
                 EVEN=head.even, **head.options(None),
             )  # fmt: skip
@@ -143,19 +143,19 @@ class _Sweeps:
 
     def label_terms(self, label_logit: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and lse² of each row; their gradient's factors into facts."""
-        call, fact = self.call, self.fact
-        if call.labels is None:
+        terms, fact = self.call.terms, self.fact
+        if terms.labels is None:
             return torch.zeros_like(linear), torch.zeros_like(linear)
-        known = torch.where(call.row_scale != 0, call.labels, 0)
-        of_label = (1 - call.label_smoothing) * (1 if call.class_weight is None else call.class_weight[known])
-        spread = call.label_smoothing / self.vocabulary
-        weight_sum = self.vocabulary if call.class_weight is None else call.class_weight.sum()
+        known = torch.where(terms.row_scale != 0, terms.labels, 0)
+        of_label = (1 - terms.label_smoothing) * (1 if terms.class_weight is None else terms.class_weight[known])
+        spread = terms.label_smoothing / self.vocabulary
+        weight_sum = self.vocabulary if terms.class_weight is None else terms.class_weight.sum()
         of_label = of_label * torch.ones_like(linear)
         cross_entropy = times(of_label, fact["student_top"] - label_logit + fact["plain_log_total"]) - spread * linear
         lse = fact["student_top"] + fact["plain_log_total"]
-        weight = call.row_scale * call.cross_entropy_scale
+        weight = terms.row_scale * terms.cross_entropy_scale
         of_spread = spread * weight_sum if spread else 0
-        fact["of_q"].copy_(weight * (of_label + of_spread) + call.row_scale * 2 * call.z_loss_scale * lse)
+        fact["of_q"].copy_(weight * (of_label + of_spread) + terms.row_scale * 2 * terms.z_loss_scale * lse)
         fact["of_label"].copy_(weight * of_label)
         fact["of_weight"].copy_(weight * spread)
         return cross_entropy, lse**2
@@ -163,17 +163,17 @@ class _Sweeps:
     def tiles(self, phase: Any, grid: tuple[int, int], span: int, first: tuple[int, int] = (0, 0),
               partials: Tensor | None = None, gradient: Tensor | None = None) -> None:  # fmt: skip
         """Launches `tile_kernel`."""
-        call, student, teacher = self.call, self.student, self.teacher
+        call, terms, student, teacher = self.call, self.call.terms, self.student, self.teacher
         symbol = (call.divergence.kernel or "own") if call.divergence else None
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         tile_kernel[grid](
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
-            teacher and teacher.bias, self.facts, call.labels, call.class_weight if self.smoothed else None, self.live,
-            partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
+            teacher and teacher.bias, self.facts, terms.labels, terms.class_weight if self.smoothed else None,
+            self.live, partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
             call.divergence.parameter if call.divergence else 0.0, log_threshold, *first, span,
             gradient.stride(0) if gradient is not None else 0, TERMS=triton_backend._terms(call.divergence),
             SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
-            **student.options(phase, symbol, call.labels is not None, self.smoothed),
+            **student.options(phase, symbol, terms.labels is not None, self.smoothed),
         )  # fmt: skip
 
     def gradient_tiles(self, rows: slice, entries: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -193,7 +193,7 @@ class _Sweeps:
             for entries in _bands(self.vocabulary, length):
                 gradient, live = self.gradient_tiles(rows, entries, buffer)
                 self.multiply(gradient, live, self.student.weight[entries], total, entries.start == 0)
-            total = total[: rows.stop - rows.start].mul_(self.call.logit_scale)
+            total = total[: rows.stop - rows.start].mul_(self.call.head.scale)
             of_hidden[rows] = total.mul_(self.power.expand(self.rows)[rows].unsqueeze(1))
 
     def weight_gradient(self, of_weight: Tensor, of_bias: Tensor) -> None:
@@ -204,17 +204,17 @@ class _Sweeps:
         for entries in _bands(self.vocabulary, height):
             for rows in _bands(self.rows, length):
                 gradient, live = self.gradient_tiles(rows, entries, buffer)
-                if self.call.want_bias:
+                if self.call.wants.bias:
                     share = torch.nn.functional.pad(self.share[rows], (0, gradient.shape[0] - (rows.stop - rows.start)))
                     of_tiles = (gradient.float() * share.unsqueeze(1)).sum(0)
                     of_bias[entries] += of_tiles[: entries.stop - entries.start]
-                if self.call.want_weight:
+                if self.call.wants.weight:
                     live = None if live is None else live.t()
                     share, hidden = self.share[rows].unsqueeze(1), self.student.hidden[rows]
                     states = hidden.masked_fill(share == 0, 0).mul_(share)  # without a masked row's NaN
                     self.multiply(gradient.t(), live, states, total, rows.start == 0)
-            if self.call.want_weight:
-                of_weight[entries] = total[: entries.stop - entries.start].mul_(self.call.logit_scale * self.most)
+            if self.call.wants.weight:
+                of_weight[entries] = total[: entries.stop - entries.start].mul_(self.call.head.scale * self.most)
 
     def buffers(self, across: int, along: int, most: int | None = None) -> tuple[int, int, Tensor, Tensor]:
         """A band's height, how far a buffer of its gradient goes, the band's accumulator, and that buffer."""
@@ -239,17 +239,17 @@ class _Sweeps:
         )  # fmt: skip
 
 
-class _Head:
-    """Hidden states and a head as the kernels take them."""
+class _Model:
+    """Hidden states and their head as the kernels take them."""
 
-    def __init__(self, hidden: Any, weight: Tensor, bias: Tensor | None, scale: float, softcap: float):
-        self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-        self.bias = None if bias is None else bias.contiguous()
+    def __init__(self, hidden: Any, head: Head):
+        self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, head.weight))
+        self.bias = None if head.bias is None else head.bias.contiguous()
         self.depth = 128 // hidden.element_size()
         exact = hidden.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         self.precision = "interpreted" if not hidden.is_cuda else "ieee" if exact else "tf32"
         self.even = hidden.shape[1] % self.depth == 0
-        self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), scale, softcap or None)
+        self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), head.scale, head.softcap or None)
 
     def options(self, phase: Any, symbol: str | None = None, labels: bool = False, smoothed: bool = False) -> Any:
         """Of a kernel that makes logits; see `tile_width`."""

@@ -247,19 +247,24 @@ def _meet(partials, step, student_rate, teacher_rate, CROSSED: tl.constexpr, SPL
 
 @triton.jit(do_not_specialize=["rows", "inner"])
 def row_kernel(
-    student, teacher, student_gradient, teacher_gradient, parts, partials, row_scale, student_rates, teacher_rates,
-    divergence_scale, ce_scales, z_scales, labels, class_weight, rows, inner, vocabulary, span,
-    student_outer, student_inner, teacher_outer, teacher_inner,
-    gradient_outer, gradient_inner, student_cap, teacher_cap,
-    parameter, smoothing, class_weight_sum,
+    student, teacher,  # (outer, inner, vocabulary) logits, dense in the vocabulary
+    student_gradient, teacher_gradient,  # of the same shape; the teacher's dense
+    parts,  # (3, rows)
+    partials,  # (PARTIALS, rows, SPLITS) float32
+    row_scale, student_inverse_temperature, teacher_inverse_temperature,  # (rows)
+    divergence_scale, cross_entropy_scale, z_loss_scale, labels,  # (rows)
+    class_weight,  # (vocabulary)
+    rows, inner, vocabulary, span,
+    student_outer, student_inner, teacher_outer, teacher_inner, gradient_outer, gradient_inner,  # strides
+    student_cap, teacher_cap, parameter, smoothing,
+    class_weight_sum,  # (1)
     TERMS: tl.constexpr, CENTRED: tl.constexpr, CROSSED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... of (outer, inner, V) logits; see `RowCall`. Absent pointers are None.
 
     Grid: (programs, 1) for whole rows, (programs, splits) for a phase on spans of `span` entries, a multiple of BLOCK.
-    `partials`: (PARTIALS, rows, SPLITS) float32; SPLITS is a power of two, and what lies beyond the grid's splits is
-    ready to be combined.
+    SPLITS is a power of two; what lies in `partials` beyond the grid's splits is ready to be combined.
     """
     LABELS: tl.constexpr = labels is not None
     DIVERGENCE: tl.constexpr = teacher is not None
@@ -290,7 +295,10 @@ def row_kernel(
         else:
             student_rate, teacher_rate, of_divergence = 1.0, 1.0, 0.0
             if DIVERGENCE:
-                student_rate, teacher_rate = tl.load(student_rates + n), tl.load(teacher_rates + n)
+                student_rate, teacher_rate = (
+                    tl.load(student_inverse_temperature + n),
+                    tl.load(teacher_inverse_temperature + n),
+                )
                 of_divergence = scale * tl.load(divergence_scale + n)
             saved, step = partials, rows * SPLITS
             if PHASE != WHOLE:
@@ -350,7 +358,8 @@ def row_kernel(
                             weight_sum = tl.load(class_weight_sum)
                         cross_entropy, squared_lse, of_q, of_label, of_weight = _label_terms(
                             label, label_logit, student_top, plain_log_total, linear, pivot, class_weight, vocabulary,
-                            tl.load(ce_scales + n), smoothing, tl.load(z_scales + n), weight_sum, SMOOTHED,
+                            tl.load(cross_entropy_scale + n), smoothing, tl.load(z_loss_scale + n), weight_sum,
+                            SMOOTHED,
                         )  # fmt: skip
                     if GRADIENTS:
                         value = _gradient(

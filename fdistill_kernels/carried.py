@@ -1,0 +1,80 @@
+"""How operators and graphs carry values: nested named tuples as flat arguments, and back.
+
+A field is named in its value alone. An operator's schema, a graph's arguments and the places of its gradients follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+from torch import Tensor
+
+from .divergences import Divergence
+
+Value = TypeVar("Value", bound=tuple)
+
+#: An operator's type for a field's annotation; a divergence goes by its key, and of a teacher's function there is none.
+TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", bool: "bool", int: "int",
+    str | Divergence | None: "str?", Tensor | Callable[[int, int], Tensor] | None: "Tensor?",
+}  # fmt: skip
+
+_PARTS: dict[type, tuple[Any, ...]] = {}  # of a kind, each field's own kind, or None where it is a leaf
+_LEAVES: dict[type, tuple[tuple[str, str], ...]] = {}  # of a kind, its leaves' names and types
+
+
+def carried(kind: type[Value]) -> type[Value]:
+    """Marks a named tuple of tensors, plain values and other such tuples as one that operators take."""
+    fields = get_type_hints(kind)
+    _PARTS[kind] = tuple(of if of in _PARTS else None for of in fields.values())
+    leaves: list[tuple[str, str]] = []
+    for name, of in fields.items():
+        leaves += [(f"{name}_{inner}", t) for inner, t in _LEAVES[of]] if of in _PARTS else [(name, TYPES[of])]
+    _LEAVES[kind] = tuple(leaves)
+    return kind
+
+
+def schema(kind: type, mutated: str = "") -> str:
+    """The leaves as an operator's arguments; `mutated` is the one written to."""
+    return ", ".join(f"{'Tensor(a!)' if name == mutated else of} {name}" for name, of in _LEAVES[kind])
+
+
+def flat(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The leaves of a value."""
+    leaves: list[Any] = []
+    for x in value:
+        leaves += flat(x) if isinstance(x, tuple) else [x]
+    return tuple(leaves)
+
+
+def built(kind: type[Value], leaves: Sequence[Any]) -> Value:
+    """The value of such leaves."""
+    fields, at = [], 0
+    for part in _PARTS[kind]:
+        size = 1 if part is None else len(_LEAVES[part])
+        fields.append(leaves[at] if part is None else built(part, leaves[at : at + size]))
+        at += size
+    return kind(*fields)
+
+
+def in_place_of(kind: type, **values: Any) -> tuple[Any, ...]:
+    """Leaves of which all but those named are None: a graph's gradients."""
+    return tuple(values.get(name) for name, _ in _LEAVES[kind])
+
+
+def replaced(value: Value, **changes: Any) -> Value:
+    """With other values in some fields; compilers of torch 2.8 do not trace ``_replace``."""
+    fields: Any = type(value)._fields  # type: ignore[attr-defined]
+    return type(value)(**{**dict(zip(fields, value, strict=True)), **changes})
+
+
+def keep(ctx: Any, leaves: Sequence[Any]) -> None:
+    """Leaves for a backward pass; tensors as autograd wants them kept, which notices when they are changed."""
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
+    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What `keep` was given."""
+    return [plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]

@@ -1,0 +1,131 @@
+"""The linear losses in chunks of rows: a chunk's logits are made in a buffer, the row kernel leaves their gradient in
+their place, and two more products take it to the hidden states and the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, products
+from .backends.rows import VECTORS, LinearCall, RowCall, TokenTerms, split
+
+#: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
+CPU_CHUNK_BYTES = 55_000_000
+#: The most that is taken of a GPU; a quarter of its free memory if that is less.
+GPU_CHUNK_BYTES = 512_000_000
+#: A chunk of memory="minimal" where the Triton kernels of that path do not run.
+MINIMAL_CHUNK_BYTES = 8_000_000
+
+
+def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parts (3, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
+    hidden, head, wants, wide = call.hidden, call.head, call.wants, call.terms.row_scale.dtype
+    terms, powers = _without_underflow(call.terms, hidden.dtype)
+    parts = torch.zeros(3, hidden.shape[0], dtype=wide, device=hidden.device)
+    of_hidden = torch.zeros(hidden.shape if wants.hidden else (0,), dtype=wide, device=hidden.device)
+    of_weight = products.empty(terms.row_scale, *(head.weight.shape if wants.weight else (0,)))
+    of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)
+    live = None if callable(call.teacher.rows) else _live_rows(call.terms)
+    count = hidden.shape[0] if live is None else len(live)
+    step = min(_chunk_rows(call), max(1, count))
+    like = hidden.new_empty(0, dtype=_buffer_dtype(call))
+    buffers = [products.empty(like, step, head.weight.shape[0]) for _ in range(1 if call.teacher.rows is None else 2)]
+    if not count:
+        of_weight.zero_()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for begin in range(0, count, step):
+            end = min(begin + step, count)
+            rows = slice(begin, end) if live is None else live[begin:end]
+            states, of_rows = hidden[rows], _of_rows(terms, rows)
+            if live is None:  # 0 times a masked row's NaN would be NaN in the weight's gradient
+                states = states.masked_fill((of_rows.row_scale == 0).unsqueeze(1), 0)
+            logits, *others = (buffer[: end - begin] for buffer in buffers)
+            products.logits_(states, head, logits)
+            teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0) if others else None
+            row_call = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, head.softcap, call.teacher.softcap,
+                               student_gradient=any(wants), inplace=any(wants))  # fmt: skip
+            parts[:, rows] = backends.BACKENDS[backend].divergence_rows(row_call)[0]
+            if not any(wants):
+                continue
+            gradient = logits.to(hidden.dtype)
+            if wants.hidden:
+                of_hidden[rows] = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
+            if powers is not None:
+                share = torch.where(of_rows.row_scale == 0, 0, powers[rows] / powers.amax()).unsqueeze(1)
+                states = states * share.to(states.dtype) if states.is_cuda else states.float() * share
+            if wants.weight:
+                keep = 1.0 if begin else 0.0
+                products.add_weight_gradient_(gradient, states, head.scale, keep, of_weight)
+            if wants.bias:
+                of_bias += gradient.sum(0, dtype=wide) if powers is None else (gradient.to(wide) * share).sum(0)
+    if powers is not None and len(powers):
+        parts = parts * powers
+        of_hidden = of_hidden * powers.unsqueeze(1) if wants.hidden else of_hidden
+        of_weight, of_bias = of_weight.mul_(powers.amax()), of_bias * powers.amax()
+    return parts, of_hidden, of_weight, of_bias
+
+
+def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerms, Tensor | None]:
+    """float16 gradients of a row in the buffer must not underflow, however little it weighs: the terms with mantissas
+    of the weights, and their powers, the least of them where a row weighs nothing.
+    """
+    if dtype != torch.float16:
+        return terms, None
+    row_scale, powers = split(terms.row_scale)
+    live = row_scale != 0
+    least = torch.where(live, powers, torch.inf).amin() if len(powers) else powers.new_ones(())
+    return terms._replace(row_scale=row_scale), torch.where(live, powers, torch.where(least.isinf(), 1, least))
+
+
+def _of_rows(terms: TokenTerms, rows: slice | Tensor) -> TokenTerms:
+    """The terms of some of the rows."""
+    vectors = {name: getattr(terms, name) for name in VECTORS if name != "class_weight"}
+    some: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vectors.items()}
+    return terms._replace(**some)
+
+
+def _teacher_logits_(call: LinearCall, begin: int, end: int, rows: slice | Tensor, out: Tensor) -> Tensor:
+    """The teacher's logits of a chunk's rows, into a buffer."""
+    teacher = call.teacher
+    if callable(teacher.rows):
+        return out.copy_(checks.check_chunk(teacher.rows(begin, end), out))
+    assert teacher.rows is not None
+    if teacher.weight is None:
+        return out.copy_(teacher.rows[rows])
+    products.logits_(teacher.rows[rows], teacher.head, out)
+    return out
+
+
+def _chunk_rows(call: LinearCall) -> int:
+    """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product."""
+    chunk_bytes = call.path.chunk_bytes
+    if not chunk_bytes:
+        chunk_bytes = CPU_CHUNK_BYTES
+        if call.hidden.is_cuda:
+            chunk_bytes = GPU_CHUNK_BYTES
+            if not torch.cuda.is_current_stream_capturing():
+                chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(call.hidden.device)[0] // 4)
+    models = 1 if call.teacher.rows is None else 2
+    most = max(1, chunk_bytes // (models * call.head.weight.shape[0] * _buffer_dtype(call).itemsize))
+    tile = 128 if call.hidden.is_cuda else 16
+    return most // tile * tile or most
+
+
+def _buffer_dtype(call: LinearCall) -> torch.dtype:
+    """Of a chunk's logits: the hidden states', but a teacher's logits are not narrowed; float64's to float32 alone."""
+    hidden, teacher = call.hidden, call.teacher
+    if not isinstance(teacher.rows, Tensor) or teacher.weight is not None:
+        return hidden.dtype
+    wide = torch.promote_types(hidden.dtype, teacher.rows.dtype)
+    return wide if hidden.dtype == torch.float64 or wide != torch.float64 else torch.float32
+
+
+def _live_rows(terms: TokenTerms) -> Tensor | None:
+    """Indices of the rows that count, or None for all; a GPU is asked only where labels may have masked some."""
+    if terms.row_scale.is_cuda and (terms.labels is None or torch.cuda.is_current_stream_capturing()):
+        return None
+    live = terms.row_scale.nonzero().squeeze(1)
+    return None if len(live) == len(terms.row_scale) else live

@@ -1,0 +1,198 @@
+"""Heads and teachers as users give them, by keywords or as values, checked and made what the linear losses take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends.rows import Path, Teacher
+from .chunks import MINIMAL_CHUNK_BYTES
+from .values import Head, Hidden, Logits
+
+
+def checked_cap(name: str, softcap: float | None) -> float | None:
+    """A positive number, or None."""
+    if softcap is not None:
+        checks.check_number(name, softcap, 0, open_low=True)
+        softcap = float(softcap)
+    return softcap
+
+
+def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: float | None) -> Logits:
+    """Logits given as a tensor and a keyword, or as one value.
+
+    Raises:
+        ValueError: a value, and the keyword beside it.
+    """
+    if not isinstance(logits, Logits):
+        return Logits(logits, checked_cap(softcap_name, softcap))
+    if softcap is not None:
+        raise ValueError(f"{softcap_name} is given beside {name}, a Logits, which has its own")
+    return Logits(logits.values, checked_cap(f"{name}.softcap", logits.softcap))
+
+
+def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
+    """A head given as a weight and keywords (None: not given), or as one value.
+
+    Raises:
+        ValueError: a value, and one of the keywords beside it.
+    """
+    given = {keyword: value for keyword, value in keywords.items() if value is not None}
+    bias, scale, softcap = keywords  # their names
+    if isinstance(weight, Head):
+        if given:
+            raise ValueError(f"{', '.join(given)} beside {name}, a Head, which has its own")
+        head, names = weight, (f"{name}.scale", f"{name}.softcap")
+    else:
+        head = Head(weight, keywords[bias], 1.0 if keywords[scale] is None else keywords[scale], keywords[softcap])
+        names = (scale, softcap)
+    checks.check_number(names[0], head.scale)
+    return Head(head.weight, head.bias, float(head.scale), checked_cap(names[1], head.softcap))
+
+
+def checked_head(
+    hidden: Tensor, head: Head, names: tuple[str, str, str], vocab_size: int | None
+) -> tuple[Tensor, Head]:
+    """Hidden states and a head that fit; names: of hidden states, weight and bias."""
+    checks.check_hidden(names[0], hidden)
+    weight, bias = checks.check_head(names[1], head.weight, names[2], head.bias, hidden, vocab_size)
+    head = Head(weight, bias, head.scale, head.softcap)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), head  # the head is cast later, so that its gradient stays in its own dtype
+    for name, value in zip(names[1:], (weight, bias), strict=True):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{names[0]} is {hidden.dtype} but {name} {value.dtype}; cast one of them")
+    return hidden, head
+
+
+def teacher_of(
+    teacher: Tensor | Callable[[int, int], Tensor] | Hidden | Logits, weight: Tensor | Head | None,
+    student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, **keywords: Any,
+) -> Teacher:  # fmt: skip
+    """The teacher beside the student's hidden states; keywords: of its head (None: not given).
+
+    Raises:
+        ValueError, TypeError: what does not fit the student, or what is given twice.
+    """
+    names = "teacher_hidden", "teacher_weight", "teacher_bias"
+    if isinstance(teacher, (Hidden, Logits)):
+        given = [n for n, x in {"teacher_weight": weight, **keywords}.items() if x is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} beside teacher_hidden, a {type(teacher).__name__}, which has its own")
+    if isinstance(teacher, Hidden):
+        if not isinstance(teacher.head, Head):
+            raise TypeError(f"the head of a Hidden teacher must be a Head, not {type(teacher.head).__name__}")
+        teacher, weight = teacher
+    cap = keywords["teacher_logit_softcap"]
+    if isinstance(teacher, Logits):
+        cap = checked_cap("teacher_hidden.softcap", teacher.softcap)
+        teacher = teacher.values
+    elif cap is not None and weight is None:
+        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
+    if isinstance(teacher, Tensor):
+        _check_teacher(teacher, student)
+    elif not callable(teacher):
+        raise TypeError(
+            f"teacher_hidden must be a tensor or a function of a range of rows, not {type(teacher).__name__}"
+        )
+    if weight is None:
+        if keywords["teacher_bias"] is not None:
+            raise ValueError("teacher_bias needs teacher_weight")
+        if isinstance(teacher, Tensor):
+            teacher = checks.shared_vocabulary("teacher_hidden", teacher, vocab_size)
+            checks.check_vocabularies(vocabulary, teacher.shape[-1])
+            teacher = teacher.detach().reshape(-1, vocabulary)
+        return Teacher(teacher, softcap=cap)
+    if not isinstance(teacher, Tensor):
+        raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
+    head = head_of("teacher_weight", weight, **keywords)
+    if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
+        head = head._replace(scale=scale)
+    states, head = checked_head(teacher, head, names, vocab_size)
+    checks.check_vocabularies(vocabulary, head.weight.shape[0])
+    weight, bias = (None if x is None else x.detach().to(states.dtype) for x in head[:2])
+    return Teacher(states.detach().reshape(-1, states.shape[-1]), weight, bias, head.scale, head.softcap)
+
+
+def _check_teacher(teacher: Tensor, student: Tensor) -> None:
+    checks.check_tensor("teacher_hidden", teacher)
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_hidden requires grad, but linear_f_divergence trains the student alone; detach it, or give "
+            "both models' logits to f_divergence"
+        )
+    if teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device:
+        raise ValueError(
+            f"teacher_hidden must have student_hidden's leading shape {tuple(student.shape[:-1])} on "
+            f"{student.device}, not {tuple(teacher.shape[:-1])} on {teacher.device}"
+        )
+
+
+def path_of(memory: str, skip_tiles: bool, chunk_bytes: int | None, teacher: Teacher) -> Path:
+    """The path that `memory` names."""
+    checks.check_flag("skip_tiles", skip_tiles)
+    if memory not in ("chunks", "minimal"):
+        raise ValueError(f"memory must be 'chunks' or 'minimal', not {memory!r}")
+    if chunk_bytes is not None:
+        checks.check_integer("chunk_bytes", chunk_bytes)
+        if chunk_bytes <= 0:
+            raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
+    if memory == "chunks":
+        return Path(False, skip_tiles, chunk_bytes or 0)
+    if teacher.rows is not None and teacher.weight is None:
+        raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")
+    return Path(True, skip_tiles, chunk_bytes or MINIMAL_CHUNK_BYTES)
+
+
+def many_heads(
+    loss: Callable[..., Any], input: Tensor, weights: Tensor, target: Tensor, *, linear_bias: Tensor | None,
+    weight: Tensor | None, reduction: str, num_items: Any, return_parts: bool, z_loss: float,
+    token_weight: Tensor | None, ignore_index: int, **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """A head (V, D) for each of the places (d1, ...) of weights (V, d1, ..., D), and their losses' common reduction.
+
+    loss: `linear_cross_entropy`, of one head.
+    """
+    checks.check_reduction(reduction)
+    checks.check_integer("ignore_index", ignore_index)
+    if return_parts or (z_loss and weight is not None) or reduction == "batchmean":
+        raise ValueError("linear_weight of more than two dimensions goes without return_parts, without batchmean, and "
+                         "without z_loss beside weight")  # fmt: skip
+    places = weights.shape[1:-1]
+    for name, value, shape in (("linear_bias", linear_bias, weights.shape[:-1]),
+                               ("token_weight", token_weight, (*input.shape[:1], *places))):  # fmt: skip
+        if value is not None:
+            checks.check_tensor(name, value, floating=False)
+            if value.shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(value.shape)}")
+    soft = target.is_floating_point()
+    wanted = (input.shape[0], *([weights.shape[0]] if soft else []), *places)
+    if input.dim() != 2 or target.shape != wanted:
+        raise ValueError(f"linear_weight of shape {tuple(weights.shape)} needs input (N, D) and target {wanted}, not "
+                         f"{tuple(input.shape)} and {tuple(target.shape)}")  # fmt: skip
+    mask = torch.ones_like(target, dtype=torch.bool)[:, 0] if soft else target != ignore_index
+    tokens = mask.sum()
+    items = None if num_items is None else checks.checked_items(num_items, reduction, tokens)
+    heads = weights.flatten(1, -2).unbind(1)
+    each_bias = [None] * len(heads) if linear_bias is None else linear_bias.flatten(1).unbind(1)
+    each_target = target.flatten(2 if soft else 1).unbind(-1)
+    each_weight = [None] * len(heads) if token_weight is None else token_weight.flatten(1).unbind(-1)
+    each = [
+        loss(input, head, of_head, linear_bias=bias, weight=weight, token_weight=factor, z_loss=z_loss,
+             ignore_index=ignore_index, reduction="none", **keywords)
+        for head, of_head, bias, factor in zip(heads, each_target, each_bias, each_weight, strict=True)
+    ]  # fmt: skip
+    losses = torch.stack(each, -1).reshape(input.shape[0], *places)
+    if items is not None:
+        return losses.sum() / torch.where(tokens == 0, 1, items)
+    if reduction in ("none", "sum"):
+        return losses if reduction == "none" else losses.sum()
+    if weight is not None and not soft:
+        of_targets = torch.where(mask, weight.to(losses.dtype)[torch.where(mask, target, 0).long()], 0)
+        return losses.sum() / torch.where((of_targets == 0).all(), 1, of_targets.sum())
+    return losses.sum() / tokens.clamp_min(1)

@@ -1,0 +1,186 @@
+"""Losses of logits: rows of them through a backend, and autograd around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.rows import RowCall, TokenTerms, cap_slope, capped, split
+from .carried import built, flat, in_place_of, keep, kept, replaced
+from .divergences import FDivergence
+from .tokens import divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
+from .values import Logits, LossParts, LossTerms
+
+
+def loss_of_logits(
+    student: Logits, teacher: Logits | None, terms: LossTerms, backend: str, inplace: bool = False
+) -> tuple[Tensor, LossParts]:
+    """The loss and its parts of logits (..., V) of one dtype, all of it checked."""
+    values = student.values
+    backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms), values.shape[-1])
+    of_rows, tokens = token_terms(terms, values)
+    loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace)
+    return reduced(loss, parts, terms, tokens, values)
+
+
+def rows_loss(
+    student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss, summed or of each row, and the parts (3, N)."""
+    if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
+        assert teacher is not None
+        return _traced_loss(student, teacher, terms, backend, per_row)
+    call = RowCall(
+        _rows(student.values, inplace), None if teacher is None else _rows(teacher.values), terms,
+        student.softcap, None if teacher is None else teacher.softcap, inplace=inplace,
+    )  # fmt: skip
+    trained = call.student.requires_grad or (call.teacher is not None and call.teacher.requires_grad)
+    if torch.is_grad_enabled() and trained:
+        return _RowsLoss.apply(per_row, backend, *flat(call))
+    parts, _, _ = backends.divergence_rows(replaced(call, inplace=False), backend)
+    losses = of_parts(parts, terms)
+    return (losses if per_row else losses.sum()), parts
+
+
+def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
+    """(..., V) as (outer, inner, V), dense in V; a view wherever strides allow, as for logits[:, :-1]."""
+    shape = logits.shape if logits.dim() == 3 else (1, -1, logits.shape[-1])
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
+        try:
+            return logits.view(shape)
+        except RuntimeError:  # leading dimensions that no single stride walks
+            pass
+    if inplace:
+        raise ValueError(f"inplace=True needs student_logits of dense rows, not strides {logits.stride()}")
+    return logits.clone(memory_format=torch.contiguous_format).view(shape)  # of an empty one too
+
+
+def _traced_loss(
+    student: Logits, teacher: Logits, terms: TokenTerms, backend: str, per_row: bool
+) -> tuple[Tensor, Tensor]:
+    """A user's generator inside a compiler: f itself is traced, so that the program needs no object beside it."""
+    divergence, live = terms.divergence, terms.row_scale.unsqueeze(1) != 0
+    assert isinstance(divergence, FDivergence)
+
+    def log_probabilities(logits: Logits, rate: Tensor) -> Tensor:
+        z = torch.where(live, logits.values.reshape(-1, logits.values.shape[-1]).to(rate.dtype), 0)
+        return (capped(z, logits.softcap) * rate.unsqueeze(1)).log_softmax(1)
+
+    log_q = log_probabilities(student, terms.student_inverse_temperature)
+    log_p = log_probabilities(teacher, terms.teacher_inverse_temperature)
+    value = divergence.value(log_p.exp(), log_q.exp(), log_p, log_q).sum(1)
+    losses = terms.row_scale * terms.divergence_scale * value
+    parts = torch.stack([losses.detach(), torch.zeros_like(losses.detach()), torch.zeros_like(losses.detach())])
+    if terms.labels is not None:
+        alone = replaced(terms, divergence=None)
+        of_labels, label_parts = rows_loss(student, None, alone, backend, True)
+        losses, parts = losses + of_labels, parts + label_parts
+    return (losses if per_row else losses.sum()), parts
+
+
+class _RowsLoss(torch.autograd.Function):
+    """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, per_row: bool, backend: str, *leaves: Any) -> tuple[Tensor, Tensor]:
+        call, needs, power = built(RowCall, leaves), built(RowCall, ctx.needs_input_grad[2:]), None
+        call = replaced(call, inplace=call.inplace and needs.student)
+        terms, narrow = call.terms, call.student.dtype == torch.float16
+        # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
+        later = narrow and not call.inplace
+        if narrow and call.inplace:
+            mantissa, power = split(terms.row_scale)
+            terms = replaced(terms, row_scale=mantissa)
+        now = replaced(call, terms=terms, student_gradient=needs.student and not later,
+                       teacher_gradient=bool(needs.teacher) and not later)  # fmt: skip
+        parts, of_student, of_teacher = backends.divergence_rows(now, backend)
+        if call.inplace:
+            of_student = call.student.detach()
+        if power is not None:
+            parts = parts * power
+        on_cpu = call.student.device.type == "cpu" and not torch.compiler.is_compiling()
+        again = later or (call.student.dtype == torch.bfloat16 and on_cpu and not call.inplace)
+        if not again:
+            call = replaced(call, student=None, teacher=None)
+        keep(ctx, (of_student, of_teacher, power, *flat(replaced(call, terms=terms))))
+        ctx.later, ctx.again, ctx.backend = later, again, backend
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        losses = of_parts(parts, terms)
+        return (losses if per_row else losses.sum()), parts
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = built(RowCall, ctx.needs_input_grad[2:])
+        wants = needs.student, bool(needs.teacher)
+        if upstream is None:
+            return (None, None, *in_place_of(RowCall))
+        of_student, of_teacher, power, *leaves = kept(ctx)
+        call, upstream = built(RowCall, leaves), upstream.detach()
+        row_scale = call.terms.row_scale
+        if ctx.later or (ctx.again and not is_power_of_two(upstream)):
+            scale = torch.where(row_scale == 0, 0, row_scale * upstream)  # rounded once, the factor included
+            now = replaced(
+                call, student=call.student.detach(), teacher=None if call.teacher is None else call.teacher.detach(),
+                terms=replaced(call.terms, row_scale=scale), student_gradient=wants[0], teacher_gradient=wants[1],
+            )  # fmt: skip
+            _, *gradients = backends.divergence_rows(now, ctx.backend)
+        else:
+            factor = upstream if power is None else upstream * power
+            factor = torch.where(row_scale == 0, 1, factor)  # a masked row's zeros stay, whatever comes for them
+            factor = factor.view(*(of_student if of_student.dim() == 3 else of_teacher).shape[:2], 1)
+            gradients = [scaled(g, factor) if want else g
+                         for g, want in zip((of_student, of_teacher), wants, strict=True)]  # fmt: skip
+        student, teacher = (once(g) if want else None for g, want in zip(gradients, wants, strict=True))
+        return (None, None, *in_place_of(RowCall, student=student, teacher=teacher))
+
+
+def log_sum_exp(logits: Tensor, softcap: float | None, backend: str) -> Tensor:
+    """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
+    return _LogSumExp.apply(logits, softcap, backend)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Its gradient is the softmax: made whole by the kernel, since that of a label's cross-entropy, which lacks a 1 at
+    the label, has lost the last digits there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cap: float | None, backend: str) -> Tensor:
+        top = logits.argmax(-1)
+        at_top = logits.gather(-1, top.unsqueeze(-1)).squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
+        terms = LossTerms(None, labels=top, ce_weight=1.0, z_loss=1.0, reduction="none")
+        _, parts = loss_of_logits(Logits(logits, cap), None, terms, backend)
+        at_top = capped(at_top, cap)
+        value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
+        of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
+        # near 0 its sign is rounding; a copy of the value, which may be changed in place
+        ctx.save_for_backward(logits, value.clone(), torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
+        ctx.call = cap, backend
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, value, lse = ctx.saved_tensors
+        (cap, backend), scale, value, lse = ctx.call, upstream.reshape(-1), value.reshape(-1), lse.reshape(-1)
+        flat_logits = logits.detach().reshape(-1, logits.shape[-1])
+        if torch.compiler.is_compiling():  # which makes one kernel of it
+            return once(_scaled_softmax(flat_logits, cap, value, scale).view(logits.shape)), None, None
+        ones, labels = torch.ones_like(scale), torch.zeros_like(scale, dtype=torch.long)
+        # 2 lse softmax is the kernel's gradient of lse^2
+        terms = TokenTerms(scale, ones, ones, ones, 0 * ones, 0.5 / lse, labels, None, None, 0.0)
+        call = RowCall(_rows(logits.detach()), None, terms, cap, student_gradient=True)
+        gradient = backends.divergence_rows(call, backend)[1].view(flat_logits.shape)
+        few = (lse == 0).nonzero().squeeze(1)
+        if len(few):  # as of normalised logits
+            gradient[few] = _scaled_softmax(flat_logits[few], cap, value[few], scale[few])
+        return once(gradient.view(logits.shape)), None, None
+
+
+def _scaled_softmax(logits: Tensor, cap: float | None, lse: Tensor, scale: Tensor) -> Tensor:
+    """The softmax of rows of logits, capped or not, times each row's factor."""
+    z = capped(logits.to(lse.dtype), cap)
+    return ((z - lse.unsqueeze(1)).exp() * cap_slope(z, cap) * scale.unsqueeze(1)).to(logits.dtype)

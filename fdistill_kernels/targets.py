@@ -1,0 +1,54 @@
+"""Class probabilities as targets: a cross-entropy to them is a divergence, whose teacher they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .divergences import CROSS_ENTROPY
+from .values import LossParts, LossTerms
+
+
+def soft_targets(target: Tensor, logits: Tensor, terms: LossTerms) -> tuple[Tensor, LossTerms]:
+    """Class probabilities as a teacher's logits (..., V), and the terms of the cross-entropy to them.
+
+    ``−Σ w p log q`` is a token's mass times the cross-entropy to w p over the mass. For the z-loss every token counts.
+    """
+    checks.check_class_weight(terms.class_weight, logits.shape[-1], logits.device)
+    if target.shape != logits.shape or target.device != logits.device:
+        raise ValueError(f"target of class probabilities must have the logits' shape {tuple(logits.shape)} on "
+                         f"{logits.device}, not {tuple(target.shape)} on {target.device}")  # fmt: skip
+    checks.check_tensor("target", target)
+    checks.check_constant("target", target)
+    checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
+    checks.check_integer("ignore_index", terms.ignore_index)
+    if terms.ignore_index >= 0:
+        raise ValueError("ignore_index is for class indices, and target holds class probabilities")
+    if _known_negative(target):
+        raise ValueError("target holds negative class probabilities")
+    wide = torch.promote_types(torch.promote_types(target.dtype, logits.dtype), torch.float32)
+    p = target.detach().to(wide)
+    if terms.label_smoothing:
+        p = p * (1 - terms.label_smoothing) + terms.label_smoothing / logits.shape[-1]
+    if terms.class_weight is not None:
+        if _known_negative(terms.class_weight):
+            raise ValueError("weight must not be negative where target holds class probabilities")
+        p = p * terms.class_weight.to(wide)
+    mass = p.sum(-1)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    of_loss = LossTerms(
+        CROSS_ENTROPY, divergence_weight=mass, labels=labels, z_loss=terms.z_loss, token_weight=terms.token_weight,
+        reduction=terms.reduction, num_items=terms.num_items,
+    )  # fmt: skip
+    return torch.where(mass.unsqueeze(-1) == 0, 0, p.log()), of_loss
+
+
+def _known_negative(x: Tensor) -> bool:
+    """Whether an entry is below 0; a GPU is not asked."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and bool((x < 0).any())
+
+
+def as_cross_entropy(parts: LossParts) -> LossParts:
+    """Parts whose divergence is the cross-entropy."""
+    return LossParts(torch.zeros_like(parts.divergence), parts.divergence, parts.z_loss, parts.tokens)
