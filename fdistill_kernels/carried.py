@@ -20,24 +20,27 @@ TYPES: dict[Any, str] = {
     str | Divergence | None: "str?", Tensor | Callable[[int, int], Tensor] | None: "Tensor?",
 }  # fmt: skip
 
-_PARTS: dict[type, tuple[Any, ...]] = {}  # of a kind, each field's own kind, or None where it is a leaf
-_LEAVES: dict[type, tuple[tuple[str, str], ...]] = {}  # of a kind, its leaves' names and types
+#: Of a kind, for each field: its own kind (None: it is a leaf), and where its leaves begin and end.
+_PARTS: dict[type, tuple[tuple[Any, int, int], ...]] = {}
+#: Of a kind, its leaves' names and operators' types.
+_LEAVES: dict[type, dict[str, str]] = {}
 
 
 def carried(kind: type[Value]) -> type[Value]:
     """Marks a named tuple of tensors, plain values and other such tuples as one that operators take."""
-    fields = get_type_hints(kind)
-    _PARTS[kind] = tuple(of if of in _PARTS else None for of in fields.values())
-    leaves: list[tuple[str, str]] = []
-    for name, of in fields.items():
-        leaves += [(f"{name}_{inner}", t) for inner, t in _LEAVES[of]] if of in _PARTS else [(name, TYPES[of])]
-    _LEAVES[kind] = tuple(leaves)
+    parts: list[tuple[Any, int, int]] = []
+    leaves: dict[str, str] = {}
+    for name, of in get_type_hints(kind).items():
+        inner = {f"{name}_{leaf}": t for leaf, t in _LEAVES[of].items()} if of in _PARTS else {name: TYPES[of]}
+        parts.append((of if of in _PARTS else None, len(leaves), len(leaves) + len(inner)))
+        leaves |= inner
+    _PARTS[kind], _LEAVES[kind] = tuple(parts), leaves
     return kind
 
 
 def schema(kind: type, mutated: str = "") -> str:
     """The leaves as an operator's arguments; `mutated` is the one written to."""
-    return ", ".join(f"{'Tensor(a!)' if name == mutated else of} {name}" for name, of in _LEAVES[kind])
+    return ", ".join(f"{'Tensor(a!)' if name == mutated else of} {name}" for name, of in _LEAVES[kind].items())
 
 
 def flat(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -50,17 +53,19 @@ def flat(value: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def built(kind: type[Value], leaves: Sequence[Any]) -> Value:
     """The value of such leaves."""
-    fields, at = [], 0
-    for part in _PARTS[kind]:
-        size = 1 if part is None else len(_LEAVES[part])
-        fields.append(leaves[at] if part is None else built(part, leaves[at : at + size]))
-        at += size
-    return kind(*fields)
+    return kind(
+        *[leaves[begin] if part is None else built(part, leaves[begin:end]) for part, begin, end in _PARTS[kind]]
+    )
+
+
+def leaf(kind: type, name: str, leaves: Sequence[Any]) -> Any:
+    """One of the leaves."""
+    return leaves[list(_LEAVES[kind]).index(name)]
 
 
 def in_place_of(kind: type, **values: Any) -> tuple[Any, ...]:
     """Leaves of which all but those named are None: a graph's gradients."""
-    return tuple(values.get(name) for name, _ in _LEAVES[kind])
+    return tuple([values.get(name) for name in _LEAVES[kind]])
 
 
 def replaced(value: Value, **changes: Any) -> Value:

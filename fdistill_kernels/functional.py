@@ -108,10 +108,9 @@ def f_divergence(
     inplace = inplace and student.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_overwritten("student_logits", student, {"teacher_logits": teacher, **terms._asdict()})
-    loss, parts = loss_of_logits(
-        Logits(student, models[0].softcap), Logits(teacher, models[1].softcap), terms, backend, inplace
-    )
-    return _returned(loss, parts, return_parts)
+    checks.check_flag("return_parts", return_parts)
+    models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)
+    return loss_of_logits(*models, terms, backend, return_parts, inplace)
 
 
 def cross_entropy(
@@ -157,6 +156,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
     checks.check_flag("inplace", inplace)
+    checks.check_flag("return_parts", return_parts)
     values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
     logits = values.movedim(1, -1) if isinstance(values, Tensor) and values.dim() > 2 else values
     checks.check_logits("input", logits)
@@ -167,14 +167,13 @@ def cross_entropy(
         teacher, terms = soft_targets(target.movedim(1, -1) if target.dim() > 2 else target, logits, terms)
         logits = logits.to(teacher.dtype)
         checked_terms(terms, logits, logits.shape[-1])
-        loss, parts = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend)
-        return _returned(loss, as_cross_entropy(parts), return_parts)
+        loss = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend, return_parts)
+        return as_cross_entropy(loss, return_parts)
     checked_terms(terms, logits, logits.shape[-1], "target")
     inplace = inplace and logits.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_overwritten("input", logits, {"target": target, "weight": weight, "token_weight": token_weight})
-    loss, parts = loss_of_logits(Logits(logits, softcap), None, terms, backend, inplace)
-    return _returned(loss, parts, return_parts)
+    return loss_of_logits(Logits(logits, softcap), None, terms, backend, return_parts, inplace)
 
 
 def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto") -> Tensor:
@@ -275,8 +274,8 @@ def linear_f_divergence(
     )  # fmt: skip
     path = path_of(memory, skip_tiles, chunk_bytes, teacher)
     checked_terms(terms, hidden, vocabulary)
-    loss, parts = loss_of_hidden(hidden, head, teacher, terms, path, backend)
-    return _returned(loss, parts, return_parts)
+    checks.check_flag("return_parts", return_parts)
+    return loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
 
 
 def linear_cross_entropy(
@@ -341,8 +340,9 @@ def linear_cross_entropy(
         teacher = Teacher(probabilities.reshape(-1, vocabulary))
     path = path_of(memory, skip_tiles, chunk_bytes, teacher)
     checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
-    loss, parts = loss_of_hidden(hidden, head, teacher, terms, path, backend)
-    return _returned(loss, as_cross_entropy(parts) if soft else parts, return_parts)
+    checks.check_flag("return_parts", return_parts)
+    loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
+    return as_cross_entropy(loss, return_parts) if soft else loss
 
 
 def _terms(divergence: Any, given: LossTerms) -> LossTerms:
@@ -378,8 +378,3 @@ def _label_terms(
 def _check_overwritten(name: str, logits: Tensor, others: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
         checks.check_overwritten(name, logits, {n: x for n, x in others.items() if isinstance(x, Tensor)})
-
-
-def _returned(loss: Tensor, parts: Any, return_parts: bool) -> Any:
-    checks.check_flag("return_parts", return_parts)
-    return (loss, parts) if return_parts else loss

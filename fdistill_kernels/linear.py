@@ -12,16 +12,16 @@ from torch import Tensor
 
 from . import backends, chunks
 from .backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
-from .carried import built, flat, in_place_of, replaced, schema
+from .carried import built, flat, in_place_of, leaf, replaced, schema
 from .divergences import Divergence
 from .tokens import divergence_of, graph_is_kept, of_parts, once, reduced, token_terms
-from .values import Head, LossParts, LossTerms
+from .values import Head, LossTerms
 
 
 def loss_of_hidden(
-    hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str
-) -> tuple[Tensor, LossParts]:
-    """The loss and its parts of hidden states (..., D), all of it checked."""
+    hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str, return_parts: bool
+) -> Any:
+    """The loss of hidden states (..., D), all of it checked; with its parts, if asked for."""
     vocabulary = head.weight.shape[0]
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), vocabulary)
     of_rows, tokens = token_terms(terms, hidden)
@@ -32,7 +32,7 @@ def loss_of_hidden(
     objects = callable(teacher.rows) or isinstance(of_rows.divergence, Divergence)
     run = _outside_graphs if objects and torch.compiler.is_compiling() else _rows_loss
     loss, parts = run(call, terms.reduction == "none", backend)
-    return reduced(loss, parts, terms, tokens, hidden)
+    return reduced(loss, parts, terms, tokens, hidden, return_parts)
 
 
 def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -146,8 +146,8 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _wants(ctx: Any) -> Wants:
-    needs: Any = built(LinearCall, ctx.needs_input_grad[2:])
-    return Wants(needs.hidden, needs.head.weight, needs.head.bias)
+    needs = ctx.needs_input_grad[2:]
+    return Wants(*(leaf(LinearCall, name, needs) for name in ("hidden", "head_weight", "head_bias")))
 
 
 def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,21 +9,21 @@ from torch import Tensor
 
 from . import backends
 from .backends.rows import RowCall, TokenTerms, cap_slope, capped, split
-from .carried import built, flat, in_place_of, keep, kept, replaced
+from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
 from .divergences import FDivergence
 from .tokens import divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
-from .values import Logits, LossParts, LossTerms
+from .values import Logits, LossTerms
 
 
 def loss_of_logits(
-    student: Logits, teacher: Logits | None, terms: LossTerms, backend: str, inplace: bool = False
-) -> tuple[Tensor, LossParts]:
-    """The loss and its parts of logits (..., V) of one dtype, all of it checked."""
+    student: Logits, teacher: Logits | None, terms: LossTerms, backend: str, return_parts: bool, inplace: bool = False
+) -> Any:
+    """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
     backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms), values.shape[-1])
     of_rows, tokens = token_terms(terms, values)
     loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace)
-    return reduced(loss, parts, terms, tokens, values)
+    return reduced(loss, parts, terms, tokens, values, return_parts)
 
 
 def rows_loss(
@@ -86,16 +86,16 @@ class _RowsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, per_row: bool, backend: str, *leaves: Any) -> tuple[Tensor, Tensor]:
-        call, needs, power = built(RowCall, leaves), built(RowCall, ctx.needs_input_grad[2:]), None
-        call = replaced(call, inplace=call.inplace and needs.student)
+        call, (for_student, for_teacher), power = built(RowCall, leaves), _needs(ctx), None
+        call = replaced(call, inplace=call.inplace and for_student)
         terms, narrow = call.terms, call.student.dtype == torch.float16
         # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
         later = narrow and not call.inplace
         if narrow and call.inplace:
             mantissa, power = split(terms.row_scale)
             terms = replaced(terms, row_scale=mantissa)
-        now = replaced(call, terms=terms, student_gradient=needs.student and not later,
-                       teacher_gradient=bool(needs.teacher) and not later)  # fmt: skip
+        now = replaced(call, terms=terms, student_gradient=for_student and not later,
+                       teacher_gradient=for_teacher and not later)  # fmt: skip
         parts, of_student, of_teacher = backends.divergence_rows(now, backend)
         if call.inplace:
             of_student = call.student.detach()
@@ -114,8 +114,7 @@ class _RowsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = built(RowCall, ctx.needs_input_grad[2:])
-        wants = needs.student, bool(needs.teacher)
+        wants = _needs(ctx)
         if upstream is None:
             return (None, None, *in_place_of(RowCall))
         of_student, of_teacher, power, *leaves = kept(ctx)
@@ -138,6 +137,12 @@ class _RowsLoss(torch.autograd.Function):
         return (None, None, *in_place_of(RowCall, student=student, teacher=teacher))
 
 
+def _needs(ctx: Any) -> tuple[bool, bool]:
+    """Whether student and teacher need a gradient."""
+    needs = ctx.needs_input_grad[2:]
+    return leaf(RowCall, "student", needs), leaf(RowCall, "teacher", needs)
+
+
 def log_sum_exp(logits: Tensor, softcap: float | None, backend: str) -> Tensor:
     """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
     return _LogSumExp.apply(logits, softcap, backend)
@@ -153,7 +158,7 @@ class _LogSumExp(torch.autograd.Function):
         top = logits.argmax(-1)
         at_top = logits.gather(-1, top.unsqueeze(-1)).squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
         terms = LossTerms(None, labels=top, ce_weight=1.0, z_loss=1.0, reduction="none")
-        _, parts = loss_of_logits(Logits(logits, cap), None, terms, backend)
+        _, parts = loss_of_logits(Logits(logits, cap), None, terms, backend, True)
         at_top = capped(at_top, cap)
         value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
         of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square

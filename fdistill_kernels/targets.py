@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,9 @@ def _known_negative(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and bool((x < 0).any())
 
 
-def as_cross_entropy(parts: LossParts) -> LossParts:
-    """Parts whose divergence is the cross-entropy."""
-    return LossParts(torch.zeros_like(parts.divergence), parts.divergence, parts.z_loss, parts.tokens)
+def as_cross_entropy(loss: Any, return_parts: bool) -> Any:
+    """The loss; or with its parts, whose divergence is the cross-entropy."""
+    if not return_parts:
+        return loss
+    loss, parts = loss
+    return loss, LossParts(torch.zeros_like(parts.divergence), parts.divergence, parts.z_loss, parts.tokens)

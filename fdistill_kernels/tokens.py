@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,11 +71,11 @@ def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
         labels = terms.labels.reshape(-1).long()
         mask = labels != terms.ignore_index
     tokens = mask.sum()
-    weight = ones if terms.token_weight is None else per_token(terms.token_weight)
-    row_scale = torch.where(mask, weight / _denominator(terms, tokens, student), 0)
+    share = ones if terms.token_weight is None else per_token(terms.token_weight)
+    row_scale = torch.where(mask, share / _denominator(terms, tokens, student), 0)
     for name, value in (("temperature", terms.temperature), ("teacher_temperature", _teacher_temperature(terms))):
         checks.check_temperature_of(name, value, row_scale != 0, *TEMPERATURES)
-    t = per_token(terms.temperature)
+    t, weight = per_token(terms.temperature), per_token(terms.divergence_weight)
     divergence, class_weight = divergence_of(terms), terms.class_weight
     if class_weight is not None:
         class_weight = class_weight.to(dtype).contiguous()
@@ -83,7 +85,7 @@ def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
         row_scale=row_scale,
         student_inverse_temperature=1 / t,
         teacher_inverse_temperature=1 / per_token(_teacher_temperature(terms)),
-        divergence_scale=per_token(terms.divergence_weight) * (t * t if terms.temperature_squared else 1),
+        divergence_scale=weight * t * t if terms.temperature_squared else weight,
         cross_entropy_scale=per_token(terms.ce_weight),
         z_loss_scale=per_token(terms.z_loss),
         labels=labels if terms.ce_weight or terms.z_loss else None,
@@ -133,12 +135,14 @@ def of_parts(parts: Tensor, terms: TokenTerms) -> Tensor:
     return parts[0] + sum(of_labels)
 
 
-def reduced(loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor) -> tuple[Tensor, LossParts]:
-    """The loss in its tokens' shape where each has its own, and the parts (3, N) reduced like it."""
-    if terms.reduction == "none":
-        loss, parts = loss.reshape(student.shape[:-1]), parts.reshape(3, *student.shape[:-1])
-    else:
-        parts = parts.sum(1)
+def reduced(loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor, return_parts: bool) -> Any:
+    """The loss in its tokens' shape where each has its own; with its parts (3, N), reduced like it, if asked for."""
+    per_token = terms.reduction == "none"
+    if per_token:
+        loss = loss.reshape(student.shape[:-1])
+    if not return_parts:
+        return loss
+    parts = parts.reshape(3, *student.shape[:-1]) if per_token else parts.sum(1)
     return loss, LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
 
 
