@@ -128,7 +128,15 @@ def paper_steps(number: Numbers) -> str:
     )
 
 
-BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps)}
+def versions(number: Numbers) -> str:
+    """The versions that were tested together."""
+    lines = [line for line in (ROOT / "tests/MATRIX.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    header, *rows = ((*row[1:-2], row[-2].partition(",")[0]) for row in cells)
+    return table(tuple(header), [tuple(row) for row in rows])
+
+
+BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps, versions)}
 
 
 def examined(number: Numbers, document: str) -> tuple[str, list[str]]:
