@@ -136,7 +136,18 @@ def versions(number: Numbers) -> str:
     return table(tuple(header), [tuple(row) for row in rows])
 
 
-BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps, versions)}
+def precision(number: Numbers) -> str:
+    """Worst errors over all cases of each divergence."""
+    whats = ("loss", "student_gradient", "teacher_gradient")
+    lines = [
+        (name, *(number("precision_cpu.json", "worst", name, of, what, form=".0e")
+                 for what in whats for of in ("ours", "eager")))
+        for name in number.file("precision_cpu.json")["worst"]
+    ]  # fmt: skip
+    return table(("worst errors", "loss", "eager", "student's gradient", "eager", "teacher's", "eager"), lines)
+
+
+BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps, versions, precision)}
 
 
 def examined(number: Numbers, document: str) -> tuple[str, list[str]]:

@@ -1,17 +1,19 @@
-// Every divergence of the package, once, for C++ (scalar and vector) and for CUDA.
+// Every divergence of the package, once, for C++ (scalar and vector) and for CUDA; fdistill_kernels/formulas.py says the
+// same in torch, and why.
 //
-// A divergence D = sum_v q f(p/q) is two terms at each vocabulary entry, with t = p/q and f(1) = 0:
-//     student = q g(t),   g(t) = f(t) - t f'(t)     what the gradient to the student needs
-//     teacher = p f'(t)                             what the gradient to the teacher needs
-// and their sum is q f(t), the entry's share of the loss. With S = sum_v student,
-//     dD/dz_s = (student - q S) / T_s,   dD/dz_t = (teacher - p (D - S)) / T_t.
-// f may be shifted by c (t - 1) without changing D, so each f is shifted to the shortest terms; where the shift
-// makes S vanish the divergence is `centred`, and the gradient needs no sum over the row.
+// A divergence D = sum_v q f(p/q) is two terms at each vocabulary entry, with t = p/q and f(1) = f'(1) = 0:
+//     value   = q f(t)          never negative, 0 at p = q
+//     student = q (g(t) - c)    g = f - t f', c a constant of the row: dD/dz_s = (student - q sum(student)) / T_s
+// and the divergence with the models exchanged, whose student's term is this one's for the teacher's gradient. c is g(1)
+// where the row's models agree about its peak, g(0) elsewhere; near t = 1 all is made from u = log t by series. Where
+// sum(student) is 0 the divergence is `centred`, and the gradient needs no sum over the row.
 //
 // T is float, or any vector type with the operators + - * / and the functions of `Math<T>`.
 #pragma once
 
 #include <cmath>
+
+#include "row_task.h"
 
 #ifdef __CUDACC__
 #define FDISTILL_INLINE __host__ __device__ __forceinline__
@@ -23,6 +25,8 @@ namespace fdistill {
 
 constexpr float kSmallestNormal = 1.17549435e-38f, kLowest = -3.40282347e38f;
 constexpr float kLowestLog = -1e30f;  // a logarithm of 0 that may still be multiplied
+constexpr float kNear = 0.1875f;   // |u| below which p and q are near
+constexpr float kAboutOne = 1.0f;  // |u| of a row's peak below which g is taken from g(1)
 
 template <typename T>
 struct Math;
@@ -41,100 +45,189 @@ struct Math<float> {
   static FDISTILL_INLINE float where_small(float x, float bound, float small, float large) {
     return fabsf(x) < bound ? small : large;
   }
+  static FDISTILL_INLINE float where_less(float x, float y, float less, float other) { return x < y ? less : other; }
+  static FDISTILL_INLINE float magnitude(float x) { return fabsf(x); }
+  static FDISTILL_INLINE float larger(float x, float y) { return x > y ? x : y; }  // y of a NaN
+  static FDISTILL_INLINE float smaller(float x, float y) { return x < y ? x : y; }
   static FDISTILL_INLINE float zero_if_both_lowest(float x, float y, float value) {
     return x == kLowestLog && y == kLowestLog ? 0.0f : value;
   }
   static FDISTILL_INLINE float infinite_with(float x, float value) { return x == INFINITY ? x : value; }
 };
 
-// One vocabulary entry: the teacher's and the student's probability and their logarithms.
-template <typename T>
+// One vocabulary entry: both models' probabilities, their logarithms, u = log(p/q), and log p and log q but for a constant
+// of the row; u at the row's peak, the student's largest entry.
+//
+// `close`: the models agree about a peak. In other rows near entries weigh too little for their series to matter.
+template <typename Value, bool close>
 struct Entry {
-  T p, q, log_p, log_q;
+  using T = Value;
+  static constexpr bool is_close = close;
+  T p, q, log_p, log_q, u, p_shifted, q_shifted;
+  float u_at_peak;
+
+  // Teacher for student, with the teacher's peak.
+  FDISTILL_INLINE Entry exchanged(float u_at_its_peak) const {
+    return {q, p, log_q, log_p, T(0.0f) - u, q_shifted, p_shifted, -u_at_its_peak};
+  }
+  FDISTILL_INLINE bool about_one() const { return close && about_one(1.0f); }
+  FDISTILL_INLINE bool about_one(float power) const { return fabsf(power * u_at_peak) < kAboutOne; }
+  FDISTILL_INLINE T near(const T& series, const T& far) const { return near_of(kNear, series, far); }
+  FDISTILL_INLINE T near_of(float bound, const T& series, const T& far) const {
+    return close ? Math<T>::where_small(u, bound, series, far) : far;
+  }
 };
+
+FDISTILL_INLINE bool are_close(float u_at_peak) { return fabsf(u_at_peak) < kAboutOne; }
 
 template <typename T>
 struct Terms {
-  T student, teacher;
+  T student, value;
 };
 
-// w - x for w = x exp(d), without cancellation where d is small.
-template <typename T>
-FDISTILL_INLINE T difference(T w, T x, T d) {
-  T series = T(1.0f / 40320);
-  series = series * d + T(1.0f / 5040);
-  series = series * d + T(1.0f / 720);
-  series = series * d + T(1.0f / 120);
-  series = series * d + T(1.0f / 24);
-  series = series * d + T(1.0f / 6);
-  series = series * d + T(0.5f);
-  series = series * d + T(1.0f);
-  return Math<T>::where_small(d, 0.5f, x * (series * d), w - x);
+template <typename T, int count>
+FDISTILL_INLINE T polynomial(const T& x, const float (&coefficients)[count]) {  // from the constant one on
+  T value = T(coefficients[count - 1]);
+#pragma GCC unroll 16
+  for (int k = count - 2; k >= 0; --k) value = value * x + T(coefficients[k]);
+  return value;
 }
 
+// (exp(u) - 1 - u) / u^2, |u| < 2 kNear
+template <typename T>
+FDISTILL_INLINE T second_order(const T& u) {
+  const float coefficients[] = {1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
+  return polynomial(u, coefficients);
+}
+
+// t - 1, near
+template <typename T>
+FDISTILL_INLINE T excess(const T& u) { return u + u * u * second_order(u); }
+
+// p - q
+template <typename E>
+FDISTILL_INLINE typename E::T difference(const E& e) { return e.near(e.q * excess(e.u), e.p - e.q); }
+
+// log(1 + f) of f in [sqrt(1/2) - 1, sqrt(2) - 1], less f; Cephes' coefficients
+template <typename T>
+FDISTILL_INLINE T log_tail(const T& f) {
+  const float coefficients[] = {3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f, 1.4249322787e-1f,
+                                -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f};
+  const T square = f * f;
+  return f * square * polynomial(f, coefficients) - T(0.5f) * square;
+}
+
+// log(1 + x), x in [-1/4, 1]
+template <typename T>
+FDISTILL_INLINE T log1p(const T& x) {
+  constexpr float kRoot = 0.41421356f, kLog2 = 0.693147181f;
+  const T f = Math<T>::where_less(x, T(kRoot), x, x * T(0.5f) - T(0.5f));
+  return f + log_tail(f) + Math<T>::where_less(x, T(kRoot), T(0.0f), T(kLog2));
+}
+
+// log(a + b) less log b, and log(a/b). Of a near entry, if `given`, log(1 + near) stands for log(1 + smaller/larger).
+template <typename T>
+struct LogSum {
+  T apart, tail, above_b;
+  template <typename E>
+  FDISTILL_INLINE LogSum(const E& e, const T& a, const T& b, const T& log_a, const T& log_b, bool given, const T& near) {
+    // 0/0 as a finite number: 0 log 0 is 0 without asking
+    apart = Math<T>::smaller(Math<T>::larger(log_a - log_b, T(kLowest)), T(0.0f - kLowest));
+    const T ratio = Math<T>::smaller(a, b) / (Math<T>::larger(a, b) + T(kSmallestNormal));
+    tail = log1p(given ? e.near(near, ratio) : ratio);
+    above_b = tail + Math<T>::larger(apart, T(0.0f));
+  }
+};
+
+struct Rkl;
 struct Kl {  // f = t log t - t + 1
   static constexpr bool centred = true;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    return {e.q - e.p, Math<T>::times(e.p, e.log_p - e.log_q)};
+  using Exchanged = Rkl;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    const T series = e.q * e.u * e.u * (T(1.0f) + (e.u - T(1.0f)) * second_order(e.u)), apart = difference(e);
+    return {T(0.0f) - apart, e.near(series, Math<T>::times(e.p, e.log_p - e.log_q) - apart)};
   }
 };
 
 struct Rkl {  // f = -log t + t - 1
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    return {Math<T>::times(e.q, e.log_q - e.log_p), e.p - e.q};
+  using Exchanged = Kl;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    const T student = e.near(T(0.0f) - e.q * e.u, Math<T>::times(e.q, e.log_q - e.log_p));
+    return {student, e.near(e.q * e.u * e.u * second_order(e.u), student + (e.p - e.q))};
   }
 };
 
 struct Jeffreys {  // f = (t - 1) log t
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    const T forward = Math<T>::times(e.p, e.log_p - e.log_q), backward = Math<T>::times(e.q, e.log_q - e.log_p);
-    return {backward + e.q - e.p, forward + e.p - e.q};
+  using Exchanged = Jeffreys;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    const T backward = e.near(T(0.0f) - e.q * e.u, Math<T>::times(e.q, e.log_q - e.log_p)), apart = difference(e);
+    return {backward - apart, e.near(apart * e.u, Math<T>::times(e.p, e.log_p - e.log_q) + backward)};
   }
 };
 
 struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float beta) {
-    const T p = T(beta) * e.p, q = T(1.0f - beta) * e.q;
-    const T log_m = Math<T>::log(Math<T>::at_least(p + q, kSmallestNormal));
-    // log 0 as a finite number: 0 log 0 is 0 without asking
-    return {q * (Math<T>::at_least(e.log_q, kLowest) - log_m), p * (Math<T>::at_least(e.log_p, kLowest) - log_m)};
+  using Exchanged = Gjs;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
+    const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q, x = excess(e.u);
+    const bool about_one = e.about_one();
+    const LogSum<T> m(e, a, b, e.log_p + T(beta.log), e.log_q + T(beta.log_rest), about_one, T(beta.value) * x);
+    const T g = m.above_b + T(about_one ? beta.log_rest : 0.0f);
+    const T far = a * (m.apart - m.above_b - T(beta.log)) - b * (m.above_b + T(beta.log_rest));
+    return {T(0.0f) - b * (about_one ? e.near(m.tail, g) : g),
+            e.near(e.q * x * x * polynomial(x, beta.series), far)};
   }
 };
 
-// KL(p || lambda p + (1 - lambda) q), 0 < lambda < 1
-struct SkewKl {
+struct SkewRkl;
+struct SkewKl {  // KL(p || lambda p + (1 - lambda) q), 0 < lambda < 1
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float lambda) {
-    const T m = Math<T>::at_least(T(lambda) * e.p + T(1.0f - lambda) * e.q, kSmallestNormal);
-    const T mixed = T(1.0f - lambda) * e.p * (e.q / m);
-    return {T(0.0f) - mixed, mixed + Math<T>::times(e.p, e.log_p - Math<T>::log(m))};
+  using Exchanged = SkewRkl;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
+    const T a = T(lambda.value) * e.p, b = T(lambda.rest) * e.q, x = excess(e.u), apart = difference(e);
+    const T log_m = Math<T>::log(Math<T>::at_least(a + b, kSmallestNormal));
+    const T share = b / (a + b + T(kSmallestNormal));
+    const T far = Math<T>::times(e.p, e.log_p - log_m) - T(lambda.rest) * apart;
+    return {T(0.0f) - (e.about_one() ? T(lambda.rest) * apart : e.p) * share,
+            e.near(e.q * x * x * polynomial(x, lambda.series), far)};
   }
 };
 
-// KL(q || lambda q + (1 - lambda) p): SkewKl with the two models exchanged
-struct SkewRkl {
+struct SkewRkl {  // KL(q || lambda q + (1 - lambda) p): g = x / (1 + x) - log1p(x), x = (1 - lambda) t / lambda
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float lambda) {
-    const Terms<T> exchanged = SkewKl::terms(Entry<T>{e.q, e.p, e.log_q, e.log_p}, lambda);
-    return {exchanged.teacher, exchanged.student};
+  using Exchanged = SkewKl;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
+    const T a = T(lambda.rest) * e.p, b = T(lambda.value) * e.q, y = T(lambda.rest) * excess(e.u);
+    const bool about_one = e.about_one();
+    const LogSum<T> m(e, a, b, e.log_p + T(lambda.log_rest), e.log_q + T(lambda.log), about_one, y);
+    const T g = a / (a + b + T(kSmallestNormal)) - m.above_b;
+    const float coefficients[] = {-1.0f / 2, 2.0f / 3, -3.0f / 4, 4.0f / 5, -5.0f / 6, 6.0f / 7, -7.0f / 8, 8.0f / 9};
+    const T x = a / (b + T(kSmallestNormal)), small = x * x * polynomial(x, coefficients);
+    const T of_one = e.near(T(lambda.value) * y / (T(1.0f) + y) - m.tail,
+                          g - T(lambda.rest + lambda.log));
+    // the value is SkewKl's of the models exchanged
+    const T z = excess(T(0.0f) - e.u);
+    const T far = T(0.0f) - e.q * (m.above_b + T(lambda.log)) + T(lambda.rest) * (e.p - e.q);
+    return {Math<T>::times(e.q, about_one ? of_one : Math<T>::where_less(x, T(kNear), small, g)),
+            e.near(e.p * z * z * polynomial(z, lambda.series), far)};
   }
 };
 
 struct Tvd {  // f = |t - 1| / 2, with the zero subgradient at ties
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    const T half_sign = Math<T>::signed_as(T(0.5f), e.q - e.p);
-    return {e.q * half_sign, T(0.0f) - e.p * half_sign};
+  using Exchanged = Tvd;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    const T apart = difference(e);
+    return {T(0.0f) - e.q * Math<T>::signed_as(T(0.5f), apart), T(0.5f) * Math<T>::magnitude(apart)};
   }
 };
 
@@ -142,43 +235,60 @@ struct Tvd {  // f = |t - 1| / 2, with the zero subgradient at ties
 // Scaled by 1/4 at alpha = 1/2 it is hellinger, by 2 at 2 and -1 pearson and neyman.
 struct Alpha {
   static constexpr bool centred = false;
+  using Exchanged = Alpha;
+
+  // w - x for w = x exp(d), without cancellation where d is small
   template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float alpha) {
+  static FDISTILL_INLINE T above(const T& w, const T& x, const T& d) {
+    return Math<T>::where_small(d, 2 * kNear, x * excess(d), w - x);
+  }
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& alpha) {
     // alpha times finfo.min, the mask of many models, would overflow
     const T log_p = Math<T>::at_least(e.log_p, kLowestLog), log_q = Math<T>::at_least(e.log_q, kLowestLog);
-    const T w = Math<T>::exp(T(alpha) * log_p + T(1.0f - alpha) * log_q), u = log_p - log_q;
-    const T student = difference(w, e.q, T(alpha) * u) * T(-1.0f / alpha);
-    const T teacher = difference(w, e.p, T(alpha - 1.0f) * u) * T(1.0f / (alpha - 1.0f));
-    const auto limit = [&](T term) {  // the terms of an infinite w have opposite signs, their sum is +inf
-      return Math<T>::zero_if_both_lowest(log_p, log_q, Math<T>::infinite_with(w, term));
-    };
-    return {limit(student), limit(teacher)};
+    const T power = Math<T>::exp(T(alpha.value) * log_p + T(alpha.rest) * log_q);
+    const T w = Math<T>::zero_if_both_lowest(log_p, log_q, power);
+    const bool smooth = e.is_close || fabsf(alpha.value) < 0.5f || fabsf(alpha.rest) < 0.5f;
+    const T above_q = smooth ? above(w, e.q, T(alpha.value) * e.u) : w - e.q;
+    const T above_p = smooth ? above(w, e.p, T(0.0f - alpha.rest) * e.u) : w - e.p;
+    const T far = above_q * T(-1.0f / alpha.value) - above_p * T(1.0f / alpha.rest);
+    // the parts of an infinite w have opposite signs
+    const T value = Math<T>::infinite_with(w, Math<T>::at_least(far, 0.0f));
+    const float steep = fabsf(alpha.value) > 1.0f ? fabsf(alpha.value) : 1.0f;
+    return {(e.about_one(alpha.value) ? above_q : w) * T(-1.0f / alpha.value),
+            e.near_of(2 * kNear / steep, e.q * e.u * e.u * polynomial(e.u, alpha.series), value)};
   }
 };
 
 struct Triangular {  // f = (t - 1)^2 / (t + 1)
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    const T total = Math<T>::at_least(e.p + e.q, kSmallestNormal);
-    const T r = e.p / total, s = e.q / total;
-    return {e.q * (s - r) * (s + T(3.0f) * r), e.p * (r - s) * (r + T(3.0f) * s)};
+  using Exchanged = Triangular;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    const T total = Math<T>::at_least(e.p + e.q, kSmallestNormal), apart = difference(e);
+    const T r = e.p / total, s = e.q / total, share = apart / total;
+    const T g = e.about_one() ? share * (s + T(3.0f) * r) : T(4.0f) * r * r;
+    return {T(0.0f) - e.q * g, share * apart};
   }
 };
 
+struct CrossEntropy;
 struct Engine {  // -sum q log p: not an f-divergence, but linear in q like one
   static constexpr bool centred = false;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    return {T(0.0f) - Math<T>::times(e.q, e.log_p), e.p - e.q};
+  using Exchanged = CrossEntropy;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    return {T(0.0f) - Math<T>::times(e.q, e.p_shifted), T(0.0f) - Math<T>::times(e.q, e.log_p)};
   }
 };
 
 struct CrossEntropy {  // -sum p log q: a one-hot p gives the label's cross-entropy
   static constexpr bool centred = true;
-  template <typename T>
-  static FDISTILL_INLINE Terms<T> terms(const Entry<T>& e, float) {
-    return {e.q - e.p, T(0.0f) - Math<T>::times(e.p, e.log_q)};
+  using Exchanged = Engine;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    return {T(0.0f) - difference(e), T(0.0f) - Math<T>::times(e.p, e.log_q)};
   }
 };
 

@@ -14,6 +14,12 @@ struct Rows {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
 };
 
+// A divergence's parameter, 1 less it, the logarithms of both where they are positive, and the coefficients of its value
+// near p = q.
+struct Parameter {
+  float value, rest, log, log_rest, series[7];
+};
+
 struct RowTask {
   Scalar scalar;
   int64_t row_count, vocabulary;
@@ -27,7 +33,7 @@ struct RowTask {
   const float* z_loss_scale;                  // (rows)
   const int64_t* labels;                      // (rows), or null: no label terms; checked by the caller
   const float* class_weight;                  // (vocabulary), or null: ones
-  float parameter;                            // the divergence's own
+  Parameter parameter, exchanged;             // the divergence's own, and with the models exchanged
   float label_smoothing;
   float class_weight_sum;                     // 0 where labels are not smoothed
   float student_softcap, teacher_softcap;     // 0: none; else logits are capped first

@@ -144,6 +144,8 @@ def _remedy(library: str) -> list[str]:
 def _verify(args: argparse.Namespace) -> int:
     from .verify import verify
 
+    if args.precision:
+        return _precision(args)
     device = args.device
     default = ["float32", "bfloat16", "float16"] + (["float64"] if device == "cpu" else [])
     dtypes = [DTYPES[name] for name in args.dtype or default]
@@ -158,6 +160,32 @@ def _verify(args: argparse.Namespace) -> int:
         _table(("divergence", "dtype", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows)
         print(f"{len(outcomes) - len(missed)} of {len(outcomes)} within tolerance of the float64 reference")
     return 1 if missed else 0
+
+
+def _precision(args: argparse.Namespace) -> int:
+    from .precision import precision
+
+    divergences, device = args.divergence or list(TABLE.values()), torch.device(args.device)
+    rows = [
+        {"backend": name, **dataclasses.asdict(found), "ok": found.ok}
+        for divergence in divergences
+        for name, module in backends.BACKENDS.items()
+        if args.backend in (name, "auto")
+        if module.why_not(device, torch.float32, divergence) is None
+        for found in precision(divergence, args.device, name, args.shape[1])
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        errors = [[f"{error:.0e} ({eager:.0e})" for error, eager in zip(row["ours"], row["eager"], strict=True)]
+                  for row in rows]  # fmt: skip
+        lines = [(row["divergence"], row["backend"], row["case"], *three, "ok" if row["ok"] else "MISS")
+                 for row, three in zip(rows, errors, strict=True)]  # fmt: skip
+        _table(("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)", ""), lines)
+        print(
+            f"{sum(row['ok'] for row in rows)} of {len(rows)} within 1e-4 of the loss and 2e-5 of a gradient's largest"
+        )
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -267,6 +295,10 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all the device has")
     verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
     verify.add_argument("--divergence", **several)
+    verify.add_argument("--precision", action="store_true", help="digits kept in hard rows, beside eager PyTorch's")
+    verify.add_argument(
+        "--backend", default="auto", choices=["auto", *backends.BACKENDS], help="of --precision; default: all"
+    )
 
     bench = command("bench", _bench, "Time forward and backward beside eager torch and the memory floor.")
     bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V", help="default: 1024,32000")

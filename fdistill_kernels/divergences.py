@@ -1,12 +1,6 @@
 """The table of divergences: names, formulas, parameters, and the symbol each native backend knows them by.
 
-A divergence ``D(p||q) = Σ_v q_v f(p_v/q_v)`` (p teacher, q student, t = p/q) is two terms at each vocabulary entry,
-
-    student = q g(t),  g = f − t f′        teacher = p f′(t)        student + teacher = q f(t)
-
-from which, with S = Σ student, every backend makes the loss and ``∂D/∂z_s = (student − q S) / T``,
-``∂D/∂z_t = (teacher − p (D − S)) / T``. ``f`` is shifted by c·(t − 1), which changes no loss, to the shortest terms;
-csrc/divergences.h holds the same formulas for C++ and CUDA.
+formulas.py says what each is at a vocabulary entry; csrc/divergences.h and backends/triton/terms.py say the same.
 """
 
 from __future__ import annotations
@@ -21,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formulas import KERNELS, times
+
 #: Parameters so close to a family's limit are taken for it: float32 cannot tell them apart.
 NEAR = 1e-7
 
@@ -34,7 +30,8 @@ class Divergence:
 
     Attributes:
         name: the name users write.
-        terms: ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``, elementwise, in any float dtype.
+        terms: ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``, g = f − t f′ at t = p/q, elementwise, in any float
+            dtype; those of the table are a `Formula`.
         symbol: the kernel's name in native backends; None where only the torch backend has it.
         parameter: β, λ or α; 0 where there is none.
         scale: a factor on the loss (hellinger is ¼ of alpha(½)).
@@ -68,103 +65,33 @@ class Divergence:
     @property
     def kernel(self) -> str | None:
         """The symbol, where native kernels compute just these terms; None for terms of the user's own."""
-        entry = KERNELS.get(self.symbol or "")
-        same = entry is not None and entry == (self.terms, self.centred) and self.triton is None
+        formula = KERNELS.get(self.symbol or "")
+        same = formula is not None and (formula, formula.centred) == (self.terms, self.centred) and self.triton is None
         return self.symbol if same else None
 
-
-#: A logarithm of 0 that may still be multiplied: masks of finfo.min, and −inf.
-LOWEST_LOG = -1e30
-
-
-def times(x: Tensor, y: Tensor) -> Tensor:
-    """``x·y`` with 0·y = 0 for infinite or undefined y: the limit of x log x and its kin."""
-    return torch.where(x == 0, torch.zeros_like(x), x * y)
+    def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What native kernels make of the parameter, and of that with the models exchanged: `Formula.constants`."""
+        formula, value = KERNELS[self.kernel or ""], self.parameter
+        exchanged = KERNELS[formula.exchanged]
+        return formula.constants(value), exchanged.constants(1 - value if formula.complement else value)
 
 
-def _log(m: Tensor) -> Tensor:
-    return m.clamp_min(torch.finfo(m.dtype).tiny).log()
+def _of_kernel(name: str, symbol: str, parameter: float = 0.0, scale: float = 1.0) -> Divergence:
+    formula = KERNELS[symbol]
+    return Divergence(name, formula, symbol, parameter, scale, formula.centred)
 
 
-def _kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    return q - p, times(p, log_p - log_q)
-
-
-def _rkl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    return times(q, log_q - log_p), p - q
-
-
-def _jeffreys(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    return times(q, log_q - log_p) + q - p, times(p, log_p - log_q) + p - q
-
-
-def _gjs(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> Terms:
-    log_m = _log(beta * p + (1 - beta) * q)
-    return (1 - beta) * times(q, log_q - log_m), beta * times(p, log_p - log_m)
-
-
-def _skew_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, lam: float) -> Terms:
-    m = (lam * p + (1 - lam) * q).clamp_min(torch.finfo(p.dtype).tiny)
-    mixed = (1 - lam) * p * (q / m)
-    return -mixed, mixed + times(p, log_p - m.log())
-
-
-def _skew_rkl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, lam: float) -> Terms:
-    teacher, student = _skew_kl(q, p, log_q, log_p, lam)
-    return student, teacher
-
-
-def _tvd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    half_sign = 0.5 * torch.sign(q - p)
-    return q * half_sign, -p * half_sign
-
-
-def _alpha(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, alpha: float) -> Terms:
-    neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
-    log_p, log_q = log_p.clamp_min(LOWEST_LOG), log_q.clamp_min(LOWEST_LOG)  # α times finfo.min would overflow
-    w, u = (alpha * log_p + (1 - alpha) * log_q).exp(), log_p - log_q
-
-    def difference(x: Tensor, d: Tensor) -> Tensor:  # w − x = x (e^d − 1), without cancellation where d is small
-        return torch.where(d.abs() < 0.5, x * torch.expm1(d), w - x)
-
-    def limit(term: Tensor) -> Tensor:  # the terms of an infinite w have opposite signs, their sum is +inf
-        return torch.where(w == math.inf, w, term).masked_fill(neither, 0)
-
-    return limit(difference(q, alpha * u) / -alpha), limit(difference(p, (alpha - 1) * u) / (alpha - 1))
-
-
-def _triangular(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    total = (p + q).clamp_min(torch.finfo(p.dtype).tiny)
-    r, s = p / total, q / total
-    return q * (s - r) * (s + 3 * r), p * (r - s) * (r + 3 * s)
-
-
-def _engine(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    return -times(q, log_p), p - q
-
-
-def _cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-    return q - p, -times(p, log_q)
-
-
-#: What each native kernel computes: its terms, and whether they are centred.
-KERNELS: dict[str, tuple[TermsFunction, bool]] = {
-    "Kl": (_kl, True), "Rkl": (_rkl, False), "Jeffreys": (_jeffreys, False), "Gjs": (_gjs, False),
-    "SkewKl": (_skew_kl, False), "SkewRkl": (_skew_rkl, False), "Tvd": (_tvd, False), "Alpha": (_alpha, False),
-    "Triangular": (_triangular, False), "Engine": (_engine, False), "CrossEntropy": (_cross_entropy, True),
-}  # fmt: skip
-
-KL = Divergence("kl", _kl, "Kl", centred=True)
-RKL = Divergence("rkl", _rkl, "Rkl")
-JS = Divergence("js", _gjs, "Gjs", 0.5)
-TVD = Divergence("tvd", _tvd, "Tvd")
-JEFFREYS = Divergence("jeffreys", _jeffreys, "Jeffreys")
-HELLINGER = Divergence("hellinger", _alpha, "Alpha", 0.5, scale=0.25)
-PEARSON = Divergence("pearson", _alpha, "Alpha", 2.0, scale=2.0)
-NEYMAN = Divergence("neyman", _alpha, "Alpha", -1.0, scale=2.0)
-TRIANGULAR = Divergence("triangular", _triangular, "Triangular")
-ENGINE = Divergence("engine", _engine, "Engine")
-CROSS_ENTROPY = Divergence("cross_entropy", _cross_entropy, "CrossEntropy", centred=True)
+KL = _of_kernel("kl", "Kl")
+RKL = _of_kernel("rkl", "Rkl")
+JS = _of_kernel("js", "Gjs", 0.5)
+TVD = _of_kernel("tvd", "Tvd")
+JEFFREYS = _of_kernel("jeffreys", "Jeffreys")
+HELLINGER = _of_kernel("hellinger", "Alpha", 0.5, scale=0.25)
+PEARSON = _of_kernel("pearson", "Alpha", 2.0, scale=2.0)
+NEYMAN = _of_kernel("neyman", "Alpha", -1.0, scale=2.0)
+TRIANGULAR = _of_kernel("triangular", "Triangular")
+ENGINE = _of_kernel("engine", "Engine")
+CROSS_ENTROPY = _of_kernel("cross_entropy", "CrossEntropy")
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
@@ -183,7 +110,7 @@ def GJS(beta: float = 0.5) -> Divergence:
     beta = _parameter("beta", beta, 0, 1, "[0, 1]")
     if 0 < min(beta, 1 - beta) < 1e-6:
         raise ValueError(f"beta must be 0, 1, or at least 1e-6 from both, not {beta!r}: 0 is kl and 1 is rkl")
-    return _at_limit("gjs", beta, {0.0: KL, 1.0: RKL}) or Divergence("gjs", _gjs, "Gjs", beta)
+    return _at_limit("gjs", beta, {0.0: KL, 1.0: RKL}) or _of_kernel("gjs", "Gjs", beta)
 
 
 def SkewKL(lam: float = 0.1) -> Divergence:
@@ -193,7 +120,7 @@ def SkewKL(lam: float = 0.1) -> Divergence:
         ValueError: λ is outside [0, 1 − 1e-6].
     """
     lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
-    return _at_limit("skew_kl", lam, {0.0: KL}) or Divergence("skew_kl", _skew_kl, "SkewKl", lam)
+    return _at_limit("skew_kl", lam, {0.0: KL}) or _of_kernel("skew_kl", "SkewKl", lam)
 
 
 def SkewRKL(lam: float = 0.1) -> Divergence:
@@ -203,7 +130,7 @@ def SkewRKL(lam: float = 0.1) -> Divergence:
         ValueError: λ is outside [0, 1 − 1e-6].
     """
     lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
-    return _at_limit("skew_rkl", lam, {0.0: RKL}) or Divergence("skew_rkl", _skew_rkl, "SkewRkl", lam)
+    return _at_limit("skew_rkl", lam, {0.0: RKL}) or _of_kernel("skew_rkl", "SkewRkl", lam)
 
 
 def Alpha(alpha: float = 0.5) -> Divergence:
@@ -215,7 +142,7 @@ def Alpha(alpha: float = 0.5) -> Divergence:
         ValueError: α is outside [−8, 8].
     """
     alpha = _parameter("alpha", alpha, -8, 8, "[-8, 8]")
-    return _at_limit("alpha", alpha, {0.0: RKL, 1.0: KL}) or Divergence("alpha", _alpha, "Alpha", alpha)
+    return _at_limit("alpha", alpha, {0.0: RKL, 1.0: KL}) or _of_kernel("alpha", "Alpha", alpha)
 
 
 def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> Divergence | None:
@@ -382,5 +309,4 @@ def by_key(key: str) -> Divergence:
     if symbol not in KERNELS:
         raise ValueError(f"no kernel is named {symbol!r}; known: {', '.join(KERNELS)}")
     parameter, scale = map(float, rest.split())
-    terms, centred = KERNELS[symbol]
-    return Divergence(symbol, terms, symbol, parameter, scale, centred)
+    return _of_kernel(symbol, symbol, parameter, scale)

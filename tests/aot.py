@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdistill_kernels.backends.triton import CROSSED, HEAVY, cut, launch, rows, terms, tiles
+from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch, rows, terms, tiles
+from fdistill_kernels.divergences import by_key
 
 RESULTS = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -25,15 +26,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CENTRED = ("Kl", "CrossEntropy")
 H100 = launch.Device("H100", 132, 50 << 20)
 
 
 def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False):
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
-    heavy = labels is not None or symbol in HEAVY
-    chosen = launch.heuristic(8192, vocabulary, itemsize, H100, heavy)
+    chosen = launch.heuristic(8192, vocabulary, itemsize, H100, "teacher" in gradients or symbol in HEAVY)
     logits, f32 = f"*{dtype}", "*fp32"
     labelled, weighted = labels is not None, labels == "smoothed"
     types = {
@@ -48,11 +47,10 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         **dict.fromkeys(("student_cap", "teacher_cap"), "fp32" if capped else None),
         **dict.fromkeys(("rows", "inner", "vocabulary", "span", "student_outer", "student_inner", "teacher_outer",
                          "teacher_inner", "gradient_outer", "gradient_inner"), "i32"),
-        **dict.fromkeys(("parameter", "smoothing"), "fp32"),
+        **dict.fromkeys((*CONSTANTS, *OTHERS, "smoothing"), "fp32"),
     }  # fmt: skip
     constants = {
-        "TERMS": getattr(terms, symbol) if symbol else None, "CENTRED": symbol in CENTRED,
-        "CROSSED": CROSSED.get(symbol), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
+        **functions(by_key(f"{symbol} 0.5 1.0") if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
     }  # fmt: skip
     name = "/".join(
@@ -83,12 +81,12 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
         **dict.fromkeys(("bias", "student_bias", "teacher_bias", "cap", "student_cap", "teacher_cap"), None),
         "labels": "*i64" if labels else None, "class_weight": f32 if labels == "smoothed" else None,
         "live": "*i8" if live else None, "order": "*i32" if live else None, "counts": "*i32" if live else None,
-        **dict.fromkeys(("scale", "student_scale", "teacher_scale", "parameter", "log_threshold"), "fp32"),
+        **dict.fromkeys(("scale", "student_scale", "teacher_scale", "log_threshold", *CONSTANTS), "fp32"),
     }  # fmt: skip
     if kernel == "tile_kernel" and phase == "GRADIENT":
         types["partials"] = None
     constants = {
-        "TERMS": getattr(terms, symbol) if symbol else None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
+        "TERMS": getattr(terms, symbol) if symbol else None, "OWN": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
         "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK": tiles.BLOCK, "FRESH": False,
         "BLOCK_V": cut.tile_width(

@@ -11,6 +11,7 @@ def test_every_number_is_of_a_file(capsys):
 def test_what_is_found(monkeypatch, tmp_path, capsys):
     for name in ("benchmarks", "docs"):
         (tmp_path / name).symlink_to(numbers.ROOT / name)
+    (tmp_path / "tests").symlink_to(numbers.ROOT / "tests")
     text = (numbers.ROOT / "README.md").read_text()
     changed = (
         text.replace(" ms |", "1 ms |", 1)

@@ -121,17 +121,8 @@ FDISTILL_INLINE Vec logarithm(const Vec& x) {
   constexpr int32_t kRootOfHalf = 0x3f3504f3;
   const Ints above = bits<Ints>(x.lanes) - kRootOfHalf;
   const Floats n = __builtin_convertvector(above >> 23, Floats);
-  const Floats f = bits<Floats>((above & 0x7fffff) + kRootOfHalf) - 1.0f, square = f * f;
-  Floats p = Floats{} + 7.0376836292e-2f;
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const Floats tail = f * square * p + n * -2.12194440e-4f - 0.5f * square;
+  const Floats f = bits<Floats>((above & 0x7fffff) + kRootOfHalf) - 1.0f;
+  const Floats tail = log_tail(Vec(f)).lanes - n * 2.12194440e-4f;
   return select(x.lanes < kInfinity, f + tail + n * 0.693359375f, x);
 }
 
@@ -232,6 +223,12 @@ struct Math<FDISTILL_ISA::Vec> {
   static FDISTILL_INLINE Vec where_small(const Vec& x, float bound, const Vec& small, const Vec& large) {
     return select(absolute(x).lanes < bound, small, large);
   }
+  static FDISTILL_INLINE Vec where_less(const Vec& x, const Vec& y, const Vec& less, const Vec& other) {
+    return select(x.lanes < y.lanes, less, other);
+  }
+  static FDISTILL_INLINE Vec magnitude(const Vec& x) { return absolute(x); }
+  static FDISTILL_INLINE Vec larger(const Vec& x, const Vec& y) { return select(x.lanes > y.lanes, x, y); }
+  static FDISTILL_INLINE Vec smaller(const Vec& x, const Vec& y) { return select(x.lanes < y.lanes, x, y); }
   static FDISTILL_INLINE Vec zero_if_both_lowest(const Vec& x, const Vec& y, const Vec& value) {
     return select((x.lanes == kLowestLog) & (y.lanes == kLowestLog), Vec(0.0f), value);
   }

@@ -119,6 +119,7 @@ struct Softmax {
 struct alignas(sizeof(Raw)) Statistics {
   Softmax student, teacher;
   float label_logit = 0, plain = 0, linear = 0, entries = 0;
+  float other_at_top = -INFINITY;  // the teacher's logit at the student's top
 };
 
 // And in the second: shares of D and S.
@@ -352,7 +353,10 @@ struct RowProgram {
 
   FDISTILL_DEVICE Statistics sum_over_most(const Statistics& of_lane, const Row& row) const {
     Statistics all{sum_over_most(of_lane.student, row.rate)};
-    if (kTeacher) all.teacher = sum_over_most(of_lane.teacher, row.other_rate);
+    if (kTeacher) {
+      all.teacher = sum_over_most(of_lane.teacher, row.other_rate);
+      all.other_at_top = warp_top<kMost>(of_lane.student.top == all.student.top ? of_lane.other_at_top : -INFINITY);
+    }
     if (tempered(row)) all.plain = warp_sum<kMost>(of_lane.plain * all.student.worth(of_lane.student.top, 1.0f));
     if (task.labels) all.label_logit = warp_sum<kMost>(of_lane.label_logit);
     if (smoothed()) {
@@ -419,6 +423,10 @@ struct RowProgram {
     prepare(logits, row);
     const float top = take(logits, held), other_top = kTeacher ? take(logits + room(), other) : kLowest;
     Statistics mine{{warp_top(top)}, {kTeacher ? warp_top(other_top) : kLowest}};
+    if (kTeacher) {
+      for_entries([&](int j) { if (held[j] == mine.student.top) mine.other_at_top = fmaxf(mine.other_at_top, other[j]); });
+      mine.other_at_top = warp_top(mine.other_at_top);
+    }
     if (task.labels) of_labels(row, mine);
     exponentials(held, row.rate, mine.student);
     if (kTeacher) exponentials(other, row.other_rate, mine.teacher);
@@ -498,10 +506,43 @@ struct RowProgram {
     mine.label_logit = row.label < 0.0f ? NAN : warp_sum(mine.label_logit);
   }
 
-  // My warp's shares of D and S; the student's terms go where the teacher's exponentials were.
+  // Entries of a row whose softmaxes are known.
+  struct Models {
+    float top, rate, log_total, other_top, other_rate, other_log_total, log_ratio;
+    bool alike;  // log(p/q) is taken from the logits' own differences, which are exact where models nearly agree
+
+    FDISTILL_DEVICE Models(const Row& row, const Statistics& all)
+        : top(all.student.top), rate(row.rate), log_total(logf(all.student.total)), other_top(all.teacher.top),
+          other_rate(row.other_rate), other_log_total(logf(all.teacher.total)),
+          alike(fabsf(other_top - top) <= 1.0f && rate == other_rate) {
+      const float more = (all.teacher.total - all.student.total) / all.student.total;
+      log_ratio = fabsf(more) < 0.25f ? log1p(more) : other_log_total - log_total;
+    }
+
+    template <bool close>
+    FDISTILL_DEVICE Entry<float, close> at(float x, float y, float p, float q, float u_at_peak) const {
+      const float q_shifted = (x - top) * rate, p_shifted = (y - other_top) * other_rate;
+      const float apart = alike ? ((y - x) - (other_top - top)) * rate : p_shifted - q_shifted;
+      return {p, q, p_shifted - other_log_total, q_shifted - log_total, apart - log_ratio, p_shifted, q_shifted, u_at_peak};
+    }
+  };
+
+  // My warp's shares of D and S; the student's terms go where the teacher's exponentials were. They are measured from the
+  // term of the student's largest entry, whose own is 0.
   FDISTILL_DEVICE Totals totals(const Raw* logits, const Row& row, const Statistics& all, float of_held, float of_other) {
+    const Models models(row, all);
+    const float q = 1.0f / all.student.total, p = expf((all.other_at_top - models.other_top) * row.other_rate) / all.teacher.total;
+    const float u = models.template at<true>(models.top, all.other_at_top, p, q, 0.0f).u;
+    const float at_peak = kCentred ? 0.0f : Divergence::terms(
+        models.template at<true>(models.top, all.other_at_top, p, q, u), task.parameter).student / q;
+    return are_close(u) ? totals_of<true>(logits, models, all.other_at_top, of_held, of_other, u, at_peak)
+                        : totals_of<false>(logits, models, all.other_at_top, of_held, of_other, u, at_peak);
+  }
+
+  template <bool close>
+  FDISTILL_DEVICE Totals totals_of(const Raw* logits, const Models& models, float other_at_top, float of_held,
+                                   float of_other, float u_at_peak, float at_peak) {
     Totals total;
-    const float log_total = logf(all.student.total), other_log_total = logf(all.teacher.total);
     const Address mine = address(logits + vector(0));
     for_vectors([&](int k) {
       float x[kSize], y[kSize];
@@ -509,13 +550,14 @@ struct RowProgram {
       Vec::widen(load(mine, room() + k * kWarp), y);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const Entry<float> entry{other[k * kSize + i] * of_other, held[k * kSize + i] * of_held,
-                                 (y[i] - all.teacher.top) * row.other_rate - other_log_total,
-                                 (x[i] - all.student.top) * row.rate - log_total};
+        const auto entry = models.template at<close>(x[i], y[i], other[k * kSize + i] * of_other,
+                                                     held[k * kSize + i] * of_held, u_at_peak);
         const Terms<float> terms = Divergence::terms(entry, task.parameter);
-        total.divergence += terms.student + terms.teacher;
-        total.weight += terms.student;
-        other[k * kSize + i] = terms.student;
+        float student = terms.student;
+        if (!kCentred) student = x[i] == models.top && y[i] == other_at_top ? 0.0f : student - entry.q * at_peak;
+        total.divergence += terms.value;
+        total.weight += student;
+        other[k * kSize + i] = student;
       }
     });
     return {warp_sum(total.divergence), kCentred ? 0.0f : warp_sum(total.weight)};

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence, times
+from ..divergences import Divergence
+from ..formulas import Entry, Formula, times
 from .rows import RowCall, cap_slope, capped
 
 #: Elements of one chunk of rows; the arithmetic holds about ten temporaries of this size.
@@ -50,30 +51,25 @@ def _fresh(call: RowCall) -> bool:
 def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Parts (3, n) and both gradients (n, V) of one chunk, in the arithmetic's dtype."""
     dtype = call.terms.row_scale.dtype
-    live = (call.terms.row_scale[n] != 0).unsqueeze(1)
-    scale = call.terms.row_scale[n].unsqueeze(1)
+    terms = call.terms
+    live = (terms.row_scale[n] != 0).unsqueeze(1)
+    scale = terms.row_scale[n].unsqueeze(1)
     z_s = capped(call.student[i, inner].to(dtype), call.student_softcap)
     zero = torch.zeros((), dtype=dtype, device=z_s.device)
     divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
 
     if call.divergence is not None and call.teacher is not None:
-        t_s, t_t = (
-            call.terms.student_inverse_temperature[n].unsqueeze(1),
-            call.terms.teacher_inverse_temperature[n].unsqueeze(1),
+        rates = terms.student_inverse_temperature[n], terms.teacher_inverse_temperature[n]
+        student, teacher = (
+            _Model(z_s, rates[0].unsqueeze(1)),
+            _Model(capped(call.teacher[i, inner].to(dtype), call.teacher_softcap), rates[1].unsqueeze(1)),
         )
-        z_t = capped(call.teacher[i, inner].to(dtype), call.teacher_softcap)
-        weight = call.terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
-        log_q, log_p = _log_softmax(z_s, t_s), _log_softmax(z_t, t_t)
-        q, p = log_q.exp(), log_p.exp()
-        student, teacher = call.divergence.terms(p, q, log_p, log_q, call.divergence.parameter)
-        total = (student + teacher).sum(1, keepdim=True)
-        of_student = zero if call.divergence.centred else student.sum(1, keepdim=True)
-        divergence = weight * total
-        student_gradient = weight * t_s * (student - q * of_student)
-        if call.teacher_gradient:
-            teacher_gradient = (
-                weight * t_t * (teacher - p * (total - of_student)) * cap_slope(z_t, call.teacher_softcap)
-            )
+        weight = terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
+        value, of_student, of_teacher = _terms(call.divergence, student, teacher, call.teacher_gradient)
+        divergence = weight * value.sum(1, keepdim=True)
+        student_gradient = weight * student.rate * of_student
+        if of_teacher is not None:
+            teacher_gradient = weight * teacher.rate * of_teacher * cap_slope(teacher.logits, call.teacher_softcap)
 
     if call.terms.labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
@@ -88,9 +84,65 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     return parts, finish(student_gradient), finish(teacher_gradient)
 
 
-def _log_softmax(z: Tensor, inverse_temperature: Tensor) -> Tensor:
-    # the maximum first: z / T of logits near 1e4 would lose the digits that the difference keeps
-    return ((z - z.amax(1, keepdim=True)) * inverse_temperature).log_softmax(1)
+def _widest(x: Tensor) -> torch.dtype:
+    """What sums are taken in: Apple's GPUs have no float64."""
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
+class _Model:
+    """A model's logits (n, V), capped, and their softmax at 1/rate."""
+
+    def __init__(self, logits: Tensor, rate: Tensor):
+        self.logits, self.rate = logits, rate
+        self.top, self.peak = logits.max(1, keepdim=True)
+        # the maximum first: z / T of logits near 1e4 would lose the digits that the difference keeps
+        self.shifted = (logits - self.top) * rate
+        exponentials = self.shifted.exp()
+        total = exponentials.sum(1, keepdim=True, dtype=_widest(logits))
+        self.log_total = total.log()
+        self.probability = exponentials * (1 / total).to(logits.dtype)
+        self.log_probability = self.shifted - self.log_total.to(logits.dtype)
+
+
+def _log_ratio(teacher: _Model, student: _Model) -> Tensor:
+    """log(p/q): of models that nearly agree by their logits' differences, which are exact."""
+    apart = teacher.top - student.top
+    constant = (teacher.log_total - student.log_total).to(apart.dtype)
+    rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (student.logits - student.top))
+    alike = ((teacher.logits - student.logits) - apart) * teacher.rate + rest
+    return torch.where(apart.abs() <= 1, alike, teacher.shifted - student.shifted) - constant
+
+
+def _terms(
+    divergence: Divergence, student: _Model, teacher: _Model, teacher_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The value at each entry, and both models' gradients by rate·logit."""
+    p, q, log_p, log_q = (getattr(m, x) for x in ("probability", "log_probability") for m in (teacher, student))
+    formula, parameter = divergence.terms, divergence.parameter
+    of_teacher: Tensor | None
+    if isinstance(formula, Formula):
+        u = _log_ratio(teacher, student)
+        entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, u.gather(1, student.peak))
+        value, of_student = formula.value(entry, parameter), formula.student(entry, parameter)
+        of_teacher = formula.teacher(entry, parameter, u.gather(1, teacher.peak)) if teacher_gradient else None
+    else:
+        of_student, of_teacher = formula(p, q, log_p, log_q, parameter)
+        value = of_student + of_teacher
+    if not divergence.centred:
+        of_student = _about_peak(of_student, student)
+    return value, of_student, _about_peak(of_teacher, teacher) if teacher_gradient and of_teacher is not None else None
+
+
+def _about_peak(term: Tensor, model: _Model) -> Tensor:
+    """``term − p Σ term`` with its digits, by terms measured from the peak's: one constant times p less."""
+    p = model.probability
+    at_peak = term.gather(1, model.peak) / p.gather(1, model.peak)
+    term = (term - times(p, at_peak)).scatter(1, model.peak, 0)
+    return term - times(p, term.sum(1, keepdim=True, dtype=_widest(term)).to(p.dtype))
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    return (z - z.amax(1, keepdim=True)).log_softmax(1)
 
 
 def _label_terms(call: RowCall, z: Tensor, n: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +156,7 @@ def _label_terms(call: RowCall, z: Tensor, n: slice, live: Tensor) -> tuple[Tens
         if call.terms.class_weight is None
         else call.terms.class_weight.to(z)
     )
-    log_q = _log_softmax(z, torch.ones((), dtype=z.dtype, device=z.device))
+    log_q = _log_softmax(z)
     lse = z.logsumexp(1, keepdim=True)
     spread = call.terms.label_smoothing / vocabulary
     of_label = (1 - call.terms.label_smoothing) * w[label]

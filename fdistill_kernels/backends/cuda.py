@@ -17,12 +17,12 @@ from . import triton
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE, NO_ROOM = 4, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 5, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
-SYSTEM, DESK = 1 << 10, 1744  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
+SYSTEM, DESK = 1 << 10, 2528  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
 #: Blocks of a multiprocessor, in the order tried: with two, one works while the other meets or waits.
 BLOCKS = (2, 1)

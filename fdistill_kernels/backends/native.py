@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..divergences import Divergence
+from ..formulas import TERMS
 from .rows import VECTORS, RowCall
 
 #: In the order of csrc/row_task.h's `Scalar`.
@@ -51,6 +53,23 @@ class Rows(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *[(n, ctypes.c_int64) for n in ("inner", "outer_stride", "inner_stride")]]
 
 
+class Parameter(ctypes.Structure):
+    """A divergence's parameter and what is made of it: `Formula.constants`."""
+
+    _fields_ = [
+        *[(n, ctypes.c_float) for n in ("value", "rest", "log", "log_rest")],
+        ("series", ctypes.c_float * TERMS),
+    ]
+
+
+def parameters(divergence: Divergence | None) -> tuple[Parameter, Parameter]:
+    """A divergence's, and those of it with the models exchanged."""
+    if divergence is None or divergence.kernel is None:
+        return Parameter(), Parameter()
+    own, exchanged = (Parameter(*constants[:4], constants[4:]) for constants in divergence.constants())
+    return own, exchanged
+
+
 class RowTask(ctypes.Structure):
     """csrc/row_task.h's, field by field."""
 
@@ -58,8 +77,8 @@ class RowTask(ctypes.Structure):
         ("scalar", ctypes.c_int32), ("row_count", ctypes.c_int64), ("vocabulary", ctypes.c_int64),
         *[(n, Rows) for n in ("student", "teacher", "student_gradient", "teacher_gradient")],
         *[(n, ctypes.c_void_p) for n in VECTORS],
-        *[(n, ctypes.c_float) for n in ("parameter", "label_smoothing", "class_weight_sum", "student_softcap",
-                                        "teacher_softcap")],
+        ("parameter", Parameter), ("exchanged", Parameter),
+        *[(n, ctypes.c_float) for n in ("label_smoothing", "class_weight_sum", "student_softcap", "teacher_softcap")],
         ("parts", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -74,6 +93,7 @@ def row_task(
 ) -> tuple[str, RowTask, Any]:
     """The kernel's symbol, its task, and what must live until the kernel has read the task."""
     divergence, terms = call.divergence, call.terms
+    own, exchanged = parameters(divergence)
     if divergence:
         terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
     weight_sum = 0.0
@@ -85,7 +105,7 @@ def row_task(
         student=rows_of(call.student), teacher=rows_of(call.teacher), student_gradient=rows_of(student_gradient),
         teacher_gradient=rows_of(teacher_gradient),
         **{name: None if x is None else x.data_ptr() for name, x in vectors.items()},
-        parameter=divergence.parameter if divergence else 0.0, label_smoothing=terms.label_smoothing,
+        parameter=own, exchanged=exchanged, label_smoothing=terms.label_smoothing,
         class_weight_sum=weight_sum, student_softcap=call.student_softcap or 0.0,
         teacher_softcap=call.teacher_softcap or 0.0, parts=parts.data_ptr(),
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import Divergence
+from ...formulas import KERNELS
 from ..rows import VECTORS, RowCall
 
 #: Asked once: compilers cannot trace the question.
@@ -27,13 +28,9 @@ def _interpreter_trouble() -> str | None:
     return None
 
 
+#: Symbols whose registers would spill in a program of 16 warps, as a trained teacher's do.
+HEAVY = ("SkewRkl", "SkewKl")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Symbols whose totals come out of the first sweep: D = S = Σ q·(c·log q − log p), with this c.
-CROSSED = {"Rkl": 1.0, "Engine": 0.0}
-
-
-#: Symbols and options whose registers would spill at two 16-byte loads a thread.
-HEAVY = (*CROSSED, "Alpha")
 
 
 def interpreting() -> bool:
@@ -62,12 +59,38 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
     return None
 
 
-def _terms(divergence: Divergence | None) -> Any:
+def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
+    """A divergence's terms, and with the models exchanged those for the teacher, as the kernels' constants."""
     from .terms import BY_SYMBOL
 
     if divergence is None:
-        return None
-    return BY_SYMBOL[divergence.kernel] if divergence.kernel else divergence.triton
+        return {"TERMS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True}
+    if not divergence.kernel:
+        return {"TERMS": divergence.triton, "EXCHANGED": "own", "CENTRED": False, "TEACHER_CENTRED": False}
+    exchanged = KERNELS[divergence.kernel].exchanged
+    return {
+        "TERMS": BY_SYMBOL[divergence.kernel], "EXCHANGED": BY_SYMBOL[exchanged] if teacher_gradient else None,
+        "CENTRED": divergence.centred, "TEACHER_CENTRED": KERNELS[exchanged].centred,
+    }  # fmt: skip
+
+
+#: The kernels' names of `Formula.constants`, and of those with the models exchanged.
+CONSTANTS = ("parameter", "rest", "log_parameter", "log_rest", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
+OTHERS = ("other_parameter", "other_rest", "other_log", "other_log_rest")
+
+
+def constants(divergence: Divergence | None) -> dict[str, float]:
+    """A divergence's constants as the kernels' arguments; an own divergence has its parameter alone."""
+    if divergence is None or not divergence.kernel:
+        return {**dict.fromkeys(CONSTANTS, 0.0), "parameter": divergence.parameter if divergence else 0.0}
+    return dict(zip(CONSTANTS, divergence.constants()[0], strict=True))
+
+
+def exchanged_constants(divergence: Divergence | None) -> dict[str, float]:
+    """The same with the models exchanged."""
+    if divergence is None or not divergence.kernel:
+        return dict.fromkeys(OTHERS, 0.0)
+    return dict(zip(OTHERS, divergence.constants()[1], strict=False))
 
 
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +99,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
     symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
     rows = call.terms.row_scale.shape[0]
-    heavy = call.terms.labels is not None or symbol in HEAVY
+    heavy = call.teacher_gradient or symbol in HEAVY
     chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol, heavy)
     return run(call, chosen)
 
@@ -113,11 +136,10 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
             rows=rows, inner=inner, vocabulary=vocabulary, span=span, student_outer=student_outer,
             student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
             gradient_outer=gradient_outer, gradient_inner=gradient_inner, student_cap=call.student_softcap or None,
-            teacher_cap=call.teacher_softcap or None, parameter=divergence.parameter if divergence else 0.0,
+            teacher_cap=call.teacher_softcap or None, **constants(divergence), **exchanged_constants(divergence),
             smoothing=terms.label_smoothing,
             class_weight_sum=class_weight_sum,
-            TERMS=_terms(divergence), CENTRED=divergence is not None and divergence.centred,
-            CROSSED=CROSSED.get(divergence.kernel or "") if divergence else None,
+            **functions(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
             BLOCK=launch.block, num_warps=launch.warps,
         )  # fmt: skip
@@ -142,6 +164,8 @@ def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
 
     partials = torch.zeros(PARTIALS, rows, splits, device=device)
     partials[0] = partials[4] = LOWEST.value
+    partials[1] = partials[2] = partials[5] = -1  # sums less the 1 of their maximum
+    partials[6:8] = -torch.inf
     return partials
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...divergences import times
+from ...formulas import times
 from ...values import Head
 from .. import triton as triton_backend
 from ..rows import LinearCall, split
@@ -165,14 +165,17 @@ class _Sweeps:
         """Launches `tile_kernel`."""
         call, terms, student, teacher = self.call, self.call.terms, self.student, self.teacher
         symbol = (call.divergence.kernel or "own") if call.divergence else None
+        functions = triton_backend.functions(call.divergence, False)
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         tile_kernel[grid](
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
             teacher and teacher.bias, self.facts, terms.labels, terms.class_weight if self.smoothed else None,
             self.live, partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
-            call.divergence.parameter if call.divergence else 0.0, log_threshold, *first, span,
-            gradient.stride(0) if gradient is not None else 0, TERMS=triton_backend._terms(call.divergence),
-            SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
+            log_threshold=log_threshold, first_row=first[0], first_entry=first[1], span=span,
+            gradient_stride=gradient.stride(0) if gradient is not None else 0,
+            **triton_backend.constants(call.divergence), TERMS=functions["TERMS"],
+            OWN="own" if functions["EXCHANGED"] == "own" else None, SMOOTHED=self.smoothed, PHASE=phase,
+            STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
             **student.options(phase, symbol, terms.labels is not None, self.smoothed),
         )  # fmt: skip
 
@@ -267,9 +270,9 @@ def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, ite
     if phase is None or itemsize == 4:
         return BLOCK if itemsize == 2 else 64 if phase is None else 32
     width = BLOCK
-    if phase.value == TOTALS.value or labels or symbol == "Alpha":
-        width = 32 if smoothed and (symbol or older) else 64
-    return max(32, width // 2) if older and symbol else width
+    if phase.value == TOTALS.value or labels or symbol:
+        width = 32 if symbol == "Alpha" or (labels and symbol) or (smoothed and older) else 64
+    return max(32 if symbol == "Alpha" else 16, width // 2) if older and symbol else width
 
 
 def _blocks(count: int) -> int:

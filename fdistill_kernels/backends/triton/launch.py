@@ -46,14 +46,14 @@ def _next_power_of_two(x: int) -> int:
 
 
 def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: bool = False) -> Launch:
-    """The launch for a call that nobody tuned; `heavy` where sweep 1 keeps more than the two log-sum-exps.
+    """The launch for a call that nobody tuned.
 
-    Two 16-byte loads a thread and tensor keep some 32 KB a multiprocessor in flight, which covers the latency of HBM
-    at its bandwidth; one where registers would spill. As many programs stay resident as have their pairs of rows in
-    half of L2, for the sweeps after the first, but at least one a multiprocessor. Fewer rows than that are split.
+    A 16-byte load a thread and tensor: with two, registers spill; `heavy`, which would spill in a program of 16 warps,
+    has 8. As many programs stay resident as have their pairs of rows in half of L2, for the sweeps after the first, but
+    at least one a multiprocessor. Fewer rows than that are split.
     """
-    entries = (16 if heavy else 32) // itemsize  # of a thread
-    block = min(_next_power_of_two(vocabulary), 16 * 32 * entries)
+    entries = 16 // itemsize  # of a thread
+    block = min(_next_power_of_two(vocabulary), (8 if heavy else 16) * 32 * entries)
     warps = max(1, block // (32 * entries))
     resident = device.l2 // 2 // (2 * vocabulary * itemsize)
     per_processor = max(1, min(resident // device.processors, 32 // warps))

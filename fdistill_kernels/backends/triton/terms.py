@@ -1,14 +1,22 @@
-"""Each divergence's pair of terms in Triton, under the symbol that the table gives it.
+"""Each divergence's terms at vocabulary entries, as csrc/divergences.h has them and formulas.py explains them.
 
-``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``, float32 and elementwise: the gradient's weight to either model, and
-in their sum the entry's share of the loss. csrc/divergences.h holds the same formulas.
+A function takes an entry ``(p, q, log_p, log_q, u, p_shifted, q_shifted, u_at_peak)`` and the divergence's constants
+``(parameter, rest, log_parameter, log_rest, series...)``; it returns the student's term and the value. CLOSE: the
+models agree about a row's peak, so that near entries need their series.
 """
 
 import triton
 import triton.language as tl
 
-SMALLEST_NORMAL = tl.constexpr(1.2e-38)  # a little over 2^-126: Triton takes what is less for float64
-LOWEST_LOG = tl.constexpr(-1e30)  # a logarithm of 0 that may still be multiplied
+from ...formulas import ABOUT_ONE as _ABOUT_ONE
+from ...formulas import LOWEST_LOG as _LOWEST_LOG
+from ...formulas import NEAR as _NEAR
+
+LOWEST_LOG = tl.constexpr(_LOWEST_LOG)
+ABOUT_ONE = tl.constexpr(_ABOUT_ONE)
+NEAR = tl.constexpr(next(iter(_NEAR.values())))
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -18,93 +26,220 @@ def _times(x, y):
 
 
 @triton.jit
-def Kl(p, q, log_p, log_q, parameter):
-    return q - p, _times(p, log_p - log_q)
+def _second_order(u):
+    """``(exp(u) − 1 − u)/u²``, |u| < 2 NEAR."""
+    series = u * (1 / 5040) + 1 / 720
+    series = series * u + 1 / 120
+    series = series * u + 1 / 24
+    series = series * u + 1 / 6
+    return series * u + 0.5
 
 
 @triton.jit
-def Rkl(p, q, log_p, log_q, parameter):
-    return _times(q, log_q - log_p), p - q
+def _excess(u):
+    """t − 1, near."""
+    return u + u * u * _second_order(u)
 
 
 @triton.jit
-def Jeffreys(p, q, log_p, log_q, parameter):
-    return _times(q, log_q - log_p) + q - p, _times(p, log_p - log_q) + p - q
+def _series(x, own):
+    """``x² Σ cₖ xᵏ``, the value over q."""
+    series = own[10]
+    for k in tl.static_range(9, 3, -1):
+        series = series * x + own[k]
+    return series * x * x
 
 
 @triton.jit
-def Gjs(p, q, log_p, log_q, parameter):
-    log_m = tl.log(tl.maximum(parameter * p + (1 - parameter) * q, SMALLEST_NORMAL))
-    return (1 - parameter) * _times(q, log_q - log_m), parameter * _times(p, log_p - log_m)
+def _near(u, series, far, CLOSE: tl.constexpr):
+    return tl.where(tl.abs(u) < NEAR, series, far) if CLOSE else far
 
 
 @triton.jit
-def SkewKl(p, q, log_p, log_q, parameter):
-    m = tl.maximum(parameter * p + (1 - parameter) * q, SMALLEST_NORMAL)
-    mixed = (1 - parameter) * p * (q / m)
-    return -mixed, mixed + _times(p, log_p - tl.log(m))
+def _difference(p, q, u, CLOSE: tl.constexpr):
+    """``p − q``."""
+    return _near(u, q * _excess(u), p - q, CLOSE) if CLOSE else p - q
 
 
 @triton.jit
-def SkewRkl(p, q, log_p, log_q, parameter):
-    teacher, student = SkewKl(q, p, log_q, log_p, parameter)
-    return student, teacher
+def _log1p(x):
+    """log(1 + x), x > −1."""
+    y = 1 + x
+    return tl.where(y == 1, x, tl.log(y) * (x / (y - 1)))
 
 
 @triton.jit
-def Tvd(p, q, log_p, log_q, parameter):
-    half_sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0 * (q - p)))  # the last is 0 or NaN
-    return q * half_sign, -p * half_sign
+def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
+    """log(a/b), log(a + b) less log b, and in a row about one, of a near entry, log(1 + near)."""
+    apart = log_a - log_b
+    apart = tl.where(apart > -LARGEST, tl.where(apart < LARGEST, apart, LARGEST), -LARGEST)
+    ratio = tl.where(a < b, a, b) / (tl.where(a < b, b, a) + SMALLEST_NORMAL)
+    if CLOSE:
+        ratio = tl.where(tl.where(tl.abs(u_at_peak) < ABOUT_ONE, tl.abs(u), ABOUT_ONE) < NEAR, near, ratio)
+    tail = _log1p(ratio)
+    return apart, tail + tl.where(apart > 0, apart, 0.0), tail
 
 
 @triton.jit
-def _difference(w, x, d):
-    """``w - x`` for w = x·exp(d), by the series of expm1 where d is small."""
-    series = d * (1 / 40320) + 1 / 5040
-    series = series * d + 1 / 720
-    series = series * d + 1 / 120
-    series = series * d + 1 / 24
-    series = series * d + 1 / 6
-    series = series * d + 0.5
-    series = series * d + 1.0
-    return tl.where(tl.abs(d) < 0.5, x * (series * d), w - x)
+def Kl(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, _ = e
+    apart = _difference(p, q, u, CLOSE)
+    value = _times(p, log_p - log_q) - apart
+    if CLOSE:
+        value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value, CLOSE)
+    return -apart, value
 
 
 @triton.jit
-def Alpha(p, q, log_p, log_q, parameter):
+def Rkl(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, _ = e
+    student = _times(q, log_q - log_p)
+    value = student + (p - q)
+    if CLOSE:
+        student = _near(u, -q * u, student, CLOSE)
+        value = _near(u, q * u * u * _second_order(u), value, CLOSE)
+    return student, value
+
+
+@triton.jit
+def Jeffreys(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, _ = e
+    backward = _times(q, log_q - log_p)
+    apart = _difference(p, q, u, CLOSE)
+    value = _times(p, log_p - log_q) + backward
+    if CLOSE:
+        backward = _near(u, -q * u, backward, CLOSE)
+        value = _near(u, apart * u, value, CLOSE)
+    return backward - apart, value
+
+
+@triton.jit
+def Gjs(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, u_at_peak = e
+    a, b = own[0] * p, own[1] * q
+    about_one = tl.abs(u_at_peak) < ABOUT_ONE
+    x = _excess(u)
+    apart, above_b, tail = _log_sum(a, b, log_p + own[2], log_q + own[3], u, u_at_peak, own[0] * x, CLOSE)
+    g = above_b
+    value = a * (apart - above_b - own[2]) - b * (above_b + own[3])
+    if CLOSE:
+        g = tl.where(about_one, _near(u, tail, g + own[3], CLOSE), g)
+        value = _near(u, q * _series(x, own), value, CLOSE)
+    return -b * g, value
+
+
+@triton.jit
+def SkewKl(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, _, u, _, _, u_at_peak = e
+    b = own[1] * q
+    m = tl.maximum(own[0] * p + b, SMALLEST_NORMAL)
+    apart = _difference(p, q, u, CLOSE)
+    value = _times(p, log_p - tl.log(m)) - own[1] * apart
+    of = p
+    if CLOSE:
+        of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
+        value = _near(u, q * _series(_excess(u), own), value, CLOSE)
+    return -of * (b / m), value
+
+
+@triton.jit
+def SkewRkl(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, u_at_peak = e
+    a, b = own[1] * p, own[0] * q
+    about_one = tl.abs(u_at_peak) < ABOUT_ONE
+    y = own[1] * _excess(u)
+    _, above_b, tail = _log_sum(a, b, log_p + own[3], log_q + own[2], u, u_at_peak, y, CLOSE)
+    g = a / (a + b + SMALLEST_NORMAL) - above_b
+    value = -q * (above_b + own[2]) + own[1] * (p - q)
+    x = a / (b + SMALLEST_NORMAL)
+    small = x * (8 / 9) - 7 / 8
+    small = small * x + 6 / 7
+    small = small * x - 5 / 6
+    small = small * x + 4 / 5
+    small = small * x - 3 / 4
+    small = small * x + 2 / 3
+    small = (small * x - 1 / 2) * x * x
+    of = tl.where(x < NEAR, small, g)
+    if CLOSE:
+        of = tl.where(about_one, _near(u, own[0] * y / (1 + y) - tail, g - own[1] - own[2], CLOSE), of)
+        value = _near(u, p * _series(_excess(-u), own), value, CLOSE)
+    return _times(q, of), value
+
+
+@triton.jit
+def Tvd(e, own, CLOSE: tl.constexpr):
+    p, q, _, _, u, _, _, _ = e
+    apart = _difference(p, q, u, CLOSE)
+    half_sign = tl.where(apart > 0, 0.5, tl.where(apart < 0, -0.5, 0.0 * apart))  # the last is 0 or NaN
+    return -q * half_sign, 0.5 * tl.abs(apart)
+
+
+@triton.jit
+def _above(w, x, d):
+    """``w − x`` for w = x·exp(d), by series where d is small."""
+    return tl.where(tl.abs(d) < 2 * NEAR, x * _excess(d), w - x)
+
+
+@triton.jit
+def Alpha(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, u_at_peak = e
     neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
     # the parameter times finfo.min would overflow; max(NaN, x) may be x
     log_p = tl.where(log_p < LOWEST_LOG, LOWEST_LOG, log_p)
     log_q = tl.where(log_q < LOWEST_LOG, LOWEST_LOG, log_q)
-    w = tl.exp(parameter * log_p + (1 - parameter) * log_q)
-    u = log_p - log_q
-    student = _difference(w, q, parameter * u) / -parameter
-    teacher = _difference(w, p, (parameter - 1) * u) / (parameter - 1)
-    # the terms of an infinite w have opposite signs, their sum is +inf; an entry neither model has counts nothing
-    infinite = w == float("inf")
-    student = tl.where(neither, 0.0, tl.where(infinite, w, student))
-    teacher = tl.where(neither, 0.0, tl.where(infinite, w, teacher))
-    return student, teacher
+    w = tl.where(neither, 0.0, tl.exp(own[0] * log_p + own[1] * log_q))
+    above_q = _above(w, q, own[0] * u)
+    value = above_q / -own[0] - _above(w, p, -own[1] * u) / own[1]
+    # the parts of an infinite w have opposite signs
+    value = tl.where(w == float("inf"), w, tl.where(value < 0, 0.0, value))
+    if CLOSE:
+        near = tl.abs(u) * tl.maximum(tl.abs(own[0]), 1.0) < 2 * NEAR
+        value = tl.where(near, q * _series(u, own), value)
+    return tl.where(tl.abs(own[0] * u_at_peak) < ABOUT_ONE, above_q, w) / -own[0], value
 
 
 @triton.jit
-def Triangular(p, q, log_p, log_q, parameter):
+def Triangular(e, own, CLOSE: tl.constexpr):
+    p, q, _, _, u, _, _, u_at_peak = e
     total = tl.maximum(p + q, SMALLEST_NORMAL)
-    r = p / total
-    s = q / total
-    return q * (s - r) * (s + 3 * r), p * (r - s) * (r + 3 * s)
+    r, s, apart = p / total, q / total, _difference(p, q, u, CLOSE)
+    g = 4 * r * r
+    if CLOSE:
+        g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, apart / total * (s + 3 * r), g)
+    return -q * g, apart / total * apart
 
 
 @triton.jit
-def Engine(p, q, log_p, log_q, parameter):
-    return -_times(q, log_p), p - q
+def Engine(e, own, CLOSE: tl.constexpr):
+    _, q, log_p, _, _, p_shifted, _, _ = e
+    return -_times(q, p_shifted), -_times(q, log_p)
 
 
 @triton.jit
-def CrossEntropy(p, q, log_p, log_q, parameter):
-    return q - p, -_times(p, log_q)
+def CrossEntropy(e, own, CLOSE: tl.constexpr):
+    p, q, _, log_q, u, _, _, _ = e
+    return -_difference(p, q, u, CLOSE), -_times(p, log_q)
 
 
 BY_SYMBOL = {
     f.__name__: f for f in (Kl, Rkl, Jeffreys, Gjs, SkewKl, SkewRkl, Tvd, Alpha, Triangular, Engine, CrossEntropy)
 }
+
+
+@triton.jit
+def pair(e, own, other, u_at_teacher_peak, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CLOSE: tl.constexpr):
+    """The student's term, the value, and the teacher's term, if EXCHANGED is there to make it.
+
+    A user's own TERMS, without EXCHANGED's symbol, are a pair ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``.
+    """
+    p, q, log_p, log_q, u, p_shifted, q_shifted, _ = e
+    if EXCHANGED == "own":
+        student, teacher = TERMS(p, q, log_p, log_q, own[0])
+        value = student + teacher
+    else:
+        student, value = TERMS(e, own, CLOSE)
+        teacher = student
+        if EXCHANGED is not None:
+            exchanged = (q, p, log_q, log_p, -u, q_shifted, p_shifted, -u_at_teacher_peak)
+            teacher, _ = EXCHANGED(exchanged, other, CLOSE)
+    return student, value, teacher

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .rows import LOWEST, _capped
-from .terms import _times
+from .terms import _times, pair
 
 BLOCK = 128
 TOTALS, GRADIENT = tl.constexpr(0), tl.constexpr(1)
@@ -105,10 +105,11 @@ def _fact(facts, NUMBER: tl.constexpr, n, rows):
 def tile_kernel(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, facts, labels, class_weight, live,
     partials, gradient, rows, vocabulary, student_width, student_stride, student_weight_stride, student_scale,
-    student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter,
-    log_threshold, first_row, first_entry, span, gradient_stride, TERMS: tl.constexpr, SMOOTHED: tl.constexpr,
-    PHASE: tl.constexpr, STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter, rest,
+    log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8, log_threshold, first_row, first_entry, span, gradient_stride,
+    TERMS: tl.constexpr, OWN: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr, STUDENT_EVEN: tl.constexpr,
+    TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Tiles of both models. Grid: (blocks of rows, spans of the vocabulary), from first_row and first_entry.
 
@@ -177,9 +178,12 @@ def tile_kernel(
             if teacher is not None:
                 log_q = (z - student_top) * student_rate - student_log_total
                 p, q = tl.exp(log_p), tl.exp(log_q)
-                of_student, of_teacher = TERMS(p, q, log_p, log_q, parameter)
+                # without the row's peak, which no sweep looks for, and series, for which there are no registers
+                entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate)
+                own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
+                of_student, here, _ = pair(entry, own, own, 0.0, TERMS, OWN, False)
                 if PHASE == TOTALS:
-                    value += tl.sum(tl.where(inside, of_student + of_teacher, 0.0), 1)
+                    value += tl.sum(tl.where(inside, here, 0.0), 1)
                     weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
                 else:
                     result += _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
