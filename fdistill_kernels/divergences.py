@@ -1,6 +1,6 @@
 """The table of divergences: names, formulas, parameters, and the symbol each native backend knows them by.
 
-formulas.py says what each is at a vocabulary entry; csrc/divergences.h and backends/triton/terms.py say the same.
+formulas.py says what each is at a vocabulary entry.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The formulas of each divergence at a vocabulary entry, in torch: what csrc/divergences.h and backends/triton/terms.py
-say in their languages, in any float dtype.
+"""The formulas of each divergence at a vocabulary entry, in torch, in any float dtype; csrc/divergences.h and Triton's
+kernels/terms.py say the same in their languages.
 
 A divergence ``D(p‖q) = Σ q f(p/q)`` is two functions, with t = p/q:
 

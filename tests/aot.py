@@ -16,7 +16,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch, rows, terms, tiles
+from fdistill_kernels.backends.triton import (
+    CONSTANTS,
+    HEAVY,
+    OTHERS,
+    cut,
+    functions,
+    head_statistics,
+    launch,
+    rows,
+    terms,
+    tile_products,
+    tiles,
+)
 from fdistill_kernels.divergences import by_key
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -94,7 +106,8 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
             4 if dtype == "fp32" else 2, older),
         **dict.fromkeys(("BLOCK_D", "BLOCK_K"), 32 if dtype == "fp32" else 64),
     }  # fmt: skip
-    function = getattr(tiles, kernel)
+    function = {"statistics_kernel": head_statistics, "tile_kernel": tiles, "product_kernel": tile_products}[kernel]
+    function = getattr(function, kernel)
     names = function.arg_names
     types = {n: types.get(n, i32) for n in names if n not in constants}
     parts = (kernel, symbol, dtype, labels, phase.lower() if kernel == "tile_kernel" else None, None if live else "all")

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import metrics, run
+from fdistill_kernels.sequence import metrics, report, run
 from fdistill_kernels.sequence.data import read_pairs
 from fdistill_kernels.sequence.sampling import Sampling
 
@@ -220,7 +220,7 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage"')
     for job, label in ((run.Job(method="seqkd"), "loss, nats a token"), (run.Job(method="tvd"), "loss, mean of tokens"),
                        (run.Job(divergence="gjs", shares="gold=1"), "loss, nats a token")):  # fmt: skip
-        run.plot(tmp_path, job)
+        report.plot(tmp_path, job)
         first, second, third = figures[-1].axes
         assert first.get_ylabel() == "loss, 0.8 KL + 0.2 CE + 3 MSE" and second.get_ylabel() == label
         assert job.name() in second.get_title() and third.get_ylabel().endswith("nats a token")

@@ -61,7 +61,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
 
 def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
     """A divergence's terms, and with the models exchanged those for the teacher, as the kernels' constants."""
-    from .terms import BY_SYMBOL
+    from .kernels.terms import BY_SYMBOL
 
     if divergence is None:
         return {"TERMS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True}
@@ -106,7 +106,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The call under a given `Launch`."""
-    from . import rows as kernels
+    from .kernels import rows as kernels
 
     student, teacher, divergence, terms = call.student, call.teacher, call.divergence, call.terms
     _, inner, vocabulary = student.shape
@@ -160,7 +160,8 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
     """Partials of spans that hold nothing: no sum, and a maximum below all."""
-    from .rows import LOWEST, PARTIALS
+    from .kernels.rows import PARTIALS
+    from .kernels.statistics import LOWEST
 
     partials = torch.zeros(PARTIALS, rows, splits, device=device)
     partials[0] = partials[4] = LOWEST.value
@@ -172,7 +173,7 @@ def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
 def scale_(gradient: Tensor, factor: Tensor) -> None:
     """Multiplies (outer, inner, V) in place by a number, or by one a row, without asking the device whether it is 1."""
     from . import launch
-    from .rows import scale_kernel
+    from .kernels.scale import scale_kernel
 
     outer, inner, vocabulary = gradient.shape
     rows = outer * inner

@@ -25,7 +25,9 @@ from ...values import Head
 from .. import triton as triton_backend
 from ..rows import LinearCall, split
 from . import launch
-from .tiles import BLOCK, FACTS, GRADIENT, TOTALS, product_kernel, statistics_kernel, tile_kernel
+from .kernels.head_statistics import statistics_kernel
+from .kernels.tile_products import product_kernel
+from .kernels.tiles import BLOCK, FACTS, GRADIENT, TOTALS, tile_kernel
 
 ACCUMULATOR_BYTES = 8 << 20
 SMALLEST = torch.finfo(torch.float32).tiny

@@ -8,9 +8,9 @@ models agree about a row's peak, so that near entries need their series.
 import triton
 import triton.language as tl
 
-from ...formulas import ABOUT_ONE as _ABOUT_ONE
-from ...formulas import LOWEST_LOG as _LOWEST_LOG
-from ...formulas import NEAR as _NEAR
+from ....formulas import ABOUT_ONE as _ABOUT_ONE
+from ....formulas import LOWEST_LOG as _LOWEST_LOG
+from ....formulas import NEAR as _NEAR
 
 LOWEST_LOG = tl.constexpr(_LOWEST_LOG)
 ABOUT_ONE = tl.constexpr(_ABOUT_ONE)
@@ -20,7 +20,7 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def _times(x, y):
+def times(x, y):
     """``x·y`` with 0·y = 0 for infinite or undefined y."""
     return tl.where(x == 0, 0.0, x * y)
 
@@ -62,7 +62,7 @@ def _difference(p, q, u, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x), x > −1."""
     y = 1 + x
     return tl.where(y == 1, x, tl.log(y) * (x / (y - 1)))
@@ -76,7 +76,7 @@ def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
     ratio = tl.where(a < b, a, b) / (tl.where(a < b, b, a) + SMALLEST_NORMAL)
     if CLOSE:
         ratio = tl.where(tl.where(tl.abs(u_at_peak) < ABOUT_ONE, tl.abs(u), ABOUT_ONE) < NEAR, near, ratio)
-    tail = _log1p(ratio)
+    tail = log1p(ratio)
     return apart, tail + tl.where(apart > 0, apart, 0.0), tail
 
 
@@ -84,7 +84,7 @@ def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
 def Kl(e, own, CLOSE: tl.constexpr):
     p, q, log_p, log_q, u, _, _, _ = e
     apart = _difference(p, q, u, CLOSE)
-    value = _times(p, log_p - log_q) - apart
+    value = times(p, log_p - log_q) - apart
     if CLOSE:
         value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value, CLOSE)
     return -apart, value
@@ -93,7 +93,7 @@ def Kl(e, own, CLOSE: tl.constexpr):
 @triton.jit
 def Rkl(e, own, CLOSE: tl.constexpr):
     p, q, log_p, log_q, u, _, _, _ = e
-    student = _times(q, log_q - log_p)
+    student = times(q, log_q - log_p)
     value = student + (p - q)
     if CLOSE:
         student = _near(u, -q * u, student, CLOSE)
@@ -104,9 +104,9 @@ def Rkl(e, own, CLOSE: tl.constexpr):
 @triton.jit
 def Jeffreys(e, own, CLOSE: tl.constexpr):
     p, q, log_p, log_q, u, _, _, _ = e
-    backward = _times(q, log_q - log_p)
+    backward = times(q, log_q - log_p)
     apart = _difference(p, q, u, CLOSE)
-    value = _times(p, log_p - log_q) + backward
+    value = times(p, log_p - log_q) + backward
     if CLOSE:
         backward = _near(u, -q * u, backward, CLOSE)
         value = _near(u, apart * u, value, CLOSE)
@@ -134,7 +134,7 @@ def SkewKl(e, own, CLOSE: tl.constexpr):
     b = own[1] * q
     m = tl.maximum(own[0] * p + b, SMALLEST_NORMAL)
     apart = _difference(p, q, u, CLOSE)
-    value = _times(p, log_p - tl.log(m)) - own[1] * apart
+    value = times(p, log_p - tl.log(m)) - own[1] * apart
     of = p
     if CLOSE:
         of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
@@ -163,7 +163,7 @@ def SkewRkl(e, own, CLOSE: tl.constexpr):
     if CLOSE:
         of = tl.where(about_one, _near(u, own[0] * y / (1 + y) - tail, g - own[1] - own[2], CLOSE), of)
         value = _near(u, p * _series(_excess(-u), own), value, CLOSE)
-    return _times(q, of), value
+    return times(q, of), value
 
 
 @triton.jit
@@ -212,13 +212,13 @@ def Triangular(e, own, CLOSE: tl.constexpr):
 @triton.jit
 def Engine(e, own, CLOSE: tl.constexpr):
     _, q, log_p, _, _, p_shifted, _, _ = e
-    return -_times(q, p_shifted), -_times(q, log_p)
+    return -times(q, p_shifted), -times(q, log_p)
 
 
 @triton.jit
 def CrossEntropy(e, own, CLOSE: tl.constexpr):
     p, q, _, log_q, u, _, _, _ = e
-    return -_difference(p, q, u, CLOSE), -_times(p, log_q)
+    return -_difference(p, q, u, CLOSE), -times(p, log_q)
 
 
 BY_SYMBOL = {

@@ -1,8 +1,4 @@
-"""Kernels of the cut path: tiles of logits made on tensor cores, used on chip, and never written.
-
-    statistics_kernel   hidden states and a head -> shares of a row's log-sum-exp
-    tile_kernel         both models' tiles -> shares of D and S (TOTALS), or a tile of the logits' gradient (GRADIENT)
-    product_kernel      tiles of the gradient -> hidden states' and weight's gradient
+"""Sweep 2 of the cut path, and the gradient's tiles of sweeps 3 and 4: both models' logits on chip, never written.
 
 Tiles are BLOCK × BLOCK. `facts` holds a row of floats for each of FACTS, what the sweeps before left of it.
 """
@@ -10,90 +6,13 @@ Tiles are BLOCK × BLOCK. `facts` holds a row of floats for each of FACTS, what 
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, _capped
-from .terms import _times, pair
+from .heads import head_logits
+from .terms import pair, times
 
 BLOCK = 128
 TOTALS, GRADIENT = tl.constexpr(0), tl.constexpr(1)
 FACTS = ("scale", "student_top", "student_rate", "student_log_total", "plain_log_total", "teacher_top", "teacher_rate",
          "teacher_log_total", "weight", "of_divergence", "of_q", "of_label", "of_weight")  # fmt: skip
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if PRECISION == "interpreted":  # NumPy has no bfloat16 product
-        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _logits(
-    hidden, weight, bias, n, v, last, vocabulary, width, hidden_stride, weight_stride, scale, cap,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The logits (BLOCK, BLOCK_V) of rows n and entries v; −inf beyond the vocabulary."""
-    d = tl.arange(0, BLOCK_D)
-    left = hidden + tl.minimum(n, last).to(tl.int64)[:, None] * hidden_stride + d[None, :]
-    right = weight + tl.minimum(v, vocabulary - 1).to(tl.int64)[None, :] * weight_stride + d[:, None]
-    total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    for start in tl.range(0, width, BLOCK_D):
-        if EVEN:
-            a, b = tl.load(left + start), tl.load(right + start)
-        else:
-            a = tl.load(left + start, mask=d[None, :] < width - start, other=0.0)
-            b = tl.load(right + start, mask=d[:, None] < width - start, other=0.0)
-        total = _dot(a, b, total, PRECISION)
-    z = total * scale
-    if bias is not None:
-        z += tl.load(bias + tl.minimum(v, vocabulary - 1)).to(tl.float32)[None, :]
-    return tl.where((v < vocabulary)[None, :], _capped(z, cap), float("-inf"))
-
-
-@triton.jit
-def _grown(top, total, new, z, rate):
-    """Σ exp(rate·(z − top)) with a tile's entries added and the maximum moved to `new`."""
-    return total * tl.exp((top - new) * rate) + tl.sum(tl.exp((z - new[:, None]) * rate[:, None]), 1)
-
-
-@triton.jit
-def statistics_kernel(
-    hidden, weight, bias, row_scale, rates, labels, partials, rows, vocabulary, width, hidden_stride, weight_stride,
-    scale, cap, span, PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One model's maximum, total, total at temperature 1 (PLAIN) and label's logit; partials: (4, splits, rows).
-
-    Grid: (blocks of rows, splits); a split is a span of the vocabulary. Blocks of masked rows alone do nothing.
-    """
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < rows
-    rate = tl.load(rates + n, mask=inside, other=1.0)
-    top = tl.zeros([BLOCK], tl.float32) + LOWEST
-    total, plain, label_logit = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), 0.0 * rate
-    label = n
-    if labels is not None:
-        label = tl.load(labels + n, mask=inside, other=-1)
-    begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, vocabulary)
-    if tl.max((tl.load(row_scale + n, mask=inside, other=0.0) != 0).to(tl.int32), 0) == 0:
-        end = begin
-    for start in tl.range(begin, end, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        z = _logits(hidden, weight, bias, n, v, rows - 1, vocabulary, width, hidden_stride, weight_stride, scale, cap,
-                    EVEN, PRECISION, BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
-        new = tl.maximum(top, tl.max(z, 1))
-        total = _grown(top, total, new, z, rate)
-        if PLAIN:
-            plain = _grown(top, plain, new, z, tl.zeros([BLOCK], tl.float32) + 1.0)
-        if labels is not None:
-            label_logit += tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1)
-        top = new
-    field = rows * tl.num_programs(1)
-    to = partials + tl.program_id(1) * rows + n
-    tl.store(to, top, mask=inside)
-    tl.store(to + field, total, mask=inside)
-    tl.store(to + 2 * field, plain, mask=inside)
-    tl.store(to + 3 * field, label_logit, mask=inside)
 
 
 @triton.jit
@@ -142,11 +61,11 @@ def tile_kernel(
             v = start + offset + tl.arange(0, BLOCK_V)
             inside = (v < vocabulary)[None, :]
             if teacher is not None:
-                y = _logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
+                y = head_logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
                             teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN, PRECISION,
                             BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
                 log_p = (y - _fact(facts, 5, n, rows)) * _fact(facts, 6, n, rows) - _fact(facts, 7, n, rows)
-            z = _logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width,
+            z = head_logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width,
                         student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN, PRECISION,
                         BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
             # facts are loaded where they are used: registers that products could not spare
@@ -169,7 +88,7 @@ def tile_kernel(
                     if class_weight is not None:
                         w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
                 if PHASE == TOTALS and SMOOTHED:
-                    linear += tl.sum(tl.where(inside, _times(w, log_plain), 0.0), 1)
+                    linear += tl.sum(tl.where(inside, times(w, log_plain), 0.0), 1)
                 if PHASE == GRADIENT:
                     result = _fact(facts, 10, n, rows) * tl.exp(log_plain)
                     if SMOOTHED:
@@ -202,35 +121,3 @@ def tile_kernel(
         tl.store(to, value, mask=n < rows)
         tl.store(to + field, weight, mask=n < rows)
         tl.store(to + 2 * field, linear, mask=n < rows)
-
-
-@triton.jit
-def product_kernel(
-    gradient, other, out, order, counts, k_count, k_last, width, i_stride, k_stride, other_stride, order_stride,
-    FRESH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``out (I, width) += gradient (I, K) other (K, width)`` in float32; FRESH: without the old out.
-
-    Strides make the gradient's buffer a matrix or its transpose; I and K are whole tiles. With `order`, (I's blocks,
-    K's blocks), block i meets only the first counts[i] of its K's blocks. Grid: (I's blocks, the width's blocks).
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    steps = k_count // BLOCK_K
-    if order is not None:
-        steps = tl.load(counts + tl.program_id(0)) * (BLOCK // BLOCK_K)
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for step in tl.range(0, steps):
-        first = step * BLOCK_K
-        if order is not None:
-            block = tl.load(order + tl.program_id(0) * order_stride + first // BLOCK)
-            first = block.to(tl.int32) * BLOCK + first % BLOCK
-        k = first + tl.arange(0, BLOCK_K)
-        a = tl.load(gradient + i[:, None] * i_stride + k[None, :] * k_stride)
-        rows_of_other = tl.minimum(k, k_last).to(tl.int64)[:, None] * other_stride
-        b = tl.load(other + rows_of_other + j[None, :], mask=j[None, :] < width, other=0.0)
-        total = _dot(a, b, total, PRECISION)
-    to = out + i[:, None] * width + j[None, :]
-    if not FRESH:
-        total += tl.load(to, mask=j[None, :] < width, other=0.0)
-    tl.store(to, total, mask=j[None, :] < width)

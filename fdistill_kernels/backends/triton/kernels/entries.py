@@ -1,0 +1,76 @@
+"""Entries of a row whose softmaxes are known, and their terms, measured from those of the models' largest entries."""
+
+import triton
+import triton.language as tl
+
+from .terms import log1p, pair
+
+
+@triton.jit
+def entry_of(x, y, models, u_at_peak):
+    """Entries of a row with the student's logits x and the teacher's y, as terms.py takes them."""
+    student_top, student_rate, student_log_total = models[0], models[1], models[2]
+    teacher_top, teacher_rate, teacher_log_total = models[3], models[4], models[5]
+    log_ratio, alike = models[6], models[7]
+    q_shifted, p_shifted = (x - student_top) * student_rate, (y - teacher_top) * teacher_rate
+    log_q, log_p = q_shifted - student_log_total, p_shifted - teacher_log_total
+    # of models that nearly agree by their logits' own differences, which are exact
+    apart = tl.where(alike, ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
+    return tl.exp(log_p), tl.exp(log_q), log_p, log_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak
+
+
+@triton.jit
+def models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate):
+    """What `_entry` needs of a row."""
+    apart = (teacher_rest - student_rest) / (1 + student_rest)
+    little = tl.abs(apart) < 0.5
+    log_ratio = log1p(teacher_rest) - log1p(student_rest)
+    log_ratio = tl.where(little, log1p(tl.where(little, apart, 0.0)), log_ratio)
+    alike = (tl.abs(teacher_top - student_top) <= 1) & (teacher_rate == student_rate)
+    return (student_top, student_rate, log1p(student_rest), teacher_top, teacher_rate, log1p(teacher_rest), log_ratio,
+            alike)  # fmt: skip
+
+
+@triton.jit
+def peaks_of(
+    models, teacher_there, student_there, own, other, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
+    CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
+):  # fmt: skip
+    """u at both models' largest entries, and their terms per probability there: what terms are measured from."""
+    student_top, teacher_top = models[0], models[3]
+    at_student = entry_of(student_top, teacher_there, models, 0.0)
+    u_at_peak = at_student[4]
+    p, q, log_p, log_q, u, p_shifted, q_shifted, _ = at_student
+    term, _, _ = pair((p, q, log_p, log_q, u, p_shifted, q_shifted, u_at_peak), own, other, u_at_peak, TERMS,
+                      "own" if EXCHANGED == "own" else None, True)  # fmt: skip
+    at_peak = 0.0 * term
+    if not CENTRED:
+        at_peak = term / q
+    u_at_teacher_peak, at_teacher_peak = u_at_peak, at_peak
+    if EXCHANGED is not None:
+        at_teacher = entry_of(student_there, teacher_top, models, u_at_peak)
+        u_at_teacher_peak = at_teacher[4]
+        _, _, of_teacher = pair(at_teacher, own, other, u_at_teacher_peak, TERMS, EXCHANGED, True)
+        at_teacher_peak = of_teacher / at_teacher[0]
+        if TEACHER_CENTRED:
+            at_teacher_peak = 0.0 * at_teacher_peak
+    return u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there
+
+
+@triton.jit
+def terms_at(
+    x, y, models, peaks, own, other, close, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
+    TEACHER_CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Entries' probabilities, values and both terms, measured from the peaks', whose own is 0."""
+    u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there = peaks
+    entry = entry_of(x, y, models, u_at_peak)
+    if close:
+        student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, True)
+    else:
+        student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, False)
+    if not CENTRED:
+        student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student - entry[1] * at_peak)
+    if EXCHANGED is not None and not TEACHER_CENTRED:
+        teacher = tl.where((y == models[3]) & (x == student_there), 0.0, teacher - entry[0] * at_teacher_peak)
+    return entry[0], entry[1], student, value, teacher
