@@ -15,163 +15,33 @@
 // The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
 #pragma once
 
-#include <cmath>
-#include <type_traits>
-
-#include "../row_task.h"
-#ifdef __CUDACC__
-#include "hopper.cuh"
-#else
-#include "emulation.h"
-#endif
+#include "../divergences.h"
+#include "row_slices.h"
 
 namespace fdistill {
 
-constexpr int kWarp = 32, kMost = 16;  // lanes of a warp; the most warps of a block, and blocks of a cluster
-constexpr int kHeld = 40;  // entries of a model in a thread's registers: as many as 128 registers hold without a spill
-constexpr float kLog2E = 1.44269504f;
-
-// How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `depth`: that each
-// thread takes; `aligned`: every row starts at a multiple of 16 bytes.
-struct Launch {
-  int32_t cluster, threads, depth, stages, slice, aligned;
-};
-
-template <typename scalar_t>
-struct Vector {
-  static constexpr int size = 8;
-  static constexpr uint32_t lowest = std::is_same_v<scalar_t, Half> ? 0xfc00fc00 : 0xff80ff80;  // a pair of -inf
-  static FDISTILL_DEVICE void widen(const Raw& raw, float (&x)[size]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) Pair<scalar_t>::widen(raw.word[i], x[2 * i], x[2 * i + 1]);
-  }
-  static FDISTILL_DEVICE Raw narrow(const float (&x)[size]) {
-    Raw raw;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) raw.word[i] = Pair<scalar_t>::narrow(x[2 * i], x[2 * i + 1]);
-    return raw;
-  }
-  static FDISTILL_DEVICE scalar_t entry(const Raw& raw, int i) {
-    return {static_cast<uint16_t>(raw.word[i / 2] >> i % 2 * 16)};
-  }
-  static FDISTILL_DEVICE float top(const Raw& raw) {
-    using P = Pair<scalar_t>;
-    float low, high;
-    P::widen(P::larger(P::larger(raw.word[0], raw.word[1]), P::larger(raw.word[2], raw.word[3])), low, high);
-    return fmaxf(low, high);
-  }
-};
-
-template <>
-struct Vector<float> {
-  static constexpr int size = 4;
-  static constexpr uint32_t lowest = 0xff800000;
-  static FDISTILL_DEVICE void widen(const Raw& raw, float (&x)[size]) { memcpy(x, &raw, sizeof(raw)); }
-  static FDISTILL_DEVICE Raw narrow(const float (&x)[size]) {
-    Raw raw;
-    memcpy(&raw, x, sizeof(raw));
-    return raw;
-  }
-  static FDISTILL_DEVICE float entry(const Raw& raw, int i) {
-    float x[size];
-    widen(raw, x);
-    return x[i];
-  }
-  static FDISTILL_DEVICE float top(const Raw& raw) {
-    float x[size];
-    widen(raw, x);
-    return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-  }
-};
-
-template <int lanes = kWarp>
-FDISTILL_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int mask = lanes / 2; mask; mask /= 2) x += from_lane(x, mask);
-  return x;
-}
-
-template <int lanes = kWarp>
-FDISTILL_DEVICE float warp_top(float x) {
-#pragma unroll
-  for (int mask = lanes / 2; mask; mask /= 2) x = fmaxf(x, from_lane(x, mask));
-  return x;
-}
-
-// What is known of a row before its logits are there: facts that threads carry, and what of it is this block's.
-struct Row {
-  float scale, rate, other_rate, divergence_scale, label;  // a label below 2^24 is exact; -1: none
-  uint32_t outer, inner;        // its indices, the same in every tensor of the call
-  int32_t shift;                // entries before it in its first 16 bytes
-  int32_t count, first, whole;  // vectors of the slice; of these from `first` on so many are all of this row
-};
-constexpr int kFacts = 5, kLabel = 4;
-
-// A model's softmax, whole or in part: p = exp((z - top) rate) / total. A top starts from kLowest: finite, so that
-// -inf - top is -inf.
-struct Softmax {
-  float top = kLowest, total = 0;
-  FDISTILL_DEVICE float worth(float x, float rate) const { return exp2f((x - top) * (rate * kLog2E)); }
-};
-
-// What is told in the first meeting. Of the student's, what labels may need: `plain` is the sum of exp(z - top), `linear`
-// that of z - top, over so many `entries`.
-struct alignas(sizeof(Raw)) Statistics {
-  Softmax student, teacher;
-  float label_logit = 0, plain = 0, linear = 0, entries = 0;
-  float other_at_top = -INFINITY;  // the teacher's logit at the student's top
-};
-
-// And in the second: shares of D and S.
-struct alignas(sizeof(Raw)) Totals {
-  float divergence = 0, weight = 0;
-};
-
-// A block's shared memory, before the stages.
-struct Shared {
-  static constexpr int most_stages = 3, message = sizeof(Statistics) / sizeof(Raw);
-  Barrier arrived[most_stages];   // the slices are there
-  Barrier met[2];                 // every block has been heard
-  Row rows[most_stages];          // in the stages
-  Raw told[message * kMost];      // by warps to their block
-  Raw heard[2][message * kMost];  // of blocks, in two meetings
-  Raw learnt[message];            // by everyone, of a meeting
-};
-
-// The gradient of a row: term * the divergence's + exponential * e + plain * exp(z - top) + constant, less `label` at the
-// label; `softmax` is the coefficient of the labels' softmax, that `exponential` or `plain` is made of.
-struct Gradient {
-  float term = 0, exponential = 0, plain = 0, constant = 0, label = 0, softmax = 0, top = 0;
-};
-
 template <typename Divergence, typename scalar_t>
-struct RowProgram {
+struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   static constexpr bool kTeacher = !std::is_void_v<Divergence>;
-  static constexpr int kModels = kTeacher ? 2 : 1, kSize = Vector<scalar_t>::size, kVectors = kHeld / kSize;
   static constexpr bool kCentred = [] {
     if constexpr (kTeacher) return Divergence::centred;
     return true;
   }();
+  using Slices = RowSlices<scalar_t, kTeacher ? 2 : 1>;
   using Vec = Vector<scalar_t>;
+  static constexpr int kSize = Slices::kSize;
+  using Slices::task, Slices::launch, Slices::shared, Slices::vocabulary;
+  using Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_entries, Slices::for_vectors;
+  using Slices::held_label, Slices::is_entry, Slices::prepare, Slices::room, Slices::slice_at, Slices::slice_of;
+  using Slices::store, Slices::take, Slices::vector;
 
-  const RowTask& task;
-  const Launch& launch;
-  Shared& shared;
-  Raw* const stages;  // [stages][models][depth * threads]: a model's slice
-  const int vocabulary;
   uint32_t meetings = 0;
   float held[kHeld], other[kHeld];  // exponentials of the student and of the teacher; in the end `other` is the student's term
 
-  FDISTILL_DEVICE RowProgram(const RowTask& task, const Launch& launch)
-      : task(task), launch(launch), shared(*reinterpret_cast<Shared*>(shared_memory())),
-        stages(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
-
-  // A model's slice in a stage.
-  FDISTILL_DEVICE Raw* slice_at(int at, int model) const { return stages + (at * kModels + model) * room(); }
-  FDISTILL_DEVICE int room() const { return launch.depth * threads(); }
+  FDISTILL_DEVICE RowProgram(const RowTask& task, const Launch& launch) : Slices(task, launch) {}
 
   FDISTILL_DEVICE void run() {
-    start();
+    this->start();
     const uint32_t step = clusters();
     for (int i = 0; i < launch.stages; ++i) fetch(i, cluster() + i * step, fact_of(cluster() + i * step));
     block_barrier();
@@ -191,152 +61,6 @@ struct RowProgram {
       if (launch.stages == 1) block_barrier();  // the facts of the next row are there at once
       if (++at == launch.stages) at = 0, parity ^= 1;
     }
-  }
-
-  FDISTILL_DEVICE void start() {
-    const int vectors = launch.stages * kModels * room();
-    for (int v = thread(); v < vectors; v += threads())  // what no slice reaches stays so
-      for (uint32_t& word : stages[v].word) word = Vec::lowest;
-    if (thread() == 0) {
-      for (Barrier& barrier : shared.arrived) start_barrier(&barrier);
-      for (Barrier& barrier : shared.met) start_barrier(&barrier);
-    }
-    before_copies();
-    cluster_barrier();
-  }
-
-  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, const Row& row) const {
-    return static_cast<scalar_t*>(rows.data) + row.outer * rows.outer_stride + row.inner * rows.inner_stride;
-  }
-
-  // Where row n is, and what of it is this block's slice.
-  FDISTILL_DEVICE void place(uint32_t n, Row& row) const {
-    const uint32_t inner = static_cast<uint32_t>(task.student.inner);
-    row.outer = n / inner, row.inner = n % inner;
-    row.shift = reinterpret_cast<uintptr_t>(row_at(task.student, row)) % sizeof(Raw) / sizeof(scalar_t);
-    const auto until = [&](int entry) {  // vectors of the slice until there
-      const int vectors = entry / kSize - begin();
-      return vectors < 0 ? 0 : vectors < launch.slice ? vectors : launch.slice;
-    };
-    row.count = until(row.shift + vocabulary + kSize - 1);
-    row.first = rank() == 0 && row.shift != 0;
-    const int whole = until(row.shift + vocabulary) - row.first;
-    row.whole = whole < 0 ? 0 : whole;
-  }
-
-  // The first vector of this block's slices.
-  FDISTILL_DEVICE int begin() const { return rank() * launch.slice; }
-
-  // This block's vectors of a row in memory.
-  FDISTILL_DEVICE Raw* slice_of(const Rows& rows, const Row& row) const {
-    return reinterpret_cast<Raw*>(row_at(rows, row) - row.shift) + begin();
-  }
-
-  // Each of the first threads carries a fact of a row as it lies in memory, and of a label the low half. Nothing looks at
-  // it before `fetch`, so that no thread waits for it.
-  FDISTILL_DEVICE float fact_of(uint32_t n) const {
-    const void* const facts[kFacts] = {task.row_scale, kTeacher ? task.student_inverse_temperature : nullptr,
-                                       kTeacher ? task.teacher_inverse_temperature : nullptr,
-                                       kTeacher ? task.divergence_scale : nullptr, task.labels};
-    const float* fact = nullptr;
-#pragma unroll
-    for (int i = 0; i < kFacts; ++i)
-      if (thread() == i) fact = static_cast<const float*>(facts[i]);
-    return fact && n < task.row_count ? fact[thread() == kLabel ? 2 * static_cast<size_t>(n) : n] : 1.0f;
-  }
-
-  // cap tanh(x / cap), by its series where 1 - 2 / (exp + 1) would cancel
-  static FDISTILL_DEVICE float capped(float x, float cap) {
-    if (cap == 0.0f) return x;
-    const float t = x / cap, square = t * t;
-    if (fabsf(t) < 0.0625f) return x - x * square * (1.0f / 3 - square * (2.0f / 15));
-    return cap * (1.0f - 2.0f / (exp2f(t * (2 * kLog2E)) + 1.0f));
-  }
-
-  // Calls for my slice of row n's logits; an ignored row's stage is at once ready, with nothing new in it.
-  FDISTILL_DEVICE void fetch(int at, uint32_t n, float fact) {
-    if (n >= task.row_count) return;
-    Row& row = shared.rows[at];
-    if (thread() == kLabel) {
-      int32_t label;
-      memcpy(&label, &fact, sizeof(label));
-      fact = task.labels && label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is read
-    }
-    if (thread() < kFacts) (&row.scale)[thread()] = fact;
-    if (thread() != 0) return;
-    place(n, row);
-    const uint32_t bytes = fact == 0.0f ? 0 : row.count * sizeof(Raw);
-    expect(&shared.arrived[at], kModels * bytes);
-    if (bytes == 0) return;
-#pragma unroll
-    for (int model = 0; model < kModels; ++model)
-      copy(slice_at(at, model), slice_of(model ? task.teacher : task.student, row), bytes, &shared.arrived[at]);
-  }
-
-  // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
-  FDISTILL_DEVICE int vector(int k) const { return thread() / kWarp * launch.depth * kWarp + thread() % kWarp + k * kWarp; }
-
-  // body(k) for each of my vectors.
-  template <typename Body>
-  FDISTILL_DEVICE void for_vectors(const Body& body) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      if (k < launch.depth) body(k);
-  }
-
-  // body(j) for each of the entries that I hold.
-  template <typename Body>
-  FDISTILL_DEVICE void for_entries(const Body& body) const {
-    for_vectors([&](int k) {
-#pragma unroll
-      for (int j = k * kSize; j < (k + 1) * kSize; ++j) body(j);
-    });
-  }
-
-  // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
-  FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
-  FDISTILL_DEVICE bool is_entry(int entry) const { return entry >= 0 && entry < vocabulary; }
-
-  // Makes the row's slices in a stage what the passes read: nothing but this row, its logits capped. Each thread touches
-  // no vector but those that it alone reads.
-  FDISTILL_DEVICE void prepare(Raw* logits, const Row& row) const {
-    // every row fills the same whole vectors: around them the stage is as it was at the start
-    if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
-    bool changed = false;
-#pragma unroll 1
-    for (int k = 0; k < launch.depth; ++k) {
-      const int v = vector(k), entry = entry_of(v, row);
-      if (v >= launch.slice) break;
-#pragma unroll
-      for (int model = 0; model < kModels; ++model) {
-        const float cap = model ? task.teacher_softcap : task.student_softcap;
-        if (is_whole(v, row) && cap == 0.0f) continue;
-        Raw& raw = logits[model * room() + v];
-        float x[kSize];
-        Vec::widen(raw, x);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          x[i] = v < row.count && is_entry(entry + i) ? capped(x[i], cap) : -INFINITY;
-        raw = Vec::narrow(x);
-        changed = true;
-      }
-    }
-    if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
-  }
-
-  // My entries of a model, and their top.
-  FDISTILL_DEVICE float take(const Raw* logits, float (&kept)[kHeld]) const {
-    float top = kLowest;
-    const Address mine = address(logits + vector(0));
-    for_vectors([&](int k) {
-      const Raw raw = load(mine, k * kWarp);
-      top = fmaxf(top, Vec::top(raw));
-      float x[kSize];
-      Vec::widen(raw, x);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) kept[k * kSize + i] = x[i];
-    });
-    return top;
   }
 
   // Their exponentials about my warp's top, and my sum of them.
@@ -593,27 +317,6 @@ struct RowProgram {
       for (int i = 0; i < kSize; ++i) value[i] = held[k * kSize + i];
       store(to + k * kWarp, vector(k), row, Vec::narrow(value));
     });
-  }
-
-  // Which of the entries that I hold is the label's, or -1.
-  FDISTILL_DEVICE int held_label(const Row& row) const {
-    const int at = static_cast<int>(row.label) + row.shift - begin() * kSize, v = at / kSize, mine = v - vector(0);
-    const bool is_mine = row.label >= 0.0f && at >= 0 && v < row.count && mine >= 0 && mine % kWarp == 0 && mine < launch.depth * kWarp;
-    return is_mine ? mine / kWarp * kSize + at % kSize : -1;
-  }
-
-  static FDISTILL_DEVICE bool is_whole(int v, const Row& row) {
-    return static_cast<unsigned>(v - row.first) < static_cast<unsigned>(row.whole);
-  }
-
-  // Of a vector what is of this row.
-  FDISTILL_DEVICE void store(Raw* to, int v, const Row& row, const Raw& raw) const {
-    if (is_whole(v, row)) return store_streaming(to, raw);
-    if (v >= row.count) return;
-    const int entry = entry_of(v, row);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      if (is_entry(entry + i)) reinterpret_cast<scalar_t*>(to)[i] = Vec::entry(raw, i);
   }
 
   FDISTILL_DEVICE void skip_row(uint32_t n, const Row& row) const {

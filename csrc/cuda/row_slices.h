@@ -1,0 +1,196 @@
+// A block's slices of rows: on their way into shared memory, made ready for the passes, taken into registers, and written.
+#pragma once
+
+#include "row_state.h"
+
+namespace fdistill {
+
+template <typename scalar_t, int kModels>
+struct RowSlices {
+  static constexpr bool kTeacher = kModels == 2;
+  static constexpr int kSize = Vector<scalar_t>::size, kVectors = kHeld / kSize;
+  using Vec = Vector<scalar_t>;
+
+  const RowTask& task;
+  const Launch& launch;
+  Shared& shared;
+  Raw* const stages;  // [stages][models][depth * threads]: a model's slice
+  const int vocabulary;
+
+  FDISTILL_DEVICE RowSlices(const RowTask& task, const Launch& launch)
+      : task(task), launch(launch), shared(*reinterpret_cast<Shared*>(shared_memory())),
+        stages(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
+
+  // A model's slice in a stage.
+  FDISTILL_DEVICE Raw* slice_at(int at, int model) const { return stages + (at * kModels + model) * room(); }
+  FDISTILL_DEVICE int room() const { return launch.depth * threads(); }
+
+  FDISTILL_DEVICE void start() {
+    const int vectors = launch.stages * kModels * room();
+    for (int v = thread(); v < vectors; v += threads())  // what no slice reaches stays so
+      for (uint32_t& word : stages[v].word) word = Vec::lowest;
+    if (thread() == 0) {
+      for (Barrier& barrier : shared.arrived) start_barrier(&barrier);
+      for (Barrier& barrier : shared.met) start_barrier(&barrier);
+    }
+    before_copies();
+    cluster_barrier();
+  }
+
+  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, const Row& row) const {
+    return static_cast<scalar_t*>(rows.data) + row.outer * rows.outer_stride + row.inner * rows.inner_stride;
+  }
+
+  // Where row n is, and what of it is this block's slice.
+  FDISTILL_DEVICE void place(uint32_t n, Row& row) const {
+    const uint32_t inner = static_cast<uint32_t>(task.student.inner);
+    row.outer = n / inner, row.inner = n % inner;
+    row.shift = reinterpret_cast<uintptr_t>(row_at(task.student, row)) % sizeof(Raw) / sizeof(scalar_t);
+    const auto until = [&](int entry) {  // vectors of the slice until there
+      const int vectors = entry / kSize - begin();
+      return vectors < 0 ? 0 : vectors < launch.slice ? vectors : launch.slice;
+    };
+    row.count = until(row.shift + vocabulary + kSize - 1);
+    row.first = rank() == 0 && row.shift != 0;
+    const int whole = until(row.shift + vocabulary) - row.first;
+    row.whole = whole < 0 ? 0 : whole;
+  }
+
+  // The first vector of this block's slices.
+  FDISTILL_DEVICE int begin() const { return rank() * launch.slice; }
+
+  // This block's vectors of a row in memory.
+  FDISTILL_DEVICE Raw* slice_of(const Rows& rows, const Row& row) const {
+    return reinterpret_cast<Raw*>(row_at(rows, row) - row.shift) + begin();
+  }
+
+  // Each of the first threads carries a fact of a row as it lies in memory, and of a label the low half. Nothing looks at
+  // it before `fetch`, so that no thread waits for it.
+  FDISTILL_DEVICE float fact_of(uint32_t n) const {
+    const void* const facts[kFacts] = {task.row_scale, kTeacher ? task.student_inverse_temperature : nullptr,
+                                       kTeacher ? task.teacher_inverse_temperature : nullptr,
+                                       kTeacher ? task.divergence_scale : nullptr, task.labels};
+    const float* fact = nullptr;
+#pragma unroll
+    for (int i = 0; i < kFacts; ++i)
+      if (thread() == i) fact = static_cast<const float*>(facts[i]);
+    return fact && n < task.row_count ? fact[thread() == kLabel ? 2 * static_cast<size_t>(n) : n] : 1.0f;
+  }
+
+  // cap tanh(x / cap), by its series where 1 - 2 / (exp + 1) would cancel
+  static FDISTILL_DEVICE float capped(float x, float cap) {
+    if (cap == 0.0f) return x;
+    const float t = x / cap, square = t * t;
+    if (fabsf(t) < 0.0625f) return x - x * square * (1.0f / 3 - square * (2.0f / 15));
+    return cap * (1.0f - 2.0f / (exp2f(t * (2 * kLog2E)) + 1.0f));
+  }
+
+  // Calls for my slice of row n's logits; an ignored row's stage is at once ready, with nothing new in it.
+  FDISTILL_DEVICE void fetch(int at, uint32_t n, float fact) {
+    if (n >= task.row_count) return;
+    Row& row = shared.rows[at];
+    if (thread() == kLabel) {
+      int32_t label;
+      memcpy(&label, &fact, sizeof(label));
+      fact = task.labels && label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is read
+    }
+    if (thread() < kFacts) (&row.scale)[thread()] = fact;
+    if (thread() != 0) return;
+    place(n, row);
+    const uint32_t bytes = fact == 0.0f ? 0 : row.count * sizeof(Raw);
+    expect(&shared.arrived[at], kModels * bytes);
+    if (bytes == 0) return;
+#pragma unroll
+    for (int model = 0; model < kModels; ++model)
+      copy(slice_at(at, model), slice_of(model ? task.teacher : task.student, row), bytes, &shared.arrived[at]);
+  }
+
+  // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
+  FDISTILL_DEVICE int vector(int k) const { return thread() / kWarp * launch.depth * kWarp + thread() % kWarp + k * kWarp; }
+
+  // body(k) for each of my vectors.
+  template <typename Body>
+  FDISTILL_DEVICE void for_vectors(const Body& body) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k)
+      if (k < launch.depth) body(k);
+  }
+
+  // body(j) for each of the entries that I hold.
+  template <typename Body>
+  FDISTILL_DEVICE void for_entries(const Body& body) const {
+    for_vectors([&](int k) {
+#pragma unroll
+      for (int j = k * kSize; j < (k + 1) * kSize; ++j) body(j);
+    });
+  }
+
+  // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
+  FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
+  FDISTILL_DEVICE bool is_entry(int entry) const { return entry >= 0 && entry < vocabulary; }
+
+  // Makes the row's slices in a stage what the passes read: nothing but this row, its logits capped. Each thread touches
+  // no vector but those that it alone reads.
+  FDISTILL_DEVICE void prepare(Raw* logits, const Row& row) const {
+    // every row fills the same whole vectors: around them the stage is as it was at the start
+    if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
+    bool changed = false;
+#pragma unroll 1
+    for (int k = 0; k < launch.depth; ++k) {
+      const int v = vector(k), entry = entry_of(v, row);
+      if (v >= launch.slice) break;
+#pragma unroll
+      for (int model = 0; model < kModels; ++model) {
+        const float cap = model ? task.teacher_softcap : task.student_softcap;
+        if (is_whole(v, row) && cap == 0.0f) continue;
+        Raw& raw = logits[model * room() + v];
+        float x[kSize];
+        Vec::widen(raw, x);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i)
+          x[i] = v < row.count && is_entry(entry + i) ? capped(x[i], cap) : -INFINITY;
+        raw = Vec::narrow(x);
+        changed = true;
+      }
+    }
+    if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
+  }
+
+  // My entries of a model, and their top.
+  FDISTILL_DEVICE float take(const Raw* logits, float (&kept)[kHeld]) const {
+    float top = kLowest;
+    const Address mine = address(logits + vector(0));
+    for_vectors([&](int k) {
+      const Raw raw = load(mine, k * kWarp);
+      top = fmaxf(top, Vec::top(raw));
+      float x[kSize];
+      Vec::widen(raw, x);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) kept[k * kSize + i] = x[i];
+    });
+    return top;
+  }
+
+  // Which of the entries that I hold is the label's, or -1.
+  FDISTILL_DEVICE int held_label(const Row& row) const {
+    const int at = static_cast<int>(row.label) + row.shift - begin() * kSize, v = at / kSize, mine = v - vector(0);
+    const bool is_mine = row.label >= 0.0f && at >= 0 && v < row.count && mine >= 0 && mine % kWarp == 0 && mine < launch.depth * kWarp;
+    return is_mine ? mine / kWarp * kSize + at % kSize : -1;
+  }
+
+  static FDISTILL_DEVICE bool is_whole(int v, const Row& row) {
+    return static_cast<unsigned>(v - row.first) < static_cast<unsigned>(row.whole);
+  }
+
+  // Of a vector what is of this row.
+  FDISTILL_DEVICE void store(Raw* to, int v, const Row& row, const Raw& raw) const {
+    if (is_whole(v, row)) return store_streaming(to, raw);
+    if (v >= row.count) return;
+    const int entry = entry_of(v, row);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (is_entry(entry + i)) reinterpret_cast<scalar_t*>(to)[i] = Vec::entry(raw, i);
+  }
+};
+
+}  // namespace fdistill
