@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
+from .values import Head
 
 #: A function of hidden states and the head's weight and bias, run where the head has them whole.
 AtHead = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -171,15 +172,6 @@ class Form(NamedTuple):
     scale: float = 1.0
     bias: tuple[tuple[float, Tensor], ...] = ()
     cap: float | None = None
-
-
-class Head(NamedTuple):
-    """Logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap): arguments of the linear losses."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -379,11 +371,9 @@ def _cross_entropy(
         target = target.masked_fill(target == masked, ignore_index)
 
     def loss(hidden: Tensor, own_weight: Tensor, own_bias: Tensor | None) -> Tensor:
-        head = z.head(own_weight, own_bias)
         return linear_cross_entropy(
-            hidden, head.weight, target.to(hidden.device), linear_bias=head.bias, logit_scale=head.scale,
-            logit_softcap=head.softcap,
-            weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing, **more,
+            hidden, z.head(own_weight, own_bias), target.to(hidden.device), weight=weight, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=smoothing, **more,
         )  # fmt: skip
 
     z.deferral.fused = True

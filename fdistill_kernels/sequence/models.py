@@ -16,27 +16,9 @@ from torch import Tensor, nn
 from ..deferred import Deferral, Logits, active, hook, is_plain, output_embedding, watch
 from ..divergences import Divergence
 from ..functional import linear_cross_entropy, linear_f_divergence
+from ..values import Head, Hidden
 
 IGNORE = -100
-
-
-class Head(NamedTuple):
-    """An output embedding as a model uses it: logits = softcap·tanh((scale·hidden weightᵀ + bias)/softcap).
-
-    One that is not plain (LoRA's sum, quantised) has only `logits`, a function of a few rows of hidden states.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    vocabulary: int
-    logits: Callable[[Tensor], Tensor]
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is one floating matrix."""
-        return self.weight is not None
 
 
 class Rows(NamedTuple):
@@ -44,7 +26,9 @@ class Rows(NamedTuple):
 
     hidden: Tensor  # (M, D), what predicts the token
     tokens: Tensor  # (M,)
-    head: Head
+    head: Head | None  # None: it is not one floating matrix (LoRA's sum, quantised), and has only `logits`
+    vocabulary: int
+    logits: Callable[[Tensor], Tensor]  # of a few rows of hidden states
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
@@ -218,12 +202,12 @@ class _ToRows(Deferral):
             return logits.of(rows).tensor()
 
         def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.call(Rows(hidden, tokens, Head(*logits.head(weight, bias), logits.vocabulary, made)))
+            return self.call(Rows(hidden, tokens, logits.head(weight, bias), logits.vocabulary, made))
 
         if is_plain(self.head):
             self.made = logits.of(hidden).at_head(with_head)
         else:
-            self.made = self.call(Rows(hidden, tokens, Head(None, None, 1.0, None, logits.vocabulary, made)))
+            self.made = self.call(Rows(hidden, tokens, None, logits.vocabulary, made))
         return self.made.flatten()[:0].reshape(*logits.shape[:-2], 0, 1).clone()  # FSDP warns of views
 
 
@@ -257,29 +241,23 @@ def step_loss(
 ) -> Tensor:  # fmt: skip
     """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
     head = student.head
-    if head.weight is None:
+    if head is None:
         raise TypeError("the student's output embedding is LoRA or quantised: leave it out, or train it as a whole")
     if not len(student.tokens):
         return student.hidden.sum() * 0.0 + head.weight.sum() * 0.0
     if divergence is None:
-        return linear_cross_entropy(student.hidden, head.weight, student.tokens, linear_bias=head.bias,
-                                    logit_scale=head.scale, logit_softcap=head.softcap, reduction=reduction,
-                                    **keywords)  # fmt: skip
+        return linear_cross_entropy(student.hidden, head, student.tokens, reduction=reduction, **keywords)
     assert teacher is not None
-    theirs, hidden = teacher.head, teacher.hidden
-    shared = min(head.vocabulary, theirs.vocabulary)
-    common: dict[str, Any] = dict(
-        student_bias=head.bias, logit_scale=head.scale, logit_softcap=head.softcap, vocab_size=shared,
-        labels=student.tokens, ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
-    )  # fmt: skip
-    if theirs.weight is not None and theirs.weight.device == student.hidden.device:
-        return linear_f_divergence(
-            student.hidden, head.weight, hidden, theirs.weight, divergence, teacher_bias=theirs.bias,
-            teacher_logit_scale=theirs.scale, teacher_logit_softcap=theirs.softcap, **common,
-        )  # fmt: skip
+    shared = min(student.vocabulary, teacher.vocabulary)
 
     @torch.no_grad()
     def logits(begin: int, end: int) -> Tensor:
-        return theirs.logits(hidden[begin:end])[:, :shared].to(student.hidden.device)
+        return teacher.logits(teacher.hidden[begin:end])[:, :shared].to(student.hidden.device)
 
-    return linear_f_divergence(student.hidden, head.weight, logits, None, divergence, **common)
+    states: Hidden | Callable[[int, int], Tensor] = logits
+    if teacher.head is not None and teacher.head.weight.device == student.hidden.device:
+        states = Hidden(teacher.hidden, teacher.head)
+    return linear_f_divergence(
+        student.hidden, head, states, divergence=divergence, vocab_size=shared, labels=student.tokens,
+        ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
+    )  # fmt: skip

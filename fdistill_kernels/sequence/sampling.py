@@ -148,7 +148,7 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
     try:
         for _ in range(sampling.max_new_tokens):
             rows, _ = rows_of(model, prompts, [*nn.functional.pad(made, (0, 1), value=pad)], pad)
-            scores = rows.head.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
+            scores = rows.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
             for warper in warpers:
                 scores = warper(made, scores)
             made = torch.cat((made, torch.multinomial(scores.softmax(1), 1).to(made.device)), 1)
