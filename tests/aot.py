@@ -16,19 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdistill_kernels.backends.triton import (
-    CONSTANTS,
-    HEAVY,
-    OTHERS,
-    cut,
-    functions,
-    head_statistics,
-    launch,
-    rows,
-    terms,
-    tile_products,
-    tiles,
-)
+from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch
+from fdistill_kernels.backends.triton.kernels import head_statistics, rows, terms, tile_products, tiles
 from fdistill_kernels.divergences import by_key
 
 RESULTS = Path(__file__).with_suffix(".json")
