@@ -73,8 +73,8 @@ def rows(number: Numbers) -> str:
         for name in ("kl", "js", "tvd")
     ]  # fmt: skip
     return (
-        f"Forward and backward, N = 1024, V = 32000, float32, {machine['threads']} cores of an {machine['device']} with "
-        f"{machine['instruction_set']},\nmedians:\n\n"
+        f"Forward and backward, N = 1024, V = 32000, float32, {machine['threads']} cores of an {machine['device']} "
+        f"with {machine['instruction_set']},\nmedians:\n\n"
         + table(("", "ours", "÷ floor", "torch.compile ÷ ours", "eager ÷ ours"), lines)
     )  # fmt: skip
 
