@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .backends.rows import Teacher
+from .carried import replaced
 from .divergences import Divergence, resolve
 from .heads import checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
 from .linear import loss_of_hidden
@@ -356,7 +357,7 @@ def _terms(divergence: Any, given: LossTerms) -> LossTerms:
         if beside:
             raise ValueError(f"{', '.join(beside)} beside divergence, a LossTerms, which has its own")
         divergence, given = divergence.divergence, divergence
-    return LossTerms(resolve(divergence), *given[1:])
+    return replaced(given, divergence=resolve(divergence))
 
 
 def _same(x: Any, default: Any) -> bool:

@@ -115,7 +115,7 @@ def teacher_of(
         head = head._replace(scale=scale)
     states, head = checked_head(teacher, head, names, vocab_size)
     checks.check_vocabularies(vocabulary, head.weight.shape[0])
-    weight, bias = (None if x is None else x.detach().to(states.dtype) for x in head[:2])
+    weight, bias = (None if x is None else x.detach().to(states.dtype) for x in (head.weight, head.bias))
     return Teacher(states.detach().reshape(-1, states.shape[-1]), weight, bias, head.scale, head.softcap)
 
 
