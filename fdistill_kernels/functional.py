@@ -107,7 +107,7 @@ def f_divergence(
         student, teacher = student.to(wide), teacher.to(wide)
     checked_terms(terms, student, student.shape[-1])
     inplace = inplace and student.requires_grad and torch.is_grad_enabled()
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():
         _check_overwritten("student_logits", student, {"teacher_logits": teacher, **terms._asdict()})
     checks.check_flag("return_parts", return_parts)
     models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)

@@ -112,7 +112,7 @@ def teacher_of(
         raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
-        head = head._replace(scale=scale)
+        head = Head(head.weight, head.bias, scale, head.softcap)
     states, head = checked_head(teacher, head, names, vocab_size)
     checks.check_vocabularies(vocabulary, head.weight.shape[0])
     weight, bias = (None if x is None else x.detach().to(states.dtype) for x in (head.weight, head.bias))
