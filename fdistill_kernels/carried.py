@@ -43,6 +43,11 @@ def schema(kind: type, mutated: str = "") -> str:
     return ", ".join(f"{'Tensor(a!)' if name == mutated else of} {name}" for name, of in _LEAVES[kind].items())
 
 
+def tensors(kind: type) -> tuple[str, ...]:
+    """The names of the leaves that are tensors."""
+    return tuple(name for name, of in _LEAVES[kind].items() if of.startswith("Tensor"))
+
+
 def flat(value: tuple[Any, ...]) -> tuple[Any, ...]:
     """The leaves of a value."""
     leaves: list[Any] = []

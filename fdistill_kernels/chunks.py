@@ -23,7 +23,7 @@ MINIMAL_CHUNK_BYTES = 8_000_000
 def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (3, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
     hidden, head, wants, wide = call.hidden, call.head, call.wants, call.terms.row_scale.dtype
-    terms, powers = _without_underflow(call.terms, hidden.dtype)
+    terms, powers, most = _without_underflow(call.terms, hidden.dtype)
     parts = torch.zeros(3, hidden.shape[0], dtype=wide, device=hidden.device)
     of_hidden = torch.zeros(hidden.shape if wants.hidden else (0,), dtype=wide, device=hidden.device)
     of_weight = products.empty(terms.row_scale, *(head.weight.shape if wants.weight else (0,)))
@@ -54,30 +54,29 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
             if wants.hidden:
                 of_hidden[rows] = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
             if powers is not None:
-                share = torch.where(of_rows.row_scale == 0, 0, powers[rows] / powers.amax()).unsqueeze(1)
+                share = torch.where(of_rows.row_scale == 0, 0, powers[rows] / most).unsqueeze(1)
                 states = states * share.to(states.dtype) if states.is_cuda else states.float() * share
             if wants.weight:
                 keep = 1.0 if begin else 0.0
                 products.add_weight_gradient_(gradient, states, head.scale, keep, of_weight)
             if wants.bias:
                 of_bias += gradient.sum(0, dtype=wide) if powers is None else (gradient.to(wide) * share).sum(0)
-    if powers is not None and len(powers):
+    if powers is not None:
         parts = parts * powers
         of_hidden = of_hidden * powers.unsqueeze(1) if wants.hidden else of_hidden
-        of_weight, of_bias = of_weight.mul_(powers.amax()), of_bias * powers.amax()
+        of_weight, of_bias = of_weight.mul_(most), of_bias * most
     return parts, of_hidden, of_weight, of_bias
 
 
-def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerms, Tensor | None]:
+def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerms, Tensor | None, Any]:
     """float16 gradients of a row in the buffer must not underflow, however little it weighs: the terms with mantissas
-    of the weights, and their powers, the least of them where a row weighs nothing.
+    of the weights, their powers, and the largest power of a row that counts.
     """
     if dtype != torch.float16:
-        return terms, None
+        return terms, None, None
     row_scale, powers = split(terms.row_scale)
-    live = row_scale != 0
-    least = torch.where(live, powers, torch.inf).amin() if len(powers) else powers.new_ones(())
-    return terms._replace(row_scale=row_scale), torch.where(live, powers, torch.where(least.isinf(), 1, least))
+    most = torch.where(row_scale == 0, 0, powers).amax() if len(powers) else powers.new_ones(())
+    return terms._replace(row_scale=row_scale), powers, torch.where(most == 0, 1, most)
 
 
 def _of_rows(terms: TokenTerms, rows: slice | Tensor) -> TokenTerms:

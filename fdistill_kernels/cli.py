@@ -163,7 +163,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _precision(args: argparse.Namespace) -> int:
-    from .precision import precision
+    from .precision import TOLERANCES, precision
 
     divergences, device = args.divergence or list(TABLE.values()), torch.device(args.device)
     rows = [
@@ -182,9 +182,8 @@ def _precision(args: argparse.Namespace) -> int:
         lines = [(row["divergence"], row["backend"], row["case"], *three, "ok" if row["ok"] else "MISS")
                  for row, three in zip(rows, errors, strict=True)]  # fmt: skip
         _table(("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)", ""), lines)
-        print(
-            f"{sum(row['ok'] for row in rows)} of {len(rows)} within 1e-4 of the loss and 2e-5 of a gradient's largest"
-        )
+        held = f"{TOLERANCES[0]:g} of the loss and {TOLERANCES[1]:g} of a gradient's largest entry"
+        print(f"{sum(row['ok'] for row in rows)} of {len(rows)} within {held}")
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -6,6 +6,7 @@ formulas.py says what each is at a vocabulary entry.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class Divergence:
         same = formula is not None and (formula, formula.centred) == (self.terms, self.centred) and self.triton is None
         return self.symbol if same else None
 
+    @functools.cached_property
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """What native kernels make of the parameter, and of that with the models exchanged: `Formula.constants`."""
         formula, value = KERNELS[self.kernel or ""], self.parameter
@@ -299,6 +301,7 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
     raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")
 
 
+@functools.lru_cache(maxsize=256)
 def by_key(key: str) -> Divergence:
     """The divergence that a `Divergence.key` stands for.
 

@@ -14,8 +14,7 @@ from .carried import replaced
 from .divergences import Divergence, resolve
 from .heads import checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
 from .linear import loss_of_hidden
-from .logits import log_sum_exp as _log_sum_exp
-from .logits import loss_of_logits
+from .logits import log_sum_exp_of, loss_of_logits
 from .targets import as_cross_entropy, soft_targets
 from .tokens import checked_terms
 from .values import Head, Hidden, Logits, LossTerms, RowFunction, Temperature
@@ -106,9 +105,7 @@ def f_divergence(
         wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         student, teacher = student.to(wide), teacher.to(wide)
     checked_terms(terms, student, student.shape[-1])
-    inplace = inplace and student.requires_grad and torch.is_grad_enabled()
-    if inplace and not torch.compiler.is_compiling():
-        _check_overwritten("student_logits", student, {"teacher_logits": teacher, **terms._asdict()})
+    inplace = inplace and _overwritten("student_logits", student, teacher_logits=teacher, terms=terms)
     checks.check_flag("return_parts", return_parts)
     models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)
     return loss_of_logits(*models, terms, backend, return_parts, inplace)
@@ -171,9 +168,7 @@ def cross_entropy(
         loss = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend, return_parts)
         return as_cross_entropy(loss, return_parts)
     checked_terms(terms, logits, logits.shape[-1], "target")
-    inplace = inplace and logits.requires_grad and torch.is_grad_enabled()
-    if inplace:
-        _check_overwritten("input", logits, {"target": target, "weight": weight, "token_weight": token_weight})
+    inplace = inplace and _overwritten("input", logits, target=target, weight=weight, token_weight=token_weight)
     return loss_of_logits(Logits(logits, softcap), None, terms, backend, return_parts, inplace)
 
 
@@ -185,7 +180,7 @@ def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: 
     """
     checks.check_logits("logits", logits)
     checked_terms(LossTerms(None), logits, logits.shape[-1])
-    return _log_sum_exp(logits, checked_cap("logit_softcap", logit_softcap), backend)
+    return log_sum_exp_of(logits, checked_cap("logit_softcap", logit_softcap), backend)
 
 
 def linear_f_divergence(
@@ -376,6 +371,14 @@ def _label_terms(
     )  # fmt: skip
 
 
-def _check_overwritten(name: str, logits: Tensor, others: dict[str, Any]) -> None:
-    if not torch.compiler.is_compiling():
+def _overwritten(name: str, logits: Tensor, terms: LossTerms | None = None, **others: Any) -> bool:
+    """Whether logits given with inplace=True will be overwritten: where they are trained.
+
+    Raises:
+        ValueError: they share memory, with each other or with another argument.
+    """
+    trained = logits.requires_grad and torch.is_grad_enabled()
+    if trained and not torch.compiler.is_compiling():
+        others |= {} if terms is None else terms._asdict()
         checks.check_overwritten(name, logits, {n: x for n, x in others.items() if isinstance(x, Tensor)})
+    return trained

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks
 from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
-from .values import Head, Hidden, Logits
+from .values import Head, Hidden, Logits, RowFunction
 
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
@@ -71,7 +71,7 @@ def checked_head(
 
 
 def teacher_of(
-    teacher: Tensor | Callable[[int, int], Tensor] | Hidden | Logits, weight: Tensor | Head | None,
+    teacher: Tensor | RowFunction | Hidden | Logits, weight: Tensor | Head | None,
     student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, **keywords: Any,
 ) -> Teacher:  # fmt: skip
     """The teacher beside the student's hidden states; keywords: of its head (None: not given).

@@ -41,8 +41,7 @@ def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, T
     if trained and torch.is_grad_enabled():
         return _LinearLoss.apply(per_row, backend, *flat(call))
     parts, *_ = _rows(call, backend)
-    losses = of_parts(parts, call.terms)
-    return (losses if per_row else losses.sum()), parts
+    return of_parts(parts, call.terms, per_row), parts
 
 
 #: A teacher's function and a user's own divergence are Python objects, which no graph holds.
@@ -115,8 +114,7 @@ class _LinearLoss(torch.autograd.Function):
             ctx.save_for_backward(call.terms.row_scale)
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
-        losses = of_parts(parts, call.terms)
-        return (losses if per_row else losses.sum()), parts
+        return of_parts(parts, call.terms, per_row), parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:

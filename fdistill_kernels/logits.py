@@ -41,8 +41,7 @@ def rows_loss(
     if torch.is_grad_enabled() and trained:
         return _RowsLoss.apply(per_row, backend, *flat(call))
     parts, _, _ = backends.divergence_rows(replaced(call, inplace=False), backend)
-    losses = of_parts(parts, terms)
-    return (losses if per_row else losses.sum()), parts
+    return of_parts(parts, terms, per_row), parts
 
 
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
@@ -109,8 +108,7 @@ class _RowsLoss(torch.autograd.Function):
         ctx.later, ctx.again, ctx.backend = later, again, backend
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
-        losses = of_parts(parts, terms)
-        return (losses if per_row else losses.sum()), parts
+        return of_parts(parts, terms, per_row), parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -143,7 +141,7 @@ def _needs(ctx: Any) -> tuple[bool, bool]:
     return leaf(RowCall, "student", needs), leaf(RowCall, "teacher", needs)
 
 
-def log_sum_exp(logits: Tensor, softcap: float | None, backend: str) -> Tensor:
+def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str) -> Tensor:
     """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
     return _LogSumExp.apply(logits, softcap, backend)
 

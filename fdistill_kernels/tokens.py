@@ -42,9 +42,8 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     checks.check_class_weight(terms.class_weight, vocabulary, student.device)
     if terms.labels is not None:
         checks.check_labels(terms.labels, student, labels_name)
-        if (
-            terms.labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # with its name; the operator asks too
+        # with its name; the operator asks too
+        if terms.labels.device.type == "cpu" and not torch.compiler.is_compiling():
             labels = terms.labels.reshape(-1).long()
             backends.check_label_range(labels, labels != terms.ignore_index, vocabulary, labels_name)
     if terms.token_weight is not None:
@@ -126,13 +125,16 @@ def _over_target_weights(class_weight: Tensor, labels: Tensor, mask: Tensor, tok
     return tokens / torch.where((of_targets == 0).all(), 1, of_targets.sum())
 
 
-def of_parts(parts: Tensor, terms: TokenTerms) -> Tensor:
-    """Each row's loss (N,) of its parts (3, N)."""
-    if terms.labels is None:
-        return parts[0].clone()  # a view of the parts could not be changed in place
-    scales = terms.cross_entropy_scale, terms.z_loss_scale
-    of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:], strict=True))  # not 0·inf
-    return parts[0] + sum(of_labels)
+def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool) -> Tensor:
+    """The loss of parts (3, N), summed or of each row (N,)."""
+    losses = parts[0]
+    if terms.labels is not None:
+        scales = terms.cross_entropy_scale, terms.z_loss_scale
+        of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:], strict=True))  # not 0·inf
+        losses = losses + sum(of_labels)
+    if not per_row:
+        return losses.sum()
+    return losses.clone() if terms.labels is None else losses  # a view of the parts could not be changed in place
 
 
 def reduced(loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor, return_parts: bool) -> Any:

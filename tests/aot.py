@@ -87,7 +87,7 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
     if kernel == "tile_kernel" and phase == "GRADIENT":
         types["partials"] = None
     constants = {
-        "TERMS": getattr(terms, symbol) if symbol else None, "OWN": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
+        "TERMS": getattr(terms, symbol) if symbol else None, "EXCHANGED": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
         "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK": tiles.BLOCK, "FRESH": False,
         "BLOCK_V": cut.tile_width(

@@ -255,7 +255,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   // term of the student's largest entry, whose own is 0.
   FDISTILL_DEVICE Totals totals(const Raw* logits, const Row& row, const Statistics& all, float of_held, float of_other) {
     const Models models(row, all);
-    const float q = 1.0f / all.student.total, p = expf((all.other_at_top - models.other_top) * row.other_rate) / all.teacher.total;
+    const float q = 1.0f / all.student.total;
+    const float p = expf((all.other_at_top - models.other_top) * row.other_rate) / all.teacher.total;
     const float u = models.template at<true>(models.top, all.other_at_top, p, q, 0.0f).u;
     const float at_peak = kCentred ? 0.0f : Divergence::terms(
         models.template at<true>(models.top, all.other_at_top, p, q, u), task.parameter).student / q;

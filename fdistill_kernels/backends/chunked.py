@@ -50,8 +50,7 @@ def _fresh(call: RowCall) -> bool:
 
 def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Parts (3, n) and both gradients (n, V) of one chunk, in the arithmetic's dtype."""
-    dtype = call.terms.row_scale.dtype
-    terms = call.terms
+    terms, dtype = call.terms, call.terms.row_scale.dtype
     live = (terms.row_scale[n] != 0).unsqueeze(1)
     scale = terms.row_scale[n].unsqueeze(1)
     z_s = capped(call.student[i, inner].to(dtype), call.student_softcap)
@@ -71,7 +70,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         if of_teacher is not None:
             teacher_gradient = weight * teacher.rate * of_teacher * cap_slope(teacher.logits, call.teacher_softcap)
 
-    if call.terms.labels is not None:
+    if terms.labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
         student_gradient = student_gradient + of_labels
 
@@ -147,19 +146,16 @@ def _log_softmax(z: Tensor) -> Tensor:
 
 def _label_terms(call: RowCall, z: Tensor, n: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and lse² (n, 1), and the weighted gradient of both (n, V), at temperature 1."""
-    assert call.terms.labels is not None
-    vocabulary, labels = z.shape[1], call.terms.labels[n]
-    ce_scale, z_scale = call.terms.cross_entropy_scale[n].unsqueeze(1), call.terms.z_loss_scale[n].unsqueeze(1)
+    terms, vocabulary = call.terms, z.shape[1]
+    assert terms.labels is not None
+    labels = terms.labels[n]
+    ce_scale, z_scale = terms.cross_entropy_scale[n].unsqueeze(1), terms.z_loss_scale[n].unsqueeze(1)
     label = torch.where(live, labels, 0).unsqueeze(1)
-    w = (
-        torch.ones(vocabulary, dtype=z.dtype, device=z.device)
-        if call.terms.class_weight is None
-        else call.terms.class_weight.to(z)
-    )
+    w = z.new_ones(vocabulary) if terms.class_weight is None else terms.class_weight.to(z)
     log_q = _log_softmax(z)
     lse = z.logsumexp(1, keepdim=True)
-    spread = call.terms.label_smoothing / vocabulary
-    of_label = (1 - call.terms.label_smoothing) * w[label]
+    spread = terms.label_smoothing / vocabulary
+    of_label = (1 - terms.label_smoothing) * w[label]
     cross_entropy = times(of_label, -log_q.gather(1, label))
     if spread:
         cross_entropy = cross_entropy - spread * times(w, log_q).sum(1, keepdim=True)

@@ -66,7 +66,7 @@ def parameters(divergence: Divergence | None) -> tuple[Parameter, Parameter]:
     """A divergence's, and those of it with the models exchanged."""
     if divergence is None or divergence.kernel is None:
         return Parameter(), Parameter()
-    own, exchanged = (Parameter(*constants[:4], constants[4:]) for constants in divergence.constants())
+    own, exchanged = (Parameter(*constants[:4], constants[4:]) for constants in divergence.constants)
     return own, exchanged
 
 

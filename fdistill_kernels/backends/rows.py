@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..carried import carried
+from ..carried import carried, tensors
 from ..divergences import Divergence, by_key
-from ..values import Head
+from ..values import Head, RowFunction
 
 
 @carried
@@ -42,7 +41,7 @@ class TokenTerms(NamedTuple):
 
 
 #: The fields that are tensors, one entry a row (a class for `class_weight`).
-VECTORS = TokenTerms._fields[:8]
+VECTORS = tensors(TokenTerms)
 
 
 def checked_terms(
@@ -157,7 +156,7 @@ class Teacher(NamedTuple):
         weight, bias, scale, softcap: its `Head`; a soft-cap without a weight is of the logits.
     """
 
-    rows: Tensor | Callable[[int, int], Tensor] | None = None
+    rows: Tensor | RowFunction | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     scale: float = 1.0

@@ -96,7 +96,7 @@ def operator_call(draw: Draw) -> str:
     except Exception as error:  # whatever does not fit there either
         problem = error
     operator = getattr(torch.ops.fdistill_kernels, name)
-    names = LEAVES if not linear else LEAVES | {"teacher": "teacher_rows", "student_softcap": "head_softcap"}
+    names = LEAVES | ({"teacher": "teacher_rows", "student_softcap": "head_softcap"} if linear else {})
     got = called(draw, lambda **k: operator(**{names.get(key, key): x for key, x in k.items()}), a, a)
     if got is not None and want is None:
         raise Failure(f"taken, though the reference cannot: {problem!r}")

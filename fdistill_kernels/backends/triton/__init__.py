@@ -79,18 +79,13 @@ CONSTANTS = ("parameter", "rest", "log_parameter", "log_rest", "c2", "c3", "c4",
 OTHERS = ("other_parameter", "other_rest", "other_log", "other_log_rest")
 
 
-def constants(divergence: Divergence | None) -> dict[str, float]:
-    """A divergence's constants as the kernels' arguments; an own divergence has its parameter alone."""
+def constants(divergence: Divergence | None, names: tuple[str, ...] = CONSTANTS) -> dict[str, float]:
+    """A divergence's constants, or with `OTHERS` those with the models exchanged, as the kernels' arguments; an own
+    divergence has its parameter alone.
+    """
     if divergence is None or not divergence.kernel:
-        return {**dict.fromkeys(CONSTANTS, 0.0), "parameter": divergence.parameter if divergence else 0.0}
-    return dict(zip(CONSTANTS, divergence.constants()[0], strict=True))
-
-
-def exchanged_constants(divergence: Divergence | None) -> dict[str, float]:
-    """The same with the models exchanged."""
-    if divergence is None or not divergence.kernel:
-        return dict.fromkeys(OTHERS, 0.0)
-    return dict(zip(OTHERS, divergence.constants()[1], strict=False))
+        return {**dict.fromkeys(names, 0.0), names[0]: divergence.parameter if divergence else 0.0}
+    return dict(zip(names, divergence.constants[names is OTHERS], strict=False))
 
 
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +131,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
             rows=rows, inner=inner, vocabulary=vocabulary, span=span, student_outer=student_outer,
             student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
             gradient_outer=gradient_outer, gradient_inner=gradient_inner, student_cap=call.student_softcap or None,
-            teacher_cap=call.teacher_softcap or None, **constants(divergence), **exchanged_constants(divergence),
+            teacher_cap=call.teacher_softcap or None, **constants(divergence), **constants(divergence, OTHERS),
             smoothing=terms.label_smoothing,
             class_weight_sum=class_weight_sum,
             **functions(divergence, call.teacher_gradient),

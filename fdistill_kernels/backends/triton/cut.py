@@ -167,7 +167,7 @@ class _Sweeps:
         """Launches `tile_kernel`."""
         call, terms, student, teacher = self.call, self.call.terms, self.student, self.teacher
         symbol = (call.divergence.kernel or "own") if call.divergence else None
-        functions = triton_backend.functions(call.divergence, False)
+        functions = triton_backend.functions(call.divergence, teacher_gradient=False)
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         tile_kernel[grid](
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
@@ -175,8 +175,8 @@ class _Sweeps:
             self.live, partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
             log_threshold=log_threshold, first_row=first[0], first_entry=first[1], span=span,
             gradient_stride=gradient.stride(0) if gradient is not None else 0,
-            **triton_backend.constants(call.divergence), TERMS=functions["TERMS"],
-            OWN="own" if functions["EXCHANGED"] == "own" else None, SMOOTHED=self.smoothed, PHASE=phase,
+            **triton_backend.constants(call.divergence), TERMS=functions["TERMS"], EXCHANGED=functions["EXCHANGED"],
+            SMOOTHED=self.smoothed, PHASE=phase,
             STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
             **student.options(phase, symbol, terms.labels is not None, self.smoothed),
         )  # fmt: skip

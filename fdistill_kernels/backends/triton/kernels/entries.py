@@ -21,7 +21,7 @@ def entry_of(x, y, models, u_at_peak):
 
 @triton.jit
 def models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate):
-    """What `_entry` needs of a row."""
+    """What `entry_of` needs of a row."""
     apart = (teacher_rest - student_rest) / (1 + student_rest)
     little = tl.abs(apart) < 0.5
     log_ratio = log1p(teacher_rest) - log1p(student_rest)
@@ -38,14 +38,12 @@ def peaks_of(
 ):  # fmt: skip
     """u at both models' largest entries, and their terms per probability there: what terms are measured from."""
     student_top, teacher_top = models[0], models[3]
-    at_student = entry_of(student_top, teacher_there, models, 0.0)
-    u_at_peak = at_student[4]
-    p, q, log_p, log_q, u, p_shifted, q_shifted, _ = at_student
-    term, _, _ = pair((p, q, log_p, log_q, u, p_shifted, q_shifted, u_at_peak), own, other, u_at_peak, TERMS,
-                      "own" if EXCHANGED == "own" else None, True)  # fmt: skip
+    u_at_peak = entry_of(student_top, teacher_there, models, 0.0)[4]
+    at_student = entry_of(student_top, teacher_there, models, u_at_peak)
+    term, _, _ = pair(at_student, own, other, u_at_peak, TERMS, "own" if EXCHANGED == "own" else None, True)
     at_peak = 0.0 * term
     if not CENTRED:
-        at_peak = term / q
+        at_peak = term / at_student[1]
     u_at_teacher_peak, at_teacher_peak = u_at_peak, at_peak
     if EXCHANGED is not None:
         at_teacher = entry_of(student_there, teacher_top, models, u_at_peak)

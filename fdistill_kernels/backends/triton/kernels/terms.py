@@ -51,14 +51,14 @@ def _series(x, own):
 
 
 @triton.jit
-def _near(u, series, far, CLOSE: tl.constexpr):
-    return tl.where(tl.abs(u) < NEAR, series, far) if CLOSE else far
+def _near(u, series, far):
+    return tl.where(tl.abs(u) < NEAR, series, far)
 
 
 @triton.jit
 def _difference(p, q, u, CLOSE: tl.constexpr):
     """``p − q``."""
-    return _near(u, q * _excess(u), p - q, CLOSE) if CLOSE else p - q
+    return _near(u, q * _excess(u), p - q) if CLOSE else p - q
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def Kl(e, own, CLOSE: tl.constexpr):
     apart = _difference(p, q, u, CLOSE)
     value = times(p, log_p - log_q) - apart
     if CLOSE:
-        value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value, CLOSE)
+        value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value)
     return -apart, value
 
 
@@ -96,8 +96,8 @@ def Rkl(e, own, CLOSE: tl.constexpr):
     student = times(q, log_q - log_p)
     value = student + (p - q)
     if CLOSE:
-        student = _near(u, -q * u, student, CLOSE)
-        value = _near(u, q * u * u * _second_order(u), value, CLOSE)
+        student = _near(u, -q * u, student)
+        value = _near(u, q * u * u * _second_order(u), value)
     return student, value
 
 
@@ -108,8 +108,8 @@ def Jeffreys(e, own, CLOSE: tl.constexpr):
     apart = _difference(p, q, u, CLOSE)
     value = times(p, log_p - log_q) + backward
     if CLOSE:
-        backward = _near(u, -q * u, backward, CLOSE)
-        value = _near(u, apart * u, value, CLOSE)
+        backward = _near(u, -q * u, backward)
+        value = _near(u, apart * u, value)
     return backward - apart, value
 
 
@@ -123,8 +123,8 @@ def Gjs(e, own, CLOSE: tl.constexpr):
     g = above_b
     value = a * (apart - above_b - own[2]) - b * (above_b + own[3])
     if CLOSE:
-        g = tl.where(about_one, _near(u, tail, g + own[3], CLOSE), g)
-        value = _near(u, q * _series(x, own), value, CLOSE)
+        g = tl.where(about_one, _near(u, tail, g + own[3]), g)
+        value = _near(u, q * _series(x, own), value)
     return -b * g, value
 
 
@@ -138,7 +138,7 @@ def SkewKl(e, own, CLOSE: tl.constexpr):
     of = p
     if CLOSE:
         of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
-        value = _near(u, q * _series(_excess(u), own), value, CLOSE)
+        value = _near(u, q * _series(_excess(u), own), value)
     return -of * (b / m), value
 
 
@@ -161,8 +161,8 @@ def SkewRkl(e, own, CLOSE: tl.constexpr):
     small = (small * x - 1 / 2) * x * x
     of = tl.where(x < NEAR, small, g)
     if CLOSE:
-        of = tl.where(about_one, _near(u, own[0] * y / (1 + y) - tail, g - own[1] - own[2], CLOSE), of)
-        value = _near(u, p * _series(_excess(-u), own), value, CLOSE)
+        of = tl.where(about_one, _near(u, own[0] * y / (1 + y) - tail, g - own[1] - own[2]), of)
+        value = _near(u, p * _series(_excess(-u), own), value)
     return times(q, of), value
 
 

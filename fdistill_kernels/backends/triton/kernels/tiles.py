@@ -26,9 +26,9 @@ def tile_kernel(
     partials, gradient, rows, vocabulary, student_width, student_stride, student_weight_stride, student_scale,
     student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter, rest,
     log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8, log_threshold, first_row, first_entry, span, gradient_stride,
-    TERMS: tl.constexpr, OWN: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr, STUDENT_EVEN: tl.constexpr,
-    TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
+    STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Tiles of both models. Grid: (blocks of rows, spans of the vocabulary), from first_row and first_entry.
 
@@ -100,7 +100,7 @@ def tile_kernel(
                 # without the row's peak, which no sweep looks for, and series, for which there are no registers
                 entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate)
                 own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
-                of_student, here, _ = pair(entry, own, own, 0.0, TERMS, OWN, False)
+                of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
                 if PHASE == TOTALS:
                     value += tl.sum(tl.where(inside, here, 0.0), 1)
                     weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
