@@ -56,7 +56,8 @@ struct Math<float> {
 };
 
 // One vocabulary entry: both models' probabilities, their logarithms, u = log(p/q), and log p and log q but for a constant
-// of the row; u at the row's peak, the student's largest entry.
+// of the row; u at the row's peak, the student's largest entry. For row_divergences.h also whether it is in the row's set,
+// 1 or 0, and the row's coefficients, with the models exchanged in reverse.
 //
 // `close`: the models agree about a peak. In other rows near entries weigh too little for their series to matter.
 template <typename Value, bool close>
@@ -65,10 +66,12 @@ struct Entry {
   static constexpr bool is_close = close;
   T p, q, log_p, log_q, u, p_shifted, q_shifted;
   float u_at_peak;
+  T inside = T(0.0f);
+  const float *of_row = nullptr, *of_row_exchanged = nullptr;
 
   // Teacher for student, with the teacher's peak.
   FDISTILL_INLINE Entry exchanged(float u_at_its_peak) const {
-    return {q, p, log_q, log_p, T(0.0f) - u, q_shifted, p_shifted, -u_at_its_peak};
+    return {q, p, log_q, log_p, T(0.0f) - u, q_shifted, p_shifted, -u_at_its_peak, inside, of_row_exchanged, of_row};
   }
   FDISTILL_INLINE bool about_one() const { return close && about_one(1.0f); }
   FDISTILL_INLINE bool about_one(float power) const { return fabsf(power * u_at_peak) < kAboutOne; }
@@ -231,6 +234,14 @@ struct Tvd {  // f = |t - 1| / 2, with the zero subgradient at ties
   }
 };
 
+// p^a q^b, its logarithm less a number; 0 where neither model has the entry
+template <typename E, typename T = typename E::T>
+FDISTILL_INLINE T power_of(const E& e, float a, float b, float less = 0.0f) {
+  // a times finfo.min, the mask of many models, would overflow
+  const T log_p = Math<T>::at_least(e.log_p, kLowestLog), log_q = Math<T>::at_least(e.log_q, kLowestLog);
+  return Math<T>::zero_if_both_lowest(log_p, log_q, Math<T>::exp(T(a) * log_p + T(b) * log_q - T(less)));
+}
+
 // f = (t^alpha - alpha t - (1 - alpha)) / (alpha (alpha - 1)), alpha not 0 or 1.
 // Scaled by 1/4 at alpha = 1/2 it is hellinger, by 2 at 2 and -1 pearson and neyman.
 struct Alpha {
@@ -245,10 +256,7 @@ struct Alpha {
 
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& alpha) {
-    // alpha times finfo.min, the mask of many models, would overflow
-    const T log_p = Math<T>::at_least(e.log_p, kLowestLog), log_q = Math<T>::at_least(e.log_q, kLowestLog);
-    const T power = Math<T>::exp(T(alpha.value) * log_p + T(alpha.rest) * log_q);
-    const T w = Math<T>::zero_if_both_lowest(log_p, log_q, power);
+    const T w = power_of(e, alpha.value, alpha.rest);
     const bool smooth = e.is_close || fabsf(alpha.value) < 0.5f || fabsf(alpha.rest) < 0.5f;
     const T above_q = smooth ? above(w, e.q, T(alpha.value) * e.u) : w - e.q;
     const T above_p = smooth ? above(w, e.p, T(0.0f - alpha.rest) * e.u) : w - e.p;
@@ -273,6 +281,49 @@ struct Triangular {  // f = (t - 1)^2 / (t + 1)
   }
 };
 
+// phi = (q^s (t^s - 1) / s - q^s (t^alpha - 1) / alpha) / beta, s = alpha + beta, and its limits
+struct Ab {
+  static constexpr bool centred = false;
+  using Exchanged = Ab;
+
+  // q^total (t^a - 1) / a, and at a = 0 its limit
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE T slope(const E& e, const T& base, float a, float total) {
+    if (a == 0.0f) return Math<T>::times(base, e.u);
+    return Alpha::above(power_of(e, a, total - a), base, T(a) * e.u) * T(1.0f / a);
+  }
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& numbers) {
+    const float alpha = numbers.value, beta = numbers.rest, total = alpha + beta;
+    const T base = total == 1.0f ? e.q : power_of(e, 0.0f, total);
+    const T one = slope(e, base, alpha, total), other = slope(e, base, total, total);
+    T far;
+    if (beta != 0.0f) far = (other - one) * T(1.0f / beta);
+    else if (alpha != 0.0f) far = (Math<T>::times(power_of(e, alpha, 0.0f), e.u) - one) * T(1.0f / alpha);
+    else far = Math<T>::times(base, T(0.5f) * e.u * e.u);
+    const T value = Math<T>::infinite_with(Math<T>::magnitude(one),
+                                           Math<T>::infinite_with(Math<T>::magnitude(other), Math<T>::at_least(far, 0.0f)));
+    const float steep = fmaxf(1.0f, fmaxf(fabsf(alpha), fabsf(total)));
+    return {T(0.0f) - one, e.near_of(2 * kNear / steep, base * e.u * e.u * polynomial(e.u, numbers.series), value)};
+  }
+};
+
+struct Todi {  // phi = a p log(p/q) + (1 - a) q log(q/p), a = sigma(beta u) held still
+  static constexpr bool centred = false;
+  using Exchanged = Todi;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
+    // a number where neither model has the entry
+    const T x = Math<T>::smaller(Math<T>::larger(T(beta.value) * e.u, T(-80.0f)), T(80.0f));
+    const T a = T(1.0f) / (T(1.0f) + Math<T>::exp(T(0.0f) - x)), rest = T(1.0f) / (T(1.0f) + Math<T>::exp(x));
+    const float bound = kNear / (beta.value > 1.0f ? beta.value : 1.0f);
+    const T series = a * difference(e) - e.q * a * excess(T(0.0f) - x);  // a - rest = -(exp(-x) - 1) a
+    const T apart = e.near_of(bound, series, a * e.p - rest * e.q), backward = Math<T>::times(rest * e.q, e.u);
+    return {T(0.0f) - apart - backward, e.near(apart * e.u, Math<T>::times(a * e.p, e.u) - backward)};
+  }
+};
+
 struct CrossEntropy;
 struct Engine {  // -sum q log p: not an f-divergence, but linear in q like one
   static constexpr bool centred = false;
@@ -293,6 +344,7 @@ struct CrossEntropy {  // -sum p log q: a one-hot p gives the label's cross-entr
 };
 
 #define FDISTILL_FOR_EACH_DIVERGENCE(X) \
-  X(Kl) X(Rkl) X(Jeffreys) X(Gjs) X(SkewKl) X(SkewRkl) X(Tvd) X(Alpha) X(Triangular) X(Engine) X(CrossEntropy)
+  X(Kl) X(Rkl) X(Jeffreys) X(Gjs) X(SkewKl) X(SkewRkl) X(Tvd) X(Alpha) X(Triangular) X(Engine) X(CrossEntropy) X(Ab) \
+  X(Todi)
 
 }  // namespace fdistill

@@ -1,6 +1,23 @@
 """Fused f-divergence losses for language-model distillation."""
 
-from .divergences import GJS, TABLE, Alpha, Divergence, FDivergence, SkewKL, SkewRKL
+from .divergences import (
+    AB,
+    AKL,
+    CSD,
+    DKD,
+    GJS,
+    LK,
+    TABLE,
+    Alpha,
+    Divergence,
+    EntropyGated,
+    FDivergence,
+    Renyi,
+    SkewKL,
+    SkewRKL,
+    TailAware,
+    ToDi,
+)
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence, log_sum_exp
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .values import Head, Hidden, Logits, LossParts, LossTerms
@@ -8,11 +25,17 @@ from .values import Head, Hidden, Logits, LossParts, LossTerms
 __version__ = "0.2.0"
 
 __all__ = [
+    "AB",
+    "AKL",
+    "CSD",
+    "DKD",
     "GJS",
+    "LK",
     "TABLE",
     "Alpha",
     "CrossEntropyLoss",
     "Divergence",
+    "EntropyGated",
     "FDivergence",
     "FDivergenceLoss",
     "Head",
@@ -22,8 +45,11 @@ __all__ = [
     "Logits",
     "LossParts",
     "LossTerms",
+    "Renyi",
     "SkewKL",
     "SkewRKL",
+    "TailAware",
+    "ToDi",
     "cross_entropy",
     "f_divergence",
     "linear_cross_entropy",

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from . import backends
 from .divergences import Divergence
 from .functional import f_divergence
-from .reference import f_divergence_rows
+from .reference import example_labels, f_divergence_rows
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ def training_step(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, tea
     return step
 
 
+def our_loss(divergence: Divergence, backend: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
+    """The fused loss, with labels where it needs them."""
+    return lambda s, t: f_divergence(s, t, divergence, labels=example_labels(divergence, s), backend=backend)
+
+
 def eager_loss(divergence: Divergence) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss as plain PyTorch writes it; js as log-softmaxes and a logaddexp, the rest as the reference does."""
 
@@ -72,7 +77,9 @@ def eager_loss(divergence: Divergence) -> Callable[[Tensor, Tensor], Tensor]:
         return 0.5 * (student.float().softmax(-1) - teacher.float().softmax(-1)).abs().sum(-1).mean()
 
     written = {"js": js, "kl": kl, "tvd": tvd}
-    return written.get(divergence.name) or (lambda s, t: f_divergence_rows(s.float(), t.float(), divergence).mean())
+    if divergence.name in written:
+        return written[divergence.name]
+    return lambda s, t: f_divergence_rows(s.float(), t.float(), divergence, labels=example_labels(divergence, s)).mean()
 
 
 def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[tuple[Any, float]]:
@@ -86,7 +93,7 @@ def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, dev
     backends.choose("triton", torch.device(device), dtype, divergence, shape[1])
     student, teacher = make_logits(shape, dtype, device)
     card = launch.device_of(student.device)
-    step = training_step(lambda s, t: f_divergence(s, t, divergence, backend="triton"), student, teacher)
+    step = training_step(our_loss(divergence, "triton"), student, teacher)
     timed = []
     for candidate in launch.candidates(*shape, dtype.itemsize, card):
         with launch.forced(candidate):
@@ -103,7 +110,7 @@ def measure(
     student, teacher = make_logits(shape, dtype, device)
     floor = floor_seconds(teacher)
     eager = eager_loss(divergence)
-    calls = {"fdistill": lambda s, t: f_divergence(s, t, divergence, backend=backend), "eager": eager}
+    calls = {"fdistill": our_loss(divergence, backend), "eager": eager}
     if compiled:
         calls["torch.compile"] = torch.compile(eager)
     return [Timing(w, median_seconds(training_step(call, student, teacher)), floor) for w, call in calls.items()]

@@ -33,14 +33,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def _divergence(text: str) -> Divergence:
-    """A name, or name=parameter as in alpha=0.3."""
-    name, _, parameter = text.partition("=")
+    """A name, or name=parameters as in alpha=0.3 and ab=0.2,0.7."""
+    name, _, given = text.partition("=")
     try:
-        if parameter:
-            if name not in PARAMETERS:
-                raise ValueError(f"{name} takes no parameter")
-            return PARAMETERS[name][0](float(parameter))
-        return resolve(name)
+        if not given:
+            return resolve(name)
+        if name not in PARAMETERS:
+            raise ValueError(f"{name} takes no parameter")
+        make, names = PARAMETERS[name]
+        parameters = [x if x.isalpha() else float(x) for x in given.split(",")]
+        if len(parameters) > len(names):
+            raise ValueError(f"{name} takes {', '.join(names)}, not {given}")
+        return make(*parameters)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -75,16 +79,16 @@ def _list(args: argparse.Namespace) -> int:
         return [name for name, m in backends.BACKENDS.items() if m.why_not(cpu, torch.float32, divergence) is None]
 
     rows: list[dict[str, Any]] = [
-        {"name": d.name, "parameter": PARAMETERS[d.name][1] if d.name in PARAMETERS else None,
-         "default": d.parameter if d.name in PARAMETERS else None, "backends": ready(d)}
+        {"name": d.name, "parameters": dict(zip(PARAMETERS.get(d.name, (None, ()))[1], d.parameters, strict=True)),
+         "backends": ready(d)}
         for d in TABLE.values()
     ]  # fmt: skip
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        shown = [(r["name"], f"{r['parameter']}={r['default']:g}" if r["parameter"] else "", " ".join(r["backends"]))
+        shown = [(r["name"], " ".join(f"{k}={v:g}" for k, v in r["parameters"].items()), " ".join(r["backends"]))
                  for r in rows]  # fmt: skip
-        _table(("divergence", "parameter", "backends here"), shown)
+        _table(("divergence", "parameters", "backends here"), shown)
     return 0
 
 
@@ -267,7 +271,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
-    several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETER as in alpha=0.3")
+    several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETERS as in alpha=0.3")
     demo = command(
         "demo",
         _demo,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formulas import KERNELS, times
+from .formulas import Formula, RowStatistics, times
+from .row_formulas import KERNELS
 
 #: Parameters so close to a family's limit are taken for it: float32 cannot tell them apart.
 NEAR = 1e-7
@@ -35,6 +36,7 @@ class Divergence:
             dtype; those of the table are a `Formula`.
         symbol: the kernel's name in native backends; None where only the torch backend has it.
         parameter: β, λ or α; 0 where there is none.
+        other: a second parameter; None: 1 − parameter, which many formulas use.
         scale: a factor on the loss (hellinger is ¼ of alpha(½)).
         centred: Σ q g = 0, so that the gradient needs no sum over the row.
         triton: a user's own pair of terms as a `@triton.jit` function; the table's are found by symbol.
@@ -48,20 +50,42 @@ class Divergence:
     scale: float = 1.0
     centred: bool = False
     triton: Any = field(default=None, repr=False, compare=False)
+    other: float | None = None
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not callable(self.terms):
             raise TypeError("a Divergence needs a name and a function of its terms")
-        for what in ("parameter", "scale"):
-            if not math.isfinite(getattr(self, what)):
-                raise ValueError(f"{self.name}: {what} must be finite, not {getattr(self, what)!r}")
+        for what in ("parameter", "scale", "other"):
+            value = getattr(self, what)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{self.name}: {what} must be finite, not {value!r}")
         if self.symbol == "Alpha" and min(abs(self.parameter), abs(1 - self.parameter)) <= NEAR:
             raise ValueError(f"{self.name}: the parameter must not be 0 or 1, which are rkl and kl")
-        object.__setattr__(self, "key", f"{self.symbol} {self.parameter!r} {self.scale!r}")
+        object.__setattr__(self, "key", f"{self.symbol} {self.parameter!r} {self.scale!r} {self.numbers[1]!r}")
 
     def __str__(self) -> str:
-        return f"{self.name}({self.parameter:g})" if self.name in PARAMETERS else self.name
+        return f"{self.name}({', '.join(f'{x:g}' for x in self.parameters)})" if self.parameters else self.name
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """Those that its name takes, in their order."""
+        return self.numbers[: len(PARAMETERS[self.name][1])] if self.name in PARAMETERS else ()
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """The two numbers of its formulas."""
+        return self.parameter, 1 - self.parameter if self.other is None else self.other
+
+    @property
+    def statistics(self) -> RowStatistics | None:
+        """What it asks of a row before its terms."""
+        return self.terms.statistics if isinstance(self.terms, Formula) else None
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it compares the label with the rest of the vocabulary."""
+        return self.statistics is not None and self.statistics.members == "label"
 
     @property
     def kernel(self) -> str | None:
@@ -73,14 +97,18 @@ class Divergence:
     @functools.cached_property
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """What native kernels make of the parameter, and of that with the models exchanged: `Formula.constants`."""
-        formula, value = KERNELS[self.kernel or ""], self.parameter
-        exchanged = KERNELS[formula.exchanged]
-        return formula.constants(value), exchanged.constants(1 - value if formula.complement else value)
+        formula = KERNELS[self.kernel or ""]
+        return (
+            formula.constants(*self.numbers),
+            KERNELS[formula.exchanged].constants(*formula.of_exchanged(*self.numbers)),
+        )
 
 
-def _of_kernel(name: str, symbol: str, parameter: float = 0.0, scale: float = 1.0) -> Divergence:
+def _of_kernel(
+    name: str, symbol: str, parameter: float = 0.0, scale: float = 1.0, other: float | None = None
+) -> Divergence:
     formula = KERNELS[symbol]
-    return Divergence(name, formula, symbol, parameter, scale, formula.centred)
+    return Divergence(name, formula, symbol, parameter, scale, formula.centred, other=other)
 
 
 KL = _of_kernel("kl", "Kl")
@@ -94,6 +122,7 @@ NEYMAN = _of_kernel("neyman", "Alpha", -1.0, scale=2.0)
 TRIANGULAR = _of_kernel("triangular", "Triangular")
 ENGINE = _of_kernel("engine", "Engine")
 CROSS_ENTROPY = _of_kernel("cross_entropy", "CrossEntropy")
+LK = _of_kernel("lk", "Lk")
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
@@ -147,6 +176,110 @@ def Alpha(alpha: float = 0.5) -> Divergence:
     return _at_limit("alpha", alpha, {0.0: RKL, 1.0: KL}) or _of_kernel("alpha", "Alpha", alpha)
 
 
+def Renyi(alpha: float = 0.5) -> Divergence:
+    """log(Σ p^α q^(1−α)) / (α − 1), α in [1e-3, 8] (Rényi 1961); α = 1 is kl.
+
+    Raises:
+        ValueError: α is outside [1e-3, 8].
+    """
+    alpha = _parameter("alpha", alpha, 1e-3, 8, "[0.001, 8]")
+    return _at_limit("renyi", alpha, {1.0: KL}) or _of_kernel("renyi", "Renyi", alpha)
+
+
+def AB(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
+    """−Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] / (αβ), and its limits where α, β or α + β is 0; in [−8, 8].
+
+    ABKD (Wang et al. 2025, arXiv 2505.04560). β = 1 − α is `Alpha(alpha)`: kl at (1, 0), rkl at (0, 1).
+
+    Raises:
+        ValueError: α or β is outside [−8, 8]; or they or their sum are within 1e-3 of 0 but not at it, where the value
+            loses its digits.
+    """
+    alpha, beta = _parameter("alpha", alpha, -8, 8, "[-8, 8]"), _parameter("beta", beta, -8, 8, "[-8, 8]")
+    for name, value in (("alpha", alpha), ("beta", beta), ("alpha + beta", alpha + beta)):
+        if NEAR < abs(value) < 1e-3:
+            raise ValueError(f"{name} must be 0 or at least 1e-3 from it, not {value!r}")
+    alpha, beta = (0.0 if abs(x) <= NEAR else x for x in (alpha, beta))
+    if abs(alpha + beta - 1) <= NEAR:
+        of_alpha = Alpha(alpha)
+        return Divergence("ab", of_alpha.terms, of_alpha.symbol, alpha, 1.0, of_alpha.centred, other=beta)
+    return _of_kernel("ab", "Ab", alpha, 1.0, 0.0 - alpha if abs(alpha + beta) <= NEAR else beta)
+
+
+def ToDi(beta: float = 1.0) -> Divergence:
+    """Σ a p log(p/q) + (1 − a) q log(q/p), a = σ(β log(p/q)) of each entry, through which no gradient flows; 0 ≤ β ≤ 8.
+
+    ToDi (Jung et al. 2025, arXiv 2505.16297).
+
+    Raises:
+        ValueError: β is outside [0, 8].
+    """
+    return _of_kernel("todi", "Todi", _parameter("beta", beta, 0, 8, "[0, 8]"))
+
+
+def AKL(mu: float = 0.5) -> Divergence:
+    """w KL(p‖q) + (1 − w) KL(q‖p), w the head's share of Σ|p − q|, held still; 0 < μ < 1.
+
+    The head is the smallest set of the teacher's largest entries of mass μ; entries that tie are in it together. AKL
+    (Wu et al. 2024, arXiv 2404.02657).
+
+    Raises:
+        ValueError: μ is outside (0, 1).
+    """
+    return _of_kernel("akl", "Akl", _parameter("mu", mu, 1e-6, 1 - 1e-6, "(0, 1)"))
+
+
+def EntropyGated(tau: float = 0.8) -> Divergence:
+    """KL(q‖p), plus KL(p‖q) in rows where the teacher's entropy is above τ ≥ 0 nats (arXiv 2603.07079).
+
+    Raises:
+        ValueError: τ is negative.
+    """
+    return _of_kernel("entropy_gated", "EntropyGated", _parameter("tau", tau, 0, 1e6, "[0, 1e6]"))
+
+
+def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
+    """KL over the teacher's K largest entries and the rest as one, plus β times the KL inside the rest.
+
+    1 ≤ K ≤ 2^20, 0 ≤ β ≤ 1e6; entries that tie with the K-th are among the largest. A K that holds the vocabulary, and
+    a β that is the teacher's mass of the rest, are kl (arXiv 2602.20816).
+
+    Raises:
+        ValueError: K is no integer of at least 1, or β is negative.
+    """
+    count, beta = _parameter("k", k, 1, 2**20, "[1, 2**20]"), _parameter("beta", beta, 0, 1e6, "[0, 1e6]")
+    if not count.is_integer():
+        raise ValueError(f"k must be an integer, not {k!r}")
+    return _of_kernel("tail_aware", "TailAware", count, 1.0, beta)
+
+
+def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
+    """α times the KL of label against non-label, plus β times the KL among the non-labels; it needs `labels`.
+
+    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679). α, β in [0, 1e6].
+
+    Raises:
+        ValueError: α or β is negative.
+    """
+    numbers = (_parameter(n, x, 0, 1e6, "[0, 1e6]") for n, x in (("alpha", alpha), ("beta", beta)))
+    alpha, beta = numbers
+    return _of_kernel("dkd", "Dkd", alpha, 1.0, beta)
+
+
+def CSD(weight: str = "teacher") -> Divergence:
+    """Σ w (u − Σ w u)² of u = z_s − z_t over their temperatures, w = p ("teacher") or q ("student"), held still.
+
+    Concrete score distillation (Kim et al. 2025, arXiv 2509.25837).
+
+    Raises:
+        ValueError: another weight.
+    """
+    weights = {"student": 0.0, "teacher": 1.0}
+    if weight not in weights and weight not in weights.values():
+        raise ValueError(f"weight must be 'teacher' or 'student', not {weight!r}")
+    return _of_kernel("csd", "Csd", weights.get(weight, weight))  # type: ignore[arg-type]
+
+
 def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> Divergence | None:
     for at, limit in limits.items():
         if abs(parameter - at) <= NEAR:
@@ -154,19 +287,27 @@ def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> D
     return None
 
 
-#: The parameter of each family, by name: what `divergence_by_name` and the docs read.
-PARAMETERS: dict[str, tuple[Callable[..., Divergence], str]] = {
-    "gjs": (GJS, "beta"),
-    "skew_kl": (SkewKL, "lam"),
-    "skew_rkl": (SkewRKL, "lam"),
-    "alpha": (Alpha, "alpha"),
+#: The parameters of each family, by name: what `divergence_by_name` and the docs read.
+PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
+    "gjs": (GJS, ("beta",)),
+    "skew_kl": (SkewKL, ("lam",)),
+    "skew_rkl": (SkewRKL, ("lam",)),
+    "alpha": (Alpha, ("alpha",)),
+    "renyi": (Renyi, ("alpha",)),
+    "ab": (AB, ("alpha", "beta")),
+    "todi": (ToDi, ("beta",)),
+    "akl": (AKL, ("mu",)),
+    "entropy_gated": (EntropyGated, ("tau",)),
+    "tail_aware": (TailAware, ("k", "beta")),
+    "dkd": (DKD, ("alpha", "beta")),
+    "csd": (CSD, ("weight",)),
 }
 
 #: Every divergence at its default parameter, in the order the docs list them.
 TABLE: dict[str, Divergence] = {
     d.name: d
     for d in (KL, RKL, JS, TVD, JEFFREYS, GJS(), SkewKL(), SkewRKL(), Alpha(), HELLINGER, PEARSON, NEYMAN, TRIANGULAR,
-              ENGINE, CROSS_ENTROPY)
+              ENGINE, CROSS_ENTROPY, LK, Renyi(), AB(), ToDi(), AKL(), EntropyGated(), TailAware(), DKD(), CSD())
 }  # fmt: skip
 
 
@@ -311,5 +452,5 @@ def by_key(key: str) -> Divergence:
     symbol, _, rest = key.partition(" ")
     if symbol not in KERNELS:
         raise ValueError(f"no kernel is named {symbol!r}; known: {', '.join(KERNELS)}")
-    parameter, scale = map(float, rest.split())
-    return _of_kernel(symbol, symbol, parameter, scale)
+    parameter, scale, other = map(float, rest.split())
+    return _of_kernel(symbol, symbol, parameter, scale, other)

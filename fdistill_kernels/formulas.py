@@ -30,13 +30,22 @@ NEAR = {torch.float32: 0.1875, torch.float64: 0.02}
 ABOUT_ONE = 1.0
 #: Coefficients of a series that native kernels use; float64 needs more.
 TERMS = 7
+#: The most coefficients of a row.
+COEFFICIENTS = 8
 #: Coefficients of (exp(u) − 1 − u)/u².
 SECOND_ORDER = tuple(1 / math.factorial(k) for k in range(2, 9))
 
 
+NOTHING = torch.zeros((), dtype=torch.bool)
+
+
 class Entry(NamedTuple):
     """Entries of rows (n, V): both models' probabilities, their logarithms, u = log(p/q), and log p and log q but for a
-    constant of the row, whose differences have more digits. `u_at_peak` (n, 1): u at the student's largest entry.
+    constant of the row, whose differences have more digits. `u_at_peak`, `u_at_other_peak` (n, 1): u at the student's
+    largest entry, and at the teacher's.
+
+    Of divergences with `RowStatistics` also which entries are in their set, and the coefficients (n, 1) of the row, at
+    most `COEFFICIENTS`.
     """
 
     p: Tensor
@@ -47,52 +56,84 @@ class Entry(NamedTuple):
     p_shifted: Tensor
     q_shifted: Tensor
     u_at_peak: Tensor
+    u_at_other_peak: Tensor
+    inside: Tensor = NOTHING
+    of_row: tuple[Tensor, ...] = ()
 
-    def exchanged(self, u_at_peak: Tensor) -> Entry:
-        """Teacher for student; u_at_peak: at the teacher's largest entry."""
-        return Entry(self.q, self.p, self.log_q, self.log_p, -self.u, self.q_shifted, self.p_shifted, -u_at_peak)
+    def exchanged(self) -> Entry:
+        """Teacher for student, the row's coefficients in reverse."""
+        return Entry(
+            self.q, self.p, self.log_q, self.log_p, -self.u, self.q_shifted, self.p_shifted, -self.u_at_other_peak,
+            -self.u_at_peak, self.inside, self.of_row[::-1],
+        )  # fmt: skip
 
     def about_one(self, power: float = 1.0) -> Tensor:
         """Whether t^power is about 1 at the row's peak, so that g is to be taken from g(1)."""
         return (power * self.u_at_peak).abs() < ABOUT_ONE
 
 
-EntryFunction = Callable[[Entry, float], Tensor]
+#: Of an entry and the divergence's two numbers: its parameter, and the other one, which is 1 − parameter where there is
+#: none.
+EntryFunction = Callable[[Entry, float, float], Tensor]
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What a divergence asks of a row before its terms.
+
+    Attributes:
+        members: which entries are in the row's set: the "label"; or the teacher's largest, by "count" (as many as the
+            parameter) or by "mass" (as few as hold the parameter's share). Entries that tie are in it together.
+        sums: what is summed over the row, of its entries.
+        coefficients: what `Entry.of_row` holds, of those sums (n, 1), the two numbers, and u at the peaks; no gradient
+            flows through it.
+    """
+
+    sums: Callable[[Entry, float, float], tuple[Tensor, ...]]
+    coefficients: Callable[[Entry, tuple[Tensor, ...], float, float], tuple[Tensor, ...]]
+    members: str = ""
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A divergence's two functions, of an entry and the divergence's parameter.
+    """A divergence's two functions, of an entry and the divergence's two numbers.
 
     Attributes:
-        exchanged: the symbol of the divergence with the models exchanged; `complement`: with 1 − parameter for it.
+        exchanged: the symbol of the divergence with the models exchanged; `swapped`: with its numbers exchanged.
         centred: Σ student = 0, so that the gradient needs no sum over the row.
-        series: the coefficients of value/q near p = q by x = t − 1 (alpha: by u), from that of x² on.
+        series: the coefficients of value/q near p = q by x = t − 1 (alpha, ab: by u), from that of x² on.
+        statistics: of the row, whose coefficients the functions take.
     """
 
     student: EntryFunction
     value: EntryFunction
     exchanged: str
-    complement: bool = False
+    swapped: bool = False
     centred: bool = False
-    series: Callable[[float], list[float]] | None = None
+    series: Callable[[float, float], list[float]] | None = None
+    statistics: RowStatistics | None = None
 
-    def teacher(self, entry: Entry, parameter: float, u_at_peak: Tensor) -> Tensor:
-        """The teacher's term, ``p f′(t)`` less a constant; u_at_peak: at the teacher's largest entry."""
-        parameter = 1 - parameter if self.complement else parameter
-        return KERNELS[self.exchanged].student(entry.exchanged(u_at_peak), parameter)
+    def of_exchanged(self, parameter: float, other: float) -> tuple[float, float]:
+        """The two numbers with the models exchanged."""
+        return (other, parameter) if self.swapped else (parameter, other)
 
-    def constants(self, parameter: float) -> tuple[float, ...]:
+    def teacher(self, entry: Entry, parameter: float, other: float) -> Tensor:
+        """The teacher's term, ``p f′(t)`` less a constant."""
+        return KERNELS[self.exchanged].student(entry.exchanged(), *self.of_exchanged(parameter, other))
+
+    def constants(self, parameter: float, other: float) -> tuple[float, ...]:
         """csrc/row_task.h's `Parameter`."""
-        logs = [math.log(x) if x > 0 else 0.0 for x in (parameter, 1 - parameter)]
-        series = self.series(parameter)[:TERMS] if self.series else [0.0] * TERMS
-        return parameter, 1 - parameter, *logs, *series
+        logs = [math.log(x) if x > 0 else 0.0 for x in (parameter, other)]
+        series = self.series(parameter, other)[:TERMS] if self.series else [0.0] * TERMS
+        return parameter, other, *logs, *series
 
     def __call__(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
         """Both terms, of one f, so that their sum is the value: what a `Divergence` of the user's own is made of."""
+        if self.statistics is not None:
+            raise TypeError("these terms need sums over their row, which a divergence of one's own has not")
         about_one = torch.zeros_like(p[..., :1])
-        entry = Entry(p, q, log_p, log_q, log_p - log_q, log_p, log_q, about_one)
-        return self.student(entry, parameter), self.teacher(entry, parameter, about_one)
+        entry = Entry(p, q, log_p, log_q, log_p - log_q, log_p, log_q, about_one, about_one)
+        return self.student(entry, parameter, 1 - parameter), self.teacher(entry, parameter, 1 - parameter)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
@@ -112,7 +153,7 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return value
 
 
-def _positive(x: Tensor) -> Tensor:
+def positive(x: Tensor) -> Tensor:
     """A denominator."""
     return x.clamp_min(torch.finfo(x.dtype).tiny)
 
@@ -122,107 +163,109 @@ def _finite(log: Tensor) -> Tensor:
     return log.clamp_min(torch.finfo(log.dtype).min)
 
 
-def _difference(e: Entry) -> Tensor:
+def difference(e: Entry) -> Tensor:
     """``p − q``."""
     return _near(e, e.q * torch.expm1(e.u), e.p - e.q)
 
 
-def _kl(e: Entry, _: float) -> Tensor:  # f = t log t − t + 1
-    return -_difference(e)
+def kl_student(e: Entry, *_: float) -> Tensor:  # f = t log t − t + 1
+    return -difference(e)
 
 
-def _kl_value(e: Entry, _: float) -> Tensor:
+def kl_value(e: Entry, *_: float) -> Tensor:
     series = e.q * e.u**2 * (1 + (e.u - 1) * _polynomial(e.u, SECOND_ORDER))
     return _near(e, series, times(e.p, e.log_p - e.log_q) - (e.p - e.q))
 
 
-def _rkl(e: Entry, _: float) -> Tensor:  # f = −log t + t − 1
+def rkl_student(e: Entry, *_: float) -> Tensor:  # f = −log t + t − 1
     return _near(e, -e.q * e.u, times(e.q, e.log_q - e.log_p))
 
 
-def _rkl_value(e: Entry, _: float) -> Tensor:
+def rkl_value(e: Entry, *_: float) -> Tensor:
     series = e.q * e.u**2 * _polynomial(e.u, SECOND_ORDER)
     return _near(e, series, times(e.q, e.log_q - e.log_p) + (e.p - e.q))
 
 
-def _jeffreys(e: Entry, _: float) -> Tensor:  # f = (t − 1) log t
-    return _rkl(e, 0) + _kl(e, 0)
+def _jeffreys(e: Entry, *_: float) -> Tensor:  # f = (t − 1) log t
+    return rkl_student(e) + kl_student(e)
 
 
-def _jeffreys_value(e: Entry, _: float) -> Tensor:
-    return _rkl_value(e, 0) + _kl_value(e, 0)
+def _jeffreys_value(e: Entry, *_: float) -> Tensor:
+    return rkl_value(e) + kl_value(e)
 
 
 def _log_sum(a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """``log(a + b)`` less log a and less log b, each with the digits of its smallest values."""
-    ratio = (torch.minimum(a, b) / _positive(torch.maximum(a, b))).log1p()
+    ratio = (torch.minimum(a, b) / positive(torch.maximum(a, b))).log1p()
     apart = _finite(log_a) - _finite(log_b)
     return torch.where(a > b, ratio, ratio - apart), torch.where(a > b, ratio + apart, ratio)
 
 
-def _gjs(e: Entry, beta: float) -> Tensor:  # β KL(p‖m) + (1 − β) KL(q‖m), m = βp + (1 − β)q, 0 < β < 1
-    a, b, log_beta, log_rest = beta * e.p, (1 - beta) * e.q, math.log(beta), math.log(1 - beta)
+def _gjs(e: Entry, beta: float, rest: float) -> Tensor:  # β KL(p‖m) + (1 − β) KL(q‖m), m = βp + (1 − β)q, 0 < β < 1
+    a, b, log_beta, log_rest = beta * e.p, rest * e.q, math.log(beta), math.log(rest)
     _, above_b = _log_sum(a, b, e.log_p + log_beta, e.log_q + log_rest)
     about_one = _near(e, (beta * torch.expm1(e.u)).log1p(), above_b + log_rest)
     return -b * torch.where(e.about_one(), about_one, above_b)
 
 
-def _gjs_value(e: Entry, beta: float) -> Tensor:
-    a, b, log_beta, log_rest = beta * e.p, (1 - beta) * e.q, math.log(beta), math.log(1 - beta)
+def _gjs_value(e: Entry, beta: float, rest: float) -> Tensor:
+    a, b, log_beta, log_rest = beta * e.p, rest * e.q, math.log(beta), math.log(rest)
     above_a, above_b = _log_sum(a, b, e.log_p + log_beta, e.log_q + log_rest)
     x = torch.expm1(e.u)
     return _near(
-        e, e.q * x**2 * _polynomial(x, _gjs_series(beta)), -a * (above_a + log_beta) - b * (above_b + log_rest)
+        e, e.q * x**2 * _polynomial(x, _gjs_series(beta, rest)), -a * (above_a + log_beta) - b * (above_b + log_rest)
     )
 
 
-def _gjs_series(beta: float) -> list[float]:
+def _gjs_series(beta: float, _: float) -> list[float]:
     return [(-1) ** k * beta * (1 - beta ** (k - 1)) / (k * (k - 1)) for k in range(2, 11)]
 
 
-def _skew_kl(e: Entry, lam: float) -> Tensor:  # KL(p ‖ λp + (1 − λ)q), 0 < λ < 1
-    m = _positive(lam * e.p + (1 - lam) * e.q)
-    return -(1 - lam) * torch.where(e.about_one(), (1 - lam) * _difference(e), e.p) * (e.q / m)
+def _skew_kl(e: Entry, lam: float, rest: float) -> Tensor:  # KL(p ‖ λp + (1 − λ)q), 0 < λ < 1
+    m = positive(lam * e.p + rest * e.q)
+    return -rest * torch.where(e.about_one(), rest * difference(e), e.p) * (e.q / m)
 
 
-def _skew_kl_value(e: Entry, lam: float) -> Tensor:
-    m = _positive(lam * e.p + (1 - lam) * e.q)
+def _skew_kl_value(e: Entry, lam: float, rest: float) -> Tensor:
+    m = positive(lam * e.p + rest * e.q)
     x = torch.expm1(e.u)
-    far = times(e.p, e.log_p - m.log()) - (1 - lam) * (e.p - e.q)
-    return _near(e, e.q * x**2 * _polynomial(x, _skew_series(lam)), far)
+    far = times(e.p, e.log_p - m.log()) - rest * (e.p - e.q)
+    return _near(e, e.q * x**2 * _polynomial(x, _skew_series(lam, rest)), far)
 
 
-def _skew_series(lam: float) -> list[float]:
+def _skew_series(lam: float, _: float) -> list[float]:
     return [(-1) ** k * (1 / (k * (k - 1)) + lam**k / k - lam ** (k - 1) / (k - 1)) for k in range(2, 11)]
 
 
-def _skew_rkl(e: Entry, lam: float) -> Tensor:  # KL(q ‖ λq + (1 − λ)p): g = x/(1 + x) − log1p(x), x = (1 − λ)t/λ
-    a, b, log_lam, log_rest = (1 - lam) * e.p, lam * e.q, math.log(lam), math.log(1 - lam)
+def _skew_rkl(
+    e: Entry, lam: float, rest: float
+) -> Tensor:  # KL(q ‖ λq + (1 − λ)p): g = x/(1 + x) − log1p(x), x = (1 − λ)t/λ
+    a, b, log_lam, log_rest = rest * e.p, lam * e.q, math.log(lam), math.log(rest)
     _, above_b = _log_sum(a, b, e.log_p + log_rest, e.log_q + log_lam)
-    g = a / _positive(a + b) - above_b
-    x, y = a / _positive(b), (1 - lam) * torch.expm1(e.u)
+    g = a / positive(a + b) - above_b
+    x, y = a / positive(b), rest * torch.expm1(e.u)
     small = torch.where(x < NEAR[x.dtype], -(x**2) * _polynomial(x, [(-1) ** k * (1 - 1 / k) for k in range(2, 14)]), g)
-    about_one = _near(e, lam * y / (1 + y) - y.log1p(), g - (1 - lam) - log_lam)
+    about_one = _near(e, lam * y / (1 + y) - y.log1p(), g - rest - log_lam)
     return times(e.q, torch.where(e.about_one(), about_one, small))
 
 
-def _skew_rkl_value(e: Entry, lam: float) -> Tensor:
-    return _skew_kl_value(e.exchanged(e.u_at_peak), lam)
+def _skew_rkl_value(e: Entry, lam: float, rest: float) -> Tensor:
+    return _skew_kl_value(e.exchanged(), lam, rest)
 
 
-def _tvd(e: Entry, _: float) -> Tensor:  # f = |t − 1| / 2, with the zero subgradient at ties
-    return -0.5 * e.q * _difference(e).sign()
+def tvd_student(e: Entry, *_: float) -> Tensor:  # f = |t − 1| / 2, with the zero subgradient at ties
+    return -0.5 * e.q * difference(e).sign()
 
 
-def _tvd_value(e: Entry, _: float) -> Tensor:
-    return 0.5 * _difference(e).abs()
+def tvd_value(e: Entry, *_: float) -> Tensor:
+    return 0.5 * difference(e).abs()
 
 
-def _power(e: Entry, alpha: float) -> Tensor:
-    """``p^α q^(1−α)``; 0 where neither model has the entry."""
+def power(e: Entry, a: float, b: float, less: float | Tensor = 0) -> Tensor:
+    """``p^a q^b``, its logarithm less a number; 0 where neither model has the entry."""
     log_p, log_q = e.log_p.clamp_min(LOWEST_LOG), e.log_q.clamp_min(LOWEST_LOG)  # α times finfo.min would overflow
     neither = (e.log_p <= LOWEST_LOG) & (e.log_q <= LOWEST_LOG)
-    return (alpha * log_p + (1 - alpha) * log_q).exp().masked_fill(neither, 0)
+    return (a * log_p + b * log_q - less).exp().masked_fill(neither, 0)
 
 
 def _above(w: Tensor, x: Tensor, d: Tensor) -> Tensor:
@@ -230,57 +273,103 @@ def _above(w: Tensor, x: Tensor, d: Tensor) -> Tensor:
     return torch.where(d.abs() < 0.5, x * torch.expm1(d), w - x)
 
 
-def _alpha(e: Entry, alpha: float) -> Tensor:  # f = (t^α − αt − (1 − α)) / (α(α − 1))
-    w = _power(e, alpha)
+def alpha_student(e: Entry, alpha: float, rest: float) -> Tensor:  # f = (t^α − αt − (1 − α)) / (α(α − 1))
+    w = power(e, alpha, rest)
     return torch.where(e.about_one(alpha), _above(w, e.q, alpha * e.u), w) / -alpha
 
 
-def _alpha_value(e: Entry, alpha: float) -> Tensor:
-    w = _power(e, alpha)
+def alpha_value(e: Entry, alpha: float, rest: float) -> Tensor:
+    w = power(e, alpha, rest)
     far = _above(w, e.q, alpha * e.u) / -alpha + _above(w, e.p, (alpha - 1) * e.u) / (alpha - 1)
     far = torch.where(w == math.inf, w, far.clamp_min(0))  # the terms of an infinite w have opposite signs
-    series = e.q * e.u**2 * _polynomial(e.u, _alpha_series(alpha))
+    series = e.q * e.u**2 * _polynomial(e.u, alpha_series(alpha, rest))
     return torch.where(e.u.abs() * max(1, abs(alpha)) < 2 * NEAR[e.u.dtype], series, far)
 
 
-def _alpha_series(alpha: float) -> list[float]:
+def alpha_series(alpha: float, _: float) -> list[float]:
     return [sum(alpha**i for i in range(k - 1)) / math.factorial(k) for k in range(2, 11)]
 
 
-def _triangular(e: Entry, _: float) -> Tensor:  # f = (t − 1)² / (t + 1)
-    total = _positive(e.p + e.q)
+def _triangular(e: Entry, *_: float) -> Tensor:  # f = (t − 1)² / (t + 1)
+    total = positive(e.p + e.q)
     r, s = e.p / total, e.q / total
-    return -e.q * torch.where(e.about_one(), _difference(e) / total * (s + 3 * r), 4 * r * r)
+    return -e.q * torch.where(e.about_one(), difference(e) / total * (s + 3 * r), 4 * r * r)
 
 
-def _triangular_value(e: Entry, _: float) -> Tensor:
-    difference = _difference(e)
-    return difference / _positive(e.p + e.q) * difference
+def _triangular_value(e: Entry, *_: float) -> Tensor:
+    apart = difference(e)
+    return apart / positive(e.p + e.q) * apart
 
 
-def _engine(e: Entry, _: float) -> Tensor:  # −Σ q log p: not an f-divergence, but linear in q like one
+def _engine(e: Entry, *_: float) -> Tensor:  # −Σ q log p: not an f-divergence, but linear in q like one
     return -times(e.q, e.p_shifted)
 
 
-def _engine_value(e: Entry, _: float) -> Tensor:
+def _engine_value(e: Entry, *_: float) -> Tensor:
     return -times(e.q, e.log_p)
 
 
-def _cross_entropy_value(e: Entry, _: float) -> Tensor:  # −Σ p log q: a one-hot p gives the label's cross-entropy
+def _cross_entropy_value(e: Entry, *_: float) -> Tensor:  # −Σ p log q: a one-hot p gives the label's cross-entropy
     return -times(e.p, e.log_q)
+
+
+def _slope_of_power(e: Entry, a: float, total: float) -> Tensor:
+    """``q^total·(t^a − 1)/a``, and at a = 0 its limit ``q^total·log t``."""
+    base = e.q if total == 1 else power(e, 0, total)
+    return _above(power(e, a, total - a), base, a * e.u) / a if a else times(base, e.u)
+
+
+def _ab(e: Entry, alpha: float, beta: float) -> Tensor:  # φ = (q^s (t^s − 1)/s − q^s (t^α − 1)/α) / β, s = α + β
+    return -_slope_of_power(e, alpha, alpha + beta)
+
+
+def _ab_value(e: Entry, alpha: float, beta: float) -> Tensor:
+    total = alpha + beta
+    one, other = _slope_of_power(e, alpha, total), _slope_of_power(e, total, total)
+    far = (other - one) / (beta or 1)
+    if not beta:  # the derivative by the exponent
+        far = (times(power(e, alpha, 0), e.u) - one) / alpha if alpha else times(power(e, 0, 0), e.u**2 / 2)
+    far = torch.where(one.isinf() | other.isinf(), math.inf, far.clamp_min(0))
+    series = power(e, 0, total) * e.u**2 * _polynomial(e.u, _ab_series(alpha, beta))
+    return torch.where(e.u.abs() * max(1, abs(alpha), abs(total)) < 2 * NEAR[e.u.dtype], series, far)
+
+
+def _ab_series(alpha: float, beta: float) -> list[float]:
+    return [
+        sum((alpha + beta) ** i * alpha ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k) for k in range(2, 11)
+    ]
+
+
+def _shares(e: Entry, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """a = σ(βu), 1 − a, and a p − (1 − a) q; any where neither model has the entry."""
+    a = torch.sigmoid(beta * e.u).nan_to_num(0)
+    rest = torch.sigmoid(-beta * e.u).nan_to_num(0)
+    return a, rest, _near(e, a * difference(e) + e.q * (beta / 2 * e.u).tanh(), a * e.p - rest * e.q)
+
+
+def _todi(e: Entry, beta: float, other: float) -> Tensor:  # φ = a p log(p/q) + (1 − a) q log(q/p), a held still
+    _, of_q, apart = _shares(e, beta)
+    return -apart - times(of_q * e.q, e.u)
+
+
+def _todi_value(e: Entry, beta: float, _: float) -> Tensor:
+    of_p, of_q, apart = _shares(e, beta)
+    return _near(e, apart * e.u, times(of_p * e.p, e.u) - times(of_q * e.q, e.u))
 
 
 #: What each native kernel computes, by its symbol there.
 KERNELS: dict[str, Formula] = {
-    "Kl": Formula(_kl, _kl_value, "Rkl", centred=True),
-    "Rkl": Formula(_rkl, _rkl_value, "Kl"),
+    "Kl": Formula(kl_student, kl_value, "Rkl", centred=True),
+    "Rkl": Formula(rkl_student, rkl_value, "Kl"),
     "Jeffreys": Formula(_jeffreys, _jeffreys_value, "Jeffreys"),
-    "Gjs": Formula(_gjs, _gjs_value, "Gjs", complement=True, series=_gjs_series),
+    "Gjs": Formula(_gjs, _gjs_value, "Gjs", swapped=True, series=_gjs_series),
     "SkewKl": Formula(_skew_kl, _skew_kl_value, "SkewRkl", series=_skew_series),
     "SkewRkl": Formula(_skew_rkl, _skew_rkl_value, "SkewKl", series=_skew_series),
-    "Tvd": Formula(_tvd, _tvd_value, "Tvd"),
-    "Alpha": Formula(_alpha, _alpha_value, "Alpha", complement=True, series=_alpha_series),
+    "Tvd": Formula(tvd_student, tvd_value, "Tvd"),
+    "Alpha": Formula(alpha_student, alpha_value, "Alpha", swapped=True, series=alpha_series),
     "Triangular": Formula(_triangular, _triangular_value, "Triangular"),
     "Engine": Formula(_engine, _engine_value, "CrossEntropy"),
-    "CrossEntropy": Formula(_kl, _cross_entropy_value, "Engine", centred=True),
+    "CrossEntropy": Formula(kl_student, _cross_entropy_value, "Engine", centred=True),
+    "Ab": Formula(_ab, _ab_value, "Ab", swapped=True, series=_ab_series),
+    "Todi": Formula(_todi, _todi_value, "Todi"),
 }

@@ -27,12 +27,18 @@ def loss_of_hidden(
     of_rows, tokens = token_terms(terms, hidden)
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head, teacher, of_rows,
-        replaced(path, cut=path.cut and backend in ("triton", "cuda")),
+        replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms)),
     )  # fmt: skip
     objects = callable(teacher.rows) or isinstance(of_rows.divergence, Divergence)
     run = _outside_graphs if objects and torch.compiler.is_compiling() else _rows_loss
     loss, parts = run(call, terms.reduction == "none", backend)
     return reduced(loss, parts, terms, tokens, hidden, return_parts)
+
+
+def _asks_rows(terms: LossTerms) -> bool:
+    """Whether the divergence asks for statistics of its row, which the cut path does not gather."""
+    divergence = divergence_of(terms)
+    return divergence is not None and divergence.statistics is not None
 
 
 def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ loss; rows whose float32 loss or gradient is beyond float32 are left out.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .divergences import Divergence
 from .functional import f_divergence
-from .reference import f_divergence_rows
+from .reference import example_labels, f_divergence_rows
 
 Pair = tuple[Tensor, Tensor]
 RowsFunction = Callable[[Tensor, Tensor], Tensor]
@@ -88,10 +89,11 @@ def precision(divergence: Divergence, device: str, backend: str, vocabulary: int
     """The errors in every case, on a device."""
     for name, (student, teacher) in cases(vocabulary):
         logits = student.to(device), teacher.to(device)
+        labels = example_labels(divergence, logits[0])
 
-        def ours(s: Tensor, t: Tensor, backend: str = backend) -> Tensor:
-            return f_divergence(s, t, divergence, reduction="none", backend=backend)
+        def ours(s: Tensor, t: Tensor, backend: str = backend, labels: Tensor | None = labels) -> Tensor:
+            return f_divergence(s, t, divergence, labels=labels, reduction="none", backend=backend)
 
         truth = results(lambda s, t: ours(s, t, "torch"), (logits[0].double(), logits[1].double()))
-        eager = errors(lambda s, t: f_divergence_rows(s, t, divergence), truth, logits)
+        eager = errors(functools.partial(f_divergence_rows, divergence=divergence, labels=labels), truth, logits)
         yield Precision(str(divergence), name, errors(ours, truth, logits), eager)

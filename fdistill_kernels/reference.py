@@ -90,16 +90,121 @@ _FORMULAS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+def _lk(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    return -torch.minimum(log_p.exp(), log_q.exp()).sum(-1).log()
+
+
+def _renyi(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    alpha = numbers[0]
+    if alpha == 1:
+        return _kl(log_p, log_q).sum(-1)
+    return torch.logsumexp(torch.where(log_p == -torch.inf, log_p, alpha * log_p + (1 - alpha) * log_q), -1) / (
+        alpha - 1
+    )
+
+
+def _ab(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p, log_q = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
+    (a, b), u = numbers, log_p - log_q
+    if a and b and a + b:
+        value = -((a * log_p + b * log_q).exp() - (a * ((a + b) * log_p).exp() + b * ((a + b) * log_q).exp()) / (a + b))
+        value = value / (a * b)
+    elif a and not b:
+        value = ((a * log_p).exp() * (a * u - 1) + (a * log_q).exp()) / a**2
+    elif b and not a:
+        value = ((b * log_q).exp() * (-b * u - 1) + (b * log_p).exp()) / b**2
+    else:
+        value = ((a * u).exp() - a * u - 1) / a**2 if a else u**2 / 2
+    if b > 0 and a + b:  # what q = 0 leaves
+        value = torch.where(log_q == -torch.inf, ((a + b) * log_p).exp() / (b * (a + b)), value)
+    return value.masked_fill(neither, 0).sum(-1)
+
+
+def _todi(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    a = torch.sigmoid(numbers[0] * (log_p - log_q).masked_fill(neither, 0)).detach()
+    return (_times_kl(a, log_p, log_q) + _times_kl(1 - a, log_q, log_p)).sum(-1)
+
+
+def _times_kl(a: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``a p log(p/q)``, 0 where a is."""
+    dead = a == 0
+    return torch.where(dead, 0, a * _kl(log_p.masked_fill(dead, 0), log_q.masked_fill(dead, 0)))
+
+
+def _largest(log_p: Tensor, count: Tensor) -> Tensor:
+    """Whether an entry is among the `count` (..., 1) largest, with all that tie."""
+    last = log_p.sort(-1, descending=True).values.gather(-1, count - 1)
+    return log_p >= last
+
+
+def _akl(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    p = log_p.exp()
+    mass = p.sort(-1, descending=True).values.cumsum(-1)
+    head = _largest(log_p, (mass < numbers[0]).sum(-1, keepdim=True) + 1)
+    gap = (p - log_q.exp()).abs().detach()
+    share = ((gap * head).sum(-1) / gap.sum(-1)).nan_to_num(0.5)
+    return share * _kl(log_p, log_q).sum(-1) + (1 - share) * _kl(log_q, log_p).sum(-1)
+
+
+def _entropy_gated(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    gate = -_xlogy_difference(log_p.exp(), log_p, torch.zeros_like(log_p)).sum(-1) > numbers[0]
+    return _kl(log_q, log_p).sum(-1) + torch.where(gate, _kl(log_p, log_q).sum(-1), 0)
+
+
+def _grouped(log_p: Tensor, log_q: Tensor, inside: Tensor, weight: float, within: float) -> Tensor:
+    """weight·KL(the set's entries and the rest as one) + within·KL(inside the rest)."""
+    rest_p, rest_q = (x.masked_fill(inside, -torch.inf).logsumexp(-1) for x in (log_p, log_q))
+    coarse = _kl(log_p, log_q).masked_fill(~inside, 0).sum(-1) + _kl(rest_p, rest_q)
+    dead = (rest_p == -torch.inf) | (rest_q == -torch.inf)
+    rest_p, rest_q = (x.masked_fill(dead, 0).unsqueeze(-1) for x in (rest_p, rest_q))
+    inner = _kl(log_p - rest_p, log_q - rest_q).masked_fill(inside, 0).sum(-1)
+    return weight * coarse + within * torch.where(dead, 0, inner)
+
+
+def _tail_aware(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    count = torch.full_like(log_p[..., :1], min(int(numbers[0]), log_p.shape[-1]), dtype=torch.long)
+    return _grouped(log_p, log_q, _largest(log_p, count), 1.0, numbers[1])
+
+
+def _dkd(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    assert labels is not None
+    inside = torch.arange(log_p.shape[-1], device=log_p.device) == labels.unsqueeze(-1)
+    return _grouped(log_p, log_q, inside, *numbers)
+
+
+def _csd(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
+    weight = (log_p if numbers[0] else log_q).exp().detach()
+    dead = weight == 0
+    u = (log_q - log_p).masked_fill(dead, 0)
+    return (weight * (u - (weight * u).sum(-1, keepdim=True)) ** 2).sum(-1)
+
+
+#: (log p, log q, the divergence's two numbers, labels) -> the loss of each row, where it is no sum of entries' own.
+_ROW_FORMULAS: dict[str, Callable[[Tensor, Tensor, tuple[float, float], Tensor | None], Tensor]] = {
+    "lk": _lk, "renyi": _renyi, "ab": _ab, "todi": _todi, "akl": _akl, "entropy_gated": _entropy_gated,
+    "tail_aware": _tail_aware, "dkd": _dkd, "csd": _csd,
+}  # fmt: skip
+
+
+def example_labels(divergence: Divergence, logits: Tensor) -> Tensor | None:
+    """Labels 0, 1, 2, ... for rows of logits (N, V), where the divergence needs any."""
+    n, vocabulary = logits.shape
+    return torch.arange(n, device=logits.device) % vocabulary if divergence.needs_labels else None
+
+
 def f_divergence_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,
     divergence: str | Divergence = "js",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """``D_f(softmax(z_t/T_t) ‖ softmax(z_s/T_s))`` of each row: (..., V) logits to (...) losses.
 
-    Temperatures are numbers or tensors of shape (...).
+    Temperatures are numbers or tensors of shape (...), labels (...) integers, for those that need them.
     """
     divergence = resolve(divergence)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
@@ -110,4 +215,6 @@ def f_divergence_rows(
     log_q, log_p = log_softmax(student_logits, temperature), log_softmax(teacher_logits, teacher_temperature)
     if isinstance(divergence, FDivergence):
         return (log_q.exp() * divergence.generator(log_p - log_q)).sum(-1)  # type: ignore[attr-defined]
+    if divergence.name in _ROW_FORMULAS:
+        return _ROW_FORMULAS[divergence.name](log_p, log_q, divergence.numbers, labels)
     return _FORMULAS[divergence.name](log_p, log_q, divergence.parameter).sum(-1)

@@ -34,6 +34,8 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     checks.check_integer("ignore_index", terms.ignore_index)
     if (terms.ce_weight or terms.z_loss) and terms.labels is None:
         raise ValueError("ce_weight and z_loss need labels")
+    if isinstance(terms.divergence, Divergence) and terms.divergence.needs_labels and terms.labels is None:
+        raise ValueError(f"{terms.divergence} needs labels")
     if terms.divergence is not None and terms.label_smoothing and not terms.ce_weight:
         raise ValueError("label_smoothing is of the labels' cross-entropy: give ce_weight")
     checks.check_per_token("temperature", terms.temperature, student, *TEMPERATURES)
@@ -87,7 +89,7 @@ def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
         divergence_scale=weight * t * t if terms.temperature_squared else weight,
         cross_entropy_scale=per_token(terms.ce_weight),
         z_loss_scale=per_token(terms.z_loss),
-        labels=labels if terms.ce_weight or terms.z_loss else None,
+        labels=labels if terms.ce_weight or terms.z_loss or (divergence and divergence.needs_labels) else None,
         class_weight=class_weight,
         divergence=divergence.key if divergence is not None and divergence.kernel else divergence,
         label_smoothing=float(terms.label_smoothing),

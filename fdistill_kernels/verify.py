@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends
 from .divergences import Divergence
 from .functional import f_divergence
-from .reference import f_divergence_rows
+from .reference import example_labels, f_divergence_rows
 
 #: Largest allowed error of the loss and of the gradients, relative to the reference's largest entry. A gradient in a
 #: narrow dtype is held to one rounding of it.
@@ -59,13 +59,14 @@ def verify(
             student, teacher = (x.to(device, dtype).requires_grad_() for x in (student64, teacher64))
             # at the reference's own precision, of the logits as the kernel gets them
             exact = [x.detach().double().requires_grad_() for x in (student, teacher)]
-            expected = f_divergence_rows(exact[0], exact[1], divergence).mean()
+            labels = example_labels(divergence, student)
+            expected = f_divergence_rows(exact[0], exact[1], divergence, labels=labels).mean()
             expected_gradients = torch.autograd.grad(expected, exact)
             for name, module in backends.BACKENDS.items():
                 if module.why_not(student.device, dtype, divergence) is not None:
                     continue
-                alone = f_divergence(student, teacher.detach(), divergence, backend=name)
-                loss = f_divergence(student, teacher, divergence, backend=name)
+                alone = f_divergence(student, teacher.detach(), divergence, labels=labels, backend=name)
+                loss = f_divergence(student, teacher, divergence, labels=labels, backend=name)
                 gradients = torch.autograd.grad(loss, (student, teacher))
                 loss_tolerance, gradient_tolerance = TOLERANCES[dtype]
                 if name == "triton" and device == "cpu" and dtype == torch.bfloat16:

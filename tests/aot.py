@@ -17,7 +17,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch
-from fdistill_kernels.backends.triton.kernels import head_statistics, rows, terms, tile_products, tiles
+from fdistill_kernels.backends.triton.kernels import (
+    head_statistics,
+    row_statistics,
+    row_terms,
+    rows,
+    terms,
+    tile_products,
+    tiles,
+)
 from fdistill_kernels.divergences import by_key
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -35,7 +43,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
     itemsize = 4 if dtype == "fp32" else 2
     chosen = launch.heuristic(8192, vocabulary, itemsize, H100, "teacher" in gradients or symbol in HEAVY)
     logits, f32 = f"*{dtype}", "*fp32"
-    labelled, weighted = labels is not None, labels == "smoothed"
+    labelled, weighted = labels is not None or symbol == "Dkd", labels == "smoothed"
     types = {
         "student": logits, "teacher": logits if symbol else None,
         "student_gradient": logits if "student" in gradients else None,
@@ -45,13 +53,14 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "divergence_scale": f32, "cross_entropy_scale": f32, "z_loss_scale": f32,
         "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
         "class_weight_sum": f32 if weighted else None,
+        "coefficients": f32 if symbol in row_terms.BY_SYMBOL else None,
         **dict.fromkeys(("student_cap", "teacher_cap"), "fp32" if capped else None),
         **dict.fromkeys(("rows", "inner", "vocabulary", "span", "student_outer", "student_inner", "teacher_outer",
                          "teacher_inner", "gradient_outer", "gradient_inner"), "i32"),
         **dict.fromkeys((*CONSTANTS, *OTHERS, "smoothing"), "fp32"),
     }  # fmt: skip
     constants = {
-        **functions(by_key(f"{symbol} 0.5 1.0") if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
+        **functions(by_key(f"{symbol} 0.5 1.0 0.5") if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
     }  # fmt: skip
     name = "/".join(
@@ -68,6 +77,27 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         )
     )
     return name, rows.row_kernel, types, constants, chosen.warps
+
+
+def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256):
+    """The same for what a divergence asks of its rows."""
+    chosen = launch.heuristic(8192, vocabulary, 2, H100, symbol in HEAVY)
+    sums, coefficients = row_terms.STATISTICS[symbol]
+    divergence = by_key(f"{symbol} 0.5 1.0 0.5")
+    types = {
+        "student": f"*{dtype}", "teacher": f"*{dtype}",
+        **dict.fromkeys(("coefficients", "row_scale", "student_inverse_temperature", "teacher_inverse_temperature"),
+                        "*fp32"),
+        "labels": "*i64" if symbol == "Dkd" else None, **dict.fromkeys(("student_cap", "teacher_cap")),
+        **dict.fromkeys(CONSTANTS, "fp32"),
+        **dict.fromkeys(("rows", "inner", "vocabulary", "student_outer", "student_inner", "teacher_outer",
+                         "teacher_inner"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "SUMS": sums, "OF_SUMS": coefficients, "MEMBERS": functions(divergence, False)["MEMBERS"],
+        "BY": int(divergence.statistics.members == "mass"), "BLOCK": chosen.block,
+    }  # fmt: skip
+    return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.warps
 
 
 def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, older=False):
@@ -117,6 +147,9 @@ VARIANTS = [
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
         dict(labels="plain"), dict(labels="smoothed"))],
     dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
+    *[dict(symbol=symbol) for symbol in row_terms.STATISTICS],
+    dict(symbol="Dkd", gradients="student teacher"), dict(symbol="TailAware", phase="TOTALS"),
+    *[dict(statistics=True, symbol=symbol) for symbol in row_terms.STATISTICS],
     *[dict(symbol="Gjs", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
     *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
 ]  # fmt: skip
@@ -127,6 +160,8 @@ def compile_one(job):
     arguments, target_name = job
     if "kernel" in arguments:
         name, function, types, constants, warps = tile_variant(**arguments, older=target_name == "sm_80")
+    elif "statistics" in arguments:
+        name, function, types, constants, warps = statistics_variant(**arguments)
     else:
         name, function, types, constants, warps = row_variant(**arguments)
     names = function.arg_names

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # before any kernel is decorated: Triton's in
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fdistill_kernels import backends
+from fdistill_kernels.divergences import resolve
 from fdistill_kernels.reference import f_divergence_rows
 
 
@@ -65,6 +66,11 @@ def backend(request, monkeypatch):
         small = launch.Launch(block=1024, warps=4, programs=2, splits=3 if request.param == "triton-spans" else 1)
         monkeypatch.setattr(launch, "choose", lambda *_, **__: small)
     return request.param.partition("-")[0]
+
+
+def labelled(divergence, rows):
+    """The labels of a call, where the divergence needs them."""
+    return {"labels": torch.arange(rows)} if resolve(divergence).needs_labels else {}
 
 
 def reference(student, teacher, divergence, weights=None, **kw):

@@ -38,7 +38,7 @@ def gradient_of(loss, student):
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", [name for name, d in TABLE.items() if d.statistics is None])
 def test_every_cluster_agrees_with_the_reference(name, dtype, cluster, monkeypatch):
     emulate_cuda(monkeypatch, cluster)
     loss_tolerance, gradient_tolerance = TOLERANCE[dtype]

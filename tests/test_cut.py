@@ -35,7 +35,7 @@ def exact(x):
     return x.detach().double().requires_grad_()
 
 
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", [name for name, d in TABLE.items() if d.statistics is None])
 def test_every_divergence(name, bands):
     hidden, weight, teacher, teacher_weight = problem()
     loss = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, name, temperature=1.5, **MINIMAL)

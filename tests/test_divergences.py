@@ -11,35 +11,45 @@ import fdistill_kernels as fk
 from fdistill_kernels.divergences import JEFFREYS, KL, RKL, TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
-from .conftest import reference, relative
+from .conftest import labelled, reference, relative
 
 FAMILIES = [fk.GJS(0.1), fk.GJS(0.9), fk.GJS(0.0), fk.GJS(1.0), fk.SkewKL(0.5), fk.SkewKL(0.0), fk.SkewRKL(0.5),
             fk.SkewRKL(0.0), fk.Alpha(0.3), fk.Alpha(1.5), fk.Alpha(-0.5), fk.Alpha(0.0), fk.Alpha(1.0),
             fk.Alpha(0.9999), fk.Alpha(1e-4)]  # fmt: skip
+ROW_FAMILIES = [fk.Renyi(2.0), fk.AB(0.3, 0.0), fk.AB(0.0, 0.4), fk.AB(0.5, -0.5), fk.AB(0.0, 0.0), fk.AB(0.6, 0.6),
+                fk.AB(0.3, 0.7), fk.ToDi(3.0), fk.AKL(0.9), fk.EntropyGated(1.2), fk.EntropyGated(20.0),
+                fk.TailAware(1, 0.3), fk.TailAware(10**5), fk.DKD(0.5, 0.0), fk.DKD(0.0, 2.0), fk.CSD("student")]  # fmt: skip
 ALL = [*TABLE.values(), *FAMILIES]
+#: Those of sums over their rows, which have every backend's in a test of their own.
+BY_ENTRY = [d for d in ALL if d.statistics is None]
 F_DIVERGENCES = [d for d in ALL if d.name not in ("engine", "cross_entropy")]
 #: (loss, gradient): error relative to the largest entry of the reference
 TOLERANCE = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 4e-3),
              torch.float16: (1e-5, 6e-4)}  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("divergence", ALL, ids=str)
+@pytest.mark.parametrize("dtype, divergence", [
+    *((dtype, d) for dtype in TOLERANCE for d in BY_ENTRY),
+    *((dtype, d) for dtype in (torch.float64, torch.float32) for d in (*TABLE.values(), *ROW_FAMILIES) if d not in BY_ENTRY),
+    *((dtype, d) for dtype in (torch.bfloat16, torch.float16) for d in (fk.LK, fk.AKL(), fk.DKD())),
+], ids=str)  # fmt: skip
 def test_agrees_with_reference(divergence, dtype, backend):
     if backend != "torch" and dtype == torch.float64:
         with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
-            fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), divergence, backend=backend)
+            zeros = torch.zeros(1, 2).double()
+            fk.f_divergence(zeros, zeros, divergence, backend=backend, **labelled(divergence, 1))
         return
     student = (2 * torch.randn(3, 4097)).to(dtype).requires_grad_()
     teacher = (2 * torch.randn(3, 4097)).to(dtype).requires_grad_()
-    loss = fk.f_divergence(student, teacher, divergence, temperature=1.5, reduction="sum", backend=backend)
+    keywords = dict(temperature=1.5, reduction="sum", backend=backend, **labelled(divergence, 3))
+    loss = fk.f_divergence(student, teacher, divergence, **keywords)
     of_student, of_teacher = torch.autograd.grad(loss, (student, teacher))
-    expected, expected_student, expected_teacher = reference(student, teacher, divergence, temperature=1.5)
+    expected, expected_student, expected_teacher = reference(
+        student, teacher, divergence, temperature=1.5, **labelled(divergence, 3)
+    )
     loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
     if backend == "cuda":  # a teacher that is trained too is Triton's
-        alone = fk.f_divergence(
-            student, teacher.detach(), divergence, temperature=1.5, reduction="sum", backend=backend
-        )
+        alone = fk.f_divergence(student, teacher.detach(), divergence, **keywords)
         assert relative(torch.autograd.grad(alone, student)[0], expected_student) < gradient_tolerance
     if backend in ("triton", "cuda") and student.device.type == "cpu" and dtype == torch.bfloat16:
         gradient_tolerance *= 2  # the interpreter truncates
@@ -51,12 +61,17 @@ def test_agrees_with_reference(divergence, dtype, backend):
     assert of_student.dtype == of_teacher.dtype == dtype
 
 
-@pytest.mark.parametrize("divergence", ALL, ids=str)
+#: Coefficients through which no gradient flows are none of the loss's slope.
+@pytest.mark.parametrize(
+    "divergence", [d for d in (*ALL, *ROW_FAMILIES) if d.name not in ("todi", "akl", "csd")], ids=str
+)
 def test_gradcheck(divergence):
     student, teacher = (torch.randn(2, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    if divergence is TABLE["tvd"]:
+    if divergence.name in ("tvd", "lk"):
         teacher = (student.detach() + torch.linspace(-1, 1, 7).double()).requires_grad_()  # away from ties
-    assert torch.autograd.gradcheck(lambda s, t: fk.f_divergence(s, t, divergence, temperature=2.0), (student, teacher))
+    assert torch.autograd.gradcheck(
+        lambda s, t: fk.f_divergence(s, t, divergence, temperature=2.0, **labelled(divergence, 2)), (student, teacher)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,7 +94,9 @@ def test_backends_agree_on_any_input(divergence, rows, vocabulary, scale, temper
     student.requires_grad_()
     results = []
     for backend in ("torch", "cpu"):
-        loss = fk.f_divergence(student, teacher, divergence, temperature=temperature, reduction="none", backend=backend)
+        labels = torch.arange(rows) % vocabulary
+        loss = fk.f_divergence(student, teacher, divergence, labels=labels, temperature=temperature, reduction="none",
+                               backend=backend)  # fmt: skip
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         assert (loss > -2e-6).all()
         assert (gradient.float().sum(-1).abs() <= 1e-5 + 2**-8 * gradient.float().abs().sum(-1)).all()
@@ -92,7 +109,7 @@ def test_backends_agree_on_any_input(divergence, rows, vocabulary, scale, temper
 @pytest.mark.parametrize("divergence", F_DIVERGENCES, ids=str)
 def test_equal_models(divergence, backend):
     logits = (5 * torch.randn(2, 1000)).requires_grad_()
-    loss = fk.f_divergence(logits, logits.detach().clone(), divergence, backend=backend)
+    loss = fk.f_divergence(logits, logits.detach().clone(), divergence, backend=backend, **labelled(divergence, 2))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert abs(loss.item()) < 1e-6 and gradient.abs().max() < 1e-6
 
@@ -100,8 +117,9 @@ def test_equal_models(divergence, backend):
 @pytest.mark.parametrize("divergence", ALL, ids=str)
 def test_row_shift_changes_nothing(divergence, backend):
     student, teacher = ((1024 * torch.randn(2, 600)).round() / 1024 for _ in range(2))  # shifts are then exact
-    a = fk.f_divergence(student, teacher, divergence, backend=backend)
-    b = fk.f_divergence(student + 64, teacher - 32, divergence, backend=backend)
+    keywords = dict(backend=backend, **labelled(divergence, 2))
+    a = fk.f_divergence(student, teacher, divergence, **keywords)
+    b = fk.f_divergence(student + 64, teacher - 32, divergence, **keywords)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -142,10 +160,11 @@ def test_entries_outside_both_vocabularies(divergence, backend):
     student, teacher = torch.randn(2, 300), torch.randn(2, 300)
     student[:, 250:] = teacher[:, 250:] = -math.inf
     student.requires_grad_()
-    loss = fk.f_divergence(student, teacher, divergence, backend=backend)
+    keywords = dict(backend=backend, **labelled(divergence, 2))
+    loss = fk.f_divergence(student, teacher, divergence, **keywords)
     (gradient,) = torch.autograd.grad(loss, student)
     short = student[:, :250].detach().requires_grad_()
-    expected = fk.f_divergence(short, teacher[:, :250].contiguous(), divergence, backend=backend)
+    expected = fk.f_divergence(short, teacher[:, :250].contiguous(), divergence, **keywords)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient[:, :250], torch.autograd.grad(expected, short)[0])
     assert (gradient[:, 250:] == 0).all()
@@ -156,7 +175,10 @@ def test_entries_outside_both_vocabularies(divergence, backend):
     [("kl", math.inf, None), ("rkl", None, math.inf), ("jeffreys", math.inf, math.inf), ("engine", None, math.inf),
      ("cross_entropy", math.inf, None), ("pearson", math.inf, None), ("neyman", None, math.inf), ("js", None, None),
      ("tvd", None, None), ("hellinger", None, None), ("triangular", None, None), ("skew_kl", None, None),
-     ("skew_rkl", None, None), ("gjs", None, None)],
+     ("skew_rkl", None, None), ("gjs", None, None), ("lk", None, None), ("renyi", None, None), ("ab", None, None),
+     (fk.AB(0.0, 0.4), None, math.inf), ("todi", math.inf, math.inf), ("akl", math.inf, math.inf),
+     (fk.EntropyGated(20.0), None, math.inf), ("tail_aware", math.inf, None), ("csd", math.inf, None),
+     (fk.CSD("student"), None, math.inf)],
 )  # fmt: skip
 def test_minus_infinity_on_one_side(divergence, student_missing, teacher_missing, backend):
     """inf where the divergence is infinite, its finite limit elsewhere, never NaN."""

@@ -34,8 +34,11 @@ def gradients(loss, *inputs):
     return torch.autograd.grad(loss, inputs)
 
 
+BY_ENTRY = [name for name, d in TABLE.items() if d.statistics is None]
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", BY_ENTRY)
 def test_agrees_with_whole_logits(name, dtype, backend):
     if dtype == torch.float64 and backend != "torch":
         pytest.skip("float64 is the torch backend's")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..formulas import Entry, Formula, times
+from ..formulas import NOTHING, Entry, Formula, RowStatistics, times
 from .rows import RowCall, cap_slope, capped
 
 #: Elements of one chunk of rows; the arithmetic holds about ten temporaries of this size.
@@ -64,7 +64,8 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
             _Model(capped(call.teacher[i, inner].to(dtype), call.teacher_softcap), rates[1].unsqueeze(1)),
         )
         weight = terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
-        value, of_student, of_teacher = _terms(call.divergence, student, teacher, call.teacher_gradient)
+        labels = None if terms.labels is None else terms.labels[n].unsqueeze(1)
+        value, of_student, of_teacher = _terms(call.divergence, student, teacher, labels, call.teacher_gradient)
         divergence = weight * value.sum(1, keepdim=True)
         student_gradient = weight * student.rate * of_student
         if of_teacher is not None:
@@ -113,23 +114,48 @@ def _log_ratio(teacher: _Model, student: _Model) -> Tensor:
 
 
 def _terms(
-    divergence: Divergence, student: _Model, teacher: _Model, teacher_gradient: bool
+    divergence: Divergence, student: _Model, teacher: _Model, labels: Tensor | None, teacher_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The value at each entry, and both models' gradients by rate·logit."""
     p, q, log_p, log_q = (getattr(m, x) for x in ("probability", "log_probability") for m in (teacher, student))
-    formula, parameter = divergence.terms, divergence.parameter
+    formula = divergence.terms
     of_teacher: Tensor | None
     if isinstance(formula, Formula):
-        u = _log_ratio(teacher, student)
-        entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, u.gather(1, student.peak))
-        value, of_student = formula.value(entry, parameter), formula.student(entry, parameter)
-        of_teacher = formula.teacher(entry, parameter, u.gather(1, teacher.peak)) if teacher_gradient else None
+        u, numbers = _log_ratio(teacher, student), divergence.numbers
+        peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
+        entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
+        if formula.statistics is not None:
+            inside = _members(formula.statistics.members, teacher, labels, numbers[0])
+            entry = _with_statistics(entry._replace(inside=inside), formula.statistics, numbers)
+        value, of_student = formula.value(entry, *numbers), formula.student(entry, *numbers)
+        of_teacher = formula.teacher(entry, *numbers) if teacher_gradient else None
     else:
-        of_student, of_teacher = formula(p, q, log_p, log_q, parameter)
+        of_student, of_teacher = formula(p, q, log_p, log_q, divergence.parameter)
         value = of_student + of_teacher
     if not divergence.centred:
         of_student = _about_peak(of_student, student)
     return value, of_student, _about_peak(of_teacher, teacher) if teacher_gradient and of_teacher is not None else None
+
+
+def _members(members: str, teacher: _Model, labels: Tensor | None, parameter: float) -> Tensor:
+    """The row's set, as `RowStatistics.members` names it."""
+    if not members:
+        return NOTHING
+    if members == "label":
+        assert labels is not None
+        return torch.arange(teacher.logits.shape[1], device=labels.device) == labels
+    order = teacher.logits.sort(1, descending=True)
+    if members == "count":
+        last = min(int(parameter), order.values.shape[1]) - 1
+        return teacher.logits >= order.values[:, last : last + 1]
+    p = teacher.probability.gather(1, order.indices)
+    before = p.cumsum(1, dtype=_widest(p)) - p  # an entry is needed where those before it hold too little
+    return teacher.logits >= order.values.gather(1, (before < parameter).sum(1, keepdim=True).clamp_min(1) - 1)
+
+
+def _with_statistics(entry: Entry, statistics: RowStatistics, numbers: tuple[float, float]) -> Entry:
+    sums = (x.sum(1, keepdim=True, dtype=_widest(x)).to(x.dtype) for x in statistics.sums(entry, *numbers))
+    return entry._replace(of_row=statistics.coefficients(entry, tuple(sums), *numbers))
 
 
 def _about_peak(term: Tensor, model: _Model) -> Tensor:

@@ -12,7 +12,7 @@ from ..divergences import Divergence
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE = 3  # of csrc/cpu/rows.cpp
+INTERFACE = 4  # of csrc/cpu/rows.cpp
 
 
 def _load() -> tuple[Any, str | None]:

@@ -17,7 +17,7 @@ from . import triton
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE, NO_ROOM = 5, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 6, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
@@ -144,6 +144,8 @@ def route(call: RowCall) -> Launch | str:
         return "the teacher wants a gradient"
     if call.terms.class_weight is not None:
         return "classes have weights"
+    if call.divergence is not None and call.divergence.statistics is not None:
+        return "the divergence asks for statistics of its row"
     if (call.student_softcap or call.teacher_softcap) and call.student.element_size() == 2:
         return "capped logits would be rounded to 16 bits"
     if len(starts) > 1:

@@ -64,6 +64,8 @@ def checked_terms(
         found[name] = value.to(kind).contiguous()
     if isinstance(terms.divergence, str):
         found["divergence"] = by_key(terms.divergence)
+        if found["divergence"].needs_labels and terms.labels is None:
+            raise ValueError(f"{terms.divergence!r} needs labels")
     return terms._replace(**found)
 
 

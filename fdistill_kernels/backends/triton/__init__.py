@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...divergences import Divergence
-from ...formulas import KERNELS
-from ..rows import VECTORS, RowCall
+from ...row_formulas import KERNELS
+from ..rows import VECTORS, RowCall, TokenTerms
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -61,16 +61,20 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
 
 def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
     """A divergence's terms, and with the models exchanged those for the teacher, as the kernels' constants."""
-    from .kernels.terms import BY_SYMBOL
+    from .kernels import entries, row_terms, terms
 
+    none = entries.NONE.value
     if divergence is None:
-        return {"TERMS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True}
+        return {"TERMS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True, "MEMBERS": none}
     if not divergence.kernel:
-        return {"TERMS": divergence.triton, "EXCHANGED": "own", "CENTRED": False, "TEACHER_CENTRED": False}
-    exchanged = KERNELS[divergence.kernel].exchanged
+        own = {"TERMS": divergence.triton, "EXCHANGED": "own", "CENTRED": False, "TEACHER_CENTRED": False}
+        return {**own, "MEMBERS": none}
+    exchanged, known = KERNELS[divergence.kernel].exchanged, {**terms.BY_SYMBOL, **row_terms.BY_SYMBOL}
+    members = divergence.statistics.members if divergence.statistics else ""
     return {
-        "TERMS": BY_SYMBOL[divergence.kernel], "EXCHANGED": BY_SYMBOL[exchanged] if teacher_gradient else None,
+        "TERMS": known[divergence.kernel], "EXCHANGED": known[exchanged] if teacher_gradient else None,
         "CENTRED": divergence.centred, "TEACHER_CENTRED": KERNELS[exchanged].centred,
+        "MEMBERS": {"": none, "label": entries.LABEL.value}.get(members, entries.LARGEST.value),
     }  # fmt: skip
 
 
@@ -118,17 +122,16 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     splits = -(-vocabulary // span)
     padded = 1 << (splits - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if splits > 1 else None
-
-    def strides(x: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if x is None else (x.stride(0), x.stride(1))
+    coefficients = _coefficients(call, terms, launch) if divergence and divergence.statistics else None
 
     def phase(number: int, grid: tuple[int, int]) -> None:
-        (student_outer, student_inner), (teacher_outer, teacher_inner) = strides(student), strides(teacher)
-        gradient_outer, gradient_inner = strides(student_gradient)
+        (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
+        gradient_outer, gradient_inner = _strides(student_gradient)
         kernels.row_kernel[grid](
             student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=of_teacher,
-            parts=parts, partials=partials, **{name: getattr(terms, name) for name in VECTORS},
-            rows=rows, inner=inner, vocabulary=vocabulary, span=span, student_outer=student_outer,
+            parts=parts, partials=partials, coefficients=coefficients,
+            **{name: getattr(terms, name) for name in VECTORS}, rows=rows, inner=inner,
+            vocabulary=vocabulary, span=span, student_outer=student_outer,
             student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
             gradient_outer=gradient_outer, gradient_inner=gradient_inner, student_cap=call.student_softcap or None,
             teacher_cap=call.teacher_softcap or None, **constants(divergence), **constants(divergence, OTHERS),
@@ -147,6 +150,35 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
                 phase(number, (rows, splits))
     of_student, of_teacher = (student.new_empty(0) if x is None else x for x in (fresh, of_teacher))
     return parts, of_student, of_teacher
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def _coefficients(call: RowCall, terms: TokenTerms, launch: Any) -> Tensor:
+    """What the divergence asks of each row before the row kernel."""
+    from .kernels import row_statistics, row_terms
+
+    student, teacher, divergence = call.student, call.teacher, call.divergence
+    assert divergence is not None and divergence.statistics is not None and divergence.kernel is not None
+    rows, vocabulary = terms.row_scale.shape[0], student.shape[2]
+    coefficients = torch.empty(row_statistics.COEFFICIENTS.value + 1, rows, device=student.device)
+    sums, of_sums = row_terms.STATISTICS[divergence.kernel]
+    (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
+    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+        row_statistics.row_statistics_kernel[(min(rows, launch.programs * launch.splits),)](
+            student=student, teacher=teacher, coefficients=coefficients, row_scale=terms.row_scale,
+            student_inverse_temperature=terms.student_inverse_temperature,
+            teacher_inverse_temperature=terms.teacher_inverse_temperature, labels=terms.labels, rows=rows,
+            inner=student.shape[1], vocabulary=vocabulary, student_outer=student_outer, student_inner=student_inner,
+            teacher_outer=teacher_outer, teacher_inner=teacher_inner, student_cap=call.student_softcap or None,
+            teacher_cap=call.teacher_softcap or None, **constants(divergence), SUMS=sums, OF_SUMS=of_sums,
+            MEMBERS=functions(divergence, False)["MEMBERS"],
+            BY=(row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT).value,
+            BLOCK=launch.block, num_warps=launch.warps,
+        )  # fmt: skip
+    return coefficients
 
 
 def _empty_like(logits: Tensor) -> Tensor:

@@ -5,9 +5,23 @@ import triton.language as tl
 
 from .terms import log1p, pair
 
+#: Which entries are in a row's set: none, the label, or the teacher's largest.
+NONE, LABEL, LARGEST = (tl.constexpr(members) for members in range(3))
+
 
 @triton.jit
-def entry_of(x, y, models, u_at_peak):
+def in_set(y, v, label, threshold, MEMBERS: tl.constexpr):
+    """Whether entries v, of the teacher's logits y, are in the row's set."""
+    if MEMBERS == LABEL:
+        return v == label
+    elif MEMBERS == LARGEST:
+        return y >= threshold
+    else:
+        return False
+
+
+@triton.jit
+def entry_of(x, y, models, u_at_peak, inside):
     """Entries of a row with the student's logits x and the teacher's y, as terms.py takes them."""
     student_top, student_rate, student_log_total = models[0], models[1], models[2]
     teacher_top, teacher_rate, teacher_log_total = models[3], models[4], models[5]
@@ -16,7 +30,8 @@ def entry_of(x, y, models, u_at_peak):
     log_q, log_p = q_shifted - student_log_total, p_shifted - teacher_log_total
     # of models that nearly agree by their logits' own differences, which are exact
     apart = tl.where(alike, ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
-    return tl.exp(log_p), tl.exp(log_q), log_p, log_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak
+    return (tl.exp(log_p), tl.exp(log_q), log_p, log_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak,
+            inside)  # fmt: skip
 
 
 @triton.jit
@@ -33,36 +48,39 @@ def models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest
 
 @triton.jit
 def peaks_of(
-    models, teacher_there, student_there, own, other, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
+    models, teacher_there, student_there, inside_there, own, other, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
     CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """u at both models' largest entries, and their terms per probability there: what terms are measured from."""
+    """u at both models' largest entries, and their terms per probability there: what terms are measured from.
+
+    inside_there: whether the teacher's is in the row's set; terms that depend on it need none at the student's.
+    """
     student_top, teacher_top = models[0], models[3]
-    u_at_peak = entry_of(student_top, teacher_there, models, 0.0)[4]
-    at_student = entry_of(student_top, teacher_there, models, u_at_peak)
+    u_at_peak = entry_of(student_top, teacher_there, models, 0.0, False)[4]
+    at_student = entry_of(student_top, teacher_there, models, u_at_peak, False)
     term, _, _ = pair(at_student, own, other, u_at_peak, TERMS, "own" if EXCHANGED == "own" else None, True)
     at_peak = 0.0 * term
     if not CENTRED:
         at_peak = term / at_student[1]
     u_at_teacher_peak, at_teacher_peak = u_at_peak, at_peak
     if EXCHANGED is not None:
-        at_teacher = entry_of(student_there, teacher_top, models, u_at_peak)
+        at_teacher = entry_of(student_there, teacher_top, models, u_at_peak, inside_there)
         u_at_teacher_peak = at_teacher[4]
         _, _, of_teacher = pair(at_teacher, own, other, u_at_teacher_peak, TERMS, EXCHANGED, True)
         at_teacher_peak = of_teacher / at_teacher[0]
         if TEACHER_CENTRED:
             at_teacher_peak = 0.0 * at_teacher_peak
-    return u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there
+    return u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there, inside_there
 
 
 @triton.jit
 def terms_at(
-    x, y, models, peaks, own, other, close, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
+    x, y, inside, models, peaks, own, other, close, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
     TEACHER_CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Entries' probabilities, values and both terms, measured from the peaks', whose own is 0."""
-    u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there = peaks
-    entry = entry_of(x, y, models, u_at_peak)
+    u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there, inside_there = peaks
+    entry = entry_of(x, y, models, u_at_peak, inside)
     if close:
         student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, True)
     else:
@@ -70,5 +88,6 @@ def terms_at(
     if not CENTRED:
         student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student - entry[1] * at_peak)
     if EXCHANGED is not None and not TEACHER_CENTRED:
-        teacher = tl.where((y == models[3]) & (x == student_there), 0.0, teacher - entry[0] * at_teacher_peak)
+        there = (y == models[3]) & (x == student_there) & (inside == inside_there)
+        teacher = tl.where(there, 0.0, teacher - entry[0] * at_teacher_peak)
     return entry[0], entry[1], student, value, teacher

@@ -15,7 +15,7 @@ a phase.
 import triton
 import triton.language as tl
 
-from .entries import models_of, peaks_of, terms_at
+from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
 from .loads import capped, load_logits, row_at, zero_row
 from .statistics import met, save, statistics_of
 from .terms import ABOUT_ONE, log1p, times
@@ -26,9 +26,9 @@ PARTIALS = 12  # values a span leaves: nine of sweep 1, three of sweep 2
 
 @triton.jit
 def _totals(
-    student, teacher, begin, end, vocabulary, models, peaks, own, other, close, student_cap, teacher_cap,
-    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    student, teacher, begin, end, vocabulary, models, peaks, own, other, close, label, threshold, student_cap,
+    teacher_cap, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2 over [begin, end), backwards: the shares of D and of both terms' sums."""
     value = tl.zeros([BLOCK], tl.float32)
@@ -37,8 +37,10 @@ def _totals(
     for offset in tl.range(0, end - begin, BLOCK):
         v = last - offset + tl.arange(0, BLOCK)
         x, y = load_logits(student, v, vocabulary, student_cap), load_logits(teacher, v, vocabulary, teacher_cap)
-        _, _, of_student, here, of_teacher = terms_at(x, y, models, peaks, own, other, close, TERMS, EXCHANGED, CENTRED,
-                                                    TEACHER_CENTRED)  # fmt: skip
+        _, _, of_student, here, of_teacher = terms_at(
+            x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED, CENTRED,
+            TEACHER_CENTRED,
+        )  # fmt: skip
         value += tl.where(v < vocabulary, here, 0.0)
         weight += tl.where(v < vocabulary, of_student, 0.0)
         if EXCHANGED is not None:
@@ -70,9 +72,9 @@ def _label_terms(
 def _gradient(
     student, teacher, student_gradient, teacher_gradient, class_weight, begin, end, vocabulary, models, peaks, own,
     other, close, plain_top, plain_log_total, student_scale, teacher_scale, label_scale, weight, teacher_weight, label,
-    of_q, of_label, of_weight, student_cap, teacher_cap,
+    threshold, of_q, of_label, of_weight, student_cap, teacher_cap,
     TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    LABELS: tl.constexpr, SMOOTHED: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr,
+    MEMBERS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
     value = tl.zeros([BLOCK], tl.float32)
@@ -85,8 +87,10 @@ def _gradient(
         gradient = tl.zeros([BLOCK], tl.float32)
         if teacher is not None:
             y = load_logits(teacher, v, vocabulary, teacher_cap)
-            p, q, of_student, here, of_teacher = terms_at(x, y, models, peaks, own, other, close, TERMS, EXCHANGED,
-                                                        CENTRED, TEACHER_CENTRED)  # fmt: skip
+            p, q, of_student, here, of_teacher = terms_at(
+                x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED,
+                CENTRED, TEACHER_CENTRED,
+            )  # fmt: skip
             value += tl.where(inside, here, 0.0)
             gradient = student_scale * (of_student - q * weight)
             if teacher_gradient is not None:
@@ -114,6 +118,15 @@ def _all(partials, SPLITS: tl.constexpr):
     return tl.sum(tl.load(partials + tl.arange(0, SPLITS)), 0)
 
 
+@triton.jit
+def _with_coefficients(own, coefficients, step):
+    """A divergence's constants, and the row's coefficients behind them."""
+    at = coefficients
+    return (own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7], own[8], own[9], own[10], tl.load(at),
+            tl.load(at + step), tl.load(at + 2 * step), tl.load(at + 3 * step), tl.load(at + 4 * step),
+            tl.load(at + 5 * step), tl.load(at + 6 * step), tl.load(at + 7 * step))  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "inner"])
 def row_kernel(
     student, teacher,  # (outer, inner, vocabulary) logits, dense in the vocabulary
@@ -123,6 +136,7 @@ def row_kernel(
     row_scale, student_inverse_temperature, teacher_inverse_temperature,  # (rows)
     divergence_scale, cross_entropy_scale, z_loss_scale, labels,  # (rows)
     class_weight,  # (vocabulary)
+    coefficients,  # (9, rows): of row_statistics.py
     rows, inner, vocabulary, span,
     student_outer, student_inner, teacher_outer, teacher_inner, gradient_outer, gradient_inner,  # strides
     student_cap, teacher_cap,
@@ -131,7 +145,7 @@ def row_kernel(
     smoothing,
     class_weight_sum,  # (1)
     TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    SMOOTHED: tl.constexpr, PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    MEMBERS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... of (outer, inner, V) logits; see `RowCall`. Absent pointers are None.
 
@@ -144,8 +158,8 @@ def row_kernel(
     # D is summed in the gradient's own sweep: there is no sum to wait for, and every entry passes there
     LATE: tl.constexpr = CENTRED and PHASE == WHOLE and student_gradient is not None and teacher_gradient is None
     SWEEP_2: tl.constexpr = DIVERGENCE and not LATE
-    own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
-    other = (other_parameter, other_rest, other_log, other_log_rest, c2, c3, c4, c5, c6, c7, c8)
+    numbers = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
+    other_numbers = (other_parameter, other_rest, other_log, other_log_rest, c2, c3, c4, c5, c6, c7, c8)
     begin, end = 0, vocabulary
     if PHASE != WHOLE:
         begin = tl.program_id(1) * span
@@ -202,16 +216,26 @@ def row_kernel(
                 if not DIVERGENCE:
                     plain_rest = student_rest
                 divergence, weight, teacher_weight = 0.0, 0.0, 0.0
-                models, peaks, close = 0.0, 0.0, False
+                models, peaks, close, threshold, inside_there = 0.0, 0.0, False, 0.0, False
+                own, other = numbers, other_numbers
+                if coefficients is not None:
+                    own = _with_coefficients(numbers, coefficients + n, rows)
+                    other = _with_coefficients(other_numbers, coefficients + 7 * rows + n, -rows)
+                    threshold = tl.load(coefficients + 8 * rows + n)
+                if MEMBERS == LABEL:
+                    label_there = capped(tl.load(teacher_row + label).to(tl.float32), teacher_cap)
+                    inside_there = (teacher_top == label_there) & (statistics[7] == label_logit)
+                elif MEMBERS == LARGEST:
+                    inside_there = teacher_top >= threshold
                 if DIVERGENCE:
                     models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
-                    peaks = peaks_of(models, statistics[6], statistics[7], own, other, TERMS, EXCHANGED, CENTRED,
-                                   TEACHER_CENTRED)  # fmt: skip
+                    peaks = peaks_of(models, statistics[6], statistics[7], inside_there, own, other, TERMS, EXCHANGED,
+                                   CENTRED, TEACHER_CENTRED)  # fmt: skip
                     close = (tl.abs(peaks[0]) < ABOUT_ONE) | (tl.abs(peaks[3]) < ABOUT_ONE)
                 if SWEEP_2 and PHASE != GRADIENT:
                     divergence, weight, teacher_weight = _totals(
-                        student_row, teacher_row, begin, end, vocabulary, models, peaks, own, other, close, student_cap,
-                        teacher_cap, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, BLOCK,
+                        student_row, teacher_row, begin, end, vocabulary, models, peaks, own, other, close, label,
+                        threshold, student_cap, teacher_cap, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK,
                     )  # fmt: skip
                 if PHASE == TOTALS:
                     here = saved + tl.program_id(1)
@@ -243,8 +267,8 @@ def row_kernel(
                             student_row, teacher_row, student_gradient_row, teacher_gradient_row, class_weight, begin,
                             end, vocabulary, models, peaks, own, other, close, student_top, plain_log_total,
                             of_divergence * student_rate, of_divergence * teacher_rate, scale, weight, teacher_weight,
-                            label, of_q, of_label, of_weight, student_cap, teacher_cap, TERMS, EXCHANGED, CENTRED,
-                            TEACHER_CENTRED, LABELS, SMOOTHED, SWEEP_2, BLOCK,
+                            label, threshold, of_q, of_label, of_weight, student_cap, teacher_cap, TERMS, EXCHANGED,
+                            CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK,
                         )  # fmt: skip
                         if LATE:
                             divergence = value

@@ -1,8 +1,9 @@
 """Each divergence's terms at vocabulary entries, as csrc/divergences.h has them and formulas.py explains them.
 
-A function takes an entry ``(p, q, log_p, log_q, u, p_shifted, q_shifted, u_at_peak)`` and the divergence's constants
-``(parameter, rest, log_parameter, log_rest, series...)``; it returns the student's term and the value. CLOSE: the
-models agree about a row's peak, so that near entries need their series.
+A function takes an entry ``(p, q, log_p, log_q, u, p_shifted, q_shifted, u_at_peak, inside)`` and the divergence's
+constants ``(parameter, rest, log_parameter, log_rest, series...)``, with the row's coefficients behind them where
+row_terms.py asks for them; it returns the student's term and the value. CLOSE: the models agree about a row's peak, so
+that near entries need their series.
 """
 
 import triton
@@ -56,7 +57,7 @@ def _near(u, series, far):
 
 
 @triton.jit
-def _difference(p, q, u, CLOSE: tl.constexpr):
+def difference(p, q, u, CLOSE: tl.constexpr):
     """``p − q``."""
     return _near(u, q * _excess(u), p - q) if CLOSE else p - q
 
@@ -82,8 +83,8 @@ def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
 
 @triton.jit
 def Kl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, _ = e
-    apart = _difference(p, q, u, CLOSE)
+    p, q, log_p, log_q, u, _, _, _, _ = e
+    apart = difference(p, q, u, CLOSE)
     value = times(p, log_p - log_q) - apart
     if CLOSE:
         value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value)
@@ -92,7 +93,7 @@ def Kl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Rkl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, _ = e
+    p, q, log_p, log_q, u, _, _, _, _ = e
     student = times(q, log_q - log_p)
     value = student + (p - q)
     if CLOSE:
@@ -103,9 +104,9 @@ def Rkl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Jeffreys(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, _ = e
+    p, q, log_p, log_q, u, _, _, _, _ = e
     backward = times(q, log_q - log_p)
-    apart = _difference(p, q, u, CLOSE)
+    apart = difference(p, q, u, CLOSE)
     value = times(p, log_p - log_q) + backward
     if CLOSE:
         backward = _near(u, -q * u, backward)
@@ -115,7 +116,7 @@ def Jeffreys(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Gjs(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, u_at_peak = e
+    p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
     a, b = own[0] * p, own[1] * q
     about_one = tl.abs(u_at_peak) < ABOUT_ONE
     x = _excess(u)
@@ -130,10 +131,10 @@ def Gjs(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def SkewKl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, _, u, _, _, u_at_peak = e
+    p, q, log_p, _, u, _, _, u_at_peak, _ = e
     b = own[1] * q
     m = tl.maximum(own[0] * p + b, SMALLEST_NORMAL)
-    apart = _difference(p, q, u, CLOSE)
+    apart = difference(p, q, u, CLOSE)
     value = times(p, log_p - tl.log(m)) - own[1] * apart
     of = p
     if CLOSE:
@@ -144,7 +145,7 @@ def SkewKl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def SkewRkl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, u_at_peak = e
+    p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
     a, b = own[1] * p, own[0] * q
     about_one = tl.abs(u_at_peak) < ABOUT_ONE
     y = own[1] * _excess(u)
@@ -168,8 +169,8 @@ def SkewRkl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Tvd(e, own, CLOSE: tl.constexpr):
-    p, q, _, _, u, _, _, _ = e
-    apart = _difference(p, q, u, CLOSE)
+    p, q, _, _, u, _, _, _, _ = e
+    apart = difference(p, q, u, CLOSE)
     half_sign = tl.where(apart > 0, 0.5, tl.where(apart < 0, -0.5, 0.0 * apart))  # the last is 0 or NaN
     return -q * half_sign, 0.5 * tl.abs(apart)
 
@@ -181,13 +182,19 @@ def _above(w, x, d):
 
 
 @triton.jit
-def Alpha(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, u_at_peak = e
+def power(log_p, log_q, a, b, less):
+    """``p^a q^b``, its logarithm less a number; 0 where neither model has the entry."""
     neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
-    # the parameter times finfo.min would overflow; max(NaN, x) may be x
+    # a times finfo.min would overflow; max(NaN, x) may be x
     log_p = tl.where(log_p < LOWEST_LOG, LOWEST_LOG, log_p)
     log_q = tl.where(log_q < LOWEST_LOG, LOWEST_LOG, log_q)
-    w = tl.where(neither, 0.0, tl.exp(own[0] * log_p + own[1] * log_q))
+    return tl.where(neither, 0.0, tl.exp(a * log_p + b * log_q - less))
+
+
+@triton.jit
+def Alpha(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
+    w = power(log_p, log_q, own[0], own[1], 0.0)
     above_q = _above(w, q, own[0] * u)
     value = above_q / -own[0] - _above(w, p, -own[1] * u) / own[1]
     # the parts of an infinite w have opposite signs
@@ -199,10 +206,56 @@ def Alpha(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
+def _slope(log_p, log_q, u, base, a, total):
+    """``q^total·(t^a − 1)/a``, and at a = 0 its limit; base: q^total."""
+    slope = times(base, u)
+    if a != 0:
+        slope = _above(power(log_p, log_q, a, total - a, 0.0), base, a * u) / a
+    return slope
+
+
+@triton.jit
+def Ab(e, own, CLOSE: tl.constexpr):
+    _, q, log_p, log_q, u, _, _, _, _ = e
+    alpha, beta = own[0], own[1]
+    total = alpha + beta
+    base = q
+    if total != 1:
+        base = power(log_p, log_q, 0.0, total, 0.0)
+    one, other = _slope(log_p, log_q, u, base, alpha, total), _slope(log_p, log_q, u, base, total, total)
+    value = times(base, 0.5 * u * u)
+    if beta != 0:
+        value = (other - one) / beta
+    elif alpha != 0:
+        value = (times(power(log_p, log_q, alpha, 0.0, 0.0), u) - one) / alpha
+    value = tl.where(value < 0, 0.0, value)
+    value = tl.where((tl.abs(one) == float("inf")) | (tl.abs(other) == float("inf")), float("inf"), value)
+    if CLOSE:
+        steep = tl.maximum(tl.maximum(tl.abs(alpha), tl.abs(total)), 1.0)
+        value = tl.where(tl.abs(u) * steep < 2 * NEAR, base * _series(u, own), value)
+    return -one, value
+
+
+@triton.jit
+def Todi(e, own, CLOSE: tl.constexpr):
+    p, q, _, _, u, _, _, _, _ = e
+    x = own[0] * u
+    x = tl.where(x > -80, tl.where(x < 80, x, 80.0), -80.0)  # a number where neither model has the entry
+    a, rest = 1 / (1 + tl.exp(-x)), 1 / (1 + tl.exp(x))
+    apart, backward = a * p - rest * q, times(rest * q, u)
+    value = times(a * p, u) - backward
+    if CLOSE:
+        series = a * difference(p, q, u, CLOSE) - q * a * _excess(-x)  # a − rest = −(exp(−x) − 1)·a
+        apart = tl.where(tl.abs(u) * tl.maximum(own[0], 1.0) < NEAR, series, apart)
+        value = _near(u, apart * u, value)
+    return -apart - backward, value
+
+
+@triton.jit
 def Triangular(e, own, CLOSE: tl.constexpr):
-    p, q, _, _, u, _, _, u_at_peak = e
+    p, q, _, _, u, _, _, u_at_peak, _ = e
     total = tl.maximum(p + q, SMALLEST_NORMAL)
-    r, s, apart = p / total, q / total, _difference(p, q, u, CLOSE)
+    r, s, apart = p / total, q / total, difference(p, q, u, CLOSE)
     g = 4 * r * r
     if CLOSE:
         g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, apart / total * (s + 3 * r), g)
@@ -211,18 +264,19 @@ def Triangular(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Engine(e, own, CLOSE: tl.constexpr):
-    _, q, log_p, _, _, p_shifted, _, _ = e
+    _, q, log_p, _, _, p_shifted, _, _, _ = e
     return -times(q, p_shifted), -times(q, log_p)
 
 
 @triton.jit
 def CrossEntropy(e, own, CLOSE: tl.constexpr):
-    p, q, _, log_q, u, _, _, _ = e
-    return -_difference(p, q, u, CLOSE), -times(p, log_q)
+    p, q, _, log_q, u, _, _, _, _ = e
+    return -difference(p, q, u, CLOSE), -times(p, log_q)
 
 
 BY_SYMBOL = {
-    f.__name__: f for f in (Kl, Rkl, Jeffreys, Gjs, SkewKl, SkewRkl, Tvd, Alpha, Triangular, Engine, CrossEntropy)
+    f.__name__: f
+    for f in (Kl, Rkl, Jeffreys, Gjs, SkewKl, SkewRkl, Tvd, Alpha, Triangular, Engine, CrossEntropy, Ab, Todi)
 }
 
 
@@ -232,7 +286,7 @@ def pair(e, own, other, u_at_teacher_peak, TERMS: tl.constexpr, EXCHANGED: tl.co
 
     A user's own TERMS, without EXCHANGED's symbol, are a pair ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``.
     """
-    p, q, log_p, log_q, u, p_shifted, q_shifted, _ = e
+    p, q, log_p, log_q, u, p_shifted, q_shifted, _, inside = e
     if EXCHANGED == "own":
         student, teacher = TERMS(p, q, log_p, log_q, own[0])
         value = student + teacher
@@ -240,6 +294,6 @@ def pair(e, own, other, u_at_teacher_peak, TERMS: tl.constexpr, EXCHANGED: tl.co
         student, value = TERMS(e, own, CLOSE)
         teacher = student
         if EXCHANGED is not None:
-            exchanged = (q, p, log_q, log_p, -u, q_shifted, p_shifted, -u_at_teacher_peak)
+            exchanged = (q, p, log_q, log_p, -u, q_shifted, p_shifted, -u_at_teacher_peak, inside)
             teacher, _ = EXCHANGED(exchanged, other, CLOSE)
     return student, value, teacher

@@ -98,7 +98,7 @@ def tile_kernel(
                 log_q = (z - student_top) * student_rate - student_log_total
                 p, q = tl.exp(log_p), tl.exp(log_q)
                 # without the row's peak, which no sweep looks for, and series, for which there are no registers
-                entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate)
+                entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
                 own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
                 of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
                 if PHASE == TOTALS:

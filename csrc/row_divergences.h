@@ -1,0 +1,224 @@
+// Divergences that ask for statistics of their row; fdistill_kernels/row_formulas.py says the same in torch, and why.
+//
+// Such a divergence names its set of entries, sums over the row's entries, and makes of the sums the row's coefficients,
+// which enter its terms and through which no gradient flows.
+#pragma once
+
+#include "divergences.h"
+
+namespace fdistill {
+
+constexpr int kCoefficients = 8, kMostSums = 5;
+
+// The label; or the teacher's largest, as many as the parameter, or as few as hold the parameter's share of its mass.
+enum class Members { kNone, kLabel, kCount, kMass };
+
+// What `coefficients` sees of a row.
+struct RowFacts {
+  float sums[kMostSums], u_at_peak, u_at_other_peak;
+};
+
+struct Unset {
+  static constexpr Members members = Members::kNone;
+};
+
+template <typename T>
+FDISTILL_INLINE T where_inside(const T& inside, const T& yes, const T& no) {
+  return Math<T>::where_less(T(0.5f), inside, yes, no);
+}
+
+template <typename E, typename T = typename E::T>
+FDISTILL_INLINE T entry_of_whole(const E& e) { return Math<T>::times(e.q, T(e.of_row[1])); }
+
+struct Lk : Unset {  // -log(1 - TVD)
+  static constexpr bool centred = false;
+  using Exchanged = Lk;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
+    sums[0] = T(0.5f) * Math<T>::magnitude(difference(e));
+    sums[1] = Math<T>::where_less(e.p, e.q, e.p, e.q);
+  }
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter&, float* of_row) {
+    const float apart = row.sums[0], overlap = row.sums[1];
+    of_row[0] = of_row[kCoefficients - 1] = overlap > 0.0f ? 1.0f / overlap : 0.0f * overlap;
+    of_row[1] = apart < 0.5f ? -log1pf(-apart) : -logf(overlap);
+  }
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    // from the peak's side, whose entries are then 0 without a rounding, which the slope may make large
+    const float side = e.u_at_peak > 0.0f ? 0.5f : e.u_at_peak < 0.0f ? -0.5f : 0.0f;
+    return {T(e.of_row[0]) * e.q * (T(side) - Math<T>::signed_as(T(0.5f), difference(e))), entry_of_whole(e)};
+  }
+};
+
+struct Renyi : Unset {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
+  static constexpr bool centred = false;
+  using Exchanged = Renyi;
+  // What keeps the sum in float: about its largest logarithm.
+  static FDISTILL_INLINE float anchor(const RowFacts& row, const Parameter& alpha) {
+    return fmaxf(0.0f, fmaxf(alpha.value * row.u_at_peak, -alpha.rest * row.u_at_other_peak));
+  }
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE void sums(const E& e, const Parameter& alpha, const RowFacts& row, T (&sums)[kMostSums]) {
+    sums[0] = Alpha::terms(e, alpha).value;
+    sums[1] = power_of(e, alpha.value, alpha.rest, anchor(row, alpha));
+  }
+  // The slope by alpha's terms, where the sum is near 1; else 0, and what the powers are multiplied with.
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& alpha, float* of_row) {
+    const float change = -alpha.value * alpha.rest * row.sums[0], total = row.sums[1];
+    const bool near = fabsf(change) < 0.5f;
+    of_row[0] = of_row[7] = near ? alpha.value / (1.0f + change) : 0.0f;
+    of_row[1] = (near ? log1pf(change) : logf(total) + anchor(row, alpha)) / -alpha.rest;
+    of_row[2] = of_row[5] = anchor(row, alpha);
+    of_row[3] = of_row[4] = total > 0.0f ? alpha.value / total : 0.0f * total;
+  }
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& alpha) {
+    const T student = e.of_row[0] != 0.0f
+        ? Math<T>::times(Alpha::terms(e, alpha).student, T(e.of_row[0]))
+        : power_of(e, alpha.value, alpha.rest, e.of_row[2]) * T(-e.of_row[3] / alpha.value);
+    return {student, entry_of_whole(e)};
+  }
+};
+
+// of_row: the weight of kl, and last that of rkl
+struct Mixed : Unset {
+  static constexpr bool centred = false;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
+    const T of_kl(e.of_row[0]), of_rkl(e.of_row[kCoefficients - 1]);
+    const Terms<T> kl = Kl::terms(e, parameter), rkl = Rkl::terms(e, parameter);
+    return {of_kl * kl.student + Math<T>::times(of_rkl, rkl.student),
+            Math<T>::times(of_kl, kl.value) + Math<T>::times(of_rkl, rkl.value)};
+  }
+};
+
+struct Akl : Mixed {  // the weights are the shares of sum |p - q| of the teacher's head, and of its tail
+  static constexpr Members members = Members::kMass;
+  using Exchanged = Akl;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
+    const T gap = Math<T>::magnitude(difference(e));
+    sums[0] = where_inside(e.inside, gap, T(0.0f));
+    sums[1] = where_inside(e.inside, T(0.0f), gap);
+  }
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter&, float* of_row) {
+    const float all = row.sums[0] + row.sums[1];
+    of_row[0] = all == 0.0f ? 0.5f : row.sums[0] / all;
+    of_row[kCoefficients - 1] = 1.0f - of_row[0];
+  }
+};
+
+struct EntropyGated : Mixed {  // rkl, and kl where the teacher's entropy is above the parameter
+  using Exchanged = EntropyGated;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
+    sums[0] = T(0.0f) - Math<T>::times(e.p, e.log_p);
+  }
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& threshold, float* of_row) {
+    of_row[0] = row.sums[0] > threshold.value ? 1.0f : 0.0f;
+    of_row[kCoefficients - 1] = 1.0f;
+  }
+};
+
+struct Csd : Unset {  // sum w (u - sum w u)^2, w = p (the parameter is 1) or q (0) held still
+  static constexpr bool centred = true;
+  using Exchanged = Csd;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE void sums(const E& e, const Parameter& of_teacher, const RowFacts& row, T (&sums)[kMostSums]) {
+    sums[0] = Math<T>::times(of_teacher.value != 0.0f ? e.p : e.q, e.u - T(at_peak(row, of_teacher)));
+  }
+  // u is measured from that at the weights' peak, whose own then keeps its digits.
+  static FDISTILL_INLINE float at_peak(const RowFacts& row, const Parameter& of_teacher) {
+    return of_teacher.value != 0.0f ? row.u_at_other_peak : row.u_at_peak;
+  }
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& of_teacher, float* of_row) {
+    of_row[0] = row.sums[0];
+    of_row[1] = at_peak(row, of_teacher);
+    of_row[kCoefficients - 2] = -of_row[1];
+    of_row[kCoefficients - 1] = -of_row[0];
+  }
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& of_teacher) {
+    const T apart = (e.u - T(e.of_row[1])) - T(e.of_row[0]), weight = of_teacher.value != 0.0f ? e.p : e.q;
+    // where u is infinite the mean is too
+    const T square = Math<T>::infinite_with(Math<T>::magnitude(e.u), apart * apart);
+    return {T(-2.0f) * Math<T>::times(weight, apart), Math<T>::times(weight, square)};
+  }
+};
+
+// weight kl(the set's entries and the rest as one) + within kl(inside the rest)
+struct GroupedExchanged;
+struct Grouped {
+  static constexpr bool centred = true;
+  using Exchanged = GroupedExchanged;
+  enum { kWeight, kExcess, kLogRatio, kOfP, kOfQ, kShare, kWithin, kKl };  // coefficients
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
+    const T apart = difference(e), zero(0.0f);
+    sums[0] = where_inside(e.inside, zero, e.p);
+    sums[1] = where_inside(e.inside, zero, e.q);
+    sums[2] = where_inside(e.inside, zero, apart);
+    sums[3] = where_inside(e.inside, zero, Math<T>::times(e.p, e.u));
+    sums[4] = where_inside(e.inside, apart, zero);
+  }
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, float weight, float within, float* of_row) {
+    const float p = row.sums[0], q = row.sums[1];
+    const float apart = p + q > 1.0f ? -row.sums[4] : row.sums[2];  // the smaller sum has the digits
+    const float log_p = logf(p), log_q = logf(q);
+    const float u = fabsf(2.0f * apart) < q ? log1pf(apart / q) : log_p - log_q;
+    const Entry<float, true> rest{p, q, log_p, log_q, u, log_p, log_q, u};
+    of_row[kWeight] = weight;
+    of_row[kExcess] = apart / Math<float>::at_least(q, kSmallestNormal);
+    of_row[kLogRatio] = p > 0.0f ? u : 0.0f;  // nothing of the teacher's is there to be measured
+    of_row[kOfP] = 1.0f / Math<float>::at_least(p, kSmallestNormal);
+    of_row[kOfQ] = 1.0f / Math<float>::at_least(q, kSmallestNormal);
+    of_row[kShare] = Math<float>::times(weight, Kl::terms(rest, Parameter()).value) /
+        Math<float>::at_least(p + q, kSmallestNormal);
+    of_row[kWithin] = p > 0.0f && q > 0.0f ? within : 0.0f;
+    of_row[kKl] = row.sums[3] * of_row[kOfP] - of_row[kLogRatio];
+  }
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
+    const T weight(e.of_row[kWeight]), within(e.of_row[kWithin]), apart(e.of_row[kLogRatio]);
+    const Terms<T> own = Kl::terms(e, parameter);
+    const Entry<T, true> inner{e.p * T(e.of_row[kOfP]), e.q * T(e.of_row[kOfQ]), e.log_p - apart, e.log_q, e.u - apart,
+                               e.p_shifted, e.q_shifted, 0.0f};
+    const Terms<T> of_rest = Kl::terms(inner, parameter);
+    const T student = Math<T>::times(within, of_rest.student) - weight * Math<T>::times(e.q, T(e.of_row[kExcess]));
+    const T value = Math<T>::times(e.p + e.q, T(e.of_row[kShare])) + Math<T>::times(within, of_rest.value);
+    return {where_inside(e.inside, weight * own.student, student),
+            where_inside(e.inside, Math<T>::times(weight, own.value), value)};
+  }
+};
+
+struct GroupedExchanged {  // the teacher's term of Grouped, by an exchanged entry
+  static constexpr bool centred = false;
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
+    const auto of_row = [&](int i) { return T(e.of_row[kCoefficients - 1 - i]); };
+    const T weight = of_row(Grouped::kWeight), apart = of_row(Grouped::kLogRatio);
+    const T within = of_row(Grouped::kWithin) * of_row(Grouped::kOfP) * e.q, u = T(0.0f) - e.u - apart;
+    // from that of the rest as one, which then is 0 without a rounding
+    return {where_inside(e.inside, weight * Math<T>::times(e.q, u), Math<T>::times(within, u - of_row(Grouped::kKl))), T(0.0f)};
+  }
+};
+
+struct TailAware : Grouped {  // the set is the teacher's `value` largest
+  static constexpr Members members = Members::kCount;
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& numbers, float* of_row) {
+    Grouped::coefficients(row, 1.0f, numbers.rest, of_row);
+  }
+};
+
+struct Dkd : Grouped {  // the set is the label
+  static constexpr Members members = Members::kLabel;
+  static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& numbers, float* of_row) {
+    Grouped::coefficients(row, numbers.value, numbers.rest, of_row);
+  }
+};
+
+#define FDISTILL_FOR_EACH_ROW_DIVERGENCE(X) X(Lk) X(Renyi) X(Akl) X(EntropyGated) X(Csd) X(TailAware) X(Dkd)
+
+}  // namespace fdistill

@@ -1,0 +1,100 @@
+"""What a divergence asks of rows before the row kernel: its set of entries, and the coefficients of its sums."""
+
+import triton
+import triton.language as tl
+
+from .entries import LABEL, LARGEST, entry_of, in_set, models_of
+from .loads import load_logits, row_at
+from .statistics import statistics_of
+
+COEFFICIENTS = tl.constexpr(8)
+#: How the teacher's largest entries are told: by their number, or by their mass.
+COUNT, MASS = tl.constexpr(0), tl.constexpr(1)
+
+
+@triton.jit
+def _float_of(key):
+    """The float of a key that orders them."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _threshold(teacher, vocabulary, models, enough, cap, BY: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest t that enough entries, or their mass, are at or above: by the bits of floats, one a sweep."""
+    low = tl.full([], -0x7F800001, tl.int64)  # −inf
+    high = (models[3] + 0.0).to(tl.int32, bitcast=True)
+    high = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        threshold = _float_of(middle.to(tl.int32))
+        found = tl.zeros([BLOCK], tl.float32)
+        for start in tl.range(0, vocabulary, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            y = load_logits(teacher, v, vocabulary, cap)
+            weight = tl.full([BLOCK], 1.0, tl.float32)
+            if BY == MASS:
+                weight = tl.exp((y - models[3]) * models[4] - models[5])
+            found += tl.where((y >= threshold) & (v < vocabulary), weight, 0.0)
+        reached = tl.sum(found, 0) >= enough
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    return _float_of(low.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])
+def row_statistics_kernel(
+    student, teacher,  # (outer, inner, vocabulary) logits, dense in the vocabulary
+    coefficients,  # (COEFFICIENTS + 1, rows) float32; the last is the set's threshold
+    row_scale, student_inverse_temperature, teacher_inverse_temperature, labels,  # (rows)
+    rows, inner, vocabulary, student_outer, student_inner, teacher_outer, teacher_inner,  # strides
+    student_cap, teacher_cap,
+    parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8,  # `Formula.constants`
+    SUMS: tl.constexpr, OF_SUMS: tl.constexpr, MEMBERS: tl.constexpr, BY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows program_id(0), + num_programs(0), ... whose row_scale is not 0."""
+    own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
+    for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        if tl.load(row_scale + n) != 0:
+            student_row = row_at(student, n, inner, student_outer, student_inner)
+            teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
+            student_rate, teacher_rate = (
+                tl.load(student_inverse_temperature + n),
+                tl.load(teacher_inverse_temperature + n),
+            )
+            found = statistics_of(
+                student_row, teacher_row, None, 0, vocabulary, vocabulary, student_rate, teacher_rate, student_cap,
+                teacher_cap, 0.0, False, False, True, BLOCK,
+            )  # fmt: skip
+            student_top, student_rest, _, _, teacher_top, teacher_rest, teacher_there, student_there = found
+            models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
+            u_at_peak = entry_of(student_top, teacher_there, models, 0.0, False)[4]
+            u_at_other_peak = entry_of(student_there, teacher_top, models, 0.0, False)[4]
+            label, threshold = -1, 0.0
+            if MEMBERS == LABEL:
+                label = tl.load(labels + n)
+            if MEMBERS == LARGEST:
+                enough = parameter
+                if BY == COUNT:
+                    enough = tl.minimum(parameter, vocabulary * 1.0)
+                threshold = _threshold(teacher_row, vocabulary, models, enough, teacher_cap, BY, BLOCK)
+            zeros = tl.zeros([BLOCK], tl.float32)
+            first, second, third, fourth, fifth = zeros, zeros, zeros, zeros, zeros
+            for start in tl.range(0, vocabulary, BLOCK):
+                v = start + tl.arange(0, BLOCK)
+                x, y = (
+                    load_logits(student_row, v, vocabulary, student_cap),
+                    load_logits(teacher_row, v, vocabulary, teacher_cap),
+                )
+                entry = entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS))
+                here = SUMS(entry, own, u_at_peak, u_at_other_peak)
+                valid = v < vocabulary
+                first += tl.where(valid, here[0], 0.0)
+                second += tl.where(valid, here[1], 0.0)
+                third += tl.where(valid, here[2], 0.0)
+                fourth += tl.where(valid, here[3], 0.0)
+                fifth += tl.where(valid, here[4], 0.0)
+            sums = tl.sum(first, 0), tl.sum(second, 0), tl.sum(third, 0), tl.sum(fourth, 0), tl.sum(fifth, 0)
+            of_row = OF_SUMS(sums, own, u_at_peak, u_at_other_peak)
+            for i in tl.static_range(COEFFICIENTS):
+                tl.store(coefficients + i * rows + n, of_row[i])
+            tl.store(coefficients + COEFFICIENTS * rows + n, threshold)

@@ -1,0 +1,197 @@
+"""Divergences that ask for statistics of their row, as csrc/row_divergences.h has and row_formulas.py explains them.
+
+A divergence's sums are of an entry (terms.py), its coefficients of the sums, and its terms take those behind their
+constants: own[FIRST] and on, with the models exchanged in reverse.
+"""
+
+import triton
+import triton.language as tl
+
+from .terms import Alpha, Kl, Rkl, Tvd, difference, log1p, power, times
+
+FIRST, LAST = tl.constexpr(11), tl.constexpr(18)
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _whole(e, own):
+    """An entry's share of its row's loss."""
+    return times(e[1], own[FIRST + 1])
+
+
+@triton.jit
+def LkSums(e, own, u_at_peak, u_at_other_peak):
+    p, q, _, _, u, _, _, _, _ = e
+    apart = difference(p, q, u, True)
+    return 0.5 * tl.abs(apart), tl.where(p < q, p, q), 0.0 * p, 0.0 * p, 0.0 * p
+
+
+@triton.jit
+def LkCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    apart, overlap, _, _, _ = sums
+    slope = tl.where(overlap > 0, 1 / overlap, 0.0 * overlap)
+    loss = tl.where(apart < 0.5, -log1p(-tl.where(apart < 0.5, apart, 0.0)), -tl.log(overlap))
+    return slope, loss, 0.0, 0.0, 0.0, 0.0, 0.0, slope
+
+
+@triton.jit
+def Lk(e, own, CLOSE: tl.constexpr):
+    q, u_at_peak = e[1], e[7]
+    side = tl.where(u_at_peak > 0, 0.5, tl.where(u_at_peak < 0, -0.5, 0.0))
+    student, _ = Tvd(e, own, CLOSE)
+    # from the peak's side, whose entries are then 0 without a rounding, which the slope may make large
+    return own[FIRST] * (student + q * side), _whole(e, own)
+
+
+@triton.jit
+def _anchor(own, u_at_peak, u_at_other_peak):
+    """What keeps Σ p^α q^(1−α) in float: about its largest logarithm."""
+    return tl.maximum(tl.maximum(own[0] * u_at_peak, -own[1] * u_at_other_peak), 0.0)
+
+
+@triton.jit
+def RenyiSums(e, own, u_at_peak, u_at_other_peak):
+    _, value = Alpha(e, own, True)
+    total = power(e[2], e[3], own[0], own[1], _anchor(own, u_at_peak, u_at_other_peak))
+    return value, total, 0.0 * e[0], 0.0 * e[0], 0.0 * e[0]
+
+
+@triton.jit
+def RenyiCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    """The slope by alpha's terms, where the sum is near 1; else 0, and what the powers are multiplied with."""
+    change, total = -own[0] * own[1] * sums[0], sums[1]
+    anchor, near = _anchor(own, u_at_peak, u_at_other_peak), tl.abs(change) < 0.5
+    slope, of_power = tl.where(near, own[0] / (1 + change), 0.0), tl.where(total > 0, own[0] / total, 0.0 * total)
+    loss = tl.where(near, log1p(tl.where(near, change, 0.0)), tl.log(total) + anchor) / -own[1]
+    return slope, loss, anchor, of_power, of_power, anchor, 0.0, slope
+
+
+@triton.jit
+def Renyi(e, own, CLOSE: tl.constexpr):
+    student, _ = Alpha(e, own, CLOSE)
+    far = power(e[2], e[3], own[0], own[1], own[FIRST + 2]) * (own[FIRST + 3] / -own[0])
+    return tl.where(own[FIRST] == 0, far, times(student, own[FIRST])), _whole(e, own)
+
+
+@triton.jit
+def Mixed(e, own, CLOSE: tl.constexpr):
+    """Coefficients: the weight of kl, and last that of rkl."""
+    forward, of_kl = Kl(e, own, CLOSE)
+    backward, of_rkl = Rkl(e, own, CLOSE)
+    return own[FIRST] * forward + times(own[LAST], backward), times(own[FIRST], of_kl) + times(own[LAST], of_rkl)
+
+
+@triton.jit
+def AklSums(e, own, u_at_peak, u_at_other_peak):
+    p, q, _, _, u, _, _, _, inside = e
+    gap = tl.abs(difference(p, q, u, True))
+    return tl.where(inside, gap, 0.0), tl.where(inside, 0.0, gap), 0.0 * p, 0.0 * p, 0.0 * p
+
+
+@triton.jit
+def AklCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    total = sums[0] + sums[1]
+    share = tl.where(total == 0, 0.5, sums[0] / total)
+    return share, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1 - share
+
+
+@triton.jit
+def EntropyGatedSums(e, own, u_at_peak, u_at_other_peak):
+    p = e[0]
+    return -times(p, e[2]), 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
+
+
+@triton.jit
+def EntropyGatedCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    gate = tl.where(sums[0] > own[0], 1.0, 0.0)
+    return gate, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gate * 0.0 + 1.0
+
+
+@triton.jit
+def CsdSums(e, own, u_at_peak, u_at_other_peak):
+    """From u at the weights' peak, whose own then keeps its digits."""
+    p, q, _, _, u, _, _, _, _ = e
+    of_teacher = own[0] != 0
+    mean = times(tl.where(of_teacher, p, q), u - tl.where(of_teacher, u_at_other_peak, u_at_peak))
+    return mean, 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
+
+
+@triton.jit
+def CsdCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    at_peak = tl.where(own[0] != 0, u_at_other_peak, u_at_peak)
+    return sums[0], at_peak, 0.0, 0.0, 0.0, 0.0, -at_peak, -sums[0]
+
+
+@triton.jit
+def Csd(e, own, CLOSE: tl.constexpr):
+    p, q, _, _, u, _, _, _, _ = e
+    weight, apart = tl.where(own[0] != 0, p, q), (u - own[FIRST + 1]) - own[FIRST]
+    # where u is infinite the mean is too
+    square = tl.where(tl.abs(u) == float("inf"), float("inf"), apart * apart)
+    return -2 * times(weight, apart), times(weight, square)
+
+
+@triton.jit
+def GroupedSums(e, own, u_at_peak, u_at_other_peak):
+    """Outside the set: both masses, their difference, and Σ p u; and the difference inside it."""
+    p, q, _, _, u, _, _, _, inside = e
+    apart = difference(p, q, u, True)
+    return (tl.where(inside, 0.0, p), tl.where(inside, 0.0, q), tl.where(inside, 0.0, apart),
+            tl.where(inside, 0.0, times(p, u)), tl.where(inside, apart, 0.0))  # fmt: skip
+
+
+@triton.jit
+def _grouped_coefficients(sums, weight, within):
+    p, q, apart, of_kl, inside = sums
+    apart = tl.where(p + q > 1, -inside, apart)  # the smaller sum has the digits
+    ratio = apart / tl.maximum(q, SMALLEST_NORMAL)
+    little = tl.abs(2 * apart) < q
+    u = tl.where(little, log1p(tl.where(little, ratio, 0.0)), tl.log(p) - tl.log(q))
+    _, loss = Kl((p, q, tl.log(p), tl.log(q), u, p, q, u, False), (0.0, 0.0), True)
+    u = tl.where(p > 0, u, 0.0)  # nothing of the teacher's is there to be measured
+    of_p, of_q = 1 / tl.maximum(p, SMALLEST_NORMAL), 1 / tl.maximum(q, SMALLEST_NORMAL)
+    share = times(weight, loss) / tl.maximum(p + q, SMALLEST_NORMAL)
+    return weight, ratio, u, of_p, of_q, share, tl.where((p > 0) & (q > 0), within, 0.0), of_kl * of_p - u
+
+
+@triton.jit
+def TailAwareCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    return _grouped_coefficients(sums, 0.0 * own[1] + 1.0, own[1])
+
+
+@triton.jit
+def DkdCoefficients(sums, own, u_at_peak, u_at_other_peak):
+    return _grouped_coefficients(sums, own[0], own[1])
+
+
+@triton.jit
+def Grouped(e, own, CLOSE: tl.constexpr):
+    p, q, log_p, log_q, u, p_shifted, q_shifted, _, inside = e
+    weight, excess, apart, within = own[FIRST], own[FIRST + 1], own[FIRST + 2], own[FIRST + 6]
+    student, value = Kl(e, own, CLOSE)
+    rest = (p * own[FIRST + 3], q * own[FIRST + 4], log_p - apart, log_q, u - apart, p_shifted, q_shifted, 0.0, inside)
+    of_rest, value_of_rest = Kl(rest, own, True)
+    outside = times(within, of_rest) - weight * times(q, excess)
+    value_outside = times(p + q, own[FIRST + 5]) + times(within, value_of_rest)
+    return tl.where(inside, weight * student, outside), tl.where(inside, times(weight, value), value_outside)
+
+
+@triton.jit
+def GroupedExchanged(e, own, CLOSE: tl.constexpr):
+    """The teacher's term of Grouped, by an exchanged entry; from that of the rest as one."""
+    q, inside = e[1], e[8]
+    apart = -e[4] - own[LAST - 2]
+    outside = times(own[LAST - 6] * own[LAST - 3] * q, apart - own[LAST - 7])
+    return tl.where(inside, own[LAST] * times(q, apart), outside), 0.0 * q
+
+
+BY_SYMBOL = {
+    "Lk": Lk, "Renyi": Renyi, "Akl": Mixed, "EntropyGated": Mixed, "Csd": Csd, "TailAware": Grouped, "Dkd": Grouped,
+    "GroupedExchanged": GroupedExchanged,
+}  # fmt: skip
+#: By symbol: the sums over a row, and their coefficients.
+STATISTICS = {
+    "Lk": (LkSums, LkCoefficients), "Renyi": (RenyiSums, RenyiCoefficients), "Akl": (AklSums, AklCoefficients),
+    "EntropyGated": (EntropyGatedSums, EntropyGatedCoefficients), "Csd": (CsdSums, CsdCoefficients),
+    "TailAware": (GroupedSums, TailAwareCoefficients), "Dkd": (GroupedSums, DkdCoefficients),
+}  # fmt: skip

@@ -1,0 +1,201 @@
+"""Divergences that ask for statistics of their row: sets of entries, hidden states, and what a call may bring with it."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+import fdistill_kernels as fk
+from fdistill_kernels.backends.rows import TokenTerms
+from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.reference import f_divergence_rows
+
+from .conftest import labelled, relative
+
+NAMES = [name for name, d in TABLE.items() if d.statistics is not None]
+N, V, D = 5, 1203, 24
+
+
+def pair(scale=2.0, rows=N, vocabulary=V):
+    return (scale * torch.randn(rows, vocabulary)).requires_grad_(), scale * torch.randn(rows, vocabulary)
+
+
+def test_all_of_the_table_that_asks():
+    assert NAMES == ["lk", "renyi", "akl", "entropy_gated", "tail_aware", "dkd", "csd"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("memory", ["chunks", "minimal"])
+def test_of_hidden_states(name, memory, backend):
+    hidden, weight = torch.randn(N, D, requires_grad=True), (torch.randn(V, D) / D**0.5).requires_grad_()
+    teacher, head = torch.randn(N, D), fk.Head(torch.randn(V, D) / D**0.5, softcap=3.0)
+    loss = fk.linear_f_divergence(hidden, weight, fk.Hidden(teacher, head), None, name, logit_softcap=4.0, memory=memory,
+                                  chunk_bytes=16 * V, backend=backend, **labelled(name, N))  # fmt: skip
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    student, other = (
+        cap * (z / cap).tanh() for z, cap in ((h @ w.T, 4.0), (teacher.double() @ head.weight.double().T, 3.0))
+    )
+    expected = f_divergence_rows(student, other, name, **labelled(name, N)).mean()
+    assert relative(loss, expected) < 2e-5
+    got, want = (torch.autograd.grad(x, i) for x, i in ((loss, (hidden, weight)), (expected, (h, w))))
+    assert all((g - e).norm() < 1e-4 * e.norm() for g, e in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_weights_strides_and_in_place(name, backend):
+    """Rows that do not count are not looked at; a strided call and one in place are the dense one's."""
+    wide = 2 * torch.randn(N, 2 * V)
+    student, teacher = wide[:, :V].detach().requires_grad_(), (2 * torch.randn(V, N)).t()
+    labels = torch.arange(N)
+    labels[2], weight = -100, torch.rand(N)
+    keywords = dict(labels=labels, token_weight=weight, temperature=1.5, ce_weight=0.3, backend=backend)
+    broken, other = student.detach().clone(), teacher.clone()
+    broken[2] = math.nan
+    other[2] = math.nan
+    broken.requires_grad_()
+    loss, clean = (fk.f_divergence(s, t, name, **keywords) for s, t in ((broken, other), (student, teacher)))
+    (gradient,), (expected,) = (torch.autograd.grad(x, i) for x, i in ((loss, broken), (clean, student)))
+    assert torch.equal(loss, clean) and torch.equal(gradient, expected) and (gradient[2] == 0).all()
+    exact = student.detach().double().requires_grad_()
+    rows = f_divergence_rows(exact, teacher.double(), name, 1.5, labels=labels.clamp_min(0))
+    rows = rows + 0.3 * torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    whole = (rows * weight)[labels >= 0].sum() / 4
+    assert relative(clean, whole) < 1e-5
+    assert relative(expected, torch.autograd.grad(whole, exact)[0]) < 2e-5
+    leaf = student.detach().clone().contiguous().requires_grad_()
+    (overwritten,) = torch.autograd.grad(fk.f_divergence(leaf, teacher, name, inplace=True, **keywords), leaf)
+    assert torch.equal(overwritten, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", [fk.TailAware(4, 0.5), fk.TailAware(1), fk.AKL(0.3), fk.AKL(0.999)], ids=str)
+def test_entries_that_tie_are_in_the_set_together(divergence, dtype, backend):
+    student = torch.randn(4, 900).to(dtype).requires_grad_()
+    teacher = torch.randint(-2, 3, (4, 900)).to(dtype)  # signs, zeros, a few hundred of each
+    teacher[1] = 0.0
+    teacher[2, 7] = 30.0
+    teacher[3, 100:] = -math.inf
+    loss = fk.f_divergence(student, teacher, divergence, reduction="none", backend=backend)
+    exact = student.detach().double().requires_grad_()
+    expected = f_divergence_rows(exact, teacher.double(), divergence)
+    finite = expected.isfinite()
+    assert torch.equal(loss.isfinite(), finite)
+    torch.testing.assert_close(loss[finite].double(), expected[finite], rtol=2e-5, atol=1e-6)
+    (got,), (want,) = (torch.autograd.grad(x[finite].sum(), i) for x, i in ((loss, student), (expected, exact)))
+    error = 1e-4 if dtype == torch.float32 else 2e-2
+    assert relative(got[finite], want[finite]) < error
+
+
+def grouped(s, t, inside, weight, within):
+    """Value and both gradients by 60 digits."""
+    q, p = ([mpmath.exp(mpmath.mpf(float(x))) for x in z] for z in (s, t))
+    q, p = ([x / mpmath.fsum(z) for x in z] for z in (q, p))
+    a, b = (mpmath.fsum(x for x, i in zip(z, inside, strict=True) if not i) for z in (p, q))
+    triples = list(zip(p, q, inside, strict=True))
+    inner = mpmath.fsum(x / a * mpmath.log(x / a * b / y) for x, y, i in triples if not i)
+    value = (
+        weight * (mpmath.fsum(x * mpmath.log(x / y) for x, y, i in triples if i) + a * mpmath.log(a / b))
+        + within * inner
+    )
+    student = [weight * (y - x) if i else weight * y * (1 - a / b) + within * (y / b - x / a) for x, y, i in triples]
+    teacher = [weight * x * mpmath.log(x / y) if i else
+               weight * x * mpmath.log(a / b) + within * x / a * (mpmath.log(x / a * b / y) - inner) for x, y, i in triples]  # fmt: skip
+    total = mpmath.fsum(teacher)
+    return value, student, [g - x * total for g, x in zip(teacher, p, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1, 8, 15])
+@pytest.mark.parametrize("divergence", [fk.DKD(1, 0), fk.DKD(), fk.TailAware(5, 0.25)], ids=str)
+def test_groups_by_sixty_digits(divergence, scale, backend):
+    """Where one group holds nearly all of both models, which float64's textbook formula does not resolve."""
+    student, teacher = pair(scale, 1, 60)
+    teacher.requires_grad_()
+    loss = fk.f_divergence(student, teacher, divergence, labels=torch.tensor([3]), backend=backend)
+    gradients = torch.autograd.grad(loss, (student, teacher))
+    with mpmath.workdps(60):
+        last = teacher[0].topk(5).values[-1] if divergence.name == "tail_aware" else None
+        inside = [bool(teacher[0, i] >= last) if last is not None else i == 3 for i in range(60)]
+        numbers = (1.0, divergence.other) if last is not None else divergence.numbers
+        value, *expected = grouped(student[0], teacher[0], inside, *numbers)
+        assert abs(float(loss) - value) <= 1e-4 * value
+        for got, want in zip(gradients, expected, strict=True):
+            wrong = max(abs(mpmath.mpf(float(g)) - w) for g, w in zip(got[0], want, strict=True))
+            assert wrong <= 2e-5 * max(map(abs, want))
+
+
+def test_identities(backend):
+    """KL is tail_aware and dkd with what is left weighing as the teacher has it, and ab at (1, 0)."""
+    student, teacher = pair()
+    labels = torch.arange(N)
+
+    def rows(divergence, s=student):
+        return fk.f_divergence(s, teacher, divergence, labels=labels, reduction="none", backend=backend).detach()
+
+    kl = rows("kl")
+    rest = 1 - teacher.softmax(1)[0, 0].item()
+    torch.testing.assert_close(rows(fk.DKD(1, rest))[0], kl[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows(fk.TailAware(V)), kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows(fk.AB(1, 0)), kl)
+    torch.testing.assert_close(rows(fk.AB(0, 1)), rows("rkl"))
+    torch.testing.assert_close(rows(fk.AB(0.3, 0.7)), rows(fk.Alpha(0.3)))
+    torch.testing.assert_close(rows(fk.AB(0.3, 0.7001)), rows(fk.Alpha(0.3)), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(rows(fk.Renyi(1)), kl)
+    torch.testing.assert_close(rows(fk.EntropyGated(0)), rows("jeffreys"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows(fk.EntropyGated(100)), rows("rkl"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows(fk.ToDi(0)), rows("jeffreys") / 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows("lk"), -(1 - rows("tvd")).log(), rtol=1e-5, atol=1e-6)
+
+
+def test_few_rows_of_a_long_vocabulary(backend):
+    student, teacher = pair(3.0, 1, 40_000)
+    for name in ("akl", "tail_aware", "csd"):
+        got = fk.f_divergence(student, teacher, name, backend=backend)
+        exact = student.detach().double().requires_grad_()
+        want = f_divergence_rows(exact, teacher.double(), name).sum()
+        assert relative(got, want) < 2e-5
+        assert relative(torch.autograd.grad(got, student)[0], torch.autograd.grad(want, exact)[0]) < 2e-5
+
+
+def test_compiles_in_one_graph():
+    student, teacher = pair(rows=3, vocabulary=400)
+    for name in ("dkd", "akl", "ab"):
+        keywords = labelled(name, 3)
+        loss = torch.compile(
+            lambda s, t, n=name, k=keywords: fk.f_divergence(s, t, n, **k), fullgraph=True, backend="eager"
+        )
+        torch.testing.assert_close(loss(student, teacher), fk.f_divergence(student, teacher, name, **keywords))
+
+
+def test_empty_and_masked_batches_are_zero(backend):
+    for name in NAMES:
+        for rows, labels in ((0, []), (2, [-100, -100])):
+            student, teacher = pair(rows=rows, vocabulary=9)
+            loss = fk.f_divergence(
+                student, teacher, name, labels=torch.tensor(labels, dtype=torch.long), backend=backend
+            )
+            assert loss == 0 and (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [(lambda: fk.AKL(0), r"mu .* \(0, 1\)"), (lambda: fk.TailAware(0), "k must be"), (lambda: fk.TailAware(1.5), "an integer"),
+     (lambda: fk.TailAware(2, -1), "beta"), (lambda: fk.DKD(-1), "alpha"), (lambda: fk.CSD("both"), "'teacher' or 'student'"),
+     (lambda: fk.AB(0.0001, 1), "alpha must be 0 or at least 1e-3"), (lambda: fk.AB(9, 0), "alpha"), (lambda: fk.Renyi(0), "alpha"),
+     (lambda: fk.ToDi(-1), "beta"), (lambda: fk.EntropyGated(-1), "tau"),
+     (lambda: fk.f_divergence(*pair(), "dkd"), "needs labels"),
+     (lambda: fk.linear_f_divergence(torch.randn(2, 4), torch.randn(9, 4), torch.randn(2, 9), divergence="dkd"), "needs labels"),
+     (lambda: TABLE["lk"].terms(*[torch.rand(1, 4)] * 4, 0.0), "sums over their row"),
+    ])  # fmt: skip
+def test_errors(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_an_operator_called_by_hand_without_labels():
+    ones = torch.ones(2)
+    terms = TokenTerms(ones, ones, ones, ones, ones, ones, None, None, TABLE["dkd"].key, 0.0)
+    with pytest.raises(ValueError, match="needs labels"):
+        torch.ops.fdistill_kernels.divergence_rows(
+            torch.randn(1, 2, 9), torch.randn(1, 2, 9), *terms, None, None, False, False, False, "cpu"
+        )
