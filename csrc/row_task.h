@@ -38,6 +38,7 @@ struct RowTask {
   float class_weight_sum;                     // 0 where labels are not smoothed
   float student_softcap, teacher_softcap;     // 0: none; else logits are capped first
   float* parts;                               // (3, rows): divergence, cross-entropy, squared log-sum-exp
+  int32_t metrics;                            // 1: (9, rows), with values.py's Metrics behind them
 };
 
 }  // namespace fdistill

@@ -20,7 +20,7 @@ from .divergences import (
 )
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence, log_sum_exp
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
-from .values import Head, Hidden, Logits, LossParts, LossTerms
+from .values import Head, Hidden, Logits, LossParts, LossTerms, Metrics
 
 __version__ = "0.2.0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "Logits",
     "LossParts",
     "LossTerms",
+    "Metrics",
     "Renyi",
     "SkewKL",
     "SkewRKL",

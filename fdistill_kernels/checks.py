@@ -40,6 +40,12 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} has no vocabulary: shape {tuple(logits.shape)}; a row needs at least one entry")
 
 
+def check_parts(value: object) -> None:
+    """Raises TypeError or ValueError unless it is a bool, or "metrics"."""
+    if value != "metrics":
+        check_flag("return_parts, where it is not 'metrics',", value)
+
+
 def check_flag(name: str, value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):

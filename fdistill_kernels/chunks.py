@@ -21,10 +21,10 @@ MINIMAL_CHUNK_BYTES = 8_000_000
 
 
 def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parts (3, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
+    """Parts (3 or more, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
     hidden, head, wants, wide = call.hidden, call.head, call.wants, call.terms.row_scale.dtype
     terms, powers, most = _without_underflow(call.terms, hidden.dtype)
-    parts = torch.zeros(3, hidden.shape[0], dtype=wide, device=hidden.device)
+    parts = torch.zeros(terms.parts, hidden.shape[0], dtype=wide, device=hidden.device)
     of_hidden = torch.zeros(hidden.shape if wants.hidden else (0,), dtype=wide, device=hidden.device)
     of_weight = products.empty(terms.row_scale, *(head.weight.shape if wants.weight else (0,)))
     of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)

@@ -42,7 +42,7 @@ def f_divergence(
     vocab_size: int | None = None,
     inplace: bool = False,
     backend: str = "auto",
-    return_parts: bool = False,
+    return_parts: bool | str = False,
 ) -> Any:
     """``Σ_v q_v f(p_v/q_v)`` of q = softmax(student/T) and p = softmax(teacher/T_t), token by token.
 
@@ -71,7 +71,7 @@ def f_divergence(
         inplace: let the gradient overwrite `student_logits`, which then must not be used again. Rows that share memory,
             with each other or another argument, are refused. Where no gradient is wanted nothing is overwritten.
         backend: "auto", or a backend's name (`fdistill doctor`).
-        return_parts: also return `LossParts`.
+        return_parts: also return `LossParts`; "metrics": with `Metrics` in them, for one more look at each row.
 
     Returns:
         The float32 loss, () or (...); float64 for float64 logits. Tokens all masked, or none: 0, with zero gradient. A
@@ -106,7 +106,7 @@ def f_divergence(
         student, teacher = student.to(wide), teacher.to(wide)
     checked_terms(terms, student, student.shape[-1])
     inplace = inplace and _overwritten("student_logits", student, teacher_logits=teacher, terms=terms)
-    checks.check_flag("return_parts", return_parts)
+    checks.check_parts(return_parts)
     models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)
     return loss_of_logits(*models, terms, backend, return_parts, inplace)
 
@@ -127,7 +127,7 @@ def cross_entropy(
     num_items: float | Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
-    return_parts: bool = False,
+    return_parts: bool | str = False,
 ) -> Any:
     """`torch.nn.functional.cross_entropy`, fused, with z-loss.
 
@@ -154,7 +154,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
     checks.check_flag("inplace", inplace)
-    checks.check_flag("return_parts", return_parts)
+    checks.check_parts(return_parts)
     values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
     logits = values.movedim(1, -1) if isinstance(values, Tensor) and values.dim() > 2 else values
     checks.check_logits("input", logits)
@@ -213,7 +213,7 @@ def linear_f_divergence(
     skip_tiles: bool = True,
     chunk_bytes: int | None = None,
     backend: str = "auto",
-    return_parts: bool = False,
+    return_parts: bool | str = False,
 ) -> Any:
     """`f_divergence` of the logits ``logit_scale·hidden weightᵀ + bias`` of both models, which are never held at once.
 
@@ -270,7 +270,7 @@ def linear_f_divergence(
     )  # fmt: skip
     path = path_of(memory, skip_tiles, chunk_bytes, teacher)
     checked_terms(terms, hidden, vocabulary)
-    checks.check_flag("return_parts", return_parts)
+    checks.check_parts(return_parts)
     return loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
 
 
@@ -294,7 +294,7 @@ def linear_cross_entropy(
     skip_tiles: bool = True,
     chunk_bytes: int | None = None,
     backend: str = "auto",
-    return_parts: bool = False,
+    return_parts: bool | str = False,
 ) -> Any:
     """`cross_entropy` of the logits ``logit_scale·input linear_weightᵀ + linear_bias``, which are never held at once.
 
@@ -336,7 +336,7 @@ def linear_cross_entropy(
         teacher = Teacher(probabilities.reshape(-1, vocabulary))
     path = path_of(memory, skip_tiles, chunk_bytes, teacher)
     checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
-    checks.check_flag("return_parts", return_parts)
+    checks.check_parts(return_parts)
     loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
     return as_cross_entropy(loss, return_parts) if soft else loss
 

@@ -151,7 +151,7 @@ def path_of(memory: str, skip_tiles: bool, chunk_bytes: int | None, teacher: Tea
 
 def many_heads(
     loss: Callable[..., Any], input: Tensor, weights: Tensor, target: Tensor, *, linear_bias: Tensor | None,
-    weight: Tensor | None, reduction: str, num_items: Any, return_parts: bool, z_loss: float,
+    weight: Tensor | None, reduction: str, num_items: Any, return_parts: bool | str, z_loss: float,
     token_weight: Tensor | None, ignore_index: int, **keywords: Any,
 ) -> Tensor:  # fmt: skip
     """A head (V, D) for each of the places (d1, ...) of weights (V, d1, ..., D), and their losses' common reduction.

@@ -19,15 +19,15 @@ from .values import Head, LossTerms
 
 
 def loss_of_hidden(
-    hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str, return_parts: bool
+    hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str, return_parts: bool | str
 ) -> Any:
     """The loss of hidden states (..., D), all of it checked; with its parts, if asked for."""
     vocabulary = head.weight.shape[0]
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), vocabulary)
-    of_rows, tokens = token_terms(terms, hidden)
+    of_rows, tokens = token_terms(terms, hidden, return_parts == "metrics")
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head, teacher, of_rows,
-        replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms)),
+        replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms, of_rows)),
     )  # fmt: skip
     objects = callable(teacher.rows) or isinstance(of_rows.divergence, Divergence)
     run = _outside_graphs if objects and torch.compiler.is_compiling() else _rows_loss
@@ -35,10 +35,10 @@ def loss_of_hidden(
     return reduced(loss, parts, terms, tokens, hidden, return_parts)
 
 
-def _asks_rows(terms: LossTerms) -> bool:
-    """Whether the divergence asks for statistics of its row, which the cut path does not gather."""
+def _asks_rows(terms: LossTerms, of_rows: TokenTerms) -> bool:
+    """Whether statistics of rows are wanted, which the cut path does not gather."""
     divergence = divergence_of(terms)
-    return divergence is not None and divergence.statistics is not None
+    return of_rows.metrics or (divergence is not None and divergence.statistics is not None)
 
 
 def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def _(*leaves: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (hidden, weight, bias), wide = call.wants, call.terms.row_scale
     narrow = call.hidden if call.path.cut else wide
     return (
-        wide.new_empty(3, call.hidden.shape[0]),
+        wide.new_empty(call.terms.parts, call.hidden.shape[0]),
         narrow.new_empty(call.hidden.shape if hidden else (0,)),
         narrow.new_empty(call.head.weight.shape if weight else (0,)),
         wide.new_empty(call.head.weight.shape[:1] if bias else (0,)),
@@ -133,7 +133,7 @@ class _LinearLoss(torch.autograd.Function):
             (call, backend), (hidden, weight, bias) = ctx.again, ctx.saved_tensors
             call = replaced(call, hidden=hidden, head=replaced(call.head, weight=weight, bias=bias))
             row_scale = call.terms.row_scale
-            terms = replaced(call.terms, row_scale=torch.where(row_scale == 0, 0, row_scale * factor))
+            terms = replaced(call.terms, metrics=False, row_scale=torch.where(row_scale == 0, 0, row_scale * factor))
             gradients = list(_rows(_detached(call, terms, wants), backend)[1:])
             factor = None
         else:

@@ -10,18 +10,23 @@ from torch import Tensor
 from . import backends
 from .backends.rows import RowCall, TokenTerms, cap_slope, capped, split
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
-from .divergences import FDivergence
+from .divergences import KL, FDivergence
 from .tokens import divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
 from .values import Logits, LossTerms
 
 
 def loss_of_logits(
-    student: Logits, teacher: Logits | None, terms: LossTerms, backend: str, return_parts: bool, inplace: bool = False
+    student: Logits,
+    teacher: Logits | None,
+    terms: LossTerms,
+    backend: str,
+    return_parts: bool | str,
+    inplace: bool = False,
 ) -> Any:
     """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
     backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms), values.shape[-1])
-    of_rows, tokens = token_terms(terms, values)
+    of_rows, tokens = token_terms(terms, values, return_parts == "metrics")
     loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace)
     return reduced(loss, parts, terms, tokens, values, return_parts)
 
@@ -29,7 +34,7 @@ def loss_of_logits(
 def rows_loss(
     student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The loss, summed or of each row, and the parts (3, N)."""
+    """The loss, summed or of each row, and the parts (3 or more, N)."""
     if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
         assert teacher is not None
         return _traced_loss(student, teacher, terms, backend, per_row)
@@ -72,11 +77,16 @@ def _traced_loss(
     log_p = log_probabilities(teacher, terms.teacher_inverse_temperature)
     value = divergence.value(log_p.exp(), log_q.exp(), log_p, log_q).sum(1)
     losses = terms.row_scale * terms.divergence_scale * value
-    parts = torch.stack([losses.detach(), torch.zeros_like(losses.detach()), torch.zeros_like(losses.detach())])
+    nothing = torch.zeros_like(losses.detach())
+    parts = torch.stack([losses.detach(), nothing, nothing])
+    if terms.metrics:
+        still = Logits(student.values.detach(), student.softcap), Logits(teacher.values.detach(), teacher.softcap)
+        _, beside = rows_loss(*still, replaced(terms, divergence=KL.key), "auto", True)
+        parts = torch.cat([parts, beside[3:]])
     if terms.labels is not None:
-        alone = replaced(terms, divergence=None)
+        alone = replaced(terms, divergence=None, metrics=False)
         of_labels, label_parts = rows_loss(student, None, alone, backend, True)
-        losses, parts = losses + of_labels, parts + label_parts
+        losses, parts = losses + of_labels, torch.cat([parts[:3] + label_parts, parts[3:]])
     return (losses if per_row else losses.sum()), parts
 
 
@@ -122,7 +132,8 @@ class _RowsLoss(torch.autograd.Function):
             scale = torch.where(row_scale == 0, 0, row_scale * upstream)  # rounded once, the factor included
             now = replaced(
                 call, student=call.student.detach(), teacher=None if call.teacher is None else call.teacher.detach(),
-                terms=replaced(call.terms, row_scale=scale), student_gradient=wants[0], teacher_gradient=wants[1],
+                terms=replaced(call.terms, row_scale=scale, metrics=False), student_gradient=wants[0],
+                teacher_gradient=wants[1],
             )  # fmt: skip
             _, *gradients = backends.divergence_rows(now, ctx.backend)
         else:

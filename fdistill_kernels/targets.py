@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .divergences import CROSS_ENTROPY
-from .values import LossParts, LossTerms
+from .values import LossTerms
 
 
 def soft_targets(target: Tensor, logits: Tensor, terms: LossTerms) -> tuple[Tensor, LossTerms]:
@@ -51,9 +51,10 @@ def _known_negative(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and bool((x < 0).any())
 
 
-def as_cross_entropy(loss: Any, return_parts: bool) -> Any:
+def as_cross_entropy(loss: Any, return_parts: bool | str) -> Any:
     """The loss; or with its parts, whose divergence is the cross-entropy."""
     if not return_parts:
         return loss
     loss, parts = loss
-    return loss, LossParts(torch.zeros_like(parts.divergence), parts.divergence, parts.z_loss, parts.tokens)
+    nothing = torch.zeros_like(parts.divergence)
+    return loss, parts._replace(divergence=nothing, cross_entropy=parts.divergence)

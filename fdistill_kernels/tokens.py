@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends, checks
 from .backends.rows import TokenTerms
 from .divergences import Divergence
-from .values import LossParts, LossTerms
+from .values import LossParts, LossTerms, Metrics
 
 #: Temperatures whose square and inverse float32 holds.
 TEMPERATURES = (1e-18, 1e18)
@@ -53,7 +53,7 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     checks.check_per_token("divergence_weight", terms.divergence_weight, student)
 
 
-def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
+def token_terms(terms: LossTerms, student: Tensor, metrics: bool = False) -> tuple[TokenTerms, Tensor]:
     """The terms as numbers of each row, and the number of tokens that count.
 
     Raises:
@@ -78,6 +78,7 @@ def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
         checks.check_temperature_of(name, value, row_scale != 0, *TEMPERATURES)
     t, weight = per_token(terms.temperature), per_token(terms.divergence_weight)
     divergence, class_weight = divergence_of(terms), terms.class_weight
+    needed = divergence is not None and divergence.needs_labels
     if class_weight is not None:
         class_weight = class_weight.to(dtype).contiguous()
         if labels is not None and terms.reduction == "mean" and terms.num_items is None:
@@ -89,10 +90,11 @@ def token_terms(terms: LossTerms, student: Tensor) -> tuple[TokenTerms, Tensor]:
         divergence_scale=weight * t * t if terms.temperature_squared else weight,
         cross_entropy_scale=per_token(terms.ce_weight),
         z_loss_scale=per_token(terms.z_loss),
-        labels=labels if terms.ce_weight or terms.z_loss or (divergence and divergence.needs_labels) else None,
+        labels=labels if terms.ce_weight or terms.z_loss or metrics or needed else None,
         class_weight=class_weight,
         divergence=divergence.key if divergence is not None and divergence.kernel else divergence,
         label_smoothing=float(terms.label_smoothing),
+        metrics=metrics,
     ), tokens
 
 
@@ -128,26 +130,31 @@ def _over_target_weights(class_weight: Tensor, labels: Tensor, mask: Tensor, tok
 
 
 def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool) -> Tensor:
-    """The loss of parts (3, N), summed or of each row (N,)."""
+    """The loss of parts (3 or more, N), summed or of each row (N,)."""
     losses = parts[0]
     if terms.labels is not None:
         scales = terms.cross_entropy_scale, terms.z_loss_scale
-        of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:], strict=True))  # not 0·inf
+        of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:3], strict=True))  # not 0·inf
         losses = losses + sum(of_labels)
     if not per_row:
         return losses.sum()
     return losses.clone() if terms.labels is None else losses  # a view of the parts could not be changed in place
 
 
-def reduced(loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor, return_parts: bool) -> Any:
-    """The loss in its tokens' shape where each has its own; with its parts (3, N), reduced like it, if asked for."""
+def reduced(
+    loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor, return_parts: bool | str
+) -> Any:
+    """The loss in its tokens' shape where each has its own; with its parts (3 or more, N), reduced like it, if asked
+    for.
+    """
     per_token = terms.reduction == "none"
     if per_token:
         loss = loss.reshape(student.shape[:-1])
     if not return_parts:
         return loss
-    parts = parts.reshape(3, *student.shape[:-1]) if per_token else parts.sum(1)
-    return loss, LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
+    parts = parts.reshape(-1, *student.shape[:-1]) if per_token else parts.sum(1)
+    metrics = Metrics(*parts[3:]) if return_parts == "metrics" else None
+    return loss, LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens, metrics)
 
 
 def is_power_of_two(factor: Tensor) -> bool:

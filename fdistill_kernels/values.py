@@ -68,13 +68,33 @@ class LossTerms(NamedTuple):
     num_items: float | Tensor | None = None
 
 
+class Metrics(NamedTuple):
+    """What is worth a look while a loss falls, reduced like it, detached.
+
+    Attributes:
+        student_entropy, teacher_entropy: of the tempered distributions, in nats.
+        agreement: 1 where both models' first largest entries are the same, else 0.
+        overlap: ``Σ min(p, q)``, 1 less the total variation distance.
+        log_sum_exp, label_log_prob: of the student at temperature 1; of the label 0 without labels.
+        Without a teacher those that need one are 0.
+    """
+
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    overlap: Tensor
+    log_sum_exp: Tensor
+    label_log_prob: Tensor
+
+
 class LossParts(NamedTuple):
     """What a loss is made of, reduced like it, detached: loss = divergence + ce_weight·cross_entropy + z_loss.
 
-    ``tokens`` is the number of unmasked tokens, a 0-dim tensor.
+    ``tokens`` is the number of unmasked tokens, a 0-dim tensor; ``metrics`` are there where asked for.
     """
 
     divergence: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
     tokens: Tensor
+    metrics: Metrics | None = None

@@ -29,7 +29,7 @@ struct Free {
 extern "C" {
 
 // Goes up with every change of what Python hands over.
-__attribute__((visibility("default"))) int fdistill_cpu_interface() { return 4; }
+__attribute__((visibility("default"))) int fdistill_cpu_interface() { return 5; }
 
 // Null, or what went wrong. instruction_set: as torch names what this CPU has.
 __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(

@@ -48,7 +48,7 @@ def choose(
 
 
 def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss parts (3, N) and both models' gradients, one not wanted empty; see `RowCall`.
+    """Loss parts (3 or more, N) and both models' gradients, one not wanted empty; see `RowCall`.
 
     Through an operator, which compilers see as one; but for a user's own divergence, which is an object.
 
@@ -76,7 +76,7 @@ def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """Results of the right shapes and dtypes, their values not set."""
     fresh, like = call.student_gradient and not call.inplace, call.terms.row_scale
     return (
-        like.new_empty(3, like.shape[0]),
+        like.new_empty(call.terms.parts, like.shape[0]),
         call.student.new_empty(call.student.shape if fresh else (0,)),
         call.student.new_empty(call.student.shape if call.teacher_gradient else (0,)),
     )

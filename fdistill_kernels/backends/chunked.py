@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..formulas import NOTHING, Entry, Formula, RowStatistics, times
-from .rows import RowCall, cap_slope, capped
+from .rows import RowCall, TokenTerms, cap_slope, capped
 
 #: Elements of one chunk of rows; the arithmetic holds about ten temporaries of this size.
 CHUNK_ELEMENTS = 1 << 18
@@ -22,7 +22,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     outer, inner, vocabulary = call.student.shape
     rows = outer * inner
-    parts = torch.zeros(3, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
+    parts = torch.zeros(call.terms.parts, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
     of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
     of_teacher = (
         torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
@@ -49,20 +49,20 @@ def _fresh(call: RowCall) -> bool:
 
 
 def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts (3, n) and both gradients (n, V) of one chunk, in the arithmetic's dtype."""
+    """Parts (3 or more, n) and both gradients (n, V) of one chunk, in the arithmetic's dtype."""
     terms, dtype = call.terms, call.terms.row_scale.dtype
     live = (terms.row_scale[n] != 0).unsqueeze(1)
     scale = terms.row_scale[n].unsqueeze(1)
     z_s = capped(call.student[i, inner].to(dtype), call.student_softcap)
     zero = torch.zeros((), dtype=dtype, device=z_s.device)
     divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
+    student = _Model(z_s, terms.student_inverse_temperature[n].unsqueeze(1)) if _models(call) else None
+    teacher = None
 
     if call.divergence is not None and call.teacher is not None:
-        rates = terms.student_inverse_temperature[n], terms.teacher_inverse_temperature[n]
-        student, teacher = (
-            _Model(z_s, rates[0].unsqueeze(1)),
-            _Model(capped(call.teacher[i, inner].to(dtype), call.teacher_softcap), rates[1].unsqueeze(1)),
-        )
+        rate = terms.teacher_inverse_temperature[n].unsqueeze(1)
+        teacher = _Model(capped(call.teacher[i, inner].to(dtype), call.teacher_softcap), rate)
+        assert student is not None
         weight = terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
         labels = None if terms.labels is None else terms.labels[n].unsqueeze(1)
         value, of_student, of_teacher = _terms(call.divergence, student, teacher, labels, call.teacher_gradient)
@@ -80,7 +80,9 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     def finish(x: Tensor) -> Tensor:
         return torch.where(live, scale * x, zero)
 
-    parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in (divergence, cross_entropy, squared_lse)])
+    metrics = _metrics(student, teacher, terms, n) if student is not None and terms.metrics else ()
+    every = (divergence, cross_entropy, squared_lse, *metrics)
+    parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in every])
     return parts, finish(student_gradient), finish(teacher_gradient)
 
 
@@ -111,6 +113,33 @@ def _log_ratio(teacher: _Model, student: _Model) -> Tensor:
     rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (student.logits - student.top))
     alike = ((teacher.logits - student.logits) - apart) * teacher.rate + rest
     return torch.where(apart.abs() <= 1, alike, teacher.shifted - student.shifted) - constant
+
+
+def _models(call: RowCall) -> bool:
+    """Whether the student's softmax is needed, beside the labels'."""
+    return call.divergence is not None or call.terms.metrics
+
+
+def _metrics(student: _Model, teacher: _Model | None, terms: TokenTerms, n: slice) -> tuple[Tensor, ...]:
+    """`Metrics` (n, 1) of each row."""
+
+    def entropy(model: _Model) -> Tensor:
+        return -times(model.probability, model.log_probability).sum(1, keepdim=True)
+
+    nothing, lse = torch.zeros_like(student.top), _log_sum_exp(student.logits)
+    label = nothing
+    if terms.labels is not None:
+        at = student.logits.gather(1, torch.where(terms.row_scale[n] != 0, terms.labels[n], 0).unsqueeze(1))
+        label = (at - student.top) - (lse - student.top)
+    if teacher is None:
+        return entropy(student), nothing, nothing, nothing, lse, label
+    agreement = (student.peak == teacher.peak).to(lse)
+    overlap = torch.minimum(student.probability, teacher.probability).sum(1, keepdim=True)
+    return entropy(student), entropy(teacher), agreement, overlap, lse, label
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    return logits.logsumexp(1, keepdim=True)
 
 
 def _terms(

@@ -12,7 +12,7 @@ from ..divergences import Divergence
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE = 4  # of csrc/cpu/rows.cpp
+INTERFACE = 5  # of csrc/cpu/rows.cpp
 
 
 def _load() -> tuple[Any, str | None]:
@@ -62,7 +62,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     fresh = call.student_gradient and not call.inplace
     of_student = empty(student, *(student.shape if fresh else (0,)))
     of_teacher = empty(student, *(student.shape if call.teacher_gradient else (0,)))
-    parts = torch.empty(3, call.terms.row_scale.shape[0])
+    parts = torch.empty(call.terms.parts, call.terms.row_scale.shape[0])
     symbol, task, _held = row_task(
         call, (of_student if fresh else student) if call.student_gradient else None,
         of_teacher if call.teacher_gradient else None, parts,

@@ -17,7 +17,7 @@ from . import triton
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE, NO_ROOM = 6, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 7, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
 MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
 MOST_THREADS = 512  # of a multiprocessor, whose registers they share
@@ -173,7 +173,9 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         return triton.divergence_rows(call)
     student = call.student
     assert LIBRARY is not None
-    parts = torch.empty(3, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
+    parts = torch.empty(call.terms.parts, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
+    if call.terms.metrics:
+        triton.write_metrics(call, parts)
     gradient = student if call.inplace else student.new_empty(0)
     if call.student_gradient and not call.inplace:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)

@@ -79,7 +79,7 @@ class RowTask(ctypes.Structure):
         *[(n, ctypes.c_void_p) for n in VECTORS],
         ("parameter", Parameter), ("exchanged", Parameter),
         *[(n, ctypes.c_float) for n in ("label_smoothing", "class_weight_sum", "student_softcap", "teacher_softcap")],
-        ("parts", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p), ("metrics", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -107,6 +107,6 @@ def row_task(
         **{name: None if x is None else x.data_ptr() for name, x in vectors.items()},
         parameter=own, exchanged=exchanged, label_smoothing=terms.label_smoothing,
         class_weight_sum=weight_sum, student_softcap=call.student_softcap or 0.0,
-        teacher_softcap=call.teacher_softcap or 0.0, parts=parts.data_ptr(),
+        teacher_softcap=call.teacher_softcap or 0.0, parts=parts.data_ptr(), metrics=terms.metrics,
     )  # fmt: skip
     return (divergence.kernel or "") if divergence else "", task, vectors

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..carried import carried, tensors
 from ..divergences import Divergence, by_key
-from ..values import Head, RowFunction
+from ..values import Head, Metrics, RowFunction
 
 
 @carried
@@ -26,6 +26,7 @@ class TokenTerms(NamedTuple):
         labels: (N,) int64, in [0, V) wherever row_scale is not 0; None: no label terms.
         class_weight: (V,) float32, a factor on each class's cross-entropy.
         divergence: a key that operators take; or an object, which is how a user's own lives as long as the graph.
+        metrics: whether `values.Metrics` are wanted, behind the three parts.
     """
 
     row_scale: Tensor
@@ -38,6 +39,12 @@ class TokenTerms(NamedTuple):
     class_weight: Tensor | None
     divergence: str | Divergence | None
     label_smoothing: float
+    metrics: bool = False
+
+    @property
+    def parts(self) -> int:
+        """How many numbers of each row are wanted."""
+        return 3 + len(Metrics._fields) if self.metrics else 3
 
 
 #: The fields that are tensors, one entry a row (a class for `class_weight`).
@@ -95,8 +102,8 @@ def cap_slope(capped: Tensor, softcap: float | None) -> Tensor | float:
 class RowCall(NamedTuple):
     """Rows of logits in, losses and gradients out. N = outer·inner rows.
 
-    A backend returns the parts (3, N) ``row_scale·[divergence_scale·D, CE, lse²]`` and the gradient of the sum of
-    losses, in the logits' dtype.
+    A backend returns the parts (3, N) ``row_scale·[divergence_scale·D, CE, lse²]``, with row_scale·metrics behind them
+    where asked for, and the gradient of the sum of losses, in the logits' dtype.
 
     Attributes:
         student, teacher: (outer, inner, V), dense in V, any outer strides; no teacher: no divergence.

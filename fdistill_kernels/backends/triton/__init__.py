@@ -94,13 +94,16 @@ def constants(divergence: Divergence | None, names: tuple[str, ...] = CONSTANTS)
 
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
+    return run(call, _launch(call))
+
+
+def _launch(call: RowCall) -> Any:
     from . import launch
 
     symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
-    rows = call.terms.row_scale.shape[0]
+    rows, _, vocabulary = call.terms.row_scale.shape[0], *call.student.shape[1:]
     heavy = call.teacher_gradient or symbol in HEAVY
-    chosen = launch.choose(rows, call.student.shape[2], call.student.element_size(), call.student.device, symbol, heavy)
-    return run(call, chosen)
+    return launch.choose(rows, vocabulary, call.student.element_size(), call.student.device, symbol, heavy)
 
 
 def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +113,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     student, teacher, divergence, terms = call.student, call.teacher, call.divergence, call.terms
     _, inner, vocabulary = student.shape
     rows = terms.row_scale.shape[0]
-    parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
+    parts = torch.empty(terms.parts, rows, dtype=torch.float32, device=student.device)
     fresh = _empty_like(student) if call.student_gradient and not call.inplace else None
     student_gradient = student if call.inplace else fresh
     of_teacher = _empty_like(student) if call.teacher_gradient else None
@@ -123,6 +126,8 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     padded = 1 << (splits - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if splits > 1 else None
     coefficients = _coefficients(call, terms, launch) if divergence and divergence.statistics else None
+    if terms.metrics:
+        write_metrics(call, parts, launch)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
         (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
@@ -160,25 +165,37 @@ def _coefficients(call: RowCall, terms: TokenTerms, launch: Any) -> Tensor:
     """What the divergence asks of each row before the row kernel."""
     from .kernels import row_statistics, row_terms
 
-    student, teacher, divergence = call.student, call.teacher, call.divergence
+    divergence = call.divergence
     assert divergence is not None and divergence.statistics is not None and divergence.kernel is not None
-    rows, vocabulary = terms.row_scale.shape[0], student.shape[2]
-    coefficients = torch.empty(row_statistics.COEFFICIENTS.value + 1, rows, device=student.device)
+    coefficients = torch.empty(row_statistics.COEFFICIENTS.value + 1, len(terms.row_scale), device=call.student.device)
     sums, of_sums = row_terms.STATISTICS[divergence.kernel]
-    (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
+    by = row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT
+    _look(row_statistics.row_statistics_kernel, call, terms, launch, coefficients=coefficients, **constants(divergence),
+          SUMS=sums, OF_SUMS=of_sums, MEMBERS=functions(divergence, False)["MEMBERS"], BY=by.value)  # fmt: skip
+    return coefficients
+
+
+def write_metrics(call: RowCall, parts: Tensor, launch: Any = None) -> None:
+    """Each row's `values.Metrics`, behind its parts, before anything is written to its logits."""
+    from .kernels.row_metrics import row_metrics_kernel
+
+    _look(row_metrics_kernel, call, call.terms, launch or _launch(call), parts=parts)
+
+
+def _look(kernel: Any, call: RowCall, terms: TokenTerms, launch: Any, **more: Any) -> None:
+    """Runs a kernel that looks at every row, a program for whole rows."""
+    student, rows = call.student, len(terms.row_scale)
+    (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(call.teacher)
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
-        row_statistics.row_statistics_kernel[(min(rows, launch.programs * launch.splits),)](
-            student=student, teacher=teacher, coefficients=coefficients, row_scale=terms.row_scale,
+        kernel[(min(rows, launch.programs * launch.splits),)](
+            student=student, teacher=call.teacher, row_scale=terms.row_scale,
             student_inverse_temperature=terms.student_inverse_temperature,
             teacher_inverse_temperature=terms.teacher_inverse_temperature, labels=terms.labels, rows=rows,
-            inner=student.shape[1], vocabulary=vocabulary, student_outer=student_outer, student_inner=student_inner,
-            teacher_outer=teacher_outer, teacher_inner=teacher_inner, student_cap=call.student_softcap or None,
-            teacher_cap=call.teacher_softcap or None, **constants(divergence), SUMS=sums, OF_SUMS=of_sums,
-            MEMBERS=functions(divergence, False)["MEMBERS"],
-            BY=(row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT).value,
+            inner=student.shape[1], vocabulary=student.shape[2], student_outer=student_outer,
+            student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
+            student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None, **more,
             BLOCK=launch.block, num_warps=launch.warps,
         )  # fmt: skip
-    return coefficients
 
 
 def _empty_like(logits: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""What is worth a look of each row, behind its parts: values.py's Metrics, in a look of their own at the logits."""
+
+import triton
+import triton.language as tl
+
+from .entries import entry_of, models_of
+from .loads import capped, load_logits, row_at
+from .statistics import statistics_of
+from .terms import log1p, times
+
+FIRST = tl.constexpr(3)  # of the parts
+COUNT = tl.constexpr(6)
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])
+def row_metrics_kernel(
+    student, teacher,  # (outer, inner, vocabulary) logits, dense in the vocabulary; no teacher: its metrics are 0
+    parts,  # (FIRST + COUNT, rows)
+    row_scale, student_inverse_temperature, teacher_inverse_temperature, labels,  # (rows)
+    rows, inner, vocabulary, student_outer, student_inner, teacher_outer, teacher_inner,  # strides
+    student_cap, teacher_cap, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows program_id(0), + num_programs(0), ...; those whose row_scale is 0 are not looked at."""
+    for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        scale = tl.load(row_scale + n)
+        at = parts + FIRST * rows + n
+        if scale == 0:
+            for i in tl.static_range(COUNT):
+                tl.store(at + i * rows, 0.0)
+        else:
+            student_row, teacher_row = row_at(student, n, inner, student_outer, student_inner), teacher
+            student_rate, teacher_rate = tl.load(student_inverse_temperature + n), 1.0
+            if teacher is not None:
+                teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
+                teacher_rate = tl.load(teacher_inverse_temperature + n)
+            found = statistics_of(
+                student_row, teacher_row, None, 0, vocabulary, vocabulary, student_rate, teacher_rate, student_cap,
+                teacher_cap, 0.0, True, False, False, BLOCK,
+            )  # fmt: skip
+            student_top, student_rest, plain_rest, _, teacher_top, teacher_rest, _, _ = found
+            if teacher is None:  # at temperature 1, as the labels' terms
+                plain_rest = student_rest
+            models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
+            zeros = tl.zeros([BLOCK], tl.float32)
+            of_student, of_teacher, overlap = zeros, zeros, zeros
+            first, other_first = tl.full([BLOCK], 2147483647, tl.int32), tl.full([BLOCK], 2147483647, tl.int32)
+            for start in tl.range(0, vocabulary, BLOCK):
+                v = start + tl.arange(0, BLOCK)
+                x = load_logits(student_row, v, vocabulary, student_cap)
+                y = x
+                if teacher is not None:
+                    y = load_logits(teacher_row, v, vocabulary, teacher_cap)
+                p, q, log_p, log_q, _, _, _, _, _ = entry_of(x, y, models, 0.0, False)
+                of_student -= times(q, log_q)
+                of_teacher -= times(p, log_p)
+                overlap += tl.where(p < q, p, q)
+                first = tl.where((x == student_top) & (v < first), v, first)
+                other_first = tl.where((y == teacher_top) & (v < other_first), v, other_first)
+            log_total = log1p(plain_rest)
+            label_log_prob = 0.0
+            if labels is not None:
+                label = tl.load(labels + n)
+                known = (label >= 0) & (label < vocabulary)
+                logit = capped(tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32), student_cap)
+                label_log_prob = (logit - student_top) - log_total
+            agreement, entropy, common = 0.0, 0.0, 0.0
+            if teacher is not None:
+                agreement = (tl.min(first, 0) == tl.min(other_first, 0)).to(tl.float32)
+                entropy, common = tl.sum(of_teacher, 0), tl.sum(overlap, 0)
+            tl.store(at, scale * tl.sum(of_student, 0))
+            tl.store(at + rows, scale * entropy)
+            tl.store(at + 2 * rows, scale * agreement)
+            tl.store(at + 3 * rows, scale * common)
+            tl.store(at + 4 * rows, scale * (student_top + log_total))
+            tl.store(at + 5 * rows, scale * label_log_prob)

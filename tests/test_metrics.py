@@ -1,0 +1,107 @@
+"""The metrics that a loss brings with it, against their formulas in float64."""
+
+import pytest
+import torch
+
+import fdistill_kernels as fk
+
+N, V, D = 6, 2053, 16
+LABELS = torch.tensor([3, -100, 17, 2052, 0, 900])
+LIVE = LABELS >= 0
+
+
+def expected(student, teacher=None, labels=LABELS, t=1.0):
+    z, (log_q, log_p) = (
+        student.double(),
+        [None if x is None else (x.double() / t).log_softmax(-1) for x in (student, teacher)],
+    )
+    q, nothing = log_q.exp(), torch.zeros(len(z)).double()
+    of_labels = (
+        z.log_softmax(-1).gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1) if labels is not None else nothing
+    )
+    if teacher is None:
+        return fk.Metrics(-(q * log_q).sum(1), nothing, nothing, nothing, z.logsumexp(1), of_labels)
+    p = log_p.exp()
+    return fk.Metrics(-(q * log_q).sum(1), -(p * log_p).sum(1), (q.argmax(1) == p.argmax(1)).double(),
+                      torch.minimum(p, q).sum(1), z.logsumexp(1), of_labels)  # fmt: skip
+
+
+def compare(got, want, live=LIVE):
+    for name, a, b in zip(fk.Metrics._fields, got, want, strict=True):
+        torch.testing.assert_close(a.double(), torch.where(live, b, 0), rtol=1e-5, atol=2e-6, msg=name)
+        assert not a.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_of_logits(t, dtype, backend):
+    student, teacher = (3 * torch.randn(N, V)).to(dtype).requires_grad_(), (3 * torch.randn(N, V)).to(dtype)
+    teacher[2] = student.detach()[2]
+    teacher[3, :5] = student.detach()[3, 7] = 100.0  # the first of those that tie
+    keywords = dict(labels=LABELS, ce_weight=0.1, temperature=t, backend=backend)
+    _, parts = fk.f_divergence(student, teacher, "js", reduction="none", return_parts="metrics", **keywords)
+    want = expected(student.detach(), teacher, t=t)
+    compare(parts.metrics, want)
+    loss, of_mean = fk.f_divergence(student, teacher, "js", return_parts="metrics", **keywords)
+    for got, each in zip(of_mean.metrics, want, strict=True):
+        torch.testing.assert_close(got.double(), each[LIVE].mean(), rtol=1e-5, atol=2e-6)
+    plain = fk.f_divergence(student, teacher, "js", **keywords)
+    assert torch.equal(loss, plain)
+    for a, b in zip(*(torch.autograd.grad(x, student) for x in (loss, plain)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "lk", "kl"])
+def test_in_place_with_caps_and_without_labels_terms(divergence, backend):
+    student, teacher = 3 * torch.randn(N, V), 3 * torch.randn(N, V)
+    leaf = student.clone().requires_grad_()
+    _, parts = fk.f_divergence(leaf, teacher, divergence, labels=LABELS, logit_softcap=4.0, reduction="none",
+                               inplace=True, return_parts="metrics", backend=backend)  # fmt: skip
+    compare(parts.metrics, expected(4 * (student.double() / 4).tanh(), teacher))
+    _, parts = fk.f_divergence(
+        student, teacher, "kl", temperature=2.0, reduction="none", return_parts="metrics", backend=backend
+    )
+    compare(parts.metrics, expected(student, teacher, None, 2.0), LIVE | True)
+
+
+def test_of_cross_entropy(backend):
+    logits = (2 * torch.randn(N, V)).requires_grad_()
+    _, parts = fk.cross_entropy(logits, LABELS, reduction="none", return_parts="metrics", backend=backend)
+    compare(parts.metrics, expected(logits.detach()))
+    target = torch.rand(N, V).softmax(1)
+    _, parts = fk.cross_entropy(logits, target, reduction="none", return_parts="metrics", backend=backend)
+    want = expected(logits.detach(), target.log())
+    for a, b in zip(parts.metrics[:5], want[:5], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("memory", ["chunks", "minimal"])
+def test_of_hidden_states(memory, backend):
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    teacher, head = torch.randn(N, D), torch.randn(V, D)
+    keywords = dict(reduction="none", return_parts="metrics", memory=memory, chunk_bytes=16 * V, backend=backend)
+    loss, parts = fk.linear_f_divergence(hidden, weight, teacher, head, "tvd", labels=LABELS, **keywords)
+    compare(parts.metrics, expected((hidden @ weight.T).detach(), teacher @ head.T))
+    loss.sum().backward()
+    _, parts = fk.linear_cross_entropy(hidden, weight, LABELS, **keywords)
+    compare(parts.metrics, expected((hidden @ weight.T).detach()))
+
+
+def test_of_an_own_divergence_and_compiled():
+    student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
+    own = fk.FDivergence(lambda t: (t - 1) ** 2)
+    want = expected(student.detach(), teacher, None)
+
+    def step(divergence):
+        return fk.f_divergence(student, teacher, divergence, reduction="none", return_parts="metrics")[1].metrics
+
+    for divergence in (own, "js"):
+        compare(step(divergence), want, LIVE | True)
+        compare(torch.compile(step, backend="eager", fullgraph=True)(divergence), want, LIVE | True)
+
+
+def test_asked_for_or_not():
+    student, teacher = torch.randn(2, 9), torch.randn(2, 9)
+    assert fk.f_divergence(student, teacher, return_parts=True)[1].metrics is None
+    with pytest.raises(TypeError, match="return_parts, where it is not 'metrics'"):
+        fk.f_divergence(student, teacher, return_parts="all")
