@@ -18,7 +18,7 @@ from .divergences import (
     TailAware,
     ToDi,
 )
-from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence, log_sum_exp
+from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence, log_probs, log_sum_exp
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .values import Head, Hidden, Logits, LossParts, LossTerms, Metrics
 
@@ -55,5 +55,6 @@ __all__ = [
     "f_divergence",
     "linear_cross_entropy",
     "linear_f_divergence",
+    "log_probs",
     "log_sum_exp",
 ]

@@ -44,8 +44,12 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
                 states = states.masked_fill((of_rows.row_scale == 0).unsqueeze(1), 0)
             logits, *others = (buffer[: end - begin] for buffer in buffers)
             products.logits_(states, head, logits)
-            teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0) if others else None
-            row_call = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, head.softcap, call.teacher.softcap,
+            teacher_logits, cap = None, call.teacher.softcap
+            if call.teacher.itself:  # a kernel reads an entry of both before it writes the gradient there
+                teacher_logits, cap = logits.unsqueeze(0), head.softcap
+            elif others:
+                teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0)
+            row_call = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, head.softcap, cap,
                                student_gradient=any(wants), inplace=any(wants))  # fmt: skip
             parts[:, rows] = backends.BACKENDS[backend].divergence_rows(row_call)[0]
             if not any(wants):

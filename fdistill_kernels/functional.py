@@ -11,12 +11,12 @@ from torch import Tensor
 from . import checks
 from .backends.rows import Teacher
 from .carried import replaced
-from .divergences import Divergence, resolve
+from .divergences import ENGINE, Divergence, resolve
 from .heads import checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
-from .linear import loss_of_hidden
+from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .targets import as_cross_entropy, soft_targets
-from .tokens import checked_terms
+from .tokens import TEMPERATURES, checked_terms
 from .values import Head, Hidden, Logits, LossTerms, RowFunction, Temperature
 
 
@@ -339,6 +339,56 @@ def linear_cross_entropy(
     checks.check_parts(return_parts)
     loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
     return as_cross_entropy(loss, return_parts) if soft else loss
+
+
+def log_probs(
+    hidden: Tensor,
+    head: Tensor | Head,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    entropy: bool = False,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``log q(ids)`` of q = softmax(logits/T), and q's entropy, both differentiable; the logits are never held at once.
+
+    Args:
+        hidden, head, bias, logit_scale, logit_softcap, vocab_size, chunk_bytes, backend: as the student's of
+            `linear_f_divergence`.
+        ids: (...) integers in [0, V), or `ignore_index`, where both are 0.
+        entropy: also return ``−Σ q log q``, in nats, from the same logits.
+        temperature: T in [1e-18, 1e18], a number, as of what the ids were sampled at.
+
+    Returns:
+        (...) float32 (float64 for float64); or a pair of them. The backward pass makes the chunks again, with each
+        row's own factors.
+
+    Raises:
+        ValueError, TypeError: as `linear_f_divergence`.
+    """
+    names = "hidden", "head", "bias"
+    checks.check_flag("entropy", entropy)
+    checks.check_number("temperature", temperature, *TEMPERATURES)
+    checks.check_tensor("ids", ids, floating=False)
+    given = head_of("head", head, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    states, checked = checked_head(hidden, given, names, vocab_size)
+    if temperature != 1:  # cap·tanh(z/cap)/T is a cap of z/T
+        bias, cap = checked.bias, checked.softcap
+        checked = Head(checked.weight, None if bias is None else bias / temperature, checked.scale / temperature,
+                       None if cap is None else cap / temperature)  # fmt: skip
+    terms = LossTerms(
+        ENGINE if entropy else None, labels=ids, ce_weight=1.0, ignore_index=ignore_index, reduction="none"
+    )
+    path = path_of("chunks", True, chunk_bytes, Teacher())
+    checked_terms(terms, states, checked.weight.shape[0], "ids")
+    found, entropies = log_probs_of_hidden(states, checked, terms, entropy, path, backend)
+    return found if entropies is None else (found, entropies)
 
 
 def _terms(divergence: Any, given: LossTerms) -> LossTerms:

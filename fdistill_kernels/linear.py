@@ -149,9 +149,57 @@ class _LinearLoss(torch.autograd.Function):
         return (None, None, *in_place_of(LinearCall, hidden=hidden, head_weight=weight, head_bias=bias))
 
 
-def _wants(ctx: Any) -> Wants:
-    needs = ctx.needs_input_grad[2:]
+def _wants(ctx: Any, before: int = 2) -> Wants:
+    """Of a graph's leaves, with so many plain arguments before them."""
+    needs = ctx.needs_input_grad[before:]
     return Wants(*(leaf(LinearCall, name, needs) for name in ("hidden", "head_weight", "head_bias")))
+
+
+class _LogProbs(torch.autograd.Function):
+    """Labels' log-probabilities and entropies of each row, and in the backward pass the chunks again: the entropy's
+    gradient is engine's, ``−Σ q log p``, of a student that is its own teacher.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *leaves: Any) -> tuple[Tensor, Tensor]:
+        call = built(LinearCall, leaves)
+        parts, *_ = _rows(_detached(call, call.terms, Wants()), backend)
+        head = call.head
+        ctx.save_for_backward(call.hidden, head.weight, head.bias)
+        ctx.again = replaced(call, hidden=None, head=replaced(head, weight=None, bias=None)), backend
+        ctx.set_materialize_grads(False)
+        return -parts[1], parts[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        wants = _wants(ctx, 1)
+        (call, backend), (hidden, weight, bias) = ctx.again, ctx.saved_tensors
+        live = call.terms.row_scale != 0
+        of_label, of_entropy = (
+            torch.zeros_like(call.terms.row_scale) if g is None else torch.where(live, g.detach(), 0) for g in upstream
+        )
+        size = torch.maximum(of_label.abs(), of_entropy.abs())  # in the row's factor, which no dtype lets underflow
+        share = torch.where(size == 0, 1, size)
+        terms = replaced(call.terms, row_scale=size, cross_entropy_scale=-of_label / share,
+                         divergence_scale=of_entropy / share)  # fmt: skip
+        call = replaced(call, hidden=hidden, head=replaced(call.head, weight=weight, bias=bias))
+        gradients = _rows(_detached(call, terms, wants), backend)[1:]
+        inputs = zip(gradients, (hidden, weight, bias), wants, strict=True)
+        found = [_rounded(g, None, x.dtype) if want else None for g, x, want in inputs]
+        return (None, *in_place_of(LinearCall, hidden=found[0], head_weight=found[1], head_bias=found[2]))
+
+
+def log_probs_of_hidden(
+    hidden: Tensor, head: Head, terms: LossTerms, entropy: bool, path: Path, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the terms' labels, and entropies, in the labels' shape; all of it checked."""
+    backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), head.weight.shape[0])
+    of_rows, _ = token_terms(terms, hidden)
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False))
+    log_probs, entropies = _LogProbs.apply(backend, *flat(call))
+    shape = hidden.shape[:-1]
+    return log_probs.view(shape), entropies.view(shape) if entropy else None
 
 
 def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

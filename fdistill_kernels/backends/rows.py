@@ -163,6 +163,7 @@ class Teacher(NamedTuple):
         rows: hidden states (N, D_t) with a weight; without one logits (N, V), or a function of a range of rows; None:
             no teacher, and no divergence.
         weight, bias, scale, softcap: its `Head`; a soft-cap without a weight is of the logits.
+        itself: no rows; the student is its own teacher, held still, whose logits are there already.
     """
 
     rows: Tensor | RowFunction | None = None
@@ -170,6 +171,7 @@ class Teacher(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    itself: bool = False
 
     @property
     def head(self) -> Head:
@@ -246,7 +248,9 @@ class LinearCall(NamedTuple):
         given = teacher.rows if teacher.weight is None and isinstance(teacher.rows, Tensor) else None
         if given is not None and given.shape != (rows, vocabulary):
             raise ValueError(f"the teacher's logits must be ({rows}, {vocabulary}), not {tuple(given.shape)}")
-        if (teacher.rows is None) != (self.terms.divergence is None):
+        if teacher.itself and teacher.rows is not None:
+            raise ValueError("a student that is its own teacher needs no rows beside it")
+        if (teacher.rows is None and not teacher.itself) != (self.terms.divergence is None):
             raise ValueError("a divergence needs a teacher, and a teacher a divergence")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
