@@ -71,7 +71,7 @@ def f_divergence(
         inplace: let the gradient overwrite `student_logits`, which then must not be used again. Rows that share memory,
             with each other or another argument, are refused. Where no gradient is wanted nothing is overwritten.
         backend: "auto", or a backend's name (`fdistill doctor`).
-        return_parts: also return `LossParts`; "metrics": with `Metrics` in them, for one more look at each row.
+        return_parts: also return `LossParts`; with "metrics" `Metrics`, for one more look at each row.
 
     Returns:
         The float32 loss, () or (...); float64 for float64 logits. Tokens all masked, or none: 0, with zero gradient. A

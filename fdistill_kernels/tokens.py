@@ -152,9 +152,9 @@ def reduced(
         loss = loss.reshape(student.shape[:-1])
     if not return_parts:
         return loss
-    parts = parts.reshape(-1, *student.shape[:-1]) if per_token else parts.sum(1)
-    metrics = Metrics(*parts[3:]) if return_parts == "metrics" else None
-    return loss, LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens, metrics)
+    parts = parts.reshape(len(parts), *student.shape[:-1]) if per_token else parts.sum(1)
+    made_of = LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
+    return loss, Metrics(*made_of, *parts[3:]) if return_parts == "metrics" else made_of
 
 
 def is_power_of_two(factor: Tensor) -> bool:

@@ -68,8 +68,20 @@ class LossTerms(NamedTuple):
     num_items: float | Tensor | None = None
 
 
+class LossParts(NamedTuple):
+    """What a loss is made of, reduced like it, detached: loss = divergence + ce_weight·cross_entropy + z_loss.
+
+    ``tokens`` is the number of unmasked tokens, a 0-dim tensor.
+    """
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    z_loss: Tensor
+    tokens: Tensor
+
+
 class Metrics(NamedTuple):
-    """What is worth a look while a loss falls, reduced like it, detached.
+    """`LossParts`, and behind them what is worth a look while a loss falls, reduced like it, detached.
 
     Attributes:
         student_entropy, teacher_entropy: of the tempered distributions, in nats.
@@ -79,22 +91,13 @@ class Metrics(NamedTuple):
         Without a teacher those that need one are 0.
     """
 
+    divergence: Tensor
+    cross_entropy: Tensor
+    z_loss: Tensor
+    tokens: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
     overlap: Tensor
     log_sum_exp: Tensor
     label_log_prob: Tensor
-
-
-class LossParts(NamedTuple):
-    """What a loss is made of, reduced like it, detached: loss = divergence + ce_weight·cross_entropy + z_loss.
-
-    ``tokens`` is the number of unmasked tokens, a 0-dim tensor; ``metrics`` are there where asked for.
-    """
-
-    divergence: Tensor
-    cross_entropy: Tensor
-    z_loss: Tensor
-    tokens: Tensor
-    metrics: Metrics | None = None

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch
 from fdistill_kernels.backends.triton.kernels import (
     head_statistics,
+    row_metrics,
     row_statistics,
     row_terms,
     rows,
@@ -100,6 +101,20 @@ def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256):
     return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.warps
 
 
+def metrics_variant(teacher, vocabulary=128256):
+    """The same for the metrics of rows."""
+    chosen = launch.heuristic(8192, vocabulary, 2, H100)
+    vectors = ("parts", "row_scale", "student_inverse_temperature", "teacher_inverse_temperature")
+    types = {
+        "student": "*bf16", "teacher": "*bf16" if teacher else None, **dict.fromkeys(vectors, "*fp32"), "labels": "*i64",
+        **dict.fromkeys(("student_cap", "teacher_cap")),
+        **dict.fromkeys(("rows", "inner", "vocabulary", "student_outer", "student_inner", "teacher_outer",
+                         "teacher_inner"), "i32"),
+    }  # fmt: skip
+    name = f"metrics/bf16/{'two models' if teacher else 'student'}"
+    return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block}, chosen.warps
+
+
 def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, older=False):
     """The same for a kernel of the cut path: heads without a bias, widths of whole blocks."""
     matrix, f32, i32 = f"*{dtype}", "*fp32", "i32"
@@ -149,7 +164,7 @@ VARIANTS = [
     dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
     *[dict(symbol=symbol) for symbol in row_terms.STATISTICS],
     dict(symbol="Dkd", gradients="student teacher"), dict(symbol="TailAware", phase="TOTALS"),
-    *[dict(statistics=True, symbol=symbol) for symbol in row_terms.STATISTICS],
+    dict(teacher=True), dict(teacher=False), *[dict(statistics=True, symbol=symbol) for symbol in row_terms.STATISTICS],
     *[dict(symbol="Gjs", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
     *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
 ]  # fmt: skip
@@ -162,6 +177,8 @@ def compile_one(job):
         name, function, types, constants, warps = tile_variant(**arguments, older=target_name == "sm_80")
     elif "statistics" in arguments:
         name, function, types, constants, warps = statistics_variant(**arguments)
+    elif "symbol" not in arguments:
+        name, function, types, constants, warps = metrics_variant(**arguments)
     else:
         name, function, types, constants, warps = row_variant(**arguments)
     names = function.arg_names

@@ -44,7 +44,7 @@ class TokenTerms(NamedTuple):
     @property
     def parts(self) -> int:
         """How many numbers of each row are wanted."""
-        return 3 + len(Metrics._fields) if self.metrics else 3
+        return len(Metrics._fields) - 1 if self.metrics else 3  # tokens are no row's
 
 
 #: The fields that are tensors, one entry a row (a class for `class_weight`).

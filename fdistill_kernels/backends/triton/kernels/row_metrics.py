@@ -50,10 +50,10 @@ def row_metrics_kernel(
                 y = x
                 if teacher is not None:
                     y = load_logits(teacher_row, v, vocabulary, teacher_cap)
-                p, q, log_p, log_q, _, _, _, _, _ = entry_of(x, y, models, 0.0, False)
-                of_student -= times(q, log_q)
-                of_teacher -= times(p, log_p)
-                overlap += tl.where(p < q, p, q)
+                entry = entry_of(x, y, models, 0.0, False)
+                of_student -= times(entry[1], entry[3])
+                of_teacher -= times(entry[0], entry[2])
+                overlap += tl.where(entry[0] < entry[1], entry[0], entry[1])
                 first = tl.where((x == student_top) & (v < first), v, first)
                 other_first = tl.where((y == teacher_top) & (v < other_first), v, other_first)
             log_total = log1p(plain_rest)
