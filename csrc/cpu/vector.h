@@ -68,9 +68,25 @@ FDISTILL_INLINE Vec select(const Ints& condition, const Vec& yes, const Vec& no)
 }
 FDISTILL_INLINE Vec absolute(const Vec& x) { return bits<Floats>(bits<Words>(x.lanes) & 0x7fffffffu); }
 
-// A NaN of either is handed on.
+// y where either is NaN: the machine's own.
 FDISTILL_INLINE Vec maximum(const Vec& x, const Vec& y) {
-  return select((x.lanes > y.lanes) | (x.lanes != x.lanes), x, y);
+#ifdef __AVX512F__
+  return Floats(_mm512_max_ps(__m512(x.lanes), __m512(y.lanes)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_max_ps(__m256(x.lanes), __m256(y.lanes)));
+#else
+  return select(x.lanes > y.lanes, x, y);
+#endif
+}
+
+FDISTILL_INLINE Vec minimum(const Vec& x, const Vec& y) {
+#ifdef __AVX512F__
+  return Floats(_mm512_min_ps(__m512(x.lanes), __m512(y.lanes)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_min_ps(__m256(x.lanes), __m256(y.lanes)));
+#else
+  return select(x.lanes < y.lanes, x, y);
+#endif
 }
 
 // The first `count` lanes of `value`, the others of `rest`.
@@ -93,20 +109,20 @@ FDISTILL_INLINE float lane_maximum(const Vec& x) {
 }
 
 // x = n log 2 + r, e^r by a polynomial; 2^n in two factors, so that a result below the normal numbers is rounded once.
+// `below_zero`: x is not above 0.
+template <bool below_zero = false>
 FDISTILL_INLINE Vec exponential(const Vec& argument) {
   constexpr float kRounder = 0x1.8p23f;  // what is added to it becomes an integer
-  Floats x = argument.lanes;
-  x = x < -104.0f ? Floats{} - 104.0f : x;  // a NaN passes
-  x = x > 89.0f ? Floats{} + 89.0f : x;
+  Floats x = maximum(Vec(-104.0f), argument).lanes;  // a NaN passes
+  if (!below_zero) x = minimum(Vec(89.0f), Vec(x)).lanes;
   const Floats rounded = x * 1.44269504088896341f + kRounder, n = rounded - kRounder;
   Floats r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  Floats p = Floats{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  Floats p = Floats{} + 1.3814598989e-3f;  // within 4e-9 of e^r
+  p = p * r + 8.3687170132e-3f;
+  p = p * r + 4.1668388049e-2f;
+  p = p * r + 1.6666520631e-1f;
+  p = p * r + 4.9999993448e-1f;
   p = p * (r * r) + r + 1.0f;
 #ifdef __AVX512F__
   return Floats(_mm512_scalef_ps(__m512(p), __m512(n)));
@@ -215,7 +231,7 @@ struct Math<FDISTILL_ISA::Vec> {
   using Vec = FDISTILL_ISA::Vec;
   static FDISTILL_INLINE Vec exp(const Vec& x) { return exponential(x); }
   static FDISTILL_INLINE Vec log(const Vec& x) { return logarithm(x); }
-  static FDISTILL_INLINE Vec at_least(const Vec& x, float least) { return select(x.lanes < least, Vec(least), x); }
+  static FDISTILL_INLINE Vec at_least(const Vec& x, float least) { return maximum(Vec(least), x); }
   static FDISTILL_INLINE Vec times(const Vec& x, const Vec& y) { return select(x.lanes == 0.0f, Vec(0.0f), x * y); }
   static FDISTILL_INLINE Vec signed_as(const Vec& size, const Vec& side) {
     return select(side.lanes > 0.0f, size, select(side.lanes < 0.0f, Vec(0.0f) - size, side * size));
@@ -227,8 +243,8 @@ struct Math<FDISTILL_ISA::Vec> {
     return select(x.lanes < y.lanes, less, other);
   }
   static FDISTILL_INLINE Vec magnitude(const Vec& x) { return absolute(x); }
-  static FDISTILL_INLINE Vec larger(const Vec& x, const Vec& y) { return select(x.lanes > y.lanes, x, y); }
-  static FDISTILL_INLINE Vec smaller(const Vec& x, const Vec& y) { return select(x.lanes < y.lanes, x, y); }
+  static FDISTILL_INLINE Vec larger(const Vec& x, const Vec& y) { return maximum(x, y); }
+  static FDISTILL_INLINE Vec smaller(const Vec& x, const Vec& y) { return minimum(x, y); }
   static FDISTILL_INLINE Vec zero_if_both_lowest(const Vec& x, const Vec& y, const Vec& value) {
     return select((x.lanes == kLowestLog) & (y.lanes == kLowestLog), Vec(0.0f), value);
   }
