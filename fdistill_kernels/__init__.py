@@ -11,7 +11,6 @@ from .divergences import (
     Alpha,
     Divergence,
     EntropyGated,
-    FDivergence,
     Renyi,
     SkewKL,
     SkewRKL,
@@ -20,6 +19,7 @@ from .divergences import (
 )
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence, log_probs, log_sum_exp
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
+from .own import FDivergence
 from .values import Head, Hidden, Logits, LossParts, LossTerms, Metrics
 
 __version__ = "0.2.0"

@@ -19,7 +19,8 @@ import torch
 
 from . import __version__, backends
 from .backends import cuda, native
-from .divergences import PARAMETERS, TABLE, Divergence, resolve
+from .divergences import PARAMETERS, TABLE, Divergence
+from .own import resolve
 
 STUDENTS = ("kl", "js", "tvd")  # of the demo
 VOCABULARY = 128256  # that `doctor` asks for

@@ -5,7 +5,6 @@ formulas.py says what each is at a vocabulary entry.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import numbers
@@ -13,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .formulas import Formula, RowStatistics, times
+from .formulas import Formula, RowStatistics
 from .row_formulas import KERNELS
 
 #: Parameters so close to a family's limit are taken for it: float32 cannot tell them apart.
@@ -309,137 +307,6 @@ TABLE: dict[str, Divergence] = {
     for d in (KL, RKL, JS, TVD, JEFFREYS, GJS(), SkewKL(), SkewRKL(), Alpha(), HELLINGER, PEARSON, NEYMAN, TRIANGULAR,
               ENGINE, CROSS_ENTROPY, LK, Renyi(), AB(), ToDi(), AKL(), EntropyGated(), TailAware(), DKD(), CSD())
 }  # fmt: skip
-
-
-class FDivergence(Divergence):
-    """A divergence from a user's own generator, run by the torch backend in chunks, or by Triton with your pair.
-
-    It can be copied, and pickled where its functions can be (those of a module, not lambdas). Inside ``torch.export``
-    f is traced into the program, which then stands on its own.
-
-    Args:
-        f: elementwise generator of t = p/q on tensors; convex with f(1) = 0.
-        from_log_ratio: the same function of u = log t, for generators that overflow in t; give one of the two.
-        name: shown in errors and tables.
-        triton: a ``@triton.jit`` function ``(p, q, log_p, log_q, parameter) -> (q·(f − t f′), p·f′)``, elementwise in
-            float32, for the Triton backend; entries with q = p = 0 must give 0. `fdistill_kernels.verify.verify`
-            holds it against f. Without it the torch backend serves.
-
-    Elsewhere f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from
-    inside.
-
-    Raises:
-        ValueError: f is not elementwise, not finite, not convex, or f(1) ≠ 0, on a grid of t from 1e-3 to 1e3.
-        TypeError: f is not a function.
-    """
-
-    def __init__(
-        self,
-        f: Callable[[Tensor], Tensor] | None = None,
-        *,
-        from_log_ratio: Callable[[Tensor], Tensor] | None = None,
-        name: str = "custom",
-        triton: Any = None,
-    ) -> None:
-        if (f is None) == (from_log_ratio is None):
-            raise ValueError("FDivergence takes either f, a function of t = p/q, or from_log_ratio, one of log t")
-        if not callable(f or from_log_ratio):
-            raise TypeError(f"f must be a function of tensors, not {type(f or from_log_ratio).__name__}")
-        object.__setattr__(self, "given", {"f": f, "from_log_ratio": from_log_ratio, "name": name, "triton": triton})
-        if not torch.compiler.is_compiling():
-            _validate_generator(self.generator, name)
-        super().__init__(name, self._terms, triton=triton)
-
-    def generator(self, u: Tensor) -> Tensor:
-        """f at t = exp(u)."""
-        f, from_log_ratio = self.given["f"], self.given["from_log_ratio"]  # type: ignore[attr-defined]
-        return from_log_ratio(u) if f is None else f(u.exp())
-
-    def _terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-        with torch.inference_mode(False), torch.enable_grad(), _autograd_inside_an_operator():
-            u = _log_ratio(log_p, log_q).detach().requires_grad_()
-            value = self.generator(u)
-            (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
-        larger, inverse = _larger(p, q, u)
-        value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
-        return value - slope, slope
-
-    def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """``q f(p/q)``, elementwise and differentiable by autograd: what a compiler traces."""
-        u = _log_ratio(log_p, log_q)
-        larger, inverse = _larger(p, q, u)
-        return times(larger, self.generator(u) * inverse)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _own_divergence, (self.given,)  # type: ignore[attr-defined]
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.given.values()))  # type: ignore[attr-defined]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FDivergence) and self.given == other.given  # type: ignore[attr-defined]
-
-
-def _own_divergence(given: dict[str, Any]) -> FDivergence:
-    return FDivergence(given["f"], **{k: v for k, v in given.items() if k != "f"})
-
-
-def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(p/q), held to what its exponential's dtype holds; 0 where neither model has the entry; NaN of a NaN."""
-    bound = 0.9 * math.log(torch.finfo(log_p.dtype).max)
-    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
-    return torch.where(neither, 0, log_p - log_q).clamp(-bound, bound)
-
-
-def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """``q f`` is p·(f/t) where q is the smaller: the larger probability, and what f is multiplied with beside it."""
-    return torch.where(u > 0, p, q), (-u.clamp_min(0)).exp()
-
-
-def _autograd_inside_an_operator() -> Any:
-    """Operators run below autograd's dispatch keys; a generator's f′ needs them back."""
-    include = torch._C._dispatch_tls_local_include_set()
-    return torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
-
-
-def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:
-    t = torch.cat([torch.logspace(-3, 0, 301, dtype=torch.float64), torch.logspace(0, 3, 301, dtype=torch.float64)[1:]])
-    with torch.inference_mode(False), torch.enable_grad():
-        u = t.log().clone().requires_grad_()
-        value = generator(u)
-    if not isinstance(value, Tensor) or value.shape != t.shape:
-        raise ValueError(f"{name}: f must be elementwise: it takes a tensor and returns one of the same shape")
-    if not value.isfinite().all():
-        raise ValueError(f"{name}: f is not finite at t = {t[~value.isfinite()][0]:g}")
-    at_one = value[300].item()
-    if abs(at_one) > 1e-6:
-        raise ValueError(f"{name}: f(1) must be 0, but f(1) = {at_one:g}")
-    if not value.requires_grad:
-        raise ValueError(f"{name}: f must be differentiable by autograd")
-    slopes = value.detach().diff() / t.diff()
-    falls = slopes.diff() < -1e-6 * (1 + slopes[1:].abs())
-    if falls.any():
-        raise ValueError(f"{name}: f must be convex, but its slope falls near t = {t[1:-1][falls][0]:g}")
-
-
-def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Divergence:
-    """The `Divergence` a user means: a name of the table, an instance, or a generator f(t).
-
-    Raises:
-        ValueError: an unknown name (the nearest ones are told).
-        TypeError: anything else.
-    """
-    if isinstance(divergence, Divergence):
-        return divergence
-    if isinstance(divergence, str):
-        if divergence in TABLE:
-            return TABLE[divergence]
-        near = difflib.get_close_matches(divergence.lower(), TABLE, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(TABLE)}"
-        raise ValueError(f"unknown divergence {divergence!r}; {hint}")
-    if callable(divergence):
-        return FDivergence(divergence)
-    raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,10 +11,11 @@ from torch import Tensor
 from . import checks
 from .backends.rows import Teacher
 from .carried import replaced
-from .divergences import ENGINE, Divergence, resolve
+from .divergences import ENGINE, Divergence
 from .heads import checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
+from .own import resolve
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
 from .values import Head, Hidden, Logits, LossTerms, RowFunction, Temperature

@@ -10,7 +10,8 @@ from torch import Tensor
 from . import backends
 from .backends.rows import RowCall, TokenTerms, cap_slope, capped, split
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
-from .divergences import KL, FDivergence
+from .divergences import KL
+from .own import FDivergence
 from .tokens import divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
 from .values import Logits, LossTerms
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .divergences import Divergence, resolve
+from .divergences import Divergence
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
+from .own import resolve
 
 
 def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

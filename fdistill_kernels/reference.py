@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, FDivergence, resolve
+from .divergences import Divergence
+from .own import FDivergence, resolve
 
 
 def _xlogy_difference(x: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:

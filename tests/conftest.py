@@ -11,7 +11,7 @@ if not torch.cuda.is_available():  # before any kernel is decorated: Triton's in
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fdistill_kernels import backends
-from fdistill_kernels.divergences import resolve
+from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..divergences import Divergence, SkewKL, SkewRKL, resolve
+from ..divergences import Divergence, SkewKL, SkewRKL
+from ..own import resolve
 
 SOURCES = ("teacher", "student", "gold", "beam")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..divergences import resolve
+from ..own import resolve
 from .models import Rows, forward_to_head, rows_of, step_loss
 
 #: A configuration's names for its counts of layers.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..divergences import resolve
+from ..own import resolve
 from .models import IGNORE, Rows, forward_to_head, padded, rows_of, step_loss, unpadded, virtual_tokens
 from .objectives import Half, method, mixture
 from .predistill import predistillation_loss

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill_kernels.divergences import TABLE, Divergence, FDivergence, resolve
+from fdistill_kernels.divergences import TABLE, Divergence
+from fdistill_kernels.own import FDivergence, resolve
 from fdistill_kernels.reference import f_divergence_rows
 
 #: What each function differentiates, logits or hidden states first.

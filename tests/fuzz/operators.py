@@ -30,7 +30,8 @@ def terms_of(draw: Draw, n: int, v: int) -> tuple[dict[str, Any], Divergence | N
     def row(low: float, high: float) -> Tensor:
         return draw.place(per_token(draw, (n,), low, high))
 
-    labels = draw.place(torch.randint(v, (n,))) if chosen is None or draw.maybe(0.5) else None
+    needed = chosen is None or chosen.needs_labels
+    labels = draw.place(torch.randint(v, (n,))) if needed or draw.maybe(0.5) else None
     return {
         "row_scale": draw.place(torch.rand(n) * torch.randint(0, 2, (n,))), "student_inverse_temperature": row(0.3, 3),
         "teacher_inverse_temperature": row(0.3, 3), "divergence_scale": row(0, 2), "cross_entropy_scale": row(0, 2),
