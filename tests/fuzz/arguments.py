@@ -84,12 +84,12 @@ def token_arguments(draw: Draw, lead: tuple[int, ...], v: int, target: bool, lin
     return a | ({"return_parts": True} if draw.maybe(0.1) else {})
 
 
-#: Their set or gate may be another one in float64.
-JUMP = ("akl", "entropy_gated", "tail_aware", "dkd")
+#: Their set, gate or side of a tie may be another one in float64.
+JUMP = ("lk", "akl", "entropy_gated", "tail_aware", "dkd")
 
 
 def divergence(draw: Draw, linear: bool) -> Any:
-    low, high = (-1.0, 2.0) if linear else (-8.0, 8.0)
+    low, high = (0.0, 2.0) if linear else (-8.0, 8.0)
     own = [] if draw.wild else [square]
     return draw.choice([*(n for n in fk.TABLE if n not in JUMP), *own, fk.Alpha(draw.uniform(low, high)), fk.GJS(draw.uniform(0.01, 0.99)),
                         fk.SkewKL(draw.uniform(0, 0.99)), fk.SkewRKL(draw.uniform(0, 0.99))])  # fmt: skip

@@ -9,7 +9,7 @@ import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import TokenTerms
 from fdistill_kernels.divergences import Divergence
 
-from .arguments import DTYPES, logits, per_token, spoil
+from .arguments import DTYPES, JUMP, logits, per_token, spoil
 from .checks import Failure, called, check_gradient, close, unchanged
 from .exact import FAR, HUGE, Terms, capped, rows_of, tolerances
 from .layouts import SIZES, Draw
@@ -25,20 +25,19 @@ LEAVES = {
 
 def terms_of(draw: Draw, n: int, v: int) -> tuple[dict[str, Any], Divergence | None]:
     """The fields that both requests share, and the divergence."""
-    chosen = draw.choice([None, *fk.TABLE.values(), fk.Alpha(draw.uniform(-2, 3))])
+    chosen = draw.choice([None, *(d for n, d in fk.TABLE.items() if n not in JUMP), fk.Alpha(draw.uniform(-2, 3))])
 
     def row(low: float, high: float) -> Tensor:
         return draw.place(per_token(draw, (n,), low, high))
 
-    needed = chosen is None or chosen.needs_labels
-    labels = draw.place(torch.randint(v, (n,))) if needed or draw.maybe(0.5) else None
+    labels = draw.place(torch.randint(v, (n,))) if chosen is None or draw.maybe(0.5) else None
     return {
         "row_scale": draw.place(torch.rand(n) * torch.randint(0, 2, (n,))), "student_inverse_temperature": row(0.3, 3),
         "teacher_inverse_temperature": row(0.3, 3), "divergence_scale": row(0, 2), "cross_entropy_scale": row(0, 2),
         "z_loss_scale": row(0, 0.1), "labels": labels,
         "class_weight": draw.place(torch.rand(v)) if draw.maybe(0.3) and labels is not None else None,
         "divergence": None if chosen is None else chosen.key,
-        "label_smoothing": draw.choice([0.0, 0.1]) if labels is not None else 0.0,
+        "label_smoothing": draw.choice([0.0, 0.1]) if labels is not None else 0.0, "metrics": draw.maybe(0.2),
     }, chosen  # fmt: skip
 
 
@@ -71,6 +70,7 @@ def linear_arguments(draw: Draw) -> tuple[dict[str, Any], Divergence | None]:
     return {
         "hidden": head(n), "weight": head(v), "bias": draw.choice([None, draw.place(torch.randn(v).to(dtype))]),
         "teacher": teacher, "teacher_weight": head(v) if with_head else None, "teacher_bias": None, "logit_scale": 1.5,
+        "teacher_itself": False,
         "teacher_logit_scale": 0.5, "student_softcap": draw.choice([0.0, 5.0]), "teacher_softcap": 0.0,
         "cut_path": False, "skip_tiles": True, "chunk_bytes": draw.choice([0, 1, 5000]), **terms, "want_hidden": True,
         "want_weight": draw.maybe(0.8), "want_bias": False, "backend": draw.choice(["auto", "cpu", "torch"]),
