@@ -3,6 +3,7 @@
 import collections
 import ctypes
 import itertools
+import os
 import re
 import shutil
 import subprocess
