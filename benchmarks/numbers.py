@@ -147,7 +147,18 @@ def precision(number: Numbers) -> str:
     return table(("worst errors", "loss", "eager", "student's gradient", "eager", "teacher's", "eager"), lines)
 
 
-BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps, versions, precision)}
+def vocabularies(number: Numbers) -> str:
+    """How many cases are within the tolerances at each vocabulary."""
+    lines = []
+    for v, found in number.file("precision_cpu.json")["vocabularies"].items():
+        at = ("precision_cpu.json", "vocabularies", v)
+        counts = f"{number(*at, 'within', form='d')} of {number(*at, 'cases', form='d')}"
+        worst = number(*at, "their worst gradient", form=".0e") if found["others of"] else ""
+        lines.append((v, counts, ", ".join(found["others of"]), worst))
+    return table(("vocabulary", "cases within 1e-4 and 2e-5", "others are of", "their worst gradient"), lines)
+
+
+BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps, versions, precision, vocabularies)}
 
 
 def examined(number: Numbers, document: str) -> tuple[str, list[str]]:

@@ -234,12 +234,22 @@ struct Tvd {  // f = |t - 1| / 2, with the zero subgradient at ties
   }
 };
 
+// log(p^a q^b); any number where neither model has the entry
+template <typename E, typename T = typename E::T>
+FDISTILL_INLINE T power_log(const E& e, float a, float b) {
+  // a times finfo.min, the mask of many models, would overflow
+  return T(a) * Math<T>::at_least(e.log_p, kLowestLog) + T(b) * Math<T>::at_least(e.log_q, kLowestLog);
+}
+
+template <typename E, typename T = typename E::T>
+FDISTILL_INLINE T zero_of_neither(const E& e, const T& x) {
+  return Math<T>::zero_if_both_lowest(Math<T>::at_least(e.log_p, kLowestLog), Math<T>::at_least(e.log_q, kLowestLog), x);
+}
+
 // p^a q^b, its logarithm less a number; 0 where neither model has the entry
 template <typename E, typename T = typename E::T>
 FDISTILL_INLINE T power_of(const E& e, float a, float b, float less = 0.0f) {
-  // a times finfo.min, the mask of many models, would overflow
-  const T log_p = Math<T>::at_least(e.log_p, kLowestLog), log_q = Math<T>::at_least(e.log_q, kLowestLog);
-  return Math<T>::zero_if_both_lowest(log_p, log_q, Math<T>::exp(T(a) * log_p + T(b) * log_q - T(less)));
+  return zero_of_neither(e, Math<T>::exp(power_log(e, a, b) - T(less)));
 }
 
 // f = (t^alpha - alpha t - (1 - alpha)) / (alpha (alpha - 1)), alpha not 0 or 1.

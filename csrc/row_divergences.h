@@ -16,6 +16,7 @@ enum class Members { kNone, kLabel, kCount, kMass };
 // What `coefficients` sees of a row.
 struct RowFacts {
   float sums[kMostSums], u_at_peak, u_at_other_peak;
+  float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; at least 0
 };
 
 struct Unset {
@@ -54,22 +55,23 @@ struct Lk : Unset {  // -log(1 - TVD)
 struct Renyi : Unset {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
   static constexpr bool centred = false;
   using Exchanged = Renyi;
-  // What keeps the sum in float: about its largest logarithm.
-  static FDISTILL_INLINE float anchor(const RowFacts& row, const Parameter& alpha) {
-    return fmaxf(0.0f, fmaxf(alpha.value * row.u_at_peak, -alpha.rest * row.u_at_other_peak));
+  // What keeps the sum in float: its largest logarithm, where that is above 0.
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE T largest(const E& e, const Parameter& alpha) {
+    return zero_of_neither(e, power_log(e, alpha.value, alpha.rest));
   }
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE void sums(const E& e, const Parameter& alpha, const RowFacts& row, T (&sums)[kMostSums]) {
     sums[0] = Alpha::terms(e, alpha).value;
-    sums[1] = power_of(e, alpha.value, alpha.rest, anchor(row, alpha));
+    sums[1] = power_of(e, alpha.value, alpha.rest, row.largest);
   }
   // The slope by alpha's terms, where the sum is near 1; else 0, and what the powers are multiplied with.
   static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& alpha, float* of_row) {
     const float change = -alpha.value * alpha.rest * row.sums[0], total = row.sums[1];
     const bool near = fabsf(change) < 0.5f;
     of_row[0] = of_row[7] = near ? alpha.value / (1.0f + change) : 0.0f;
-    of_row[1] = (near ? log1pf(change) : logf(total) + anchor(row, alpha)) / -alpha.rest;
-    of_row[2] = of_row[5] = anchor(row, alpha);
+    of_row[1] = (near ? log1pf(change) : logf(total) + row.largest) / -alpha.rest;
+    of_row[2] = of_row[5] = row.largest;
     of_row[3] = of_row[4] = total > 0.0f ? alpha.value / total : 0.0f * total;
   }
   template <typename E, typename T = typename E::T>

@@ -261,11 +261,16 @@ def tvd_value(e: Entry, *_: float) -> Tensor:
     return 0.5 * difference(e).abs()
 
 
+def power_log(e: Entry, a: float, b: float) -> Tensor:
+    """``log(p^a q^b)``; −inf where neither model has the entry."""
+    log_p, log_q = e.log_p.clamp_min(LOWEST_LOG), e.log_q.clamp_min(LOWEST_LOG)  # a times finfo.min would overflow
+    neither = (e.log_p <= LOWEST_LOG) & (e.log_q <= LOWEST_LOG)
+    return (a * log_p + b * log_q).masked_fill(neither, -math.inf)
+
+
 def power(e: Entry, a: float, b: float, less: float | Tensor = 0) -> Tensor:
     """``p^a q^b``, its logarithm less a number; 0 where neither model has the entry."""
-    log_p, log_q = e.log_p.clamp_min(LOWEST_LOG), e.log_q.clamp_min(LOWEST_LOG)  # α times finfo.min would overflow
-    neither = (e.log_p <= LOWEST_LOG) & (e.log_q <= LOWEST_LOG)
-    return (a * log_p + b * log_q - less).exp().masked_fill(neither, 0)
+    return (power_log(e, a, b) - less).exp()
 
 
 def _above(w: Tensor, x: Tensor, d: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .formulas import (
     KERNELS,
+    LOWEST_LOG,
     Entry,
     Formula,
     RowStatistics,
@@ -24,6 +25,7 @@ from .formulas import (
     kl_value,
     positive,
     power,
+    power_log,
     rkl_student,
     rkl_value,
     times,
@@ -55,8 +57,8 @@ def _lk(e: Entry, *_: float) -> Tensor:  # −log(1 − TVD)
 
 
 def _anchor(e: Entry, a: float, rest: float) -> Tensor:
-    """What keeps Σ p^α q^(1−α) in its dtype: about its largest logarithm."""
-    return torch.maximum(a * e.u_at_peak, -rest * e.u_at_other_peak).clamp_min(0)
+    """What keeps Σ p^α q^(1−α) in its dtype: its largest logarithm, where that is above 0."""
+    return power_log(e, a, rest).amax(1, keepdim=True).clamp(0, -LOWEST_LOG)
 
 
 def _powers(e: Entry, a: float, rest: float) -> Sums:

@@ -95,7 +95,7 @@ def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256):
                          "teacher_inner"), "i32"),
     }  # fmt: skip
     constants = {
-        "SUMS": sums, "OF_SUMS": coefficients, "MEMBERS": functions(divergence, False)["MEMBERS"],
+        "SUMS": sums, "OF_SUMS": coefficients, "LARGEST_OF": row_terms.LARGEST.get(symbol), "MEMBERS": functions(divergence, False)["MEMBERS"],
         "BY": int(divergence.statistics.members == "mass"), "BLOCK": chosen.block,
     }  # fmt: skip
     return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.warps

@@ -147,6 +147,18 @@ def test_identities(backend):
     torch.testing.assert_close(rows("lk"), -(1 - rows("tvd")).log(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_sum_of_powers_beyond_float32_has_its_logarithm(backend):
+    """Its largest entry is neither model's peak."""
+    student, teacher = torch.tensor([[-1e4, 1e4, 0.0]], requires_grad=True), torch.tensor([[1e4 - 1, 1e4, -1e4]])
+    for alpha in (1.5, 2.5):
+        loss = fk.f_divergence(student, teacher, fk.Renyi(alpha), backend=backend)
+        exact = student.detach().double().requires_grad_()
+        want = f_divergence_rows(exact, teacher.double(), fk.Renyi(alpha)).sum()
+        assert relative(loss, want) < 1e-6
+        torch.testing.assert_close(torch.autograd.grad(loss, student)[0].double(), torch.autograd.grad(want, exact)[0],
+                                   rtol=1e-2, atol=1e-2)  # fmt: skip
+
+
 def test_few_rows_of_a_long_vocabulary(backend):
     student, teacher = pair(3.0, 1, 40_000)
     for name in ("akl", "tail_aware", "csd"):

@@ -171,7 +171,8 @@ def _coefficients(call: RowCall, terms: TokenTerms, launch: Any) -> Tensor:
     sums, of_sums = row_terms.STATISTICS[divergence.kernel]
     by = row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT
     _look(row_statistics.row_statistics_kernel, call, terms, launch, coefficients=coefficients, **constants(divergence),
-          SUMS=sums, OF_SUMS=of_sums, MEMBERS=functions(divergence, False)["MEMBERS"], BY=by.value)  # fmt: skip
+          SUMS=sums, OF_SUMS=of_sums, LARGEST_OF=row_terms.LARGEST.get(divergence.kernel),
+          MEMBERS=functions(divergence, False)["MEMBERS"], BY=by.value)  # fmt: skip
     return coefficients
 
 

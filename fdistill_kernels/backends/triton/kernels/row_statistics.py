@@ -6,6 +6,7 @@ import triton.language as tl
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import load_logits, row_at
 from .statistics import statistics_of
+from .terms import LOWEST_LOG
 
 COEFFICIENTS = tl.constexpr(8)
 #: How the teacher's largest entries are told: by their number, or by their mass.
@@ -49,7 +50,7 @@ def row_statistics_kernel(
     rows, inner, vocabulary, student_outer, student_inner, teacher_outer, teacher_inner,  # strides
     student_cap, teacher_cap,
     parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8,  # `Formula.constants`
-    SUMS: tl.constexpr, OF_SUMS: tl.constexpr, MEMBERS: tl.constexpr, BY: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, OF_SUMS: tl.constexpr, LARGEST_OF: tl.constexpr, MEMBERS: tl.constexpr, BY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... whose row_scale is not 0."""
     own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
@@ -78,6 +79,14 @@ def row_statistics_kernel(
                     enough = tl.minimum(parameter, vocabulary * 1.0)
                 threshold = _threshold(teacher_row, vocabulary, models, enough, teacher_cap, BY, BLOCK)
             zeros = tl.zeros([BLOCK], tl.float32)
+            most = zeros
+            if LARGEST_OF is not None:
+                for start in tl.range(0, vocabulary, BLOCK):
+                    v = start + tl.arange(0, BLOCK)
+                    x = load_logits(student_row, v, vocabulary, student_cap)
+                    y = load_logits(teacher_row, v, vocabulary, teacher_cap)
+                    most = tl.maximum(most, LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own))
+            facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -LOWEST_LOG)
             first, second, third, fourth, fifth = zeros, zeros, zeros, zeros, zeros
             for start in tl.range(0, vocabulary, BLOCK):
                 v = start + tl.arange(0, BLOCK)
@@ -86,7 +95,7 @@ def row_statistics_kernel(
                     load_logits(teacher_row, v, vocabulary, teacher_cap),
                 )
                 entry = entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS))
-                here = SUMS(entry, own, u_at_peak, u_at_other_peak)
+                here = SUMS(entry, own, facts)
                 valid = v < vocabulary
                 first += tl.where(valid, here[0], 0.0)
                 second += tl.where(valid, here[1], 0.0)
@@ -94,7 +103,7 @@ def row_statistics_kernel(
                 fourth += tl.where(valid, here[3], 0.0)
                 fifth += tl.where(valid, here[4], 0.0)
             sums = tl.sum(first, 0), tl.sum(second, 0), tl.sum(third, 0), tl.sum(fourth, 0), tl.sum(fifth, 0)
-            of_row = OF_SUMS(sums, own, u_at_peak, u_at_other_peak)
+            of_row = OF_SUMS(sums, own, facts)
             for i in tl.static_range(COEFFICIENTS):
                 tl.store(coefficients + i * rows + n, of_row[i])
             tl.store(coefficients + COEFFICIENTS * rows + n, threshold)

@@ -1,13 +1,14 @@
 """Divergences that ask for statistics of their row, as csrc/row_divergences.h has and row_formulas.py explains them.
 
-A divergence's sums are of an entry (terms.py), its coefficients of the sums, and its terms take those behind their
+A divergence's sums are of an entry (terms.py), its coefficients of the sums, both beside the row's facts, which are u at
+both peaks and the largest of what it names, at least 0; and its terms take those behind their
 constants: own[FIRST] and on, with the models exchanged in reverse.
 """
 
 import triton
 import triton.language as tl
 
-from .terms import Alpha, Kl, Rkl, Tvd, difference, log1p, power, times
+from .terms import Alpha, Kl, Rkl, Tvd, difference, log1p, power, power_log, times
 
 FIRST, LAST = tl.constexpr(11), tl.constexpr(18)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -20,14 +21,14 @@ def _whole(e, own):
 
 
 @triton.jit
-def LkSums(e, own, u_at_peak, u_at_other_peak):
+def LkSums(e, own, facts):
     p, q, _, _, u, _, _, _, _ = e
     apart = difference(p, q, u, True)
     return 0.5 * tl.abs(apart), tl.where(p < q, p, q), 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
-def LkCoefficients(sums, own, u_at_peak, u_at_other_peak):
+def LkCoefficients(sums, own, facts):
     apart, overlap, _, _, _ = sums
     slope = tl.where(overlap > 0, 1 / overlap, 0.0 * overlap)
     loss = tl.where(apart < 0.5, -log1p(-tl.where(apart < 0.5, apart, 0.0)), -tl.log(overlap))
@@ -44,23 +45,23 @@ def Lk(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def _anchor(own, u_at_peak, u_at_other_peak):
-    """What keeps Σ p^α q^(1−α) in float: about its largest logarithm."""
-    return tl.maximum(tl.maximum(own[0] * u_at_peak, -own[1] * u_at_other_peak), 0.0)
+def RenyiLargest(e, own):
+    """What keeps Σ p^α q^(1−α) in float: its largest logarithm."""
+    return power_log(e[2], e[3], own[0], own[1])
 
 
 @triton.jit
-def RenyiSums(e, own, u_at_peak, u_at_other_peak):
+def RenyiSums(e, own, facts):
     _, value = Alpha(e, own, True)
-    total = power(e[2], e[3], own[0], own[1], _anchor(own, u_at_peak, u_at_other_peak))
+    total = power(e[2], e[3], own[0], own[1], facts[2])
     return value, total, 0.0 * e[0], 0.0 * e[0], 0.0 * e[0]
 
 
 @triton.jit
-def RenyiCoefficients(sums, own, u_at_peak, u_at_other_peak):
+def RenyiCoefficients(sums, own, facts):
     """The slope by alpha's terms, where the sum is near 1; else 0, and what the powers are multiplied with."""
     change, total = -own[0] * own[1] * sums[0], sums[1]
-    anchor, near = _anchor(own, u_at_peak, u_at_other_peak), tl.abs(change) < 0.5
+    anchor, near = facts[2], tl.abs(change) < 0.5
     slope, of_power = tl.where(near, own[0] / (1 + change), 0.0), tl.where(total > 0, own[0] / total, 0.0 * total)
     loss = tl.where(near, log1p(tl.where(near, change, 0.0)), tl.log(total) + anchor) / -own[1]
     return slope, loss, anchor, of_power, of_power, anchor, 0.0, slope
@@ -82,43 +83,43 @@ def Mixed(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def AklSums(e, own, u_at_peak, u_at_other_peak):
+def AklSums(e, own, facts):
     p, q, _, _, u, _, _, _, inside = e
     gap = tl.abs(difference(p, q, u, True))
     return tl.where(inside, gap, 0.0), tl.where(inside, 0.0, gap), 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
-def AklCoefficients(sums, own, u_at_peak, u_at_other_peak):
+def AklCoefficients(sums, own, facts):
     total = sums[0] + sums[1]
     share = tl.where(total == 0, 0.5, sums[0] / total)
     return share, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1 - share
 
 
 @triton.jit
-def EntropyGatedSums(e, own, u_at_peak, u_at_other_peak):
+def EntropyGatedSums(e, own, facts):
     p = e[0]
     return -times(p, e[2]), 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
-def EntropyGatedCoefficients(sums, own, u_at_peak, u_at_other_peak):
+def EntropyGatedCoefficients(sums, own, facts):
     gate = tl.where(sums[0] > own[0], 1.0, 0.0)
     return gate, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gate * 0.0 + 1.0
 
 
 @triton.jit
-def CsdSums(e, own, u_at_peak, u_at_other_peak):
+def CsdSums(e, own, facts):
     """From u at the weights' peak, whose own then keeps its digits."""
     p, q, _, _, u, _, _, _, _ = e
     of_teacher = own[0] != 0
-    mean = times(tl.where(of_teacher, p, q), u - tl.where(of_teacher, u_at_other_peak, u_at_peak))
+    mean = times(tl.where(of_teacher, p, q), u - tl.where(of_teacher, facts[1], facts[0]))
     return mean, 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
-def CsdCoefficients(sums, own, u_at_peak, u_at_other_peak):
-    at_peak = tl.where(own[0] != 0, u_at_other_peak, u_at_peak)
+def CsdCoefficients(sums, own, facts):
+    at_peak = tl.where(own[0] != 0, facts[1], facts[0])
     return sums[0], at_peak, 0.0, 0.0, 0.0, 0.0, -at_peak, -sums[0]
 
 
@@ -132,7 +133,7 @@ def Csd(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def GroupedSums(e, own, u_at_peak, u_at_other_peak):
+def GroupedSums(e, own, facts):
     """Outside the set: both masses, their difference, and Σ p u; and the difference inside it."""
     p, q, _, _, u, _, _, _, inside = e
     apart = difference(p, q, u, True)
@@ -155,12 +156,12 @@ def _grouped_coefficients(sums, weight, within):
 
 
 @triton.jit
-def TailAwareCoefficients(sums, own, u_at_peak, u_at_other_peak):
+def TailAwareCoefficients(sums, own, facts):
     return _grouped_coefficients(sums, 0.0 * own[1] + 1.0, own[1])
 
 
 @triton.jit
-def DkdCoefficients(sums, own, u_at_peak, u_at_other_peak):
+def DkdCoefficients(sums, own, facts):
     return _grouped_coefficients(sums, own[0], own[1])
 
 
@@ -195,3 +196,5 @@ STATISTICS = {
     "EntropyGated": (EntropyGatedSums, EntropyGatedCoefficients), "Csd": (CsdSums, CsdCoefficients),
     "TailAware": (GroupedSums, TailAwareCoefficients), "Dkd": (GroupedSums, DkdCoefficients),
 }  # fmt: skip
+#: By symbol: what of entries is to be known the largest of first.
+LARGEST = {"Renyi": RenyiLargest}
