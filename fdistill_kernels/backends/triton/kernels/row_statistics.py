@@ -50,7 +50,8 @@ def row_statistics_kernel(
     rows, inner, vocabulary, student_outer, student_inner, teacher_outer, teacher_inner,  # strides
     student_cap, teacher_cap,
     parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8,  # `Formula.constants`
-    SUMS: tl.constexpr, OF_SUMS: tl.constexpr, LARGEST_OF: tl.constexpr, MEMBERS: tl.constexpr, BY: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, OF_SUMS: tl.constexpr, LARGEST_OF: tl.constexpr, MEMBERS: tl.constexpr, BY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... whose row_scale is not 0."""
     own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)

@@ -185,16 +185,18 @@ def _above(w, x, d):
 def power_log(log_p, log_q, a, b):
     """``log(p^a q^b)``; −inf where neither model has the entry."""
     neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
-    # a times finfo.min would overflow; max(NaN, x) may be x
-    log_p = tl.where(log_p < LOWEST_LOG, LOWEST_LOG, log_p)
-    log_q = tl.where(log_q < LOWEST_LOG, LOWEST_LOG, log_q)
-    return tl.where(neither, float("-inf"), a * log_p + b * log_q)
+    either = a * tl.maximum(log_p, LOWEST_LOG) + b * tl.maximum(log_q, LOWEST_LOG)
+    return tl.where(neither, float("-inf"), either)
 
 
 @triton.jit
 def power(log_p, log_q, a, b, less):
     """``p^a q^b``, its logarithm less a number; 0 where neither model has the entry."""
-    return tl.exp(power_log(log_p, log_q, a, b) - less)
+    neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
+    # a times finfo.min would overflow; max(NaN, x) may be x
+    log_p = tl.where(log_p < LOWEST_LOG, LOWEST_LOG, log_p)
+    log_q = tl.where(log_q < LOWEST_LOG, LOWEST_LOG, log_q)
+    return tl.where(neither, 0.0, tl.exp(a * log_p + b * log_q - less))
 
 
 @triton.jit
