@@ -56,7 +56,7 @@ def test_an_sdist_makes_a_wheel_that_works(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {x.filename: x.file_size for x in archive.infolist() if x.filename.endswith((".so", ".log"))}
     assert list(sizes) == ["fdistill_kernels/libfdistill_cpu.so", "fdistill_kernels/libfdistill_cuda.log"]
-    assert sizes["fdistill_kernels/libfdistill_cpu.so"] < 1.5e6
+    assert sizes["fdistill_kernels/libfdistill_cpu.so"] < 4e6
     place = tmp_path / "place"
     assert run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), str(wheel)).returncode == 0
     verify = run("-m", "fdistill_kernels.cli", "verify", "--shape", "3,999", "--divergence", "js", "--json", cwd=place)

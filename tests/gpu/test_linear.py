@@ -28,7 +28,7 @@ def problem(dtype, n=N, v=V, d=D, d_t=D_T):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", ["js"] if DRY else list(TABLE))
+@pytest.mark.parametrize("name", ["js"] if DRY else [name for name, d in TABLE.items() if not d.needs_labels])
 def test_agrees_with_whole_logits(name, dtype, path):
     hidden, weight, teacher, teacher_weight = problem(dtype)
     labels = torch.randint(V, (N,), device=DEVICE)
