@@ -34,7 +34,7 @@ fuzz = $(BIN)/python -m tests.fuzz.fuzz --seconds $$(($(FUZZ_SECONDS) / 2)) --se
 
 sanitize: $(SANITIZED)
 	$(sanitized) $(BIN)/python -m pytest -p no:xdist --capture=sys tests/test_functional.py tests/test_linear.py \
-		tests/test_divergences.py tests/test_row_divergences.py tests/test_metrics.py -k "cpu and not compile"
+		tests/test_divergences.py tests/test_row_divergences.py -k "cpu and not compile and not shift and not equal_models"
 	$(sanitized) ATEN_CPU_CAPABILITY=default $(fuzz)
 	$(sanitized) $(fuzz)
 

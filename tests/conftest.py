@@ -54,17 +54,22 @@ def emulate_cuda(monkeypatch, cluster: int = 2, stages: int = 2) -> None:
     monkeypatch.setattr(backends.cuda, "plan", plan)
 
 
+def small_triton(monkeypatch, spans: bool) -> None:
+    """Triton with blocks so small that rows cross several; and rows cut into spans."""
+    from fdistill_kernels.backends.triton import launch
+
+    small = launch.Launch(block=1024, warps=4, programs=2, splits=3 if spans else 1)
+    monkeypatch.setattr(launch, "choose", lambda *_, **__: small)
+
+
 @pytest.fixture(params=["torch", "cpu", "triton", "triton-spans", "cuda"])
 def backend(request, monkeypatch):
     if request.param == "cuda":
         emulate_cuda(monkeypatch)
     if request.param == "cpu":
         assert native_backend_is_built(), backends.cpu.NOT_LOADED  # a failure, not a skip: `make` builds it
-    if request.param.startswith("triton"):  # blocks so small that rows cross several; and rows cut into spans
-        from fdistill_kernels.backends.triton import launch
-
-        small = launch.Launch(block=1024, warps=4, programs=2, splits=3 if request.param == "triton-spans" else 1)
-        monkeypatch.setattr(launch, "choose", lambda *_, **__: small)
+    if request.param.startswith("triton"):
+        small_triton(monkeypatch, request.param == "triton-spans")
     return request.param.partition("-")[0]
 
 

@@ -11,7 +11,18 @@ from fdistill_kernels.backends.rows import TokenTerms
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
-from .conftest import labelled, relative
+from .conftest import emulate_cuda, labelled, relative, small_triton
+
+#: The Hopper kernel leaves them all to Triton: `test_the_hopper_kernel_leaves_them_to_triton`.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(params=["torch", "cpu", "triton", "triton-spans"])
+def backend(request, monkeypatch):
+    if request.param.startswith("triton"):
+        small_triton(monkeypatch, request.param == "triton-spans")
+    return request.param.partition("-")[0]
+
 
 NAMES = [name for name, d in TABLE.items() if d.statistics is not None]
 N, V, D = 5, 1203, 24
@@ -167,6 +178,15 @@ def test_few_rows_of_a_long_vocabulary(backend):
         want = f_divergence_rows(exact, teacher.double(), name).sum()
         assert relative(got, want) < 2e-5
         assert relative(torch.autograd.grad(got, student)[0], torch.autograd.grad(want, exact)[0]) < 2e-5
+
+
+def test_the_hopper_kernel_leaves_them_to_triton(monkeypatch):
+    emulate_cuda(monkeypatch)
+    student, teacher = pair(rows=2, vocabulary=300)
+    for name in NAMES:
+        keywords = labelled(name, 2)
+        rows = [fk.f_divergence(student, teacher, name, backend=b, **keywords) for b in ("cuda", "triton")]
+        assert torch.equal(*rows)
 
 
 def test_compiles_in_one_graph():
