@@ -56,23 +56,24 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     z_s = capped(call.student[i, inner].to(dtype), call.student_softcap)
     zero = torch.zeros((), dtype=dtype, device=z_s.device)
     divergence = cross_entropy = squared_lse = student_gradient = teacher_gradient = zero
-    student = _Model(z_s, terms.student_inverse_temperature[n].unsqueeze(1)) if _models(call) else None
-    teacher = None
+    labels = None if terms.labels is None else torch.where(live, terms.labels[n].unsqueeze(1), 0)
+    student = teacher = None
+    if call.divergence is not None or terms.metrics:
+        student = _Model(z_s, terms.student_inverse_temperature[n].unsqueeze(1))
 
     if call.divergence is not None and call.teacher is not None:
         rate = terms.teacher_inverse_temperature[n].unsqueeze(1)
         teacher = _Model(capped(call.teacher[i, inner].to(dtype), call.teacher_softcap), rate)
         assert student is not None
         weight = terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
-        labels = None if terms.labels is None else terms.labels[n].unsqueeze(1)
         value, of_student, of_teacher = _terms(call.divergence, student, teacher, labels, call.teacher_gradient)
         divergence = weight * value.sum(1, keepdim=True)
         student_gradient = weight * student.rate * of_student
         if of_teacher is not None:
             teacher_gradient = weight * teacher.rate * of_teacher * cap_slope(teacher.logits, call.teacher_softcap)
 
-    if terms.labels is not None:
-        cross_entropy, squared_lse, of_labels = _label_terms(call, z_s, n, live.squeeze(1))
+    if labels is not None:
+        cross_entropy, squared_lse, of_labels = _label_terms(terms, z_s, labels, n)
         student_gradient = student_gradient + of_labels
 
     student_gradient = student_gradient * cap_slope(z_s, call.student_softcap)
@@ -80,7 +81,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     def finish(x: Tensor) -> Tensor:
         return torch.where(live, scale * x, zero)
 
-    metrics = _metrics(student, teacher, terms, n) if student is not None and terms.metrics else ()
+    metrics = _metrics(student, teacher, labels) if student is not None and terms.metrics else ()
     every = (divergence, cross_entropy, squared_lse, *metrics)
     parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in every])
     return parts, finish(student_gradient), finish(teacher_gradient)
@@ -115,31 +116,21 @@ def _log_ratio(teacher: _Model, student: _Model) -> Tensor:
     return torch.where(apart.abs() <= 1, alike, teacher.shifted - student.shifted) - constant
 
 
-def _models(call: RowCall) -> bool:
-    """Whether the student's softmax is needed, beside the labels'."""
-    return call.divergence is not None or call.terms.metrics
-
-
-def _metrics(student: _Model, teacher: _Model | None, terms: TokenTerms, n: slice) -> tuple[Tensor, ...]:
+def _metrics(student: _Model, teacher: _Model | None, labels: Tensor | None) -> tuple[Tensor, ...]:
     """`Metrics` (n, 1) of each row."""
 
     def entropy(model: _Model) -> Tensor:
         return -times(model.probability, model.log_probability).sum(1, keepdim=True)
 
-    nothing, lse = torch.zeros_like(student.top), _log_sum_exp(student.logits)
+    nothing, lse = torch.zeros_like(student.top), student.logits.logsumexp(1, keepdim=True)
     label = nothing
-    if terms.labels is not None:
-        at = student.logits.gather(1, torch.where(terms.row_scale[n] != 0, terms.labels[n], 0).unsqueeze(1))
-        label = (at - student.top) - (lse - student.top)
+    if labels is not None:
+        label = (student.logits.gather(1, labels) - student.top) - (lse - student.top)
     if teacher is None:
         return entropy(student), nothing, nothing, nothing, lse, label
     agreement = (student.peak == teacher.peak).to(lse)
     overlap = torch.minimum(student.probability, teacher.probability).sum(1, keepdim=True)
     return entropy(student), entropy(teacher), agreement, overlap, lse, label
-
-
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    return logits.logsumexp(1, keepdim=True)
 
 
 def _terms(
@@ -199,13 +190,10 @@ def _log_softmax(z: Tensor) -> Tensor:
     return (z - z.amax(1, keepdim=True)).log_softmax(1)
 
 
-def _label_terms(call: RowCall, z: Tensor, n: slice, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _label_terms(terms: TokenTerms, z: Tensor, label: Tensor, n: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and lse² (n, 1), and the weighted gradient of both (n, V), at temperature 1."""
-    terms, vocabulary = call.terms, z.shape[1]
-    assert terms.labels is not None
-    labels = terms.labels[n]
+    vocabulary = z.shape[1]
     ce_scale, z_scale = terms.cross_entropy_scale[n].unsqueeze(1), terms.z_loss_scale[n].unsqueeze(1)
-    label = torch.where(live, labels, 0).unsqueeze(1)
     w = z.new_ones(vocabulary) if terms.class_weight is None else terms.class_weight.to(z)
     log_q = _log_softmax(z)
     lse = z.logsumexp(1, keepdim=True)
