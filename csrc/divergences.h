@@ -111,21 +111,12 @@ FDISTILL_INLINE T excess(const T& u) { return u + u * u * second_order(u); }
 template <typename E>
 FDISTILL_INLINE typename E::T difference(const E& e) { return e.near(e.q * excess(e.u), e.p - e.q); }
 
-// log(1 + f) of f in [sqrt(1/2) - 1, sqrt(2) - 1], less f; Cephes' coefficients
+// log(1 + x) of t = x / (1 + x/2), x in [-1/4, 1]: 2 atanh(t/2), within 6e-9 of its own
 template <typename T>
-FDISTILL_INLINE T log_tail(const T& f) {
-  const float coefficients[] = {3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f, 1.4249322787e-1f,
-                                -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f};
-  const T square = f * f;
-  return f * square * polynomial(f, coefficients) - T(0.5f) * square;
-}
-
-// log(1 + x), x in [-1/4, 1]
-template <typename T>
-FDISTILL_INLINE T log1p(const T& x) {
-  constexpr float kRoot = 0.41421356f, kLog2 = 0.693147181f;
-  const T f = Math<T>::where_less(x, T(kRoot), x, x * T(0.5f) - T(0.5f));
-  return f + log_tail(f) + Math<T>::where_less(x, T(kRoot), T(0.0f), T(kLog2));
+FDISTILL_INLINE T log1p_of(const T& t) {
+  const float coefficients[] = {8.3333022892e-2f, 1.2506727129e-2f, 2.1876408719e-3f, 5.4710940458e-4f};
+  const T square = t * t;
+  return t + t * square * polynomial(square, coefficients);
 }
 
 // log(a + b) less log b, and log(a/b). Of a near entry, if `given`, log(1 + near) stands for log(1 + smaller/larger).
@@ -136,8 +127,9 @@ struct LogSum {
   FDISTILL_INLINE LogSum(const E& e, const T& a, const T& b, const T& log_a, const T& log_b, bool given, const T& near) {
     // 0/0 as a finite number: 0 log 0 is 0 without asking
     apart = Math<T>::smaller(Math<T>::larger(log_a - log_b, T(kLowest)), T(0.0f - kLowest));
-    const T ratio = Math<T>::smaller(a, b) / (Math<T>::larger(a, b) + T(kSmallestNormal));
-    tail = log1p(given ? e.near(near, ratio) : ratio);
+    const T small = Math<T>::smaller(a, b), large = Math<T>::larger(a, b) + T(kSmallestNormal);
+    const T x = given ? e.near(near, small) : small, one = given ? e.near(T(1.0f), large) : large;  // x over one
+    tail = log1p_of(x / (one + T(0.5f) * x));
     above_b = tail + Math<T>::larger(apart, T(0.0f));
   }
 };

@@ -10,7 +10,7 @@ objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 # a product and a sum may be one instruction; no other liberties
 compiler=${CXX:-c++}  # unquoted: it may be "ccache g++"
-flags=(-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-psabi -Wno-unknown-warning-option -Wno-maybe-uninitialized "$@")
+flags=(-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-psabi -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized "$@")
 isas=default
 case $(uname -m) in
   x86_64 | amd64)

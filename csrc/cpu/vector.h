@@ -108,28 +108,50 @@ FDISTILL_INLINE float lane_maximum(const Vec& x) {
   return best;
 }
 
-// x = n log 2 + r, e^r by a polynomial; 2^n in two factors, so that a result below the normal numbers is rounded once.
+#ifdef __AVX512F__
+// 2^(j/16)
+constexpr float kRootsOfTwo[16] = {1.0f,         1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                   1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                   1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+#endif
+
+// x = n log 2 + r, e^r by a polynomial. With AVX-512 n is in sixteenths, whose 2^n a register holds, and r so small that
+// two coefficients do; else 2^n is two factors, so that a result below the normal numbers is rounded once.
 // `below_zero`: x is not above 0.
 template <bool below_zero = false>
 FDISTILL_INLINE Vec exponential(const Vec& argument) {
-  constexpr float kRounder = 0x1.8p23f;  // what is added to it becomes an integer
   Floats x = maximum(Vec(-104.0f), argument).lanes;  // a NaN passes
   if (!below_zero) x = minimum(Vec(89.0f), Vec(x)).lanes;
+#ifdef __AVX512F__
+  constexpr float kRounder = 0x1.8p19f;  // what is added to it becomes a multiple of 1/16
+#else
+  constexpr float kRounder = 0x1.8p23f;  // an integer
+#endif
   const Floats rounded = x * 1.44269504088896341f + kRounder, n = rounded - kRounder;
   Floats r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
+#ifdef __AVX512F__
+  const Floats p = (r * 1.6666666667e-1f + 5.0001659e-1f) * r + 1.0f;  // e^r = 1 + r p, within 2e-9
+  const Floats root = Floats(_mm512_permutexvar_ps(bits<__m512i>(rounded), _mm512_loadu_ps(kRootsOfTwo)));
+  return Floats(_mm512_scalef_ps(__m512(root + root * (r * p)), __m512(n)));  // by the whole part of n
+#else
   Floats p = Floats{} + 1.3814598989e-3f;  // within 4e-9 of e^r
   p = p * r + 8.3687170132e-3f;
   p = p * r + 4.1668388049e-2f;
   p = p * r + 1.6666520631e-1f;
   p = p * r + 4.9999993448e-1f;
   p = p * (r * r) + r + 1.0f;
-#ifdef __AVX512F__
-  return Floats(_mm512_scalef_ps(__m512(p), __m512(n)));
-#else
   const Ints exponent = bits<Ints>(rounded) - bits<int32_t>(kRounder), half = exponent >> 1;
   return p * bits<Floats>((half + 127) << 23) * bits<Floats>((exponent - half + 127) << 23);
 #endif
+}
+
+// log(1 + f) of f in [sqrt(1/2) - 1, sqrt(2) - 1], less f
+FDISTILL_INLINE Vec log_tail(const Vec& f) {
+  const float coefficients[] = {3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f, 1.4249322787e-1f,
+                                -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f};
+  const Vec square = f * f;
+  return f * square * polynomial(f, coefficients) - Vec(0.5f) * square;
 }
 
 // Of normal numbers, infinity and NaN: x = 2^n m, m in [sqrt(1/2), sqrt(2)).
@@ -156,12 +178,29 @@ FDISTILL_INLINE Vec hyperbolic_tangent(const Vec& x) {
 }
 
 FDISTILL_INLINE Vec widened(const Halves& narrow, BFloat16) {
+#ifdef __AVX512BW__  // each half to the upper half of a word in one step, where a conversion and a shift are two
+  constexpr uint32_t kUpper = 0xaaaaaaaau;
+  const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  return bits<Floats>(_mm512_maskz_permutexvar_epi16(kUpper, places, _mm512_castsi256_si512(bits<__m256i>(narrow))));
+#else
   return bits<Floats>(__builtin_convertvector(narrow, Words) << 16);
+#endif
 }
 
-FDISTILL_INLINE Halves narrowed(const Vec& x, BFloat16) {  // to the nearest, ties to even
+FDISTILL_INLINE Halves narrowed(const Vec& x, BFloat16) {  // to the nearest, ties to even; a NaN is cut
+#ifdef __AVX512BW__
+  const __m512i word = bits<__m512i>(x.lanes);
+  const __mmask16 number = _mm512_cmp_ps_mask(__m512(x.lanes), __m512(x.lanes), _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, word, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_add_epi32(word, number, word, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  const __m512i uppers = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d, 0xb0009,
+                                          0x70005, 0x30001);  // the upper half of each word
+  return bits<Halves>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(uppers, rounded)));
+#else
   const Words word = bits<Words>(x.lanes), rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x.lanes != x.lanes ? broadcast(0x7fc0u) : rounded, Halves);
+#endif
 }
 
 FDISTILL_INLINE Vec widened(const Halves& narrow, Half) {

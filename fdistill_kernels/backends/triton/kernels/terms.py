@@ -70,14 +70,23 @@ def log1p(x):
 
 
 @triton.jit
+def _log1p_of(t):
+    """log(1 + x) of t = x/(1 + x/2), x in [−1/4, 1]: 2 atanh(t/2), within 6e-9 of its own."""
+    square = t * t
+    series = (5.4710940458e-4 * square + 2.1876408719e-3) * square + 1.2506727129e-2
+    return t + t * square * (series * square + 8.3333022892e-2)
+
+
+@triton.jit
 def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
     """log(a/b), log(a + b) less log b, and in a row about one, of a near entry, log(1 + near)."""
     apart = log_a - log_b
     apart = tl.where(apart > -LARGEST, tl.where(apart < LARGEST, apart, LARGEST), -LARGEST)
-    ratio = tl.where(a < b, a, b) / (tl.where(a < b, b, a) + SMALLEST_NORMAL)
+    small, large = tl.where(a < b, a, b), tl.where(a < b, b, a) + SMALLEST_NORMAL
     if CLOSE:
-        ratio = tl.where(tl.where(tl.abs(u_at_peak) < ABOUT_ONE, tl.abs(u), ABOUT_ONE) < NEAR, near, ratio)
-    tail = log1p(ratio)
+        given = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, tl.abs(u), ABOUT_ONE) < NEAR
+        small, large = tl.where(given, near, small), tl.where(given, 1.0, large)
+    tail = _log1p_of(small / (large + 0.5 * small))
     return apart, tail + tl.where(apart > 0, apart, 0.0), tail
 
 
