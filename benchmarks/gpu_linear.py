@@ -1,99 +1,154 @@
-"""Linear losses on a GPU, beside the FLOP floor and the peers that are installed, in one run.
+"""Linear losses on a GPU, ours or the peers' that are installed, beside the FLOP floor.
 
-    python -m benchmarks.gpu_linear --out results.json [--dry]
+    python -m benchmarks.gpu_linear --who ours|peers --out results.json [--first] [--dry]
 
-The floor is 2·N·V·(3·D_s + D_t) FLOP at the matrix rate measured first. Memory is the peak above inputs and gradients,
-the float32 accumulator of ∂weight included. --dry runs toy shapes in Triton's interpreter.
+The floor is 2·N·V·(3·D_s + D_t) FLOP at the matrix rate measured first; "products" are those four alone, in chunks as
+ours. Memory is the peak above inputs and gradients, the float32 accumulator of ∂weight included. Of ours the hidden
+states' gradient is held beside float64 on a few rows. --first takes the one shape that matters most; --dry toy shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu_rows import matrix_rate
+from benchmarks.gpu import Device, Results, measured, rates
+from benchmarks.gpu_rows import WRONG, emulate
 from benchmarks.peers import linear_losses
-from benchmarks.report import save
-from fdistill_kernels import linear_f_divergence
-from fdistill_kernels.bench import eager_loss, median_seconds
+from fdistill_kernels import linear_f_divergence, products
+from fdistill_kernels.backends import BACKENDS
+from fdistill_kernels.bench import eager_loss
 from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.reference import f_divergence_rows
+from fdistill_kernels.values import Head
 
-SHAPES = [(8192, 128256, 2048, 4096), (8192, 128256, 4096, 4096), (4096, 32000, 2048, 4096), (4096, 151936, 1024, 2048)]
+LARGE = (8192, 128256, 2048, 4096)
+FULL = [
+    LARGE,
+    (8192, 128256, 4096, 4096),
+    (4096, 32000, 2048, 4096),
+    (4096, 151936, 1024, 2048),
+    (4096, 50257, 768, 1600),
+]
+PRODUCTS_ROWS = 1024
+Loss = Callable[..., Tensor]
 
 
-def problem(n, v, d_s, d_t, device):
+def problem(n: int, v: int, d_s: int, d_t: int, device: str) -> tuple[Tensor, ...]:
     """Hidden states and heads in bfloat16; the student's require grad."""
+    torch.manual_seed(0)
     sizes = ((n, d_s), (v, d_s), (n, d_t), (v, d_t))
     made = [(torch.randn(s, device=device) / (s[1] ** 0.5 if s[0] == v else 1)).bfloat16() for s in sizes]
     return *(x.requires_grad_() for x in made[:2]), *made[2:]
 
 
-def measure(loss, inputs, floor):
-    """Time of forward and backward, and peak memory above inputs and gradients."""
-    hidden, weight, *_ = inputs
-
-    def step():
-        hidden.grad = weight.grad = None
-        loss(*inputs).backward()
-
-    cuda = torch.cuda.is_available()
-    try:
-        step()
-        hidden.grad = weight.grad = None
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes if cuda else None
-        seconds = median_seconds(step, 0.5)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"out_of_memory": True}
-    finally:
-        hidden.grad = weight.grad = None
-    return {"milliseconds": 1e3 * seconds, "over_floor": seconds / floor, "peak_bytes": peak}
+def our_losses(name: str, device: Device, first: bool) -> dict[str, Loss]:
+    """Ours by both paths and both row kernels."""
+    losses: dict[str, Loss] = {}
+    for backend in ("triton", "cuda"):
+        if BACKENDS[backend].why_not(torch.device(device.type), torch.bfloat16, None) is None:
+            losses[f"fdistill {backend}"] = functools.partial(linear_f_divergence, divergence=name, backend=backend)
+    minimal = functools.partial(linear_f_divergence, divergence=name, memory="minimal", backend="triton")
+    losses["fdistill minimal"] = minimal
+    if not first:
+        losses["fdistill minimal, all tiles"] = functools.partial(minimal, skip_tiles=False)
+    return losses
 
 
-def losses(name):
-    """Ours by both paths, eager, compiled, and the peers that have this divergence."""
+def peers(name: str) -> dict[str, Loss]:
+    """Eager, compiled, and the installed libraries that have this divergence; what compiles comes last."""
     row_loss = eager_loss(TABLE[name])
 
-    def eager(h, w, t, u):
+    def eager(h: Tensor, w: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return row_loss(h @ w.T, t @ u.T)
 
-    ours = {
-        "fdistill": lambda *x: linear_f_divergence(*x, name, backend="triton"),
-        "fdistill minimal": lambda *x: linear_f_divergence(*x, name, memory="minimal", backend="triton"),
-        "fdistill minimal, all tiles": lambda *x: linear_f_divergence(
-            *x, name, memory="minimal", skip_tiles=False, backend="triton"
-        ),
-    }
-    return {**ours, "eager": eager, "torch.compile": torch.compile(eager), **linear_losses(name)}
+    return {**linear_losses(name), "eager": eager, "torch.compile": torch.compile(eager)}
+
+
+def four_products(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> None:
+    """The floor's products, nothing between them."""
+    with torch.no_grad():
+        logits = hidden.new_empty(min(PRODUCTS_ROWS, len(hidden)), len(weight))
+        total = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        for begin in range(0, len(hidden), PRODUCTS_ROWS):
+            rows = slice(begin, begin + PRODUCTS_ROWS)
+            here = logits[: len(hidden[rows])]
+            products.logits_(teacher[rows], Head(teacher_weight), here)
+            products.logits_(hidden[rows], Head(weight), here)
+            products.hidden_gradient(here, weight, 1.0)
+            products.add_weight_gradient_(here, hidden[rows], 1.0, 1.0 if begin else 0.0, total)
+
+
+def gradient_error(name: str, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> float:
+    """Of the gradient in hidden.grad, on a few rows, from the float64 reference."""
+    rows = torch.linspace(0, len(hidden) - 1, 4).long().unique().to(hidden.device)
+    exact, head = hidden.detach()[rows].double().requires_grad_(), weight.detach().double()
+    logits = teacher[rows].double() @ teacher_weight.double().T
+    (wanted,) = torch.autograd.grad(f_divergence_rows(exact @ head.T, logits, name).sum(), exact)
+    assert hidden.grad is not None
+    got = hidden.grad[rows].double() * len(hidden)
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def measure(name: str, loss: Loss, inputs: tuple[Tensor, ...], device: Device, floor: float, ours: bool,
+            seconds: float) -> dict[str, Any]:  # fmt: skip
+    """See `measured`; with the ratio to the floor, and of ours whether it is right."""
+    torch._dynamo.reset()
+    hidden, weight, *_ = inputs
+
+    def clear() -> None:
+        hidden.grad = weight.grad = None
+
+    def step() -> None:
+        clear()
+        loss(*inputs).backward()
+
+    found: dict[str, Any] = {}
+    if ours:
+        step()
+        found["gradient_error"] = gradient_error(name, *inputs)
+        found["right"] = found["gradient_error"] < WRONG
+        clear()
+    found |= measured(step, clear, device, seconds)
+    found["peak_bytes"] = max(0, found["peak_bytes"] - hidden.nbytes - weight.nbytes)
+    return {**found, "over_floor": found["milliseconds"] / (1e3 * floor)}
 
 
 def main() -> None:
-    """Measures, writes the file, prints the table."""
+    """Measures, writes the file after each, and fails if one of ours did."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--who", choices=["ours", "peers"], required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--first", action="store_true")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    device = "cpu" if args.dry else "cuda"
-    rate = matrix_rate(device, 64 if args.dry else 8192)
-    results = []
-    for n, v, d_s, d_t in [(5, 130, 16, 24)] if args.dry else SHAPES:
-        floor = 2 * n * v * (3 * d_s + d_t) / rate
-        for name in ("js", "kl"):
-            for what, loss in losses(name).items():
-                if args.dry and not what.startswith("fdistill"):
-                    continue
-                torch._dynamo.reset()
-                found = measure(loss, problem(n, v, d_s, d_t, device), floor)
-                results.append({"what": what, "divergence": name, "shape": [n, v, d_s, d_t], **found})
-                print(results[-1], flush=True)
-            save(args.out, results, args.dry, matrix_flop_per_second=rate)
+    device, ours, seconds = Device(args.dry), args.who == "ours", 0.02 if args.dry else 0.4
+    if args.dry and ours:
+        emulate()
+    found_rates = rates(device)
+    results = Results(args.out, device, **found_rates)
+    for n, v, d_s, d_t in [(5, 130, 16, 24)] if args.dry else [LARGE] if args.first else FULL:
+        floor = 2 * n * v * (3 * d_s + d_t) / found_rates["matrix_flop_per_second"]
+        inputs = problem(n, v, d_s, d_t, device.type)
+        shape = [n, v, d_s, d_t]
+        if ours:
+            alone = functools.partial(
+                measured, functools.partial(four_products, *inputs), lambda: None, device, seconds
+            )
+            results.add(alone, ours, what="products", shape=shape)
+        for name in ("js",) if args.first else ("js", "kl"):
+            for what, loss in (our_losses(name, device, args.first) if ours else peers(name)).items():
+                found = functools.partial(measure, name, loss, inputs, device, floor, ours, seconds)
+                results.add(found, ours, what=what, divergence=name, shape=shape)
+                inputs[0].grad = inputs[1].grad = None
+        del inputs
+    raise SystemExit(results.failed)
 
 
 if __name__ == "__main__":

@@ -1,109 +1,123 @@
-"""Row losses on a GPU, by every backend of ours, beside the floor and the peers that are installed, in one run.
+"""Row losses on a GPU, by a backend of ours or by the peers that are installed, beside the floor.
 
-    python -m benchmarks.gpu_rows --out results.json [--dry]
+    python -m benchmarks.gpu_rows --who triton|cuda|peers --out results.json [--first] [--dry]
 
-The floor is three passes over N·V at the copy rate measured first; two for labels alone, which have no teacher. --dry
-runs toy shapes, Triton in its interpreter and the CUDA kernels emulated.
+The floor is three passes over N·V at the copy rate measured first; two for labels alone, which have no teacher. Ours
+are held beside float64 on a few rows as they are measured: `gradient_error` is the difference's norm over the norm.
+--first takes the shapes and losses that matter most; --dry toy shapes, Triton in its interpreter and CUDA emulated.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import subprocess
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.gpu import Device, Results, measured, rates
 from benchmarks.peers import labels_of, row_losses
-from benchmarks.report import save
 from fdistill_kernels import cross_entropy, f_divergence
 from fdistill_kernels.backends import BACKENDS, cuda
-from fdistill_kernels.bench import floor_seconds, make_logits, median_seconds, training_step
+from fdistill_kernels.bench import make_logits, training_step
+from fdistill_kernels.reference import f_divergence_rows
 
-PEERS_TOO = [(8192, 128256), (4096, 32000), (8192, 50257)]
-OURS_ALONE = [(8192, v) for v in (32000, 151936, 262144)]
-SHAPES = {"kl": PEERS_TOO + OURS_ALONE, "js": PEERS_TOO + OURS_ALONE, "tvd": PEERS_TOO + OURS_ALONE,
-          "rkl": PEERS_TOO[:1], "engine": PEERS_TOO[:1], "labels": PEERS_TOO[:1] + OURS_ALONE}  # fmt: skip
+LARGE, ODD, SMALL = (8192, 128256), (8192, 50257), (8192, 32000)
+MORE = [(4096, 32000), (8192, 151936), (8192, 262144)]
+FIRST = {"js": [LARGE, SMALL, ODD], "kl": [LARGE, SMALL], "tvd": [LARGE, SMALL], "labels": [LARGE]}
+FULL = {"js": [LARGE, SMALL, ODD, *MORE], "kl": [LARGE, SMALL, ODD, *MORE], "tvd": [LARGE, SMALL, ODD, *MORE],
+        "labels": [LARGE, SMALL, ODD, *MORE], "rkl": [LARGE, SMALL], "engine": [LARGE], "skew_kl": [LARGE],
+        "tail_aware": [LARGE]}  # fmt: skip
+PEERS_TOO = (LARGE, SMALL, ODD)
+WRONG = 2e-2  # of a bfloat16 gradient, by norm
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def our_losses(name, device):
-    """The loss by each backend that runs there, as functions of logits of student and teacher."""
+def our_losses(name: str, backend: str, first: bool) -> dict[str, Loss]:
+    """The loss by a backend, and by the Hopper kernel's other launches, of logits of student and teacher."""
 
-    def loss(student, teacher, backend, blocks=cuda.BLOCKS):
+    def loss(student: Tensor, teacher: Tensor, blocks: tuple[int, ...] = cuda.BLOCKS) -> Tensor:
         cuda.BLOCKS = blocks
         if name == "labels":
             return cross_entropy(student, labels_of(student), backend=backend)
         return f_divergence(student, teacher, name, backend=backend)
 
-    able = [n for n in ("triton", "cuda") if BACKENDS[n].why_not(torch.device(device), torch.bfloat16, None) is None]
-    losses = {f"fdistill {n}": functools.partial(loss, backend=n) for n in able}
-    if "cuda" in able:
-        for blocks in ((1,), (3, 2, 1)):
-            losses[f"fdistill cuda {blocks[0]}"] = functools.partial(loss, backend="cuda", blocks=blocks)
+    losses: dict[str, Loss] = {f"fdistill {backend}": loss}
+    if backend == "cuda" and not first:
+        losses |= {f"fdistill cuda {b[0]}": functools.partial(loss, blocks=b) for b in ((1,), (3, 2, 1))}
     return losses
 
 
-def matrix_rate(device: str, n: int) -> float:
-    """FLOP a second of an n×n×n bfloat16 product of random matrices."""
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    return 2 * n**3 / median_seconds(lambda: a @ b)
+def gradient_error(name: str, student: Tensor, teacher: Tensor) -> float:
+    """Of the gradient in student.grad, on a few rows, from the float64 reference."""
+    rows = torch.linspace(0, len(student) - 1, 4).long().unique().to(student.device)
+    exact, assumed = student.detach()[rows].double().requires_grad_(), teacher[rows].double()
+    if name == "labels":
+        loss = torch.nn.functional.cross_entropy(exact, labels_of(student)[rows], reduction="sum")
+    else:
+        loss = f_divergence_rows(exact, assumed, name).sum()
+    (wanted,) = torch.autograd.grad(loss, exact)
+    assert student.grad is not None
+    got = student.grad[rows].double() * len(student)
+    return float((got - wanted).norm() / wanted.norm())
 
 
-def measure(step, floor, what, name, shape):
-    """Time and peak memory above what was there before."""
-    cuda = torch.cuda.is_available()
-    try:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        seconds = median_seconds(step, 0.3)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"what": what, "divergence": name, "shape": shape, "out_of_memory": True}
-    peak = torch.cuda.max_memory_allocated() - before if cuda else None
-    return {"what": what, "divergence": name, "shape": shape, "milliseconds": 1e3 * seconds,
-            "over_floor": seconds / floor, "peak_bytes": peak}  # fmt: skip
+def measure(name: str, loss: Loss, student: Tensor, teacher: Tensor, device: Device, floor: float, ours: bool,
+            seconds: float) -> dict[str, Any]:  # fmt: skip
+    """See `measured`; with the ratio to the floor, and of ours whether it is right."""
+    torch._dynamo.reset()
+    step = training_step(loss, student, teacher)
+    found: dict[str, Any] = {}
+    if ours:
+        step()
+        found["gradient_error"] = gradient_error(name, student, teacher)
+        found["right"] = found["gradient_error"] < WRONG
+
+    def clear() -> None:
+        student.grad = None
+
+    found |= measured(step, clear, device, seconds)
+    return {**found, "over_floor": found["milliseconds"] / (1e3 * floor)}
+
+
+def emulate() -> None:
+    """The CUDA kernels on the CPU, as the tests have them."""
+    from tests.conftest import emulated_library
+
+    cuda.LIBRARY = emulated_library()
 
 
 def main() -> None:
-    """Measures, writes the file, prints the table."""
+    """Measures, writes the file after each, and fails if one of ours did."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--who", choices=["triton", "cuda", "peers"], required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--first", action="store_true")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    device = "cpu" if args.dry else "cuda"
-    if args.dry:
-        folder = tempfile.TemporaryDirectory()
-        subprocess.run(["csrc/cuda/build.sh", "--emulated", f"{folder.name}/emulated.so"], check=True)
-        cuda.LIBRARY = cuda.Library(Path(folder.name, "emulated.so"))
-    like = torch.empty(2**16 if args.dry else 2**29, dtype=torch.bfloat16, device=device)
-    rates = {"copy_bytes_per_second": 3 * like.nbytes / floor_seconds(like),
-             "matrix_flop_per_second": matrix_rate(device, 64 if args.dry else 8192)}  # fmt: skip
-    del like
-    results: list[dict[str, object]] = []
-    for name, shapes in SHAPES.items():
+    device, ours, seconds = Device(args.dry), args.who != "peers", 0.02 if args.dry else 0.3
+    if args.dry and args.who == "cuda":
+        emulate()
+    if ours and (reason := BACKENDS[args.who].why_not(torch.device(device.type), torch.bfloat16, None)):
+        raise SystemExit(f"the {args.who} backend does not run: {reason}")
+    measured_first = rates(device)
+    results = Results(args.out, device, **measured_first)
+    for name, shapes in (FIRST if args.first else FULL).items():
         for shape in [(2, 500)] if args.dry else shapes:
-            student, teacher = make_logits(shape, torch.bfloat16, device)
-            floor = floor_seconds(teacher) * (2 / 3 if name == "labels" else 1)
-            ours, peers = our_losses(name, device), row_losses(name) if shape in PEERS_TOO else {}
-            for what, loss in {**ours, **peers}.items():
-                torch._dynamo.reset()
-                step = training_step(loss, student, teacher)
-                try:
-                    results.append(measure(step, floor, what, name, shape))
-                except Exception as error:  # of a peer
-                    if what in ours:
-                        raise
-                    results.append({"what": what, "divergence": name, "shape": shape, "error": str(error)[:500]})
-            save(args.out, results, args.dry, **rates)
+            if not (ours or args.dry or shape in PEERS_TOO):
+                continue
+            student, teacher = make_logits(shape, torch.bfloat16, device.type)
+            floor = (2 if name == "labels" else 3) * teacher.nbytes / measured_first["copy_bytes_per_second"]
+            losses = our_losses(name, args.who, args.first) if ours else row_losses(name)
+            for what, loss in losses.items():
+                found = functools.partial(measure, name, loss, student, teacher, device, floor, ours, seconds)
+                results.add(found, ours, what=what, divergence=name, shape=list(shape))
+                student.grad = None
             del student, teacher
-    for r in results:
-        found = r.get("error", "out of memory")
-        if "milliseconds" in r:
-            found = f"{r['milliseconds']:9.3f} ms  {r['over_floor']:6.2f} floors"
-        print(f"{r['divergence']:14s} {r['shape']!s:16s} {r['what']:18s}", found)
+    raise SystemExit(results.failed)
 
 
 if __name__ == "__main__":

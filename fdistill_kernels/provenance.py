@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -28,7 +29,8 @@ def _processor() -> str:
 
 
 def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git).
+    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git,
+    where $FDISTILL_COMMIT names the commit).
 
     Results that an earlier command has written anew are no change: nothing is measured with them.
     """
@@ -37,6 +39,6 @@ def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "fdistill_kernels": __version__,
-        "commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
-        "command": command,
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("FDISTILL_COMMIT"),
+        "dirty": None if changes is None else bool(changes), "command": command,
     }  # fmt: skip

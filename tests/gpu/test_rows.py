@@ -155,9 +155,8 @@ torch.cuda.synchronize()
     assert process.returncode != 0 and "assert" in process.stderr and "illegal memory" not in process.stderr
 
 
-@pytest.mark.card
 def test_same_bits_every_time(backend):
-    student, teacher = models((999, 50257), torch.bfloat16)
+    student, teacher = models(size(999, 50257), torch.bfloat16)
     student.requires_grad_()
     one, two = (
         torch.autograd.grad(fk.f_divergence(student, teacher, "js", backend=backend), student)[0] for _ in range(2)
@@ -165,10 +164,9 @@ def test_same_bits_every_time(backend):
     assert torch.equal(one, two)
 
 
-@pytest.mark.card
-def test_upstream_gradients_and_second_backward(backend):
-    student, teacher = models((32, 5000), torch.float32)
+def test_upstream_gradients(backend):
+    student, teacher = models(size(32, 5000), torch.float32)
     student.requires_grad_()
     loss = 3 * fk.f_divergence(student, teacher, "js", backend=backend)
     (gradient,) = torch.autograd.grad(loss, student)
-    assert relative(gradient, 3 * reference(student, teacher, "js", backend=backend)[1] / 32) < 2e-5
+    assert relative(gradient, 3 * reference(student, teacher, "js")[1] / len(student)) < 2e-5

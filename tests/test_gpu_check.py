@@ -1,0 +1,91 @@
+"""benchmarks/gpu_check.sh as far as a machine without a card can take it, and with a fault in every step."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_check import Step, run_all, steps
+
+ROOT = Path(__file__).parent.parent
+WHOLE = os.environ.get("FDISTILL_WHOLE") == "1"
+#: Of each step, what happens in the middle of it. A benchmark ends each measurement with a profile; the first is of
+#: the machine's rates.
+FAULTS = """
+import os, time, torch
+import torch.profiler
+
+def after(count, function, fault):
+    def called(*a, **kw):
+        nonlocal count
+        count -= 1
+        return fault() if count < 0 else function(*a, **kw)
+    return called
+
+def illegal():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+step = os.environ.get("FDISTILL_STEP", "")
+faults = {"rows triton": lambda: os._exit(139), "rows cuda": lambda: time.sleep(1000), "linear ours": illegal,
+          "rows peers": lambda: os._exit(139), "linear peers": illegal}
+if step in faults:
+    torch.profiler.profile = after(3 if step == "linear ours" else 2, torch.profiler.profile, faults[step])
+if step.startswith("tests"):
+    torch.nn.functional.cross_entropy = lambda *a, **kw: os._exit(139)
+if step.endswith("check"):
+    os._exit(9)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """What torch.compile makes of a peer takes most of a minute, and is not ours."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0" if WHOLE else "1")
+
+
+def test_runs_dry(tmp_path):
+    """What will run on a card is known to work. `make test` takes the longest steps; the test below begins every one."""
+    few = [] if WHOLE else ["--first", "--only", "linear ours", "tests cuda"]
+    command = [ROOT / "benchmarks" / "gpu_check.sh", "--dry", tmp_path, *few]
+    process = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert process.returncode == 0 and "gpu_check: all passed" in process.stdout, process.stdout + process.stderr
+    log = (tmp_path / "check.log").read_text()
+    assert " passed" in log and "skipped" not in log, log
+    for who in ("linear_ours", *(("rows_triton", "rows_cuda") if WHOLE else ())):
+        entries = json.loads((tmp_path / f"{who}.json").read_text())["results"]
+        assert len(entries) > 2 and all(e["milliseconds"] > 0 and "peak_bytes" in e for e in entries), who
+        assert all(e["right"] for e in entries if e["what"] != "products"), who
+
+
+def test_a_fault_in_each_step_loses_nobody_elses_results(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    for name, value in dict(FDISTILL_DRY="1", TRITON_INTERPRET="1", NVCC="false").items():
+        monkeypatch.setenv(name, value)
+    chosen = [replace(s, seconds=30) if s.name == "rows cuda" else s for s in steps(tmp_path, dry=True, first=True)]
+    said = []
+    assert not run_all(chosen, tmp_path, float("inf"), said.append)
+    outcomes = {k: v["status"] for k, v in json.loads((tmp_path / "check.json").read_text())["steps"].items()}
+    assert list(outcomes) == [s.name for s in chosen] and len(said) == len(chosen), "each step had its turn"
+    assert outcomes.pop("rows cuda") == "stopped after 30 s"
+    assert outcomes.pop("linear peers") == 0, "a peer's failure is written down, and is not ours"
+    assert all(status not in (0, "no time left") for status in outcomes.values()), outcomes
+    found = {who: json.loads((tmp_path / f"{who}.json").read_text())["results"]
+             for who in ("rows_triton", "rows_cuda", "rows_peers", "linear_ours", "linear_peers")}  # fmt: skip
+    for entries in found.values():
+        assert "milliseconds" in entries[0], found
+    assert (
+        "illegal memory" in found["linear_ours"][-1]["error"] and "illegal memory" in found["linear_peers"][-1]["error"]
+    )
+
+
+def test_time_that_is_up_is_said(tmp_path):
+    assert not run_all([Step("late", ["true"], 10)], tmp_path, 0.0)
+    assert json.loads((tmp_path / "check.json").read_text())["steps"]["late"]["status"] == "no time left"
+    gone = Step("gone", ["there-is-no-such-program"], 10)
+    assert not run_all([gone, Step("there", ["true"], 10)], tmp_path, float("inf"))
+    assert json.loads((tmp_path / "check.json").read_text())["steps"]["there"]["status"] == 0
