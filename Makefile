@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 16 $(ARGS)
 
 # every architecture of the installed transformers, where make test takes a sample
 test-all: $(VENV)/installed

@@ -14,8 +14,13 @@ from .backends.rows import VECTORS, LinearCall, RowCall, TokenTerms, split
 
 #: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
 CPU_CHUNK_BYTES = 55_000_000
-#: The most that is taken of a GPU; a quarter of its free memory if that is less.
-GPU_CHUNK_BYTES = 512_000_000
+#: The most that is taken of a GPU, or a quarter of what it could still give if that is less; but for GPU_FEWEST_ROWS,
+#: below which the weight's gradient is bound by its accumulator's traffic, half.
+GPU_CHUNK_BYTES = 1_100_000_000
+GPU_FEWEST_ROWS = 1024
+#: Rows of a chunk on a GPU are whole tiles of the matrix products, entries of a row in its buffer whole 128-byte lines:
+#: of 50257 entries rows would start anywhere, and products read them in small pieces.
+GPU_TILE, GPU_LINE = 128, 64
 #: A chunk of memory="minimal" where the Triton kernels of that path do not run.
 MINIMAL_CHUNK_BYTES = 8_000_000
 
@@ -30,9 +35,10 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
     of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)
     live = None if callable(call.teacher.rows) else _live_rows(call.terms)
     count = hidden.shape[0] if live is None else len(live)
-    step = min(_chunk_rows(call), max(1, count))
-    like = hidden.new_empty(0, dtype=_buffer_dtype(call))
-    buffers = [products.empty(like, step, head.weight.shape[0]) for _ in range(1 if call.teacher.rows is None else 2)]
+    step, vocabulary = even_step(count, _chunk_rows(call), GPU_TILE if hidden.is_cuda else 16), head.weight.shape[0]
+    like, row = hidden.new_empty(0, dtype=_buffer_dtype(call)), _buffer_row(vocabulary, backend)
+    models = 1 if call.teacher.rows is None else 2
+    buffers = [products.empty(like, step, row)[:, :vocabulary] for _ in range(models)]
     if not count:
         of_weight.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -103,18 +109,43 @@ def _teacher_logits_(call: LinearCall, begin: int, end: int, rows: slice | Tenso
 
 
 def _chunk_rows(call: LinearCall) -> int:
-    """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product."""
+    """The most rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product."""
+    models = 1 if call.teacher.rows is None else 2
+    row_bytes = models * call.head.weight.shape[0] * _buffer_dtype(call).itemsize
     chunk_bytes = call.path.chunk_bytes
     if not chunk_bytes:
-        chunk_bytes = CPU_CHUNK_BYTES
-        if call.hidden.is_cuda:
-            chunk_bytes = GPU_CHUNK_BYTES
-            if not torch.cuda.is_current_stream_capturing():
-                chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(call.hidden.device)[0] // 4)
-    models = 1 if call.teacher.rows is None else 2
-    most = max(1, chunk_bytes // (models * call.head.weight.shape[0] * _buffer_dtype(call).itemsize))
-    tile = 128 if call.hidden.is_cuda else 16
+        chunk_bytes = (
+            gpu_chunk_bytes(row_bytes, _available(call.hidden.device)) if call.hidden.is_cuda else CPU_CHUNK_BYTES
+        )
+    most, tile = max(1, chunk_bytes // row_bytes), GPU_TILE if call.hidden.is_cuda else 16
     return most // tile * tile or most
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes a GPU could still give: what the driver has free, and what torch holds unused. None while capturing."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def gpu_chunk_bytes(row_bytes: int, available: int | None) -> int:
+    """The budget of a chunk on a GPU that could give so many bytes."""
+    if available is None:
+        return GPU_CHUNK_BYTES
+    return max(min(GPU_CHUNK_BYTES, available // 4), min(GPU_FEWEST_ROWS * row_bytes, available // 2))
+
+
+def even_step(count: int, most: int, tile: int) -> int:
+    """Rows of a chunk that cuts `count` evenly, in whole tiles, into no more chunks than `most` would: no thin last."""
+    chunks = max(1, -(-count // most))
+    even = -(-count // chunks)
+    return max(1, min(most, -(-even // tile) * tile, count))
+
+
+def _buffer_row(vocabulary: int, backend: str) -> int:
+    """Entries from a row of the buffer to the next."""
+    return -(-vocabulary // GPU_LINE) * GPU_LINE if backend in ("triton", "cuda") else vocabulary
 
 
 def _buffer_dtype(call: LinearCall) -> torch.dtype:

@@ -65,6 +65,11 @@ def _run(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name} did not run: torch's own message is on stderr, or there is no memory")
 
 
+#: torch 2.8 and 2.9 have narrow products with a wide result, but none that adds to a wide one.
+WIDE_SUM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+SLICE = 8192  # rows of the weight whose product is made aside where WIDE_SUM is not to be had
+
+
 def empty(like: Tensor, *sizes: int) -> Tensor:
     """An uninitialised tensor of like's dtype and device; on the native backend in large pages."""
     return cpu.empty(like, *sizes) if _native(like) else like.new_empty(sizes)
@@ -80,10 +85,10 @@ def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
         _run("logits_product", hidden, head.weight, head.bias, float(head.scale), out)
     elif head.bias is not None:
         torch.addmm(head.bias, hidden, head.weight.t(), alpha=head.scale, out=out)
+    elif head.scale != 1:  # beta 0: what is in the buffer is not read
+        torch.addmm(out, hidden, head.weight.t(), beta=0, alpha=head.scale, out=out)
     else:
         torch.mm(hidden, head.weight.t(), out=out)
-        if head.scale != 1:
-            out.mul_(head.scale)
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -93,8 +98,10 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
         sums = torch.zeros(parts, gradient.shape[0], weight.shape[1])
         _run("hidden_gradient", gradient, weight, float(scale), sums.flatten(0, 1), parts)
         return sums.sum(0)
-    product = torch.mm(gradient, weight)
-    return product.mul_(scale) if scale != 1 else product
+    if scale == 1:
+        return torch.mm(gradient, weight)
+    product = gradient.new_empty(gradient.shape[0], weight.shape[1])
+    return torch.addmm(product, gradient, weight, beta=0, alpha=scale, out=product)
 
 
 def add_weight_gradient_(gradient: Tensor, hidden: Tensor, scale: float, keep: float, total: Tensor) -> None:
@@ -108,7 +115,19 @@ def add_weight_gradient_(gradient: Tensor, hidden: Tensor, scale: float, keep: f
         return
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden, beta=keep, alpha=scale)
-    elif gradient.is_cuda and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads():
+    elif gradient.is_cuda and torch.version.hip is None and WIDE_SUM:
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, beta=keep, alpha=scale, out=total)
+    elif gradient.is_cuda and torch.version.hip is None:
+        _add_in_slices_(gradient, hidden, scale, keep, total)
     else:
         total.addmm_(gradient.t().to(total.dtype), hidden.to(total.dtype), beta=keep, alpha=scale)
+
+
+def _add_in_slices_(gradient: Tensor, hidden: Tensor, scale: float, keep: float, total: Tensor) -> None:
+    for begin in range(0, len(total), SLICE):
+        rows = slice(begin, begin + SLICE)
+        product = torch.mm(gradient[:, rows].t(), hidden, out_dtype=total.dtype)
+        if keep:
+            total[rows].mul_(keep).add_(product, alpha=scale)
+        else:
+            torch.mul(product, scale, out=total[rows])

@@ -134,11 +134,12 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
     constants = {
         "TERMS": getattr(terms, symbol) if symbol else None, "EXCHANGED": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
         "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK": tiles.BLOCK, "FRESH": False,
+        **dict.fromkeys(("PRECISION", "STUDENT_PRECISION", "TEACHER_PRECISION"), "ieee" if dtype == "fp32" else "tf32"),
+        "BLOCK": tiles.BLOCK, "FRESH": False,
         "BLOCK_V": cut.tile_width(
             getattr(tiles, phase) if kernel == "tile_kernel" else None, symbol, bool(labels), labels == "smoothed",
             4 if dtype == "fp32" else 2, older),
-        **dict.fromkeys(("BLOCK_D", "BLOCK_K"), 32 if dtype == "fp32" else 64),
+        **dict.fromkeys(("BLOCK_D", "STUDENT_D", "TEACHER_D", "BLOCK_K"), 32 if dtype == "fp32" else 64),
     }  # fmt: skip
     function = {"statistics_kernel": head_statistics, "tile_kernel": tiles, "product_kernel": tile_products}[kernel]
     function = getattr(function, kernel)

@@ -14,6 +14,15 @@ from fdistill_kernels import backends
 from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
 
+#: What takes longest begins first, so that no worker is left with it at the end.
+LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
+           "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
+           "test_every_stage", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if item.name.startswith(name)), len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):

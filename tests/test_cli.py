@@ -43,7 +43,7 @@ def test_doctor_without_the_native_backend(capsys, monkeypatch):
 
 
 def test_verify_passes_and_prints_json(capsys):
-    status, out = run(capsys, "verify", "--shape", "3,1001", "--json")
+    status, out = run(capsys, "verify", "--shape", "2,601", "--json")
     outcomes = json.loads(out)
     assert status == 0 and all(o["ok"] for o in outcomes)
     assert {o["divergence"].partition("(")[0] for o in outcomes} == set(TABLE)

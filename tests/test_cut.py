@@ -1,6 +1,7 @@
 """The cut path (memory="minimal") in Triton's interpreter: every divergence and keyword, bands, skipping, memory."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_every_divergence(name, bands):
     assert relative(loss, expected) < 2e-5
     got, want = (torch.autograd.grad(x, i) for x, i in ((loss, (hidden, weight)), (expected, (h, w))))
     assert all((g - e).norm() < 1e-4 * e.norm() for g, e in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("student, teacher, width", [("bfloat16", "float32", 96), ("float32", "bfloat16", 40),
+                                                     ("float16", "float32", 32), ("float32", "float16", 72)])  # fmt: skip
+def test_models_of_two_dtypes(student, teacher, width):
+    """Each model's products are cut by its own dtype and width, in its own precision."""
+    hidden, weight, *_ = problem(getattr(torch, student))
+    other = [x.to(getattr(torch, teacher)) for x in (torch.randn(N, width), torch.randn(V, width) / width**0.5)]
+    loss = fk.linear_f_divergence(hidden, weight, *other, "js", **MINIMAL)
+    h, w = exact(hidden), exact(weight)
+    expected = f_divergence_rows(h @ w.T, other[0].double() @ other[1].double().T, "js").mean()
+    assert relative(loss, expected) < 1e-4
+    got, want = (torch.autograd.grad(x, i) for x, i in ((loss, (hidden, weight)), (expected, (h, w))))
+    assert all((g - e).norm() < 1e-2 * e.norm() for g, e in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", ["js", "kl", "rkl"])
@@ -154,7 +169,10 @@ def test_misuse():
         fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, logit_softcap=0.0)
 
 
-@pytest.mark.parametrize("shape", [(1024, 128256, 4096), (8192, 128256, 4096), (65536, 128256, 2048)])
+LARGEST = [(65536, 128256, 2048)] if os.environ.get("FDISTILL_WHOLE") == "1" else []
+
+
+@pytest.mark.parametrize("shape", [(1024, 128256, 4096), (8192, 128256, 4096), *LARGEST])
 def test_memory_of_the_sizes_that_matter(shape, monkeypatch):
     """Every allocation of the sweeps, between kernels that do nothing; what nobody writes costs the test no memory."""
 

@@ -1,6 +1,7 @@
 """`fdistill train` end to end on a tiny encoder–decoder teacher: a student, a report, resumption, bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,15 +128,17 @@ def test_sigkill_loses_and_doubles_nothing(files, capsys):
     assert cli.main(arguments(files, *settings, "--out", f"{files}/whole")) == 0
     for moment in ("shard", "line"):
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED, moment, *arguments(files, *settings)], capture_output=True
-        )
+            [sys.executable, "-c", KILLED, moment, *arguments(files, *settings)], capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums in the same order
+        )  # fmt: skip
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
         assert (files / "run" / "teacher_samples" / "shard-00000.parquet").exists() == (moment == "line")
     assert (files / "run" / "metrics.jsonl").read_text().endswith('{"stage": "tv')
     assert cli.main(arguments(files, *settings)) == 0
     whole, again = (AutoModelForSeq2SeqLM.from_pretrained(files / name / "student") for name in ("whole", "run"))
-    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        if not name.endswith("k_proj.bias"):  # a softmax does not feel it: Adam follows its gradient's rounding
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
     def logged(name):
         lines = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,7 @@
 // The library's plain C interface: a RowTask, how to cut it, and a stream. Built by nvcc for sm_90a; built by a C++
 // compiler, the same calls run the same kernels on the CPU.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstring>
 
@@ -82,9 +84,11 @@ cudaError_t resident_clusters(const void* function, const cudaLaunchConfig_t& co
 }  // namespace fdistill
 
 const char* fdistill_cuda_trouble() {
+  // the driver's own function, not the runtime's, which would start CUDA: a child forked later could not use it
+  void* library = dlopen("libcuda.so.1", RTLD_LAZY);
+  const auto version = library ? reinterpret_cast<int (*)(int*)>(dlsym(library, "cuDriverGetVersion")) : nullptr;
   int driver = 0;
-  const cudaError_t error = cudaDriverGetVersion(&driver);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (!version || version(&driver)) return "there is no CUDA driver";
   static char text[128];
   snprintf(text, sizeof(text), "the driver supports CUDA %d.%d, the library is of CUDA %d.%d", driver / 1000,
            driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...divergences import Divergence
 from ...row_formulas import KERNELS
 from ..rows import VECTORS, RowCall, TokenTerms
+from .launch import ALWAYS
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -144,7 +145,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
             class_weight_sum=class_weight_sum,
             **functions(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
-            BLOCK=launch.block, num_warps=launch.warps,
+            BLOCK=launch.block, num_warps=launch.warps, **ALWAYS,
         )  # fmt: skip
 
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
@@ -195,7 +196,7 @@ def _look(kernel: Any, call: RowCall, terms: TokenTerms, launch: Any, **more: An
             inner=student.shape[1], vocabulary=student.shape[2], student_outer=student_outer,
             student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
             student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None, **more,
-            BLOCK=launch.block, num_warps=launch.warps,
+            BLOCK=launch.block, num_warps=launch.warps, **ALWAYS,
         )  # fmt: skip
 
 
@@ -226,5 +227,5 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
         scale_kernel[(chosen.programs,)](
             gradient, factor.float().contiguous(), rows, inner, vocabulary, gradient.stride(0), gradient.stride(1),
-            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps,
+            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps, **launch.ALWAYS,
         )  # fmt: skip

@@ -73,7 +73,9 @@ class _Sweeps:
             shape = _blocks(self.rows), _blocks(self.vocabulary)
             self.live = torch.zeros(shape, dtype=torch.int8, device=call.hidden.device)
         # enough spans to fill the card a few times over, where the blocks of rows do not
-        processors = launch.device_of(call.hidden.device).processors
+        card = launch.device_of(call.hidden.device)
+        processors, self.older = card.processors, card.without_wide_products
+        self.options = {"num_warps": 8 * 32 // card.lanes, "num_stages": STAGES, **launch.ALWAYS}
         splits = min(-(-4 * processors // _blocks(self.rows)), _blocks(self.vocabulary))
         self.span = -(-_blocks(self.vocabulary) // splits) * BLOCK
         self.splits = -(-self.vocabulary // self.span)
@@ -118,7 +120,8 @@ class _Sweeps:
             statistics_kernel[(_blocks(self.rows), self.splits)](
                 head.hidden, head.weight, head.bias, terms.row_scale, rate, terms.labels if of_student else None,
                 partials, self.rows, self.vocabulary, *head.shape, self.span, PLAIN=plain and of_student,
-                EVEN=head.even, **head.options(None),
+                EVEN=head.even, PRECISION=head.precision, BLOCK_D=head.depth, BLOCK=BLOCK,
+                BLOCK_V=tile_width(None, None, False, False, head.itemsize, self.older), **self.options,
             )  # fmt: skip
             tops, totals, plain_totals, label_logits = partials
             top = tops.amax(0)
@@ -169,6 +172,7 @@ class _Sweeps:
         symbol = (call.divergence.kernel or "own") if call.divergence else None
         functions = triton_backend.functions(call.divergence, teacher_gradient=False)
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
+        widest = max(model.itemsize for model in (student, teacher) if model)
         tile_kernel[grid](
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
             teacher and teacher.bias, self.facts, terms.labels, terms.class_weight if self.smoothed else None,
@@ -176,9 +180,11 @@ class _Sweeps:
             log_threshold=log_threshold, first_row=first[0], first_entry=first[1], span=span,
             gradient_stride=gradient.stride(0) if gradient is not None else 0,
             **triton_backend.constants(call.divergence), TERMS=functions["TERMS"], EXCHANGED=functions["EXCHANGED"],
-            SMOOTHED=self.smoothed, PHASE=phase,
-            STUDENT_EVEN=student.even, TEACHER_EVEN=(teacher or student).even,
-            **student.options(phase, symbol, terms.labels is not None, self.smoothed),
+            SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even, STUDENT_PRECISION=student.precision,
+            STUDENT_D=student.depth, TEACHER_EVEN=(teacher or student).even,
+            TEACHER_PRECISION=(teacher or student).precision, TEACHER_D=(teacher or student).depth, BLOCK=BLOCK,
+            BLOCK_V=tile_width(phase, symbol, terms.labels is not None, self.smoothed, widest, self.older),
+            **self.options,
         )  # fmt: skip
 
     def gradient_tiles(self, rows: slice, entries: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +246,7 @@ class _Sweeps:
         product_kernel[(gradient.shape[0] // BLOCK, _blocks(width))](
             gradient, other, total, order, counts, gradient.shape[1], other.shape[0] - 1, width,
             *gradient.stride(), other.stride(0), 0 if order is None else order.stride(0), FRESH=fresh,
-            PRECISION=self.student.precision, BLOCK=BLOCK, BLOCK_K=self.student.depth, num_warps=8, num_stages=STAGES,
+            PRECISION=self.student.precision, BLOCK=BLOCK, BLOCK_K=self.student.depth, **self.options,
         )  # fmt: skip
 
 
@@ -250,24 +256,19 @@ class _Model:
     def __init__(self, hidden: Any, head: Head):
         self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, head.weight))
         self.bias = None if head.bias is None else head.bias.contiguous()
-        self.depth = 128 // hidden.element_size()
+        self.itemsize = hidden.element_size()
+        self.depth = 128 // self.itemsize
         exact = hidden.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         self.precision = "interpreted" if not hidden.is_cuda else "ieee" if exact else "tf32"
         self.even = hidden.shape[1] % self.depth == 0
         self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), head.scale, head.softcap or None)
 
-    def options(self, phase: Any, symbol: str | None = None, labels: bool = False, smoothed: bool = False) -> Any:
-        """Of a kernel that makes logits; see `tile_width`."""
-        device, size = self.hidden.device, self.hidden.element_size()
-        older = self.hidden.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(device) < (9, 0)
-        return {"PRECISION": self.precision, "BLOCK": BLOCK, "BLOCK_D": self.depth, "num_warps": 8,
-                "num_stages": STAGES, "BLOCK_V": tile_width(phase, symbol, labels, smoothed, size, older)}  # fmt: skip
-
 
 def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, itemsize: int, older: bool) -> int:
-    """Entries of the logits' tiles: as many as registers hold without spilling; `older` than sm_90.
+    """Entries of the logits' tiles: as many as registers hold without spilling.
 
-    phase: TOTALS, GRADIENT, or None for the statistics. symbol: the divergence's, None without a teacher.
+    phase: TOTALS, GRADIENT, or None for the statistics. symbol: the divergence's, None without a teacher. itemsize: of
+    the wider model's inputs. older: see `launch.Device.without_wide_products`.
     """
     if phase is None or itemsize == 4:
         return BLOCK if itemsize == 2 else 64 if phase is None else 32

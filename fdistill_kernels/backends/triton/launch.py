@@ -23,13 +23,21 @@ class Launch:
     splits: int = 1
 
 
+#: Options of every launch: a product and a sum may be one instruction, which newer Triton does not take for granted.
+ALWAYS = {"enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on. L2 in bytes."""
+    """What the choice depends on. L2 in bytes; lanes of a warp; whether matrix products take their operands by way of
+    registers, as they do without the instructions of sm_90 and sm_100.
+    """
 
     name: str
     processors: int
     l2: int
+    lanes: int = 32
+    without_wide_products: bool = False
 
 
 @functools.lru_cache
@@ -38,7 +46,9 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         return Device("interpreter", 2, 1 << 22)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size)
+    older = torch.version.hip is None and properties.major not in (9, 10)
+    lanes = getattr(properties, "warp_size", 32)
+    return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size, lanes, older)
 
 
 def _next_power_of_two(x: int) -> int:
@@ -54,9 +64,9 @@ def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: 
     """
     entries = 16 // itemsize  # of a thread
     block = min(_next_power_of_two(vocabulary), (8 if heavy else 16) * 32 * entries)
-    warps = max(1, block // (32 * entries))
+    warps = max(1, block // (device.lanes * entries))
     resident = device.l2 // 2 // (2 * vocabulary * itemsize)
-    per_processor = max(1, min(resident // device.processors, 32 // warps))
+    per_processor = max(1, min(resident // device.processors, 1024 // (warps * device.lanes)))
     programs = min(rows, per_processor * device.processors)
     blocks = -(-vocabulary // block)
     splits = min(device.processors // rows, blocks, 64) if 2 * rows <= device.processors else 1
@@ -69,11 +79,12 @@ def candidates(rows: int, vocabulary: int, itemsize: int, device: Device) -> Ite
     for block in (1024, 2048, 4096, 8192, 16384):
         if block >= 2 * vocabulary and block > 1024:
             continue
-        for warps in (4, 8, 16, 32):
-            if not 4 * 32 * warps <= block <= 32 * 32 * warps:
+        for threads in (128, 256, 512, 1024):
+            warps = threads // device.lanes
+            if not 4 * threads <= block <= 32 * threads:
                 continue
             for per_processor in (1, 2, 4):
-                if per_processor * warps <= 64:
+                if per_processor * threads <= 2048:
                     yield Launch(block, warps, min(rows, per_processor * device.processors), splits)
 
 

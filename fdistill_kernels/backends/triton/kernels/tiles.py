@@ -27,10 +27,11 @@ def tile_kernel(
     student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter, rest,
     log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8, log_threshold, first_row, first_entry, span, gradient_stride,
     TERMS: tl.constexpr, EXCHANGED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
-    STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    STUDENT_EVEN: tl.constexpr, STUDENT_PRECISION: tl.constexpr, STUDENT_D: tl.constexpr, TEACHER_EVEN: tl.constexpr,
+    TEACHER_PRECISION: tl.constexpr, TEACHER_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of both models. Grid: (blocks of rows, spans of the vocabulary), from first_row and first_entry.
+    """Tiles of both models, which need not be of one dtype. Grid: (blocks of rows, spans of the vocabulary), from
+    first_row and first_entry.
 
     TOTALS: partials (3, splits, rows) get the shares of D, of S and of Σ w·log q for smoothing, and `live`, one byte a
     tile (rows' blocks, vocabulary's blocks), whether a log-probability reaches
@@ -62,12 +63,12 @@ def tile_kernel(
             inside = (v < vocabulary)[None, :]
             if teacher is not None:
                 y = head_logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
-                            teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN, PRECISION,
-                            BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
+                            teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN,
+                            TEACHER_PRECISION, BLOCK, BLOCK_V, TEACHER_D)  # fmt: skip
                 log_p = (y - _fact(facts, 5, n, rows)) * _fact(facts, 6, n, rows) - _fact(facts, 7, n, rows)
             z = head_logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width,
-                        student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN, PRECISION,
-                        BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
+                        student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN,
+                        STUDENT_PRECISION, BLOCK, BLOCK_V, STUDENT_D)  # fmt: skip
             # facts are loaded where they are used: registers that products could not spare
             student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
             student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
