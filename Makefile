@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-matrix peers sanitize release lint bench clean
+.PHONY: demo test test-all test-matrix peers sanitize aot release lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
@@ -45,6 +45,13 @@ $(SANITIZED): $(shell find csrc/cpu csrc/*.h)
 # other versions of torch, Triton, transformers and Python, each in an environment of its own; writes tests/MATRIX.md
 test-matrix:
 	$(PYTHON) tests/matrix.py $(ARGS)
+
+# the tables of tests/aot: what three versions of Triton make of every kernel for every target
+aot:
+	for version in 3.4.0 3.6.0 3.9.0; do \
+		test -d build/triton/$$version || $(BIN)/pip install --quiet --no-deps --target build/triton/$$version triton==$$version; \
+		PYTHONPATH=build/triton/$$version TRITON_INTERPRET=0 $(BIN)/python -m tests.aot || exit 1; \
+	done
 
 release:
 	bash tests/release.sh "$(TORCH)"
