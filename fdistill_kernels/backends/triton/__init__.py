@@ -30,7 +30,7 @@ def _interpreter_trouble() -> str | None:
 
 
 #: Symbols whose registers would spill in a program of 16 warps, as a trained teacher's do.
-HEAVY = ("SkewRkl", "SkewKl")
+HEAVY = ("SkewRkl", "SkewKl", "Akl")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
