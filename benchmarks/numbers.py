@@ -65,17 +65,17 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def rows(number: Numbers) -> str:
     """Row losses on the CPU."""
-    machine = number.file("cpu_rows.json")["machine_info"]
+    machine, dtypes = number.file("cpu_rows.json")["machine_info"], ("float32", "bfloat16")
     lines = [
-        (name, number("cpu_rows.json", f"test_ours[{name}-torch.float32]", "ms") + " ms",
+        (name, *(number("cpu_rows.json", f"test_ours[{name}-torch.{dtype}]", "ms") + " ms" for dtype in dtypes),
          number("cpu_rows.json", f"test_ours[{name}-torch.float32]", "over_floor"),
          *(number("cpu_rows.json", f"test_peers[{name}-{peer}]", "over_ours") for peer in ("compile", "eager")))
         for name in ("kl", "js", "tvd")
     ]  # fmt: skip
     return (
-        f"Forward and backward, N = 1024, V = 32000, float32, {machine['threads']} cores of an {machine['device']} "
-        f"with {machine['instruction_set']},\nmedians:\n\n"
-        + table(("", "ours", "÷ floor", "torch.compile ÷ ours", "eager ÷ ours"), lines)
+        f"Forward and backward, N = 1024, V = 32000, {machine['threads']} cores of an {machine['device']} "
+        f"with {machine['instruction_set']}, medians;\nratios are of float32:\n\n"
+        + table(("", "float32", "bfloat16", "÷ floor", "torch.compile ÷ ours", "eager ÷ ours"), lines)
     )  # fmt: skip
 
 
