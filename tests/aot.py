@@ -173,12 +173,12 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+STRIDES = ("student_outer", "student_inner", "teacher_outer", "teacher_inner", "gradient_outer", "gradient_inner")
 KINDS = {"kernel": tile_variant, "statistics": statistics_variant, "symbol": row_variant}
 
 
-def compile_one(job):
-    """Resources of one variant on one target."""
-    arguments, target_name = job
+def compiled(arguments, target_name):
+    """One variant for one target, and its name."""
     target, card = TARGETS[target_name]
     kind = next((known for asked, known in KINDS.items() if asked in arguments), metrics_variant)
     name, function, types, constants, warps = kind(**arguments, card=card)
@@ -186,13 +186,19 @@ def compile_one(job):
     signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
     constants.update({n: None for n in names if n in types and types[n] is None})
     divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in ("rows", "inner")}
+    odd = {"rows", "inner"} if arguments.get("vocabulary", 0) % 16 == 0 else {"rows", "inner", "vocabulary", *STRIDES}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in odd}
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
-    amd = target.backend == "hip"
-    options = {"num_warps": warps, "num_stages": 2 if amd else 3, **launch.ALWAYS}
-    compiled = triton.compile(source, target=target, options=options)
-    found = resources_amd(compiled) if amd else resources_nvidia(compiled)
-    return f"{name} @ {target_name}", {**found, "shared": compiled.metadata.shared}
+    options = {"num_warps": warps, "num_stages": 2 if target.backend == "hip" else 3, **launch.ALWAYS}
+    return triton.compile(source, target=target, options=options), name
+
+
+def compile_one(job):
+    """Resources of one variant on one target."""
+    arguments, target_name = job
+    made, name = compiled(arguments, target_name)
+    found = resources_amd(made) if TARGETS[target_name][0].backend == "hip" else resources_nvidia(made)
+    return f"{name} @ {target_name}", {**found, "shared": made.metadata.shared}
 
 
 def resources_nvidia(compiled):

@@ -48,3 +48,19 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
         if worse or now["wide_loads"] < before["wide_loads"] or now["wide_stores"] < before["wide_stores"]:
             wrong.append((name, before, now))
     assert not wrong
+
+
+def test_instructions_of_an_entry_are_those_of_the_table(tmp_path):
+    """What benchmarks/counts.py predicts from: Hopper's row kernels, sweep by sweep."""
+    path = tmp_path / "counts.json"
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.counts", "--out", path], cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    now, committed = (json.loads(p.read_text()) for p in (path, Path(__file__).with_name("counts.json")))
+    for name, found in now["table"].items():
+        before = committed["table"][name]
+        assert found["sweeps"] and all(s["loads"].get("128") or "V" in name for s in found["sweeps"]), (name, found)
+        if now["triton"] == committed["triton"]:
+            assert all(found[way] <= before[way] for way in ("shortest", "longest", "mufu")), (name, before, found)

@@ -18,10 +18,16 @@ import triton.language as tl
 from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
 from .loads import capped, load_logits, row_at, zero_row
 from .statistics import met, save, statistics_of
-from .terms import ABOUT_ONE, log1p, times
+from .terms import ABOUT_ONE, exp, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
 PARTIALS = 12  # values a span leaves: nine of sweep 1, three of sweep 2
+
+
+@triton.jit
+def _within(term, v, vocabulary, EXCHANGED: tl.constexpr):
+    """The term at entries v; 0 beyond the vocabulary, as all of ours are of logits that are −inf in both models."""
+    return tl.where(v < vocabulary, term, 0.0) if EXCHANGED == "own" else term
 
 
 @triton.jit
@@ -41,10 +47,10 @@ def _totals(
             x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED, CENTRED,
             TEACHER_CENTRED,
         )  # fmt: skip
-        value += tl.where(v < vocabulary, here, 0.0)
-        weight += tl.where(v < vocabulary, of_student, 0.0)
+        value += _within(here, v, vocabulary, EXCHANGED)
+        weight += _within(of_student, v, vocabulary, EXCHANGED)
         if EXCHANGED is not None:
-            teacher_weight += tl.where(v < vocabulary, of_teacher, 0.0)
+            teacher_weight += _within(of_teacher, v, vocabulary, EXCHANGED)
     return tl.sum(value, 0), tl.sum(weight, 0), tl.sum(teacher_weight, 0)
 
 
@@ -91,7 +97,7 @@ def _gradient(
                 x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED,
                 CENTRED, TEACHER_CENTRED,
             )  # fmt: skip
-            value += tl.where(inside, here, 0.0)
+            value += _within(here, v, vocabulary, EXCHANGED)
             gradient = student_scale * (of_student - q * weight)
             if teacher_gradient is not None:
                 result = teacher_scale * (of_teacher - p * teacher_weight)
@@ -100,7 +106,7 @@ def _gradient(
                 tl.store(teacher_gradient + v, result, mask=inside)
         if student_gradient is not None:
             if LABELS:
-                of_labels = of_q * tl.exp(x - plain_top - plain_log_total)
+                of_labels = of_q * exp(x - plain_top - plain_log_total)
                 if SMOOTHED and class_weight is not None:
                     of_labels -= of_weight * tl.load(class_weight + v, mask=inside, other=0.0)
                 elif SMOOTHED:

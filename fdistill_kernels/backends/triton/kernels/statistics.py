@@ -4,16 +4,16 @@ import triton
 import triton.language as tl
 
 from .loads import load_logits
-from .terms import times
+from .terms import LOG2E, exp, times
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that −inf − maximum is −inf
 
 
 @triton.jit
-def _advance(top, rest, x, rate):
-    """Takes x into 1 + rest = Σ exp(rate·(x − top)), whose 1 is the maximum's own. An empty sum has rest −1."""
-    e = tl.exp(-tl.abs(x - top) * rate)
-    return tl.maximum(top, x), tl.where(x > top, (rest + 1) * e, rest + e)
+def _advance(top, rest, x, rate2):
+    """Takes x into 1 + rest = Σ 2^(rate2·(x − top)), whose 1 is the maximum's own. An empty sum has rest −1."""
+    e = tl.exp2(-tl.abs(x - top) * rate2)
+    return tl.maximum(top, x), tl.where(x > top, rest * e + e, rest + e)
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def statistics_of(
         v = start + tl.arange(0, BLOCK)
         x = load_logits(student, v, vocabulary, student_cap)
         if LABELS and teacher is not None:
-            _, plain_rest = _advance(student_top, plain_rest, x, 1.0)
+            _, plain_rest = _advance(student_top, plain_rest, x, LOG2E)
         if SMOOTHED:
             w = (v < vocabulary).to(tl.float32)
             if class_weight is not None:
@@ -45,8 +45,8 @@ def statistics_of(
             teacher_there = tl.where(x > student_top, y, teacher_there)
             if TRAINED:
                 student_there = tl.where(y > teacher_top, x, student_there)
-            teacher_top, teacher_rest = _advance(teacher_top, teacher_rest, y, teacher_rate)
-        student_top, student_rest = _advance(student_top, student_rest, x, student_rate)
+            teacher_top, teacher_rest = _advance(teacher_top, teacher_rest, y, teacher_rate * LOG2E)
+        student_top, student_rest = _advance(student_top, student_rest, x, student_rate * LOG2E)
     return combined(student_top, student_rest, plain_rest, linear, teacher_top, teacher_rest, teacher_there,
                     student_there, student_rate, teacher_rate)  # fmt: skip
 
@@ -55,7 +55,7 @@ def statistics_of(
 def _sum_of_rests(top, rest, all_top, rate):
     """Rests of lanes, or of spans, to that of all."""
     highest = top == all_top
-    rests = tl.where(highest, rest, (rest + 1) * tl.exp((top - all_top) * rate))
+    rests = tl.where(highest, rest, (rest + 1) * exp((top - all_top) * rate))
     return tl.sum(rests, 0) + (tl.sum(highest.to(tl.float32), 0) - 1)
 
 
