@@ -150,6 +150,7 @@ VARIANTS = {
     "kl": dict(symbol="Kl"), "js": dict(symbol="Gjs"), "tvd": dict(symbol="Tvd"), "rkl": dict(symbol="Rkl"),
     "labels": dict(symbol=None, labels="plain"), "js with labels": dict(symbol="Gjs", labels="plain"),
     "js, V = 50257": dict(symbol="Gjs", vocabulary=50257),
+    "js, V = 50257, padded": dict(symbol="Gjs", vocabulary=50257, padded=True),
 }  # fmt: skip
 
 

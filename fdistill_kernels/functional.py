@@ -239,8 +239,9 @@ def linear_f_divergence(
             is below ε/V, ε the dtype's resolution. What a row's gradient by the logits loses has an L1 norm under 2ε
             times the row's weight. Divergences whose gradient has no such bound (rkl, jeffreys, engine, alpha) and
             smoothed labels skip nothing.
-        chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 512 MB on a GPU,
-            or a quarter of its free memory if that is less (the last bits of the gradients then depend on it).
+        chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 1.1 GB on a GPU,
+            or a quarter of what it could still give, torch's unused cache counted, if that is less; but 1024 rows as
+            long as they take no more than half of it (the last bits of the gradients then depend on it).
         The rest: as in `f_divergence`.
 
     Returns:

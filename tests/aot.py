@@ -41,7 +41,7 @@ TARGETS = {
 
 
 def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False,
-                card=None):  # fmt: skip
+                padded=False, card=None):  # fmt: skip
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
     chosen = launch.heuristic(8192, vocabulary, itemsize, card, "teacher" in gradients or symbol in HEAVY)
@@ -65,6 +65,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
     constants = {
         **functions(by_key(f"{symbol} 0.5 1.0 0.5") if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
+        "LINE": 16 // itemsize if padded else 1,
     }  # fmt: skip
     name = "/".join(
         filter(
@@ -76,6 +77,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
                 labels,
                 phase.lower(),
                 "capped" if capped else None,
+                "padded" if padded else None,
             ],
         )
     )
@@ -164,6 +166,7 @@ VARIANTS = [
     *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
         dict(labels="plain"), dict(labels="smoothed"))],
+    dict(symbol="Gjs", vocabulary=50257, padded=True), dict(symbol="Kl", vocabulary=50257, padded=True, dtype="fp32"),
     dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
     *[dict(symbol=symbol) for symbol in row_terms.STATISTICS],
     dict(symbol="Dkd", gradients="student teacher"), dict(symbol="TailAware", phase="TOTALS"),
@@ -186,7 +189,9 @@ def compiled(arguments, target_name):
     signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
     constants.update({n: None for n in names if n in types and types[n] is None})
     divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
-    odd = {"rows", "inner"} if arguments.get("vocabulary", 0) % 16 == 0 else {"rows", "inner", "vocabulary", *STRIDES}
+    odd = {"rows", "inner"}
+    if arguments.get("vocabulary", 0) % 16:  # rows start anywhere, but in a padded buffer
+        odd |= {"vocabulary"} if arguments.get("padded") else {"vocabulary", *STRIDES}
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in odd}
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     options = {"num_warps": warps, "num_stages": 2 if target.backend == "hip" else 3, **launch.ALWAYS}

@@ -53,7 +53,7 @@ def test_agrees_with_whole_logits(name, dtype, path):
 @card
 def test_memory_beyond_gradients_is_flat_and_small():
     """Above inputs, gradients and the head's float32 accumulator: two chunks, or 16 MB on the cut path."""
-    for path, bound in (({}, 540e6), (dict(memory="minimal"), 16e6)):
+    for path, bound in (({}, 1.15e9), (dict(memory="minimal"), 16e6)):
         for n in (1024, 16384):
             hidden, weight, teacher, teacher_weight = problem(torch.bfloat16, n, 128256, 512, 512)
             gc.collect()

@@ -130,6 +130,8 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     if terms.metrics:
         write_metrics(call, parts, launch)
 
+    line = _line(student, teacher, student_gradient, of_teacher)
+
     def phase(number: int, grid: tuple[int, int]) -> None:
         (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
         gradient_outer, gradient_inner = _strides(student_gradient)
@@ -145,7 +147,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
             class_weight_sum=class_weight_sum,
             **functions(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
-            BLOCK=launch.block, num_warps=launch.warps, **ALWAYS,
+            BLOCK=launch.block, LINE=line, num_warps=launch.warps, **ALWAYS,
         )  # fmt: skip
 
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
@@ -156,6 +158,19 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
                 phase(number, (rows, splits))
     of_student, of_teacher = (student.new_empty(0) if x is None else x for x in (fresh, of_teacher))
     return parts, of_student, of_teacher
+
+
+def _line(student: Tensor, *others: Tensor | None) -> int:
+    """Entries of 16 bytes, where every row starts on a multiple that the compiler looks for and the vocabulary ends
+    within such a line; else 1: the compiler finds out by itself what it may load at once.
+    """
+    entries = 16 // student.element_size()
+    if student.shape[2] % entries == 0:
+        return 1
+    for x in (student, *others):
+        if x is not None and (x.data_ptr() % 16 or any(x.stride(d) % 16 for d in (0, 1) if x.shape[d] > 1)):
+            return 1
+    return entries
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:

@@ -24,12 +24,31 @@ def capped(x, cap):
 
 
 @triton.jit
-def load_logits(row, v, vocabulary, cap):
-    """A row's logits at v, capped; −inf beyond the vocabulary."""
-    x = tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
+def load_logits(row, v, vocabulary, cap, edge=False, LINE: tl.constexpr = 1):
+    """A row's logits at v, capped; −inf beyond the vocabulary.
+
+    LINE: entries that are read at once, or not, as one: more than 1 only where rows start on whole lines, so that
+    the last line lies in memory, though the vocabulary may end in it; `edge`: whether it may end within v.
+    """
+    x = tl.load(row + v, mask=v // LINE * LINE < vocabulary, other=float("-inf")).to(tl.float32)
+    if LINE > 1:  # noqa: SIM102  (one is known to the compiler, the other to the card)
+        if edge:
+            x = tl.where(v < vocabulary, x, float("-inf"))
     if cap is not None:
         x = tl.where(v < vocabulary, capped(x, cap), float("-inf"))
     return x
+
+
+@triton.jit
+def store_gradient(row, v, vocabulary, gradient, edge, LINE: tl.constexpr):
+    """Whole lines at once, what the vocabulary leaves of its last one entry by entry."""
+    if LINE > 1:
+        whole = v // LINE * LINE + LINE <= vocabulary
+        tl.store(row + v, gradient, mask=whole)
+        if edge:
+            tl.store(row + v, gradient, mask=(v < vocabulary) & (v // LINE * LINE + LINE > vocabulary))
+    else:
+        tl.store(row + v, gradient, mask=v < vocabulary)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
-from .loads import capped, load_logits, row_at, zero_row
+from .loads import capped, load_logits, row_at, store_gradient, zero_row
 from .statistics import met, save, statistics_of
 from .terms import ABOUT_ONE, exp, log1p, times
 
@@ -34,15 +34,16 @@ def _within(term, v, vocabulary, EXCHANGED: tl.constexpr):
 def _totals(
     student, teacher, begin, end, vocabulary, models, peaks, own, other, close, label, threshold, student_cap,
     teacher_cap, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2 over [begin, end), backwards: the shares of D and of both terms' sums."""
     value = tl.zeros([BLOCK], tl.float32)
     weight, teacher_weight = value, value
     last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
     for offset in tl.range(0, end - begin, BLOCK):
-        v = last - offset + tl.arange(0, BLOCK)
-        x, y = load_logits(student, v, vocabulary, student_cap), load_logits(teacher, v, vocabulary, teacher_cap)
+        v, edge = last - offset + tl.arange(0, BLOCK), last - offset + BLOCK > vocabulary
+        x = load_logits(student, v, vocabulary, student_cap, edge, LINE)
+        y = load_logits(teacher, v, vocabulary, teacher_cap, edge, LINE)
         _, _, of_student, here, of_teacher = terms_at(
             x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED, CENTRED,
             TEACHER_CENTRED,
@@ -81,6 +82,7 @@ def _gradient(
     threshold, of_q, of_label, of_weight, student_cap, teacher_cap,
     TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
     MEMBERS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
     value = tl.zeros([BLOCK], tl.float32)
@@ -88,11 +90,11 @@ def _gradient(
     for offset in tl.range(0, end - begin, BLOCK):
         start = begin + offset if FORWARD else last - offset
         v = start + tl.arange(0, BLOCK)
-        inside = v < vocabulary
-        x = load_logits(student, v, vocabulary, student_cap)
+        inside, edge = v < vocabulary, start + BLOCK > vocabulary
+        x = load_logits(student, v, vocabulary, student_cap, edge, LINE)
         gradient = tl.zeros([BLOCK], tl.float32)
         if teacher is not None:
-            y = load_logits(teacher, v, vocabulary, teacher_cap)
+            y = load_logits(teacher, v, vocabulary, teacher_cap, edge, LINE)
             p, q, of_student, here, of_teacher = terms_at(
                 x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED,
                 CENTRED, TEACHER_CENTRED,
@@ -103,7 +105,7 @@ def _gradient(
                 result = teacher_scale * (of_teacher - p * teacher_weight)
                 if teacher_cap is not None:
                     result *= 1 - (y / teacher_cap) * (y / teacher_cap)
-                tl.store(teacher_gradient + v, result, mask=inside)
+                store_gradient(teacher_gradient, v, vocabulary, result, edge, LINE)
         if student_gradient is not None:
             if LABELS:
                 of_labels = of_q * exp(x - plain_top - plain_log_total)
@@ -114,7 +116,7 @@ def _gradient(
                 gradient += label_scale * tl.where(v == label, of_labels - of_label, of_labels)
             if student_cap is not None:
                 gradient *= 1 - (x / student_cap) * (x / student_cap)
-            tl.store(student_gradient + v, gradient, mask=inside)
+            store_gradient(student_gradient, v, vocabulary, gradient, edge, LINE)
     return tl.sum(value, 0)
 
 
@@ -152,11 +154,13 @@ def row_kernel(
     class_weight_sum,  # (1)
     TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
     MEMBERS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... of (outer, inner, V) logits; see `RowCall`. Absent pointers are None.
 
     Grid: (programs, 1) for whole rows, (programs, splits) for a phase on spans of `span` entries, a multiple of BLOCK.
-    SPLITS is a power of two; what lies in `partials` beyond the grid's splits is ready to be combined.
+    SPLITS is a power of two; what lies in `partials` beyond the grid's splits is ready to be combined. LINE: see
+    `load_logits`.
     """
     LABELS: tl.constexpr = labels is not None
     DIVERGENCE: tl.constexpr = teacher is not None
@@ -210,7 +214,7 @@ def row_kernel(
             if PHASE == WHOLE or PHASE == STATISTICS:
                 statistics = statistics_of(
                     student_row, teacher_row, class_weight, begin, end, vocabulary, student_rate, teacher_rate,
-                    student_cap, teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK,
+                    student_cap, teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
                 )  # fmt: skip
             else:
                 statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
@@ -242,6 +246,7 @@ def row_kernel(
                     divergence, weight, teacher_weight = _totals(
                         student_row, teacher_row, begin, end, vocabulary, models, peaks, own, other, close, label,
                         threshold, student_cap, teacher_cap, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK,
+                        LINE,
                     )  # fmt: skip
                 if PHASE == TOTALS:
                     here = saved + tl.program_id(1)
@@ -274,7 +279,7 @@ def row_kernel(
                             end, vocabulary, models, peaks, own, other, close, student_top, plain_log_total,
                             of_divergence * student_rate, of_divergence * teacher_rate, scale, weight, teacher_weight,
                             label, threshold, of_q, of_label, of_weight, student_cap, teacher_cap, TERMS, EXCHANGED,
-                            CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK,
+                            CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
                         )  # fmt: skip
                         if LATE:
                             divergence = value

@@ -19,7 +19,7 @@ def _advance(top, rest, x, rate2):
 @triton.jit
 def statistics_of(
     student, teacher, class_weight, begin, end, vocabulary, student_rate, teacher_rate, student_cap, teacher_cap, pivot,
-    LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr = 1,
 ):  # fmt: skip
     """Sweep 1 over [begin, end), to scalars.
 
@@ -32,7 +32,8 @@ def statistics_of(
     teacher_there, student_there = zeros - float("inf"), zeros - float("inf")
     for start in tl.range(begin, end, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = load_logits(student, v, vocabulary, student_cap)
+        edge = start + BLOCK > vocabulary
+        x = load_logits(student, v, vocabulary, student_cap, edge, LINE)
         if LABELS and teacher is not None:
             _, plain_rest = _advance(student_top, plain_rest, x, LOG2E)
         if SMOOTHED:
@@ -41,7 +42,7 @@ def statistics_of(
                 w = tl.load(class_weight + v, mask=v < vocabulary, other=0.0)
             linear += times(w, x - pivot)
         if teacher is not None:
-            y = load_logits(teacher, v, vocabulary, teacher_cap)
+            y = load_logits(teacher, v, vocabulary, teacher_cap, edge, LINE)
             teacher_there = tl.where(x > student_top, y, teacher_there)
             if TRAINED:
                 student_there = tl.where(y > teacher_top, x, student_there)
