@@ -104,7 +104,8 @@ def _log1p_to_one(x):
 @triton.jit
 def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
     """log(a/b), log(a + b) less log b, and in a row about one, of a near entry, log(1 + near)."""
-    apart = tl.minimum(tl.maximum(log_a - log_b, -LARGEST), LARGEST)  # of neither a number, too
+    apart = log_a - log_b
+    apart = tl.minimum(tl.where(apart > -LARGEST, apart, -LARGEST), LARGEST)  # of neither a number, which max may keep
     if CLOSE:
         small, large = tl.where(a < b, a, b), tl.where(a < b, b, a) + SMALLEST_NORMAL
         given = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, tl.abs(u), ABOUT_ONE) < NEAR
