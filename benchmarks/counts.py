@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,6 @@ from typing import Any
 
 ISSUE = 0.78  # of the issue rate that kernels like these reach
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-LOAD = re.compile(r"LDG\.E(?:\.\w+)*")
 WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1}
 
 
@@ -81,8 +78,8 @@ def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
             yield [x for x in code if first <= x.address <= last]
 
 
-def ways(body: list[Instruction], weight: dict[int, int]) -> tuple[int, int]:
-    """The least and the most weight from a loop's first to its last instruction."""
+def ways(body: list[Instruction], opcodes: str = "") -> tuple[int, int]:
+    """The fewest and the most instructions, of opcodes that begin so, from a loop's first to its last."""
     places = {x.address: i for i, x in enumerate(body)}
     least, most = [0] * len(body), [0] * len(body)
     for i in range(len(body) - 1, -1, -1):
@@ -91,7 +88,7 @@ def ways(body: list[Instruction], weight: dict[int, int]) -> tuple[int, int]:
             after.append(i + 1)
         if x.target is not None and x.target in places and places[x.target] > i:
             after.append(places[x.target])
-        own = weight.get(i, 1)
+        own = x.opcode.startswith(opcodes)
         least[i] = own + min((least[j] for j in after), default=0)
         most[i] = own + max((most[j] for j in after), default=0)
     return least[0], most[0]
@@ -103,14 +100,13 @@ def sweeps(sass: str, models: int, itemsize: int) -> list[Sweep]:
     for body in loops(instructions(sass)):
         loads: dict[str, int] = {}
         for x in body:
-            if LOAD.match(x.opcode):
+            if x.opcode.startswith("LDG"):
                 width = next((part for part in x.opcode.split(".") if part in WIDTH), "32")
                 loads[width] = loads.get(width, 0) + 1
         entries = sum(WIDTH.get(width, 4) * count for width, count in loads.items()) // (models * itemsize)
         if entries < 4:
             continue
-        shortest, longest = ways(body, {})
-        mufu = ways(body, {i: int(x.opcode.startswith("MUFU")) for i, x in enumerate(body)})[0]
+        (shortest, longest), (mufu, _) = ways(body), ways(body, "MUFU")
         each = round(shortest / entries, 1), round(longest / entries, 1), round(mufu / entries, 2)
         found.append(Sweep(entries, *each, loads))
     return found
@@ -132,19 +128,6 @@ def predicted(found: list[Sweep], rows: int, vocabulary: int, card: Card, progra
     return {"issue_ms": 1e3 * issue, "memory_ms": 1e3 * memory, "over_floor": max(issue, memory) / floor}
 
 
-def disassembled(cubin: bytes) -> tuple[str, int]:
-    """SASS, and registers of a thread."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
-        sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
-    return sass, int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-
-
 #: Rows of the table: a name, and the arguments of tests.aot's variant.
 VARIANTS = {
     "kl": dict(symbol="Kl"), "js": dict(symbol="Gjs"), "tvd": dict(symbol="Tvd"), "rkl": dict(symbol="Rkl"),
@@ -161,10 +144,10 @@ def measured() -> dict[str, Any]:
     table = {}
     for name, arguments in VARIANTS.items():
         compiled, _ = aot.compiled(arguments, "sm_90")
-        sass, registers = disassembled(compiled.asm["cubin"])
+        usage, sass = aot.disassembled(compiled)
         models = 1 if arguments["symbol"] is None else 2
         found = sweeps(sass, models, 2)
-        entry: dict[str, Any] = {"registers": registers, "sweeps": [asdict(s) for s in found]}
+        entry: dict[str, Any] = {"registers": aot.registers(usage), "sweeps": [asdict(s) for s in found]}
         entry |= {way: round(sum(getattr(s, way) for s in found), 1) for way in ("shortest", "longest", "mufu")}
         for vocabulary in (128256, 32000) if "V" not in name else (50257,):
             launch = aot.launch.heuristic(8192, vocabulary, 2, aot.TARGETS["sm_90"][1])

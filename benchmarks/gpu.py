@@ -5,6 +5,7 @@ A dry run takes the same lines on a CPU, where events are of the host's clock an
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import itertools
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fdistill_kernels.bench import floor_seconds
@@ -25,6 +27,19 @@ from fdistill_kernels.provenance import provenance
 
 PEERS = ("triton", "liger-kernel", "orda-kernel", "quack-kernels", "trl", "numpy")
 CARD = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "memory.total")
+
+
+WRONG = 2e-2  # of a bfloat16 gradient, by norm
+
+
+def arguments(description: str | None, who: list[str]) -> argparse.Namespace:
+    """Whose losses, where to, and how much: the benchmarks' command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--who", choices=who, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--dry", action="store_true")
+    return parser.parse_args()
 
 
 class _HostEvent:
@@ -113,6 +128,34 @@ def measured(step: Callable[[], object], clear: Callable[[], object], device: De
     found |= _kernels(step, device)
     clear()
     return found
+
+
+def loss_measured(step: Callable[[], object], clear: Callable[[], object], error: Callable[[], float] | None,
+                  device: Device, floor: float, seconds: float) -> dict[str, Any]:  # fmt: skip
+    """See `measured`; with the ratio to the floor, and of ours, which give an `error`, whether they are right.
+
+    floor: in seconds. error: after a step, of its gradient by norm.
+    """
+    torch._dynamo.reset()
+    found: dict[str, Any] = {}
+    if error is not None:
+        step()
+        found["gradient_error"] = error()
+        found["right"] = found["gradient_error"] < WRONG
+        clear()
+    found |= measured(step, clear, device, seconds)
+    return {**found, "over_floor": found["milliseconds"] / (1e3 * floor)}
+
+
+def few_rows(x: Tensor) -> Tensor:
+    """Rows to be held beside float64, from both ends and between."""
+    return torch.linspace(0, len(x) - 1, 4).long().unique().to(x.device)
+
+
+def error_of_mean(gradient: Tensor | None, rows: Tensor, wanted: Tensor) -> float:
+    """Of some rows of the gradient of a mean over all, by norm; wanted: that of their sum."""
+    assert gradient is not None
+    return float((gradient[rows].double() * len(gradient) - wanted).norm() / wanted.norm())
 
 
 def _kernels(step: Callable[[], object], device: Device) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def main() -> None:
             os.environ.update(FDISTILL_DRY="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
             args.out = Path(scratch, "results") if args.out == parser.get_default("out") else args.out
         args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "check.log").unlink(missing_ok=True)
         chosen = [s for s in steps(args.out.resolve(), args.dry, args.first) if s.first or not args.first]
         chosen = [s for s in chosen if not args.only or s.name in args.only]
         passed = run_all(chosen, args.out.resolve(), deadline)

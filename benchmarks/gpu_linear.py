@@ -9,17 +9,15 @@ states' gradient is held beside float64 on a few rows. --first takes the one sha
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Device, Results, measured, rates
-from benchmarks.gpu_rows import WRONG, emulate
+from benchmarks.gpu import Device, Results, arguments, error_of_mean, few_rows, loss_measured, measured, rates
+from benchmarks.gpu_rows import emulate
 from benchmarks.peers import linear_losses
 from fdistill_kernels import linear_f_divergence, products
 from fdistill_kernels.backends import BACKENDS
@@ -87,19 +85,16 @@ def four_products(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weigh
 
 def gradient_error(name: str, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> float:
     """Of the gradient in hidden.grad, on a few rows, from the float64 reference."""
-    rows = torch.linspace(0, len(hidden) - 1, 4).long().unique().to(hidden.device)
+    rows = few_rows(hidden)
     exact, head = hidden.detach()[rows].double().requires_grad_(), weight.detach().double()
     logits = teacher[rows].double() @ teacher_weight.double().T
     (wanted,) = torch.autograd.grad(f_divergence_rows(exact @ head.T, logits, name).sum(), exact)
-    assert hidden.grad is not None
-    got = hidden.grad[rows].double() * len(hidden)
-    return float((got - wanted).norm() / wanted.norm())
+    return error_of_mean(hidden.grad, rows, wanted)
 
 
 def measure(name: str, loss: Loss, inputs: tuple[Tensor, ...], device: Device, floor: float, ours: bool,
             seconds: float) -> dict[str, Any]:  # fmt: skip
-    """See `measured`; with the ratio to the floor, and of ours whether it is right."""
-    torch._dynamo.reset()
+    """See `loss_measured`; memory above the gradients too."""
     hidden, weight, *_ = inputs
 
     def clear() -> None:
@@ -109,25 +104,14 @@ def measure(name: str, loss: Loss, inputs: tuple[Tensor, ...], device: Device, f
         clear()
         loss(*inputs).backward()
 
-    found: dict[str, Any] = {}
-    if ours:
-        step()
-        found["gradient_error"] = gradient_error(name, *inputs)
-        found["right"] = found["gradient_error"] < WRONG
-        clear()
-    found |= measured(step, clear, device, seconds)
-    found["peak_bytes"] = max(0, found["peak_bytes"] - hidden.nbytes - weight.nbytes)
-    return {**found, "over_floor": found["milliseconds"] / (1e3 * floor)}
+    error = functools.partial(gradient_error, name, *inputs) if ours else None
+    found = loss_measured(step, clear, error, device, floor, seconds)
+    return {**found, "peak_bytes": max(0, found["peak_bytes"] - hidden.nbytes - weight.nbytes)}
 
 
 def main() -> None:
     """Measures, writes the file after each, and fails if one of ours did."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--who", choices=["ours", "peers"], required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", action="store_true")
-    parser.add_argument("--dry", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, ["ours", "peers"])
     device, ours, seconds = Device(args.dry), args.who == "ours", 0.02 if args.dry else 0.4
     if args.dry and ours:
         emulate()

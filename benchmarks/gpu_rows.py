@@ -9,16 +9,14 @@ are held beside float64 on a few rows as they are measured: `gradient_error` is 
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Device, Results, measured, rates
+from benchmarks.gpu import Device, Results, arguments, error_of_mean, few_rows, loss_measured, rates
 from benchmarks.peers import labels_of, row_losses
 from fdistill_kernels import cross_entropy, f_divergence
 from fdistill_kernels.backends import BACKENDS, cuda
@@ -32,7 +30,6 @@ FULL = {"js": [LARGE, SMALL, ODD, *MORE], "kl": [LARGE, SMALL, ODD, *MORE], "tvd
         "labels": [LARGE, SMALL, ODD, *MORE], "rkl": [LARGE, SMALL], "engine": [LARGE], "skew_kl": [LARGE],
         "tail_aware": [LARGE]}  # fmt: skip
 PEERS_TOO = (LARGE, SMALL, ODD)
-WRONG = 2e-2  # of a bfloat16 gradient, by norm
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,34 +50,24 @@ def our_losses(name: str, backend: str, first: bool) -> dict[str, Loss]:
 
 def gradient_error(name: str, student: Tensor, teacher: Tensor) -> float:
     """Of the gradient in student.grad, on a few rows, from the float64 reference."""
-    rows = torch.linspace(0, len(student) - 1, 4).long().unique().to(student.device)
+    rows = few_rows(student)
     exact, assumed = student.detach()[rows].double().requires_grad_(), teacher[rows].double()
     if name == "labels":
         loss = torch.nn.functional.cross_entropy(exact, labels_of(student)[rows], reduction="sum")
     else:
         loss = f_divergence_rows(exact, assumed, name).sum()
-    (wanted,) = torch.autograd.grad(loss, exact)
-    assert student.grad is not None
-    got = student.grad[rows].double() * len(student)
-    return float((got - wanted).norm() / wanted.norm())
+    return error_of_mean(student.grad, rows, torch.autograd.grad(loss, exact)[0])
 
 
 def measure(name: str, loss: Loss, student: Tensor, teacher: Tensor, device: Device, floor: float, ours: bool,
             seconds: float) -> dict[str, Any]:  # fmt: skip
-    """See `measured`; with the ratio to the floor, and of ours whether it is right."""
-    torch._dynamo.reset()
-    step = training_step(loss, student, teacher)
-    found: dict[str, Any] = {}
-    if ours:
-        step()
-        found["gradient_error"] = gradient_error(name, student, teacher)
-        found["right"] = found["gradient_error"] < WRONG
+    """See `loss_measured`."""
 
     def clear() -> None:
         student.grad = None
 
-    found |= measured(step, clear, device, seconds)
-    return {**found, "over_floor": found["milliseconds"] / (1e3 * floor)}
+    error = functools.partial(gradient_error, name, student, teacher) if ours else None
+    return loss_measured(training_step(loss, student, teacher), clear, error, device, floor, seconds)
 
 
 def emulate() -> None:
@@ -92,12 +79,7 @@ def emulate() -> None:
 
 def main() -> None:
     """Measures, writes the file after each, and fails if one of ours did."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--who", choices=["triton", "cuda", "peers"], required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", action="store_true")
-    parser.add_argument("--dry", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, ["triton", "cuda", "peers"])
     device, ours, seconds = Device(args.dry), args.who != "peers", 0.02 if args.dry else 0.3
     if args.dry and args.who == "cuda":
         emulate()

@@ -35,9 +35,9 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
     of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)
     live = None if callable(call.teacher.rows) else _live_rows(call.terms)
     count = hidden.shape[0] if live is None else len(live)
-    step, vocabulary = even_step(count, _chunk_rows(call), GPU_TILE if hidden.is_cuda else 16), head.weight.shape[0]
+    vocabulary, models = head.weight.shape[0], 1 if call.teacher.rows is None else 2
     like, row = hidden.new_empty(0, dtype=_buffer_dtype(call)), _buffer_row(vocabulary, backend)
-    models = 1 if call.teacher.rows is None else 2
+    step = _chunk_rows(call, count, models * row * like.element_size())
     buffers = [products.empty(like, step, row)[:, :vocabulary] for _ in range(models)]
     if not count:
         of_weight.zero_()
@@ -108,24 +108,24 @@ def _teacher_logits_(call: LinearCall, begin: int, end: int, rows: slice | Tenso
     return out
 
 
-def _chunk_rows(call: LinearCall) -> int:
-    """The most rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product."""
-    models = 1 if call.teacher.rows is None else 2
-    row_bytes = models * call.head.weight.shape[0] * _buffer_dtype(call).itemsize
-    chunk_bytes = call.path.chunk_bytes
-    if not chunk_bytes:
-        chunk_bytes = (
-            gpu_chunk_bytes(row_bytes, _available(call.hidden.device)) if call.hidden.is_cuda else CPU_CHUNK_BYTES
-        )
-    most, tile = max(1, chunk_bytes // row_bytes), GPU_TILE if call.hidden.is_cuda else 16
-    return most // tile * tile or most
+def _chunk_rows(call: LinearCall, count: int, row_bytes: int) -> int:
+    """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product; see
+    `even_step`.
+    """
+    chunk_bytes, tile = call.path.chunk_bytes or CPU_CHUNK_BYTES, 16
+    if call.hidden.is_cuda:
+        tile = GPU_TILE
+        chunk_bytes = call.path.chunk_bytes or gpu_chunk_bytes(row_bytes, _available(call.hidden.device))
+    most = max(1, chunk_bytes // row_bytes)
+    return even_step(count, most // tile * tile or most, tile)
 
 
 def _available(device: torch.device) -> int | None:
     """Bytes a GPU could still give: what the driver has free, and what torch holds unused. None while capturing."""
     if torch.cuda.is_current_stream_capturing():
         return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    held = torch.cuda.memory_stats_as_nested_dict(device)  # a part of the time of memory_reserved and memory_allocated
+    unused = held["reserved_bytes"]["all"]["current"] - held["allocated_bytes"]["all"]["current"]
     return torch.cuda.mem_get_info(device)[0] + unused
 
 

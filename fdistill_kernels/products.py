@@ -85,10 +85,8 @@ def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
         _run("logits_product", hidden, head.weight, head.bias, float(head.scale), out)
     elif head.bias is not None:
         torch.addmm(head.bias, hidden, head.weight.t(), alpha=head.scale, out=out)
-    elif head.scale != 1:  # beta 0: what is in the buffer is not read
+    else:  # beta 0: what is in the buffer is not read
         torch.addmm(out, hidden, head.weight.t(), beta=0, alpha=head.scale, out=out)
-    else:
-        torch.mm(hidden, head.weight.t(), out=out)
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -98,8 +96,6 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
         sums = torch.zeros(parts, gradient.shape[0], weight.shape[1])
         _run("hidden_gradient", gradient, weight, float(scale), sums.flatten(0, 1), parts)
         return sums.sum(0)
-    if scale == 1:
-        return torch.mm(gradient, weight)
     product = gradient.new_empty(gradient.shape[0], weight.shape[1])
     return torch.addmm(product, gradient, weight, beta=0, alpha=scale, out=product)
 

@@ -206,16 +206,28 @@ def compile_one(job):
     return f"{name} @ {target_name}", {**found, "shared": made.metadata.shared}
 
 
-def resources_nvidia(compiled):
-    """From the cubin; double precision would betray a constant that Triton took for float64."""
+def disassembled(compiled):
+    """What cuobjdump says of a cubin's resources, and its SASS."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
-        code = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True, stderr=subprocess.DEVNULL)
+        return tuple(
+            subprocess.check_output([tools / "cuobjdump", flag, file.name], text=True, stderr=subprocess.DEVNULL)
+            for flag in ("-res-usage", "-sass")
+        )
+
+
+def registers(usage):
+    """Of a thread."""
+    return int(re.search(r"REG:(\d+)", usage)[1])
+
+
+def resources_nvidia(compiled):
+    """From the cubin; double precision would betray a constant that Triton took for float64."""
+    usage, code = disassembled(compiled)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "registers": registers(usage),
         "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.\S*128", code)),
         "wide_stores": len(re.findall(r"\bSTG\.\S*128", code)),

@@ -14,6 +14,8 @@ from fdistill_kernels import backends
 from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
 
+#: `make test-all`: whole grids where `make test` takes a part.
+WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
 #: What takes longest begins first, so that no worker is left with it at the end.
 LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
@@ -71,15 +73,20 @@ def small_triton(monkeypatch, spans: bool) -> None:
     monkeypatch.setattr(launch, "choose", lambda *_, **__: small)
 
 
+def ready(name, monkeypatch) -> str:
+    """The backend of that name, made ready for a CPU and for small rows."""
+    if name == "cuda":
+        emulate_cuda(monkeypatch)
+    if name == "cpu":
+        assert native_backend_is_built(), backends.cpu.NOT_LOADED  # a failure, not a skip: `make` builds it
+    if name.startswith("triton"):
+        small_triton(monkeypatch, name == "triton-spans")
+    return name.partition("-")[0]
+
+
 @pytest.fixture(params=["torch", "cpu", "triton", "triton-spans", "cuda"])
 def backend(request, monkeypatch):
-    if request.param == "cuda":
-        emulate_cuda(monkeypatch)
-    if request.param == "cpu":
-        assert native_backend_is_built(), backends.cpu.NOT_LOADED  # a failure, not a skip: `make` builds it
-    if request.param.startswith("triton"):
-        small_triton(monkeypatch, request.param == "triton-spans")
-    return request.param.partition("-")[0]
+    return ready(request.param, monkeypatch)
 
 
 def labelled(divergence, rows):

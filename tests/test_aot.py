@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import WHOLE
+
 TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("aot").glob("*.json"))}
-WHOLE = os.environ.get("FDISTILL_WHOLE") == "1"
 
 
 #: Two numbers of a row, put aside once before its sweeps.

@@ -30,7 +30,8 @@ def test_budget_of_a_gpu_counts_what_torch_holds_unused(monkeypatch):
     rows = {gib: chunks.gpu_chunk_bytes(row_bytes, gib << 30) // row_bytes for gib in (80, 4, 2, 1)}
     assert rows[80] > 2048 and rows[4] > 2048 and rows[2] == 1046 and 1024 <= rows[1] <= 1046
     assert chunks.gpu_chunk_bytes(row_bytes, 100 << 20) == 50 << 20, "half of what there is, not more"
-    asked = dict(is_current_stream_capturing=False, mem_get_info=(3, 100), memory_reserved=50, memory_allocated=20)
+    held = {kind: {"all": {"current": size}} for kind, size in (("reserved_bytes", 50), ("allocated_bytes", 20))}
+    asked = dict(is_current_stream_capturing=False, mem_get_info=(3, 100), memory_stats_as_nested_dict=held)
     for name, answer in asked.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     assert chunks._available(torch.device("cuda")) == 33

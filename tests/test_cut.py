@@ -1,7 +1,6 @@
 """The cut path (memory="minimal") in Triton's interpreter: every divergence and keyword, bands, skipping, memory."""
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.values import Head
 
-from .conftest import relative
+from .conftest import WHOLE, relative
 
 N, V, D, D_T = 200, 301, 40, 72
 MINIMAL = dict(memory="minimal", backend="triton")
@@ -169,7 +168,7 @@ def test_misuse():
         fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, logit_softcap=0.0)
 
 
-LARGEST = [(65536, 128256, 2048)] if os.environ.get("FDISTILL_WHOLE") == "1" else []
+LARGEST = [(65536, 128256, 2048)] if WHOLE else []
 
 
 @pytest.mark.parametrize("shape", [(1024, 128256, 4096), (8192, 128256, 4096), *LARGEST])

@@ -40,9 +40,8 @@ def test_agrees_with_reference(divergence, dtype, backend):
             zeros = torch.zeros(1, 2).double()
             fk.f_divergence(zeros, zeros, divergence, backend=backend, **labelled(divergence, 1))
         return
-    rows, vocabulary = (
-        (3, 4097) if backend in ("cpu", "torch") else (2, 2049)
-    )  # NumPy's speed; three blocks, the last of 1
+    interpreted = backend not in ("cpu", "torch")  # at NumPy's speed: three blocks, the last of one entry
+    rows, vocabulary = (2, 2049) if interpreted else (3, 4097)
     student, teacher = ((2 * torch.randn(rows, vocabulary)).to(dtype).requires_grad_() for _ in range(2))
     keywords = dict(temperature=1.5, reduction="sum", backend=backend, **labelled(divergence, rows))
     loss = fk.f_divergence(student, teacher, divergence, **keywords)

@@ -11,10 +11,9 @@ import pytest
 
 from benchmarks.gpu_check import Step, run_all, steps
 
-from .conftest import emulated_library
+from .conftest import WHOLE, emulated_library
 
 ROOT = Path(__file__).parent.parent
-WHOLE = os.environ.get("FDISTILL_WHOLE") == "1"
 #: Of each step, what happens in the middle of it. A benchmark ends each measurement with a profile; the first is of
 #: the machine's rates.
 FAULTS = """

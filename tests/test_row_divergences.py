@@ -11,17 +11,15 @@ from fdistill_kernels.backends.rows import TokenTerms
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
-from .conftest import emulate_cuda, labelled, relative, small_triton
+from .conftest import emulate_cuda, labelled, ready, relative
 
-#: The Hopper kernel leaves them all to Triton: `test_the_hopper_kernel_leaves_them_to_triton`.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(params=["torch", "cpu", "triton", "triton-spans"])
 def backend(request, monkeypatch):
-    if request.param.startswith("triton"):
-        small_triton(monkeypatch, request.param == "triton-spans")
-    return request.param.partition("-")[0]
+    """Without cuda, which leaves them all to Triton: `test_the_hopper_kernel_leaves_them_to_triton`."""
+    return ready(request.param, monkeypatch)
 
 
 NAMES = [name for name, d in TABLE.items() if d.statistics is not None]

@@ -242,5 +242,5 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
         scale_kernel[(chosen.programs,)](
             gradient, factor.float().contiguous(), rows, inner, vocabulary, gradient.stride(0), gradient.stride(1),
-            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps, **launch.ALWAYS,
+            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps, **ALWAYS,
         )  # fmt: skip
