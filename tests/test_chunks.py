@@ -11,7 +11,7 @@ import torch
 import fdistill_kernels as fk
 from fdistill_kernels import backends, chunks, products
 
-from .conftest import relative
+from .conftest import emulate_cuda, relative
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +52,25 @@ def test_rows_of_a_buffer_start_on_whole_lines(backend, monkeypatch):
     assert set(starts) == {(384, 384)} and relative(*losses) < 1e-5
     got, want = (torch.autograd.grad(loss, (hidden, weight)) for loss in losses)
     assert all(relative(g, w) < 2e-5 for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_vocabularies_shorter_than_a_line(backend, dtype, monkeypatch):
+    """With blocks as small as the launch's own table makes them."""
+    if backend == "cuda":
+        emulate_cuda(monkeypatch)
+    for vocabulary in (*range(1, 10), 17):
+        hidden, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (4, vocabulary))
+        teacher = torch.randn(4, 12).to(dtype), torch.randn(vocabulary, 12).to(dtype)
+        got, want = (
+            torch.autograd.grad(fk.linear_f_divergence(hidden, weight, *teacher, "js", backend=b), (hidden, weight))
+            for b in (backend, "torch")
+        )
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(
+                g, w, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=2e-2, msg=str(vocabulary)
+            )
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])

@@ -130,7 +130,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     if terms.metrics:
         write_metrics(call, parts, launch)
 
-    line = _line(student, teacher, student_gradient, of_teacher)
+    line = _line(launch.block, student, teacher, student_gradient, of_teacher)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
         (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
@@ -160,12 +160,12 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     return parts, of_student, of_teacher
 
 
-def _line(student: Tensor, *others: Tensor | None) -> int:
-    """Entries of 16 bytes, where every row starts on a multiple that the compiler looks for and the vocabulary ends
-    within such a line; else 1: the compiler finds out by itself what it may load at once.
+def _line(block: int, student: Tensor, *others: Tensor | None) -> int:
+    """Entries of 16 bytes, where every row starts on a multiple that the compiler looks for, blocks are of whole such
+    lines and the vocabulary ends within one; else 1: the compiler finds out by itself what it may load at once.
     """
     entries = 16 // student.element_size()
-    if student.shape[2] % entries == 0:
+    if student.shape[2] % entries == 0 or block % entries:
         return 1
     for x in (student, *others):
         if x is not None and (x.data_ptr() % 16 or any(x.stride(d) % 16 for d in (0, 1) if x.shape[d] > 1)):
