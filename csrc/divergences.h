@@ -28,11 +28,16 @@ constexpr float kLowestLog = -1e30f;  // a logarithm of 0 that may still be mult
 constexpr float kNear = 0.1875f;   // |u| below which p and q are near
 constexpr float kAboutOne = 1.0f;  // |u| of a row's peak below which g is taken from g(1)
 
+#ifndef FDISTILL_LOG_IS_CHEAP  // on a GPU it is one instruction
+#define FDISTILL_LOG_IS_CHEAP false
+#endif
+
 template <typename T>
 struct Math;
 
 template <>
 struct Math<float> {
+  static constexpr bool kLogIsCheap = FDISTILL_LOG_IS_CHEAP;
   static FDISTILL_INLINE float exp(float x) { return expf(x); }
   static FDISTILL_INLINE float log(float x) { return logf(x); }
   static FDISTILL_INLINE float at_least(float x, float least) { return x < least ? least : x; }
@@ -40,6 +45,9 @@ struct Math<float> {
   static FDISTILL_INLINE float times(float x, float y) { return x == 0.0f ? 0.0f : x * y; }
   // magnitude of `size` with the sign of `side`; 0 where side is 0.
   static FDISTILL_INLINE float signed_as(float size, float side) {
+#ifdef __CUDA_ARCH__  // where there are no denormals: two instructions for a NaN too
+    return smaller(at_least(side * 3e38f, -size), size);
+#endif
     return side > 0.0f ? size : side < 0.0f ? -size : side * size;
   }
   static FDISTILL_INLINE float where_small(float x, float bound, float small, float large) {
@@ -168,9 +176,27 @@ struct Jeffreys {  // f = (t - 1) log t
 struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1
   static constexpr bool centred = false;
   using Exchanged = Gjs;
+
+  // From log m. Near p = q by h = log(m/q) = log(1 - beta + beta e^u), whose coefficients are a coin's cumulants, and the
+  // value's slope beta e^u (u - h): both by u, within 3e-7.
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> by_log(const E& e, const T& a, const T& b, const Parameter& beta) {
+    const T log_m = Math<T>::log(Math<T>::at_least(a + b, kSmallestNormal));
+    const T of_q = b * (Math<T>::at_least(e.log_q, kLowestLog) - log_m);
+    const T of_p = a * (Math<T>::at_least(e.log_p, kLowestLog) - log_m);
+    const float x = beta.value, y = beta.rest, v = x * y, skew = 1.0f - 2.0f * x;
+    const float h[] = {x, v / 2, v * skew / 6, v * (1.0f - 6.0f * v) / 24, v * skew * (1.0f - 12.0f * v) / 120};
+    const float value[] = {x * y / 2, x * (y - h[1]) / 3, x * (y / 2 - h[1] - h[2]) / 4,
+                           x * (y / 6 - h[1] / 2 - h[2] - h[3]) / 5,
+                           x * (y / 24 - h[1] / 6 - h[2] / 2 - h[3] - h[4]) / 6};
+    return {e.near(T(0.0f) - b * e.u * polynomial(e.u, h), of_q),
+            e.near(e.q * e.u * e.u * polynomial(e.u, value), of_q + of_p)};
+  }
+
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
     const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q, x = excess(e.u);
+    if constexpr (Math<T>::kLogIsCheap) return by_log(e, a, b, beta);
     const bool about_one = e.about_one();
     const LogSum<T> m(e, a, b, e.log_p + T(beta.log), e.log_q + T(beta.log_rest), about_one, T(beta.value) * x);
     const T g = m.above_b + T(about_one ? beta.log_rest : 0.0f);

@@ -59,7 +59,7 @@ def emulate_cuda(monkeypatch, cluster: int = 2, stages: int = 2) -> None:
         entries = 16 // itemsize
         vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
         slice = -(-vectors // cluster)
-        return backends.cuda.Launch(cluster, *backends.cuda.cut(slice, itemsize, 512), stages, slice, aligned)
+        return backends.cuda.Launch(cluster, *backends.cuda.cut(slice), stages, slice, aligned)
 
     monkeypatch.setattr(backends.cuda, "LIBRARY", emulated_library())
     monkeypatch.setattr(backends.cuda, "plan", plan)

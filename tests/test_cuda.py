@@ -85,7 +85,8 @@ def test_no_schedule_of_threads_and_copies_changes_a_bit(cluster, stages, monkey
     [
         "block_barrier();  // every thread is done",
         "block_barrier();  // every warp has told",
-        "block_barrier();  // the speaker has heard",
+        "block_barrier();  // the speaker has heard\n",
+        "block_barrier();  // the speaker has heard of S",
         "wait_for(&shared.met[meetings % 2], (meetings - 1) / 2 % 2);",
         "wait_for(&shared.arrived[at], parity);",
     ],
@@ -97,7 +98,8 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     kernel = source / "cuda" / "row_kernel.h"
     text = kernel.read_text()
     assert text.count(barrier) == 1
-    kernel.write_text(text.replace(barrier, "//" if "//" in barrier else ""))
+    end = "\n" if barrier.endswith("\n") else ""
+    kernel.write_text(text.replace(barrier, "//" + end if "//" in barrier else ""))
     rows = source / "cuda" / "rows.cu"
     rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE\(FDISTILL_FIND\)", "FDISTILL_FIND(Gjs)", rows.read_text()))
     subprocess.run(["bash", source / "cuda/build.sh", "--emulated", tmp_path / "broken.so"], check=True)
@@ -219,32 +221,34 @@ def test_what_goes_to_triton_says_why(monkeypatch):
     assert [re.sub(r"\d+", "N", c) if isinstance(c, str) else None for c in calls] == [
         "the teacher wants a gradient", "classes have weights",
         "rows of student, teacher and gradient start at different offsets from N bytes",
-        "rows of N entries are too long for a cluster's registers", None]  # fmt: skip
+        "rows of N entries are too long for a cluster's shared memory", None]  # fmt: skip
 
 
 def blocks_of(launch, models):
     """Blocks that a multiprocessor holds at a time; the system takes 1 KB of shared memory for each."""
     stage = models * launch.threads * launch.depth * 16
-    return min(512 // launch.threads, (228 << 10) // (launch.stages * stage + cuda.DESK + 1024))
+    return min(768 // launch.threads, (228 << 10) // (launch.stages * stage + cuda.DESK + 1024))
 
 
-@pytest.mark.parametrize("blocks", [(1,), (2, 1), (3, 2, 1)])
-def test_plans_fit_the_chip(blocks, monkeypatch):
-    monkeypatch.setattr(cuda, "BLOCKS", blocks)
+@pytest.mark.parametrize("rooms", [cuda.ROOMS, ((4, 1), (1, 1)), ((2, 2), (1, 2), (1, 1))], ids=str)
+def test_plans_fit_the_chip(rooms, monkeypatch):
+    monkeypatch.setattr(cuda, "ROOMS", rooms)
     for vocabulary in (1, 31, 32000, 50257, 128256, 151936, 256000, 262144):
         for itemsize, models, aligned in itertools.product((2, 4), (1, 2), (True, False)):
             launch = cuda.plan(vocabulary, itemsize, models, aligned)
             entries = 16 // itemsize
-            assert launch.depth * entries <= 40 and launch.slice <= launch.depth * launch.threads <= 512 * 40
+            assert launch.slice <= launch.depth * launch.threads and launch.threads <= cuda.MOST_THREADS
             assert vocabulary + (0 if aligned else entries - 1) <= launch.cluster * launch.slice * entries
             assert blocks_of(launch, models) >= 1
-    monkeypatch.setattr(cuda, "BLOCKS", (2, 1))
-    assert blocks_of(cuda.plan(163840, 2, 2, True), 2) == 2 and blocks_of(cuda.plan(163848, 2, 2, True), 2) == 1
-    for vocabulary in (32000, 50257, 128256, 151936):  # bfloat16: while one block waits another works
-        assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2) >= 2
-    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(16, threads=256, depth=4, stages=3, slice=1008, aligned=True)
-    assert cuda.plan(262144, 2, 2, True) == cuda.Launch(16, threads=416, depth=5, stages=3, slice=2048, aligned=True)
-    assert cuda.plan(10**6, 2, 1, True) is None
+
+
+def test_plans_fill_the_chip():
+    """bfloat16: while a block meets or waits two others work; the clusters are those that a card has liked best."""
+    for vocabulary in (32000, 50257, 128256, 151936, 262144):
+        assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2) == 3
+    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(8, threads=256, depth=8, stages=1, slice=2008, aligned=True)
+    assert cuda.plan(32000, 2, 2, True) == cuda.Launch(2, threads=256, depth=8, stages=1, slice=2000, aligned=True)
+    assert cuda.plan(10**6, 2, 2, True) is None
 
 
 def test_auto_waits_for_a_measurement(monkeypatch):
@@ -306,7 +310,7 @@ def test_registers_and_every_variant_is_there(machine_code):
     found = re.findall(r"Function (\w*row_kernel\w*):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(found) == len(kernels) == 3 * 14  # scalars, and every divergence by entry and the labels alone
     for name, registers, stack, local in found:
-        assert int(registers) <= 128 and int(stack) <= 48 and int(local) == 0, (name, registers, stack)
+        assert int(registers) <= 80 and int(stack) <= 48 and int(local) == 0  # three blocks of a multiprocessor, (name, registers, stack)
 
 
 def test_wide_accesses_copies_and_cluster_instructions(machine_code):
@@ -338,7 +342,7 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
     )
     for field, _ in native.RowTask._fields_:
         source += f'printf("%zu\\n", offsetof(fdistill::RowTask, {field}));\n'
-    for number in ("sizeof(RowTask)", "sizeof(Launch)", "sizeof(Shared)", "kHeld"):
+    for number in ("sizeof(RowTask)", "sizeof(Launch)", "sizeof(Shared)"):
         source += f'printf("%zu\\n", size_t({number}));\n'
     source += "}"
     command = ["g++", "-x", "c++", "-std=c++17", "-I", ROOT / "csrc", "-o", tmp_path / "offsets", "-"]
@@ -347,7 +351,7 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
 
     assert offsets == [
         *(getattr(native.RowTask, f).offset for f, _ in native.RowTask._fields_),
-        ctypes.sizeof(native.RowTask), ctypes.sizeof(cuda._Launch), cuda.DESK, cuda.HELD,
+        ctypes.sizeof(native.RowTask), ctypes.sizeof(cuda._Launch), cuda.DESK,
     ]  # fmt: skip
 
 

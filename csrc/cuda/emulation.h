@@ -15,6 +15,7 @@
 #include <random>
 #include <vector>
 
+#define FDISTILL_LOG_IS_CHEAP true
 #include "../divergences.h"
 
 #define FDISTILL_KERNEL inline void
@@ -188,6 +189,9 @@ inline float from_lane(float value, int mask) {
   emulation::meet(warp.meeting, me.shuffles);
   return warp.lanes[turn][lane ^ mask];
 }
+
+// On the chip whether any lane of the warp says so; here each may go its own way.
+inline bool any_lane(bool mine) { return mine; }
 
 inline void block_barrier() { emulation::meet(emulation::me().block->meeting, emulation::me().block_meetings); }
 

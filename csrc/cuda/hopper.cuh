@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#define FDISTILL_LOG_IS_CHEAP true
 #include "../divergences.h"
 
-#define FDISTILL_KERNEL __global__ void __launch_bounds__(512, 1)
+#define FDISTILL_KERNEL __global__ void __launch_bounds__(256, 3)
 #define FDISTILL_DEVICE __device__ __forceinline__
 
 namespace fdistill {
@@ -37,6 +38,7 @@ FDISTILL_DEVICE char* shared_memory() {
 }
 
 FDISTILL_DEVICE float from_lane(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+FDISTILL_DEVICE bool any_lane(bool mine) { return __any_sync(0xffffffff, mine); }
 FDISTILL_DEVICE void block_barrier() { __syncthreads(); }
 FDISTILL_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -1,21 +1,20 @@
 // The row kernel for Hopper: each logit is read from memory once, each gradient written once.
 //
 // A cluster of thread blocks takes a row at a time. The row is cut into 16-byte vectors and these into one slice a block;
-// the copy engine brings a slice of the student's and of the teacher's logits into a stage of shared memory while earlier
-// rows are worked on. A thread keeps its kHeld entries of both models in registers from the first exponential to the
-// gradient, so that each is made once:
+// the copy engine brings a slice of the student's and of the teacher's logits into a stage of shared memory, which the
+// sweeps over the row read:
 //     statistics   e = exp((z - the warp's top) / T), and their sums       the blocks of the cluster meet
 //     totals       the divergence's terms; D and S                         they meet again
 //     gradient     student term - q S, to memory
-// Where S = 0 (`centred`) the gradient does not wait for the second meeting. In a meeting warps tell their block; its
-// first warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know.
-// There is room for two meetings: who tells in the next has heard all in this one, and their speakers were done with the
-// one before.
+// Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Exponentials are made anew in each sweep: kept
+// in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
+// some work while others meet or wait. In a meeting warps tell their block; its first warp, the speaker, tells every
+// block, whose barrier counts the bytes, hears every block, and lets its own know. There is room for two meetings: who
+// tells in the next has heard all in this one, and their speakers were done with the one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
 #pragma once
 
-#include "../divergences.h"
 #include "row_slices.h"
 
 namespace fdistill {
@@ -31,12 +30,10 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   using Vec = Vector<scalar_t>;
   static constexpr int kSize = Slices::kSize;
   using Slices::task, Slices::launch, Slices::shared, Slices::vocabulary;
-  using Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_entries, Slices::for_vectors;
-  using Slices::held_label, Slices::is_entry, Slices::prepare, Slices::room, Slices::slice_at, Slices::slice_of;
-  using Slices::store, Slices::take, Slices::vector;
+  using Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_vectors, Slices::is_entry;
+  using Slices::prepare, Slices::room, Slices::slice_at, Slices::slice_of, Slices::store, Slices::vector;
 
   uint32_t meetings = 0;
-  float held[kHeld], other[kHeld];  // exponentials of the student and of the teacher; in the end `other` is the student's term
 
   FDISTILL_DEVICE RowProgram(const RowTask& task, const Launch& launch) : Slices(task, launch) {}
 
@@ -49,7 +46,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     for (uint32_t n = cluster(); n < task.row_count; n += step) {
       const uint32_t ahead = n + launch.stages * step;
       const float fact_ahead = fact_of(ahead);  // asked for now, so that it is there by then
-      wait_for(&shared.arrived[at], parity);
+      if (speaker()) wait_for(&shared.arrived[at], parity);
+      block_barrier();  // the row is there
       const Row& row = shared.rows[at];
       if (row.scale == 0.0f) {
         skip_row(n, row);
@@ -61,11 +59,6 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       if (launch.stages == 1) block_barrier();  // the facts of the next row are there at once
       if (++at == launch.stages) at = 0, parity ^= 1;
     }
-  }
-
-  // Their exponentials about my warp's top, and my sum of them.
-  FDISTILL_DEVICE void exponentials(float (&kept)[kHeld], float rate, Softmax& mine) const {
-    for_entries([&](int j) { mine.total += kept[j] = mine.worth(kept[j], rate); });
   }
 
   // Over kMost lanes.
@@ -128,15 +121,44 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     return sum_of<Message>(shared.heard[meetings % 2], launch.cluster, row);
   }
 
-  // The same, for everyone.
-  template <typename Message>
-  FDISTILL_DEVICE Message learn(const Row& row) const {
+  // What follows for everyone from what all have told in the first meeting: the speaker works it out.
+  FDISTILL_DEVICE Known learn(uint32_t n, const Row& row) {
+    Known& known = *reinterpret_cast<Known*>(shared.known);
     if (speaker()) {
-      const Message all = hear<Message>(row);
-      if (thread() == 0) *reinterpret_cast<Message*>(shared.learnt) = all;
+      const Statistics all = hear<Statistics>(row);
+      const Known found{models_of(row, all), gradient_of(n, row, all)};
+      if (thread() == 0) known = found;
     }
     block_barrier();  // the speaker has heard
-    return *reinterpret_cast<const Message*>(shared.learnt);
+    return known;
+  }
+
+  FDISTILL_DEVICE Models models_of(const Row& row, const Statistics& all) const {
+    Models models(row, all);
+    if constexpr (kTeacher) {
+      models.u_at_peak = models.template at<true>(models.top, models.other_at_top).u;
+      if (!kCentred) models.at_peak = are_close(models.u_at_peak) ? term_at_peak<true>(models) : term_at_peak<false>(models);
+    }
+    return models;
+  }
+
+  // Of the student's largest entry, per probability: what terms are measured from, so that its own is 0.
+  template <bool close>
+  FDISTILL_DEVICE float term_at_peak(const Models& models) const {
+    const auto entry = models.template at<close>(models.top, models.other_at_top);
+    return Divergence::terms(entry, task.parameter).student / entry.q;
+  }
+
+  FDISTILL_DEVICE Gradient gradient_of(uint32_t n, const Row& row, const Statistics& all) const {
+    Gradient of;
+    if (task.labels) {
+      const float plain = tempered(row) ? all.plain : all.student.total;
+      of = label_terms(n, row, {all.student.top, plain}, all.label_logit, all.linear);
+    } else if (first()) {
+      task.parts[task.row_count + n] = task.parts[2 * task.row_count + n] = 0.0f;
+    }
+    if (kTeacher) of.term = row.scale * row.divergence_scale * row.rate;
+    return of;
   }
 
   // Labels have a softmax of their own, at temperature 1.
@@ -145,42 +167,24 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 
   FDISTILL_DEVICE void take_row(uint32_t n, const Row& row, Raw* logits) {
     prepare(logits, row);
-    const float top = take(logits, held), other_top = kTeacher ? take(logits + room(), other) : kLowest;
-    Statistics mine{{warp_top(top)}, {kTeacher ? warp_top(other_top) : kLowest}};
-    if (kTeacher) {
-      for_entries([&](int j) { if (held[j] == mine.student.top) mine.other_at_top = fmaxf(mine.other_at_top, other[j]); });
-      mine.other_at_top = warp_top(mine.other_at_top);
-    }
-    if (task.labels) of_labels(row, mine);
-    exponentials(held, row.rate, mine.student);
-    if (kTeacher) exponentials(other, row.other_rate, mine.teacher);
-    mine.student.total = warp_sum(mine.student.total);
-    if (kTeacher) mine.teacher.total = warp_sum(mine.teacher.total);
-    tell(mine, row);
-    const Statistics all = learn<Statistics>(row);
-    const float of_held = all.student.worth(mine.student.top, row.rate) / all.student.total;  // to probabilities
-    Gradient of;
-    if (task.labels) {
-      const float plain = tempered(row) ? all.plain : all.student.total;
-      of = label_terms(n, row, {all.student.top, plain}, all.label_logit, all.linear);
-      (tempered(row) ? of.plain : of.exponential) = of.softmax * (tempered(row) ? 1.0f / plain : of_held);
-    } else if (first()) {
-      task.parts[task.row_count + n] = task.parts[2 * task.row_count + n] = 0.0f;
-    }
-
+    Peak peak;
+    tell(statistics(row, logits, peak), row);
+    auto [models, of] = learn(n, row);
+    if (peak.top != models.top) peak.k = -1;
     Totals total;
-    if constexpr (kTeacher) {
-      const float of_other = all.teacher.worth(mine.teacher.top, row.other_rate) / all.teacher.total;
-      tell(totals(logits, row, all, of_held, of_other), row);
-      of.term = row.scale * row.divergence_scale * row.rate;
-      if (!kCentred) {
-        total = learn<Totals>(row);
-        of.exponential -= of.term * total.weight * of_held;
-      }
+    if constexpr (!kTeacher) {
+      if (task.student_gradient.data) sweep<false, true>(row, logits, models, peak.k, of);
+    } else if constexpr (kCentred) {
+      tell(sweep<true, true>(row, logits, models, peak.k, of), row);
+      if (speaker()) total = hear<Totals>(row);
+    } else {
+      tell(sweep<true, false>(row, logits, models, peak.k, of), row);
+      if (speaker()) total = hear<Totals>(row);
+      if (thread() == 0) shared.weight = total.weight;
+      block_barrier();  // the speaker has heard of S
+      of.softmax -= of.term * shared.weight;
+      if (task.student_gradient.data) sweep<false, true>(row, logits, models, peak.k, of);
     }
-    of.top = all.student.top;
-    if (task.student_gradient.data) write_gradient(row, logits, of);
-    if (kTeacher && kCentred && speaker()) total = hear<Totals>(row);
     if (first()) task.parts[n] = kTeacher ? row.scale * row.divergence_scale * total.divergence : 0.0f;
   }
 
@@ -199,125 +203,172 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     }
     Gradient of;
     const float of_cross_entropy = scale * task.cross_entropy_scale[n];
-    of.softmax = of_cross_entropy * (of_label + spread * vocabulary) + 2.0f * scale * task.z_loss_scale[n] * lse;
+    const float of_softmax = of_cross_entropy * (of_label + spread * vocabulary) + 2.0f * scale * task.z_loss_scale[n] * lse;
+    (tempered(row) ? of.plain : of.softmax) = tempered(row) ? of_softmax / plain.total : of_softmax;
     of.constant = -of_cross_entropy * spread;
     of.label = of_cross_entropy * of_label;
     return of;
   }
 
-  // My warp's share in what labels need, of the logits that are held.
-  FDISTILL_DEVICE void of_labels(const Row& row, Statistics& mine) const {
-    if (tempered(row)) {
-      for_entries([&](int j) { mine.plain += mine.student.worth(held[j], 1.0f); });
-      mine.plain = warp_sum(mine.plain);
-    }
-    if (smoothed()) {
-      for_vectors([&](int k) {  // over the vocabulary, not over what is around the row
-        const int v = vector(k), entry = entry_of(v, row);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          if (v < row.count && is_entry(entry + i))
-            mine.linear += held[k * kSize + i] - mine.student.top, ++mine.entries;
-      });
-      mine.linear = warp_sum(mine.linear), mine.entries = warp_sum(mine.entries);
-    }
-    const int label = held_label(row);
-    if (label >= 0) {  // one thread of the cluster
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j)
-        if (j == label) mine.label_logit = held[j];
-    }
-    mine.label_logit = row.label < 0.0f ? NAN : warp_sum(mine.label_logit);
-  }
+  // Of my vectors, the first that holds the largest entry of the student, and that entry.
+  struct Peak { float top = kLowest; int k = 0; };
 
-  // Entries of a row whose softmaxes are known.
-  struct Models {
-    float top, rate, log_total, other_top, other_rate, other_log_total, log_ratio;
-    bool alike;  // log(p/q) is taken from the logits' own differences, which are exact where models nearly agree
+  FDISTILL_DEVICE void load_vector(Address mine, int k, float (&x)[kSize]) const { Vec::widen(load(mine, k * kWarp), x); }
 
-    FDISTILL_DEVICE Models(const Row& row, const Statistics& all)
-        : top(all.student.top), rate(row.rate), log_total(logf(all.student.total)), other_top(all.teacher.top),
-          other_rate(row.other_rate), other_log_total(logf(all.teacher.total)),
-          alike(fabsf(other_top - top) <= 1.0f && rate == other_rate) {
-      const float more = (all.teacher.total - all.student.total) / all.student.total;
-      log_ratio = fabsf(more) < 0.25f ? log1p(more) : other_log_total - log_total;
-    }
-
-    template <bool close>
-    FDISTILL_DEVICE Entry<float, close> at(float x, float y, float p, float q, float u_at_peak) const {
-      const float q_shifted = (x - top) * rate, p_shifted = (y - other_top) * other_rate;
-      const float apart = alike ? ((y - x) - (other_top - top)) * rate : p_shifted - q_shifted;
-      return {p, q, p_shifted - other_log_total, q_shifted - log_total, apart - log_ratio, p_shifted, q_shifted, u_at_peak};
-    }
-  };
-
-  // My warp's shares of D and S; the student's terms go where the teacher's exponentials were. They are measured from the
-  // term of the student's largest entry, whose own is 0.
-  FDISTILL_DEVICE Totals totals(const Raw* logits, const Row& row, const Statistics& all, float of_held, float of_other) {
-    const Models models(row, all);
-    const float q = 1.0f / all.student.total;
-    const float p = expf((all.other_at_top - models.other_top) * row.other_rate) / all.teacher.total;
-    const float u = models.template at<true>(models.top, all.other_at_top, p, q, 0.0f).u;
-    const float at_peak = kCentred ? 0.0f : Divergence::terms(
-        models.template at<true>(models.top, all.other_at_top, p, q, u), task.parameter).student / q;
-    return are_close(u) ? totals_of<true>(logits, models, all.other_at_top, of_held, of_other, u, at_peak)
-                        : totals_of<false>(logits, models, all.other_at_top, of_held, of_other, u, at_peak);
-  }
-
-  template <bool close>
-  FDISTILL_DEVICE Totals totals_of(const Raw* logits, const Models& models, float other_at_top, float of_held,
-                                   float of_other, float u_at_peak, float at_peak) {
-    Totals total;
-    const Address mine = address(logits + vector(0));
+  // My warp's share in the softmaxes, and in what labels need.
+  FDISTILL_DEVICE Statistics statistics(const Row& row, const Raw* logits, Peak& peak) const {
+    const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
+    float other_top = kLowest;
     for_vectors([&](int k) {
+      const float top = Vec::top(load(mine, k * kWarp));
+      if (top > peak.top) peak.top = top, peak.k = k;
+      if (kTeacher) other_top = fmaxf(other_top, Vec::top(load(others, k * kWarp)));
+    });
+    Statistics of{{warp_top(peak.top)}, {kTeacher ? warp_top(other_top) : kLowest}};
+    if (kTeacher) {
       float x[kSize], y[kSize];
-      Vec::widen(load(mine, k * kWarp), x);
-      Vec::widen(load(mine, room() + k * kWarp), y);
+      load_vector(mine, peak.k, x), load_vector(others, peak.k, y);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const auto entry = models.template at<close>(x[i], y[i], other[k * kSize + i] * of_other,
-                                                     held[k * kSize + i] * of_held, u_at_peak);
-        const Terms<float> terms = Divergence::terms(entry, task.parameter);
-        float student = terms.student;
-        if (!kCentred) student = x[i] == models.top && y[i] == other_at_top ? 0.0f : student - entry.q * at_peak;
-        total.divergence += terms.value;
-        total.weight += student;
-        other[k * kSize + i] = student;
+      for (int i = 0; i < kSize; ++i)
+        if (x[i] == of.student.top) of.other_at_top = fmaxf(of.other_at_top, y[i]);
+      of.other_at_top = warp_top(of.other_at_top);
+    }
+    const Exponential worth(of.student.top, row.rate), other_worth(of.teacher.top, row.other_rate);
+    for_vectors([&](int k) {
+      float x[kSize];
+      load_vector(mine, k, x);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) of.student.total += worth.of(x[i]);
+      if (tempered(row)) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) of.plain += of.student.worth(x[i], 1.0f);
+      }
+      if (smoothed()) add_linear(row, vector(k), x, of);
+      if (kTeacher) {
+        load_vector(others, k, x);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) of.teacher.total += other_worth.of(x[i]);
       }
     });
-    return {warp_sum(total.divergence), kCentred ? 0.0f : warp_sum(total.weight)};
+    of.student.total = warp_sum(of.student.total) * worth.correction();
+    if (kTeacher) of.teacher.total = warp_sum(of.teacher.total) * other_worth.correction();
+    if (tempered(row)) of.plain = warp_sum(of.plain);
+    if (smoothed()) of.linear = warp_sum(of.linear), of.entries = warp_sum(of.entries);
+    if (task.labels) of.label_logit = warp_sum(label_logit_of(row, mine));
+    return of;
   }
 
-  FDISTILL_DEVICE void write_gradient(const Row& row, const Raw* logits, const Gradient& of) {
-    for_entries([&](int j) {
-      held[j] = of.exponential * held[j] + of.constant;
-      if (kTeacher) held[j] += of.term * other[j];
-    });
-    const int label = held_label(row);
-    if (task.labels && label >= 0) {
+  // exp((z - top) / T) as one product less a constant, which is not quite top / T: what all of them are too large by is
+  // the correction.
+  struct Exponential {
+    float rate, top, constant;
+    FDISTILL_DEVICE Exponential(float top, float rate_of_e)
+        : rate(rate_of_e * kLog2E), top(top), constant(fmaxf(top * rate, kLowest)) {}
+    FDISTILL_DEVICE float of(float x) const { return exp2f(fmaf(x, rate, -constant)); }
+    FDISTILL_DEVICE float correction() const { return top > kLowest ? exp2f(fmaf(-top, rate, constant)) : 1.0f; }
+  };
+
+  // What label smoothing needs of a vector: over the vocabulary, not over what is around the row.
+  FDISTILL_DEVICE void add_linear(const Row& row, int v, const float (&x)[kSize], Statistics& of) const {
 #pragma unroll
-      for (int j = 0; j < kHeld; ++j)
-        if (j == label) held[j] -= of.label;
-    }
-    const float inverse_cap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
-    const Address mine = address(logits + vector(0));
-    if (of.plain != 0.0f || inverse_cap != 0.0f)
-      for_vectors([&](int k) {
-        float x[kSize];
-        Vec::widen(load(mine, k * kWarp), x);
+    for (int i = 0; i < kSize; ++i)
+      if (v < row.count && is_entry(entry_of(v, row) + i)) of.linear += x[i] - of.student.top, ++of.entries;
+  }
+
+  // Which entry of my vector v is the label's, or -1.
+  FDISTILL_DEVICE int label_in(int v, const Row& row) const {
+    const int at = static_cast<int>(row.label) - entry_of(v, row);
+    return row.label >= 0.0f && v < row.count && at >= 0 && at < kSize ? at : -1;
+  }
+
+  // The label's logit, in one thread of the cluster; 0 in others.
+  FDISTILL_DEVICE float label_logit_of(const Row& row, Address mine) const {
+    if (row.label < 0.0f) return NAN;
+    float logit = 0;
+    const int k = (static_cast<int>(row.label) - entry_of(vector(0), row)) / (kSize * kWarp);
+    if (k < 0 || k >= launch.depth) return 0.0f;
+    const int label = label_in(vector(k), row);
+    float x[kSize];
+    load_vector(mine, k, x);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (i == label) logit = x[i];
+    return logit;
+  }
+
+  // A sweep over my vectors: my warp's shares of D and S if `kTotals`, the gradient to memory if `kGradient`.
+  template <bool kTotals, bool kGradient>
+  FDISTILL_DEVICE Totals sweep(const Row& row, const Raw* logits, const Models& models, int peak, const Gradient& of) const {
+    if (kTeacher && are_close(models.u_at_peak))
+      return models.alike ? sweep<kTotals, kGradient, true, true>(row, logits, models, peak, of)
+                          : sweep<kTotals, kGradient, true, false>(row, logits, models, peak, of);
+    return sweep<kTotals, kGradient, false, false>(row, logits, models, peak, of);
+  }
+
+  template <bool kTotals, bool kGradient, bool close, bool alike>
+  FDISTILL_DEVICE Totals sweep(const Row& row, const Raw* logits, const Models& models, int peak, const Gradient& of) const {
+    Totals total;
+    const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
+    Raw* const to = kGradient ? slice_of(task.student_gradient, row) + vector(0) : nullptr;
+    for_vectors([&](int k) {
+      float x[kSize], y[kSize], student[kSize], q[kSize];
+      load_vector(mine, k, x);
+      if constexpr (kTeacher) {
+        load_vector(others, k, y);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          held[k * kSize + i] += of.plain * exp2f((x[i] - of.top) * kLog2E);
-          if (inverse_cap != 0.0f) held[k * kSize + i] *= 1.0f - (x[i] * inverse_cap) * (x[i] * inverse_cap);
+          const auto entry = models.template at<close, alike>(x[i], y[i]);
+          const Terms<float> terms = Divergence::terms(entry, task.parameter);
+          q[i] = entry.q, student[i] = terms.student;
+          if (kTotals) total.divergence += terms.value;
+          if (!kCentred) student[i] -= entry.q * models.at_peak;
         }
-      });
-    Raw* to = slice_of(task.student_gradient, row) + vector(0);
-    for_vectors([&](int k) {
-      float value[kSize];
+        if (!kCentred && any_lane(k == peak)) {  // few warps, once
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) value[i] = held[k * kSize + i];
-      store(to + k * kWarp, vector(k), row, Vec::narrow(value));
+          for (int i = 0; i < kSize; ++i)
+            if (k == peak && x[i] == models.top && y[i] == models.other_at_top) student[i] = 0.0f;
+        }
+        if (kTotals && !kCentred) {
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) total.weight += student[i];
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) q[i] = models.q(x[i]), student[i] = 0.0f;
+      }
+      if constexpr (kGradient) {
+        if (kTotals && !task.student_gradient.data) return;
+        finish(row, vector(k), x, student, q, models.top, of);
+        store(to + k * kWarp, vector(k), row, Vec::narrow(student));
+      }
     });
+    if (kTotals) total.divergence = warp_sum(total.divergence);
+    if (kTotals && !kCentred) total.weight = warp_sum(total.weight);
+    return total;
+  }
+
+  // The gradient of a vector's entries, in place of the student's terms.
+  FDISTILL_DEVICE void finish(const Row& row, int v, const float (&x)[kSize], float (&student)[kSize],
+                              const float (&q)[kSize], float top, const Gradient& of) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) student[i] = fmaf(of.term, student[i], of.softmax * q[i] + of.constant);
+    if (of.plain != 0.0f) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) student[i] += of.plain * exp2f((x[i] - top) * kLog2E);
+    }
+    const int label = task.labels ? label_in(v, row) : -1;
+    if (label >= 0) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (i == label) student[i] -= of.label;
+    }
+    if (task.student_softcap != 0.0f) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float t = x[i] / task.student_softcap;
+        student[i] *= 1.0f - t * t;
+      }
+    }
   }
 
   FDISTILL_DEVICE void skip_row(uint32_t n, const Row& row) const {

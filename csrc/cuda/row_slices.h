@@ -8,7 +8,7 @@ namespace fdistill {
 template <typename scalar_t, int kModels>
 struct RowSlices {
   static constexpr bool kTeacher = kModels == 2;
-  static constexpr int kSize = Vector<scalar_t>::size, kVectors = kHeld / kSize;
+  static constexpr int kSize = Vector<scalar_t>::size;
   using Vec = Vector<scalar_t>;
 
   const RowTask& task;
@@ -108,21 +108,11 @@ struct RowSlices {
   // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
   FDISTILL_DEVICE int vector(int k) const { return thread() / kWarp * launch.depth * kWarp + thread() % kWarp + k * kWarp; }
 
-  // body(k) for each of my vectors.
+  // body(k) for each of my vectors; two at a time, so that some of their instructions wait for nothing.
   template <typename Body>
   FDISTILL_DEVICE void for_vectors(const Body& body) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      if (k < launch.depth) body(k);
-  }
-
-  // body(j) for each of the entries that I hold.
-  template <typename Body>
-  FDISTILL_DEVICE void for_entries(const Body& body) const {
-    for_vectors([&](int k) {
-#pragma unroll
-      for (int j = k * kSize; j < (k + 1) * kSize; ++j) body(j);
-    });
+#pragma unroll 2
+    for (int k = 0; k < launch.depth; ++k) body(k);
   }
 
   // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
@@ -154,28 +144,6 @@ struct RowSlices {
       }
     }
     if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
-  }
-
-  // My entries of a model, and their top.
-  FDISTILL_DEVICE float take(const Raw* logits, float (&kept)[kHeld]) const {
-    float top = kLowest;
-    const Address mine = address(logits + vector(0));
-    for_vectors([&](int k) {
-      const Raw raw = load(mine, k * kWarp);
-      top = fmaxf(top, Vec::top(raw));
-      float x[kSize];
-      Vec::widen(raw, x);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) kept[k * kSize + i] = x[i];
-    });
-    return top;
-  }
-
-  // Which of the entries that I hold is the label's, or -1.
-  FDISTILL_DEVICE int held_label(const Row& row) const {
-    const int at = static_cast<int>(row.label) + row.shift - begin() * kSize, v = at / kSize, mine = v - vector(0);
-    const bool is_mine = row.label >= 0.0f && at >= 0 && v < row.count && mine >= 0 && mine % kWarp == 0 && mine < launch.depth * kWarp;
-    return is_mine ? mine / kWarp * kSize + at % kSize : -1;
   }
 
   static FDISTILL_DEVICE bool is_whole(int v, const Row& row) {

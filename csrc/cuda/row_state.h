@@ -34,6 +34,47 @@ struct alignas(sizeof(Raw)) Totals {
   float divergence = 0, weight = 0;
 };
 
+// Both models of a row, their softmaxes known.
+struct Models {
+  float top, rate, log_total, log2_total, other_top, other_rate, other_log_total, other_log2_total, log_ratio;
+  float other_at_top, u_at_peak = 0, at_peak = 0;  // of the student's largest entry: u, and its term per probability
+  bool alike;  // log(p/q) is taken from the logits' own differences, which are exact where models nearly agree
+
+  FDISTILL_DEVICE Models(const Row& row, const Statistics& all)
+      : top(all.student.top), rate(row.rate), log_total(exact_log(all.student.total)), log2_total(log_total * kLog2E),
+        other_top(all.teacher.top), other_rate(row.other_rate), other_log_total(exact_log(all.teacher.total)),
+        other_log2_total(other_log_total * kLog2E), other_at_top(all.other_at_top),
+        alike(fabsf(other_top - top) <= 1.0f && rate == other_rate) {
+    const float more = (all.teacher.total - all.student.total) / all.student.total;
+    log_ratio = fabsf(more) < 0.25f ? log1p(more) : other_log_total - log_total;
+  }
+
+  FDISTILL_DEVICE float q(float x) const { return exp2f(fmaf(x - top, rate * kLog2E, -log2_total)); }
+
+  // `close`: see Entry; `known_alike`: alike.
+  template <bool close, bool known_alike = false>
+  FDISTILL_DEVICE Entry<float, close> at(float x, float y) const {
+    const float over = x - top, other_over = y - other_top;
+    const float q_shifted = over * rate, p_shifted = other_over * other_rate;
+    const float apart = known_alike || alike ? ((y - x) - (other_top - top)) * rate : p_shifted - q_shifted;
+    return {exp2f(fmaf(other_over, other_rate * kLog2E, -other_log2_total)), q(x),
+            fmaf(other_over, other_rate, -other_log_total), fmaf(over, rate, -log_total), apart - log_ratio,
+            p_shifted, q_shifted, u_at_peak};
+  }
+};
+
+// The gradient of a row: term * the divergence's + softmax * q + plain * exp(z - top) + constant, less `label` at the
+// label. Labels have a softmax of their own, `plain`, where the divergence's has another temperature.
+struct Gradient {
+  float term = 0, softmax = 0, plain = 0, constant = 0, label = 0;
+};
+
+// What every thread needs of a row after the first meeting.
+struct Known {
+  Models models;
+  Gradient gradient;
+};
+
 // A block's shared memory, before the stages.
 struct Shared {
   static constexpr int most_stages = 3, message = sizeof(Statistics) / sizeof(Raw);
@@ -42,13 +83,8 @@ struct Shared {
   Row rows[most_stages];          // in the stages
   Raw told[message * kMost];      // by warps to their block
   Raw heard[2][message * kMost];  // of blocks, in two meetings
-  Raw learnt[message];            // by everyone, of a meeting
-};
-
-// The gradient of a row: term * the divergence's + exponential * e + plain * exp(z - top) + constant, less `label` at the
-// label; `softmax` is the coefficient of the labels' softmax, that `exponential` or `plain` is made of.
-struct Gradient {
-  float term = 0, exponential = 0, plain = 0, constant = 0, label = 0, softmax = 0, top = 0;
+  char known[sizeof(Known)];      // by everyone, of a row
+  float weight;                   // S, of the second meeting
 };
 
 }  // namespace fdistill

@@ -14,7 +14,6 @@
 namespace fdistill {
 
 constexpr int kWarp = 32, kMost = 16;  // lanes of a warp; the most warps of a block, and blocks of a cluster
-constexpr int kHeld = 40;  // entries of a model in a thread's registers: as many as 128 registers hold without a spill
 constexpr float kLog2E = 1.44269504f;
 
 // How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `depth`: that each
@@ -82,6 +81,18 @@ FDISTILL_DEVICE float warp_top(float x) {
 #pragma unroll
   for (int mask = lanes / 2; mask; mask /= 2) x = fmaxf(x, from_lane(x, mask));
   return x;
+}
+
+// log x: to the last digit near 1 too, where the chip's own is not.
+FDISTILL_DEVICE float exact_log(float x) {
+  if (!(x > 0.0f && x < INFINITY)) return logf(x);
+  int32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const int32_t power = (bits - 0x3f400000) >> 23;  // x = 2^power m, m in [3/4, 3/2)
+  bits -= power << 23;
+  float m;
+  memcpy(&m, &bits, sizeof(m));
+  return power * 0.693147181f + log1p_of((m - 1.0f) / (1.0f + 0.5f * (m - 1.0f)));
 }
 
 }  // namespace fdistill

@@ -18,14 +18,16 @@ from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
 INTERFACE, NO_ROOM = 7, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
-HELD, WARP, CLUSTERS = 40, 32, (1, 2, 4, 8, 16)  # entries of a model in a thread: csrc/cuda/row_kernel.h's kHeld
-MEETINGS = 7  # what a row costs a thread besides, in entries, by counts of instructions
-MOST_THREADS = 512  # of a multiprocessor, whose registers they share
+WARP = 32
+#: Blocks of a cluster: sizes that leave few places empty in the chip's own groups of 16 or 18 multiprocessors.
+CLUSTERS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
+MOST_THREADS = 256  # of a block, as csrc/cuda/hopper.cuh bounds its kernels
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
-SYSTEM, DESK = 1 << 10, 2528  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
+SYSTEM, DESK = 1 << 10, 2560  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
-#: Blocks of a multiprocessor, in the order tried: with two, one works while the other meets or waits.
-BLOCKS = (2, 1)
+#: Blocks of a multiprocessor, and rows on their way into each, in the order tried: while one block meets or waits for
+#: its row, others work.
+ROOMS = ((3, 1), (2, 1), (1, 1))
 #: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
 FASTER_FROM: int | None = None
 
@@ -48,31 +50,23 @@ class Launch:
     aligned: bool
 
 
-def cut(slice: int, itemsize: int, most_threads: int) -> tuple[int, int] | None:
-    """Threads and depth that take so many vectors with the least work; None if even the deepest are too many."""
-    entries = 16 // itemsize
-    cuts = [(-(-slice // (depth * WARP)) * WARP, depth) for depth in range(1, HELD // entries + 1)]
-    fitting = [(threads, depth) for threads, depth in cuts if threads <= most_threads]
-    return min(fitting, key=lambda c: c[0] * (c[1] * entries + MEETINGS), default=None)
+def cut(slice: int) -> tuple[int, int]:
+    """Threads and depth that take so many vectors: as few as can be beyond them, by as many threads as can be."""
+    cuts = [(threads, -(-slice // threads)) for threads in range(WARP, MOST_THREADS + 1, WARP)]
+    return min(cuts, key=lambda c: c[1] * (c[0] + MOST_THREADS // 4))
 
 
 def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
-    """The smallest cluster whose registers hold a row, with room for a second row on its way; None if the row is too
-    long for any.
+    """The smallest cluster whose shared memory holds a row; None if the row is too long for any.
 
     models: 2, or 1 without a teacher. aligned: every row starts at a multiple of 16 bytes.
     """
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
-    for blocks, cluster in itertools.product(BLOCKS, CLUSTERS):
+    for (blocks, stages), cluster in itertools.product(ROOMS, CLUSTERS):
         slice = -(-vectors // (cluster * LINE)) * LINE
-        fitting = cut(slice, itemsize, MOST_THREADS // blocks)
-        if fitting is None:
-            continue
-        threads, depth = fitting
-        room = SHARED_MEMORY // blocks - SYSTEM - DESK
-        stages = min(3, room // (models * threads * depth * 16))
-        if stages > 1 or (stages and (blocks, cluster) == (BLOCKS[-1], CLUSTERS[-1])):
+        threads, depth = cut(slice)
+        if stages * models * threads * depth * 16 <= SHARED_MEMORY // blocks - SYSTEM - DESK:
             return Launch(cluster, threads, depth, stages, slice, aligned)
     return None
 
@@ -153,7 +147,7 @@ def route(call: RowCall) -> Launch | str:
     if call.terms.row_scale.shape[0] >= 2**31:
         return "there are 2**31 rows or more"
     launch = plan(vocabulary, call.student.element_size(), 1 if call.teacher is None else 2, starts == {(0, 0, 0)})
-    return launch or f"rows of {vocabulary} entries are too long for a cluster's registers"
+    return launch or f"rows of {vocabulary} entries are too long for a cluster's shared memory"
 
 
 def _starts(call: RowCall) -> set[tuple[int, ...]]:
