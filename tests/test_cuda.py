@@ -310,7 +310,8 @@ def test_registers_and_every_variant_is_there(machine_code):
     found = re.findall(r"Function (\w*row_kernel\w*):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(found) == len(kernels) == 3 * 14  # scalars, and every divergence by entry and the labels alone
     for name, registers, stack, local in found:
-        assert int(registers) <= 80 and int(stack) <= 48 and int(local) == 0  # three blocks of a multiprocessor, (name, registers, stack)
+        # three blocks on a multiprocessor
+        assert int(registers) <= 80 and int(stack) <= 48 and int(local) == 0, (name, registers, stack)
 
 
 def test_wide_accesses_copies_and_cluster_instructions(machine_code):

@@ -150,17 +150,32 @@ def Jeffreys(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
+def _gjs_near(u, q, beta, rest):
+    """log(m/q) and the value by u: the coefficients are a coin's cumulants, and those of the slope β eᵘ (u − log(m/q));
+    within 3e-7.
+    """
+    v, skew = beta * rest, rest - beta
+    h2, h3 = v / 2, v * skew / 6
+    h4, h5 = v * (1 - 6 * v) / 24, v * skew * (1 - 12 * v) / 120
+    log = (((h5 * u + h4) * u + h3) * u + h2) * u + beta
+    value = beta * (rest / 24 - h2 / 6 - h3 / 2 - h4 - h5) / 6
+    value = value * u + beta * (rest / 6 - h2 / 2 - h3 - h4) / 5
+    value = value * u + beta * (rest / 2 - h2 - h3) / 4
+    value = value * u + beta * (rest - h2) / 3
+    return log * u, q * u * u * (value * u + v / 2)
+
+
+@triton.jit
 def Gjs(e, own, CLOSE: tl.constexpr):
     p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
     a, b = own[0] * p, own[1] * q
-    about_one = tl.abs(u_at_peak) < ABOUT_ONE
-    x = _excess(u)
-    apart, above_b, tail = _log_sum(a, b, log_p + own[2], log_q + own[3], u, u_at_peak, own[0] * x, CLOSE)
+    apart, above_b, _ = _log_sum(a, b, log_p + own[2], log_q + own[3], u, u_at_peak, 0.0, False)
     g = above_b
     value = a * (apart - above_b - own[2]) - b * (above_b + own[3])
     if CLOSE:
-        g = tl.where(about_one, _near(u, tail, g + own[3]), g)
-        value = _near(u, q * _series(x, own), value)
+        log_of_q, near_value = _gjs_near(u, q, own[0], own[1])
+        g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, _near(u, log_of_q, g + own[3]), g)
+        value = _near(u, near_value, value)
     return -b * g, value
 
 
