@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .terms import exp
+
 
 @triton.jit
 def _tanh(x):
@@ -12,7 +14,7 @@ def _tanh(x):
     series = series * square - 5.37397155531e-2
     series = series * square + 1.33314422036e-1
     series = series * square - 3.33332819422e-1
-    e = tl.exp(-2 * tl.abs(x))
+    e = exp(-2 * tl.abs(x))
     large = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.625, x + x * square * series, tl.where(x < 0, -large, large))
 

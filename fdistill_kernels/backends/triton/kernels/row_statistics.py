@@ -6,7 +6,7 @@ import triton.language as tl
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import load_logits, row_at
 from .statistics import statistics_of
-from .terms import LOWEST_LOG
+from .terms import LOWEST_LOG, exp
 
 COEFFICIENTS = tl.constexpr(8)
 #: How the teacher's largest entries are told: by their number, or by their mass.
@@ -34,7 +34,7 @@ def _threshold(teacher, vocabulary, models, enough, cap, BY: tl.constexpr, BLOCK
             y = load_logits(teacher, v, vocabulary, cap)
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
-                weight = tl.exp((y - models[3]) * models[4] - models[5])
+                weight = exp((y - models[3]) * models[4] - models[5])
             found += tl.where((y >= threshold) & (v < vocabulary), weight, 0.0)
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)
