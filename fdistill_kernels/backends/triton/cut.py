@@ -5,16 +5,17 @@ Four sweeps over tiles of logits, each making them anew from hidden states and h
     2. D and S of each row, and which tiles matter to the gradient
     3. tiles of the logits' gradient for a band of rows, through all the vocabulary: ∂hidden of the band
     4. the same for a band of the vocabulary, through all the rows: ∂weight and ∂bias of the band
-A band is what fits a float32 accumulator of ACCUMULATOR_BYTES; its gradient's tiles pass through a buffer of
-GRADIENT_BYTES, which stays in L2. No atomics: the same inputs give the same bits. Ten products where the chunked path
-has four; a tile that does not matter costs those of the first two sweeps alone.
+A band's gradient is summed in float32; its tiles pass through a buffer, which stays in L2. Sum and buffer have a tile
+for each of the card's processors, or as many as MEMORY holds: sweeps 3 and 4 are pairs of launches that fill the card
+once, with nothing between. No atomics: the same inputs give the same bits. Ten products where the chunked path has
+four; a tile that does not matter costs those of the first two sweeps alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ from .kernels.head_statistics import statistics_kernel
 from .kernels.tile_products import product_kernel
 from .kernels.tiles import BLOCK, FACTS, GRADIENT, TOTALS, tile_kernel
 
-ACCUMULATOR_BYTES = 8 << 20
+#: Bytes of a call's facts of its rows, of a band's sum, and of the buffer of its gradient's tiles.
+MEMORY = 14 << 20
 SMALLEST = torch.finfo(torch.float32).tiny
-GRADIENT_BYTES = 2 << 20
-STATES_BYTES = 1 << 20
-STAGES = 2 if torch.version.hip else 3
+#: Blocks of rows that share a span's entries in L2 while others share theirs, and waves of programs in such a sweep.
+GROUP, WAVES = 8, 8
+#: Symbols whose totals' registers would spill beside two whole tiles.
+HEAVY = ("Jeffreys", "SkewKl", "SkewRkl", "Alpha", "Triangular", "Todi")
 #: Symbols whose gradient of entries with p, q < ε/V has an L1 norm under 2ε: |q·(g − S)| ≤ 2·max(p, q).
 SKIPPABLE = ("Kl", "CrossEntropy", "Gjs", "SkewKl", "Tvd")
 
@@ -72,24 +75,28 @@ class _Sweeps:
         if call.path.skip_tiles and skippable and self.gradients and not self.smoothed:
             shape = _blocks(self.rows), _blocks(self.vocabulary)
             self.live = torch.zeros(shape, dtype=torch.int8, device=call.hidden.device)
-        # enough spans to fill the card a few times over, where the blocks of rows do not
-        card = launch.device_of(call.hidden.device)
-        processors, self.older = card.processors, card.without_wide_products
-        self.options = {"num_warps": 8 * 32 // card.lanes, "num_stages": STAGES, **launch.ALWAYS}
-        splits = min(-(-4 * processors // _blocks(self.rows)), _blocks(self.vocabulary))
+        self.card = card = launch.device_of(call.hidden.device)
+        self.options = {"num_warps": 8 * 32 // card.lanes, "num_stages": stages(card), **launch.ALWAYS}
+        # whole waves: a last one of a few programs would take as long as the others
+        blocks = _blocks(self.rows)
+        splits = min(max(1, WAVES * card.processors // blocks), _blocks(self.vocabulary))
         self.span = -(-_blocks(self.vocabulary) // splits) * BLOCK
-        self.splits = -(-self.vocabulary // self.span)
+        self.splits, groups = -(-self.vocabulary // self.span), -(-blocks // GROUP)
+        self.grid = (-(-blocks // groups), self.splits, groups)
+        held = self.facts.nbytes + (0 if self.live is None else self.live.nbytes)
+        tile = BLOCK * BLOCK * (4 + self.student.itemsize)
+        self.tiles_at_once = max(1, min(card.processors, (MEMORY - held) // tile))
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call, parts = self.call, self.parts()
         of_hidden, of_weight = (torch.empty_like(x) if want else x.new_empty(0) for x, want in (
             (call.hidden, call.wants.hidden), (call.head.weight, call.wants.weight)))  # fmt: skip
-        of_bias = torch.zeros(self.vocabulary if call.wants.bias else 0, device=call.hidden.device)
+        of_bias = torch.zeros(_blocks(self.vocabulary) * BLOCK if call.wants.bias else 0, device=call.hidden.device)
         if call.wants.hidden:
             self.hidden_gradient(of_hidden)
         if call.wants.weight or call.wants.bias:
             self.weight_gradient(of_weight, of_bias)
-        return parts.mul_(self.power), of_hidden, of_weight, of_bias.mul_(self.most)
+        return parts.mul_(self.power), of_hidden, of_weight, of_bias[: self.vocabulary].mul_(self.most)
 
     def parts(self) -> Tensor:
         """Sweeps 1 and 2: the parts, and all the facts."""
@@ -117,11 +124,11 @@ class _Sweeps:
                 continue
             of_student = name == "student"
             partials = torch.empty(4, self.splits, self.rows, device=call.hidden.device)
-            statistics_kernel[(_blocks(self.rows), self.splits)](
+            statistics_kernel[self.grid](
                 head.hidden, head.weight, head.bias, terms.row_scale, rate, terms.labels if of_student else None,
                 partials, self.rows, self.vocabulary, *head.shape, self.span, PLAIN=plain and of_student,
                 EVEN=head.even, PRECISION=head.precision, BLOCK_D=head.depth, BLOCK=BLOCK,
-                BLOCK_V=tile_width(None, None, False, False, head.itemsize, self.older), **self.options,
+                BLOCK_V=tile_width(None, None, False, False, head.itemsize, self.card), **self.options,
             )  # fmt: skip
             tops, totals, plain_totals, label_logits = partials
             top = tops.amax(0)
@@ -140,7 +147,7 @@ class _Sweeps:
         if self.teacher is None and not self.smoothed and self.live is None:
             return self.facts.new_zeros(self.rows), self.facts.new_zeros(self.rows)
         partials = torch.empty(3, self.splits, self.rows, device=self.facts.device)
-        self.tiles(TOTALS, (_blocks(self.rows), self.splits), self.span, partials=partials)
+        self.tiles(TOTALS, partials=partials)(self.grid, span=self.span, first_row=0, first_entry=0, gradient_stride=0)
         divergence, weight, linear = partials.sum(1)
         if self.call.divergence is not None and not self.call.divergence.centred:
             self.fact["weight"].copy_(weight)
@@ -165,89 +172,77 @@ class _Sweeps:
         fact["of_weight"].copy_(weight * spread)
         return cross_entropy, lse**2
 
-    def tiles(self, phase: Any, grid: tuple[int, int], span: int, first: tuple[int, int] = (0, 0),
-              partials: Tensor | None = None, gradient: Tensor | None = None) -> None:  # fmt: skip
-        """Launches `tile_kernel`."""
+    def tiles(self, phase: Any, partials: Tensor | None = None, gradient: Tensor | None = None) -> Callable[..., None]:
+        """A launch of `tile_kernel`, but for its grid and where it is; made once a sweep."""
         call, terms, student, teacher = self.call, self.call.terms, self.student, self.teacher
         symbol = (call.divergence.kernel or "own") if call.divergence else None
         functions = triton_backend.functions(call.divergence, teacher_gradient=False)
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         widest = max(model.itemsize for model in (student, teacher) if model)
-        tile_kernel[grid](
+        return _launch(
+            tile_kernel,
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
             teacher and teacher.bias, self.facts, terms.labels, terms.class_weight if self.smoothed else None,
             self.live, partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
-            log_threshold=log_threshold, first_row=first[0], first_entry=first[1], span=span,
-            gradient_stride=gradient.stride(0) if gradient is not None else 0,
-            **triton_backend.constants(call.divergence), TERMS=functions["TERMS"], EXCHANGED=functions["EXCHANGED"],
-            SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even, STUDENT_PRECISION=student.precision,
-            STUDENT_D=student.depth, TEACHER_EVEN=(teacher or student).even,
+            log_threshold=log_threshold, **triton_backend.constants(call.divergence), TERMS=functions["TERMS"],
+            EXCHANGED=functions["EXCHANGED"], SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even,
+            STUDENT_PRECISION=student.precision, STUDENT_D=student.depth, TEACHER_EVEN=(teacher or student).even,
             TEACHER_PRECISION=(teacher or student).precision, TEACHER_D=(teacher or student).depth, BLOCK=BLOCK,
-            BLOCK_V=tile_width(phase, symbol, terms.labels is not None, self.smoothed, widest, self.older),
+            BLOCK_V=tile_width(phase, symbol, terms.labels is not None, self.smoothed, widest, self.card),
             **self.options,
         )  # fmt: skip
 
-    def gradient_tiles(self, rows: slice, entries: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits' gradient of a range of rows and entries, in whole tiles of the buffer, and their live flags."""
-        height, width = _blocks(rows.stop - rows.start), _blocks(entries.stop - entries.start)
-        gradient = buffer[: height * BLOCK * width * BLOCK].view(height * BLOCK, width * BLOCK)
-        self.tiles(GRADIENT, (height, width), BLOCK, (rows.start, entries.start), gradient=gradient)
-        if self.live is None:
-            return gradient, None
-        row, entry = rows.start // BLOCK, entries.start // BLOCK
-        return gradient, self.live[row : row + height, entry : entry + width]
-
     def hidden_gradient(self, of_hidden: Tensor) -> None:
         """Sweep 3."""
-        height, length, total, buffer = self.buffers(self.rows, self.vocabulary)
-        for rows in _bands(self.rows, height):
-            for entries in _bands(self.vocabulary, length):
-                gradient, live = self.gradient_tiles(rows, entries, buffer)
-                self.multiply(gradient, live, self.student.weight[entries], total, entries.start == 0)
-            total = total[: rows.stop - rows.start].mul_(self.call.head.scale)
-            of_hidden[rows] = total.mul_(self.power.expand(self.rows)[rows].unsqueeze(1))
+        factors = (self.power * self.call.head.scale).expand(self.rows).unsqueeze(1)
+        for rows, total in self.sums(self.rows, self.vocabulary, self.student.weight):
+            of_hidden[rows] = total.mul_(factors[rows])
 
     def weight_gradient(self, of_weight: Tensor, of_bias: Tensor) -> None:
         """Sweep 4."""
-        row_bytes = self.student.hidden.element_size() * self.student.hidden.shape[1]
-        most = max(1, STATES_BYTES // (row_bytes * BLOCK))
-        height, length, total, buffer = self.buffers(self.vocabulary, self.rows, most)
-        for entries in _bands(self.vocabulary, height):
-            for rows in _bands(self.rows, length):
-                gradient, live = self.gradient_tiles(rows, entries, buffer)
-                if self.call.wants.bias:
-                    share = torch.nn.functional.pad(self.share[rows], (0, gradient.shape[0] - (rows.stop - rows.start)))
-                    of_tiles = (gradient.float() * share.unsqueeze(1)).sum(0)
-                    of_bias[entries] += of_tiles[: entries.stop - entries.start]
-                if self.call.wants.weight:
-                    live = None if live is None else live.t()
-                    share, hidden = self.share[rows].unsqueeze(1), self.student.hidden[rows]
-                    states = hidden.masked_fill(share == 0, 0).mul_(share)  # without a masked row's NaN
-                    self.multiply(gradient.t(), live, states, total, rows.start == 0)
+        factor = self.most * self.call.head.scale
+        for entries, total in self.sums(self.vocabulary, self.rows, self.student.hidden, self.share, of_bias):
             if self.call.wants.weight:
-                of_weight[entries] = total[: entries.stop - entries.start].mul_(self.call.head.scale * self.most)
+                of_weight[entries] = total.mul_(factor)
 
-    def buffers(self, across: int, along: int, most: int | None = None) -> tuple[int, int, Tensor, Tensor]:
-        """A band's height, how far a buffer of its gradient goes, the band's accumulator, and that buffer."""
-        hidden = self.student.hidden
-        height = min(_blocks(across), max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1] * BLOCK))) * BLOCK
-        blocks = min(_blocks(along), max(1, GRADIENT_BYTES // (hidden.element_size() * height * BLOCK)))
-        length = min(blocks, most or blocks) * BLOCK
-        total = torch.empty(height, hidden.shape[1], device=hidden.device)
-        return height, length, total, hidden.new_empty(height * length)
-
-    def multiply(self, gradient: Tensor, live: Tensor | None, other: Tensor, total: Tensor, fresh: bool) -> None:
-        """``total += gradient other`` by the tiles that are live."""
-        order, counts = None, None
-        if live is not None:
-            order = live.contiguous().argsort(dim=1, descending=True, stable=True).int()
-            counts = live.sum(1, dtype=torch.int32)
+    def sums(self, across: int, along: int, other: Tensor, share: Tensor | None = None,
+             of_bias: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+        """Bands across, and the sum of each along `other`, whose every row has its share: sweep 4; without: sweep 3."""
+        by_row, vertical = share is None, _blocks(self.vocabulary)
         width = other.shape[1]
-        product_kernel[(gradient.shape[0] // BLOCK, _blocks(width))](
-            gradient, other, total, order, counts, gradient.shape[1], other.shape[0] - 1, width,
-            *gradient.stride(), other.stride(0), 0 if order is None else order.stride(0), FRESH=fresh,
-            PRECISION=self.student.precision, BLOCK=BLOCK, BLOCK_K=self.student.depth, **self.options,
+        height = min(max(1, self.tiles_at_once // _blocks(width)), _blocks(across))
+        total = torch.empty(height * BLOCK, width, device=other.device)
+        buffer = other.new_empty(self.tiles_at_once * BLOCK * BLOCK)
+        tiles = self.tiles(GRADIENT, gradient=buffer)
+        multiply = _launch(
+            product_kernel, buffer, other, share, total, of_bias if self.call.wants.bias and not by_row else None,
+            self.live, k_last=along - 1, width=width, other_stride=other.stride(0),
+            i_live=vertical if by_row else 1, k_live=1 if by_row else vertical,
+            SHARED=share is not None and other.dtype == torch.float16, PRECISION=self.student.precision, BLOCK=BLOCK,
+            BLOCK_K=self.student.depth, **self.options,
         )  # fmt: skip
+        for band in _bands(across, height * BLOCK):
+            high = _blocks(band.stop - band.start)
+            long = min(max(1, self.tiles_at_once // high), _blocks(along))
+            for part in _bands(along, long * BLOCK):
+                size = high, _blocks(part.stop - part.start)
+                rows, entries = (band, part) if by_row else (part, band)
+                stride = _blocks(entries.stop - entries.start) * BLOCK
+                tiles(size if by_row else size[::-1], span=BLOCK, first_row=rows.start, first_entry=entries.start,
+                      gradient_stride=stride)  # fmt: skip
+                multiply((high, _blocks(width)), i_first=band.start, k_first=part.start, k_count=size[1] * BLOCK,
+                         i_stride=stride if by_row else 1, k_stride=1 if by_row else stride,
+                         BLOCKS=1 << (long - 1).bit_length())  # fmt: skip
+            yield band, total[: band.stop - band.start]
+
+
+def _launch(kernel: Any, *arguments: Any, **keywords: Any) -> Callable[..., None]:
+    """``kernel[grid](*arguments, **keywords, **more)`` as a function of grid and more; what stays is made once."""
+
+    def launched(grid: tuple[int, ...], **more: Any) -> None:
+        kernel[grid](*arguments, **keywords, **more)
+
+    return launched
 
 
 class _Model:
@@ -264,16 +259,24 @@ class _Model:
         self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), head.scale, head.softcap or None)
 
 
-def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, itemsize: int, older: bool) -> int:
-    """Entries of the logits' tiles: as many as registers hold without spilling.
+def stages(card: launch.Device) -> int:
+    """Tiles of operands in flight: more where whole tiles leave the card one program a multiprocessor."""
+    return 4 if card.generation else 3 if card.lanes == 32 else 2
+
+
+def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, itemsize: int, card: launch.Device) -> int:
+    """Entries of the logits' tiles: as many as registers hold without spilling. Narrow tiles load their rows again.
 
     phase: TOTALS, GRADIENT, or None for the statistics. symbol: the divergence's, None without a teacher. itemsize: of
-    the wider model's inputs. older: see `launch.Device.without_wide_products`.
+    the wider model's inputs.
     """
     if phase is None or itemsize == 4:
         return BLOCK if itemsize == 2 else 64 if phase is None else 32
-    width = BLOCK
-    if phase.value == TOTALS.value or labels or symbol:
+    width, older, totals = BLOCK, card.without_wide_products, phase.value == TOTALS.value
+    light = not totals or (card.generation == 9 and symbol not in HEAVY)
+    if card.generation and light and not smoothed and symbol not in ("Ab", "own"):
+        return width
+    if totals or labels or symbol:
         width = 32 if symbol == "Alpha" or (labels and symbol) or (smoothed and older) else 64
     return max(32 if symbol == "Alpha" else 16, width // 2) if older and symbol else width
 

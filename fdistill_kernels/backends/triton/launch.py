@@ -30,7 +30,7 @@ ALWAYS = {"enable_fp_fusion": True}
 @dataclass(frozen=True)
 class Device:
     """What the choice depends on. L2 in bytes; lanes of a warp; whether matrix products take their operands by way of
-    registers, as they do without the instructions of sm_90 and sm_100.
+    registers, as they do without the instructions of sm_90 and sm_100; which of the two it is, 9 or 10, else 0.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Device:
     l2: int
     lanes: int = 32
     without_wide_products: bool = False
+    generation: int = 0
 
 
 @functools.lru_cache
@@ -46,9 +47,10 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         return Device("interpreter", 2, 1 << 22)
     properties = torch.cuda.get_device_properties(device)
-    older = torch.version.hip is None and properties.major not in (9, 10)
+    generation = properties.major if torch.version.hip is None and properties.major in (9, 10) else 0
+    older = torch.version.hip is None and not generation
     lanes = getattr(properties, "warp_size", 32)
-    return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size, lanes, older)
+    return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size, lanes, older, generation)
 
 
 def _next_power_of_two(x: int) -> int:

@@ -5,12 +5,14 @@ import triton.language as tl
 
 from .heads import head_logits
 from .statistics import LOWEST
+from .terms import exp
+from .tiles import block_of_rows
 
 
 @triton.jit
 def _grown(top, total, new, z, rate):
     """Σ exp(rate·(z − top)) with a tile's entries added and the maximum moved to `new`."""
-    return total * tl.exp((top - new) * rate) + tl.sum(tl.exp((z - new[:, None]) * rate[:, None]), 1)
+    return total * exp((top - new) * rate) + tl.sum(exp((z - new[:, None]) * rate[:, None]), 1)
 
 
 @triton.jit
@@ -21,9 +23,10 @@ def statistics_kernel(
 ):  # fmt: skip
     """One model's maximum, total, total at temperature 1 (PLAIN) and label's logit; partials: (4, splits, rows).
 
-    Grid: (blocks of rows, splits); a split is a span of the vocabulary. Blocks of masked rows alone do nothing.
+    Grid: (blocks of rows in a group, splits, groups); a split is a span of the vocabulary. Blocks of masked rows alone
+    do nothing.
     """
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = block_of_rows() * BLOCK + tl.arange(0, BLOCK)
     inside = n < rows
     rate = tl.load(rates + n, mask=inside, other=1.0)
     top = tl.zeros([BLOCK], tl.float32) + LOWEST

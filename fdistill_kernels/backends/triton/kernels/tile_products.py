@@ -8,31 +8,50 @@ from .heads import dot
 
 @triton.jit
 def product_kernel(
-    gradient, other, out, order, counts, k_count, k_last, width, i_stride, k_stride, other_stride, order_stride,
-    FRESH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    gradient, other, share, out, out_bias, live, i_first, k_first, k_count, k_last, width, i_stride, k_stride,
+    other_stride, i_live, k_live, SHARED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """``out (I, width) += gradient (I, K) other (K, width)`` in float32; FRESH: without the old out.
+    """``out (I, width) += gradient (I, K) (share · other) (K, width)`` in float32, without the old out where K begins;
+    out_bias (I's blocks · BLOCK), where given, += gradient share, zeros before.
 
-    Strides make the gradient's buffer a matrix or its transpose; I and K are whole tiles. With `order`, (I's blocks,
-    K's blocks), block i meets only the first counts[i] of its K's blocks. Grid: (I's blocks, the width's blocks).
+    Strides make the gradient's buffer a matrix or its transpose; I and K are whole tiles from i_first and k_first on,
+    in entries. A row of `other` whose share is 0 is not read: it may be NaN. Shares but 0 and 1 count only if SHARED.
+    live: see `tile_kernel`; with it only such tiles are read, found in a vector of BLOCKS of them. Grid: (I's blocks,
+    the width's blocks).
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    steps = k_count // BLOCK_K
-    if order is not None:
-        steps = tl.load(counts + tl.program_id(0)) * (BLOCK // BLOCK_K)
+    steps = tl.cdiv(k_count, BLOCK_K)
+    if live is not None:
+        block = tl.arange(0, BLOCKS)
+        flags = live + (i_first // BLOCK + tl.program_id(0)) * i_live + (k_first // BLOCK + block) * k_live
+        reached = tl.cumsum((tl.load(flags, mask=block < k_count // BLOCK, other=0) != 0).to(tl.int32), 0)
+        steps = tl.max(reached, 0) * (BLOCK // BLOCK_K)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    of_bias = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     for step in tl.range(0, steps):
         first = step * BLOCK_K
-        if order is not None:
-            block = tl.load(order + tl.program_id(0) * order_stride + first // BLOCK)
-            first = block.to(tl.int32) * BLOCK + first % BLOCK
+        if live is not None:  # a live tile comes after as many tiles as have not reached its number
+            first = tl.sum((reached <= first // BLOCK).to(tl.int32), 0) * BLOCK + first % BLOCK
         k = first + tl.arange(0, BLOCK_K)
+        row = tl.minimum(k_first + k, k_last)
         a = tl.load(gradient + i[:, None] * i_stride + k[None, :] * k_stride)
-        rows_of_other = tl.minimum(k, k_last).to(tl.int64)[:, None] * other_stride
-        b = tl.load(other + rows_of_other + j[None, :], mask=j[None, :] < width, other=0.0)
+        inside = j[None, :] < width
+        if share is not None:
+            weight = tl.load(share + row)
+            inside = inside & (weight != 0)[:, None]
+        b = tl.load(other + row.to(tl.int64)[:, None] * other_stride + j[None, :], mask=inside, other=0.0)
+        if SHARED:
+            b = (b * weight[:, None]).to(b.dtype)
+        if out_bias is not None:
+            of_bias += a.to(tl.float32) * weight.to(tl.float32)[None, :]
         total = dot(a, b, total, PRECISION)
     to = out + i[:, None] * width + j[None, :]
-    if not FRESH:
+    if k_first != 0:
         total += tl.load(to, mask=j[None, :] < width, other=0.0)
     tl.store(to, total, mask=j[None, :] < width)
+    if out_bias is not None:  # noqa: SIM102  (one is known to the compiler, the other to the card)
+        if tl.program_id(1) == 0:
+            to_bias = out_bias + i_first + i
+            tl.store(to_bias, tl.load(to_bias) + tl.sum(of_bias, 1))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .heads import head_logits
-from .terms import pair, times
+from .terms import exp, pair, times
 
 BLOCK = 128
 TOTALS, GRADIENT = tl.constexpr(0), tl.constexpr(1)
@@ -21,6 +21,25 @@ def _fact(facts, NUMBER: tl.constexpr, n, rows):
 
 
 @triton.jit
+def block_of_rows():
+    """Of a grid (blocks of rows in a group, spans, groups): neighbours in time share both rows and entries in L2."""
+    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def _half(x, NUMBER: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))[NUMBER]
+
+
+@triton.jit
+def _part(x, NUMBER: tl.constexpr, PARTS: tl.constexpr):
+    """The columns of one of 1 or 4 parts; a thread has as many of each."""
+    if PARTS == 4:
+        x = _half(_half(x, NUMBER // 2), NUMBER % 2)
+    return x
+
+
+@triton.jit
 def tile_kernel(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, facts, labels, class_weight, live,
     partials, gradient, rows, vocabulary, student_width, student_stride, student_weight_stride, student_scale,
@@ -30,92 +49,100 @@ def tile_kernel(
     STUDENT_EVEN: tl.constexpr, STUDENT_PRECISION: tl.constexpr, STUDENT_D: tl.constexpr, TEACHER_EVEN: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr, TEACHER_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of both models, which need not be of one dtype. Grid: (blocks of rows, spans of the vocabulary), from
-    first_row and first_entry.
+    """Tiles of both models, which need not be of one dtype. Grid: (blocks of rows in a group, spans of the vocabulary,
+    groups), from first_row and first_entry.
 
     TOTALS: partials (3, splits, rows) get the shares of D, of S and of Σ w·log q for smoothing, and `live`, one byte a
-    tile (rows' blocks, vocabulary's blocks), whether a log-probability reaches
-    `log_threshold` or a row's label is here.
+    tile (rows' blocks, vocabulary's blocks), whether a log-probability is above `log_threshold` or a row's label here.
     GRADIENT: the span is one tile; it goes to `gradient`, rows and entries from the first ones, zeros where not live
     and beyond the ends.
     """
-    n = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = block_of_rows()
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    n = first_row + i
     scale = _fact(facts, 0, n, rows)
     counts = (n < rows)[:, None] & (scale != 0)
     begin = first_entry + tl.program_id(1) * span
     end = tl.minimum(begin + span, vocabulary)
     needed = tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0
-    flag = live
-    if PHASE == GRADIENT and live is not None:
-        flag = live + (first_row // BLOCK + tl.program_id(0)) * tl.cdiv(vocabulary, BLOCK) + begin // BLOCK
-        needed = needed & (tl.load(flag) != 0)
+    flags = live
+    if live is not None:
+        flags = live + (first_row // BLOCK + block) * tl.cdiv(vocabulary, BLOCK)
+        if PHASE == GRADIENT:
+            needed = needed & (tl.load(flags + begin // BLOCK) != 0)
     value, weight, linear = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if not needed:
         if PHASE == GRADIENT:
             j = begin - first_entry + tl.arange(0, BLOCK)
             tl.store(gradient + i[:, None] * gradient_stride + j[None, :], tl.zeros([BLOCK, BLOCK], tl.float32))
         end = begin
+    PARTS: tl.constexpr = 4 if BLOCK_V == BLOCK else 1
+    PART: tl.constexpr = BLOCK_V // PARTS
     for start in tl.range(begin, end, BLOCK):
         hot = tl.zeros([BLOCK, 1], tl.int32)
         for offset in tl.range(0, BLOCK, BLOCK_V):
-            v = start + offset + tl.arange(0, BLOCK_V)
-            inside = (v < vocabulary)[None, :]
+            entries = start + offset + tl.arange(0, BLOCK_V)
             if teacher is not None:
-                y = head_logits(teacher, teacher_weight, teacher_bias, n, v, rows - 1, vocabulary, teacher_width,
-                            teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, TEACHER_EVEN,
-                            TEACHER_PRECISION, BLOCK, BLOCK_V, TEACHER_D)  # fmt: skip
-                log_p = (y - _fact(facts, 5, n, rows)) * _fact(facts, 6, n, rows) - _fact(facts, 7, n, rows)
-            z = head_logits(student, student_weight, student_bias, n, v, rows - 1, vocabulary, student_width,
-                        student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN,
-                        STUDENT_PRECISION, BLOCK, BLOCK_V, STUDENT_D)  # fmt: skip
-            # facts are loaded where they are used: registers that products could not spare
-            student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
-            student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
-            if labels is not None:
-                label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
-            if PHASE == TOTALS and live is not None:  # NaN is hot
-                most = tl.max(z, 1)[:, None] - student_top
-                hot |= ~(most * student_rate - student_log_total < log_threshold)
+                of_teacher = head_logits(teacher, teacher_weight, teacher_bias, n, entries, rows - 1, vocabulary,
+                                         teacher_width, teacher_stride, teacher_weight_stride, teacher_scale,
+                                         teacher_cap, TEACHER_EVEN, TEACHER_PRECISION, BLOCK, BLOCK_V,
+                                         TEACHER_D)  # fmt: skip
+            whole = head_logits(student, student_weight, student_bias, n, entries, rows - 1, vocabulary, student_width,
+                                student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN,
+                                STUDENT_PRECISION, BLOCK, BLOCK_V, STUDENT_D)  # fmt: skip
+            for number in tl.static_range(0, PARTS):  # beside whole tiles a part at a time has its terms in registers
+                z = _part(whole, number, PARTS)
+                v = start + offset + number * PART + tl.arange(0, PART)
+                inside = (v < vocabulary)[None, :]
+                # facts are loaded where they are used: registers that products could not spare
+                student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
+                student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
                 if teacher is not None:
-                    hot |= ~(tl.max(log_p, 1)[:, None] < log_threshold)
+                    y = _part(of_teacher, number, PARTS)
+                    log_p = (y - _fact(facts, 5, n, rows)) * _fact(facts, 6, n, rows) - _fact(facts, 7, n, rows)
                 if labels is not None:
-                    hot |= (label >= start) & (label < start + BLOCK) | ~(most - plain_log_total < log_threshold)
-            result = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-            if labels is not None:
-                log_plain = z - student_top - plain_log_total
-                if SMOOTHED:
-                    w = inside.to(tl.float32)
-                    if class_weight is not None:
-                        w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
-                if PHASE == TOTALS and SMOOTHED:
-                    linear += tl.sum(tl.where(inside, times(w, log_plain), 0.0), 1)
-                if PHASE == GRADIENT:
-                    result = _fact(facts, 10, n, rows) * tl.exp(log_plain)
+                    label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
+                if PHASE == TOTALS and live is not None:  # NaN is hot
+                    most = tl.max(z, 1)[:, None] - student_top
+                    hot |= ~(most * student_rate - student_log_total < log_threshold)
+                    if teacher is not None:
+                        hot |= ~(tl.max(log_p, 1)[:, None] < log_threshold)
+                    if labels is not None:
+                        hot |= (label >= start) & (label < start + BLOCK) | ~(most - plain_log_total < log_threshold)
+                result = tl.zeros([BLOCK, PART], tl.float32)
+                if labels is not None:
+                    log_plain = z - student_top - plain_log_total
                     if SMOOTHED:
-                        result -= _fact(facts, 12, n, rows) * w
-                    result -= tl.where(v[None, :] == label, _fact(facts, 11, n, rows), 0.0)
-            if teacher is not None:
-                log_q = (z - student_top) * student_rate - student_log_total
-                p, q = tl.exp(log_p), tl.exp(log_q)
-                # without the row's peak, which no sweep looks for, and series, for which there are no registers
-                entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
-                own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
-                of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
-                if PHASE == TOTALS:
-                    value += tl.sum(tl.where(inside, here, 0.0), 1)
-                    weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
-                else:
-                    result += _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
-            if PHASE == GRADIENT:
-                if student_cap is not None:
-                    result *= 1 - (z / student_cap) * (z / student_cap)
-                j = start - first_entry + offset + tl.arange(0, BLOCK_V)
-                to = gradient + i[:, None] * gradient_stride + j[None, :]
-                tl.store(to, tl.where(counts & inside, result, 0.0))
+                        w = inside.to(tl.float32)
+                        if class_weight is not None:
+                            w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
+                    if PHASE == TOTALS and SMOOTHED:
+                        linear += tl.sum(tl.where(inside, times(w, log_plain), 0.0), 1)
+                    if PHASE == GRADIENT:
+                        result = _fact(facts, 10, n, rows) * exp(log_plain)
+                        if SMOOTHED:
+                            result -= _fact(facts, 12, n, rows) * w
+                        result -= tl.where(v[None, :] == label, _fact(facts, 11, n, rows), 0.0)
+                if teacher is not None:
+                    log_q = (z - student_top) * student_rate - student_log_total
+                    p, q = exp(log_p), exp(log_q)
+                    # without the row's peak, which no sweep looks for, and series, for which there are no registers
+                    entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
+                    own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
+                    of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
+                    if PHASE == TOTALS:
+                        value += tl.sum(tl.where(inside, here, 0.0), 1)
+                        weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
+                    else:
+                        result += _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
+                if PHASE == GRADIENT:
+                    if student_cap is not None:
+                        result *= 1 - (z / student_cap) * (z / student_cap)
+                    j = v - first_entry
+                    to = gradient + i[:, None] * gradient_stride + j[None, :]
+                    tl.store(to, tl.where(counts & inside, result, 0.0))
         if PHASE == TOTALS and live is not None:
-            flag = live + tl.program_id(0) * tl.cdiv(vocabulary, BLOCK) + start // BLOCK
-            tl.store(flag, tl.max(tl.max((hot & counts).to(tl.int8), 1), 0))
+            tl.store(flags + start // BLOCK, tl.max(tl.max((hot & counts).to(tl.int8), 1), 0))
     if PHASE == TOTALS:
         field = rows * tl.num_programs(1)
         to = partials + tl.program_id(1) * rows + n
