@@ -33,8 +33,8 @@ from fdistill_kernels.divergences import by_key
 RESULTS = Path(__file__).with_suffix("")
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("A100", 108, 40 << 20, without_wide_products=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("H100", 132, 50 << 20)),
-    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("B200", 148, 126 << 20)),
+    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("H100", 132, 50 << 20, generation=9)),
+    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("B200", 148, 126 << 20, generation=10)),
     "sm_120": (GPUTarget("cuda", 120, 32), launch.Device("RTX 5090", 170, 96 << 20, without_wide_products=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), launch.Device("MI300X", 304, 4 << 20, lanes=64)),
 }
@@ -119,7 +119,8 @@ def metrics_variant(teacher, vocabulary=128256, card=None):
     return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block}, chosen.warps
 
 
-def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, card=None):
+def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, share=False,
+                 card=None):  # fmt: skip
     """The same for a kernel of the cut path: heads without a bias, widths of whole blocks."""
     matrix, f32, i32 = f"*{dtype}", "*fp32", "i32"
     teacher = symbol is not None
@@ -130,7 +131,7 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
         **dict.fromkeys(("row_scale", "rates", "partials", "facts", "out"), f32),
         **dict.fromkeys(("bias", "student_bias", "teacher_bias", "cap", "student_cap", "teacher_cap"), None),
         "labels": "*i64" if labels else None, "class_weight": f32 if labels == "smoothed" else None,
-        "live": "*i8" if live else None, "order": "*i32" if live else None, "counts": "*i32" if live else None,
+        "live": "*i8" if live else None, "share": (f32 if dtype == "fp16" else matrix) if share else None, "out_bias": None,
         **dict.fromkeys(("scale", "student_scale", "teacher_scale", "log_threshold", *CONSTANTS), "fp32"),
     }  # fmt: skip
     if kernel == "tile_kernel" and phase == "GRADIENT":
@@ -139,17 +140,20 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
         "TERMS": getattr(terms, symbol) if symbol else None, "EXCHANGED": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
         "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
         **dict.fromkeys(("PRECISION", "STUDENT_PRECISION", "TEACHER_PRECISION"), "ieee" if dtype == "fp32" else "tf32"),
-        "BLOCK": tiles.BLOCK, "FRESH": False,
+        "BLOCK": tiles.BLOCK, "BLOCKS": 16, "SHARED": share and dtype == "fp16",
         "BLOCK_V": cut.tile_width(
             getattr(tiles, phase) if kernel == "tile_kernel" else None, symbol, bool(labels), labels == "smoothed",
-            4 if dtype == "fp32" else 2, card.without_wide_products),
+            4 if dtype == "fp32" else 2, card),
         **dict.fromkeys(("BLOCK_D", "STUDENT_D", "TEACHER_D", "BLOCK_K"), 32 if dtype == "fp32" else 64),
     }  # fmt: skip
     function = {"statistics_kernel": head_statistics, "tile_kernel": tiles, "product_kernel": tile_products}[kernel]
     function = getattr(function, kernel)
     names = function.arg_names
+    # strides of 1, of the buffer's transpose where rows have shares
+    constants.update(dict.fromkeys(("i_stride", "i_live"), 1) if share else dict.fromkeys(("k_stride", "k_live"), 1))
     types = {n: types.get(n, i32) for n in names if n not in constants}
-    parts = (kernel, symbol, dtype, labels, phase.lower() if kernel == "tile_kernel" else None, None if live else "all")
+    parts = (kernel, symbol, dtype, labels, phase.lower() if kernel == "tile_kernel" else None, None if live else "all",
+             "shares" if share else None)  # fmt: skip
     constants = {k: v for k, v in constants.items() if k in names}
     return "/".join(filter(None, parts)), function, types, constants, 8 * 32 // card.lanes
 
@@ -162,6 +166,7 @@ VARIANTS = [
     *[dict(kernel="tile_kernel", symbol=s, phase="GRADIENT", labels="plain") for s in ("Gjs", None)],
     *[dict(kernel="tile_kernel", symbol="Gjs", dtype="fp32", phase=p) for p in ("TOTALS", "GRADIENT")],
     *[dict(kernel="product_kernel", dtype=d, live=x) for d, x in (("bf16", True), ("bf16", False), ("fp32", True))],
+    *[dict(kernel="product_kernel", dtype=d, share=True) for d in ("bf16", "fp16", "fp32")],
     *[dict(symbol=symbol) for symbol in terms.BY_SYMBOL],
     *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
@@ -194,7 +199,8 @@ def compiled(arguments, target_name):
         odd |= {"vocabulary"} if arguments.get("padded") else {"vocabulary", *STRIDES}
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in odd}
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
-    options = {"num_warps": warps, "num_stages": 2 if target.backend == "hip" else 3, **launch.ALWAYS}
+    stages = cut.stages(card) if "kernel" in arguments else 2 if target.backend == "hip" else 3
+    options = {"num_warps": warps, "num_stages": stages, **launch.ALWAYS}
     return triton.compile(source, target=target, options=options), name
 
 

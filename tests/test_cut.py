@@ -1,10 +1,12 @@
 """The cut path (memory="minimal") in Triton's interpreter: every divergence and keyword, bands, skipping, memory."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
@@ -21,9 +23,11 @@ MINIMAL = dict(memory="minimal", backend="triton")
 
 @pytest.fixture(params=["one band", "bands of one tile"])
 def bands(request, monkeypatch):
-    if request.param != "one band":
-        monkeypatch.setattr(cut, "ACCUMULATOR_BYTES", 1)
-        monkeypatch.setattr(cut, "GRADIENT_BYTES", 1)
+    if request.param == "one band":
+        monkeypatch.setattr(cut.launch, "device_of", lambda _: cut.launch.Device("large", 32, 1 << 22, generation=9))
+    else:
+        monkeypatch.setattr(cut, "MEMORY", 1)
+        monkeypatch.setattr(cut, "GROUP", 1)
 
 
 def problem(dtype=torch.float32, n=N):
@@ -156,6 +160,23 @@ def test_same_inputs_give_the_same_bits_and_nan_is_seen():
     assert torch.autograd.grad(loss, inputs[0])[0][3].isnan().all()
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_masked_rows_are_not_read_and_light_ones_count(dtype, bound, bands):
+    """Sweep 4's rows have their shares: 0 of one that is NaN, and in float16 what its power is of the largest."""
+    hidden, weight, teacher, teacher_weight = (x.detach() for x in problem(dtype))
+    bias, labels, token_weight = torch.randn(V).to(dtype), torch.randint(V, (N,)), torch.logspace(-6, 0, N)
+    labels[3:9] = -100
+    results = []
+    for rows, path in ((float("nan"), MINIMAL), (0.0, dict(backend="torch"))):
+        hidden[5], teacher[5] = rows, rows
+        of = [(x if path is MINIMAL else x.double()).clone().requires_grad_() for x in (hidden, weight, bias)]
+        models = [x.to(of[0].dtype) for x in (teacher, teacher_weight)]
+        loss = fk.linear_f_divergence(*of[:2], *models, student_bias=of[2], labels=labels, ce_weight=0.3,
+                                      token_weight=token_weight, **path)  # fmt: skip
+        results.append((loss, *torch.autograd.grad(loss, of)))
+    assert all((a - b).norm() <= bound * b.norm() for a, b in zip(*results, strict=True))
+
+
 def test_misuse():
     hidden, weight, teacher, teacher_weight = problem()
     with pytest.raises(ValueError, match="give teacher_hidden and teacher_weight"):
@@ -168,28 +189,61 @@ def test_misuse():
         fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, logit_softcap=0.0)
 
 
+def between_kernels(shape, monkeypatch):
+    """A call on a card, its kernels doing nothing: what nobody writes costs a test no memory. Also the grids to be."""
+    grids = {}
+
+    def stub(name):
+        class Nothing:
+            def __getitem__(self, grid):
+                return lambda *_, **__: grids.setdefault(name, []).append(math.prod(grid))
+
+        return Nothing()
+
+    for name in ("statistics_kernel", "tile_kernel", "product_kernel"):
+        monkeypatch.setattr(cut, name, stub(name))
+    n, v, d = shape
+    monkeypatch.setattr(cut.launch, "device_of", lambda _: cut.launch.Device("H100", 132, 50 << 20, generation=9))
+    hidden, weight = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
+    ones = torch.ones(n)
+    terms = TokenTerms(ones, ones, ones, ones, 0.1 * ones, 0 * ones, ones.long(), None, TABLE["js"], 0.0)
+    call = LinearCall(hidden, Head(weight), Teacher(hidden, weight), terms, Path(cut=True), Wants(True, True))
+    return call, grids
+
+
 LARGEST = [(65536, 128256, 2048)] if WHOLE else []
 
 
 @pytest.mark.parametrize("shape", [(1024, 128256, 4096), (8192, 128256, 4096), *LARGEST])
 def test_memory_of_the_sizes_that_matter(shape, monkeypatch):
-    """Every allocation of the sweeps, between kernels that do nothing; what nobody writes costs the test no memory."""
-
-    class Nothing:
-        def __getitem__(self, grid):
-            return lambda *_, **__: None
-
-    for kernel in ("statistics_kernel", "tile_kernel", "product_kernel"):
-        monkeypatch.setattr(cut, kernel, Nothing())
-    n, v, d = shape
-    monkeypatch.setattr(cut.launch, "device_of", lambda _: cut.launch.Device("H100", 132, 50 << 20))
-    hidden, weight = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
-    ones = torch.ones(n)
-    terms = TokenTerms(ones, ones, ones, ones, 0.1 * ones, 0 * ones, ones.long(), None, TABLE["js"], 0.0)
-    call = LinearCall(hidden, Head(weight), Teacher(hidden, weight), terms, Path(cut=True), Wants(True, True))
+    """Every allocation of the sweeps."""
+    call, _ = between_kernels(shape, monkeypatch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         outputs = cut.linear_rows(call)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     beyond = max(alive) - sum(x.nbytes for x in outputs)
     assert 8e6 < beyond <= 16e6, f"{beyond / 1e6:.1f} MB"
+
+
+def test_launches_fill_the_card_with_nothing_between(monkeypatch):
+    """A pair of sweeps 3 and 4 is two launches, of almost as many programs as the card has multiprocessors; torch is
+    asked for a band's sum alone.
+    """
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    (n, v, d), (high, long) = (4096, 128 * 256, 2048), (8, 16)
+    call, grids = between_kernels((n, v, d), monkeypatch)
+    with Seen():
+        cut.linear_rows(call)
+    pairs = 2 * n * v // (128 * 128 * high * long)
+    assert len(grids["statistics_kernel"]) == 2
+    assert grids["tile_kernel"][1:] == grids["product_kernel"] == [high * long] * pairs
+    assert grids["tile_kernel"][0] > 0.95 * 132 * math.ceil(grids["tile_kernel"][0] / 132)  # a full last wave
+    bands = (n + v) // (128 * high)
+    assert len(seen) <= 110 + 4 * bands < 2 * pairs + 4 * bands
