@@ -38,6 +38,7 @@ class Divergence:
         scale: a factor on the loss (hellinger is ¼ of alpha(½)).
         centred: Σ q g = 0, so that the gradient needs no sum over the row.
         triton: a user's own pair of terms as a `@triton.jit` function; the table's are found by symbol.
+        kernel: the symbol, where native kernels compute just these terms; None for terms of the user's own.
         key: what an operator's plain arguments say of a divergence with a `kernel`; `by_key` reads it.
     """
 
@@ -49,6 +50,7 @@ class Divergence:
     centred: bool = False
     triton: Any = field(default=None, repr=False, compare=False)
     other: float | None = None
+    kernel: str | None = field(init=False, repr=False, compare=False)
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,9 @@ class Divergence:
                 raise ValueError(f"{self.name}: {what} must be finite, not {value!r}")
         if self.symbol == "Alpha" and min(abs(self.parameter), abs(1 - self.parameter)) <= NEAR:
             raise ValueError(f"{self.name}: the parameter must not be 0 or 1, which are rkl and kl")
+        formula = KERNELS.get(self.symbol or "")
+        same = formula is not None and (formula, formula.centred) == (self.terms, self.centred) and self.triton is None
+        object.__setattr__(self, "kernel", self.symbol if same else None)
         object.__setattr__(self, "key", f"{self.symbol} {self.parameter!r} {self.scale!r} {self.numbers[1]!r}")
 
     def __str__(self) -> str:
@@ -84,13 +89,6 @@ class Divergence:
     def needs_labels(self) -> bool:
         """Whether it compares the label with the rest of the vocabulary."""
         return self.statistics is not None and self.statistics.members == "label"
-
-    @property
-    def kernel(self) -> str | None:
-        """The symbol, where native kernels compute just these terms; None for terms of the user's own."""
-        formula = KERNELS.get(self.symbol or "")
-        same = formula is not None and (formula, formula.centred) == (self.terms, self.centred) and self.triton is None
-        return self.symbol if same else None
 
     @functools.cached_property
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

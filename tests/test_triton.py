@@ -151,6 +151,10 @@ def test_upstream_gradient_of_one_moves_nothing(traffic):
     assert torch.equal(gradient, expected) and traffic["load"] + traffic["store"] < 100
     scale_(gradient, torch.tensor([1.0, 0.5, -2.0]))
     assert torch.equal(gradient, expected * torch.tensor([1.0, 0.5, -2.0]).view(1, 3, 1))
+    gradient[0, 1] = 0
+    for factor in (torch.tensor(torch.inf), torch.tensor([2.0, torch.nan, 2.0])):
+        scale_(gradient, factor, torch.tensor([1.0, 0.0, 1.0]))
+        assert (gradient[0, 1] == 0).all() and not gradient[0, 0].isnan().any()
 
 
 def test_vmap_is_refused(backend):

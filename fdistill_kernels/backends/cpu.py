@@ -60,8 +60,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     student = call.student
     fresh = call.student_gradient and not call.inplace
-    of_student = empty(student, *(student.shape if fresh else (0,)))
-    of_teacher = empty(student, *(student.shape if call.teacher_gradient else (0,)))
+    of_student = empty(student, *student.shape) if fresh else student.new_empty(0)
+    of_teacher = empty(student, *student.shape) if call.teacher_gradient else student.new_empty(0)
     parts = torch.empty(call.terms.parts, call.terms.row_scale.shape[0])
     symbol, task, _held = row_task(
         call, (of_student if fresh else student) if call.student_gradient else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ class Launch:
     slice: int
     aligned: bool
 
+    @functools.cached_property
+    def request(self) -> _Launch:
+        """As the library takes it."""
+        return _Launch(*astuple(self))
+
 
 def cut(slice: int) -> tuple[int, int]:
     """Threads and depth that take so many vectors: as few as can be beyond them, by as many threads as can be."""
@@ -61,9 +67,16 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch |
 
     models: 2, or 1 without a teacher. aligned: every row starts at a multiple of 16 bytes.
     """
+    return _plan(vocabulary, itemsize, models, aligned, ROOMS)
+
+
+@functools.lru_cache
+def _plan(
+    vocabulary: int, itemsize: int, models: int, aligned: bool, rooms: tuple[tuple[int, int], ...]
+) -> Launch | None:
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
-    for (blocks, stages), cluster in itertools.product(ROOMS, CLUSTERS):
+    for (blocks, stages), cluster in itertools.product(rooms, CLUSTERS):
         slice = -(-vectors // (cluster * LINE)) * LINE
         threads, depth = cut(slice)
         if stages * models * threads * depth * 16 <= SHARED_MEMORY // blocks - SYSTEM - DESK:
@@ -89,8 +102,7 @@ class Library:
 
     def divergence_rows(self, symbol: str, task: Any, launch: Launch, stream: int) -> bool:
         """Starts the kernel; False where the card holds no such cluster, RuntimeError with the driver's words else."""
-        request = _Launch(*astuple(launch))
-        error = self._divergence_rows(symbol.encode(), ctypes.byref(task), ctypes.byref(request),
+        error = self._divergence_rows(symbol.encode(), ctypes.byref(task), ctypes.byref(launch.request),
                                       ctypes.c_void_p(stream))  # fmt: skip
         if error and error != NO_ROOM:
             raise RuntimeError(f"the CUDA row kernel did not start with {launch}: {error.decode()}")
@@ -117,7 +129,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
     if divergence is not None and divergence.kernel is None:
         return f"{divergence} is a user's own generator, which only the torch and triton backends run"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type == "cuda" and triton.capability(device) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not sm_90"
     return LIBRARY.trouble
 

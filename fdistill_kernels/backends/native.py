@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
+from ..divergences import by_key
 from ..formulas import TERMS
 from .rows import VECTORS, RowCall
 
@@ -62,11 +63,10 @@ class Parameter(ctypes.Structure):
     ]
 
 
-def parameters(divergence: Divergence | None) -> tuple[Parameter, Parameter]:
-    """A divergence's, and those of it with the models exchanged."""
-    if divergence is None or divergence.kernel is None:
-        return Parameter(), Parameter()
-    own, exchanged = (Parameter(*constants[:4], constants[4:]) for constants in divergence.constants)
+@functools.lru_cache(maxsize=256)
+def parameters(key: str) -> tuple[Parameter, Parameter]:
+    """Those of the divergence of a key, and those of it with the models exchanged; kernels read them only."""
+    own, exchanged = (Parameter(*constants[:4], constants[4:]) for constants in by_key(key).constants)
     return own, exchanged
 
 
@@ -83,9 +83,12 @@ class RowTask(ctypes.Structure):
     ]  # fmt: skip
 
 
+NOWHERE = Rows(None, 1, 0, 0)
+
+
 def rows_of(x: Tensor | None) -> Rows:
     """Where the rows of a tensor (outer, inner, V) are; nowhere, of None."""
-    return Rows(None, 1, 0, 0) if x is None else Rows(x.data_ptr(), max(1, x.shape[1]), x.stride(0), x.stride(1))
+    return NOWHERE if x is None else Rows(x.data_ptr(), max(1, x.shape[1]), x.stride(0), x.stride(1))
 
 
 def row_task(
@@ -93,20 +96,21 @@ def row_task(
 ) -> tuple[str, RowTask, Any]:
     """The kernel's symbol, its task, and what must live until the kernel has read the task."""
     divergence, terms = call.divergence, call.terms
-    own, exchanged = parameters(divergence)
-    if divergence:
-        terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
+    vectors = {name: getattr(terms, name) for name in VECTORS}
+    if divergence and divergence.scale != 1:
+        vectors["divergence_scale"] = terms.divergence_scale * divergence.scale
     weight_sum = 0.0
     if terms.label_smoothing:
         weight_sum = call.student.shape[2] if terms.class_weight is None else float(terms.class_weight.sum())
-    vectors = {name: getattr(terms, name) for name in VECTORS}
     task = RowTask(
         scalar=DTYPES.index(call.student.dtype), row_count=terms.row_scale.shape[0], vocabulary=call.student.shape[2],
         student=rows_of(call.student), teacher=rows_of(call.teacher), student_gradient=rows_of(student_gradient),
         teacher_gradient=rows_of(teacher_gradient),
-        **{name: None if x is None else x.data_ptr() for name, x in vectors.items()},
-        parameter=own, exchanged=exchanged, label_smoothing=terms.label_smoothing,
-        class_weight_sum=weight_sum, student_softcap=call.student_softcap or 0.0,
-        teacher_softcap=call.teacher_softcap or 0.0, parts=parts.data_ptr(), metrics=terms.metrics,
+        **{name: x.data_ptr() for name, x in vectors.items() if x is not None},
+        label_smoothing=terms.label_smoothing, class_weight_sum=weight_sum,
+        student_softcap=call.student_softcap or 0.0, teacher_softcap=call.teacher_softcap or 0.0,
+        parts=parts.data_ptr(), metrics=terms.metrics,
     )  # fmt: skip
+    if divergence and divergence.kernel:
+        task.parameter, task.exchanged = parameters(divergence.key)
     return (divergence.kernel or "") if divergence else "", task, vectors

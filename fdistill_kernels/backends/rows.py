@@ -60,15 +60,19 @@ def checked_terms(
         ValueError: a vector of another length or device, or no such divergence.
     """
     found: dict[str, Any] = {}
+    before = None
     for name in VECTORS:
         value = getattr(terms, name)
-        if value is None:
+        if value is None or value is before:  # many are one, of equal numbers
             continue
         size, kind = vocabulary if name == "class_weight" else rows, torch.int64 if name == "labels" else dtype
         if value.shape != (size,) or value.device != device or value.layout != torch.strided:
             raise ValueError(f"{name} must be dense, of shape ({size},) on {device}, "
                              f"not {value.layout} of shape {tuple(value.shape)} on {value.device}")  # fmt: skip
-        found[name] = value.to(kind).contiguous()
+        if value.dtype == kind and value.is_contiguous():
+            before = value
+        else:
+            found[name] = value.to(kind).contiguous()
     if isinstance(terms.divergence, str):
         found["divergence"] = by_key(terms.divergence)
         if found["divergence"].needs_labels and terms.labels is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...divergences import Divergence
+from ...divergences import Divergence, by_key
 from ...row_formulas import KERNELS
 from ..rows import VECTORS, RowCall, TokenTerms
 from .launch import ALWAYS
@@ -43,6 +44,14 @@ def interpreting() -> bool:
 INTERPRETER_TROUBLE = _interpreter_trouble() if interpreting() else None
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a card; asked once, but by compilers, which know it for a constant."""
+    return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
+
+
+_capability = functools.lru_cache(torch.cuda.get_device_capability)
+
+
 def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str | None:
     """The reason this backend cannot take a call, or None."""
     if not INSTALLED:
@@ -55,7 +64,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
         return f"it takes float32, bfloat16 and float16 logits, not {dtype}"
     if divergence is not None and divergence.kernel is None and divergence.triton is None:
         return f"{divergence} is a user's own generator without a Triton pair (FDivergence(..., triton=))"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.version.hip is None and capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     return None
 
@@ -93,6 +102,22 @@ def constants(divergence: Divergence | None, names: tuple[str, ...] = CONSTANTS)
     return dict(zip(names, divergence.constants[names is OTHERS], strict=False))
 
 
+def arguments(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
+    """All that the row kernel takes of a divergence."""
+    if divergence is None or divergence.kernel is None:
+        return _arguments(divergence, teacher_gradient)
+    return _of_key(divergence.key, teacher_gradient)
+
+
+def _arguments(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
+    return {**constants(divergence), **constants(divergence, OTHERS), **functions(divergence, teacher_gradient)}
+
+
+@functools.lru_cache(maxsize=256)
+def _of_key(key: str, teacher_gradient: bool) -> dict[str, Any]:
+    return _arguments(by_key(key), teacher_gradient)
+
+
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     return run(call, _launch(call))
@@ -118,7 +143,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     fresh = _empty_like(student) if call.student_gradient and not call.inplace else None
     student_gradient = student if call.inplace else fresh
     of_teacher = _empty_like(student) if call.teacher_gradient else None
-    if divergence:
+    if divergence and divergence.scale != 1:
         terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
     class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
     blocks = -(-vocabulary // launch.block)
@@ -142,10 +167,8 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
             vocabulary=vocabulary, span=span, student_outer=student_outer,
             student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
             gradient_outer=gradient_outer, gradient_inner=gradient_inner, student_cap=call.student_softcap or None,
-            teacher_cap=call.teacher_softcap or None, **constants(divergence), **constants(divergence, OTHERS),
-            smoothing=terms.label_smoothing,
-            class_weight_sum=class_weight_sum,
-            **functions(divergence, call.teacher_gradient),
+            teacher_cap=call.teacher_softcap or None, smoothing=terms.label_smoothing,
+            class_weight_sum=class_weight_sum, **arguments(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
             BLOCK=launch.block, LINE=line, num_warps=launch.warps, **ALWAYS,
         )  # fmt: skip
@@ -231,8 +254,10 @@ def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
     return partials
 
 
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """Multiplies (outer, inner, V) in place by a number, or by one a row, without asking the device whether it is 1."""
+def scale_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None = None) -> None:
+    """Multiplies (outer, inner, V) in place by a number, or by one a row, without asking the device whether it is 1; a
+    row whose row_scale is 0 is left alone.
+    """
     from . import launch
     from .kernels.scale import scale_kernel
 
@@ -241,6 +266,6 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     chosen = launch.heuristic(rows, vocabulary, gradient.element_size(), launch.device_of(gradient.device))
     with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
         scale_kernel[(chosen.programs,)](
-            gradient, factor.float().contiguous(), rows, inner, vocabulary, gradient.stride(0), gradient.stride(1),
+            gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *_strides(gradient),
             PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps, **ALWAYS,
         )  # fmt: skip
