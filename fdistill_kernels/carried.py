@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
+import torch
 from torch import Tensor
 
 from .divergences import Divergence
@@ -22,8 +23,9 @@ TYPES: dict[Any, str] = {
 
 #: Of a kind, for each field: its own kind (None: it is a leaf), and where its leaves begin and end.
 _PARTS: dict[type, tuple[tuple[Any, int, int], ...]] = {}
-#: Of a kind, its leaves' names and operators' types.
+#: Of a kind, its leaves' names and operators' types; and their places.
 _LEAVES: dict[type, dict[str, str]] = {}
+_PLACES: dict[type, dict[str, int]] = {}
 
 
 def carried(kind: type[Value]) -> type[Value]:
@@ -35,6 +37,7 @@ def carried(kind: type[Value]) -> type[Value]:
         parts.append((of if of in _PARTS else None, len(leaves), len(leaves) + len(inner)))
         leaves |= inner
     _PARTS[kind], _LEAVES[kind] = tuple(parts), leaves
+    _PLACES[kind] = {name: place for place, name in enumerate(leaves)}
     return kind
 
 
@@ -43,17 +46,48 @@ def schema(kind: type, mutated: str = "") -> str:
     return ", ".join(f"{'Tensor(a!)' if name == mutated else of} {name}" for name, of in _LEAVES[kind].items())
 
 
+#: The operators, as `torch.library.custom_op` makes them, but for layers of Python that took longer than the call.
+_LIBRARY = torch.library.Library("fdistill_kernels", "FRAGMENT")
+
+
+def operator(
+    name: str, kind: type[Value], run: Callable[[Value, str], Any], like: Callable[[Value], Any], results: int,
+    mutated: str = "",
+) -> Any:  # fmt: skip
+    """An operator of a kind's leaves and a backend's name, which compilers see as one.
+
+    run: what it does; like: results of the right shapes. Both give so many tensors.
+    """
+    returns = ", ".join(["Tensor"] * results)
+    _LIBRARY.define(f"{name}({schema(kind, mutated)}, str backend) -> ({returns})", tags=[torch.Tag.pt2_compliant_tag])
+    run = torch.compiler.disable(run)  # not a frame of a broken graph
+    _LIBRARY.impl(name, lambda *leaves: run(built(kind, leaves[:-1]), leaves[-1]), "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"fdistill_kernels::{name}", lambda *leaves: like(built(kind, leaves[:-1])), lib=_LIBRARY
+    )
+    if not mutated:
+        torch.library.register_autograd(f"fdistill_kernels::{name}", _no_derivative, lib=_LIBRARY)
+    return getattr(torch.ops.fdistill_kernels, name).default
+
+
+def _no_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("the operators of fdistill_kernels have no derivative; its losses have")
+
+
 def tensors(kind: type) -> tuple[str, ...]:
     """The names of the leaves that are tensors."""
     return tuple(name for name, of in _LEAVES[kind].items() if of.startswith("Tensor"))
 
 
-def flat(value: tuple[Any, ...]) -> tuple[Any, ...]:
+def flat(value: tuple[Any, ...]) -> list[Any]:
     """The leaves of a value."""
     leaves: list[Any] = []
     for x in value:
-        leaves += flat(x) if isinstance(x, tuple) else [x]
-    return tuple(leaves)
+        if isinstance(x, tuple):
+            leaves += flat(x)
+        else:
+            leaves.append(x)
+    return leaves
 
 
 def built(kind: type[Value], leaves: Sequence[Any]) -> Value:
@@ -65,12 +99,15 @@ def built(kind: type[Value], leaves: Sequence[Any]) -> Value:
 
 def leaf(kind: type, name: str, leaves: Sequence[Any]) -> Any:
     """One of the leaves."""
-    return leaves[list(_LEAVES[kind]).index(name)]
+    return leaves[_PLACES[kind][name]]
 
 
 def in_place_of(kind: type, **values: Any) -> tuple[Any, ...]:
     """Leaves of which all but those named are None: a graph's gradients."""
-    return tuple([values.get(name) for name in _LEAVES[kind]])
+    leaves: list[Any] = [None] * len(_PLACES[kind])
+    for name, value in values.items():
+        leaves[_PLACES[kind][name]] = value
+    return tuple(leaves)
 
 
 def replaced(value: Value, **changes: Any) -> Value:
@@ -81,8 +118,8 @@ def replaced(value: Value, **changes: Any) -> Value:
 
 def keep(ctx: Any, leaves: Sequence[Any]) -> None:
     """Leaves for a backward pass; tensors as autograd wants them kept, which notices when they are changed."""
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
-    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in leaves])
+    ctx.plain = [None if isinstance(x, Tensor) else x for x in leaves]
 
 
 def kept(ctx: Any) -> list[Any]:

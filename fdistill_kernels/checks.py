@@ -258,26 +258,26 @@ def check_per_token(name: str, value: object, logits: Tensor, low: float = -math
         check_tokens(name, value, logits)
 
 
-def check_temperature_of(name: str, value: object, mask: Tensor, low: float, high: float) -> None:
-    """The values of a tensor of temperatures, of unmasked tokens; a GPU is not asked."""
+def check_temperature_of(name: str, value: object, row_scale: Tensor, low: float, high: float) -> None:
+    """The values of a tensor of temperatures, of tokens that count; a GPU is not asked."""
     if isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling():
         value = value.double()  # float8 does not compare
         fits = (value >= low) & (value <= high)
-        if not (fits.reshape(-1) | ~mask).all():
+        if not (fits.reshape(-1) | (row_scale == 0)).all():
             raise ValueError(f"{name} must be in [{low:g}, {high:g}] in every token")
 
 
-def checked_items(num_items: object, reduction: str, tokens: Tensor) -> float | Tensor:
+def checked_items(num_items: object, reduction: str, tokens: int | Tensor, device: torch.device) -> float | Tensor:
     """The denominator that a user gives: a positive number, or a tensor of one; 0 where no token counts."""
     if reduction in ("sum", "none"):
         raise ValueError(f"num_items overrides the denominator of a mean; reduction={reduction!r} has none")
-    known = not torch.compiler.is_compiling() and tokens.device.type == "cpu"
+    known = not torch.compiler.is_compiling() and device.type == "cpu"
     if isinstance(num_items, Tensor):
         check_tensor("num_items", num_items, floating=False)
         if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
             raise ValueError(f"num_items must be one number, not {num_items.dtype} of shape {tuple(num_items.shape)}")
         check_constant("num_items", num_items)
-        num_items = num_items.reshape(()).to(tokens.device)
+        num_items = num_items.reshape(()).to(device)
         if known:
             check_number("num_items", num_items.item(), 0)
     else:

@@ -177,7 +177,7 @@ def many_heads(
                          f"{tuple(input.shape)} and {tuple(target.shape)}")  # fmt: skip
     mask = torch.ones_like(target, dtype=torch.bool)[:, 0] if soft else target != ignore_index
     tokens = mask.sum()
-    items = None if num_items is None else checks.checked_items(num_items, reduction, tokens)
+    items = None if num_items is None else checks.checked_items(num_items, reduction, tokens, tokens.device)
     heads = weights.flatten(1, -2).unbind(1)
     each_bias = [None] * len(heads) if linear_bias is None else linear_bias.flatten(1).unbind(1)
     each_target = target.flatten(2 if soft else 1).unbind(-1)

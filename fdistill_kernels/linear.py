@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends, chunks
 from .backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
-from .carried import built, flat, in_place_of, leaf, replaced, schema
+from .carried import built, flat, in_place_of, leaf, operator, replaced
 from .divergences import Divergence
 from .tokens import divergence_of, graph_is_kept, of_parts, once, reduced, token_terms
 from .values import Head, LossTerms
@@ -24,7 +24,7 @@ def loss_of_hidden(
     """The loss of hidden states (..., D), all of it checked; with its parts, if asked for."""
     vocabulary = head.weight.shape[0]
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), vocabulary)
-    of_rows, tokens = token_terms(terms, hidden, return_parts == "metrics")
+    of_rows, tokens, _ = token_terms(terms, hidden, return_parts == "metrics")
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head, teacher, of_rows,
         replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms, of_rows)),
@@ -73,16 +73,8 @@ def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor
     return chunks.linear_rows(call, backend)
 
 
-#: The operator's arguments are the leaves of `LinearCall`, and the backend's name.
-linear_rows: Any = torch.library.custom_op(
-    "fdistill_kernels::linear_rows", lambda *leaves: _run(built(LinearCall, leaves[:-1]), leaves[-1]), mutates_args=(),
-    schema=f"({schema(LinearCall)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-
-
-@linear_rows.register_fake
-def _(*leaves: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = built(LinearCall, leaves[:-1])
+def _like(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results of the right shapes and dtypes, their values not set."""
     (hidden, weight, bias), wide = call.wants, call.terms.row_scale
     narrow = call.hidden if call.path.cut else wide
     return (
@@ -91,6 +83,9 @@ def _(*leaves: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         narrow.new_empty(call.head.weight.shape if weight else (0,)),
         wide.new_empty(call.head.weight.shape[:1] if bias else (0,)),
     )
+
+
+linear_rows = operator("linear_rows", LinearCall, _run, _like, 4)
 
 
 def _detached(call: LinearCall, terms: TokenTerms, wants: Wants) -> LinearCall:
@@ -194,7 +189,7 @@ def log_probs_of_hidden(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the terms' labels, and entropies, in the labels' shape; all of it checked."""
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), head.weight.shape[0])
-    of_rows, _ = token_terms(terms, hidden)
+    of_rows, *_ = token_terms(terms, hidden)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False))
     log_probs, entropies = _LogProbs.apply(backend, *flat(call))

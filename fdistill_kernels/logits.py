@@ -12,7 +12,7 @@ from .backends.rows import RowCall, TokenTerms, cap_slope, capped, split
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
 from .divergences import KL
 from .own import FDivergence
-from .tokens import divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
+from .tokens import Known, divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
 from .values import Logits, LossTerms
 
 
@@ -27,14 +27,15 @@ def loss_of_logits(
     """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
     backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms), values.shape[-1])
-    of_rows, tokens = token_terms(terms, values, return_parts == "metrics")
-    loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace)
+    of_rows, tokens, known = token_terms(terms, values, return_parts == "metrics")
+    loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace, known)
     return reduced(loss, parts, terms, tokens, values, return_parts)
 
 
 def rows_loss(
-    student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
+    student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, inplace: bool = False,
+    known: Known | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, summed or of each row, and the parts (3 or more, N)."""
     if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
         assert teacher is not None
@@ -45,9 +46,9 @@ def rows_loss(
     )  # fmt: skip
     trained = call.student.requires_grad or (call.teacher is not None and call.teacher.requires_grad)
     if torch.is_grad_enabled() and trained:
-        return _RowsLoss.apply(per_row, backend, *flat(call))
+        return _RowsLoss.apply(per_row, backend, known, *flat(call))
     parts, _, _ = backends.divergence_rows(replaced(call, inplace=False), backend)
-    return of_parts(parts, terms, per_row), parts
+    return of_parts(parts, terms, per_row, known), parts
 
 
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
@@ -95,41 +96,38 @@ class _RowsLoss(torch.autograd.Function):
     """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel."""
 
     @staticmethod
-    def forward(ctx: Any, per_row: bool, backend: str, *leaves: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, per_row: bool, backend: str, known: Known | None, *leaves: Any) -> tuple[Tensor, Tensor]:
         call, (for_student, for_teacher), power = built(RowCall, leaves), _needs(ctx), None
-        call = replaced(call, inplace=call.inplace and for_student)
-        terms, narrow = call.terms, call.student.dtype == torch.float16
+        terms, narrow, inplace = call.terms, call.student.dtype == torch.float16, call.inplace and for_student
         # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
-        later = narrow and not call.inplace
-        if narrow and call.inplace:
+        later = narrow and not inplace
+        if narrow and inplace:
             mantissa, power = split(terms.row_scale)
             terms = replaced(terms, row_scale=mantissa)
         now = replaced(call, terms=terms, student_gradient=for_student and not later,
-                       teacher_gradient=for_teacher and not later)  # fmt: skip
+                       teacher_gradient=for_teacher and not later, inplace=inplace)  # fmt: skip
         parts, of_student, of_teacher = backends.divergence_rows(now, backend)
-        if call.inplace:
+        if inplace:
             of_student = call.student.detach()
         if power is not None:
             parts = parts * power
         on_cpu = call.student.device.type == "cpu" and not torch.compiler.is_compiling()
-        again = later or (call.student.dtype == torch.bfloat16 and on_cpu and not call.inplace)
-        if not again:
-            call = replaced(call, student=None, teacher=None)
-        keep(ctx, (of_student, of_teacher, power, *flat(replaced(call, terms=terms))))
-        ctx.later, ctx.again, ctx.backend = later, again, backend
+        again = later or (call.student.dtype == torch.bfloat16 and on_cpu and not inplace)
+        keep(ctx, (of_student, of_teacher, power, terms.row_scale, *(flat(now) if again else ())))
+        ctx.later, ctx.again, ctx.backend, ctx.every_row = later, again, backend, known is not None and known.every_row
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
-        return of_parts(parts, terms, per_row), parts
+        return of_parts(parts, terms, per_row, known), parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         wants = _needs(ctx)
         if upstream is None:
-            return (None, None, *in_place_of(RowCall))
-        of_student, of_teacher, power, *leaves = kept(ctx)
-        call, upstream = built(RowCall, leaves), upstream.detach()
-        row_scale = call.terms.row_scale
+            return (None, None, None, *in_place_of(RowCall))
+        of_student, of_teacher, power, row_scale, *leaves = kept(ctx)
+        upstream = upstream.detach()
         if ctx.later or (ctx.again and not is_power_of_two(upstream)):
+            call = built(RowCall, leaves)
             scale = torch.where(row_scale == 0, 0, row_scale * upstream)  # rounded once, the factor included
             now = replaced(
                 call, student=call.student.detach(), teacher=None if call.teacher is None else call.teacher.detach(),
@@ -138,18 +136,16 @@ class _RowsLoss(torch.autograd.Function):
             )  # fmt: skip
             _, *gradients = backends.divergence_rows(now, ctx.backend)
         else:
-            factor = upstream if power is None else upstream * power
-            factor = torch.where(row_scale == 0, 1, factor)  # a masked row's zeros stay, whatever comes for them
-            factor = factor.view(*(of_student if of_student.dim() == 3 else of_teacher).shape[:2], 1)
-            gradients = [scaled(g, factor) if want else g
+            factor, masked = upstream if power is None else upstream * power, None if ctx.every_row else row_scale
+            gradients = [scaled(g, factor, masked) if want else g
                          for g, want in zip((of_student, of_teacher), wants, strict=True)]  # fmt: skip
         student, teacher = (once(g) if want else None for g, want in zip(gradients, wants, strict=True))
-        return (None, None, *in_place_of(RowCall, student=student, teacher=teacher))
+        return (None, None, None, *in_place_of(RowCall, student=student, teacher=teacher))
 
 
 def _needs(ctx: Any) -> tuple[bool, bool]:
     """Whether student and teacher need a gradient."""
-    needs = ctx.needs_input_grad[2:]
+    needs = ctx.needs_input_grad[3:]
     return leaf(RowCall, "student", needs), leaf(RowCall, "teacher", needs)
 
 

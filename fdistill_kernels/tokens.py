@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     if terms.divergence is not None and terms.label_smoothing and not terms.ce_weight:
         raise ValueError("label_smoothing is of the labels' cross-entropy: give ce_weight")
     checks.check_per_token("temperature", terms.temperature, student, *TEMPERATURES)
-    checks.check_per_token("teacher_temperature", _teacher_temperature(terms), student, *TEMPERATURES)
+    if terms.teacher_temperature is not None:
+        checks.check_per_token("teacher_temperature", terms.teacher_temperature, student, *TEMPERATURES)
     checks.check_reduction(terms.reduction)
     checks.check_class_weight(terms.class_weight, vocabulary, student.device)
     if terms.labels is not None:
@@ -53,49 +55,116 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     checks.check_per_token("divergence_weight", terms.divergence_weight, student)
 
 
-def token_terms(terms: LossTerms, student: Tensor, metrics: bool = False) -> tuple[TokenTerms, Tensor]:
-    """The terms as numbers of each row, and the number of tokens that count.
+class Known(NamedTuple):
+    """What is known of terms without asking a tensor.
+
+    Attributes:
+        every_row: no row_scale is 0.
+        factors: of the parts of the divergence (0: there is none), the cross-entropy and lse².
+    """
+
+    every_row: bool
+    factors: tuple[float, float, float]
+
+
+class _Vectors:
+    """Numbers of each row of a student. Equal ones share a vector, which is only read: each is a launch on a GPU."""
+
+    def __init__(self, student: Tensor) -> None:
+        self.dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        self.rows, self.device = math.prod(student.shape[:-1]), student.device
+        self.compiling = torch.compiler.is_compiling()
+        self.made: dict[float, Tensor] = {}
+
+    def known(self, value: Any) -> bool:
+        """Whether it is a number, and no compiler runs: in its graphs a float that changes each step is an input."""
+        return not (self.compiling or isinstance(value, Tensor))
+
+    def full(self, value: float) -> Tensor:
+        """One number for all."""
+        if value not in self.made:
+            self.made[value] = torch.full((self.rows,), value, dtype=self.dtype, device=self.device)
+        return self.made[value]
+
+    def of(self, value: float | Tensor) -> Tensor:
+        """A number, or one a token."""
+        if isinstance(value, Tensor) and value.dim():
+            return value.to(self.dtype).reshape(-1)
+        return self.full(_within(value, self.dtype)) if self.known(value) else self.full(1.0) * value
+
+    def inverse(self, value: float | Tensor) -> Tensor:
+        """1 over a number, or over one a token."""
+        return self.of(1 / value) if self.known(value) else 1 / self.of(value)  # type: ignore[operator]
+
+    def squared(self, weight: float | Tensor, t: float | Tensor) -> Tensor:
+        """weight·t²."""
+        both = self.known(weight) and self.known(t)
+        return self.of(weight * t * t) if both else self.of(weight) * self.of(t) * self.of(t)
+
+
+def token_terms(
+    terms: LossTerms, student: Tensor, metrics: bool = False
+) -> tuple[TokenTerms, int | Tensor, Known | None]:
+    """The terms as numbers of each row, the number of tokens that count, and what is known of them outside compilers.
 
     Raises:
         ValueError: a denominator or a temperature of a token that counts is out of range.
     """
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    ones = torch.ones(student.shape[:-1], dtype=dtype, device=student.device).reshape(-1)
-
-    def per_token(value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor) and value.dim():
-            return value.to(dtype).reshape(-1)
-        return ones * value  # a float that changes each step stays an input of a compiled graph
-
-    mask, labels = ones > 0, None
+    vectors, labels, mask = _Vectors(student), None, None
+    tokens: int | Tensor = (vectors.full(1.0) > 0).sum() if vectors.compiling else vectors.rows
     if terms.labels is not None:
         labels = terms.labels.reshape(-1).long()
         mask = labels != terms.ignore_index
-    tokens = mask.sum()
-    share = ones if terms.token_weight is None else per_token(terms.token_weight)
-    row_scale = torch.where(mask, share / _denominator(terms, tokens, student), 0)
-    for name, value in (("temperature", terms.temperature), ("teacher_temperature", _teacher_temperature(terms))):
-        checks.check_temperature_of(name, value, row_scale != 0, *TEMPERATURES)
-    t, weight = per_token(terms.temperature), per_token(terms.divergence_weight)
-    divergence, class_weight = divergence_of(terms), terms.class_weight
+        count = mask.sum()
+        tokens = count if number(count) is None else int(count)
+    masked = None if isinstance(tokens, int) and tokens == vectors.rows else mask
+    row_scale, every_row = _row_scale(terms, vectors, masked, _denominator(terms, tokens, student))
+    t, of_teacher = terms.temperature, terms.teacher_temperature
+    for name, value in (("temperature", t), ("teacher_temperature", of_teacher)):
+        checks.check_temperature_of(name, value, row_scale, *TEMPERATURES)
+    divergence, class_weight, weight = divergence_of(terms), terms.class_weight, terms.divergence_weight
     needed = divergence is not None and divergence.needs_labels
     if class_weight is not None:
-        class_weight = class_weight.to(dtype).contiguous()
+        class_weight = class_weight.to(vectors.dtype).contiguous()
         if labels is not None and terms.reduction == "mean" and terms.num_items is None:
             class_weight = class_weight * _over_target_weights(class_weight, labels, mask, tokens)
-    return TokenTerms(
+    labels = labels if terms.ce_weight or terms.z_loss or metrics or needed else None
+    of_rows = TokenTerms(
         row_scale=row_scale,
-        student_inverse_temperature=1 / t,
-        teacher_inverse_temperature=1 / per_token(_teacher_temperature(terms)),
-        divergence_scale=weight * t * t if terms.temperature_squared else weight,
-        cross_entropy_scale=per_token(terms.ce_weight),
-        z_loss_scale=per_token(terms.z_loss),
-        labels=labels if terms.ce_weight or terms.z_loss or metrics or needed else None,
+        student_inverse_temperature=vectors.inverse(t),
+        teacher_inverse_temperature=vectors.inverse(t if of_teacher is None else of_teacher),
+        divergence_scale=vectors.squared(weight, t) if terms.temperature_squared else vectors.of(weight),
+        cross_entropy_scale=vectors.of(1.0 if labels is None else terms.ce_weight),  # without labels it is not read
+        z_loss_scale=vectors.of(1.0 if labels is None else terms.z_loss),
+        labels=labels,
         class_weight=class_weight,
         divergence=divergence.key if divergence is not None and divergence.kernel else divergence,
         label_smoothing=float(terms.label_smoothing),
         metrics=metrics,
-    ), tokens
+    )
+    if vectors.compiling:
+        return of_rows, tokens, None
+    of_labels = _within(terms.ce_weight, vectors.dtype), _within(terms.z_loss, vectors.dtype)
+    return of_rows, tokens, Known(every_row, (float(divergence is not None), *of_labels))
+
+
+def _row_scale(
+    terms: LossTerms, vectors: _Vectors, mask: Tensor | None, denominator: float | Tensor
+) -> tuple[Tensor, bool]:
+    """What each row's loss is multiplied by, 0 where the mask is False; and whether none is known to be 0."""
+    if terms.token_weight is None and vectors.known(denominator):
+        each = 1 / denominator if denominator else math.inf
+        row_scale, live = vectors.of(each), bool(each >= torch.finfo(vectors.dtype).tiny)
+    else:
+        share = vectors.full(1.0) if terms.token_weight is None else vectors.of(terms.token_weight)
+        row_scale, live = share / denominator, False
+    return (row_scale, live) if mask is None else (torch.where(mask, row_scale, 0), False)
+
+
+def _within(value: Any, dtype: torch.dtype) -> float:
+    """A number as a dtype holds it, infinite where it is beyond the dtype's range."""
+    value = float(value)
+    return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
 def divergence_of(terms: LossTerms) -> Divergence | None:
@@ -104,22 +173,18 @@ def divergence_of(terms: LossTerms) -> Divergence | None:
     return terms.divergence
 
 
-def _teacher_temperature(terms: LossTerms) -> float | Tensor:
-    return terms.temperature if terms.teacher_temperature is None else terms.teacher_temperature
-
-
-def _denominator(terms: LossTerms, tokens: Tensor, student: Tensor) -> float | Tensor:
+def _denominator(terms: LossTerms, tokens: int | Tensor, student: Tensor) -> float | Tensor:
     """What each token's loss is divided by."""
     if terms.num_items is not None:
-        return checks.checked_items(terms.num_items, terms.reduction, tokens)
+        return checks.checked_items(terms.num_items, terms.reduction, tokens, student.device)
     if terms.reduction in ("sum", "none"):
         return 1.0
     if terms.reduction == "batchmean":
         return max(1, student.shape[0]) if student.dim() > 1 else 1
-    return tokens.clamp_min(1)
+    return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(1, tokens)
 
 
-def _over_target_weights(class_weight: Tensor, labels: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+def _over_target_weights(class_weight: Tensor, labels: Tensor, mask: Any, tokens: Any) -> Tensor:
     """What makes a mean over tokens, as the z-loss is, a mean over the targets' class weights, as the cross-entropy is.
 
     Targets that all weigh 0 give 0, as no targets do: a batch without a live label must not poison the weights.
@@ -129,20 +194,29 @@ def _over_target_weights(class_weight: Tensor, labels: Tensor, mask: Tensor, tok
     return tokens / torch.where((of_targets == 0).all(), 1, of_targets.sum())
 
 
-def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool) -> Tensor:
+def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool, known: Known | None = None) -> Tensor:
     """The loss of parts (3 or more, N), summed or of each row (N,)."""
-    losses = parts[0]
-    if terms.labels is not None:
+    losses = parts[0] if known is None else _weighted(parts, known.factors)
+    if known is None and terms.labels is not None:
         scales = terms.cross_entropy_scale, terms.z_loss_scale
         of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:3], strict=True))  # not 0·inf
         losses = losses + sum(of_labels)
-    if not per_row:
-        return losses.sum()
-    return losses.clone() if terms.labels is None else losses  # a view of the parts could not be changed in place
+    return losses.clone() if per_row else losses.sum()  # a view of the parts could not be changed in place
+
+
+def _weighted(parts: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """The sum of the parts whose factor is not 0; of one part alone, whose factor is 1, a view."""
+    first, *others = [i for i, factor in enumerate(factors) if factor] or [0]
+    total = parts.select(0, first)
+    if factors[first] != 1:
+        total = total * factors[first]
+    for i in others:
+        total = total.add(parts.select(0, i), alpha=factors[i])
+    return total
 
 
 def reduced(
-    loss: Tensor, parts: Tensor, terms: LossTerms, tokens: Tensor, student: Tensor, return_parts: bool | str
+    loss: Tensor, parts: Tensor, terms: LossTerms, tokens: int | Tensor, student: Tensor, return_parts: bool | str
 ) -> Any:
     """The loss in its tokens' shape where each has its own; with its parts (3 or more, N), reduced like it, if asked
     for.
@@ -153,12 +227,23 @@ def reduced(
     if not return_parts:
         return loss
     parts = parts.reshape(len(parts), *student.shape[:-1]) if per_token else parts.sum(1)
+    if not isinstance(tokens, Tensor):
+        tokens = torch.full((), tokens, dtype=torch.long, device=parts.device)
     made_of = LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
     return loss, Metrics(*made_of, *parts[3:]) if return_parts == "metrics" else made_of
 
 
+def number(factor: Tensor) -> float | None:
+    """The one number that a tensor holds, where no compiler and no GPU would have to be waited for."""
+    readable = not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.numel() == 1
+    return factor.item() if readable else None
+
+
 def is_power_of_two(factor: Tensor) -> bool:
     """Whether to multiply by it rounds nothing."""
+    one = number(factor)
+    if one is not None:
+        return one == 0 or abs(math.frexp(one)[0]) == 0.5
     return bool(((torch.frexp(factor).mantissa.abs() == 0.5) | (factor == 0)).all())
 
 
@@ -175,17 +260,22 @@ def once(gradient: Tensor) -> Tensor:
     return torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> Tensor:
     """gradient·factor, in place unless the graph is kept, to make no second N×V; nothing is done for a factor of 1.
 
-    gradient: (outer, inner, V); factor: (outer, inner, 1).
+    gradient: (outer, inner, V); factor: a number or (outer·inner,); row_scale: (outer·inner,), where it is 0 the row's
+    zeros stay, whatever comes for them (None: it is nowhere).
     """
-    if torch.compiler.is_compiling() or graph_is_kept():
-        return (gradient * factor).to(gradient.dtype)
-    if factor.device.type == "cpu" and bool((factor == 1).all()):
-        return gradient
-    if gradient.is_cuda and backends.triton.why_not(gradient.device, gradient.dtype, None) is None:
-        backends.triton.scale_(gradient, factor)
+    kept, value = torch.compiler.is_compiling() or graph_is_kept(), number(factor)
+    if not kept and gradient.is_cuda and backends.triton.why_not(gradient.device, gradient.dtype, None) is None:
+        backends.triton.scale_(gradient, factor, row_scale)
         torch.autograd.graph.increment_version(gradient)  # as mul_ does: a second backward must not see it
+        return gradient
+    if row_scale is not None and value != 1:
+        factor = torch.where(row_scale == 0, 1, factor)
+    factor = factor.view(1, 1, 1) if factor.dim() == 0 else factor.view(*gradient.shape[:2], 1)
+    if kept:
+        return (gradient * factor).to(gradient.dtype)
+    if value == 1 or (value is None and factor.device.type == "cpu" and bool((factor == 1).all())):
         return gradient
     return gradient.mul_(factor)

@@ -112,6 +112,17 @@ def test_operators_by_hand_take_what_they_can():
     assert all(x.isfinite().all() for x in got)
 
 
+def test_operators_by_hand_have_no_derivative_and_tell_of_what_they_write():
+    student = torch.randn(1, N, V, requires_grad=True)
+    parts, *_ = OPERATORS.divergence_rows(*row_arguments(student=student))
+    with pytest.raises(RuntimeError, match="no derivative"):
+        parts.sum().backward()
+    logits = torch.randn(1, N, V)
+    before = logits._version
+    OPERATORS.divergence_rows_(*row_arguments(student=logits, teacher_gradient=False, inplace=True))
+    assert logits._version > before
+
+
 BAD_ITEMS = {
     "vector": torch.tensor([1.0, 2, 3]), "empty": torch.tensor([]), "negative": torch.tensor(-4), "NaN": torch.tensor(math.nan),
     "complex": torch.tensor(4 + 1j), "bool": torch.tensor(True), "string": "4", "list": [4], "number": -1.0, "infinite": math.inf,

@@ -7,12 +7,10 @@ Each backend module has two functions:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..carried import built, flat, schema
+from ..carried import flat, operator
 from ..divergences import Divergence
 from . import chunked, cpu, cuda, triton
 from .rows import RowCall
@@ -60,7 +58,10 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
     if call.inplace:
         parts, of_teacher = divergence_rows_operator_(*flat(call), backend)
         return parts, call.student.new_empty(0), of_teacher
-    return divergence_rows_operator(*flat(call), backend)
+    if torch.compiler.is_compiling():
+        return divergence_rows_operator(*flat(call), backend)
+    with torch._C._AutoDispatchBelowAutograd():  # the operator's refusal of a derivative is a layer of Python, too
+        return divergence_rows_operator(*flat(call), backend)
 
 
 def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,39 +87,21 @@ def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int,
     """Raises ValueError for labels outside [0, V) in rows that count; on a GPU the device itself stops."""
     if labels is None:
         return
-    wrong = ((labels < 0) | (labels >= vocabulary)) & (row_scale != 0)
+    inside = labels.clamp(0, vocabulary - 1)
     if labels.is_cuda:  # no wait for the device: the error surfaces there, and the kernel never reads out of bounds
-        torch._assert_async(~wrong.any(), f"{name} outside [0, V) that are not ignore_index")
-    elif wrong.any():
+        fits = ((inside == labels) | (row_scale == 0)).all()
+        torch._assert_async(fits, f"{name} outside [0, V) that are not ignore_index")
+    elif not torch.equal(inside, labels) and (wrong := (inside != labels) & (row_scale != 0)).any():
         raise ValueError(f"{name} must be in [0, {vocabulary}) or ignore_index, but hold {labels[wrong][0].item()}")
 
 
-def _divergence_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(built(RowCall, arguments[:-1]), arguments[-1])
-
-
-def _divergence_rows_(*arguments: Any) -> tuple[Tensor, Tensor]:
-    parts, _, of_teacher = _divergence_rows(*arguments)
+def _run_in_place(call: RowCall, backend: str) -> tuple[Tensor, Tensor]:
+    parts, _, of_teacher = _run(call, backend)
+    torch.autograd.graph.increment_version(call.student)
     return parts, of_teacher
 
 
-#: The operators' arguments are the leaves of `RowCall`, and the backend's name.
-divergence_rows_operator: Any = torch.library.custom_op(
-    "fdistill_kernels::divergence_rows", _divergence_rows, mutates_args=(),
-    schema=f"({schema(RowCall)}, str backend) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-divergence_rows_operator_: Any = torch.library.custom_op(
-    "fdistill_kernels::divergence_rows_", _divergence_rows_, mutates_args=("student",),
-    schema=f"({schema(RowCall, mutated='student')}, str backend) -> (Tensor, Tensor)",
-)  # fmt: skip
-
-
-@divergence_rows_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(built(RowCall, arguments[:-1]))
-
-
-@divergence_rows_operator_.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    parts, _, of_teacher = _empty(built(RowCall, arguments[:-1]))
-    return parts, of_teacher
+divergence_rows_operator = operator("divergence_rows", RowCall, _run, _empty, 3)
+divergence_rows_operator_ = operator(
+    "divergence_rows_", RowCall, _run_in_place, lambda call: _empty(call)[::2], 2, mutated="student"
+)
