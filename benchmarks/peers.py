@@ -20,7 +20,7 @@ def label_losses() -> dict[str, object]:
     """Every installed peer's cross-entropy to labels, from logits; the second argument is not looked at."""
     plain = torch.nn.functional.cross_entropy
     found = {"eager": plain, "torch.compile": torch.compile(plain)}
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, RuntimeError):  # the latter from a part of cutlass that is not there
         from quack import cross_entropy as quack
 
         found["quack"] = quack
@@ -56,10 +56,10 @@ def row_losses(name: str) -> dict[str, object]:
 def linear_losses(name: str = "js") -> dict[str, object]:
     """Every installed peer's js or kl of (student_hidden, student_weight, teacher_hidden, teacher_weight)."""
     peers: dict[str, object] = {}
+    beta = 0.5 if name == "js" else 0.0  # liger's and trl's limit for teacher ‖ student
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        beta = 0.5 if name == "js" else 0.0  # liger's limit for teacher ‖ student
         liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
 
         def liger_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def linear_losses(name: str = "js") -> dict[str, object]:
 
             fused = LigerFusedLinearJSD(jsd_beta=beta)
             peers["liger-kernel fused"] = lambda hidden, weight, teacher, teacher_weight: fused(
-                hidden, weight, teacher, teacher_weight
+                hidden, weight, teacher, teacher_weight, None
             )
     except ImportError:
         pass
@@ -93,4 +93,13 @@ def linear_losses(name: str = "js") -> dict[str, object]:
         peers["orda-kernel"] = orda_loss
     except ImportError:
         pass
+    with contextlib.suppress(ImportError):
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        def trl_loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+            return ChunkedDivergenceFunction.apply(
+                hidden, weight, None, teacher, teacher_weight, None, beta
+            )[0].mean()  # fmt: skip
+
+        peers["trl"] = trl_loss
     return peers
