@@ -90,7 +90,7 @@ def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, dev
     """
     from .backends.triton import launch
 
-    backends.choose("triton", torch.device(device), dtype, divergence, shape[1])
+    backends.choose("triton", torch.device(device), dtype, divergence)
     student, teacher = make_logits(shape, dtype, device)
     card = launch.device_of(student.device)
     step = training_step(our_loss(divergence, "triton"), student, teacher)

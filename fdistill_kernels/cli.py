@@ -23,7 +23,6 @@ from .divergences import PARAMETERS, TABLE, Divergence
 from .own import resolve
 
 STUDENTS = ("kl", "js", "tvd")  # of the demo
-VOCABULARY = 128256  # that `doctor` asks for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -96,7 +95,7 @@ def _list(args: argparse.Namespace) -> int:
 def _state(backend: str, device: torch.device) -> str:
     """Whether a backend can run float32 js there, and what `auto` has against it."""
     reason = backends.BACKENDS[backend].why_not(device, torch.float32, TABLE["js"])
-    passed_over = backends.why_not_auto(backend, device, VOCABULARY)
+    passed_over = backends.why_not_auto(backend, device)
     return reason or (f"ready, by name alone: {passed_over}" if passed_over else "ready")
 
 
@@ -112,7 +111,7 @@ def _doctor(args: argparse.Namespace) -> int:
         "triton": importlib.util.find_spec("triton") is not None,
         "cuda_library": cuda.LIBRARY.version if cuda.LIBRARY else None,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"], VOCABULARY) for d in devices},
+        "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"]) for d in devices},
         "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
         "remedies": remedies,
     }

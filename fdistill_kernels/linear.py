@@ -22,8 +22,7 @@ def loss_of_hidden(
     hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str, return_parts: bool | str
 ) -> Any:
     """The loss of hidden states (..., D), all of it checked; with its parts, if asked for."""
-    vocabulary = head.weight.shape[0]
-    backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), vocabulary)
+    backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
     of_rows, tokens, _ = token_terms(terms, hidden, return_parts == "metrics")
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head, teacher, of_rows,
@@ -65,7 +64,7 @@ def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor
     call = call.checked()
     backends.check_label_range(call.terms.labels, call.terms.row_scale, call.head.weight.shape[0])
     hidden = call.hidden
-    backend = backends.choose(backend, hidden.device, hidden.dtype, call.divergence, call.head.weight.shape[0])
+    backend = backends.choose(backend, hidden.device, hidden.dtype, call.divergence)
     if call.path.cut and hidden.shape[0]:
         from .backends.triton import cut
 
@@ -188,7 +187,7 @@ def log_probs_of_hidden(
     hidden: Tensor, head: Head, terms: LossTerms, entropy: bool, path: Path, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the terms' labels, and entropies, in the labels' shape; all of it checked."""
-    backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms), head.weight.shape[0])
+    backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
     of_rows, *_ = token_terms(terms, hidden)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False))

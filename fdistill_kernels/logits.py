@@ -26,7 +26,7 @@ def loss_of_logits(
 ) -> Any:
     """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
-    backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms), values.shape[-1])
+    backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms))
     of_rows, tokens, known = token_terms(terms, values, return_parts == "metrics")
     loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace, known)
     return reduced(loss, parts, terms, tokens, values, return_parts)

@@ -52,14 +52,14 @@ def emulated_library() -> backends.cuda.Library:
     return backends.cuda.Library(path)
 
 
-def emulate_cuda(monkeypatch, cluster: int = 2, stages: int = 2) -> None:
+def emulate_cuda(monkeypatch, cluster: int = 2) -> None:
     """The CUDA backend on CPU tensors, with clusters of that many blocks of the fewest threads that hold a row."""
 
     def plan(vocabulary, itemsize, models, aligned):
         entries = 16 // itemsize
         vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
         slice = -(-vectors // cluster)
-        return backends.cuda.Launch(cluster, *backends.cuda.cut(slice), stages, slice, aligned)
+        return backends.cuda.Launch(cluster, *backends.cuda.cut(slice), slice, aligned)
 
     monkeypatch.setattr(backends.cuda, "LIBRARY", emulated_library())
     monkeypatch.setattr(backends.cuda, "plan", plan)

@@ -61,11 +61,10 @@ def test_every_cluster_agrees_with_the_reference(name, dtype, cluster, monkeypat
         assert (gradient[1] == 0).all()
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("cluster", [1, 3, 8])
-def test_no_schedule_of_threads_and_copies_changes_a_bit(cluster, stages, monkeypatch):
+def test_no_schedule_of_threads_and_copies_changes_a_bit(cluster, monkeypatch):
     """Seeds shuffle who goes on next, and make copies land at once, as late as can be, or some of them in any order."""
-    emulate_cuda(monkeypatch, cluster, stages)
+    emulate_cuda(monkeypatch, cluster)
     student, teacher = models(9, 4100, torch.bfloat16)
     labels = torch.randint(4100, (9,))
     labels[[1, 4, 5]] = -100
@@ -83,12 +82,12 @@ def test_no_schedule_of_threads_and_copies_changes_a_bit(cluster, stages, monkey
 @pytest.mark.parametrize(
     "barrier",
     [
-        "block_barrier();  // every thread is done",
+        "warp_barrier();  // my lanes are done",
         "block_barrier();  // every warp has told",
         "block_barrier();  // the speaker has heard\n",
         "block_barrier();  // the speaker has heard of S",
         "wait_for(&shared.met[meetings % 2], (meetings - 1) / 2 % 2);",
-        "wait_for(&shared.arrived[at], parity);",
+        "wait_for(&shared.arrived[thread() / kWarp], parity);",
     ],
 )
 def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
@@ -103,7 +102,7 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     rows = source / "cuda" / "rows.cu"
     rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE\(FDISTILL_FIND\)", "FDISTILL_FIND(Gjs)", rows.read_text()))
     subprocess.run(["bash", source / "cuda/build.sh", "--emulated", tmp_path / "broken.so"], check=True)
-    emulate_cuda(monkeypatch, 2, 2)
+    emulate_cuda(monkeypatch, 2)
     student, teacher = models(9, 5003, torch.bfloat16)
     settings = dict(labels=torch.arange(9), ce_weight=0.3, temperature=2.0, backend="cuda")
     expected = gradient_of(fk.f_divergence(student, teacher, "js", **settings), student)
@@ -216,7 +215,7 @@ def test_what_goes_to_triton_says_why(monkeypatch):
     fk.f_divergence(student[:, 1:], teacher[:, :-1], backend="cuda")
     monkeypatch.setattr(cuda, "plan", lambda *_: None)
     fk.f_divergence(student, teacher, backend="cuda")
-    monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Launch(32, 32, 1, 1, 8, False))
+    monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Launch(32, 32, 1, 8, False))
     fk.f_divergence(student, teacher, backend="cuda")  # a cluster that no card holds
     assert [re.sub(r"\d+", "N", c) if isinstance(c, str) else None for c in calls] == [
         "the teacher wants a gradient", "classes have weights",
@@ -226,13 +225,13 @@ def test_what_goes_to_triton_says_why(monkeypatch):
 
 def blocks_of(launch, models):
     """Blocks that a multiprocessor holds at a time; the system takes 1 KB of shared memory for each."""
-    stage = models * launch.threads * launch.depth * 16
-    return min(768 // launch.threads, (228 << 10) // (launch.stages * stage + cuda.DESK + 1024))
+    slices = models * launch.threads * launch.depth * 16
+    return min(768 // launch.threads, (228 << 10) // (slices + cuda.DESK + 1024))
 
 
-@pytest.mark.parametrize("rooms", [cuda.ROOMS, ((4, 1), (1, 1)), ((2, 2), (1, 2), (1, 1))], ids=str)
-def test_plans_fit_the_chip(rooms, monkeypatch):
-    monkeypatch.setattr(cuda, "ROOMS", rooms)
+@pytest.mark.parametrize("blocks", [cuda.BLOCKS, (4, 1), (1,)], ids=str)
+def test_plans_fit_the_chip(blocks, monkeypatch):
+    monkeypatch.setattr(cuda, "BLOCKS", blocks)
     for vocabulary in (1, 31, 32000, 50257, 128256, 151936, 256000, 262144):
         for itemsize, models, aligned in itertools.product((2, 4), (1, 2), (True, False)):
             launch = cuda.plan(vocabulary, itemsize, models, aligned)
@@ -246,21 +245,17 @@ def test_plans_fill_the_chip():
     """bfloat16: while a block meets or waits two others work; the clusters are those that a card has liked best."""
     for vocabulary in (32000, 50257, 128256, 151936, 262144):
         assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2) == 3
-    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(8, threads=256, depth=8, stages=1, slice=2008, aligned=True)
-    assert cuda.plan(32000, 2, 2, True) == cuda.Launch(2, threads=256, depth=8, stages=1, slice=2000, aligned=True)
+    assert cuda.plan(128256, 2, 2, True) == cuda.Launch(8, threads=256, depth=8, slice=2008, aligned=True)
+    assert cuda.plan(32000, 2, 2, True) == cuda.Launch(2, threads=256, depth=8, slice=2000, aligned=True)
     assert cuda.plan(10**6, 2, 2, True) is None
 
 
-def test_auto_waits_for_a_measurement(monkeypatch):
-    emulate_cuda(monkeypatch)
+def test_auto_takes_no_emulation(monkeypatch):
     device = torch.device("cpu")
-    assert choose("auto", device, torch.float32, TABLE["js"], 10**6) == "cpu"
-    monkeypatch.setattr(cuda, "LIBRARY", cuda._load()[0])
-    monkeypatch.setattr(cuda, "FASTER_FROM", None)
-    assert "not yet measured" in why_not_auto("cuda", device, 10**6)
-    monkeypatch.setattr(cuda, "FASTER_FROM", 64000)
-    assert "faster below a vocabulary of 64000" in why_not_auto("cuda", device, 32000)
-    assert why_not_auto("cuda", device, 64000) is None
+    assert why_not_auto("cuda", device) is None
+    emulate_cuda(monkeypatch)
+    assert "emulated, for tests alone" in why_not_auto("cuda", device)
+    assert choose("auto", device, torch.float32, TABLE["js"]) == "cpu"
 
 
 def test_errors_are_told(monkeypatch, tmp_path):
@@ -268,7 +263,7 @@ def test_errors_are_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
         fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), backend="cuda")
     with pytest.raises(RuntimeError, match=r"did not start.*there is no such kernel"):
-        emulated_library().divergence_rows("Nothing", native.RowTask(), cuda.Launch(1, 32, 1, 1, 1, True), 0)
+        emulated_library().divergence_rows("Nothing", native.RowTask(), cuda.Launch(1, 32, 1, 1, True), 0)
     monkeypatch.undo()
     monkeypatch.setattr(cuda, "LIBRARY", None)
     monkeypatch.setattr(cuda, "NOT_LOADED", "the CUDA library is not built")
@@ -277,7 +272,7 @@ def test_errors_are_told(monkeypatch, tmp_path):
 
 
 def test_kl_of_rows_matches_eager_where_labels_mask(monkeypatch):
-    emulate_cuda(monkeypatch, 4, 3)
+    emulate_cuda(monkeypatch, 4)
     student, teacher = models(12, 2000, torch.bfloat16)
     labels = torch.where(torch.rand(12) < 0.5, -100, 3)
     loss = fk.f_divergence(student, teacher, "kl", labels=labels, backend="cuda")

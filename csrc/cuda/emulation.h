@@ -193,6 +193,7 @@ inline float from_lane(float value, int mask) {
 // On the chip whether any lane of the warp says so; here each may go its own way.
 inline bool any_lane(bool mine) { return mine; }
 
+inline void warp_barrier() { from_lane(0.0f, 0); }
 inline void block_barrier() { emulation::meet(emulation::me().block->meeting, emulation::me().block_meetings); }
 
 inline void cluster_barrier() { emulation::meet(emulation::now->meeting, emulation::me().cluster_meetings); }

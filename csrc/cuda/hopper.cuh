@@ -39,6 +39,7 @@ FDISTILL_DEVICE char* shared_memory() {
 
 FDISTILL_DEVICE float from_lane(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 FDISTILL_DEVICE bool any_lane(bool mine) { return __any_sync(0xffffffff, mine); }
+FDISTILL_DEVICE void warp_barrier() { __syncwarp(); }
 FDISTILL_DEVICE void block_barrier() { __syncthreads(); }
 FDISTILL_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

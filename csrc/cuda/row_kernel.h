@@ -1,16 +1,17 @@
 // The row kernel for Hopper: each logit is read from memory once, each gradient written once.
 //
 // A cluster of thread blocks takes a row at a time. The row is cut into 16-byte vectors and these into one slice a block;
-// the copy engine brings a slice of the student's and of the teacher's logits into a stage of shared memory, which the
-// sweeps over the row read:
+// the copy engine brings a slice of the student's and of the teacher's logits into shared memory, which the sweeps over
+// the row read:
 //     statistics   e = exp((z - the warp's top) / T), and their sums       the blocks of the cluster meet
 //     totals       the divergence's terms; D and S                         they meet again
 //     gradient     student term - q S, to memory
 // Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Exponentials are made anew in each sweep: kept
 // in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
-// some work while others meet or wait. In a meeting warps tell their block; its first warp, the speaker, tells every
-// block, whose barrier counts the bytes, hears every block, and lets its own know. There is room for two meetings: who
-// tells in the next has heard all in this one, and their speakers were done with the one before.
+// some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
+// next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first warp, the speaker, tells every
+// block, whose barrier counts the bytes, hears every block, and lets its own know. There is room for two meetings, as for
+// two rows' facts: who tells in the next has heard all in this one, and their speakers were done with the one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
 #pragma once
@@ -30,8 +31,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   using Vec = Vector<scalar_t>;
   static constexpr int kSize = Slices::kSize;
   using Slices::task, Slices::launch, Slices::shared, Slices::vocabulary;
-  using Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_vectors, Slices::is_entry;
-  using Slices::prepare, Slices::room, Slices::slice_at, Slices::slice_of, Slices::store, Slices::vector;
+  using Slices::announce, Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_vectors;
+  using Slices::is_entry, Slices::prepare, Slices::room, Slices::slice_of, Slices::store, Slices::vector;
 
   uint32_t meetings = 0;
 
@@ -39,25 +40,26 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 
   FDISTILL_DEVICE void run() {
     this->start();
-    const uint32_t step = clusters();
-    for (int i = 0; i < launch.stages; ++i) fetch(i, cluster() + i * step, fact_of(cluster() + i * step));
+    if (speaker()) announce(0, cluster(), fact_of(cluster()));
     block_barrier();
-    int at = 0, parity = 0;
-    for (uint32_t n = cluster(); n < task.row_count; n += step) {
-      const uint32_t ahead = n + launch.stages * step;
-      const float fact_ahead = fact_of(ahead);  // asked for now, so that it is there by then
-      if (speaker()) wait_for(&shared.arrived[at], parity);
-      block_barrier();  // the row is there
-      const Row& row = shared.rows[at];
+    fetch(0, cluster());
+    int parity = 0;
+    for (uint32_t n = cluster(); n < task.row_count; n += clusters()) {
+      const uint32_t next = n + clusters();
+      const float fact = speaker() ? fact_of(next) : 0.0f;  // asked for now, so that it is there by then
+      const Row& row = shared.rows[parity];
+      wait_for(&shared.arrived[thread() / kWarp], parity);
       if (row.scale == 0.0f) {
         skip_row(n, row);
+        block_barrier();  // every warp has left the row before
+        if (speaker()) announce(parity ^ 1, next, fact);
+        block_barrier();
       } else {
-        take_row(n, row, slice_at(at, 0));
+        take_row(n, row, this->logits(), [&] { announce(parity ^ 1, next, fact); });
       }
-      block_barrier();  // every thread is done with the stage
-      fetch(at, ahead, fact_ahead);
-      if (launch.stages == 1) block_barrier();  // the facts of the next row are there at once
-      if (++at == launch.stages) at = 0, parity ^= 1;
+      warp_barrier();  // my lanes are done with the row
+      parity ^= 1;
+      fetch(parity, next);
     }
   }
 
@@ -98,12 +100,13 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   template <typename Message>
   FDISTILL_DEVICE void tell(const Message& of_warp, const Row& row) {
     const int lane = thread() % kWarp;
-    if (lane == 0) reinterpret_cast<Message*>(shared.told)[thread() / kWarp] = of_warp;
     Barrier* met = &shared.met[++meetings % 2];
+    Raw* const told = shared.told[meetings % 2];
+    if (lane == 0) reinterpret_cast<Message*>(told)[thread() / kWarp] = of_warp;
     if (thread() == 0) expect(met, launch.cluster * sizeof(Message));
     block_barrier();  // every warp has told
     if (!speaker()) return;
-    const Message of_block = sum_of<Message>(shared.told, threads() / kWarp, row);
+    const Message of_block = sum_of<Message>(told, threads() / kWarp, row);
     constexpr int parts = sizeof(Message) / sizeof(Raw);
     Raw raw[parts];
     memcpy(raw, &of_block, sizeof(raw));
@@ -121,10 +124,13 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     return sum_of<Message>(shared.heard[meetings % 2], launch.cluster, row);
   }
 
-  // What follows for everyone from what all have told in the first meeting: the speaker works it out.
-  FDISTILL_DEVICE Known learn(uint32_t n, const Row& row) {
+  // What follows for everyone from what all have told in the first meeting: the speaker works it out, and has something
+  // to do while messages are on their way.
+  template <typename Meanwhile>
+  FDISTILL_DEVICE Known learn(uint32_t n, const Row& row, const Meanwhile& meanwhile) {
     Known& known = *reinterpret_cast<Known*>(shared.known);
     if (speaker()) {
+      meanwhile();
       const Statistics all = hear<Statistics>(row);
       const Known found{models_of(row, all), gradient_of(n, row, all)};
       if (thread() == 0) known = found;
@@ -165,11 +171,13 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   FDISTILL_DEVICE bool tempered(const Row& row) const { return task.labels && row.rate != 1.0f; }
   FDISTILL_DEVICE bool smoothed() const { return task.labels && task.label_smoothing != 0.0f; }
 
-  FDISTILL_DEVICE void take_row(uint32_t n, const Row& row, Raw* logits) {
+  template <typename Meanwhile>
+  FDISTILL_DEVICE void take_row(uint32_t n, const Row& row, Raw* logits, const Meanwhile& meanwhile) {
+    this->deep = (this->vectors_of(row) + kWarp - 1) / kWarp;
     prepare(logits, row);
     Peak peak;
     tell(statistics(row, logits, peak), row);
-    auto [models, of] = learn(n, row);
+    auto [models, of] = learn(n, row, meanwhile);
     if (peak.top != models.top) peak.k = -1;
     Totals total;
     if constexpr (!kTeacher) {

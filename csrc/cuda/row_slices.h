@@ -14,21 +14,21 @@ struct RowSlices {
   const RowTask& task;
   const Launch& launch;
   Shared& shared;
-  Raw* const stages;  // [stages][models][depth * threads]: a model's slice
+  Raw* const slices;  // [models][depth * threads]
+  int deep = 0;       // vectors of a lane of my warp, in this row
   const int vocabulary;
 
   FDISTILL_DEVICE RowSlices(const RowTask& task, const Launch& launch)
       : task(task), launch(launch), shared(*reinterpret_cast<Shared*>(shared_memory())),
-        stages(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
+        slices(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
 
-  // A model's slice in a stage.
-  FDISTILL_DEVICE Raw* slice_at(int at, int model) const { return stages + (at * kModels + model) * room(); }
+  // The student's slice, and so many vectors on the teacher's.
+  FDISTILL_DEVICE Raw* logits() const { return slices; }
   FDISTILL_DEVICE int room() const { return launch.depth * threads(); }
 
   FDISTILL_DEVICE void start() {
-    const int vectors = launch.stages * kModels * room();
-    for (int v = thread(); v < vectors; v += threads())  // what no slice reaches stays so
-      for (uint32_t& word : stages[v].word) word = Vec::lowest;
+    for (int v = thread(); v < kModels * room(); v += threads())  // what no slice reaches stays so
+      for (uint32_t& word : slices[v].word) word = Vec::lowest;
     if (thread() == 0) {
       for (Barrier& barrier : shared.arrived) start_barrier(&barrier);
       for (Barrier& barrier : shared.met) start_barrier(&barrier);
@@ -65,7 +65,7 @@ struct RowSlices {
   }
 
   // Each of the first threads carries a fact of a row as it lies in memory, and of a label the low half. Nothing looks at
-  // it before `fetch`, so that no thread waits for it.
+  // it before `announce`, so that no thread waits for it.
   FDISTILL_DEVICE float fact_of(uint32_t n) const {
     const void* const facts[kFacts] = {task.row_scale, kTeacher ? task.student_inverse_temperature : nullptr,
                                        kTeacher ? task.teacher_inverse_temperature : nullptr,
@@ -85,8 +85,8 @@ struct RowSlices {
     return cap * (1.0f - 2.0f / (exp2f(t * (2 * kLog2E)) + 1.0f));
   }
 
-  // Calls for my slice of row n's logits; an ignored row's stage is at once ready, with nothing new in it.
-  FDISTILL_DEVICE void fetch(int at, uint32_t n, float fact) {
+  // Writes down row n, whose facts the first threads carry; for the first warp.
+  FDISTILL_DEVICE void announce(int at, uint32_t n, float fact) {
     if (n >= task.row_count) return;
     Row& row = shared.rows[at];
     if (thread() == kLabel) {
@@ -95,14 +95,27 @@ struct RowSlices {
       fact = task.labels && label >= 0 && label < vocabulary ? static_cast<float>(label) : -1.0f;  // no other is read
     }
     if (thread() < kFacts) (&row.scale)[thread()] = fact;
-    if (thread() != 0) return;
-    place(n, row);
-    const uint32_t bytes = fact == 0.0f ? 0 : row.count * sizeof(Raw);
-    expect(&shared.arrived[at], kModels * bytes);
-    if (bytes == 0) return;
+    if (thread() == 0) place(n, row);
+  }
+
+  // My warp's vectors of a row.
+  FDISTILL_DEVICE int vectors_of(const Row& row) const {
+    const int most = launch.depth * kWarp, count = row.count - thread() / kWarp * most;
+    return count < 0 ? 0 : count < most ? count : most;
+  }
+
+  // Calls for my warp's part of row n's slices; of an ignored row nothing comes, at once.
+  FDISTILL_DEVICE void fetch(int at, uint32_t n) {
+    if (n >= task.row_count || thread() % kWarp != 0) return;
+    const Row& row = shared.rows[at];
+    const int first = vector(0), mine = row.scale == 0.0f ? 0 : vectors_of(row);
+    Barrier* const arrived = &shared.arrived[thread() / kWarp];
+    expect(arrived, kModels * mine * sizeof(Raw));
+    if (mine == 0) return;
 #pragma unroll
     for (int model = 0; model < kModels; ++model)
-      copy(slice_at(at, model), slice_of(model ? task.teacher : task.student, row), bytes, &shared.arrived[at]);
+      copy(slices + model * room() + first, slice_of(model ? task.teacher : task.student, row) + first,
+           mine * sizeof(Raw), arrived);
   }
 
   // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
@@ -112,17 +125,17 @@ struct RowSlices {
   template <typename Body>
   FDISTILL_DEVICE void for_vectors(const Body& body) const {
 #pragma unroll 2
-    for (int k = 0; k < launch.depth; ++k) body(k);
+    for (int k = 0; k < deep; ++k) body(k);
   }
 
   // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
   FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
   FDISTILL_DEVICE bool is_entry(int entry) const { return entry >= 0 && entry < vocabulary; }
 
-  // Makes the row's slices in a stage what the passes read: nothing but this row, its logits capped. Each thread touches
+  // Makes the row's slices what the sweeps read: nothing but this row, its logits capped. Each thread touches
   // no vector but those that it alone reads.
   FDISTILL_DEVICE void prepare(Raw* logits, const Row& row) const {
-    // every row fills the same whole vectors: around them the stage is as it was at the start
+    // every row fills the same whole vectors: around them all is as it was at the start
     if (launch.aligned && vocabulary % kSize == 0 && task.student_softcap == 0.0f && task.teacher_softcap == 0.0f) return;
     bool changed = false;
 #pragma unroll 1

@@ -75,16 +75,16 @@ struct Known {
   Gradient gradient;
 };
 
-// A block's shared memory, before the stages.
+// A block's shared memory, before its slices.
 struct Shared {
-  static constexpr int most_stages = 3, message = sizeof(Statistics) / sizeof(Raw);
-  Barrier arrived[most_stages];   // the slices are there
-  Barrier met[2];                 // every block has been heard
-  Row rows[most_stages];          // in the stages
-  Raw told[message * kMost];      // by warps to their block
-  Raw heard[2][message * kMost];  // of blocks, in two meetings
-  char known[sizeof(Known)];      // by everyone, of a row
-  float weight;                   // S, of the second meeting
+  static constexpr int message = sizeof(Statistics) / sizeof(Raw);
+  Barrier arrived[kWarps];         // a warp's part of the slices is there
+  Barrier met[2];                  // every block has been heard
+  Row rows[2];                     // this one and the next
+  Raw told[2][message * kWarps];   // by warps to their block, in two meetings
+  Raw heard[2][message * kMost];   // of blocks
+  char known[sizeof(Known)];       // by everyone, of a row
+  float weight;                    // S, of the second meeting
 };
 
 }  // namespace fdistill

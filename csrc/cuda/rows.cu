@@ -34,7 +34,7 @@ constexpr const char* kNoRoom = "the card holds no such cluster";
 
 size_t shared_bytes(const RowTask& task, const Launch& launch) {
   const size_t models = task.teacher.data ? 2 : 1;
-  return sizeof(Shared) + launch.stages * models * launch.depth * sizeof(Raw) * launch.threads;
+  return sizeof(Shared) + models * launch.depth * sizeof(Raw) * launch.threads;
 }
 
 }  // namespace fdistill
@@ -42,7 +42,7 @@ size_t shared_bytes(const RowTask& task, const Launch& launch) {
 extern "C" {
 
 // 1 more with every change of RowTask or Launch that a caller must know of.
-int fdistill_cuda_interface() { return 7; }
+int fdistill_cuda_interface() { return 8; }
 
 const char* fdistill_cuda_architectures() { return FDISTILL_ARCHITECTURES; }
 

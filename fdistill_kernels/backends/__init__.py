@@ -19,16 +19,14 @@ from .rows import RowCall
 BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": chunked}
 
 
-def why_not_auto(backend: str, device: torch.device, vocabulary: int) -> str | None:
+def why_not_auto(backend: str, device: torch.device) -> str | None:
     """The reason `auto` passes over a backend that can take a call, or None."""
     if backend == "triton" and device.type == "cpu":
         return "on a CPU it is Triton's interpreter, for tests alone"
-    return cuda.why_not_auto(vocabulary) if backend == "cuda" else None
+    return cuda.why_not_auto() if backend == "cuda" else None
 
 
-def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None, vocabulary: int
-) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str:
     """The backend's name for a call; `auto` is the fastest that can take it.
 
     Raises:
@@ -36,7 +34,7 @@ def choose(
     """
     if backend == "auto":
         able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
-        return next(name for name in able if why_not_auto(name, device, vocabulary) is None)
+        return next(name for name in able if why_not_auto(name, device) is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].why_not(device, dtype, divergence)
@@ -69,7 +67,7 @@ def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     check_label_range(call.terms.labels, call.terms.row_scale, call.student.shape[-1])
     if not call.terms.row_scale.numel():
         return _empty(call)
-    name = choose(backend, call.student.device, call.student.dtype, call.divergence, call.student.shape[-1])
+    name = choose(backend, call.student.device, call.student.dtype, call.divergence)
     return BACKENDS[name].divergence_rows(call)
 
 

@@ -18,7 +18,7 @@ from . import triton
 from .native import DTYPES, open_library, row_task
 from .rows import RowCall
 
-INTERFACE, NO_ROOM = 7, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 8, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 WARP = 32
 #: Blocks of a cluster: sizes that leave few places empty in the chip's own groups of 16 or 18 multiprocessors.
 CLUSTERS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
@@ -26,27 +26,23 @@ MOST_THREADS = 256  # of a block, as csrc/cuda/hopper.cuh bounds its kernels
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
 SYSTEM, DESK = 1 << 10, 2560  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
-#: Blocks of a multiprocessor, and rows on their way into each, in the order tried: while one block meets or waits for
-#: its row, others work.
-ROOMS = ((3, 1), (2, 1), (1, 1))
-#: The shortest vocabulary at which `auto` takes this backend before Triton; None until a card has measured it.
-FASTER_FROM: int | None = None
+#: Blocks of a multiprocessor, in the order tried: while one meets or waits for its row, others work.
+BLOCKS = (3, 2, 1)
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "depth", "stages", "slice", "aligned")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("cluster", "threads", "depth", "slice", "aligned")]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Blocks of a cluster, threads of a block, 16-byte vectors of a row in a thread, rows on their way into a block,
-    vectors of a row in a block, and whether every row starts at a multiple of 16 bytes.
+    """Blocks of a cluster, threads of a block, 16-byte vectors of a row in a thread, vectors of a row in a block, and
+    whether every row starts at a multiple of 16 bytes.
     """
 
     cluster: int
     threads: int
     depth: int
-    stages: int
     slice: int
     aligned: bool
 
@@ -57,9 +53,9 @@ class Launch:
 
 
 def cut(slice: int) -> tuple[int, int]:
-    """Threads and depth that take so many vectors: as few as can be beyond them, by as many threads as can be."""
-    cuts = [(threads, -(-slice // threads)) for threads in range(WARP, MOST_THREADS + 1, WARP)]
-    return min(cuts, key=lambda c: c[1] * (c[0] + MOST_THREADS // 4))
+    """Threads and depth that take so many vectors."""
+    threads = min(MOST_THREADS, -(-slice // WARP) * WARP)
+    return threads, -(-slice // threads)
 
 
 def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
@@ -67,20 +63,18 @@ def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch |
 
     models: 2, or 1 without a teacher. aligned: every row starts at a multiple of 16 bytes.
     """
-    return _plan(vocabulary, itemsize, models, aligned, ROOMS)
+    return _plan(vocabulary, itemsize, models, aligned, BLOCKS)
 
 
 @functools.lru_cache
-def _plan(
-    vocabulary: int, itemsize: int, models: int, aligned: bool, rooms: tuple[tuple[int, int], ...]
-) -> Launch | None:
+def _plan(vocabulary: int, itemsize: int, models: int, aligned: bool, tried: tuple[int, ...]) -> Launch | None:
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
-    for (blocks, stages), cluster in itertools.product(rooms, CLUSTERS):
+    for blocks, cluster in itertools.product(tried, CLUSTERS):
         slice = -(-vectors // (cluster * LINE)) * LINE
         threads, depth = cut(slice)
-        if stages * models * threads * depth * 16 <= SHARED_MEMORY // blocks - SYSTEM - DESK:
-            return Launch(cluster, threads, depth, stages, slice, aligned)
+        if models * threads * depth * 16 <= SHARED_MEMORY // blocks - SYSTEM - DESK:
+            return Launch(cluster, threads, depth, slice, aligned)
     return None
 
 
@@ -134,13 +128,9 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
     return LIBRARY.trouble
 
 
-def why_not_auto(vocabulary: int) -> str | None:
-    """The reason `auto` does not take this backend, though it could run."""
-    if LIBRARY is not None and LIBRARY.emulated:
-        return "it is emulated, for tests alone"
-    if FASTER_FROM is None:
-        return "not yet measured on a card beside triton"
-    return f"triton is faster below a vocabulary of {FASTER_FROM}" if vocabulary < FASTER_FROM else None
+def why_not_auto() -> str | None:
+    """The reason `auto` does not take this backend, though it could run; at no vocabulary is Triton faster."""
+    return "it is emulated, for tests alone" if LIBRARY is not None and LIBRARY.emulated else None
 
 
 def route(call: RowCall) -> Launch | str:

@@ -32,8 +32,11 @@ def test_agrees_with_reference(name, dtype, shape, backend):
     loss = fk.f_divergence(student, teacher, name, labels=labels, reduction="sum", backend=backend)
     expected, *expected_gradients = reference(student, teacher, name, labels=labels)
     assert relative(loss, expected) < 1e-5
+    apart = student.detach().double().log_softmax(-1) - teacher.detach().double().log_softmax(-1)
+    # of an entry so near to p = q float32 cannot say which side it is on, and the signs' sum is off by as much
+    decided, steps = (apart.abs() > 4e-6, 4) if name in ("tvd", "lk") else (True, 1)
     for got, exact in zip(torch.autograd.grad(loss, wanted), expected_gradients, strict=False):
-        assert relative(got, exact) < TOLERANCE[dtype]
+        assert relative(got * decided, exact * decided) < steps * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["kl", "js", "tvd", "rkl"])
