@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fdistill_kernels.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -114,13 +116,14 @@ def run(step: Step, seconds: float, log: Path) -> int | str:
 def run_all(chosen: list[Step], out: Path, deadline: float, say: Callable[[str], None] = print) -> bool:
     """Every step in what time is left, the outcome of each saved when it ends; whether all passed."""
     outcomes: dict[str, dict[str, object]] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for step in chosen:
         begin = time.monotonic()
         left = deadline - begin
         status = run(step, min(step.seconds, left), out / "check.log") if left > 5 else "no time left"
         outcomes[step.name] = {"status": status, "seconds": round(time.monotonic() - begin, 1)}
         (out / "check.json").write_text(
-            json.dumps({**provenance("benchmarks/gpu_check.sh"), "steps": outcomes}, indent=1)
+            json.dumps({**provenance("benchmarks/gpu_check.sh", device), "steps": outcomes}, indent=1)
         )
         say(
             f"gpu_check: {step.name:13s} {'passed' if status == 0 else f'FAILED ({status})'}"

@@ -4,7 +4,7 @@
 
 The floor is 2·N·V·(3·D_s + D_t) FLOP at the matrix rate measured first; "products" are those four alone, in chunks as
 ours. Memory is the peak above inputs and gradients, the float32 accumulator of ∂weight included. Of ours the hidden
-states' gradient is held beside float64 on a few rows. --first takes the one shape that matters most; --dry toy shapes.
+states' gradient is held beside float64 on a few rows. --first takes the two shapes that matter most; --dry toy shapes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.values import Head
 
-LARGE = (8192, 128256, 2048, 4096)
+FIRST = [(8192, 128256, 2048, 4096), (8192, 128256, 4096, 4096)]
 FULL = [
-    LARGE,
-    (8192, 128256, 4096, 4096),
+    *FIRST,
     (4096, 32000, 2048, 4096),
     (4096, 151936, 1024, 2048),
     (4096, 50257, 768, 1600),
@@ -117,7 +116,7 @@ def main() -> None:
         emulate()
     found_rates = rates(device)
     results = Results(args.out, device, **found_rates)
-    for n, v, d_s, d_t in [(5, 130, 16, 24)] if args.dry else [LARGE] if args.first else FULL:
+    for n, v, d_s, d_t in [(5, 130, 16, 24)] if args.dry else FIRST if args.first else FULL:
         floor = 2 * n * v * (3 * d_s + d_t) / found_rates["matrix_flop_per_second"]
         inputs = problem(n, v, d_s, d_t, device.type)
         shape = [n, v, d_s, d_t]

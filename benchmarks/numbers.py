@@ -57,6 +57,15 @@ class Numbers:
         self.read.append((text, RESULTS + name, " / ".join(keys)))
         return text
 
+    def of(self, name: str, key: str, form: str = ".2f", **what: Any) -> str:
+        """One number of the one entry of a GPU's results that is of `what`, formatted; "failed" where it has none."""
+        (entry,) = (r for r in self.file(name)["results"] if all(r.get(k) == v for k, v in what.items()))
+        if key not in entry:
+            return "failed"
+        text = format(entry[key], form)
+        self.read.append((text, RESULTS + name, " / ".join([*map(str, what.values()), key])))
+        return text
+
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table."""
@@ -158,7 +167,68 @@ def vocabularies(number: Numbers) -> str:
     return table(("vocabulary", "cases within 1e-4 and 2e-5", "others are of", "their worst gradient"), lines)
 
 
-BLOCKS = {f.__name__: f for f in (rows, linear, demo, paper, paper_steps, versions, precision, vocabularies)}
+def _card(number: Numbers, name: str) -> str:
+    file = number.file(name)
+    versions = file["versions"]
+    return (f"{file['device']}, driver {file['driver_version']}, torch {file['torch']}, Triton {versions['triton']}, "
+            f"liger-kernel {versions['liger-kernel']}, orda-kernel {versions['orda-kernel']}")  # fmt: skip
+
+
+def gpu_rows(number: Numbers) -> str:
+    """Row losses on a GPU."""
+
+    def line(name: str, v: int, alike: bool = False) -> tuple[str, ...]:
+        what = {"divergence": name, "shape": [8192, v], "alike": alike}
+
+        def ours(backend: str, key: str) -> str:
+            return number.of(f"rows_{backend}.json", key, **what, what=f"fdistill {backend}")
+
+        peers = [
+            "" if alike else number.of("rows_peers.json", "milliseconds", **what, what=peer)
+            for peer in ("torch.compile", "liger-kernel", "eager")
+        ]
+        return (f"{name}, alike" if alike else name, str(v), ours("cuda", "milliseconds"), ours("cuda", "over_floor"),
+                ours("triton", "milliseconds"), *peers)  # fmt: skip
+
+    shapes = [(name, v) for v in (128256, 32000) for name in ("kl", "js", "tvd")] + [("js", 50257), ("labels", 128256)]
+    lines = [line(*shape) for shape in shapes] + [line(name, 128256, True) for name in ("kl", "js", "tvd")]
+    header = ("", "V", "`cuda`, ms", "÷ floor", "`triton`, ms", "torch.compile, ms", "liger-kernel, ms", "eager, ms")
+    rate = format(number.file("rows_cuda.json")["copy_bytes_per_second"] / 1e12, ".2f")
+    return (
+        f"One {_card(number, 'rows_cuda.json')};\nforward and backward, bfloat16, N = 8192, medians; a floor is three "
+        f"passes (two for labels) at the copy rate measured\nbeside it, {rate} TB/s:\n\n" + table(header, lines)
+    )
+
+
+def gpu_linear(number: Numbers) -> str:
+    """From hidden states on a GPU."""
+    shapes = [[8192, 128256, 2048, 4096], [8192, 128256, 4096, 4096]]
+    whose = {
+        "ours, `cuda` rows": ("ours", "fdistill cuda"), "ours, `triton` rows": ("ours", "fdistill triton"),
+        'ours, `memory="minimal"`': ("ours", "fdistill minimal"), "torch.compile": ("peers", "torch.compile"),
+        "orda-kernel": ("peers", "orda-kernel"), "liger-kernel, chunked": ("peers", "liger-kernel"),
+        "liger-kernel, fused": ("peers", "liger-kernel fused"), "trl, chunked": ("peers", "trl"),
+        "eager": ("peers", "eager"), "the four products alone": ("ours", "products"),
+    }  # fmt: skip
+
+    def line(shown: str, who: str, what: str) -> tuple[str, ...]:
+        found = {"what": what} if what == "products" else {"what": what, "divergence": "js"}
+        times = [number.of(f"linear_{who}.json", "milliseconds", ".1f", **found, shape=s) for s in shapes]
+        memory = ""
+        if what != "products":
+            peak = next(r for r in number.file(f"linear_{who}.json")["results"]
+                        if r["what"] == what and r["shape"] == shapes[0]).get("peak_bytes")  # fmt: skip
+            memory = "failed" if peak is None else f"{peak / 1e9:.2f} GB"
+        return shown, times[0], memory, times[1]
+
+    header = ("js, bfloat16, N = 8192, V = 128256", "D 2048 and 4096, ms", "beyond gradients", "D 4096 and 4096, ms")
+    return table(header, [line(shown, *found) for shown, found in whose.items()])
+
+
+BLOCKS = {
+    f.__name__: f
+    for f in (rows, linear, gpu_rows, gpu_linear, demo, paper, paper_steps, versions, precision, vocabularies)
+}
 
 
 def examined(number: Numbers, document: str) -> tuple[str, list[str]]:

@@ -140,7 +140,7 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
         "TERMS": getattr(terms, symbol) if symbol else None, "EXCHANGED": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
         "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
         **dict.fromkeys(("PRECISION", "STUDENT_PRECISION", "TEACHER_PRECISION"), "ieee" if dtype == "fp32" else "tf32"),
-        "BLOCK": tiles.BLOCK, "BLOCKS": 16, "SHARED": share and dtype == "fp16",
+        "BLOCK": tiles.BLOCK, "BLOCKS": 16, "SHARED": share and dtype == "fp16", "STAGES": cut.stages(card),
         "BLOCK_V": cut.tile_width(
             getattr(tiles, phase) if kernel == "tile_kernel" else None, symbol, bool(labels), labels == "smoothed",
             4 if dtype == "fp32" else 2, card),

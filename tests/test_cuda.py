@@ -247,7 +247,7 @@ def test_plans_fill_the_chip():
         assert blocks_of(cuda.plan(vocabulary, 2, 2, False), 2) == 3
     assert cuda.plan(128256, 2, 2, True) == cuda.Launch(8, threads=256, depth=8, slice=2008, aligned=True)
     assert cuda.plan(32000, 2, 2, True) == cuda.Launch(2, threads=256, depth=8, slice=2000, aligned=True)
-    assert cuda.plan(10**6, 2, 2, True) is None
+    assert cuda.plan(400000, 4, 2, False) is not None and cuda.plan(10**6, 2, 2, True) is None
 
 
 def test_auto_takes_no_emulation(monkeypatch):

@@ -247,3 +247,18 @@ def test_launches_fill_the_card_with_nothing_between(monkeypatch):
     assert grids["tile_kernel"][0] > 0.95 * 132 * math.ceil(grids["tile_kernel"][0] / 132)  # a full last wave
     bands = (n + v) // (128 * high)
     assert len(seen) <= 110 + 4 * bands < 2 * pairs + 4 * bands
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loop_without_questions_gives_the_same_bits(masked, monkeypatch):
+    """Where every tile is live and every row counts, loads wait for no flag and no share."""
+    hidden, weight = (torch.randn(n, 32, requires_grad=True) for n in (300, 400))
+    teacher, teacher_weight = torch.randn(300, 32), torch.randn(400, 32)
+    labels = torch.zeros(300, dtype=torch.long)
+    labels[5:200] = -100 if masked else 0
+    results = []
+    for number in (3, 4):
+        monkeypatch.setattr(cut, "stages", lambda _, number=number: number)
+        loss = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, "js", labels=labels, **MINIMAL)
+        results.append(torch.autograd.grad(loss, (hidden, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -20,8 +20,9 @@ from .rows import RowCall
 
 INTERFACE, NO_ROOM = 8, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 WARP = 32
-#: Blocks of a cluster: sizes that leave few places empty in the chip's own groups of 16 or 18 multiprocessors.
-CLUSTERS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
+#: Blocks of a cluster that fill a card's groups of 16 or 18 multiprocessors; 3 and 9 would too, but were slower than 4
+#: and 12 on an H200.
+CLUSTERS = (1, 2, 4, 6, 8, 12, 16)
 MOST_THREADS = 256  # of a block, as csrc/cuda/hopper.cuh bounds its kernels
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
 SYSTEM, DESK = 1 << 10, 2560  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`

@@ -218,8 +218,8 @@ class _Sweeps:
             product_kernel, buffer, other, share, total, of_bias if self.call.wants.bias and not by_row else None,
             self.live, k_last=along - 1, width=width, other_stride=other.stride(0),
             i_live=vertical if by_row else 1, k_live=1 if by_row else vertical,
-            SHARED=share is not None and other.dtype == torch.float16, PRECISION=self.student.precision, BLOCK=BLOCK,
-            BLOCK_K=self.student.depth, **self.options,
+            SHARED=share is not None and other.dtype == torch.float16, PRECISION=self.student.precision,
+            STAGES=stages(self.card), BLOCK=BLOCK, BLOCK_K=self.student.depth, **self.options,
         )  # fmt: skip
         for band in _bands(across, height * BLOCK):
             high = _blocks(band.stop - band.start)
@@ -261,7 +261,7 @@ class _Model:
 
 def stages(card: launch.Device) -> int:
     """Tiles of operands in flight: more where whole tiles leave the card one program a multiprocessor."""
-    return 4 if card.generation else 3 if card.lanes == 32 else 2
+    return 4 if card.generation == 9 else 3 if card.lanes == 32 else 2
 
 
 def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, itemsize: int, card: launch.Device) -> int:

@@ -7,10 +7,41 @@ from .heads import dot
 
 
 @triton.jit
+def _products(
+    gradient, other, share, reached, steps, i, j, k_first, k_last, width, i_stride, k_stride, other_stride,
+    BIASED: tl.constexpr, EVERY: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum over so many steps, and the gradient's own. EVERY: each tile is live and each row counts, so that no load
+    waits for another to say where it is, or whether.
+    """
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    of_bias = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        first = step * BLOCK_K
+        if not EVERY and reached is not None:  # a live tile comes after as many as have not reached its number
+            first = tl.sum((reached <= first // BLOCK).to(tl.int32), 0) * BLOCK + first % BLOCK
+        k = first + tl.arange(0, BLOCK_K)
+        row = tl.minimum(k_first + k, k_last)
+        a = tl.load(gradient + i[:, None] * i_stride + k[None, :] * k_stride)
+        inside, weight = j[None, :] < width, tl.full([BLOCK_K], 1.0, tl.float32)
+        if not EVERY and share is not None:
+            weight = tl.load(share + row).to(tl.float32)
+            inside = inside & (weight != 0)[:, None]
+        b = tl.load(other + row.to(tl.int64)[:, None] * other_stride + j[None, :], mask=inside, other=0.0)
+        if SHARED:
+            b = (b * weight[:, None]).to(b.dtype)
+        if BIASED:
+            of_bias += a.to(tl.float32) * weight[None, :]
+        total = dot(a, b, total, PRECISION)
+    return total, tl.sum(of_bias, 1)
+
+
+@triton.jit
 def product_kernel(
     gradient, other, share, out, out_bias, live, i_first, k_first, k_count, k_last, width, i_stride, k_stride,
-    other_stride, i_live, k_live, SHARED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
+    other_stride, i_live, k_live, SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """``out (I, width) += gradient (I, K) (share · other) (K, width)`` in float32, without the old out where K begins;
     out_bias (I's blocks · BLOCK), where given, += gradient share, zeros before.
@@ -22,31 +53,29 @@ def product_kernel(
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    steps = tl.cdiv(k_count, BLOCK_K)
+    steps, reached, every = tl.cdiv(k_count, BLOCK_K), None, True
+    block = tl.arange(0, BLOCKS)
     if live is not None:
-        block = tl.arange(0, BLOCKS)
         flags = live + (i_first // BLOCK + tl.program_id(0)) * i_live + (k_first // BLOCK + block) * k_live
         reached = tl.cumsum((tl.load(flags, mask=block < k_count // BLOCK, other=0) != 0).to(tl.int32), 0)
         steps = tl.max(reached, 0) * (BLOCK // BLOCK_K)
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    of_bias = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    for step in tl.range(0, steps):
-        first = step * BLOCK_K
-        if live is not None:  # a live tile comes after as many tiles as have not reached its number
-            first = tl.sum((reached <= first // BLOCK).to(tl.int32), 0) * BLOCK + first % BLOCK
-        k = first + tl.arange(0, BLOCK_K)
-        row = tl.minimum(k_first + k, k_last)
-        a = tl.load(gradient + i[:, None] * i_stride + k[None, :] * k_stride)
-        inside = j[None, :] < width
-        if share is not None:
-            weight = tl.load(share + row)
-            inside = inside & (weight != 0)[:, None]
-        b = tl.load(other + row.to(tl.int64)[:, None] * other_stride + j[None, :], mask=inside, other=0.0)
-        if SHARED:
-            b = (b * weight[:, None]).to(b.dtype)
-        if out_bias is not None:
-            of_bias += a.to(tl.float32) * weight.to(tl.float32)[None, :]
-        total = dot(a, b, total, PRECISION)
+        every = steps == tl.cdiv(k_count, BLOCK_K)
+    if share is not None:
+        shares = tl.load(share + tl.minimum(k_first + tl.arange(0, BLOCKS * BLOCK), k_last))
+        every = every & (tl.min((shares != 0).to(tl.int32), 0) != 0)
+    BIASED: tl.constexpr = out_bias is not None
+    # of 16-bit operands, whose two loops the registers hold
+    CHOICE: tl.constexpr = STAGES > 3 and BLOCK_K > 32 and not SHARED and (live is not None or share is not None)
+    if CHOICE and every:
+        total, of_bias = _products(
+            gradient, other, share, reached, steps, i, j, k_first, k_last, width, i_stride, k_stride, other_stride,
+            BIASED, True, SHARED, PRECISION, STAGES, BLOCK, BLOCK_K,
+        )  # fmt: skip
+    else:
+        total, of_bias = _products(
+            gradient, other, share, reached, steps, i, j, k_first, k_last, width, i_stride, k_stride, other_stride,
+            BIASED, False, SHARED, PRECISION, 2 if CHOICE else STAGES, BLOCK, BLOCK_K,
+        )  # fmt: skip
     to = out + i[:, None] * width + j[None, :]
     if k_first != 0:
         total += tl.load(to, mask=j[None, :] < width, other=0.0)
@@ -54,4 +83,4 @@ def product_kernel(
     if out_bias is not None:  # noqa: SIM102  (one is known to the compiler, the other to the card)
         if tl.program_id(1) == 0:
             to_bias = out_bias + i_first + i
-            tl.store(to_bias, tl.load(to_bias) + tl.sum(of_bias, 1))
+            tl.store(to_bias, tl.load(to_bias) + of_bias)
