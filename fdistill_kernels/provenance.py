@@ -29,16 +29,21 @@ def _processor() -> str:
 
 
 def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`; None outside of git,
-    where $FDISTILL_COMMIT names the commit).
+    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`). $FDISTILL_COMMIT names the
+    commit of a tree that was copied without its git, or beside another's; then, and without git, dirty is None.
 
     Results that an earlier command has written anew are no change: nothing is measured with them.
     """
-    changes = _git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
+    named = os.environ.get("FDISTILL_COMMIT")
+    changes = (
+        None
+        if named
+        else _git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
+    )
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "fdistill_kernels": __version__,
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("FDISTILL_COMMIT"),
+        "commit": named or _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes), "command": command,
     }  # fmt: skip

@@ -103,15 +103,20 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     Barrier* met = &shared.met[++meetings % 2];
     Raw* const told = shared.told[meetings % 2];
     if (lane == 0) reinterpret_cast<Message*>(told)[thread() / kWarp] = of_warp;
-    if (thread() == 0) expect(met, launch.cluster * sizeof(Message));
+    const bool alone = launch.cluster == 1;  // a block that has no others sends nothing
+    if (thread() == 0) expect(met, alone ? 0 : launch.cluster * sizeof(Message));
     block_barrier();  // every warp has told
     if (!speaker()) return;
     const Message of_block = sum_of<Message>(told, threads() / kWarp, row);
     constexpr int parts = sizeof(Message) / sizeof(Raw);
     Raw raw[parts];
     memcpy(raw, &of_block, sizeof(raw));
-    if (lane >= launch.cluster) return;
-    for (int i = 0; i < parts; ++i) send(lane, &shared.heard[meetings % 2][rank() * parts + i], raw[i], met);
+    Raw* const heard = &shared.heard[meetings % 2][rank() * parts];
+    for (int i = 0; i < parts && lane < launch.cluster; ++i) {
+      if (alone) heard[i] = raw[i];
+      else send(lane, heard + i, raw[i], met);
+    }
+    warp_barrier();
   }
 
   // The warp that tells and hears for its block.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,19 @@ from .rows import RowCall
 
 INTERFACE, NO_ROOM = 8, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 WARP = 32
-#: Blocks of a cluster that fill a card's groups of 16 or 18 multiprocessors; 3 and 9 would too, but were slower than 4
-#: and 12 on an H200.
-CLUSTERS = (1, 2, 4, 6, 8, 12, 16)
 MOST_THREADS = 256  # of a block, as csrc/cuda/hopper.cuh bounds its kernels
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
 SYSTEM, DESK = 1 << 10, 2560  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
-#: Blocks of a multiprocessor, in the order tried: while one meets or waits for its row, others work.
-BLOCKS = (3, 2, 1)
+#: Blocks of a multiprocessor, and of a cluster, in the order tried. While one block meets or waits for its row, others
+#: work; clusters fill a card's groups of 16 or 18 multiprocessors. The order is an H200's, where 3 and 9 were slower.
+PLACES = (
+    *((3, 1), (3, 2), (2, 2)),
+    *((3, c) for c in (4, 6, 8, 12, 16)),
+    *((2, c) for c in (12, 16)),
+    (1, 12),
+    (1, 16),
+)
 
 
 class _Launch(ctypes.Structure):
@@ -60,18 +63,20 @@ def cut(slice: int) -> tuple[int, int]:
 
 
 def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
-    """The smallest cluster whose shared memory holds a row; None if the row is too long for any.
+    """The first of the places whose shared memory holds a row; None if the row is too long for any.
 
     models: 2, or 1 without a teacher. aligned: every row starts at a multiple of 16 bytes.
     """
-    return _plan(vocabulary, itemsize, models, aligned, BLOCKS)
+    return _plan(vocabulary, itemsize, models, aligned, PLACES)
 
 
 @functools.lru_cache
-def _plan(vocabulary: int, itemsize: int, models: int, aligned: bool, tried: tuple[int, ...]) -> Launch | None:
+def _plan(
+    vocabulary: int, itemsize: int, models: int, aligned: bool, places: tuple[tuple[int, int], ...]
+) -> Launch | None:
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
-    for blocks, cluster in itertools.product(tried, CLUSTERS):
+    for blocks, cluster in places:
         slice = -(-vectors // (cluster * LINE)) * LINE
         threads, depth = cut(slice)
         if models * threads * depth * 16 <= SHARED_MEMORY // blocks - SYSTEM - DESK:
