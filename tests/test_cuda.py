@@ -142,6 +142,28 @@ def test_hard_logits(name, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-7 + 3e-9 * loss.nan_to_num(0, 0).item())
 
 
+@pytest.mark.parametrize("mask", [-1e9, -1e10, -1e30, torch.finfo(torch.bfloat16).min, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_that_fill_warps_and_blocks(dtype, mask, monkeypatch):
+    """A padded or constrained vocabulary: warps, blocks and a whole row see nothing but the mask's value."""
+    emulate_cuda(monkeypatch, 2)
+    for vocabulary, kept in ((264, 256), (4100, 900), (4100, 4092)):
+        student, teacher = models(3, vocabulary, dtype)
+        with torch.no_grad():
+            student[:, kept:] = teacher[0, kept:] = mask
+            if mask > -torch.inf:
+                student[2] = mask  # a uniform softmax
+        for loss in (
+            lambda b, s=student, t=teacher: fk.f_divergence(s, t, "js", temperature=2.0, reduction="none", backend=b),
+            lambda b, s=student: fk.cross_entropy(s, torch.tensor([3, 7, 9]), reduction="none", backend=b),
+        ):
+            ours, cpu = loss("cuda"), loss("cpu")
+            torch.testing.assert_close(ours, cpu, rtol=1e-5, atol=1e-6)
+            assert ours.isfinite().all()
+            got, want = (gradient_of(x.sum(), student) for x in (ours, cpu))
+            assert relative(got, want) < TOLERANCE[dtype][1]
+
+
 def test_labels_smoothing_z_loss_and_caps(monkeypatch):
     from fdistill_kernels import linear_cross_entropy, linear_f_divergence
 

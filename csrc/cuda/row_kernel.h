@@ -250,8 +250,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     for_vectors([&](int k) {
       float x[kSize];
       load_vector(mine, k, x);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) of.student.total += worth.of(x[i]);
+      of.student.total += worth.sum(x);
       if (tempered(row)) {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) of.plain += of.student.worth(x[i], 1.0f);
@@ -259,8 +258,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       if (smoothed()) add_linear(row, vector(k), x, of);
       if (kTeacher) {
         load_vector(others, k, x);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) of.teacher.total += other_worth.of(x[i]);
+        of.teacher.total += other_worth.sum(x);
       }
     });
     of.student.total = warp_sum(of.student.total) * worth.correction();
@@ -272,13 +270,24 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   }
 
   // exp((z - top) / T) as one product less a constant, which is not quite top / T: what all of them are too large by is
-  // the correction.
+  // the correction. Where that could be any number, as of a mask of -1e30, z - top comes first, and there is none.
   struct Exponential {
     float rate, top, constant;
+    bool apart;
     FDISTILL_DEVICE Exponential(float top, float rate_of_e)
-        : rate(rate_of_e * kLog2E), top(top), constant(fmaxf(top * rate, kLowest)) {}
-    FDISTILL_DEVICE float of(float x) const { return exp2f(fmaf(x, rate, -constant)); }
-    FDISTILL_DEVICE float correction() const { return top > kLowest ? exp2f(fmaf(-top, rate, constant)) : 1.0f; }
+        : rate(rate_of_e * kLog2E), top(top), constant(top * rate), apart(!(fabsf(constant) < 16777216.0f)) {}
+    FDISTILL_DEVICE float sum(const float (&x)[kSize]) const {
+      float total = 0;
+      if (apart) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) total += exp2f((x[i] - top) * rate);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) total += exp2f(fmaf(x[i], rate, -constant));
+      }
+      return total;
+    }
+    FDISTILL_DEVICE float correction() const { return apart ? 1.0f : exp2f(fmaf(-top, rate, constant)); }
   };
 
   // What label smoothing needs of a vector: over the vocabulary, not over what is around the row.
