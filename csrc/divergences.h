@@ -177,7 +177,8 @@ struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q,
   static constexpr bool centred = false;
   using Exchanged = Gjs;
 
-  // From log m. Near p = q by h = log(m/q) = log(1 - beta + beta e^u), whose coefficients are a coin's cumulants, and the
+  // From log m, in a row about p = q alone: where models barely overlap log(q/m) keeps no digit of what is left.
+  // Near p = q by h = log(m/q) = log(1 - beta + beta e^u), whose coefficients are a coin's cumulants, and the
   // value's slope beta e^u (u - h): both by u, within 3e-7.
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> by_log(const E& e, const T& a, const T& b, const Parameter& beta) {
@@ -195,8 +196,9 @@ struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q,
 
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
-    const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q, x = excess(e.u);
-    if constexpr (Math<T>::kLogIsCheap) return by_log(e, a, b, beta);
+    const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q;
+    if constexpr (Math<T>::kLogIsCheap && E::is_close) return by_log(e, a, b, beta);
+    const T x = excess(e.u);
     const bool about_one = e.about_one();
     const LogSum<T> m(e, a, b, e.log_p + T(beta.log), e.log_q + T(beta.log_rest), about_one, T(beta.value) * x);
     const T g = m.above_b + T(about_one ? beta.log_rest : 0.0f);
