@@ -183,13 +183,14 @@ class Results:
     """A result file, written anew after each entry: a run that is stopped leaves what it has."""
 
     def __init__(self, path: Path, device: Device, **rates: float):
-        versions, arguments = {}, [x for x in sys.argv[1:] if x not in ("--out", str(path))]
+        versions = {}
+        command = ["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
         for name in PEERS:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
         self.path, self.failed = path, False
         self.content: dict[str, Any] = {
-            **provenance(" ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]), device.type),
+            **provenance(" ".join(x for x in command if x not in ("--out", str(path))), device.type),
             **device.facts(), "versions": versions,
             "dtype": "bfloat16", **rates, "results": [],
         }  # fmt: skip

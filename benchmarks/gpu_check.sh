@@ -3,5 +3,5 @@
 #   benchmarks/gpu_check.sh [--first] [RESULTS]   on a card
 #   benchmarks/gpu_check.sh --dry                 toy shapes on a CPU, to know that all this works
 # Peers are measured when they can be imported: put their wheels' folder on PYTHONPATH. FDISTILL_COMMIT names the commit
-# where there is no git.
+# of a tree that was copied without its git.
 cd "$(dirname "$0")/.." && PYTHONPATH="$PWD:${PYTHONPATH:-}" exec "${PYTHON:-python3}" -m benchmarks.gpu_check "$@"

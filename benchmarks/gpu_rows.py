@@ -4,9 +4,8 @@
 
 The floor is three passes over N·V at the copy rate measured first; two for labels alone, which have no teacher. Ours
 are held beside float64 on a few rows as they are measured: `gradient_error` is the difference's norm over the norm.
-Models are independent, or
-`alike`, as a trained student's is to its teacher. --first takes the shapes and losses that matter most; --dry toy
-shapes, Triton in its interpreter and CUDA emulated.
+Models are independent, or `alike`, as a trained student's is to its teacher. --first takes the shapes and losses that
+matter most; --dry toy shapes, Triton in its interpreter and CUDA emulated.
 """
 
 from __future__ import annotations

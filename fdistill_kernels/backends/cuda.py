@@ -26,12 +26,8 @@ LINE = 8  # vectors of a 128-byte line, which blocks do not share
 #: Blocks of a multiprocessor, and of a cluster, in the order tried. While one block meets or waits for its row, others
 #: work; clusters fill a card's groups of 16 or 18 multiprocessors. The order is an H200's, where 3 and 9 were slower.
 PLACES = (
-    *((3, 1), (3, 2), (2, 2)),
-    *((3, c) for c in (4, 6, 8, 12, 16)),
-    *((2, c) for c in (12, 16)),
-    (1, 12),
-    (1, 16),
-)
+    (3, 1), (3, 2), (2, 2), (3, 4), (3, 6), (3, 8), (3, 12), (3, 16), (2, 12), (2, 16), (1, 12), (1, 16),
+)  # fmt: skip
 
 
 class _Launch(ctypes.Structure):
