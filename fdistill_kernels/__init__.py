@@ -1,5 +1,7 @@
 """Fused f-divergence losses for language-model distillation."""
 
+from typing import TYPE_CHECKING, Any
+
 from .divergences import (
     AB,
     AKL,
@@ -18,11 +20,26 @@ from .divergences import (
     ToDi,
 )
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence, log_probs, log_sum_exp
+from .lists import sample_of, top_k_of
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .own import FDivergence
-from .values import Head, Hidden, Logits, LossParts, LossTerms, Metrics
+from .sparse import TopK
+from .values import Head, Hidden, Logits, LossParts, LossTerms, Metrics, SparseParts
+
+if TYPE_CHECKING:
+    from .teachers import Endpoint, TeacherStore
 
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The teachers elsewhere, whose libraries the core does not need."""
+    if name in ("TeacherStore", "Endpoint"):
+        from . import teachers
+
+        return getattr(teachers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AB",
@@ -35,6 +52,7 @@ __all__ = [
     "Alpha",
     "CrossEntropyLoss",
     "Divergence",
+    "Endpoint",
     "EntropyGated",
     "FDivergence",
     "FDivergenceLoss",
@@ -49,12 +67,17 @@ __all__ = [
     "Renyi",
     "SkewKL",
     "SkewRKL",
+    "SparseParts",
     "TailAware",
+    "TeacherStore",
     "ToDi",
+    "TopK",
     "cross_entropy",
     "f_divergence",
     "linear_cross_entropy",
     "linear_f_divergence",
     "log_probs",
     "log_sum_exp",
+    "sample_of",
+    "top_k_of",
 ]

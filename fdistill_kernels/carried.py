@@ -18,6 +18,7 @@ Value = TypeVar("Value", bound=tuple)
 #: An operator's type for a field's annotation; a divergence goes by its key, and of a teacher's function there is none.
 TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", bool: "bool", int: "int",
+    str: "str",
     str | Divergence | None: "str?", Tensor | Callable[[int, int], Tensor] | None: "Tensor?",
 }  # fmt: skip
 

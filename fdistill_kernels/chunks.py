@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, products
-from .backends.rows import VECTORS, LinearCall, RowCall, TokenTerms, split
+from .backends.rows import LinearCall, RowCall, TokenTerms, split
 
 #: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
 CPU_CHUNK_BYTES = 55_000_000
@@ -29,7 +29,7 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
     """Parts (3 or more, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
     hidden, head, wants, wide = call.hidden, call.head, call.wants, call.terms.row_scale.dtype
     terms, powers, most = _without_underflow(call.terms, hidden.dtype)
-    parts = torch.zeros(terms.parts, hidden.shape[0], dtype=wide, device=hidden.device)
+    parts = torch.zeros(call.parts, hidden.shape[0], dtype=wide, device=hidden.device)
     of_hidden = torch.zeros(hidden.shape if wants.hidden else (0,), dtype=wide, device=hidden.device)
     of_weight = products.empty(terms.row_scale, *(head.weight.shape if wants.weight else (0,)))
     of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)
@@ -45,7 +45,7 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
         for begin in range(0, count, step):
             end = min(begin + step, count)
             rows = slice(begin, end) if live is None else live[begin:end]
-            states, of_rows = hidden[rows], _of_rows(terms, rows)
+            states, of_rows = hidden[rows], terms.of_rows(rows)
             if live is None:  # 0 times a masked row's NaN would be NaN in the weight's gradient
                 states = states.masked_fill((of_rows.row_scale == 0).unsqueeze(1), 0)
             logits, *others = (buffer[: end - begin] for buffer in buffers)
@@ -56,8 +56,9 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
             elif others:
                 teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0)
             row_call = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, head.softcap, cap,
-                               student_gradient=any(wants), inplace=any(wants))  # fmt: skip
-            parts[:, rows] = backends.BACKENDS[backend].divergence_rows(row_call)[0]
+                               student_gradient=any(wants), inplace=any(wants),
+                               targets=call.teacher.targets.of_rows(rows))  # fmt: skip
+            parts[:, rows] = backends.rows_by(backend, row_call)[0]
             if not any(wants):
                 continue
             gradient = logits.to(hidden.dtype)
@@ -87,13 +88,6 @@ def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerm
     row_scale, powers = split(terms.row_scale)
     most = torch.where(row_scale == 0, 0, powers).amax() if len(powers) else powers.new_ones(())
     return terms._replace(row_scale=row_scale), powers, torch.where(most == 0, 1, most)
-
-
-def _of_rows(terms: TokenTerms, rows: slice | Tensor) -> TokenTerms:
-    """The terms of some of the rows."""
-    vectors = {name: getattr(terms, name) for name in VECTORS if name != "class_weight"}
-    some: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vectors.items()}
-    return terms._replace(**some)
 
 
 def _teacher_logits_(call: LinearCall, begin: int, end: int, rows: slice | Tensor, out: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from . import checks
 from .backends.rows import Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
-from .heads import checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
+from .heads import check_alone, checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
+from .sparse import TopK, targets_of
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
 from .values import Head, Hidden, Logits, LossTerms, RowFunction, Temperature
@@ -23,7 +24,7 @@ from .values import Head, Hidden, Logits, LossTerms, RowFunction, Temperature
 
 def f_divergence(
     student_logits: Tensor | Logits,
-    teacher_logits: Tensor | Logits,
+    teacher_logits: Tensor | Logits | TopK,
     divergence: str | Divergence | Callable[[Tensor], Tensor] | LossTerms = "js",
     *,
     divergence_weight: float | Tensor = 1.0,
@@ -50,7 +51,8 @@ def f_divergence(
     Args:
         student_logits, teacher_logits: (..., V), any strides; float32, bfloat16, float16, or float64. Arithmetic is in
             float32 (float64 for float64). Either may require grad. Where their dtypes differ both are widened first,
-            which takes a copy, and each gradient is in its own. Or `Logits`, with their soft-cap.
+            which takes a copy, and each gradient is in its own. Or `Logits`, with their soft-cap; or as the teacher a
+            `TopK`, a list of ids and their log-probabilities.
         divergence: a name (`fdistill list`), a `Divergence` such as ``Alpha(0.3)``, or a convex f(t) with f(1) = 0. Or
             `LossTerms`, which hold all that follows up to num_items.
         divergence_weight: a factor on the divergence, a number or one a token (...).
@@ -72,7 +74,8 @@ def f_divergence(
         inplace: let the gradient overwrite `student_logits`, which then must not be used again. Rows that share memory,
             with each other or another argument, are refused. Where no gradient is wanted nothing is overwritten.
         backend: "auto", or a backend's name (`fdistill doctor`).
-        return_parts: also return `LossParts`; with "metrics" `Metrics`, for one more look at each row.
+        return_parts: also return `LossParts`; with "metrics" `Metrics`, for one more look at each row. Beside a `TopK`
+            either gives `SparseParts`, whose overlap takes a top-k of the student's rows.
 
     Returns:
         The float32 loss, () or (...); float64 for float64 logits. Tokens all masked, or none: 0, with zero gradient. A
@@ -92,6 +95,9 @@ def f_divergence(
         temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
         reduction=reduction, num_items=num_items,
     ))  # fmt: skip
+    if isinstance(teacher_logits, TopK):
+        return _beside_list(student_logits, teacher_logits, terms, logit_softcap, teacher_logit_softcap, vocab_size,
+                            inplace, backend, return_parts)  # fmt: skip
     models = (
         logits_of("student_logits", student_logits, "logit_softcap", logit_softcap),
         logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap),
@@ -110,6 +116,23 @@ def f_divergence(
     checks.check_parts(return_parts)
     models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)
     return loss_of_logits(*models, terms, backend, return_parts, inplace)
+
+
+def _beside_list(
+    student_logits: Tensor | Logits, teacher: TopK, terms: LossTerms, softcap: float | None,
+    teacher_softcap: float | None, vocab_size: int | None, inplace: bool, backend: str, return_parts: bool | str,
+) -> Any:  # fmt: skip
+    """`f_divergence` to a list."""
+    check_alone("teacher_logits", teacher, teacher_logit_softcap=teacher_softcap)
+    given, softcap = logits_of("student_logits", student_logits, "logit_softcap", softcap)
+    student = checks.shared_vocabulary("student_logits", given, vocab_size)
+    checks.check_flag("inplace", inplace)
+    checks.check_parts(return_parts)
+    checked_terms(terms, student, student.shape[-1])
+    targets = targets_of(teacher, student, terms, "teacher_logits")
+    lists = {f"teacher_logits.{n}": getattr(teacher, n) for n in ("ids", "log_probs", "weights")}
+    inplace = inplace and _overwritten("student_logits", student, terms=terms, **lists)
+    return loss_of_logits(Logits(student, softcap), None, terms, backend, return_parts, inplace, targets)
 
 
 def cross_entropy(
@@ -187,7 +210,7 @@ def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: 
 def linear_f_divergence(
     student_hidden: Tensor,
     student_weight: Tensor | Head,
-    teacher_hidden: Tensor | Hidden | Logits | RowFunction,
+    teacher_hidden: Tensor | Hidden | Logits | TopK | RowFunction,
     teacher_weight: Tensor | Head | None = None,
     divergence: str | Divergence | Callable[[Tensor], Tensor] | LossTerms = "js",
     *,
@@ -223,8 +246,8 @@ def linear_f_divergence(
         student_weight, student_bias: the student's head, (V, D_s) and (V), in the hidden states' dtype; or a `Head`. A
             head that does not require grad costs no product for its gradient.
         teacher_hidden: (..., D_t) with `teacher_weight`, or `Hidden`; or without it the teacher's logits (..., V), as a
-            tensor or `Logits`, or a function ``(begin, end) -> logits (end − begin, V)`` of a range of the flattened
-            rows.
+            tensor or `Logits`, or a `TopK`, or a function ``(begin, end) -> logits (end − begin, V)`` of a range of the
+            flattened rows.
         teacher_weight, teacher_bias: the teacher's head, (V, D_t) and (V), in its hidden states' dtype; may be the
             student's own; or a `Head`. The teacher gets no gradient from here.
         logit_scale, teacher_logit_scale: a factor on hidden weightᵀ (Cohere, Granite), 1 by default; the teacher's
@@ -266,10 +289,14 @@ def linear_f_divergence(
     names = "student_hidden", "student_weight", "student_bias"
     hidden, head = checked_head(student_hidden, head, names, vocab_size)
     vocabulary = head.weight.shape[0]
-    teacher = teacher_of(
-        teacher_hidden, teacher_weight, hidden, head.scale, vocabulary, vocab_size, teacher_bias=teacher_bias,
-        teacher_logit_scale=teacher_logit_scale, teacher_logit_softcap=teacher_logit_softcap,
-    )  # fmt: skip
+    keywords = dict(teacher_bias=teacher_bias, teacher_logit_scale=teacher_logit_scale,
+                    teacher_logit_softcap=teacher_logit_softcap)  # fmt: skip
+    if isinstance(teacher_hidden, TopK):
+        check_alone("teacher_hidden", teacher_hidden, teacher_weight=teacher_weight, **keywords)
+        checked_terms(terms, hidden, vocabulary)
+        teacher = Teacher(targets=targets_of(teacher_hidden, hidden, terms, "teacher_hidden"))
+    else:
+        teacher = teacher_of(teacher_hidden, teacher_weight, hidden, head.scale, vocabulary, vocab_size, **keywords)
     path = path_of(memory, skip_tiles, chunk_bytes, teacher)
     checked_terms(terms, hidden, vocabulary)
     checks.check_parts(return_parts)

@@ -70,6 +70,13 @@ def checked_head(
     return hidden, head
 
 
+def check_alone(name: str, value: object, **keywords: Any) -> None:
+    """Raises ValueError for keywords given beside a value that stands for them too."""
+    given = [keyword for keyword, x in keywords.items() if x is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} beside {name}, a {type(value).__name__}, which has its own")
+
+
 def teacher_of(
     teacher: Tensor | RowFunction | Hidden | Logits, weight: Tensor | Head | None,
     student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, **keywords: Any,
@@ -81,9 +88,7 @@ def teacher_of(
     """
     names = "teacher_hidden", "teacher_weight", "teacher_bias"
     if isinstance(teacher, (Hidden, Logits)):
-        given = [n for n, x in {"teacher_weight": weight, **keywords}.items() if x is not None]
-        if given:
-            raise ValueError(f"{', '.join(given)} beside teacher_hidden, a {type(teacher).__name__}, which has its own")
+        check_alone("teacher_hidden", teacher, teacher_weight=weight, **keywords)
     if isinstance(teacher, Hidden):
         if not isinstance(teacher.head, Head):
             raise TypeError(f"the head of a Hidden teacher must be a Head, not {type(teacher.head).__name__}")
@@ -144,6 +149,8 @@ def path_of(memory: str, skip_tiles: bool, chunk_bytes: int | None, teacher: Tea
             raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
     if memory == "chunks":
         return Path(False, skip_tiles, chunk_bytes or 0)
+    if teacher.targets.ids is not None:
+        return Path(False, skip_tiles, chunk_bytes or MINIMAL_CHUNK_BYTES)
     if teacher.rows is not None and teacher.weight is None:
         raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")
     return Path(True, skip_tiles, chunk_bytes or MINIMAL_CHUNK_BYTES)

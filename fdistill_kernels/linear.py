@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import backends, chunks
+from .backends import sparse
 from .backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
 from .carried import built, flat, in_place_of, leaf, operator, replaced
 from .divergences import Divergence
-from .tokens import divergence_of, graph_is_kept, of_parts, once, reduced, token_terms
+from .tokens import divergence_of, graph_is_kept, has_metrics, of_parts, once, reduced, token_terms
 from .values import Head, LossTerms
 
 
@@ -23,7 +24,7 @@ def loss_of_hidden(
 ) -> Any:
     """The loss of hidden states (..., D), all of it checked; with its parts, if asked for."""
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
-    of_rows, tokens, _ = token_terms(terms, hidden, return_parts == "metrics")
+    of_rows, tokens, _ = token_terms(terms, hidden, has_metrics(return_parts, teacher.targets))
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head, teacher, of_rows,
         replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms, of_rows)),
@@ -63,6 +64,7 @@ def _rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = call.checked()
     backends.check_label_range(call.terms.labels, call.terms.row_scale, call.head.weight.shape[0])
+    sparse.check_targets(call.teacher.targets, call.terms.row_scale, call.head.weight.shape[0])
     hidden = call.hidden
     backend = backends.choose(backend, hidden.device, hidden.dtype, call.divergence)
     if call.path.cut and hidden.shape[0]:
@@ -77,7 +79,7 @@ def _like(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (hidden, weight, bias), wide = call.wants, call.terms.row_scale
     narrow = call.hidden if call.path.cut else wide
     return (
-        wide.new_empty(call.terms.parts, call.hidden.shape[0]),
+        wide.new_empty(call.parts, call.hidden.shape[0]),
         narrow.new_empty(call.hidden.shape if hidden else (0,)),
         narrow.new_empty(call.head.weight.shape if weight else (0,)),
         wide.new_empty(call.head.weight.shape[:1] if bias else (0,)),

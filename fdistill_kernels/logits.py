@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.rows import RowCall, TokenTerms, cap_slope, capped, split
+from .backends.rows import NO_LIST, RowCall, Targets, TokenTerms, cap_slope, capped, split
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
 from .divergences import KL
 from .own import FDivergence
-from .tokens import Known, divergence_of, is_power_of_two, of_parts, once, reduced, scaled, token_terms
+from .tokens import Known, divergence_of, has_metrics, is_power_of_two, of_parts, once, reduced, scaled, token_terms
 from .values import Logits, LossTerms
 
 
@@ -23,32 +23,42 @@ def loss_of_logits(
     backend: str,
     return_parts: bool | str,
     inplace: bool = False,
+    targets: Targets = NO_LIST,
 ) -> Any:
     """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
     backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms))
-    of_rows, tokens, known = token_terms(terms, values, return_parts == "metrics")
-    loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace, known)
+    of_rows, tokens, known = token_terms(terms, values, has_metrics(return_parts, targets))
+    loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace, known, targets)
     return reduced(loss, parts, terms, tokens, values, return_parts)
 
 
 def rows_loss(
     student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, inplace: bool = False,
-    known: Known | None = None,
+    known: Known | None = None, targets: Targets = NO_LIST,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, summed or of each row, and the parts (3 or more, N)."""
     if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
-        assert teacher is not None
+        if teacher is None:
+            return _outside_graphs(student, targets, terms, backend, per_row)
         return _traced_loss(student, teacher, terms, backend, per_row)
     call = RowCall(
         _rows(student.values, inplace), None if teacher is None else _rows(teacher.values), terms,
-        student.softcap, None if teacher is None else teacher.softcap, inplace=inplace,
+        student.softcap, None if teacher is None else teacher.softcap, inplace=inplace, targets=targets,
     )  # fmt: skip
     trained = call.student.requires_grad or (call.teacher is not None and call.teacher.requires_grad)
     if torch.is_grad_enabled() and trained:
         return _RowsLoss.apply(per_row, backend, known, *flat(call))
     parts, _, _ = backends.divergence_rows(replaced(call, inplace=False), backend)
     return of_parts(parts, terms, per_row, known), parts
+
+
+@torch.compiler.disable
+def _outside_graphs(
+    student: Logits, targets: Targets, terms: TokenTerms, backend: str, per_row: bool
+) -> tuple[Tensor, Tensor]:
+    """A user's generator, which no graph holds, beside a list."""
+    return rows_loss(student, None, terms, backend, per_row, targets=targets)
 
 
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:

@@ -59,7 +59,7 @@ class FDivergence(Divergence):
         return from_log_ratio(u) if f is None else f(u.exp())
 
     def _terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-        with torch.inference_mode(False), torch.enable_grad(), _autograd_inside_an_operator():
+        with torch.inference_mode(False), torch.enable_grad(), autograd_inside_an_operator():
             u = _log_ratio(log_p, log_q).detach().requires_grad_()
             value = self.generator(u)
             (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
@@ -99,7 +99,7 @@ def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(u > 0, p, q), (-u.clamp_min(0)).exp()
 
 
-def _autograd_inside_an_operator() -> Any:
+def autograd_inside_an_operator() -> Any:
     """Operators run below autograd's dispatch keys; a generator's f′ needs them back."""
     include = torch._C._dispatch_tls_local_include_set()
     return torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))

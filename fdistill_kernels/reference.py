@@ -143,7 +143,8 @@ def _largest(log_p: Tensor, count: Tensor) -> Tensor:
 def _akl(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
     p = log_p.exp()
     mass = p.sort(-1, descending=True).values.cumsum(-1)
-    head = _largest(log_p, (mass < numbers[0]).sum(-1, keepdim=True) + 1)
+    count = (mass < numbers[0]).sum(-1, keepdim=True) + 1
+    head = _largest(log_p, count.clamp_max(log_p.shape[-1]))
     gap = (p - log_q.exp()).abs().detach()
     share = ((gap * head).sum(-1) / gap.sum(-1)).nan_to_num(0.5)
     return share * _kl(log_p, log_q).sum(-1) + (1 - share) * _kl(log_q, log_p).sum(-1)
@@ -216,6 +217,11 @@ def f_divergence_rows(
     log_q, log_p = log_softmax(student_logits, temperature), log_softmax(teacher_logits, teacher_temperature)
     if isinstance(divergence, FDivergence):
         return (log_q.exp() * divergence.generator(log_p - log_q)).sum(-1)  # type: ignore[attr-defined]
+    return of_log_probs(divergence, log_p, log_q, labels)
+
+
+def of_log_probs(divergence: Divergence, log_p: Tensor, log_q: Tensor, labels: Tensor | None = None) -> Tensor:
+    """A divergence's formula of log-probabilities (..., V), whose masses need not be 1: (...) losses."""
     if divergence.name in _ROW_FORMULAS:
         return _ROW_FORMULAS[divergence.name](log_p, log_q, divergence.numbers, labels)
     return _FORMULAS[divergence.name](log_p, log_q, divergence.parameter).sum(-1)

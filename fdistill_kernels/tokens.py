@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .backends.rows import TokenTerms
+from .backends.rows import Targets, TokenTerms
 from .divergences import Divergence
-from .values import LossParts, LossTerms, Metrics
+from .values import LossParts, LossTerms, Metrics, SparseParts
 
 #: Temperatures whose square and inverse float32 holds.
 TEMPERATURES = (1e-18, 1e18)
@@ -148,6 +148,11 @@ def token_terms(
     return of_rows, tokens, Known(every_row, (float(divergence is not None), *of_labels))
 
 
+def has_metrics(return_parts: bool | str, targets: Targets) -> bool:
+    """Whether more of each row is wanted than its losses: beside a list always, if anything is."""
+    return bool(return_parts) if targets.ids is not None else return_parts == "metrics"
+
+
 def _row_scale(
     terms: LossTerms, vectors: _Vectors, mask: Tensor | None, denominator: float | Tensor
 ) -> tuple[Tensor, bool]:
@@ -230,6 +235,8 @@ def reduced(
     if not isinstance(tokens, Tensor):
         tokens = torch.full((), tokens, dtype=torch.long, device=parts.device)
     made_of = LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
+    if len(parts) == len(SparseParts._fields) - 1:
+        return loss, SparseParts(*made_of, *parts[3:])
     return loss, Metrics(*made_of, *parts[3:]) if return_parts == "metrics" else made_of
 
 

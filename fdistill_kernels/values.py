@@ -101,3 +101,20 @@ class Metrics(NamedTuple):
     overlap: Tensor
     log_sum_exp: Tensor
     label_log_prob: Tensor
+
+
+class SparseParts(NamedTuple):
+    """`LossParts` beside a `TopK` teacher, and behind them what its ids hold, reduced like the loss, detached.
+
+    Attributes:
+        teacher_mass, student_mass: Σ_S p as given, and Σ_S q of the tempered student.
+        overlap: the share of the row's ids that are among the student's own largest, as many as the row has ids.
+    """
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    z_loss: Tensor
+    tokens: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor
+    overlap: Tensor

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch
 from fdistill_kernels.backends.triton.kernels import (
     head_statistics,
+    rest,
     row_metrics,
     row_statistics,
     row_terms,
@@ -119,6 +120,22 @@ def metrics_variant(teacher, vocabulary=128256, card=None):
     return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block}, chosen.warps
 
 
+def rest_variant(rest_kernel, dtype="bf16", labels=False, capped=False, vocabulary=128256, card=None):
+    """The same for rows beside a list."""
+    chosen = launch.heuristic(8192, vocabulary, 4 if dtype == "fp32" else 2, card)
+    function, i32, f32 = getattr(rest, rest_kernel), "i32", "*fp32"
+    types = {
+        **dict.fromkeys(("student", "gradient"), f"*{dtype}"), "marks": "*i32", "ids": "*i64",
+        **dict.fromkeys(("statistics", "row_scale", "rates", "top", "of_rest", "log_rest", "values"), f32),
+        **dict.fromkeys(("of_plain", "log_all", "constant"), f32 if labels else None), "cap": "fp32" if capped else None,
+    }  # fmt: skip
+    constants = {"PLAIN": labels, "BLOCK": chosen.block, "LIST_BLOCK": 64}
+    constants = {k: v for k, v in constants.items() if k in function.arg_names}
+    types = {n: types.get(n, i32) for n in function.arg_names if n not in constants}
+    name = "/".join(filter(None, (rest_kernel, dtype, "labels" if labels else None, "capped" if capped else None)))
+    return name, function, types, constants, chosen.warps
+
+
 def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, share=False,
                  card=None):  # fmt: skip
     """The same for a kernel of the cut path: heads without a bias, widths of whole blocks."""
@@ -178,11 +195,13 @@ VARIANTS = [
     dict(teacher=True), dict(teacher=False), *[dict(statistics=True, symbol=symbol) for symbol in row_terms.STATISTICS],
     *[dict(symbol="Gjs", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
     *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
+    *[dict(rest_kernel=k, **more) for k in ("rest_statistics_kernel", "rest_gradient_kernel") for more in (
+        dict(), dict(dtype="fp32"), dict(labels=True), dict(capped=True))],
 ]  # fmt: skip
 
 
 STRIDES = ("student_outer", "student_inner", "teacher_outer", "teacher_inner", "gradient_outer", "gradient_inner")
-KINDS = {"kernel": tile_variant, "statistics": statistics_variant, "symbol": row_variant}
+KINDS = {"rest_kernel": rest_variant, "kernel": tile_variant, "statistics": statistics_variant, "symbol": row_variant}
 
 
 def compiled(arguments, target_name):
@@ -194,7 +213,7 @@ def compiled(arguments, target_name):
     signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
     constants.update({n: None for n in names if n in types and types[n] is None})
     divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
-    odd = {"rows", "inner"}
+    odd = {"rows", "inner", "list_size", "words"}
     if arguments.get("vocabulary", 0) % 16:  # rows start anywhere, but in a padded buffer
         odd |= {"vocabulary"} if arguments.get("padded") else {"vocabulary", *STRIDES}
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in odd}

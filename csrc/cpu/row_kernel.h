@@ -1,6 +1,7 @@
 // The interface between the binding and the per-ISA builds of the row kernel.
 #pragma once
 
+#include "../rest_task.h"
 #include "../row_task.h"
 
 namespace fdistill {
@@ -26,6 +27,19 @@ RowKernel row_kernel_default(const char* divergence);
 #ifdef FDISTILL_X86
 RowKernel row_kernel_avx2(const char* divergence);
 RowKernel row_kernel_avx512(const char* divergence);
+#endif
+
+// Floats of scratch: three blocks, the ids, and where each block's begin.
+inline int64_t rest_scratch_floats(const RestTask& task) {
+  return 3 * kBlock + task.list_size + block_count(task.vocabulary) + 1;
+}
+
+// The same for rows beside a list.
+using RestKernel = void (*)(const RestTask&, int64_t begin, int64_t end, float* scratch);
+RestKernel rest_kernel_default();
+#ifdef FDISTILL_X86
+RestKernel rest_kernel_avx2();
+RestKernel rest_kernel_avx512();
 #endif
 
 }  // namespace fdistill

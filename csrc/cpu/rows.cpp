@@ -1,4 +1,4 @@
-// The CPU row kernels' C interface: a RowTask, whose pointers Python has checked, to the kernel of an instruction set.
+// The CPU row kernels' C interface: a task, whose pointers Python has checked, to the kernel of an instruction set.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -20,34 +20,53 @@ fdistill::RowKernel find_kernel(const char* instruction_set, const char* diverge
   return fdistill::row_kernel_default(divergence);
 }
 
+fdistill::RestKernel find_rest_kernel(const char* instruction_set) {
+#ifdef FDISTILL_X86
+  if (!std::strcmp(instruction_set, "AVX512")) return fdistill::rest_kernel_avx512();
+  if (!std::strcmp(instruction_set, "AVX2")) return fdistill::rest_kernel_avx2();
+#endif
+  return fdistill::rest_kernel_default();
+}
+
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
+
+// kernel(task, begin, end, scratch) on pieces of the rows, enough of them to be worth a thread; null, or what went wrong.
+template <typename Kernel, typename Task>
+const char* run_rows(const Kernel& kernel, const Task& task, size_t floats, int threads) {
+  const int64_t vocabulary = task.vocabulary > 0 ? task.vocabulary : 1;
+  const int64_t shared = (task.row_count + 4 * threads - 1) / (4 * threads), small = 16384 / vocabulary;
+  const int64_t grain = shared > small ? shared : small > 0 ? small : 1;
+  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+  std::atomic<bool> failed{false};
+  const auto scratch = [&] { return std::unique_ptr<float, Free>(static_cast<float*>(std::aligned_alloc(64, bytes))); };
+  fdistill::for_pieces((task.row_count + grain - 1) / grain, threads, scratch, [&](const auto& mine, int64_t piece) {
+    const int64_t begin = piece * grain, end = begin + grain < task.row_count ? begin + grain : task.row_count;
+    if (mine) kernel(task, begin, end, mine.get());
+    else failed = true;
+  });
+  return failed ? "no memory for a row" : nullptr;
+}
 
 }  // namespace
 
 extern "C" {
 
 // Goes up with every change of what Python hands over.
-__attribute__((visibility("default"))) int fdistill_cpu_interface() { return 5; }
+__attribute__((visibility("default"))) int fdistill_cpu_interface() { return 6; }
 
 // Null, or what went wrong. instruction_set: as torch names what this CPU has.
 __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(
     const char* instruction_set, const char* divergence, const fdistill::RowTask* task, int threads) {
   const fdistill::RowKernel kernel = find_kernel(instruction_set, divergence);
   if (!kernel) return "there is no such kernel";
-  const int64_t vocabulary = task->vocabulary > 0 ? task->vocabulary : 1;
-  const int64_t shared = (task->row_count + 4 * threads - 1) / (4 * threads), small = 16384 / vocabulary;
-  const int64_t grain = shared > small ? shared : small > 0 ? small : 1;  // rows of a piece: enough to be worth a thread
-  const size_t bytes = (fdistill::scratch_floats(*task) * sizeof(float) + 63) / 64 * 64;
-  std::atomic<bool> failed{false};
-  const auto scratch = [&] { return std::unique_ptr<float, Free>(static_cast<float*>(std::aligned_alloc(64, bytes))); };
-  fdistill::for_pieces((task->row_count + grain - 1) / grain, threads, scratch, [&](const auto& mine, int64_t piece) {
-    const int64_t begin = piece * grain, end = begin + grain < task->row_count ? begin + grain : task->row_count;
-    if (mine) kernel(*task, begin, end, mine.get());
-    else failed = true;
-  });
-  return failed ? "no memory for a row" : nullptr;
+  return run_rows(kernel, *task, fdistill::scratch_floats(*task), threads);
+}
+
+__attribute__((visibility("default"))) const char* fdistill_cpu_rest_rows(
+    const char* instruction_set, const fdistill::RestTask* task, int threads) {
+  return run_rows(find_rest_kernel(instruction_set), *task, fdistill::rest_scratch_floats(*task), threads);
 }
 
 // A fresh N x V tensor costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
     outer, inner, vocabulary = call.student.shape
     rows = outer * inner
-    parts = torch.zeros(call.terms.parts, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
+    parts = torch.zeros(call.parts, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
     of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
     of_teacher = (
         torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
@@ -206,3 +208,41 @@ def _label_terms(terms: TokenTerms, z: Tensor, label: Tensor, n: slice) -> tuple
     gradient = of_q * log_q.exp() - (ce_scale * spread * w if spread else 0)
     gradient.scatter_add_(1, label, -ce_scale * of_label)
     return cross_entropy, lse**2, gradient
+
+
+def _listed(ids: Tensor, vocabulary: int) -> Tensor:
+    """Which entries (n, V) are in their row's list."""
+    marks = torch.zeros(ids.shape[0], vocabulary + 1, dtype=torch.bool, device=ids.device)
+    return marks.scatter_(1, torch.where(ids >= 0, ids, vocabulary), True)[:, :vocabulary]
+
+
+def rest_statistics(
+    student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, ids: Tensor, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what rows (outer, inner, V) have outside their list: the largest logit, −inf of nothing, and relative to it
+    the log-sum-exp at 1/rate, and where `plain` asks for it at temperature 1; see `sparse`.
+    """
+    z = torch.where((row_scale != 0).unsqueeze(1), student.flatten(0, 1).to(rate.dtype), 0)
+    z = capped(z, softcap).masked_fill(_listed(ids, z.shape[1]), -torch.inf)
+    top = z.amax(1)
+    below = z - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
+    return top, (below * rate.unsqueeze(1)).logsumexp(1), below.logsumexp(1) if plain else top
+
+
+def rest_gradient_(
+    out: Tensor, student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, rest: Any, ids: Tensor,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """Writes `sparse.Rest`'s gradient of rows, and at the list's ids the values (n, K); zeros to rows that do not
+    count.
+    """
+    live, vocabulary = (row_scale != 0).unsqueeze(1), student.shape[-1]
+    z = capped(torch.where(live, student.flatten(0, 1).to(rate.dtype), 0), softcap)
+    top, of_rest, log_rest, *of_labels = (x.unsqueeze(1) for x in rest if x is not None)
+    gradient = times(of_rest, ((z - top) * rate.unsqueeze(1) - log_rest).exp())
+    if of_labels:
+        of_plain, log_all, constant = of_labels
+        gradient = gradient + times(of_plain, (z - top - log_all).exp()) + constant
+    gradient = torch.cat((gradient * cap_slope(z, softcap), torch.zeros_like(top)), 1)
+    gradient.scatter_(1, torch.where(ids >= 0, ids, vocabulary), values)
+    out.copy_(torch.where(live, gradient[:, :vocabulary], 0).view(out.shape))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from .native import DTYPES, open_library, row_task
+from .native import DTYPES, NOWHERE, RestTask, open_library, row_task, rows_of
 from .rows import RowCall
 
-INTERFACE = 5  # of csrc/cpu/rows.cpp
+INTERFACE = 6  # of csrc/cpu/rows.cpp
 
 
 def _load() -> tuple[Any, str | None]:
@@ -22,6 +22,7 @@ def _load() -> tuple[Any, str | None]:
     except OSError as error:
         return None, str(error)
     library.fdistill_cpu_divergence_rows.restype = ctypes.c_char_p
+    library.fdistill_cpu_rest_rows.restype = ctypes.c_char_p
     return library, None
 
 
@@ -62,7 +63,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     fresh = call.student_gradient and not call.inplace
     of_student = empty(student, *student.shape) if fresh else student.new_empty(0)
     of_teacher = empty(student, *student.shape) if call.teacher_gradient else student.new_empty(0)
-    parts = torch.empty(call.terms.parts, call.terms.row_scale.shape[0])
+    parts = torch.empty(call.parts, call.terms.row_scale.shape[0])
     symbol, task, _held = row_task(
         call, (of_student if fresh else student) if call.student_gradient else None,
         of_teacher if call.teacher_gradient else None, parts,
@@ -73,3 +74,36 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     if error:
         raise RuntimeError(f"the CPU row kernel {symbol!r} did not run: {error.decode()}")
     return parts, of_student, of_teacher
+
+
+def rest_statistics(
+    student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, ids: Tensor, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chunked.rest_statistics`."""
+    found = torch.empty(3, len(rate))
+    _run_rest(student, softcap, row_scale, rate, ids, plain, statistics=found.data_ptr())
+    top, log_rest, plain_rest = found
+    return top, log_rest, plain_rest
+
+
+def rest_gradient_(
+    out: Tensor, student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, rest: Any, ids: Tensor,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """As `chunked.rest_gradient_`."""
+    coefficients, values = torch.stack([x for x in rest if x is not None]), values.contiguous()
+    _run_rest(student, softcap, row_scale, rate, ids.contiguous(), rest.of_plain is not None, gradient=rows_of(out),
+              coefficients=coefficients.data_ptr(), values=values.data_ptr())  # fmt: skip
+
+
+def _run_rest(
+    student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, ids: Tensor, plain: bool, **more: Any
+) -> None:
+    task = RestTask(
+        scalar=DTYPES.index(student.dtype), row_count=len(rate), vocabulary=student.shape[2], list_size=ids.shape[1],
+        student=rows_of(student), row_scale=row_scale.data_ptr(), rate=rate.data_ptr(), softcap=softcap or 0.0,
+        ids=ids.data_ptr(), plain=plain, **{"gradient": NOWHERE, **more},
+    )  # fmt: skip
+    error = LIBRARY.fdistill_cpu_rest_rows(CAPABILITY, ctypes.byref(task), torch.get_num_threads())
+    if error:
+        raise RuntimeError(f"the CPU kernel for lists did not run: {error.decode()}")

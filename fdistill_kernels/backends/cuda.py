@@ -171,7 +171,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         return triton.divergence_rows(call)
     student = call.student
     assert LIBRARY is not None
-    parts = torch.empty(call.terms.parts, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
+    parts = torch.empty(call.parts, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
     if call.terms.metrics:
         triton.write_metrics(call, parts)
     gradient = student if call.inplace else student.new_empty(0)

@@ -83,6 +83,17 @@ class RowTask(ctypes.Structure):
     ]  # fmt: skip
 
 
+class RestTask(ctypes.Structure):
+    """csrc/rest_task.h's, field by field."""
+
+    _fields_ = [
+        ("scalar", ctypes.c_int32), *[(n, ctypes.c_int64) for n in ("row_count", "vocabulary", "list_size")],
+        ("student", Rows), ("gradient", Rows), ("row_scale", ctypes.c_void_p), ("rate", ctypes.c_void_p),
+        ("softcap", ctypes.c_float), ("plain", ctypes.c_int32),
+        *[(n, ctypes.c_void_p) for n in ("ids", "statistics", "coefficients", "values")],
+    ]  # fmt: skip
+
+
 NOWHERE = Rows(None, 1, 0, 0)
 
 

@@ -8,9 +8,38 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..carried import carried, tensors
+from ..carried import carried, replaced, tensors
 from ..divergences import Divergence, by_key
-from ..values import Head, Metrics, RowFunction
+from ..values import Head, Metrics, RowFunction, SparseParts
+
+
+@carried
+class Targets(NamedTuple):
+    """A `sparse.TopK` as operators carry it: N rows.
+
+    Attributes:
+        ids: (N, K) int64; None: the teacher is no list.
+        log_probs, weights: (N, K) float32 (float64 with float64 logits).
+        tail, temperature: as in `sparse.TopK`.
+        rounding: the unit of log_probs' rounding, as they were given.
+    """
+
+    ids: Tensor | None = None
+    log_probs: Tensor | None = None
+    weights: Tensor | None = None
+    tail: str = "bucket"
+    temperature: float = 1.0
+    rounding: float = 0.0
+
+    def of_rows(self, rows: slice | Tensor) -> Targets:
+        """Some of the rows."""
+        if self.ids is None:
+            return self
+        some = {n: x[rows] for n in ("ids", "log_probs", "weights") if (x := getattr(self, n)) is not None}
+        return replaced(self, **some)
+
+
+NO_LIST = Targets()
 
 
 @carried
@@ -41,14 +70,20 @@ class TokenTerms(NamedTuple):
     label_smoothing: float
     metrics: bool = False
 
-    @property
-    def parts(self) -> int:
+    def parts(self, targets: Targets) -> int:
         """How many numbers of each row are wanted."""
-        return len(Metrics._fields) - 1 if self.metrics else 3  # tokens are no row's
+        beside: Any = Metrics if targets.ids is None else SparseParts
+        return len(beside._fields) - 1 if self.metrics else 3  # tokens are no row's
+
+    def of_rows(self, rows: slice | Tensor) -> TokenTerms:
+        """The terms of some of the rows."""
+        vectors = {name: getattr(self, name) for name in VECTORS if name != "class_weight"}
+        some: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vectors.items()}
+        return self._replace(**some)
 
 
-#: The fields that are tensors, one entry a row (a class for `class_weight`).
-VECTORS = tensors(TokenTerms)
+#: The fields that are tensors, one entry a row (a class for `class_weight`); and of a list.
+VECTORS, LISTS = tensors(TokenTerms), tensors(Targets)
 
 
 def checked_terms(
@@ -78,6 +113,30 @@ def checked_terms(
         if found["divergence"].needs_labels and terms.labels is None:
             raise ValueError(f"{terms.divergence!r} needs labels")
     return terms._replace(**found)
+
+
+def checked_targets(
+    targets: Targets, teacher: object, terms: TokenTerms, rows: int, dtype: torch.dtype, device: torch.device
+) -> Targets:
+    """The list as kernels may take it, dense and of the arithmetic's dtype.
+
+    Raises:
+        ValueError: another shape or device, or a teacher beside it.
+    """
+    if targets.ids is None:
+        return targets
+    if teacher is not None or terms.class_weight is not None:
+        raise ValueError("a teacher that is a list goes without another one, and without class weights")
+    found: dict[str, Any] = {}
+    for name in LISTS:
+        value = getattr(targets, name)
+        if value is None and name == "weights":
+            continue
+        shape = (rows, targets.ids.shape[-1])
+        if value is None or value.shape != shape or value.device != device or value.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, of shape {shape} on {device}, not {value and value.shape}")
+        found[name] = value.to(torch.int64 if name == "ids" else dtype).contiguous()
+    return replaced(targets, **found)
 
 
 def _known(divergence: str | Divergence | None) -> Divergence | None:
@@ -114,6 +173,7 @@ class RowCall(NamedTuple):
         student_softcap, teacher_softcap: c > 0 makes every logit c·tanh(z/c) first; None or 0: they are as they are.
         student_gradient, teacher_gradient: which gradients are wanted; one that is not comes back empty.
         inplace: the student's gradient overwrites its logits and comes back empty.
+        targets: a list in the teacher's place.
     """
 
     student: Tensor
@@ -124,6 +184,12 @@ class RowCall(NamedTuple):
     student_gradient: bool = False
     teacher_gradient: bool = False
     inplace: bool = False
+    targets: Targets = NO_LIST
+
+    @property
+    def parts(self) -> int:
+        """How many numbers of each row are wanted."""
+        return self.terms.parts(self.targets)
 
     @property
     def divergence(self) -> Divergence | None:
@@ -145,18 +211,23 @@ class RowCall(NamedTuple):
             raise ValueError(f"student is {student.dtype} on {student.device}, teacher {rows.dtype} on {rows.device}")
         if student.shape[2] > 1 and (student.stride(2) != 1 or rows.stride(2) != 1):
             raise ValueError("student and teacher must be dense in V")
-        if teacher is None and (
-            self.terms.divergence is not None or self.terms.labels is None or self.teacher_gradient
-        ):
+        listed = self.targets.ids is not None
+        if teacher is None and not listed and (self.terms.divergence is not None or self.terms.labels is None):
             raise ValueError("without a teacher there are the labels' terms alone")
-        if teacher is not None and self.terms.divergence is None:
+        if (teacher is not None or listed) and self.terms.divergence is None:
             raise ValueError("a teacher needs a divergence")
+        if teacher is None and self.teacher_gradient:
+            raise ValueError("there are no teacher's logits to have a gradient")
         if self.inplace:
             others = {name: getattr(self.terms, name) for name in VECTORS}
-            checks.check_overwritten("student", student, {"teacher": teacher, **others})
+            lists = {name: getattr(self.targets, name) for name in LISTS}
+            checks.check_overwritten("student", student, {"teacher": teacher, **others, **lists})
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         count = student.shape[0] * student.shape[1]
-        return self._replace(terms=checked_terms(self.terms, count, student.shape[2], wide, student.device))
+        return self._replace(
+            terms=checked_terms(self.terms, count, student.shape[2], wide, student.device),
+            targets=checked_targets(self.targets, teacher, self.terms, count, wide, student.device),
+        )
 
 
 @carried
@@ -168,6 +239,7 @@ class Teacher(NamedTuple):
             no teacher, and no divergence.
         weight, bias, scale, softcap: its `Head`; a soft-cap without a weight is of the logits.
         itself: no rows; the student is its own teacher, held still, whose logits are there already.
+        targets: no rows either, but a list in their place.
     """
 
     rows: Tensor | RowFunction | None = None
@@ -176,6 +248,7 @@ class Teacher(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     itself: bool = False
+    targets: Targets = NO_LIST
 
     @property
     def head(self) -> Head:
@@ -218,6 +291,11 @@ class LinearCall(NamedTuple):
     wants: Wants = Wants()
 
     @property
+    def parts(self) -> int:
+        """How many numbers of each row are wanted."""
+        return self.terms.parts(self.teacher.targets)
+
+    @property
     def divergence(self) -> Divergence | None:
         """Of a checked call."""
         return _known(self.terms.divergence)
@@ -252,13 +330,17 @@ class LinearCall(NamedTuple):
         given = teacher.rows if teacher.weight is None and isinstance(teacher.rows, Tensor) else None
         if given is not None and given.shape != (rows, vocabulary):
             raise ValueError(f"the teacher's logits must be ({rows}, {vocabulary}), not {tuple(given.shape)}")
+        listed = teacher.targets.ids is not None
         if teacher.itself and teacher.rows is not None:
             raise ValueError("a student that is its own teacher needs no rows beside it")
-        if (teacher.rows is None and not teacher.itself) != (self.terms.divergence is None):
+        if (teacher.rows is None and not teacher.itself and not listed) != (self.terms.divergence is None):
             raise ValueError("a divergence needs a teacher, and a teacher a divergence")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        other = teacher.rows if teacher.rows is not None else teacher.itself or None
+        targets = checked_targets(teacher.targets, other, self.terms, rows, wide, hidden.device)
         return self._replace(
             head=head._replace(weight=head.weight.to(hidden.dtype), bias=bias),
+            teacher=teacher._replace(targets=targets),
             terms=checked_terms(self.terms, rows, vocabulary, wide, hidden.device),
         )

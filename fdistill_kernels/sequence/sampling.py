@@ -20,15 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ..teachers.packing import hash_tensor
 from .models import IGNORE, padded, rows_of, virtual_tokens
 
 SHARD = 256
 #: What a model's own generation configuration decides of its samples.
 TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+#: What it says that `draw` says otherwise, or that decides nothing.
+SAID = {"pad_token_id", "use_cache", "max_length", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -189,29 +194,70 @@ class Server:
 
 
 def fingerprint(model: Any) -> str:
-    """Sixteen hex digits of a model's configuration and weights: their names, shapes and sums."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, found in model.state_dict().items():
-        for tensor in found if isinstance(found, tuple) else (found,):  # a quantised module's weight and bias
-            if isinstance(tensor, Tensor):
-                tensor = tensor.dequantize() if tensor.is_quantized else tensor
-                total = tensor.double().sum().item() if tensor.is_floating_point() else 0
-                digest.update(f"{name}{tuple(tensor.shape)}{total:.6e}".encode())
-    return digest.hexdigest()[:16]
+    """Sixteen hex digits of a model's configuration and weights: names, dtypes, shapes and every byte, on any device.
+
+    Of a meta tensor there are no bytes. A sharded one is gathered: all ranks must ask.
+    """
+    configuration = json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
+    state = model.state_dict()
+    digest = xxhash.xxh3_128(configuration)
+    for name in sorted(state):
+        parts = (
+            state[name] if isinstance(state[name], tuple) else (state[name],)
+        )  # a quantised module's weight and bias
+        for tensor in (part for part in parts if isinstance(part, Tensor)):
+            hash_tensor(digest, name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    return str(digest.hexdigest()[:16])
+
+
+def generation_settings(model: Any, sampling: Sampling) -> dict[str, Any]:
+    """What a model's own generation configuration decides of `draw`'s sequences, where it is not the default, in JSON.
+
+    Of beams that is all that neither `Sampling` nor `draw` says; of samples `TOKENS` and the end tokens alone.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        return {}
+    said = {*Sampling(beams=1).keywords(), *Sampling(beams=2).keywords()} | SAID
+    found = {k: v for k, v in own.to_diff_dict().items()
+             if k not in said and not k.startswith(("_", "output_")) and v is not None}  # fmt: skip
+    if sampling.beams == 1:
+        found = {k: v for k, v in found.items() if k in (*TOKENS, "eos_token_id")}
+    return dict(json.loads(json.dumps(found, sort_keys=True, default=str)))
 
 
 class TeacherSamples:
     """Continuations of prompts, kept under a folder."""
 
     def __init__(
-        self, folder: str | Path, prompts: Sequence[Sequence[int]], sampling: Sampling, teacher: str, seed: int
-    ):
+        self, folder: str | Path, prompts: Sequence[Sequence[int]], sampling: Sampling, teacher: str, seed: int,
+        settings: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        """Opens the folder or makes it; settings: the teacher's `generation_settings`."""
         if not len(prompts):
             raise ValueError("there are no prompts to sample for")
         self.folder, self.prompts, self.sampling, self.seed = Path(folder), prompts, sampling, seed
         data = hashlib.sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest()[:16]
-        self.key = {"teacher": teacher, "data": data, "prompts": len(prompts), "seed": seed, **asdict(sampling)}
+        self.key = {"teacher": teacher, "data": data, "prompts": len(prompts), "seed": seed, **asdict(sampling),
+                    **(settings or {})}  # fmt: skip
         self._check_key()
+
+    @classmethod
+    def kept(cls, folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> TeacherSamples:
+        """Those that a teacher drew who is not there any more; prompts, sampling and seed must be the same.
+
+        Raises:
+            ValueError: there are none, or they were drawn otherwise.
+        """
+        try:
+            known = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds no samples of the teacher ({error}): build the store with them"
+            ) from error
+        decided = {"data", "prompts", "seed", *asdict(sampling), "teacher"}
+        settings = {k: v for k, v in known.items() if k not in decided}
+        return cls(folder, prompts, sampling, known.get("teacher", ""), seed, settings)
 
     def _check_key(self) -> None:
         manifest = self.folder / "manifest.json"
@@ -239,14 +285,14 @@ class TeacherSamples:
     def fill(
         self, source: Any, rank: int = 0, ranks: int = 1, *, batch: int = 32, vocabulary: int | None = None
     ) -> Iterator[int]:
-        """Draws what is missing from a model or a `Server`; yields the number of prompts done after each batch.
+        """Draws what is missing from a model, a `Server` or an `Endpoint`; yields the prompts done after each batch.
 
         Of several ranks each draws its share of the shards. vocabulary: as in `draw`.
         """
         import pyarrow
         import pyarrow.parquet
 
-        ask = source.draw if isinstance(source, Server) else functools.partial(draw, source, vocabulary=vocabulary)
+        ask = source.draw if hasattr(source, "draw") else functools.partial(draw, source, vocabulary=vocabulary)
         for number in [n for n in self.missing() if n % ranks == rank]:
             made: list[list[int]] = []
             done = sum(len(self._range(i)) for i, shard in enumerate(self.shards()) if shard.exists())

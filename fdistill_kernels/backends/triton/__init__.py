@@ -139,7 +139,7 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     student, teacher, divergence, terms = call.student, call.teacher, call.divergence, call.terms
     _, inner, vocabulary = student.shape
     rows = terms.row_scale.shape[0]
-    parts = torch.empty(terms.parts, rows, dtype=torch.float32, device=student.device)
+    parts = torch.empty(call.parts, rows, dtype=torch.float32, device=student.device)
     fresh = _empty_like(student) if call.student_gradient and not call.inplace else None
     student_gradient = student if call.inplace else fresh
     of_teacher = _empty_like(student) if call.teacher_gradient else None
@@ -235,6 +235,58 @@ def _look(kernel: Any, call: RowCall, terms: TokenTerms, launch: Any, **more: An
             student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
             student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None, **more,
             BLOCK=launch.block, num_warps=launch.warps, **ALWAYS,
+        )  # fmt: skip
+
+
+def rest_statistics(
+    student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, ids: Tensor, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chunked.rest_statistics`."""
+    from .kernels.rest import rest_statistics_kernel
+
+    vocabulary, found = student.shape[2], torch.empty(3, len(rate), device=student.device)
+    marks = _marks(ids, vocabulary)
+    _over_rows(rest_statistics_kernel, student, row_scale, marks=marks, statistics=found, rates=rate,
+               words=marks.shape[1], cap=softcap or None, PLAIN=plain)  # fmt: skip
+    top, log_rest, plain_rest = found
+    return top, log_rest, plain_rest
+
+
+def _marks(ids: Tensor, vocabulary: int) -> Tensor:
+    """(N, ⌈V/32⌉) int32, a bit an entry: 1 where it is listed. Ids differ within a row, so that a sum is a union."""
+    words = torch.zeros(len(ids), -(-vocabulary // 32), dtype=torch.int32, device=ids.device)
+    at = ids.clamp_min(0)
+    bits = torch.where(ids >= 0, torch.ones_like(ids) << (at & 31), 0).to(torch.int32)
+    return words.scatter_add_(1, at >> 5, bits)
+
+
+def rest_gradient_(
+    out: Tensor, student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, rest: Any, ids: Tensor,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """As `chunked.rest_gradient_`."""
+    from .kernels.rest import rest_gradient_kernel
+
+    (outer, inner), size = _strides(out), ids.shape[1]
+    vectors = {name: None if x is None else x.contiguous() for name, x in rest._asdict().items()}
+    _over_rows(
+        rest_gradient_kernel, student, row_scale, gradient=out, rates=rate, **vectors, ids=ids.contiguous(),
+        values=values.contiguous(), list_size=size, gradient_outer=outer, gradient_inner=inner, cap=softcap or None,
+        PLAIN=rest.of_plain is not None, LIST_BLOCK=max(16, min(1024, 1 << (size - 1).bit_length())),
+    )  # fmt: skip
+
+
+def _over_rows(kernel: Any, student: Tensor, row_scale: Tensor, **more: Any) -> None:
+    """Runs a kernel of `rest` on every row."""
+    from . import launch
+
+    rows, (outer, inner) = len(row_scale), _strides(student)
+    chosen = launch.choose(rows, student.shape[2], student.element_size(), student.device, "rest")
+    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+        kernel[(min(rows, chosen.programs * chosen.splits),)](
+            student=student, row_scale=row_scale, rows=rows, inner=student.shape[1], vocabulary=student.shape[2],
+            student_outer=outer, student_inner=inner, **more, BLOCK=max(32, chosen.block), num_warps=chosen.warps,
+            **ALWAYS,
         )  # fmt: skip
 
 

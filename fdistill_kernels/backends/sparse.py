@@ -1,0 +1,356 @@
+"""Rows whose teacher is a list of ids: the kernels for whole rows, on the few categories that the list leaves.
+
+Outside the list S a row's gradient is one number times the student's probabilities. So a row is read once for the
+log-sum-exp of its rest, the divergence is that of two rows of K + 1 categories (the list's and the rest), made by the
+backend's own kernel, and the row is read again where the gradient is written:
+
+    dL/dz_v = L_rest q_v / Σ_rest q   outside S,      dL/dz_k = L_k   on it,      each times 1/T
+
+with L_k, L_rest the gradient by the categories' logits ``z_k/T`` and ``log Σ_rest exp(z/T)``. The rest is summed by
+itself, never as 1 less the list's mass, so that it keeps its digits where it is small.
+
+A backend that has them gives two functions (`chunked`, `cpu` and `triton` do):
+    rest_statistics(student, softcap, row_scale, rate, ids, plain) -> rest_top, log_rest, plain_rest, (N,) each
+    rest_gradient_(out, student, softcap, row_scale, rate, Rest, ids, values)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..carried import replaced
+from ..divergences import Divergence
+from ..own import FDivergence, autograd_inside_an_operator
+from .rows import RowCall, Targets, TokenTerms, cap_slope, capped
+
+#: A row's mass above 1 that is taken for rounding (8-bit log-probabilities are 3 % off), and scaled away.
+MOST_MASS = 1.05
+#: Numbers of a piece of rows: of their lists; and of the rows themselves, where whole temporaries are made of them.
+LIST_PIECE, ROW_PIECE = 1 << 22, 1 << 21
+
+
+class Rest(NamedTuple):
+    """What every entry's gradient is made of, (N,) each, times the slope of a cap; without label terms three are None:
+    ``of_rest·exp((z − top)·rate − log_rest) + of_plain·exp(z − top − log_all) + constant``.
+    """
+
+    top: Tensor
+    of_rest: Tensor
+    log_rest: Tensor
+    of_plain: Tensor | None = None
+    log_all: Tensor | None = None
+    constant: Tensor | None = None
+
+
+def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
+    """The values of rows that count; a GPU stops by itself, later.
+
+    Raises:
+        ValueError: ids outside [0, V), but for −1; an id twice in a row; weights below 0; a mass above 1.
+    """
+    if targets.ids is None:
+        return
+    assert targets.log_probs is not None
+    counts = (row_scale != 0).unsqueeze(1)
+    ids = torch.where(counts, targets.ids, -1)
+    order = ids.sort(1).values
+    mass = torch.where(ids >= 0, targets.log_probs, -torch.inf).exp().sum(1)
+    faults = {
+        f"ids must be in [0, {vocabulary}), or -1 where a list is shorter": (ids < -1) | (ids >= vocabulary),
+        "ids must differ within a row": (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0),
+        f"log_probs of a row must be of a mass of {MOST_MASS:g} at most": (mass > MOST_MASS).unsqueeze(1),
+    }
+    if targets.weights is not None:
+        faults["weights must not be negative"] = (ids >= 0) & (targets.weights < 0)
+    for what, wrong in faults.items():
+        if wrong.is_cuda:
+            torch._assert_async(~wrong.any(), what)
+        elif wrong.any():
+            row = int(wrong.any(1).nonzero()[0])
+            field = what.split()[0]
+            values = getattr(targets, field)[row]
+            shown = ", ".join(f"{x:.6g}" for x in values[:8].tolist()) + (", ..." if len(values) > 8 else "")
+            raise ValueError(f"{what}: row {row} of those given has {shown}")
+
+
+def divergence_rows(call: RowCall, backend: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See `RowCall`; `backend`: the module whose kernels run."""
+    student = call.student
+    parts = torch.empty(call.parts, len(call.terms.row_scale), dtype=call.terms.row_scale.dtype, device=student.device)
+    fresh = call.student_gradient and not call.inplace
+    out = getattr(backend, "empty", Tensor.new_empty)(student, *(student.shape if fresh else (0,)))
+    gradient = student if call.inplace else out if fresh else None
+    whole = _asks_every_entry(call)
+    for i, j, n in _pieces(call, whole, backend):
+        some = replaced(call, student=student[i, j], terms=call.terms.of_rows(n), targets=call.targets.of_rows(n))
+        run = _whole_rows if whole else _categories
+        parts[:, n] = run(some, None if gradient is None else gradient[i, j], backend)
+    return parts, out, student.new_empty(0)
+
+
+def _asks_every_entry(call: RowCall) -> bool:
+    """Whether the entries outside the list cannot be one category: they have a teacher each; one of them may be the
+    label; or what a divergence makes of them, q^(α+β) for one, is not what it makes of their sum.
+    """
+    tail, divergence = call.targets.tail, call.divergence
+    assert divergence is not None
+    sums = divergence.kernel not in ("Ab", None) or isinstance(divergence, FDivergence)
+    return tail == "uniform" or (tail == "renormalize" and (divergence.needs_labels or not sums))
+
+
+def _pieces(call: RowCall, whole: bool, backend: Any) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows to be made at once: their places in (outer, inner), and their numbers."""
+    (outer, inner, vocabulary), ids = call.student.shape, call.targets.ids
+    assert ids is not None
+    most = LIST_PIECE // (ids.shape[1] + 1)
+    if whole or (not hasattr(backend, "interpreting") and not hasattr(backend, "capability")):
+        most = min(most, ROW_PIECE // vocabulary)
+    most = max(1, most)
+    some, step = max(1, most // inner), min(inner, most)
+    for i in range(0, outer, some):
+        for j in range(0, inner, step):
+            to = min(i + some, outer), min(j + step, inner)
+            yield slice(i, to[0]), slice(j, to[1]), slice(i * inner + j, (to[0] - 1) * inner + to[1])
+
+
+def _categories(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
+    """The parts of some rows, through their categories; writes their gradient."""
+    student, terms, cap = call.student, call.terms, call.student_softcap
+    live, ids, given = _listed(call)
+    dtype, rate = terms.row_scale.dtype, terms.student_inverse_temperature
+    z = capped(_at(student, ids, dtype), cap)
+    below, top, log_rest, plain_rest = _statistics(call, ids, z, backend)
+    teacher = _teacher(call.targets, ids, given, terms.teacher_inverse_temperature, student.shape[-1])
+    rest = (
+        log_rest if call.targets.tail != "within" else torch.where(teacher[:, -1] == -torch.inf, -torch.inf, log_rest)
+    )
+    logits = torch.cat((below * rate.unsqueeze(1), rest.unsqueeze(1)), 1)
+    wanted = gradient is not None
+    losses, of_logits = _of_categories(call, logits, teacher, ids, live, wanted, backend)
+    parts = [losses]
+    labels = _Labels(call, top, below, plain_rest, ids, live) if terms.labels is not None else None
+    nothing = torch.zeros_like(losses)
+    parts += [nothing, nothing] if labels is None else labels.parts
+    if terms.metrics:
+        parts += _masses(call, logits, given, ids, z)
+    if gradient is not None:
+        _write_gradient_(gradient, call, labels, backend, z, (top, log_rest), ids, of_logits * rate.unsqueeze(1))
+    return torch.stack(parts[:3] + [torch.where(live, terms.row_scale * x, 0) for x in parts[3:]])
+
+
+def _statistics(call: RowCall, ids: Tensor, z: Tensor, backend: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The list's logits less the row's largest one, −inf where there is no id; that one; and the rest's log-sum-exps
+    relative to it, at the student's temperature and, with labels, at 1.
+    """
+    terms, rate = call.terms, call.terms.student_inverse_temperature
+    rest_top, log_rest, plain_rest = backend.rest_statistics(
+        call.student, call.student_softcap, terms.row_scale, rate, ids, terms.labels is not None
+    )
+    listed = torch.where(ids >= 0, z, -torch.inf)
+    top = torch.cat((listed, rest_top.unsqueeze(1)), 1).amax(1)
+    apart = torch.where(rest_top == -torch.inf, 0, rest_top - top)
+    return listed - top.unsqueeze(1), top, log_rest + apart * rate, plain_rest + apart
+
+
+def _listed(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count (n,), their ids, −1 in the others, and log p at them, −inf where there is none."""
+    ids, log_probs, live = call.targets.ids, call.targets.log_probs, call.terms.row_scale != 0
+    assert ids is not None and log_probs is not None
+    ids = torch.where(live.unsqueeze(1), ids, -1)
+    return live, ids, torch.where(ids >= 0, log_probs, -torch.inf)
+
+
+def _at(student: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logits (n, K) at ids; any where there is no id."""
+    at = ids.clamp(0, student.shape[-1] - 1).view(*student.shape[:2], ids.shape[1])
+    return student.gather(2, at).to(dtype).flatten(0, 1)
+
+
+def _teacher(targets: Targets, ids: Tensor, given: Tensor, rate: Tensor, vocabulary: int) -> Tensor:
+    """The teacher's logits (n, K + 1) of the categories, the rest last."""
+    mass, least = _mass(targets, given)
+    whole = (ids >= 0).sum(1) == vocabulary
+    log_p = given - mass.clamp_min(1).log().unsqueeze(1)
+    if targets.tail == "bucket":
+        rest = torch.where(whole, 0, torch.maximum(1 - mass, least)).log()
+    else:  # all is in the list; without a list there is no teacher, and all is in the rest
+        rest = (mass == 0).to(mass).log()
+        log_p = log_p * (targets.temperature * rate).unsqueeze(1)
+    return torch.cat((log_p, rest.unsqueeze(1)), 1)
+
+
+def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ_S p`` as given, and how far its rounding may be from it: a smaller rest is there for all that is known."""
+    p = given.exp()
+    spread = torch.where(p > 0, p * given.abs(), 0).sum(1)
+    return p.sum(1), targets.rounding * spread + torch.finfo(p.dtype).eps / 2
+
+
+def _of_categories(
+    call: RowCall, student: Tensor, teacher: Tensor, ids: Tensor, live: Tensor, wanted: bool, backend: Any
+) -> tuple[Tensor, Tensor]:
+    """The rows' divergences, weighed, and their gradient by the student's categories (n, K + 1)."""
+    terms, divergence = call.terms, call.divergence
+    assert divergence is not None
+    labels = _category_of(terms.labels, ids) if divergence.needs_labels else None
+    if call.targets.tail in ("ignore", "sampled"):
+        return _truncated(call, student, teacher, labels, live)
+    ones = torch.ones_like(terms.row_scale)
+    of_rows = TokenTerms(
+        terms.row_scale, ones, ones, terms.divergence_scale, 0 * ones, 0 * ones, labels, None, divergence, 0.0
+    )
+    whole = RowCall(student.unsqueeze(0), teacher.unsqueeze(0), of_rows, student_gradient=wanted)
+    parts, gradient, _ = backend.divergence_rows(whole)
+    return parts[0], gradient.view(student.shape) if wanted else gradient
+
+
+def _category_of(labels: Tensor | None, ids: Tensor) -> Tensor:
+    """Where a label is in its row's list, or in its rest."""
+    assert labels is not None
+    here = ids == labels.unsqueeze(1)
+    return torch.where(here.any(1), here.byte().argmax(1), ids.shape[1])
+
+
+def _truncated(
+    call: RowCall, student: Tensor, teacher: Tensor, labels: Tensor | None, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over the list alone, of the terms as their definition has them, in the widest arithmetic."""
+    terms, divergence = call.terms, call.divergence
+    assert divergence is not None
+    wide = student.dtype if student.device.type == "mps" else torch.float64
+    scale = (terms.row_scale * terms.divergence_scale).to(wide)
+    with torch.inference_mode(False), torch.enable_grad(), autograd_inside_an_operator():
+        logits = torch.where(live.unsqueeze(1), student, 0).to(wide).clone().requires_grad_()
+        log_q, log_p = logits.log_softmax(1)[:, :-1], teacher[:, :-1].to(wide).clone()
+        value = _sums(divergence, log_p, log_q.masked_fill(log_p == -torch.inf, -torch.inf)
+                      if call.targets.tail == "sampled" else log_q, call.targets.weights, labels)  # fmt: skip
+        losses = torch.where(live, scale * value, 0)
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    return losses.detach().to(student.dtype), torch.where(live.unsqueeze(1), gradient, 0).to(student.dtype)
+
+
+def _sums(
+    divergence: Divergence, log_p: Tensor, log_q: Tensor, weights: Tensor | None, labels: Tensor | None
+) -> Tensor:
+    """``Σ_S w φ(p, q)``, or of a divergence that is no such sum its formula of the list."""
+    if divergence.kernel:  # an operator's divergence has the kernel's name
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", divergence.kernel).lower()
+        divergence = dataclasses.replace(divergence, name=name)
+    if isinstance(divergence, FDivergence):
+        entries = divergence.value(log_p.exp(), log_q.exp(), log_p, log_q)
+    elif divergence.kernel is None:
+        entries = sum(divergence.terms(log_p.exp(), log_q.exp(), log_p, log_q, divergence.parameter))  # type: ignore
+    elif weights is None:
+        return divergence.scale * reference.of_log_probs(divergence, log_p, log_q, labels)
+    else:  # each entry as a row of its own
+        entries = divergence.scale * reference.of_log_probs(divergence, log_p.unsqueeze(-1), log_q.unsqueeze(-1))
+    if weights is None:
+        return entries.sum(1)
+    return torch.where(log_p == -torch.inf, 0, weights.to(entries.dtype) * entries).sum(1)
+
+
+class _Labels:
+    """The label terms of some rows: their parts, and the factors of their gradient."""
+
+    def __init__(self, call: RowCall, top: Tensor, below: Tensor, plain_rest: Tensor, ids: Tensor, live: Tensor):
+        terms, student = call.terms, call.student
+        assert terms.labels is not None
+        self.labels = torch.where(live, terms.labels, 0)
+        self.at_label = capped(_at(student, self.labels.unsqueeze(1), top.dtype).squeeze(1), call.student_softcap)
+        self.log_all = torch.logaddexp(plain_rest, below.logsumexp(1))
+        smoothing, scale = terms.label_smoothing, terms.row_scale * terms.cross_entropy_scale
+        cross_entropy = (1 - smoothing) * (self.log_all - (self.at_label - top))
+        if smoothing:
+            cross_entropy = cross_entropy + smoothing * (self.log_all + _mean_distance(call, top))
+        lse = top + self.log_all
+        self.parts = [torch.where(live, terms.row_scale * x, 0) for x in (cross_entropy, lse * lse)]
+        self.of_plain = scale + 2 * terms.row_scale * terms.z_loss_scale * lse
+        self.constant = -scale * smoothing / student.shape[-1]
+        self.of_label = scale * (1 - smoothing)
+
+
+def _mean_distance(call: RowCall, top: Tensor) -> Tensor:
+    """The mean of ``top − z`` over the vocabulary."""
+    z = capped(call.student.flatten(0, 1).to(top.dtype), call.student_softcap)
+    return (top.unsqueeze(1) - z).mean(1)
+
+
+def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor) -> list[Tensor]:
+    """`values.SparseParts` behind the losses, of each row."""
+    count = (ids >= 0).sum(1)
+    teacher_mass = given.exp().sum(1)
+    student_mass = logits.log_softmax(1)[:, :-1].exp().sum(1)
+    most = min(ids.shape[1], call.student.shape[-1])
+    if not most:
+        return [teacher_mass, torch.zeros_like(teacher_mass), torch.zeros_like(teacher_mass)]
+    largest = call.student.topk(most, -1).values.flatten(0, 1).to(z.dtype)
+    last = capped(largest, call.student_softcap).gather(1, (count - 1).clamp_min(0).unsqueeze(1))
+    shared = ((z >= last) & (ids >= 0)).sum(1).to(z.dtype)
+    return [teacher_mass, student_mass, torch.where(count > 0, shared / count.clamp_min(1), 0)]
+
+
+def _write_gradient_(
+    gradient: Tensor, call: RowCall, labels: _Labels | None, backend: Any, z: Tensor, rest: tuple[Tensor, Tensor],
+    ids: Tensor, of_z: Tensor,
+) -> None:  # fmt: skip
+    """of_z: (n, K + 1) the divergence's gradient by the list's logits, and the rest's."""
+    (top, log_rest), cap = rest, call.student_softcap
+    of_rest, at, values = of_z[:, -1], ids, of_z[:, :-1]
+    of_all = Rest(top, of_rest, torch.where(log_rest == -torch.inf, 0, log_rest))
+    if labels is not None:
+        of_all = of_all._replace(of_plain=labels.of_plain, log_all=labels.log_all, constant=labels.constant)
+
+        def beside(z: Tensor) -> Tensor:
+            """The label terms' gradient by logits (n, any), but for the label's own."""
+            softmax = (z - top.unsqueeze(1) - labels.log_all.unsqueeze(1)).exp()
+            return labels.of_plain.unsqueeze(1) * softmax + labels.constant.unsqueeze(1)
+
+        here = ids == labels.labels.unsqueeze(1)
+        values = values + beside(z) - torch.where(here, labels.of_label.unsqueeze(1), 0)
+        of_tail = of_rest * ((labels.at_label - top) * call.terms.student_inverse_temperature - of_all.log_rest).exp()
+        at_label = of_tail.unsqueeze(1) + beside(labels.at_label.unsqueeze(1)) - labels.of_label.unsqueeze(1)
+        at = torch.cat((ids, torch.where(here.any(1), -1, labels.labels).unsqueeze(1)), 1)
+        values, z = torch.cat((values, at_label), 1), torch.cat((z, labels.at_label.unsqueeze(1)), 1)
+    values = torch.where(at >= 0, values * cap_slope(z, cap), 0)
+    terms = call.terms
+    backend.rest_gradient_(
+        gradient, call.student, cap, terms.row_scale, terms.student_inverse_temperature, of_all, at, values
+    )
+
+
+def _whole_rows(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
+    """The parts of some rows whose rest is not one category: by whole rows of the teacher, of these few alone."""
+    terms, vocabulary, targets = call.terms, call.student.shape[-1], call.targets
+    live, ids, given = _listed(call)
+    mass, least = _mass(targets, given)
+    others = (vocabulary - (ids >= 0).sum(1)).clamp_min(1)
+    rest = (torch.maximum(1 - mass, least) / others).log()
+    if targets.tail == "renormalize":  # without a list there is no teacher
+        rest = (mass == 0).to(mass).log()
+        terms = replaced(terms, divergence_scale=torch.where(mass == 0, 0, terms.divergence_scale))
+    teacher = rest.unsqueeze(1).repeat(1, vocabulary + 1)
+    log_p = given - mass.clamp_min(1).log().unsqueeze(1)
+    teacher.scatter_(1, torch.where(ids >= 0, ids, vocabulary), log_p)  # what is no id falls beyond the vocabulary
+    wide = call.student.flatten(0, 1).to(teacher.dtype)[None]
+    rate = terms.teacher_inverse_temperature * targets.temperature
+    whole = RowCall(
+        wide, teacher[None, :, :vocabulary], replaced(terms, teacher_inverse_temperature=rate, metrics=False),
+        call.student_softcap, student_gradient=gradient is not None,
+    )  # fmt: skip
+    parts, of_student, _ = backend.divergence_rows(whole)
+    if terms.metrics:
+        z = capped(_at(call.student, ids, wide.dtype), call.student_softcap)
+        rate = terms.student_inverse_temperature
+        below, _, log_rest, _ = _statistics(call, ids, z, backend)
+        found = _masses(call, torch.cat((below * rate.unsqueeze(1), log_rest.unsqueeze(1)), 1), given, ids, z)
+        parts = torch.cat((parts, torch.stack([torch.where(live, terms.row_scale * x, 0) for x in found])))
+    if gradient is not None:
+        gradient.copy_(of_student.view(gradient.shape))
+    return parts

@@ -1,0 +1,133 @@
+"""Lists of ids made of a model that is at hand: its largest entries, a student's, both, or a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import checks, products
+from .backends.rows import capped
+from .heads import checked_head
+from .sparse import TopK
+from .values import Hidden, Logits
+
+SUPPORTS = ("teacher", "student", "union")
+#: Entries of the logits that are made at once.
+PIECE = 1 << 24
+
+Model = Tensor | Logits | Hidden
+
+
+def top_k_of(
+    teacher: Model, k: int, *, support: str = "teacher", student: Model | None = None, tail: str = "bucket",
+    temperature: float = 1.0,
+) -> TopK:  # fmt: skip
+    """A teacher's log-probabilities at the largest entries of each row.
+
+    Args:
+        teacher, student: logits (..., V), as a tensor or `Logits`, or `Hidden` states (..., D) with their head, whose
+            logits are made in pieces of rows.
+        k: how many ids a row; V where that is less.
+        support: whose largest entries: the "teacher"'s; the "student"'s, where the divergence is to be exact where the
+            student's mass is; or the "union", of up to 2 k ids, −1 behind them.
+        tail: of the `TopK`.
+        temperature: T of ``log_probs = log softmax(logits/T)``.
+
+    Returns:
+        `TopK` of ids (..., K) int64 and log_probs float32 (float64 for float64), without a graph.
+
+    Raises:
+        ValueError, TypeError: what does not fit, by its name.
+    """
+    checks.check_integer("k", k)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, not {support!r}")
+    if (support == "teacher") != (student is None):
+        raise ValueError("student is for support='student' or 'union', which need it")
+    (shape, rows_of_teacher), found = _rows("teacher", teacher), []
+    others: Iterator[Tensor | None] = iter(lambda: None, 0)
+    if student is not None:
+        student_shape, others = _rows("student", student)
+        if student_shape != shape:
+            raise ValueError(f"student has logits of shape {(*student_shape,)}, teacher of {(*shape,)}")
+    for logits, other in zip(rows_of_teacher, others, strict=False):
+        log_p, most = (logits / temperature).log_softmax(-1), min(k, logits.shape[-1])
+        ids = (logits if other is None or support == "union" else other).topk(most, -1).indices
+        if support == "union":
+            assert other is not None
+            ids = _union(ids, other.topk(most, -1).indices)
+        listed = log_p.gather(1, ids.clamp_min(0))
+        found.append((ids, torch.where(ids >= 0, listed, -torch.inf)))
+    ids, log_probs = (torch.cat(x).view(*shape[:-1], -1) for x in zip(*found, strict=True))
+    return TopK(ids, log_probs, tail, temperature=temperature)
+
+
+def sample_of(
+    teacher: Model, draws: int, *, temperature: float = 1.0, proposal_temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> TopK:  # fmt: skip
+    """Ids drawn from a teacher, with the importance weights that make the loss and its gradient unbiased.
+
+    ids are drawn n times with replacement from ``π ∝ p^(1/τ)``; one drawn c times weighs ``c/(n π)`` (random sampling
+    KD, Anshumann et al. 2025, arXiv 2503.16870).
+
+    Args:
+        teacher: as in `top_k_of`.
+        draws: n.
+        temperature: of p; proposal_temperature: τ, 1: π = p.
+        generator: of torch.multinomial.
+
+    Returns:
+        `TopK` with tail="sampled": ids (..., n), the distinct ones first and −1 behind them.
+    """
+    checks.check_integer("draws", draws)
+    checks.check_number("proposal_temperature", proposal_temperature, 0, open_low=True)
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
+    (shape, rows), found = _rows("teacher", teacher), []
+    for logits in rows:
+        log_p = (logits / temperature).log_softmax(-1)
+        log_pi = (log_p / proposal_temperature).log_softmax(-1)
+        drawn = torch.multinomial(log_pi.exp(), draws, True, generator=generator).sort(1).values
+        first = torch.ones_like(drawn, dtype=torch.bool)
+        first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+        counts = (drawn.unsqueeze(2) == drawn.unsqueeze(1)).sum(2)
+        weights = counts / (draws * log_pi.gather(1, drawn).exp())
+        found.append((torch.where(first, drawn, -1), log_p.gather(1, drawn), torch.where(first, weights, 0)))
+    ids, log_probs, weights = (torch.cat(x).view(*shape[:-1], -1) for x in zip(*found, strict=True))
+    return TopK(ids, torch.where(ids >= 0, log_probs, -torch.inf), "sampled", weights, temperature)
+
+
+def _union(one: Tensor, other: Tensor) -> Tensor:
+    """Ids (n, K) and (n, K) as (n, 2 K), each once, −1 behind them."""
+    both = torch.cat((one, other), 1).sort(1).values
+    both[:, 1:] = torch.where(both[:, 1:] == both[:, :-1], -1, both[:, 1:])
+    return both.sort(1, descending=True).values
+
+
+def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
+    """The logits' shape, and pieces of their rows in float32 (float64), capped."""
+    if isinstance(model, Hidden):
+        states, head = checked_head(model.states, model.head, (f"{name}.states", f"{name}.head", f"{name}.bias"), None)
+        size, flat = head.weight.shape[0], states.detach().reshape(-1, states.shape[-1])
+        shape = torch.Size((*states.shape[:-1], size))
+
+        def of_states() -> Iterator[Tensor]:
+            for some in flat.split(max(1, PIECE // size)):
+                out = some.new_empty(len(some), size)
+                products.logits_(some, head, out)
+                yield capped(_wide(out), head.softcap)
+
+        return shape, of_states()
+    values, cap = model if isinstance(model, Logits) else (model, None)
+    checks.check_logits(name, values)
+    pieces = values.detach().reshape(-1, values.shape[-1]).split(max(1, PIECE // values.shape[-1]))
+    return values.shape, (capped(_wide(x), cap) for x in pieces)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

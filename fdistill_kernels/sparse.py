@@ -1,0 +1,107 @@
+"""A teacher that is known at a few ids of each token alone: the value, and its checks before a kernel starts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends.rows import LISTS, Targets
+from .divergences import Divergence
+from .tokens import TEMPERATURES
+from .values import LossTerms
+
+#: What becomes of the teacher's mass outside the ids.
+TAILS = ("bucket", "uniform", "renormalize", "within", "ignore", "sampled")
+#: Tails whose teacher is a whole distribution, which any temperature makes another of.
+WHOLE = ("uniform", "renormalize", "within")
+#: Divergences that are no sum of what each entry contributes.
+NO_SUMS = ("lk", "renyi", "akl", "entropy_gated", "tail_aware", "dkd", "csd")
+
+
+class TopK(NamedTuple):
+    """A teacher's log-probabilities at K ids of each token, in place of its logits: a top-k list, or a sample.
+
+    With S the row's ids, p the teacher and q the student, the loss of a divergence ``Σ_v φ(p_v, q_v)`` is, by `tail`:
+
+        "bucket"       ``Σ_S φ(p, q) + φ(1 − Σ_S p, 1 − Σ_S q)``: the rest is one more category. A divergence of two
+                       distributions, never negative, and no more than the whole one's for f-divergences.
+        "uniform"      ``Σ_v φ(p̃, q)``, p̃ = p on S and (1 − Σ_S p)/(V − |S|) elsewhere.
+        "renormalize"  ``Σ_v φ(p̃, q)``, p̃ = p/Σ_S p on S and 0 elsewhere; infinite for rkl and its kin.
+        "within"       ``Σ_S φ(p/Σ_S p, q/Σ_S q)``: both models' conditional distributions, given S.
+        "ignore"       ``Σ_S φ(p, q)``, the truncated sum of f as `reference.py` has it: no divergence, it may be
+                       negative, and a warning says so.
+        "sampled"      ``Σ_S w φ(p, q)`` with importance weights: of ids drawn n times from π, w = count/(n π), whose
+                       value and gradient are unbiased (random sampling KD, arXiv 2503.16870, for kl with π = p).
+
+    Where S holds the whole vocabulary all but "sampled" are the loss of the teacher's logits.
+
+    Attributes:
+        ids: (..., K) integers in [0, V), in any order, none twice in a row; −1 pads shorter lists. K may exceed V.
+        log_probs: (..., K) ``log p`` at those ids, not the log-probabilities within the list; −inf where p is 0; where
+            ids are padded they are not looked at. Any floating dtype. A row whose mass is above 1, but no more than
+            1.05, is scaled to 1.
+        tail: as above.
+        weights: (..., K) w ≥ 0, for "sampled" alone.
+        temperature: T at which log_probs were taken. "bucket", "ignore" and "sampled" can be had at that temperature
+            alone; the others give the teacher any.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: str = "bucket"
+    weights: Tensor | None = None
+    temperature: float = 1.0
+
+
+def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> Targets:
+    """A teacher's list as rows, its shapes and settings checked; student: (..., V) logits or (..., D) hidden states.
+
+    Raises:
+        ValueError, TypeError: what does not fit, by its name.
+    """
+    given = {n: getattr(teacher, n) for n in LISTS if n != "weights" or teacher.weights is not None}
+    for field, value in given.items():
+        checks.check_tensor(f"{name}.{field}", value, floating=field != "ids")
+        checks.check_constant(f"{name}.{field}", value)
+        if value.dim() < 1 or value.shape[:-1] != student.shape[:-1] or value.device != student.device:
+            raise ValueError(f"{name}.{field} must have shape {(*student.shape[:-1], 'K')} on {student.device}, not "
+                             f"{tuple(value.shape)} on {value.device}")  # fmt: skip
+        if value.shape != teacher.ids.shape:
+            raise ValueError(f"{name}.{field} must have the shape of ids, {tuple(teacher.ids.shape)}, not "
+                             f"{tuple(value.shape)}")  # fmt: skip
+    if teacher.ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name}.ids must be integers, not {teacher.ids.dtype}")
+    _check_settings(teacher, terms, name)
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    shape = student.shape[:-1].numel(), teacher.ids.shape[-1]
+    rows = {n: x.detach().reshape(shape).to(torch.int64 if n == "ids" else wide).contiguous() for n, x in given.items()}
+    rounding = torch.finfo(teacher.log_probs.dtype).eps / 2
+    return Targets(**rows, tail=teacher.tail, temperature=float(teacher.temperature), rounding=rounding)
+
+
+def _check_settings(teacher: TopK, terms: LossTerms, name: str) -> None:
+    tail, divergence = teacher.tail, terms.divergence
+    if tail not in TAILS:
+        raise ValueError(f"{name}.tail must be one of {', '.join(TAILS)}, not {tail!r}")
+    if (tail == "sampled") != (teacher.weights is not None):
+        raise ValueError(f"{name}.weights are importance weights, of tail='sampled', which needs them; not of {tail!r}")
+    assert isinstance(divergence, Divergence)
+    if tail == "sampled" and divergence.name in NO_SUMS:
+        raise ValueError(f"{divergence} is no sum of entries' own terms, which importance weights would be of")
+    checks.check_number(f"{name}.temperature", teacher.temperature, *TEMPERATURES)
+    asked = terms.temperature if terms.teacher_temperature is None else terms.teacher_temperature
+    if tail not in WHOLE and (isinstance(asked, Tensor) or asked != teacher.temperature):
+        what = "one a token" if isinstance(asked, Tensor) else f"{asked:g}"
+        raise ValueError(
+            f"teacher_temperature is {what}, but {name}.log_probs were taken at {teacher.temperature:g}, and without "
+            f"the rest of its logits no other can be had of them with tail={tail!r}: give teacher_temperature="
+            f"{teacher.temperature:g}, or one of the tails {', '.join(WHOLE)}"
+        )
+    if tail == "ignore":
+        warnings.warn(
+            "tail='ignore' sums over the ids alone: no divergence, it may be negative; 'bucket' is one", stacklevel=4
+        )

@@ -1,0 +1,546 @@
+"""A served teacher: its log-probabilities, or hidden states, at the tokens of sequences that are given to it whole.
+
+    vllm         POST /v1/completions with token ids and prompt_logprobs; started with --max-logprobs k or more
+    sglang       POST /generate with input_ids, return_logprob and top_logprobs_num
+    vllm_hidden  as vllm, with extract_hidden_states and the ExampleHiddenStatesConnector, whose files both can reach
+
+Requests run on an event loop in a thread of its own, so that they are on their way while a loss is computed, and can be
+called off at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import email.utils
+import fcntl
+import hashlib
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..sparse import TopK
+from ..values import Head, Hidden
+from .readers import Misfit, sglang_rows, vllm_rows
+from .store import MissingTargets, TeacherStore
+
+if TYPE_CHECKING:
+    from ..sequence.sampling import Sampling  # which needs transformers
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+Ids = Sequence[int] | Tensor
+KINDS = ("vllm", "sglang", "vllm_hidden")
+#: Seconds before the second try, doubled for each further one up to the longest, each time by a factor of 0.5 to 1.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+#: How far a probability may move when the same is asked again in another batch, or states, of their size.
+AGREES = 0.1
+
+
+class EndpointError(RuntimeError):
+    """The server refused a sequence, or did not answer for it in all tries."""
+
+
+class _Again(Exception):
+    """What another try may mend; `after`: seconds that the server asks to wait."""
+
+    def __init__(self, what: str, after: float = 0.0):
+        super().__init__(what)
+        self.after = after
+
+
+class Endpoint:
+    """A server as a teacher of `TopK` targets, or with kind "vllm_hidden" of `Hidden` ones.
+
+    A sequence is asked for once: it is looked up in `store` first and written there after, also where a batch fails,
+    and one that another batch or process is asking for is waited for. A reply that does not fit is never used. Only
+    when something is asked, and before it, two short sequences are tried, one of them twice.
+
+    Args:
+        url: the server's, with or without /v1.
+        model: its name there; None: the only one that it serves.
+        vocabulary: V of the teacher's output embedding; k: how many ids of each position, at most V.
+        store: a `TeacherStore`, or the folder of one that is made where there is none.
+        concurrency: requests at a time. timeout: seconds for each, reading included; a longer Retry-After is an error.
+        retries: after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit.
+        first_wait: seconds before the second try, doubled for each further one.
+        short_rows: pad a position with fewer than k ids with −1, in place of an error.
+        head, norm, states_folder: for "vllm_hidden": the teacher's head, what its output norm makes of states (L, D)
+            in the head's dtype, since the connector's are without it, and the server's shared_storage_path.
+        layer: which of the layers that the connector keeps; the last one's ids must be the model's number of layers.
+
+    Raises:
+        ValueError: what does not go together, by name.
+        EndpointError: in any call: the server's own words, or what happened in the last try, with the sequence.
+    """
+
+    def __init__(
+        self, url: str, *, model: str | None = None, vocabulary: int, k: int = 64, api_key: str | None = None,
+        store: TeacherStore | str | Path | None = None, concurrency: int = 8, timeout: float = 600.0, retries: int = 6,
+        first_wait: float = FIRST_WAIT, kind: str = "vllm", short_rows: bool = False, head: Head | None = None,
+        norm: Callable[[Tensor], Tensor] | None = None, states_folder: str | Path | None = None, layer: int = -1,
+    ):  # fmt: skip
+        import httpx
+
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        missing = [n for n, v in (("norm", norm), ("head", head), ("states_folder", states_folder)) if v is None]
+        if kind == "vllm_hidden" and missing:
+            raise ValueError(f"vllm_hidden needs {' and '.join(missing)}: the connector's states are files without the "
+                             "teacher's output norm")  # fmt: skip
+        if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
+            raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"the url must begin with http:// or https://: {url!r}")
+        self.model, self.vocabulary, self.k, self.store, self.kind = model, vocabulary, min(k, vocabulary), store, kind
+        self.timeout, self.retries, self.first_wait, self.short_rows = timeout, retries, first_wait, short_rows
+        self.head, self.norm, self.states_folder, self.layer = head, norm, states_folder, layer
+        self._client = httpx.AsyncClient(
+            timeout=None, limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
+        self._broken = httpx.TransportError
+        self._places, self._opening = asyncio.Semaphore(concurrency), asyncio.Lock()
+        self._flying: dict[Pair, asyncio.Future[Any]] = {}
+        self._claims: int | None = None
+        self._not_before, self._tried, self._closed, self._process = 0.0, False, False, os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="fdistill endpoint")
+        self._thread.start()
+
+    # What is asked for
+
+    def targets(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> TopK | Hidden:
+        """The teacher at every token of the continuations, (M, K) or states (M, D), one sequence after the other.
+
+        Raises:
+            ValueError: an empty prompt, which predicts nothing, or ids outside the vocabulary.
+        """
+        return self._wait(self._submit(self._batch(self._pairs(prompts, continuations))), tail)
+
+    def prefetch(
+        self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
+    ) -> Iterator[tuple[Any, TopK | Hidden]]:
+        """Each batch (prompts, continuations, …) with its targets, while `ahead` further ones are on their way."""
+        source, on_the_way = iter(batches), collections.deque[tuple[Any, concurrent.futures.Future[Any]]]()
+        try:
+            while True:
+                for batch in itertools.islice(source, ahead + 1 - len(on_the_way)):
+                    on_the_way.append((batch, self._submit(self._batch(self._pairs(batch[0], batch[1])))))
+                if not on_the_way:
+                    return
+                batch, future = on_the_way.popleft()
+                yield batch, self._wait(future, tail)
+        finally:
+            for _, future in on_the_way:
+                future.cancel()
+
+    def draw(self, prompts: Sequence[Ids], sampling: Sampling, seed: int) -> list[Tensor]:
+        """One continuation for each prompt, its end token included, as `sampling.draw`; prompt i has seed + i.
+
+        Raises:
+            ValueError: beams, or ids outside the vocabulary.
+        """
+        if sampling.beams > 1:
+            raise ValueError("a server is asked for samples, not for beams")
+        pairs = self._pairs(prompts, [()] * len(prompts), whole=False)
+
+        async def all_of_them() -> list[Tensor]:
+            await self._open()
+            return await _all(self._drawn(p, sampling, seed + i, i) for i, (p, _) in enumerate(pairs))
+
+        return self._wait(self._submit(all_of_them()), "")
+
+    def close(self) -> None:
+        """Calls off what is on its way; whoever waits for it gets an error. What has come is in the store."""
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() == self._process:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+            self._thread.join(timeout=10)
+            if not self._thread.is_alive():
+                self._loop.close()
+            if self._claims is not None:
+                os.close(self._claims)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # Between the caller's thread and the loop's
+
+    def _submit(self, work: Any) -> concurrent.futures.Future[Any]:
+        if self._closed or os.getpid() != self._process:
+            work.close()
+            raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, future: concurrent.futures.Future[Any], tail: str) -> Any:
+        try:
+            found = future.result()
+        except concurrent.futures.CancelledError as error:
+            raise EndpointError(f"the endpoint at {self.url} was closed before it answered") from error
+        finally:
+            future.cancel()  # where the caller was interrupted
+        return found._replace(tail=tail) if isinstance(found, TopK) else found
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+        self._loop.call_soon(self._loop.stop)
+
+    def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids], whole: bool = True) -> list[Pair]:
+        pairs = [(tuple(map(int, p)), tuple(map(int, c))) for p, c in zip(prompts, continuations, strict=True)]
+        for number, (prompt, continuation) in enumerate(pairs):
+            if not prompt:
+                raise ValueError(f"sequence {number} has an empty prompt: nothing predicts its first token")
+            if not all(0 <= i < self.vocabulary for i in (*prompt, *continuation)):
+                raise ValueError(f"sequence {number} has ids outside [0, {self.vocabulary})")
+        return [pair for pair in pairs if pair[1] or not whole]
+
+    # Batches, on the loop
+
+    async def _batch(self, pairs: list[Pair]) -> TopK | Hidden:
+        """The rows of all pairs; those that another batch is asking for are waited for."""
+        await self._open()
+        rows: dict[Pair, Any] = {}
+        while True:
+            while wanted := [pair for pair in dict.fromkeys(pairs) if pair not in rows]:
+                if mine := [pair for pair in wanted if pair not in self._flying]:
+                    rows.update(await self._scored(mine))
+                    continue
+                flying = {pair: self._flying[pair] for pair in wanted}
+                await asyncio.wait(flying.values())
+                rows.update({pair: f.result() for pair, f in flying.items() if not f.cancelled()})  # else they are mine
+            if not isinstance(self.store, TeacherStore) or not pairs:
+                return self._together([rows[pair] for pair in pairs])
+            try:
+                return self.store.targets([p for p, _ in pairs], [c for _, c in pairs])
+            except MissingTargets as error:  # a shard was found damaged when it was read: its sequences are asked again
+                for index in error.indices:
+                    rows.pop(pairs[index], None)
+
+    def _together(self, rows: list[Any]) -> TopK | Hidden:
+        if self.head is not None:
+            return Hidden(torch.cat([self.head.weight[:0], *rows]), self.head)
+        none = TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k))
+        ids, log_probs = zip(*((row.ids, row.log_probs) for row in (none, *rows)), strict=True)
+        return TopK(torch.cat(ids), torch.cat(log_probs))
+
+    async def _scored(self, pairs: list[Pair]) -> dict[Pair, Any]:
+        """Asks for pairs that no other batch of this process is asking for; with a store they are in it then."""
+        made: dict[Pair, Any] = {}
+        flying = {pair: self._loop.create_future() for pair in pairs}
+        self._flying.update(flying)
+        try:
+            async with self._claimed(pairs):
+                missing = pairs
+                if isinstance(self.store, TeacherStore):
+                    self.store.refresh()
+                    missing = [pairs[i] for i in self.store.missing(pairs)]
+                    made.update(dict.fromkeys(set(pairs) - set(missing)))
+                if missing:
+                    await self._try()
+                    await self._paid(missing, made)
+            return made
+        finally:
+            for pair, future in flying.items():
+                del self._flying[pair]
+                if pair in made:
+                    future.set_result(made[pair])
+                else:
+                    future.cancel()
+
+    async def _paid(self, pairs: list[Pair], made: dict[Pair, Any]) -> None:
+        """Asks the server; what has come is kept also where some did not, or the batch is called off."""
+        tasks = {pair: asyncio.ensure_future(self._asked(pair, i)) for i, pair in enumerate(pairs)}
+        try:
+            await asyncio.wait(tasks.values())
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            come = {p: t.result() for p, t in tasks.items() if t.done() and not t.cancelled() and not t.exception()}
+            if isinstance(self.store, TeacherStore) and come:
+                with self.store.writer() as writer:
+                    for (prompt, continuation), rows in come.items():
+                        writer.add(prompt, continuation, rows)
+            made.update(come)
+        for task in tasks.values():
+            task.result()
+
+    @contextlib.asynccontextmanager
+    async def _claimed(self, pairs: list[Pair]) -> AsyncIterator[None]:
+        """Holds a byte of the store's lock file for each pair, so that no other process asks for it meanwhile.
+
+        A batch claims all of its own in order, and while it holds some waits for nothing but further ones: no two
+        processes wait for each other. The system frees those of a process that dies.
+        """
+        if not isinstance(self.store, TeacherStore):
+            yield
+            return
+        bytes_ = sorted({int.from_bytes(hashlib.sha256(repr(pair).encode()).digest()[:7], "big") for pair in pairs})
+        if self._claims is None:  # open as long as this: to close any descriptor of it frees all of a process
+            self._claims = os.open(Path(self.store.folder) / "asking.lock", os.O_RDWR | os.O_CREAT)
+        held: list[int] = []
+        try:
+            for byte in bytes_:
+                while True:
+                    try:
+                        fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+                        break
+                    except (BlockingIOError, PermissionError):
+                        await asyncio.sleep(0.05)
+                held.append(byte)
+            yield
+        finally:
+            for byte in held:
+                fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, byte)
+
+    # One request
+
+    async def _open(self) -> None:
+        """Asks for the model's name and makes the store, where that is left to it."""
+        async with self._opening:
+            if self.model is None:
+                self.model = await self._until_it_fits("the list of models", self._served)
+            if isinstance(self.store, (str, Path)):
+                hidden = self.kind == "vllm_hidden"
+                more: dict[str, Any] = {"k": self.k, "log_probs": "float16"}
+                if self.head is not None:
+                    more = {"head": self.head, "states": str(self.head.weight.dtype).removeprefix("torch.")}
+                self.store = TeacherStore.create(
+                    self.store, kind="hidden" if hidden else "top_k", vocabulary=self.vocabulary,
+                    key={"teacher": self.model, "layer": self.layer} if hidden else {"teacher": self.model}, **more,
+                )  # fmt: skip
+
+    async def _try(self) -> None:
+        """Two short sequences, one of them twice.
+
+        Raises:
+            EndpointError: what a reply lacks, other rows for the same, or the same rows for others.
+        """
+        async with self._opening:
+            if self._tried:
+                return
+            first = tuple(i * (self.vocabulary - 1) // 4 for i in range(5))
+            short = [((a,), tuple(more)) for a, *more in (first, first[::-1], first)]
+            one, other, again = await _all(self._asked(pair, i) for i, pair in enumerate(short))
+            if not _agree(one, again):
+                raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
+            if first != first[::-1] and _agree(one, other, 1e-6):
+                raise EndpointError(f"the server at {self.url} answers other sequences with the same rows")
+            self._tried = True
+
+    def _asked(self, pair: Pair, number: int) -> Awaitable[Any]:
+        """A pair's rows: `TopK` (L, K), or states (L, D)."""
+        prompt, continuation = pair
+        ids, begin = [*prompt, *continuation], len(prompt)
+
+        async def once() -> Any:
+            if self.kind == "sglang":
+                reply = await self._post("/generate", {
+                    "input_ids": ids, "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+                    "return_logprob": True, "logprob_start_len": begin - 1, "top_logprobs_num": self.k,
+                    "return_text_in_logprobs": False,
+                })  # fmt: skip
+                meta = _part(reply, "meta_info")
+                if not meta.get("input_top_logprobs"):
+                    raise EndpointError("the server ignores top_logprobs_num: SGLang's own /generate is needed")
+                return sglang_rows(meta, ids, begin, self.k, self.vocabulary, self.short_rows)
+            body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
+            if self.kind == "vllm":
+                choice = _choice(await self._post("/v1/completions", {**body, "prompt_logprobs": self.k}))
+                if choice.get("prompt_logprobs") is None:
+                    raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
+                return vllm_rows(choice, ids, begin, self.k, self.vocabulary, self.short_rows)
+            reply = await self._post("/v1/completions", body)
+            if not isinstance(reply.get("kv_transfer_params"), dict):
+                raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
+            return await self._states(str(reply["kv_transfer_params"].get("hidden_states_path")), ids, begin)
+
+        shown = " ".join(map(str, prompt[:8])) + (" …" if begin > 8 else "")
+        what = f"sequence {number} (prompt of {begin} tokens {shown}, continuation of {len(continuation)})"
+        return self._until_it_fits(what, once)
+
+    async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]]) -> Any:
+        """Tries with ever longer waits between; a server's wish to be left alone holds for all requests."""
+        for tries in itertools.count(1):
+            try:
+                async with self._places:
+                    while (rest := self._not_before - time.monotonic()) > 0:
+                        await asyncio.sleep(rest)
+                    return await asyncio.wait_for(once(), self.timeout)
+            except _Again as error:
+                happened, after = str(error), error.after
+            except Misfit as error:
+                happened, after = f"its reply does not fit: {error}", 0.0
+            except (asyncio.TimeoutError, TimeoutError):
+                happened, after = f"no whole reply within {self.timeout} s", 0.0
+            except self._broken as error:
+                happened, after = f"the connection broke: {error!r}", 0.0
+            except EndpointError as error:
+                raise EndpointError(f"{what}: {error} ({self.url})") from error
+            if tries > self.retries or after > self.timeout:
+                asked = f", which asks to wait {after:g} s" if after > self.timeout else ""
+                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}{asked}: {happened}")
+            if after:
+                self._not_before = max(self._not_before, time.monotonic() + after)
+            wait = min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
+            await asyncio.sleep(max(wait, after))
+        raise AssertionError
+
+    async def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request's reply as an object; GET without a body."""
+        reply = await self._client.request("GET" if body is None else "POST", self.url + path, json=body)
+        if reply.status_code != 200:
+            said = f"status {reply.status_code}: {_message(reply)}"
+            if reply.status_code in (408, 429) or reply.status_code >= 500:
+                raise _Again(said, _seconds(reply.headers.get("Retry-After")))
+            raise EndpointError(f"the server refuses it with {said}")
+        try:
+            found = reply.json()
+        except ValueError as error:
+            raise _Again(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise Misfit("it is no JSON object")
+        return found
+
+    async def _served(self) -> str:
+        names = [m.get("id") for m in (await self._post("/v1/models")).get("data", []) if isinstance(m, dict)]
+        if len(names) != 1 or not isinstance(names[0], str):
+            raise EndpointError(f"model must be given: the server has {names}")
+        return names[0]
+
+    async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
+        """The normed states that predict tokens `begin` on, of a file that is read once and removed.
+
+        The server holds name.lock until it has written; without one (use_synchronization_lock false) the file is there.
+        """
+        from safetensors.torch import load_file
+
+        path, lock = Path(name), Path(name + ".lock")
+        if not path.resolve().is_relative_to(Path(self.states_folder or "").resolve()):
+            raise EndpointError(f"the server's hidden_states_path {name} is outside of {self.states_folder}")
+        while not path.exists() or _is_locked(lock):
+            await asyncio.sleep(0.005)
+        try:
+            found = load_file(path)
+        except Exception as error:  # safetensors' own has no public base
+            raise Misfit(f"{path} cannot be read: {error}") from error
+        for file in (path, lock):
+            file.unlink(missing_ok=True)
+        states, read = found.get("hidden_states"), found.get("token_ids")
+        if states is None or read is None or read.tolist() != ids or states.ndim != 3 or len(states) != len(ids):
+            raise Misfit(f"{path} does not have the states of the {len(ids)} tokens sent")
+        assert self.head is not None and self.norm is not None
+        weight = self.head.weight
+        if states.shape[2] != weight.shape[1]:
+            raise EndpointError(f"the server's states have {states.shape[2]} features, the head {weight.shape[1]}")
+        with torch.no_grad():
+            normed = self.norm(states[begin - 1 : -1, self.layer].to(weight))
+        if not normed.isfinite().all():
+            raise Misfit(f"{path} has states that are not finite")
+        return normed
+
+    async def _drawn(self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int) -> Tensor:
+        ids, new = list(prompt), sampling.max_new_tokens
+        how: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or -1,
+            "top_p": sampling.top_p,
+        }
+
+        async def once() -> Tensor:
+            body: dict[str, Any]
+            if self.kind == "sglang":
+                body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new, "sampling_seed": seed}}
+                made = (await self._post("/generate", body)).get("output_ids")
+            else:
+                body = {"model": self.model, "prompt": ids, "max_tokens": new, **how, "seed": seed}
+                made = _choice(await self._post("/v1/completions", {**body, "return_token_ids": True})).get("token_ids")
+            if not isinstance(made, list) or not 0 < len(made) <= new:
+                raise Misfit(f"it has no list of 1 to {new} token ids")
+            if not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in made):
+                raise Misfit(f"it has ids outside [0, {self.vocabulary})")
+            return torch.tensor(made)
+
+        return await self._until_it_fits(f"prompt {number} of {len(ids)} tokens", once)
+
+
+async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
+    """All results in order; the first failure calls off the rest."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _part(reply: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(reply.get(name), dict):
+        raise Misfit(f"it has no {name}")
+    return reply[name]
+
+
+def _choice(reply: dict[str, Any]) -> dict[str, Any]:
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise Misfit("it has not one choice")
+    return choices[0]
+
+
+def _message(reply: Any) -> str:
+    """The server's own words, as vLLM, SGLang and FastAPI have them."""
+    try:
+        found = reply.json()
+        found = found.get("error", found.get("message", found.get("detail", found)))
+        return str(found.get("message", found) if isinstance(found, dict) else found)
+    except (ValueError, AttributeError):
+        return reply.text[:500]
+
+
+def _seconds(after: str | None) -> float:
+    """Of a Retry-After: seconds, or a date."""
+    try:
+        return max(0.0, float(after or 0))
+    except ValueError:
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0.0, email.utils.parsedate_to_datetime(after or "").timestamp() - time.time())
+    return 0.0
+
+
+def _is_locked(lock: Path) -> bool:
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _agree(one: Any, other: Any, within: float = AGREES) -> bool:
+    """Whether probabilities at ids that both have, or states by their size, are the same up to rounding."""
+    if isinstance(one, Tensor):
+        return bool((one - other).float().norm() <= within * one.float().norm())
+    same = one.ids[:, :, None] == other.ids[:, None, :]
+    apart = (one.log_probs.exp()[:, :, None] - other.log_probs.exp()[:, None, :])[same & (one.ids >= 0)[:, :, None]]
+    return bool(same.any(2).any(1).all() and (apart.abs() <= within).all())

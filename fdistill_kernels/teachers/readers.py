@@ -1,0 +1,386 @@
+"""What others have kept of a teacher, read as (prompt (P,), continuation (L,), `TopK` (L, K)) and poured into a store.
+
+Row i of a sequence is the distribution that predicts continuation[i]. A row that does not fit is refused with its file
+and line; nothing is mended but what a format says of itself: −9999 is vLLM's −∞, Megatron-LM's sentinels are padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sparse import TopK
+
+Scored = tuple[Tensor, Tensor, TopK]
+#: What vLLM writes for −∞, which JSON has no number for.
+MINUS_INFINITY = -9999.0
+#: How far a row's mass may be above 1, as `TopK` has it.
+MASS = 1.05
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+class Misfit(ValueError):
+    """A reply or a row that cannot be the teacher's at the tokens it is given for."""
+
+
+def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
+    """(L, K) ids, −1 where padded, and log-probabilities, which become float32, as a `TopK`.
+
+    Raises:
+        Misfit: other shapes; an id outside the vocabulary or twice in a row; NaN, a positive log-probability, or a mass
+            above 1.05, which logits or log-probabilities at another temperature have; a row without any id.
+    """
+    ids, log_probs = torch.as_tensor(ids), torch.as_tensor(log_probs, dtype=torch.float32)
+    if ids.shape != log_probs.shape or ids.ndim != 2 or len(ids) != positions or not ids.shape[1]:
+        of = f"{tuple(ids.shape)} and log_probs {tuple(log_probs.shape)}"
+        raise Misfit(f"ids {of} are not ({positions}, K) for {positions} tokens")
+    if ids.is_floating_point():
+        raise Misfit(f"the ids are {ids.dtype}")
+    ids, real = ids.long(), ids >= 0
+    log_probs = log_probs.masked_fill(~real | (log_probs <= MINUS_INFINITY), -torch.inf)
+    ordered = ids.sort(1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    for bad, what in (
+        (((ids >= vocabulary) | (ids < -1)).any(1), f"an id outside [0, {vocabulary})"),
+        (~real.any(1), "no ids"), (repeated.any(1), "an id twice"), (log_probs.isnan().any(1), "NaN"),
+        ((log_probs > 1e-4).any(1), "a positive log-probability (logits, or logprobs_mode raw_logits?)"),
+        (log_probs.exp().sum(1) > MASS, "a probability mass above 1 (not log-probabilities over the vocabulary?)"),
+    ):  # fmt: skip
+        if bad.any():
+            raise Misfit(f"position {int(bad.nonzero()[0])} of the continuation has {what}")
+    return TopK(ids, log_probs.clamp_max(0))
+
+
+def largest(rows: Sequence[dict[int, float]], k: int, vocabulary: int, short_rows: bool = False) -> TopK:
+    """The k largest of each position's log-probabilities by id.
+
+    Raises:
+        Misfit: as `checked`; or a row has fewer than min(k, vocabulary) ids, unless `short_rows` allows that: −1 pads
+            it then.
+    """
+    k = min(k, vocabulary)
+    for position, row in enumerate(rows):
+        if len(row) < k and not short_rows:
+            raise Misfit(f"position {position} of the continuation has {len(row)} ids of the {k} asked for: "
+                         f"start the server with --max-logprobs {k} or more, or allow short_rows")  # fmt: skip
+    wide = max([k, *map(len, rows)])
+    ids, log_probs = ([[*part, *[fill] * (wide - len(part))] for part in parts] for parts, fill in (
+        (rows, -1), ([row.values() for row in rows], -torch.inf)))  # fmt: skip
+    whole = checked(ids, log_probs, vocabulary, len(rows))  # before any is left out: NaN has no order
+    order = whole.log_probs.topk(k).indices
+    return TopK(whole.ids.gather(1, order), whole.log_probs.gather(1, order))
+
+
+def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False) -> TopK:
+    """A vLLM choice's `prompt_logprobs` from token `begin` ≥ 1 on: null, then {id: {"logprob": …, "rank": …}} of each.
+
+    The token itself is among them where it is not of the k largest, too: its rank is above k then.
+
+    Raises:
+        Misfit: as `largest`, for other token ids or another length than sent, a token missing, or another form.
+    """
+    read, found = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
+    if read is not None and read != ids:
+        raise Misfit(f"the server read {len(read)} token ids that are not the {len(ids)} sent")
+    try:
+        if len(found) != len(ids):  # type: ignore[arg-type]
+            raise Misfit(f"{len(found)} positions for {len(ids)} tokens")  # type: ignore[arg-type]
+        rows = []
+        for row, token in zip(found[begin:], ids[begin:], strict=True):  # type: ignore[index]
+            if str(token) not in row:
+                raise Misfit(f"a position does not have its next token {token}")
+            listed = {i: e if isinstance(e, dict) else {"logprob": e} for i, e in row.items()}
+            if not short and (listed[str(token)].get("rank") or 0) > min(k, vocabulary):
+                del listed[str(token)]  # it would hide that one of the k is missing
+            rows.append({int(i): e["logprob"] for i, e in listed.items()})
+        return largest(rows, k, vocabulary, short)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        if isinstance(error, Misfit):
+            raise
+        raise Misfit(f"prompt_logprobs of another form than vLLM's: {error!r}") from error
+
+
+def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False) -> TopK:
+    """SGLang's `input_top_logprobs` and `input_token_logprobs` of a reply's meta_info: [log-prob, id, text] each.
+
+    They begin with the token before `begin`, or the first, and end with the last; their first has no log-probability.
+
+    Raises:
+        Misfit: as `vllm_rows`.
+    """
+    tokens, count = ids[begin:], len(ids) - begin
+    try:
+        if meta.get("prompt_tokens", len(ids)) != len(ids):
+            raise Misfit(f"the server read {meta['prompt_tokens']} tokens of the {len(ids)} sent")
+        own, top = meta["input_token_logprobs"], meta["input_top_logprobs"]
+        if len(own) != len(top) or len(own) not in (count + 1, len(ids)):
+            raise Misfit(f"{len(own)} and {len(top)} positions for {count} tokens and the one before")
+        rows = [{i: p for p, i, *_ in row} for row in top[-count:]]
+        if any(len(row) != len(listed) for row, listed in zip(rows, top[-count:], strict=True)):
+            raise Misfit("a position has an id twice")
+        last = vocabulary - 1  # in whose place SGLang says 0
+        if any(i != token and (i or token < last) for (_, i, *_), token in zip(own, ids[-len(own) :], strict=True)):
+            raise Misfit("the server read other token ids than were sent")
+        for row, (p, *_), token in zip(rows, own[-count:], tokens, strict=True):
+            if short or len(row) >= min(k, vocabulary):  # else the token's own would hide that one is missing
+                row.setdefault(token, p)
+        return largest(rows, k, vocabulary, short)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, Misfit):
+            raise
+        raise Misfit(f"a reply of another form than SGLang's: {error!r}") from error
+
+
+def pour(reader: Iterable[Scored], store: Any) -> int:
+    """Writes what a `TeacherStore` does not have yet, each sequence once; returns how many that were."""
+    with store.writer() as writer:
+        return sum(writer.add(prompt, continuation, rows) for prompt, continuation, rows in reader)
+
+
+def vllm_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
+    """JSON lines of vLLM's, each a completion, a choice, or a request's output with prompt_token_ids.
+
+    Args:
+        path: the file. k: how many ids to keep; vocabulary: of the teacher; short_rows: as `Endpoint` has it.
+        prompt_length: how many tokens are the prompt, or the name of the line's field that says so.
+
+    Raises:
+        Misfit: with the file and the line that does not fit.
+    """
+    return _lines(Path(path), _vllm_line, **how)
+
+
+def sglang_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
+    """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids too.
+
+    Args, Raises: as `vllm_replies`.
+    """
+    return _lines(Path(path), _sglang_line, **how)
+
+
+def _lines(
+    path: Path, parse: Any, *, k: int, vocabulary: int, prompt_length: int | str = 1, short_rows: bool = False
+) -> Iterator[Scored]:  # fmt: skip
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            with _at(f"{path}:{number}"):
+                found = json.loads(line)
+                ids, part, rows = parse(found)
+                begin = found[prompt_length] if isinstance(prompt_length, str) else prompt_length
+                split = _split(ids, begin)
+                yield *split, rows(part, ids, begin, k, vocabulary, short_rows)
+
+
+def _vllm_line(found: dict[str, Any]) -> tuple[list[int], dict[str, Any], Any]:
+    part = found["choices"][0] if "choices" in found else found
+    return part["prompt_token_ids"], part, vllm_rows
+
+
+def _sglang_line(found: dict[str, Any]) -> tuple[list[int], dict[str, Any], Any]:
+    meta = found["meta_info"]
+    return found.get("input_ids") or [entry[1] for entry in meta["input_token_logprobs"]], meta, sglang_rows
+
+
+def columns(
+    rows: Iterable[dict[str, Any]], *, vocabulary: int, prompt: str = "prompt", continuation: str = "continuation",
+    ids: str = "ids", log_probs: str = "log_probs", name: str = "row",
+) -> Iterator[Scored]:  # fmt: skip
+    """Of a dataset, or any dictionaries: columns of token ids, and of lists of ids and log-probabilities by position.
+
+    Raises:
+        Misfit: with `name` and the number of the row that does not fit.
+    """
+    for number, row in enumerate(rows):
+        with _at(f"{name} {number}"):
+            listed, values = (_rectangle(row[column], fill) for column, fill in ((ids, -1), (log_probs, -torch.inf)))
+            split = _split([*row[prompt], *row[continuation]], len(row[prompt]))
+            yield *split, checked(listed, values, vocabulary, len(split[1]))
+
+
+def distillkit(folder: str | Path, *, prompt_length: int = 1, vocabulary: int | None = None) -> Iterator[Scored]:
+    """DistillKit's compressed log-probabilities: data_*.parquet beside compression_config.yaml.
+
+    A position's bytes are exact_k log-probabilities, the coefficients of a polynomial in the rank, and bins of
+    residuals, a scale and bit-packed integers each; all may be differences to the rank before. Row i predicts token
+    i + 1.
+
+    Args:
+        folder: what sample_logits_vllm wrote. prompt_length: how many tokens of each are the prompt.
+        vocabulary: where it is less than the configuration's d.
+
+    Raises:
+        Misfit: with the file and the row that does not fit, also one of the older format, which kept logits.
+    """
+    import pyarrow.parquet
+    import yaml
+
+    folder = Path(folder)
+    config = yaml.safe_load((folder / "compression_config.yaml").read_text())
+    bits = int(torch.tensor(config["d"], dtype=torch.float32).log2().ceil())  # as it is written, rounding included
+    for path in sorted(folder.glob("data_*.parquet"), key=lambda p: (len(p.name), p.name)):
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
+            for row in batch.to_pylist():
+                with _at(f"{path} row {number}"):
+                    if "packed_indices" in row:
+                        raise Misfit("the older format keeps logits, not log-probabilities")
+                    packed = (torch.tensor(row[n], dtype=torch.uint8)[prompt_length - 1 :]
+                              for n in ("bytepacked_indices", "compressed_logprobs"))  # fmt: skip
+                    ids, values = _unpacked(next(packed), bits, config["k"]), _decompressed(next(packed), config)
+                    split = _split(row["input_ids"], prompt_length)
+                    yield *split, checked(ids, values, vocabulary or config["d"], len(split[1]))
+                number += 1
+
+
+def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+    """(L, count) integers of `bits` bits each, the most significant first, of bytes (L, ⌈count·bits/8⌉)."""
+    if packed.ndim != 2 or packed.shape[1] != -(-count * bits // 8):
+        raise Misfit(f"bytes {tuple(packed.shape)} for {count} numbers of {bits} bits at each position")
+    stream = (packed[..., None] >> torch.arange(7, -1, -1)) & 1
+    numbers = stream.flatten(1)[:, : count * bits].unflatten(1, (count, bits)).long()
+    return (numbers << torch.arange(bits - 1, -1, -1)).sum(2)
+
+
+def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
+    """(L, k) float32 log-probabilities of a configuration's bytes (L, B)."""
+    at = 0
+
+    def take(count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        nonlocal at
+        at += count * dtype.itemsize
+        if packed.ndim != 2 or packed.shape[1] < at:
+            raise Misfit(f"bytes {tuple(packed.shape)}: the configuration has more at each position")
+        taken = packed[:, at - count * dtype.itemsize : at]
+        return taken.clone().reshape(-1).view(dtype).view(len(packed), count)  # cloned: bytes need not be aligned
+
+    exact, term = DTYPES[config.get("exact_dtype", "float32")], DTYPES[config.get("term_dtype", "float32")]
+    parts = [take(config["exact_k"], exact)]
+    terms, rest = config.get("polynomial_terms") or [], config["k"] - config["exact_k"]
+    fit = torch.zeros(len(packed), rest)
+    if terms:
+        ranks = torch.linspace(0, 1, rest, dtype=term) if config.get("normalize_t") else torch.arange(rest, dtype=term)
+        powers = torch.stack([ranks**t if isinstance(t, int) else getattr(torch, t)(ranks) for t in terms], 1)
+        fit = (powers * take(len(terms), term)[:, None]).sum(2).float()
+    begin = 0
+    for part in config["residual_bins"]:
+        scale, wide, count = DTYPES[part["scale_dtype"]], part["element_bits"], part["num_elements"]
+        factor = take(1, scale).float()
+        numbers = _unpacked(take(-(-count * wide // 8)), wide, count)
+        numbers = 2 * numbers - 1 if wide == 1 else numbers - 2 ** (wide - 1)
+        fit[:, begin : begin + count] += numbers * factor
+        begin += count
+    if at != packed.shape[1]:
+        raise Misfit(f"{packed.shape[1]} bytes at each position, the configuration has {at}")
+    made = torch.cat((parts[0].float(), fit), 1)
+    return made.cumsum(1) if config.get("delta_encoding", True) else made
+
+
+def megatron(
+    folder: str | Path, tokens: Sequence[Sequence[int]], *, vocabulary: int, prompt_length: int = 1
+) -> Iterator[Scored]:
+    """Megatron-LM's cached logits: dp{D}__{I}.tar of {iteration}.pt.zst, which have no token ids.
+
+    Args:
+        folder: with the shards of all data-parallel ranks. tokens: the training samples in the order of the data, each
+            one longer than the sequences: sample n of them is iteration n // global batch size's.
+
+    Raises:
+        Misfit: with the shard and the iteration, where ranks or samples are missing or do not fit.
+        ValueError: shards of context-parallel parts.
+    """
+    folder = Path(folder)
+    ranks: dict[int, list[tuple[int, Path]]] = {}
+    for path in folder.glob("*.tar"):
+        named = re.fullmatch(r"(?:cp(\d+)_)?dp(\d+)__(\d+)\.tar", path.name)
+        if named and int(named[1] or 0):
+            raise ValueError(f"{path} is a part of a sequence: shards of context-parallel ranks are not read")
+        if named:
+            ranks.setdefault(int(named[2]), []).append((int(named[3]), path))
+    if sorted(ranks) != list(range(len(ranks))) or not ranks:
+        raise ValueError(f"{folder} has shards of the data-parallel ranks {sorted(ranks)} alone")
+    streams = [_iterations([path for _, path in sorted(ranks[rank])]) for rank in range(len(ranks))]
+    for parts in itertools.zip_longest(*streams):
+        with _at(f"{folder} {next(p[0] for p in parts if p)}"):
+            if any(p is None or p[1] != parts[0][1] for p in parts) or len({(len(p[2]), p[3]) for p in parts}) != 1:
+                raise Misfit("the ranks do not have the same iterations and batches")
+            _, iteration, samples, micro = parts[0]
+            count = len(samples) * len(parts)
+            for n in range(count):  # of each micro-step the ranks have their `micro` samples one after the other
+                block, within = divmod(n, micro)
+                values, ids = parts[block % len(parts)][2][block // len(parts) * micro + within]
+                sequence = tokens[iteration * count + n]
+                if len(sequence) != len(values) + 1:
+                    raise Misfit(f"sample {iteration * count + n} has {len(sequence)} tokens for {len(values)} rows")
+                kept = slice(prompt_length - 1, None)
+                split = _split(sequence, prompt_length)
+                yield *split, checked(ids[kept], values[kept], vocabulary, len(split[1]))
+
+
+def _iterations(paths: list[Path]) -> Iterator[tuple[str, int, list[tuple[Tensor, Tensor]], int]]:
+    """(name, iteration, [(log-probs, ids) (L, K) of each sample], micro-batch size) of a rank's shards in order."""
+    import pyarrow
+
+    for path in paths:
+        micro = None
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file is not None and member.name == "_meta.json":
+                    micro = json.load(file)["saver"].get("mbs_save")
+                if file is None or not member.name.endswith(".pt.zst"):
+                    continue
+                with _at(f"{path} {member.name}"):
+                    whole = pyarrow.input_stream(pyarrow.py_buffer(file.read()), compression="zstd").read()
+                    kept = torch.load(io.BytesIO(whole), weights_only=True)
+                    parts = [kept[name] for name in ("values", "indices_low", "bit_17")]  # one tensor each, or one
+                    if isinstance(parts[0], list):  # for each micro-batch, in the first version
+                        micro = parts[0][0].shape[1]
+                    else:
+                        parts = [[part] for part in parts]
+                    samples = [s for v, low, high in zip(*parts, strict=True) for s in zip(
+                        v.float().unbind(1), _megatron_ids(v, low, high).unbind(1), strict=True)]  # fmt: skip
+                    if not micro or len(samples) % micro:
+                        raise Misfit(f"{len(samples)} samples in micro-batches of {micro}")
+                yield f"{path.name} {member.name}", int(member.name.split(".")[0]), samples, micro
+
+
+def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """17 bits of an id, kept apart; −1 where the log-probability is the sentinel's, −1e3 or −1e4."""
+    return (high.long() << 16 | low.long()).masked_fill(values <= -999, -1)
+
+
+def _rectangle(lists: Any, fill: float) -> Any:
+    """Lists of different lengths, padded; a tensor as it is."""
+    if isinstance(lists, Tensor) or not len({len(row) for row in lists}) > 1:
+        return lists
+    longest = max(len(row) for row in lists)
+    return [[*row, *[fill] * (longest - len(row))] for row in lists]
+
+
+def _split(sequence: Sequence[int], begin: int) -> tuple[Tensor, Tensor]:
+    """The prompt and the continuation, both of which must have tokens."""
+    whole = torch.as_tensor(sequence).long()
+    if not 0 < begin < len(whole):
+        raise Misfit(f"a prompt of {begin} tokens in a sequence of {len(whole)}")
+    return whole[:begin], whole[begin:]
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Says where a row is that does not fit."""
+    try:
+        yield
+    except Exception as error:
+        raise Misfit(f"{where}: {error if isinstance(error, Misfit) else repr(error)}") from error

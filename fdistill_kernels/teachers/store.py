@@ -1,0 +1,619 @@
+"""A folder that keeps what a teacher said of sequences, found by the sequences' own token ids.
+
+    manifest.json             the settings and the key of everything that decides what is kept; the first writer's wins
+    head.safetensors          of hidden states: the teacher's head, once
+    shards/NAME.safetensors   rows of some sequences, one after another, and the sequences' token ids
+    shards/NAME.json          its sidecar: bytes, checksum, counts, each sequence's hash and rows; written last
+
+Every file is whole or not there: written beside, synced, and renamed. JSON files and the head carry a checksum of
+themselves. No file is ever changed, and no two writers share a name, so that there are no locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..sparse import TopK
+from ..values import Head, Hidden
+from . import packing
+
+FORMAT = 1
+KINDS = ("top_k", "hidden")
+#: Log-probabilities above 0 that are taken for rounding.
+ABOVE = 0.05
+#: Partial files of that many seconds are a dead writer's.
+OLD = 86400.0
+#: Shards that are kept mapped: a process may have some 65,000 maps.
+MAPPED = 1024
+TokenIds = Tensor | Sequence[int]
+Pair = tuple[TokenIds, TokenIds]
+
+
+class Damaged(ValueError):
+    """A file that is not what was written."""
+
+
+class MissingTargets(ValueError):
+    """Sequences that the store does not have: `indices` of what was asked for."""
+
+    def __init__(self, indices: list[int], asked: int, damaged: dict[str, str]):
+        beside = f"; damaged there: {'; '.join(f'{k} ({v})' for k, v in damaged.items())}" if damaged else ""
+        named = ", ".join(map(str, indices[:10])) + (", …" if len(indices) > 10 else "")
+        super().__init__(f"{len(indices)} of {asked} sequences are not in the store, at {named}{beside}")
+        self.indices = indices
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return str(xxhash.xxh3_128_hexdigest(_canonical(content)))
+
+
+def _sealed(content: dict[str, Any], indent: int | None = None) -> bytes:
+    """JSON with a checksum of its own."""
+    return json.dumps({**content, "check": _hash(content)}, indent=indent, sort_keys=True).encode()
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """What `_sealed` was given.
+
+    Raises:
+        Damaged: anything else is in the file, or it is not there.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        whole = content.pop("check") == _hash(content)
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{path.name} is not what was written")
+    return content
+
+
+def _write(path: Path, content: bytes, first: bool = False) -> None:
+    """All of a file, on the disk when this returns, or none of it.
+
+    Raises:
+        FileExistsError: it is there already, and `first` asks to be the first.
+        OSError: it names the file.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if first:
+            os.link(partial, path)  # which, unlike a rename, does not replace
+            os.unlink(partial)
+        else:
+            os.replace(partial, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        told = f"{path} could not be written ({error.strerror}); what was flushed before is whole"
+        raise OSError(error.errno, told) from error
+
+
+def _token_ids(name: str, ids: TokenIds) -> np.ndarray:
+    """As (L) int32."""
+    found = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= 1 << 31)):
+        raise ValueError(f"{name} must be one row of token ids in [0, 2³¹), not {found.dtype} of shape {found.shape}"
+                         + (f" from {found.min()} to {found.max()}" if found.size else ""))  # fmt: skip
+    return found.astype("<i4")
+
+
+def _pair(prompt: TokenIds, continuation: TokenIds) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """A sequence's hash, its prompt and its continuation."""
+    of = _token_ids("prompt", prompt), _token_ids("continuation", continuation)
+    return xxhash.xxh3_128_digest(len(of[0]).to_bytes(8, "little") + of[0].tobytes() + of[1].tobytes()), *of
+
+
+def _differences(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    return [f"{k} was {known.get(k)!r} and is {asked.get(k)!r}" for k in {**known, **asked}
+            if known.get(k) != asked.get(k)]  # fmt: skip
+
+
+def _check(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    if differ := _differences(known, asked):
+        raise ValueError(f"{path} holds other targets: {'; '.join(differ)}")
+
+
+class _Shard:
+    """A shard by its sidecar: nothing of its own file is read but its size, until it is mapped."""
+
+    def __init__(self, path: Path, settings: str):
+        side = _unsealed(path.with_suffix(".json"))
+        if side["settings"] != settings:
+            raise Damaged(f"{path.name} is of a store with other settings")
+        self.path, self.bytes, self.checksum, self.mass = path, side["bytes"], side["checksum"], side["mass"]
+        self.keys, self.verified = bytes.fromhex(side["keys"]), False
+        self.ends = np.cumsum([0, *side["rows"]])
+        if not path.exists() or path.stat().st_size != self.bytes:
+            raise Damaged(f"{path.name} is missing, or has another size than written")
+
+    def key(self, number: int) -> bytes:
+        return self.keys[16 * number : 16 * number + 16]
+
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors, memory-mapped; the whole file's checksum is verified before the first time."""
+        try:
+            if not self.verified:
+                digest = xxhash.xxh3_128()
+                with open(self.path, "rb", buffering=0) as file:
+                    while piece := file.read(packing.PIECE):
+                        digest.update(piece)
+                if digest.hexdigest() != self.checksum:
+                    raise Damaged(f"{self.path.name} has another checksum than written")
+                self.verified = True
+            with safe_open(self.path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise Damaged(f"{self.path.name} cannot be read ({error})") from error
+
+
+def _settings(
+    kind: str, vocabulary: int, k: int | None, log_probs: str, states: str, rank: int | None, head: Head | None,
+    temperature: float,
+) -> dict[str, Any]:  # fmt: skip
+    """What a manifest says but for the key, checked."""
+    common = {"format": FORMAT, "kind": kind, "vocabulary": int(vocabulary)}
+    if kind not in KINDS or vocabulary < 1:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)} and vocabulary positive, not {kind!r}, {vocabulary}")
+    if kind == "top_k":
+        if k is None or k < 1 or log_probs not in packing.LOG_PROBS or not temperature > 0 or head or rank is not None:
+            raise ValueError(
+                f"a store of top_k has k ≥ 1, log_probs of {', '.join(packing.LOG_PROBS)}, a temperature above 0 and "
+                f"no head or rank; not k={k}, log_probs={log_probs!r}, temperature={temperature}, rank={rank}"
+            )
+        return {**common, "k": int(k), "log_probs": log_probs, "temperature": float(temperature)}
+    if head is None or states not in packing.STATES or k is not None:
+        raise ValueError(f"a store of hidden has a head, states of {', '.join(packing.STATES)} and no k; not "
+                         f"states={states!r}, k={k}")  # fmt: skip
+    rows, width = head.weight.shape
+    if rows != vocabulary or (rank is not None and not 1 <= rank <= width):
+        raise ValueError(f"the head {(rows, width)} must have vocabulary={vocabulary} rows, and rank={rank} be in "
+                         f"[1, {width}]")  # fmt: skip
+    given = packing.hash_tensors((n, t) for n, t in zip(("weight", "bias"), head[:2], strict=True) if t is not None)
+    return {**common, "states": states, "width": width, "rank": rank, "head": given, "scale": float(head.scale),
+            "softcap": None if head.softcap is None else float(head.softcap)}  # fmt: skip
+
+
+def _kept_head(head: Head, rank: int | None) -> dict[str, Tensor]:
+    """The head's tensors as they are kept: with a rank, W V_r in W's place, and V_r."""
+    kept = {"weight": head.weight.detach().cpu().contiguous()}
+    if head.bias is not None:
+        kept["bias"] = head.bias.detach().cpu().contiguous()
+    if rank is not None:
+        kept["projection"] = packing.top_directions(kept["weight"], rank)
+        kept["weight"] = (kept["weight"].float() @ kept["projection"]).to(kept["weight"].dtype)
+    return {name: tensor.clone() for name, tensor in kept.items()}  # safetensors refuses what shares memory
+
+
+class TeacherStore:
+    """What a teacher said of sequences, prompt and continuation: row i predicts continuation[i].
+
+    A sequence is found by its token ids alone, so that shuffled data, several runs and several writers share a store.
+    A damaged shard is named in `damaged`, and its sequences count as missing: written anew, they are there again. A
+    shard's checksum is verified before its first rows are read. Files must not change under an open store.
+
+    Attributes:
+        kind: "top_k" or "hidden".
+        vocabulary: V.
+        key: of what decides the targets, as given to `create`.
+        extra: what else `create` was given.
+        settings: what else was given to `create`, and the head's hash.
+    """
+
+    def __init__(self, folder: str | Path, *, key: dict[str, Any] | None = None, validate: str = "lazy"):
+        """Opens a folder, for reading or for writing.
+
+        Args:
+            folder: as `create` made it.
+            key: what it must have been made of; None: anything.
+            validate: "full" verifies every checksum now, "lazy" each before its first use.
+
+        Raises:
+            ValueError: the manifest is missing or damaged, or another key was given to `create`: every field that
+                differs is named with both values.
+        """
+        if validate not in ("lazy", "full"):
+            raise ValueError(f"validate must be lazy or full, not {validate!r}")
+        self.folder = Path(folder)
+        try:
+            content = _unsealed(self.folder / "manifest.json")
+        except Damaged as error:
+            raise Damaged(f"{self.folder} is no store that can be read: {error}; `create` with the same settings makes "
+                          "a manifest anew where there is none") from error  # fmt: skip
+        if content["format"] != FORMAT:
+            raise ValueError(f"{self.folder} is of format {content['format']}, this package reads {FORMAT}")
+        self.key, self.extra, self._head_hash = content.pop("key"), content.pop("extra"), content.pop("head_file")
+        self.settings, self.kind, self.vocabulary = content, str(content["kind"]), int(content["vocabulary"])
+        if key is not None:
+            _check(self.folder, self.key, json.loads(_canonical(key)))
+        self._made_of = _hash({"settings": content, "key": self.key, "head": self._head_hash})
+        self._shards: dict[str, _Shard] = {}
+        self._unread: dict[str, str] = {}  # no sidecar yet, or a damaged one: looked at again by refresh
+        self._broken: dict[str, str] = {}  # found when read
+        self._index: dict[bytes, tuple[_Shard, int]] = {}
+        self._mapped: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._head: dict[str, Tensor] | None = None
+        self.refresh()
+        if validate == "full":
+            self._verify()
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, *, kind: str, vocabulary: int, key: dict[str, Any], k: int | None = None,
+        log_probs: str = "float16", states: str = "bfloat16", rank: int | None = None, head: Head | None = None,
+        temperature: float = 1.0, extra: dict[str, Any] | None = None,
+    ) -> TeacherStore:  # fmt: skip
+        """Makes a folder, or opens one that was made with the same settings; what dead writers left is removed.
+
+        Args:
+            folder: where.
+            kind: "top_k": ids and log-probabilities. "hidden": states after the final norm, with their head.
+            vocabulary: V. Ids take ⌈log₂ V⌉ bits each.
+            key: of everything that decides the targets, in JSON: the teacher's fingerprint, the tokenizer's hash, …
+            k: ids a row, at most.
+            log_probs: "float16", or "uint8"; `packing.log_prob_error` says how far they are off.
+            states: "float32", "float16", "bfloat16", or "int8" with a scale a token; see `packing.state_error`.
+            rank: r, to keep the states' projections on the head's r first right singular directions, in `states`.
+            head: of hidden states, weight (V, D) of their dtype.
+            temperature: at which log-probabilities were taken.
+            extra: anything else to be kept in the manifest, in JSON, which is not compared.
+
+        Raises:
+            ValueError: a setting does not fit, or the folder has others: every one is named with both values.
+            OSError: a file could not be written; it is named.
+        """
+        folder = Path(folder)
+        settings = _settings(kind, vocabulary, k, log_probs, states, rank, head, temperature)
+        key = json.loads(_canonical(key))
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        _remove_old(folder)
+        kept: dict[str, Tensor] | None = None
+        if not (folder / "manifest.json").exists():
+            kept = {} if head is None else _kept_head(head, rank)
+            made = {**settings, "key": key, "extra": extra or {}, "head_file": packing.hash_tensors(kept.items())}
+            with contextlib.suppress(FileExistsError):  # then another was first, and is compared with
+                _write(folder / "manifest.json", _sealed(made, indent=1), first=True)
+        store = cls(folder)
+        _check(folder, {**store.key, **store.settings}, {**key, **settings})
+        if head is not None:
+            store._keep_head(head, kept)
+        return store
+
+    def _keep_head(self, head: Head, kept: dict[str, Tensor] | None) -> None:
+        """Writes the head where it is not there, or damaged."""
+        try:
+            self._head_tensors()
+        except Damaged as error:
+            kept = _kept_head(head, self.settings["rank"]) if kept is None else kept
+            if packing.hash_tensors(kept.items()) != self._head_hash:  # states of one projection are not the other's
+                raise Damaged(f"{error}, and its directions come out otherwise on this machine: remove "
+                              f"{self.folder} to make it anew") from error  # fmt: skip
+            _write(self.folder / "head.safetensors", save(kept))
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        """The head's tensors, memory-mapped, verified once."""
+        if self._head is None:
+            path = self.folder / "head.safetensors"
+            try:
+                with safe_open(path, "pt") as file:
+                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                whole = packing.hash_tensors(found.items()) == self._head_hash
+            except (OSError, SafetensorError):
+                whole = False
+            if not whole:
+                raise Damaged(f"{path} is missing or not what was written; `create` with the same head writes it anew")
+            self._head = found
+        return self._head
+
+    @property
+    def head(self) -> Head | None:
+        """Of hidden states, the `Head` they go with: (V, D), or (V, r) with a rank; else None."""
+        if self.kind != "hidden":
+            return None
+        kept = self._head_tensors()
+        return Head(kept["weight"], kept.get("bias"), self.settings["scale"], self.settings["softcap"])
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Damaged shards by their names, and what is wrong with each, as far as is known."""
+        return {**self._unread, **self._broken}
+
+    def refresh(self) -> None:
+        """Sees what other writers have added."""
+        names = {entry.name.rpartition(".")[0] for entry in os.scandir(self.folder / "shards")
+                 if entry.name.endswith((".safetensors", ".json"))}  # fmt: skip
+        self._unread = {}
+        for name in sorted(names - self._shards.keys() - self._broken.keys()):
+            try:
+                self._take(name)
+            except (Damaged, OSError) as error:
+                self._unread[name] = str(error)
+
+    def _take(self, name: str) -> None:
+        shard = self._shards[name] = _Shard(self.folder / "shards" / f"{name}.safetensors", self._made_of)
+        self._enter(shard)
+
+    def _enter(self, shard: _Shard) -> None:
+        for number in range(len(shard.ends) - 1):
+            self._index.setdefault(shard.key(number), (shard, number))
+
+    def _tensors(self, shard: _Shard) -> dict[str, Tensor] | None:
+        """A shard's tensors; None where it is damaged, which is noted, and its sequences looked for elsewhere."""
+        name = shard.path.stem
+        if name in self._mapped:
+            self._mapped.move_to_end(name)
+            return self._mapped[name]
+        try:
+            found = self._mapped[name] = shard.mapped()
+        except Damaged as error:
+            self._broken[name] = str(error)
+            self._shards.pop(name, None)
+            self._index = {}
+            for other in self._shards.values():
+                self._enter(other)
+            return None
+        if len(self._mapped) > MAPPED:
+            self._mapped.popitem(last=False)
+        return found
+
+    def _verify(self) -> None:
+        for shard in list(self._shards.values()):
+            self._tensors(shard)
+        if self.kind == "hidden":
+            try:
+                self._head_tensors()
+            except Damaged as error:
+                self._broken["head.safetensors"] = str(error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps, which a process has of its own."""
+        return {**vars(self), "_mapped": OrderedDict(), "_head": None}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, pair: Pair) -> bool:
+        return _pair(*pair)[0] in self._index
+
+    def missing(self, pairs: Sequence[Pair]) -> list[int]:
+        """Indices of the pairs (prompt, continuation) that are not there; damage that is not known yet is not seen."""
+        return [i for i, pair in enumerate(pairs) if _pair(*pair)[0] not in self._index]
+
+    def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sequence once, as (prompt, continuation) int64, shard by shard; each shard is verified first."""
+        for shard in list(self._shards.values()):
+            self._tensors(shard)  # so that no damage moves a sequence meanwhile
+        for shard, number in sorted(self._index.values(), key=lambda place: (place[0].path.name, place[1])):
+            if (kept := self._tensors(shard)) is not None:
+                begin, middle, end = (int(n) for n in kept["places"][2 * number : 2 * number + 3])
+                yield kept["tokens"][begin:middle].long(), kept["tokens"][middle:end].long()
+
+    def targets(
+        self, prompts: Sequence[TokenIds], continuations: Sequence[TokenIds], tail: str = "bucket"
+    ) -> TopK | Hidden:
+        """The rows of all continuations, M = Σ L of them, one after another.
+
+        Returns:
+            A `TopK` of ids (M, K) int64, padded with −1 at the end, log_probs (M, K) float16, the store's temperature
+            and `tail`; or `Hidden` states (M, D) in the head's dtype, and the head.
+
+        Raises:
+            MissingTargets: a ValueError that says which sequences are not there, and what is damaged.
+            ValueError: there are other numbers of prompts and continuations, or none.
+        """
+        keys = [_pair(*pair)[0] for pair in zip(prompts, continuations, strict=True)]
+        if not keys:
+            raise ValueError("targets of no sequence were asked for")
+        parts = self._gather(keys)
+        if self.kind == "hidden":
+            head, lengths = self.head, [len(part["states"]) for part in parts]
+            assert head is not None
+            states = torch.empty(sum(lengths), head.weight.shape[1], dtype=head.weight.dtype)
+            for part, into in zip(parts, states.split(lengths), strict=True):
+                packing.decode_states(part, into)
+            return Hidden(states, head)
+        kept = {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
+        k = int(self.settings["k"])
+        ids = np.ascontiguousarray(packing.unpack_ids(kept["ids"], k, packing.id_bits(self.vocabulary)))
+        log_probs, counts = packing.decode_log_probs(kept), kept["counts"]
+        if counts.size and counts.min() < k:
+            padding = np.arange(k) >= counts[:, None]
+            ids[padding], log_probs[padding] = -1, -np.inf
+        return TopK(torch.from_numpy(ids), torch.from_numpy(log_probs), tail, None, self.settings["temperature"])
+
+    def _gather(self, keys: list[bytes]) -> list[dict[str, Tensor]]:
+        """Each sequence's rows as they are kept, in the shards' maps."""
+        while True:
+            if missing := [i for i, key in enumerate(keys) if key not in self._index]:
+                raise MissingTargets(missing, len(keys), self.damaged)
+            places = [self._index[key] for key in keys]
+            maps = {shard: tensors for shard in dict(places) if (tensors := self._tensors(shard)) is not None}
+            if len(maps) == len(dict(places)):
+                return [{name: tensor[shard.ends[number] : shard.ends[number + 1]]
+                         for name, tensor in maps[shard].items() if name not in ("tokens", "places")}
+                        for shard, number in places]  # fmt: skip
+            # another shard may have what a damaged one had
+
+    def writer(self, shard_bytes: int = 64 << 20) -> Writer:
+        """A context manager that adds sequences, in shards of about that size. Many may write at once."""
+        return Writer(self, shard_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts: kind, sequences, tokens, bytes of the shards, bytes a token, damaged shards.
+
+        Of "top_k", `mass`: the mean mass of a row's 1, 2, 4, … K largest ids, as the writers were given them.
+        """
+        shards = self._shards.values()
+        size, rows = sum(s.bytes for s in shards), sum(int(s.ends[-1]) for s in shards)
+        tokens = sum(int(s.ends[n + 1] - s.ends[n]) for s, n in self._index.values())
+        found = {"kind": self.kind, "sequences": len(self), "tokens": tokens, "bytes": size,
+                 "bytes_per_token": size / rows if rows else 0.0, "damaged": self.damaged}  # fmt: skip
+        if self.kind == "top_k":
+            sums = zip(*(s.mass for s in shards), strict=True) if rows else iter(())
+            found["mass"] = dict(zip(_counts(self.settings["k"]), (sum(m) / rows for m in sums), strict=False))
+        return found
+
+
+def _counts(k: int) -> list[int]:
+    """1, 2, 4, … below K, and K."""
+    return [1 << n for n in range((k - 1).bit_length())] + [k]
+
+
+def _remove_old(folder: Path) -> None:
+    """Partial files of writers long dead."""
+    for partial in [*folder.glob("*.partial"), *folder.glob("shards/*.partial")]:
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > OLD:
+                partial.unlink()
+
+
+class Writer:
+    """Adds sequences to a store; see `TeacherStore.writer`. What `flush` returned from is never lost."""
+
+    def __init__(self, store: TeacherStore, shard_bytes: int):
+        self.store, self.shard_bytes, self._bytes = store, shard_bytes, 0
+        self._pending: dict[bytes, tuple[np.ndarray, np.ndarray, dict[str, Tensor], list[float]]] = {}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with contextlib.suppress(*([OSError] if kind else [])):  # what was added before an error is good
+            self.flush()
+
+    def add(self, prompt: TokenIds, continuation: TokenIds, targets: TopK | Tensor) -> bool:
+        """Adds a sequence, unless it is there already; returns whether it was added.
+
+        Args:
+            prompt: (P) token ids.
+            continuation: (L) token ids.
+            targets: of "top_k", a `TopK` of (L, K') rows, K' ≤ K, −1 anywhere as padding, whose tail is not kept; of
+                "hidden", states (L, D).
+
+        Raises:
+            ValueError, TypeError: what does not fit, by its name.
+            OSError: a shard was full and could not be written; what was added is still held, and `flush` tries again.
+        """
+        key, *tokens = _pair(prompt, continuation)
+        if key in self.store._index or key in self._pending:
+            return False
+        rows, mass = (self._top_k if self.store.kind == "top_k" else self._states)(targets, len(tokens[1]))
+        self._pending[key] = tokens[0], tokens[1], rows, mass
+        self._bytes += sum(t.nbytes for t in tokens) + sum(t.nbytes for t in rows.values())
+        if self._bytes >= self.shard_bytes:
+            self.flush()
+        return True
+
+    def _states(self, states: Any, length: int) -> tuple[dict[str, Tensor], list[float]]:
+        if not isinstance(states, Tensor) or not states.is_floating_point():
+            raise TypeError(f"targets must be a tensor of hidden states, not {type(states).__name__}")
+        store = self.store
+        if states.shape != (length, store.settings["width"]):
+            raise ValueError(f"targets must have shape {(length, store.settings['width'])}, not {tuple(states.shape)}")
+        states = states.detach().cpu()
+        if not states.isfinite().all():
+            raise ValueError("targets has NaN or infinite states")
+        if store.settings["rank"] is not None:
+            states = states.float() @ store._head_tensors()["projection"]
+        return packing.encode_states(states, store.settings["states"]), []
+
+    def _top_k(self, targets: Any, length: int) -> tuple[dict[str, Tensor], list[float]]:
+        settings = self.store.settings
+        ids, log_probs = _checked(targets, length, settings)
+        k, counts = settings["k"], (ids >= 0).sum(1)
+        order = np.argsort(ids < 0, axis=1, kind="stable")  # padding goes to the end
+        ids, log_probs = (np.take_along_axis(x, order, 1) for x in (ids, log_probs))
+        p = np.cumsum(-np.sort(-np.exp(log_probs), axis=1), 1, dtype=np.float64)
+        mass = [float(p[:, min(n, p.shape[1]) - 1].sum()) if p.size else 0.0 for n in _counts(k)]
+        ids, log_probs = (np.pad(x, ((0, 0), (0, k - x.shape[1])), constant_values=c)
+                          for x, c in ((ids, 0), (log_probs, -np.inf)))  # fmt: skip
+        kept = packing.encode_log_probs(log_probs, settings["log_probs"])
+        kept["ids"] = packing.pack_ids(ids.clip(0), packing.id_bits(self.store.vocabulary))
+        kept["counts"] = counts.astype(np.uint8 if k < 256 else np.int32)
+        return {name: torch.from_numpy(value) for name, value in kept.items()}, mass
+
+    def flush(self) -> None:
+        """Writes what was added; when this returns it is on the disk.
+
+        Raises:
+            OSError: it names the file. What was added is still held, and everything before stays readable.
+        """
+        if not self._pending:
+            return
+        prompts, continuations, rows, masses = zip(*self._pending.values(), strict=True)
+        tokens = [part for pair in zip(prompts, continuations, strict=True) for part in pair]
+        tensors = {name: torch.cat([r[name] for r in rows]).contiguous() for name in rows[0]}
+        tensors["tokens"] = torch.from_numpy(np.concatenate(tokens))
+        tensors["places"] = torch.from_numpy(np.cumsum([0, *map(len, tokens)]))
+        content, lengths = save(tensors), [len(c) for c in continuations]
+        side = {
+            "settings": self.store._made_of, "bytes": len(content), "checksum": xxhash.xxh3_128_hexdigest(content),
+            "sequences": len(rows), "tokens": sum(lengths), "keys": b"".join(self._pending).hex(), "rows": lengths,
+            "mass": [sum(m) for m in zip(*masses, strict=True)],
+        }  # fmt: skip
+        name = uuid.uuid4().hex
+        shard = self.store.folder / "shards" / f"{name}.safetensors"
+        try:
+            _write(shard, content)
+            _write(shard.with_suffix(".json"), _sealed(side))
+        except OSError:
+            for path in (shard.with_suffix(".json"), shard):  # it will be tried again, under another name
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            raise
+        self._pending, self._bytes = {}, 0
+        self.store._take(name)
+
+
+def _checked(targets: Any, length: int, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A `TopK`'s ids int64 and log-probabilities float32, −inf where padded, (L, K') each."""
+    if not isinstance(targets, TopK):
+        raise TypeError(f"targets must be a TopK, not {type(targets).__name__}")
+    if targets.weights is not None or targets.temperature != settings["temperature"]:
+        raise ValueError(f"targets must have no weights and temperature {settings['temperature']}, as the store, not "
+                         f"{targets.temperature}")  # fmt: skip
+    ids, log_probs = targets.ids.detach().cpu(), targets.log_probs.detach().cpu()
+    if ids.shape != log_probs.shape or ids.ndim != 2 or len(ids) != length or ids.shape[1] > settings["k"]:
+        raise ValueError(f"targets.ids and targets.log_probs must be ({length}, K) for K up to {settings['k']}, not "
+                         f"{tuple(ids.shape)} and {tuple(log_probs.shape)}")  # fmt: skip
+    if ids.is_floating_point() or ids.dtype == torch.bool or not log_probs.is_floating_point():
+        raise TypeError(f"targets has ids of {ids.dtype} and log_probs of {log_probs.dtype}")
+    log_probs = log_probs.float().masked_fill(ids < 0, -torch.inf)
+    for bad, what in (
+        ((ids < -1) | (ids >= settings["vocabulary"]), f"ids has an id outside [-1, {settings['vocabulary']})"),
+        (log_probs.isnan(), "log_probs has NaN"),
+        (log_probs > ABOVE, f"log_probs has more than {ABOVE}"),
+    ):
+        if bad.any():
+            raise ValueError(f"targets.{what}, in row {int(bad.any(1).nonzero()[0])}")
+    return ids.long().numpy(), log_probs.numpy()

@@ -1,0 +1,460 @@
+"""A served teacher against the model behind the server, through every fault that a server and a network have."""
+
+import contextlib
+import itertools
+import multiprocessing
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from fdistill_kernels.sparse import TopK
+from fdistill_kernels.teachers.endpoint import Endpoint, EndpointError, _seconds
+from fdistill_kernels.teachers.store import TeacherStore
+from fdistill_kernels.values import Head, Hidden
+
+from .openai_server import BROKEN, REFUSED, Model, Server
+
+V, K, PROBES = 40, 8, 3
+PROBE = [(0, 9, 19, 29, 39), (39, 29, 19, 9, 0)]
+
+
+def sequences(count, seed=0, longest=6):
+    draw = random.Random(seed)
+    made = [[[draw.randrange(V) for _ in range(draw.randint(1, longest))] for _ in range(2)] for _ in range(count)]
+    return [p for p, _ in made], [c for _, c in made]
+
+
+def endpoint(server, **more):
+    return Endpoint(server.url, **{"vocabulary": V, "k": K, "first_wait": 0.005, **more})
+
+
+def expected(model, prompts, continuations):
+    return torch.cat([model.log_probs([*p, *c])[len(p) - 1 : -1] for p, c in zip(prompts, continuations, strict=True)])
+
+
+def check(found, model, prompts, continuations, atol=1e-5):
+    whole = expected(model, prompts, continuations)
+    assert isinstance(found, TopK) and found.ids.shape == (len(whole), K)
+    torch.testing.assert_close(found.log_probs.float(), whole.topk(K).values, atol=atol, rtol=0)
+    torch.testing.assert_close(found.log_probs.float(), whole.gather(1, found.ids), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_the_models_own_log_probs(kind):
+    prompts, continuations = sequences(20)
+    with Server() as server, endpoint(server, kind=kind, model="tiny", api_key="secret") as teacher:
+        found = teacher.targets(prompts, continuations, tail="uniform")
+        check(found, server.model, prompts, continuations)
+        assert found.tail == "uniform" and found.ids.dtype == torch.int64
+        assert all(h["Authorization"] == "Bearer secret" for h in server.headers)
+        if kind == "vllm":
+            assert all(
+                b["max_tokens"] == 1 and b["prompt_logprobs"] == K and b["model"] == "tiny" for b in server.bodies
+            )
+        else:
+            assert server.bodies[-1]["logprob_start_len"] == len(prompts[-1]) - 1 or len(server.bodies) == 23
+            assert all(b["top_logprobs_num"] == K and b["return_logprob"] for b in server.bodies)
+        assert (
+            sum(server.asked.values()) == len({(*p, *c) for p, c in zip(prompts, continuations, strict=True)}) + PROBES
+        )
+
+
+def test_tensors_empty_continuations_and_a_whole_vocabulary():
+    with Server() as server, endpoint(server, k=10**6) as teacher:
+        found = teacher.targets([torch.tensor([1, 2]), [3]], [torch.tensor([4, 5]), []])
+        assert found.ids.shape == (2, V)
+        torch.testing.assert_close(found.log_probs.exp().sum(1), torch.ones(2))
+        assert teacher.targets([[3]], [[]]).ids.shape == (0, V)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_samples(kind):
+    from fdistill_kernels.sequence.sampling import Sampling  # not above: processes that share a folder do without
+
+    prompts = [[1, 2, 3], [4]]
+    with Server() as server, endpoint(server, kind=kind) as teacher:
+        made = teacher.draw(prompts, Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=3), seed=7)
+        assert [m.tolist() for m in made] == [server.sample(p, 5, 7 + i) for i, p in enumerate(prompts)]
+        how = server.bodies[0].get("sampling_params", server.bodies[0])
+        assert (how["temperature"], how["top_p"], how["top_k"]) == (0.7, 0.9, 3)
+        with pytest.raises(ValueError, match="beams"):
+            teacher.draw(prompts, Sampling(beams=2), 0)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_thousand_faults(kind, tmp_path):
+    """500 of each protocol: nothing is lost, doubled, or wrong."""
+    draw, left = random.Random(kind), [500]
+    names = [n for n in (*BROKEN, *REFUSED) if n != "no_rows"]
+
+    def faults():
+        while True:
+            left[0] -= (bad := left[0] > 0 and draw.random() < 0.5)
+            yield draw.choice(names) if bad else None
+
+    prompts, continuations = sequences(600, seed=1)
+    store = TeacherStore.create(tmp_path, kind="top_k", vocabulary=V, key={"teacher": "tiny"}, k=K)
+    with Server(faults=faults(), stall=0.5) as server:
+        with endpoint(
+            server, kind=kind, store=store, timeout=0.4, retries=60, concurrency=12, first_wait=0.001
+        ) as teacher:
+            for begin in range(0, 600, 150):
+                some = prompts[begin : begin + 150], continuations[begin : begin + 150]
+                check(teacher.targets(*some), server.model, *some, atol=0.01)
+        assert sum(server.given.values()) == 500 and {n for n, c in server.given.items() if c} == set(names)
+        unique = {(tuple(p), tuple(c)) for p, c in zip(prompts, continuations, strict=True)}
+        opened = TeacherStore(tmp_path, validate="full")
+        assert len(opened) == len(unique) and not opened.damaged
+        rows = sum(len(c) for _, c in unique)
+        assert opened.summary()["tokens"] == rows and sum(s.ends[-1] for s in opened._shards.values()) == rows
+        # a good answer is asked for again only where a busy machine took longer than the timeout to give it
+        late = sum(server.answered.values()) - len(unique) - PROBES
+        assert 0 <= late <= 40, late
+        before = sum(server.asked.values())
+        with endpoint(server, kind=kind, model="tiny", store=tmp_path) as again:
+            check(again.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
+        assert sum(server.asked.values()) == before
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize(("fault", "says"), [
+    ("500", "out of memory"), ("429", "slow down"), ("close", "connection broke"), ("half", "connection broke"),
+    ("stall", "no whole reply"), ("json", "no JSON"), ("empty", "no JSON"), ("list", "no JSON object"),
+    ("short", "--max-logprobs 8"), ("outside", r"outside \[0, 40\)"), ("nan", "NaN"), ("positive", "positive"),
+    ("length", "positions"), ("longer", "positions|other token ids"), ("other_ids", "sent"),
+])  # fmt: skip
+def test_what_never_fits_is_given_up_by_name(kind, fault, says):
+    """The probe has its rows first; then every try of one sequence fails."""
+    faults = itertools.chain([None] * PROBES, itertools.repeat(fault))
+    with (
+        Server(faults=faults, stall=0.2) as server,
+        endpoint(server, kind=kind, retries=2, timeout=0.1, first_wait=0.001) as t,
+    ):
+        with pytest.raises(EndpointError, match=says) as error:
+            t.targets([[5, 6, 7]], [[8, 9]])
+        assert "prompt of 3 tokens 5 6 7, continuation of 2" in str(error.value) and "3 tries" in str(error.value)
+        assert server.asked[5, 6, 7, 8, 9] == 3
+
+
+@pytest.mark.parametrize(("kind", "fault", "says"), [
+    ("vllm", "no_token", "next token"), ("sglang", "no_token", "other token ids"), ("sglang", "twice", "twice"),
+    ("vllm", "twice", "7 ids of the 8"),
+])  # fmt: skip
+def test_missing_tokens_and_ids_given_twice(kind, fault, says):
+    faults = itertools.chain([None] * PROBES, itertools.repeat(fault))
+    with Server(faults=faults) as server, endpoint(server, kind=kind, retries=1, first_wait=0.001) as t:
+        token = int(server.model.log_probs([5])[0].argmax())  # of the k: it does not make up for a missing one
+        with pytest.raises(EndpointError, match=says):
+            t.targets([[5]], [[token]])
+
+
+def test_logits_are_not_taken_for_log_probs():
+    model = Model()
+    model.log_probs = lambda ids: model.norm(model.hidden(ids)) @ model.weight.T - 5
+    refused = pytest.raises(EndpointError, match=r"positive|mass above 1")
+    with Server(model) as server, endpoint(server, retries=0) as teacher, refused:
+        teacher.targets([[1]], [[2]])
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_servers_own_limit(kind):
+    with Server(limit=5) as server:
+        with (
+            endpoint(server, kind=kind, retries=0) as teacher,
+            pytest.raises(EndpointError, match=r"[56] ids of the 8"),
+        ):
+            teacher.targets([[1]], [[2]])
+        with endpoint(server, kind=kind, short_rows=True) as teacher:
+            found = teacher.targets([[1, 2]], [[3, 4, 5]])
+            whole = expected(server.model, [[1, 2]], [[3, 4, 5]])
+            assert (
+                found.ids.shape == (3, K) and ((found.ids >= 0).sum(1) >= 5).all() and (found.ids[:, -2:] == -1).all()
+            )
+            real = found.ids >= 0
+            torch.testing.assert_close(found.log_probs[real], whole.gather(1, found.ids.clamp_min(0))[real])
+            assert (found.log_probs[~real] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_that_ignores_it_is_refused_at_once(kind):
+    with Server(faults=itertools.repeat("no_rows")) as server, endpoint(server, kind=kind) as teacher:
+        with pytest.raises(EndpointError, match=r"ignores (prompt_logprobs|top_logprobs_num)"):
+            teacher.targets([[1]], [[2]])
+        assert sum(server.asked.values()) <= PROBES
+
+
+def test_a_server_that_answers_at_random_or_always_the_same():
+    model = Model()
+    fine, calls = model.log_probs, itertools.count()
+    model.log_probs = lambda ids: fine(ids).roll(next(calls), 1)
+    with (
+        Server(model) as server,
+        endpoint(server) as teacher,
+        pytest.raises(EndpointError, match="other rows each time"),
+    ):
+        teacher.targets([[1]], [[2]])
+    model.log_probs = lambda ids: fine([3] * len(ids))
+    with Server(model) as server, endpoint(server) as teacher, pytest.raises(EndpointError, match="with the same rows"):
+        teacher.targets([[1]], [[2]])
+
+
+def test_refusals_fail_at_once_with_the_servers_words():
+    with Server(faults=itertools.chain([None] * PROBES, ["400"])) as server, endpoint(server) as teacher:
+        with pytest.raises(EndpointError, match=r"status 400: the prompt is too long for me.*"):
+            teacher.targets([[1]], [[2]])
+        assert server.asked[1, 2] == 1
+
+
+def test_what_a_failed_batch_paid_for_is_kept(tmp_path):
+    prompts, continuations = [[1], [2], [3], [4]], [[5], [6], [7], [8]]
+    faults = itertools.chain([None] * (PROBES + 2), ["400"], itertools.repeat(None))
+    with Server(faults=faults) as server, endpoint(server, store=tmp_path, concurrency=1) as teacher:
+        with pytest.raises(EndpointError, match="sequence 2"):
+            teacher.targets(prompts, continuations)
+        assert len(TeacherStore(tmp_path)) == 3
+        check(teacher.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
+        assert server.asked[3, 7] == 2 and all(n == 1 for ids, n in server.asked.items() if ids not in (*PROBE, (3, 7)))
+
+
+def test_retry_after_holds_for_all():
+    with Server(faults=itertools.chain([None] * PROBES, ["429"], itertools.repeat(None))) as server:
+        inner = server.broken
+        server.broken = lambda handler, *more: inner(_After(handler, "0.5"), *more)
+        with endpoint(server, concurrency=1) as teacher:
+            teacher.targets([[1], [2], [3]], [[4], [5], [6]])
+        pause = [b - a for a, b in itertools.pairwise(server.times)]
+        assert pause[PROBES] >= 0.49 and max(pause[:PROBES] + pause[PROBES + 1 :]) < 0.4
+        server.faults, server.broken = iter([*[None] * PROBES, "429"]), lambda h, *m: inner(_After(h, "3600"), *m)
+        with endpoint(server, timeout=5) as teacher, pytest.raises(EndpointError, match="asks to wait 3600 s"):
+            teacher.targets([[1]], [[2]])
+    assert _seconds("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and _seconds("soon") == 0 and _seconds(None) == 0
+    assert 3590 < _seconds(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))) <= 3600
+
+
+class _After:
+    """A handler whose replies say another Retry-After."""
+
+    def __init__(self, handler, after):
+        self._handler, self._after = handler, after
+
+    def __getattr__(self, name):
+        return getattr(self._handler, name)
+
+    def send_header(self, name, value):
+        self._handler.send_header(name, self._after if name == "Retry-After" else value)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 16])
+def test_concurrency_is_bounded_and_used(concurrency):
+    prompts, continuations = sequences(3 * concurrency, seed=2)
+    with Server(delay=0.1) as server, endpoint(server, concurrency=concurrency) as teacher:
+        teacher.targets(prompts, continuations)
+        assert server.most == concurrency
+
+
+def test_prefetch_overlaps_and_is_bounded():
+    prompts, continuations = sequences(60, seed=3)
+    taken = []
+
+    def batches():
+        for begin in range(0, 60, 10):
+            taken.append(begin)
+            yield prompts[begin : begin + 10], continuations[begin : begin + 10], f"of {begin}"
+
+    with Server(delay=0.02) as server, endpoint(server, concurrency=10) as teacher:
+        for number, (batch, found) in enumerate(teacher.prefetch(batches(), ahead=2)):
+            check(found, server.model, *batch[:2])
+            ahead = [(*p, *c) for p, c in zip(prompts, continuations, strict=True)][: 10 * (number + 3)]
+            begin = time.monotonic()
+            while not server.answered.keys() >= set(ahead) and time.monotonic() < begin + 10:
+                time.sleep(0.01)  # the loss, meanwhile
+            assert server.answered.keys() == {*ahead, *PROBE}
+            assert batch[2] == f"of {10 * number}" and len(taken) == min(number + 3, 6)
+        assert number == 5
+
+
+def test_a_sequence_on_its_way_is_not_asked_again():
+    prompts, continuations = sequences(5, seed=4)
+    with Server(delay=0.02) as server, endpoint(server) as teacher:
+        same = [(prompts * 2, continuations * 2)] * 3
+        for (ps, cs), found in teacher.prefetch(same, ahead=2):
+            check(found, server.model, ps, cs)
+        for p, c in zip(prompts, continuations, strict=True):
+            assert server.asked[(*p, *c)] == 1
+
+
+def test_a_prefetch_left_early_leaves_its_sequences_to_others(tmp_path):
+    prompts, continuations = sequences(20, seed=5)
+    with Server(delay=0.05) as server, endpoint(server, store=tmp_path, concurrency=2) as teacher:
+        ahead = teacher.prefetch([(prompts[:2], continuations[:2]), (prompts, continuations)])
+        next(ahead)
+        ahead.close()
+        check(teacher.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
+        assert len(TeacherStore(tmp_path)) == len({(*p, -1, *c) for p, c in zip(prompts, continuations, strict=True)})
+
+
+def test_a_restart_with_a_store_asks_nothing(tmp_path):
+    prompts, continuations = sequences(10, seed=6)
+    with Server() as server:
+        with endpoint(server, store=tmp_path) as teacher:
+            first = teacher.targets(prompts, continuations)
+        asked = sum(server.asked.values())
+        with endpoint(server, store=tmp_path) as teacher:
+            again = teacher.targets(prompts, continuations)
+        assert torch.equal(first.ids, again.ids) and torch.equal(first.log_probs, again.log_probs)
+        assert sum(server.asked.values()) == asked
+    with endpoint(server, store=tmp_path, model="tiny") as teacher:  # no server at all
+        assert torch.equal(teacher.targets(prompts, continuations).ids, first.ids)
+    with endpoint(server, store=tmp_path, model="other") as teacher, pytest.raises(ValueError, match="other"):
+        teacher.targets(prompts, continuations)
+
+
+def test_what_is_damaged_is_asked_again(tmp_path):
+    prompts, continuations = sequences(10, seed=7)
+    with Server() as server, endpoint(server, store=tmp_path) as teacher:
+        teacher.targets(prompts, continuations)
+        (shard,) = (tmp_path / "shards").glob("*.safetensors")
+        content = bytearray(shard.read_bytes())
+        content[-5] ^= 255
+        shard.write_bytes(content)
+        with endpoint(server, store=tmp_path) as other:
+            check(other.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
+        assert all(n == 2 for ids, n in server.asked.items() if ids not in PROBE)
+
+
+def _fill(url, folder, prompts, continuations, barrier):
+    with Endpoint(url, vocabulary=V, k=K, store=folder, concurrency=4, model="tiny") as teacher:
+        barrier.wait(60)
+        for begin in range(0, len(prompts), 10):
+            teacher.targets(prompts[begin : begin + 10], continuations[begin : begin + 10])
+
+
+def test_processes_that_share_a_folder_pay_once(tmp_path):
+    """Three, this one included, that ask for the same in other orders, and so wait for each other's."""
+    prompts, continuations = sequences(60, seed=8)
+    context = multiprocessing.get_context("spawn")
+    with Server(delay=0.01) as server:
+        barrier = context.Barrier(3)
+        orders = [list(range(60))[::-1], random.Random(0).sample(range(60), 60)]
+        workers = [context.Process(target=_fill, args=(server.url, str(tmp_path), [prompts[i] for i in order],
+                                                       [continuations[i] for i in order], barrier)) for order in orders]  # fmt: skip
+        for worker in workers:
+            worker.start()
+        _fill(server.url, str(tmp_path), prompts, continuations, barrier)
+        for worker in workers:
+            worker.join(60)
+        assert [w.exitcode for w in workers] == [0, 0]
+        assert all(n == 1 for ids, n in server.asked.items() if ids not in PROBE)
+        check(TeacherStore(tmp_path).targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
+
+
+def test_closing_never_hangs():
+    with Server(faults=itertools.repeat("stall"), stall=3.0) as server:
+        teacher = endpoint(server, timeout=100.0)
+        failed = []
+
+        def ask():
+            try:
+                teacher.targets([[1]], [[2]])
+            except EndpointError as error:
+                failed.append(str(error))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.2)
+        begin = time.monotonic()
+        teacher.close()
+        asking.join(5)
+        teacher.close()
+        assert time.monotonic() - begin < 1 and "closed" in failed[0] and not teacher._thread.is_alive()
+        with pytest.raises(EndpointError, match="closed"):
+            teacher.targets([[1]], [[2]])
+
+
+def test_a_reply_that_trickles_is_timed_as_a_whole():
+    with Server(faults=itertools.chain([None] * PROBES, itertools.repeat("500"))) as server:
+
+        def trickle(handler, *_):
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            for _ in range(100):
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                time.sleep(0.01)
+
+        server.broken = trickle
+        with endpoint(server, timeout=0.15, retries=1) as teacher, pytest.raises(EndpointError, match="no whole reply"):
+            teacher.targets([[1]], [[2]])
+
+
+def head(model):
+    return Head(model.weight)
+
+
+def test_hidden_states(tmp_path):
+    prompts, continuations = sequences(12, seed=9)
+    (tmp_path / "states").mkdir()
+    draw = random.Random(0)
+    faults = (draw.choice(["500", "other_ids", "nan", None, None]) for _ in itertools.count())
+    with Server(folder=tmp_path / "states", faults=faults) as server:
+        model, folders = server.model, {"states_folder": tmp_path / "states", "store": tmp_path / "kept"}
+        with endpoint(server, kind="vllm_hidden", head=head(model), norm=model.norm, retries=30, **folders) as teacher:
+            found = teacher.targets(prompts, continuations)
+        assert isinstance(found, Hidden)
+        logits = found.states @ found.head.weight.T
+        torch.testing.assert_close(logits.log_softmax(-1), expected(model, prompts, continuations), atol=1e-4, rtol=0)
+        assert not list((tmp_path / "states").glob("*.lock"))  # each read once and removed, those that did not fit too
+    with endpoint(server, kind="vllm_hidden", head=head(model), norm=model.norm, model="tiny", **folders) as teacher:
+        assert torch.equal(teacher.targets(prompts, continuations).states, found.states)
+
+
+def test_hidden_states_that_cannot_be_had(tmp_path):
+    model = Model()
+    with pytest.raises(ValueError, match="needs norm and states_folder"):
+        Endpoint("http://localhost:1", vocabulary=V, kind="vllm_hidden", head=head(model))
+    how = {"kind": "vllm_hidden", "norm": model.norm, "retries": 0, "head": head(model)}
+    refused = pytest.raises(EndpointError, match="extract_hidden_states")
+    with Server() as server, endpoint(server, states_folder=tmp_path, **how) as teacher, refused:
+        teacher.targets([[1]], [[2]])
+    (tmp_path / "one").mkdir()
+    with Server(folder=tmp_path / "one") as server:
+        with (
+            endpoint(server, states_folder=tmp_path / "two", **how) as teacher,
+            pytest.raises(EndpointError, match="outside of"),
+        ):
+            teacher.targets([[1]], [[2]])
+        how["head"] = Head(model.weight[:, :4])
+        with (
+            endpoint(server, states_folder=tmp_path, **how) as teacher,
+            pytest.raises(EndpointError, match="8 features"),
+        ):
+            teacher.targets([[1]], [[2]])
+
+
+def test_arguments():
+    for wrong, says in (
+        ({"kind": "other"}, "kind must be"),
+        ({"k": 0}, "k and concurrency"),
+        ({"timeout": 0}, "timeout"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Endpoint("http://localhost:1", **{"vocabulary": V, **wrong})
+    with pytest.raises(ValueError, match="http"):
+        Endpoint("localhost:1", vocabulary=V)
+    with Server() as server, endpoint(server) as teacher:
+        with pytest.raises(ValueError, match="sequence 1 has an empty prompt"):
+            teacher.targets([[1], []], [[2], [3]])
+        with pytest.raises(ValueError, match="sequence 0 has ids outside"):
+            teacher.targets([[1, V]], [[2]])
+        assert not server.asked
+    with Server() as server:
+        server.reply_models = [{"id": "a"}, {"id": "b"}]
+        with endpoint(server) as teacher, pytest.raises(EndpointError, match=r"model must be given.*'a', 'b'"):
+            teacher.targets([[1]], [[2]])
+    nobody = contextlib.closing(Endpoint("http://127.0.0.1:9", vocabulary=V, retries=1, first_wait=0.001))
+    with nobody as teacher, pytest.raises(EndpointError, match=r"list of models: given up after 2 tries.*broke"):
+        teacher.targets([[1]], [[2]])

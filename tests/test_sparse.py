@@ -1,0 +1,617 @@
+"""Teachers known at a few ids: every tail, divergence and backend against float64 formulas written here, and dense losses."""
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+
+import fdistill_kernels as fk
+from fdistill_kernels import lists, reference
+from fdistill_kernels.backends import BACKENDS, sparse
+from fdistill_kernels.sparse import NO_SUMS, TAILS
+
+CPU = torch.device("cpu")
+N, V = 7, 101
+ALL = list(fk.TABLE.values())
+names = [str(d) for d in ALL]
+
+
+def backends_for(dtype):
+    return [n for n, m in BACKENDS.items() if m.why_not(CPU, dtype, fk.TABLE["kl"]) is None]
+
+
+def logits_of(seed, n=N, v=V, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, v, dtype=torch.float64, generator=generator) * scale
+
+
+def listed(teacher, k):
+    log_probs, ids = teacher.log_softmax(-1).topk(k, -1)
+    order = torch.argsort(torch.rand(ids.shape, generator=torch.Generator().manual_seed(k)), -1)
+    return ids.gather(-1, order), log_probs.gather(-1, order)
+
+
+def whole_divergence(log_p, log_q, divergence, labels=None):
+    return reference.of_log_probs(divergence, log_p, log_q, labels)
+
+
+def expected(student, ids, log_probs, divergence, tail, temperature=1.0, labels=None, weights=None, exponent=1.0):
+    """The losses of rows, of (N, V) float64 logits, by the definitions in `TopK`, one row at a time."""
+    losses = []
+    for n in range(len(student)):
+        keep = ids[n] >= 0
+        row_ids, lp = ids[n][keep], log_probs[n][keep]
+        log_q = (student[n] / temperature).log_softmax(-1)
+        on_list = log_q[row_ids]
+        others = torch.ones(len(log_q), dtype=torch.bool)
+        others[row_ids] = False
+        label = None if labels is None else labels[n]
+        mass = lp.exp().sum()
+        if tail == "uniform":
+            log_p = torch.full_like(log_q, -math.inf)
+            log_p[others] = torch.log1p(-mass) - math.log(max(1, int(others.sum())))
+            log_p = log_p.scatter(0, row_ids, lp)
+            a, b = (log_p * exponent).log_softmax(-1), log_q
+        elif tail == "renormalize":
+            a = torch.full_like(log_q, -math.inf).scatter(0, row_ids, (lp * exponent).log_softmax(-1))
+            b = log_q
+        elif tail == "within":
+            a, b = (lp * exponent).log_softmax(-1), on_list.log_softmax(-1)
+            label = None if label is None else _place(row_ids, label)
+            if label is not None and label == len(row_ids):  # nothing of either model is there
+                a, b = (torch.cat((x, x.new_full((1,), -math.inf))) for x in (a, b))
+        elif tail == "bucket":
+            a = torch.cat((lp, torch.log1p(-mass)[None]))
+            b = torch.cat((on_list, log_q[others].logsumexp(0)[None]))
+            label = None if label is None else _place(row_ids, label)
+        else:
+            a, b = lp, on_list
+            label = None if label is None else _place(row_ids, label)
+        label = None if label is None else torch.as_tensor(label)
+        if weights is not None:
+            each = whole_divergence(a.unsqueeze(-1), b.unsqueeze(-1), divergence)
+            losses.append((weights[n][keep] * each).sum())
+        else:
+            losses.append(whole_divergence(a[None], b[None], divergence, None if label is None else label[None])[0])
+    return torch.stack(losses)
+
+
+def _place(ids, label):
+    found = (ids == label).nonzero()
+    return int(found[0]) if len(found) else len(ids)
+
+
+def finite_pairs(tail):
+    """Divergences that are finite where the teacher is 0 off its list."""
+    if tail != "renormalize":
+        return ALL
+    at_zero = [d for d in ALL if math.isfinite(_of_a_zero(d))]
+    assert {d.name for d in at_zero} >= {"kl", "js", "tvd", "skew_kl", "skew_rkl", "hellinger", "pearson"}
+    return at_zero
+
+
+def _of_a_zero(divergence):
+    log_p, log_q = torch.tensor([[0.0, -math.inf]]).double(), torch.tensor([[0.5, 0.5]]).double().log()
+    return float(whole_divergence(log_p, log_q, divergence, torch.tensor([0])))
+
+
+def check(found, gradient, wanted, wanted_gradient, tolerance=2e-5):
+    assert torch.isfinite(wanted).all()
+    scale = wanted.abs().clamp_min(1e-3)
+    assert ((found.double() - wanted).abs() <= tolerance * scale).all()
+    of_row = wanted_gradient.abs().amax(-1, keepdim=True).clamp_min(1e-6)
+    assert ((gradient.double() - wanted_gradient).abs() <= tolerance * of_row).all()
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+@pytest.mark.parametrize("tail", [t for t in TAILS if t != "sampled"])
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_every_divergence_against_float64(backend, tail):
+    student, teacher = logits_of(0), logits_of(1)
+    ids, log_probs = listed(teacher, 9)
+    ids[2, 3:] = -1  # shorter lists; what is beside an id of -1 is not looked at
+    log_probs[2, 3:] = math.nan
+    labels = torch.cat((ids[:4, 1], torch.tensor([5, 6, 7])))
+    for divergence in finite_pairs(tail):
+        needed = labels if divergence.needs_labels else None
+        leaf = student.clone().requires_grad_()
+        wanted = expected(leaf, ids, log_probs, divergence, tail, labels=needed)
+        wanted.sum().backward()
+        narrow = student.float().requires_grad_()
+        loss = fk.f_divergence(narrow, fk.TopK(ids, log_probs.float(), tail), divergence, labels=needed,
+                               reduction="none", backend=backend)  # fmt: skip
+        loss.sum().backward()
+        check(loss, narrow.grad, wanted, leaf.grad)
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+@pytest.mark.parametrize("tail", [t for t in TAILS if t != "sampled"])
+@pytest.mark.parametrize("divergence", ALL, ids=names)
+def test_a_list_of_the_whole_vocabulary_is_the_dense_loss(divergence, tail):
+    student, teacher = logits_of(2, 5, 33), logits_of(3, 5, 33)
+    ids, log_probs = listed(teacher, 33)
+    labels = torch.arange(5) if divergence.needs_labels else None
+    pair = [student.clone().requires_grad_() for _ in range(2)]
+    dense = fk.f_divergence(pair[0], teacher, divergence, labels=labels, reduction="none")
+    sparse = fk.f_divergence(pair[1], fk.TopK(ids, log_probs, tail), divergence, labels=labels, reduction="none")
+    for loss in (dense, sparse):
+        loss.sum().backward()
+    torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pair[1].grad, pair[0].grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [d for d in ALL if d.name not in NO_SUMS and d.name not in ("engine", "ab", "todi", "cross_entropy")],
+    ids=str,
+)
+def test_a_bucket_is_a_divergence_below_the_whole_one(divergence):
+    student, teacher = logits_of(4, 40, 61), logits_of(5, 40, 61)
+    whole = fk.f_divergence(student, teacher, divergence, reduction="none")
+    before = torch.zeros(40, dtype=torch.float64)
+    for k in (1, 2, 5, 20, 40, 60, 61):
+        log_probs, ids = teacher.log_softmax(-1).topk(k, -1)
+        loss = fk.f_divergence(student, fk.TopK(ids, log_probs), divergence, reduction="none")
+        assert (loss >= 0).all()
+        assert (loss >= before - 1e-8 * (1 + before)).all()  # finer categories tell more
+        before = loss
+    torch.testing.assert_close(before, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "within"])
+def test_all_terms_at_once(backend, tail):
+    student, teacher = logits_of(6, 8), logits_of(7, 8)
+    ids, log_probs = listed(teacher, 11)
+    labels = torch.cat((ids[:3, 2], torch.tensor([4, -100, 6, 7, 8])))
+    weight, rate = torch.rand(8).double() + 0.5, torch.rand(8).double() + 0.7
+    cap = 6.0
+    leaf = student.clone().requires_grad_()
+    z = cap * (leaf / cap).tanh()
+    divergence = torch.stack([
+        expected(z[n : n + 1], ids[n : n + 1], log_probs[n : n + 1], fk.TABLE["js"], tail, temperature=rate[n])[0]
+        for n in range(8)
+    ])  # fmt: skip
+    live = labels != -100
+    cross_entropy = torch.nn.functional.cross_entropy(z, labels, reduction="none", label_smoothing=0.1)
+    each = 0.7 * divergence + 0.3 * cross_entropy + 1e-2 * z.logsumexp(-1) ** 2
+    wanted = (torch.where(live, weight * each, 0) / live.sum()).sum()
+    wanted.backward()
+    narrow = student.float()
+    narrow[4] = math.nan  # masked
+    narrow.requires_grad_()
+    loss, parts = fk.f_divergence(
+        narrow, fk.TopK(ids, log_probs.float(), tail), "js", divergence_weight=0.7, labels=labels, ce_weight=0.3,
+        label_smoothing=0.1, z_loss=1e-2, token_weight=weight.float(), temperature=rate.float(),
+        teacher_temperature=1.0, logit_softcap=cap, backend=backend, return_parts=True,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=2e-5)
+    assert (narrow.grad.double() - leaf.grad).abs().max() <= 2e-5 * leaf.grad.abs().max()
+    assert not narrow.grad[4].any()
+    assert isinstance(parts, fk.SparseParts) and parts.tokens == 7
+    total = parts.divergence + 0.3 * parts.cross_entropy + parts.z_loss
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "within", "ignore"])
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_from_hidden_states(tail, dtype):
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(2, 19, 16, dtype=torch.float64, generator=generator)
+    weight = torch.randn(V, 16, dtype=torch.float64, generator=generator) * 0.5
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    ids, log_probs = listed(logits_of(9, 38), 6)
+    teacher = fk.TopK(ids.view(2, 19, 6), log_probs.float().view(2, 19, 6), tail)
+    labels = torch.randint(0, V, (2, 19), generator=generator)
+    labels[0, :4] = -100
+    keywords = dict(labels=labels, ce_weight=0.5, temperature=1.0)
+    loss, parts = fk.linear_f_divergence(
+        hidden, weight, teacher, divergence="js", chunk_bytes=3000, return_parts=True, **keywords
+    )
+    loss.backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted, wanted_parts = fk.f_divergence(exact[0] @ exact[1].T, teacher, "js", return_parts=True, **keywords)
+    wanted.backward()
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert loss.item() == pytest.approx(wanted.item(), rel=tolerance)
+    for x, y in zip((hidden, weight), exact, strict=True):
+        assert (x.grad.double() - y.grad).abs().max() <= tolerance * y.grad.abs().max()
+    for name in ("teacher_mass", "student_mass"):
+        assert float(getattr(parts, name)) == pytest.approx(
+            float(getattr(wanted_parts, name)), rel=tolerance, abs=tolerance
+        )
+    minimal = fk.linear_f_divergence(hidden, weight, teacher, divergence="js", memory="minimal", **keywords)
+    assert minimal.item() == pytest.approx(loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("tail", ["bucket", "within"])
+def test_either_rest_may_be_almost_nothing(backend, tail):
+    """The student's list 80 above its rest, or far below it; the teacher's rest below its rounding."""
+    student = torch.randn(4, 5003, generator=torch.Generator().manual_seed(0)).double()
+    ids = torch.stack([torch.randperm(5003, generator=torch.Generator().manual_seed(n))[:6] for n in range(4)])
+    student[0] = student[0].scatter_add(0, ids[0], torch.full((6,), 30.0).double())
+    student[1] = student[1].scatter_add(0, ids[1], torch.full((6,), 200.0).double())
+    student[2] = student[2].scatter_add(0, ids[2], torch.full((6,), -60.0).double())
+    log_probs = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).double().log_softmax(-1) + math.log1p(
+        -1e-3
+    )
+    student = student.float().double()
+    log_probs = log_probs.float().double()
+    for name in ("kl", "rkl", "js", "tvd", "jeffreys"):
+        leaf = student.clone().requires_grad_()
+        wanted = expected(leaf, ids, log_probs, fk.TABLE[name], tail)
+        wanted.sum().backward()
+        narrow = student.float().requires_grad_()
+        loss = fk.f_divergence(narrow, fk.TopK(ids, log_probs.float(), tail), name, reduction="none", backend=backend)
+        loss.sum().backward()
+        check(loss, narrow.grad, wanted, leaf.grad, 1e-4)  # 1 less a float32 mass has 1e-4 of 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mass_of_one_but_for_rounding(dtype):
+    teacher = logits_of(10, 64, 50, scale=8.0)
+    log_probs, ids = teacher.log_softmax(-1).topk(30, -1)
+    student = logits_of(11, 64, 50).float().requires_grad_()
+    rounded = log_probs.to(dtype)
+    assert (rounded.double().exp().sum(-1) > 1).any()
+    for name in fk.TABLE:
+        labels = torch.arange(64) % 50 if fk.TABLE[name].needs_labels else None
+        loss = fk.f_divergence(student, fk.TopK(ids, rounded), name, reduction="none", labels=labels)
+        student.grad = None
+        loss.sum().backward()
+        assert torch.isfinite(loss).all() and torch.isfinite(student.grad).all()
+        assert (loss >= 0).all() or name in ("engine", "cross_entropy", "ab")
+
+
+def test_lists_that_are_empty_padded_or_longer_than_the_vocabulary():
+    student = logits_of(12, 3, 6).requires_grad_()
+    log_p = torch.tensor([0.5, 0.3, 0.1]).double().log()
+    ids = torch.full((3, 9), -1)
+    log_probs = torch.full((3, 9), math.nan).double()
+    ids[0, [1, 4, 8]], log_probs[0, [1, 4, 8]] = torch.tensor([2, 0, 5]), log_p
+    ids[2, :3], log_probs[2, :3] = torch.tensor([0, 2, 5]), log_p[[1, 0, 2]]
+    for tail in ("bucket", "renormalize", "within", "uniform"):
+        loss = fk.f_divergence(student, fk.TopK(ids, log_probs, tail), "js", reduction="none")
+        assert torch.isfinite(loss).all()
+        assert loss[1] == 0 or tail == "uniform"
+    short = fk.f_divergence(student[0], fk.TopK(torch.tensor([2, 0, 5]), log_p), "js")
+    assert fk.f_divergence(student[:1], fk.TopK(ids[:1], log_probs[:1]), "js").item() == pytest.approx(short.item())
+    none = fk.TopK(ids[:, :0], log_probs[:, :0])
+    loss, parts = fk.f_divergence(student, none, "js", return_parts=True)
+    assert loss.item() == 0 and parts.overlap == 0 and parts.student_mass == 0
+    empty = fk.f_divergence(student[:0], fk.TopK(ids[:0], log_probs[:0]), "kl")
+    assert empty.item() == 0
+    hidden, head = torch.randn(0, 4, requires_grad=True), torch.randn(6, 4)
+    assert fk.linear_f_divergence(hidden, head, fk.TopK(ids[:0], log_probs[:0]), divergence="kl").item() == 0
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_masks_of_the_student_and_zeros_of_the_teacher(backend):
+    student, teacher = logits_of(13), logits_of(14)
+    student[:, 50:] = -math.inf
+    ids, log_probs = listed(teacher.masked_fill(torch.arange(V) >= 40, -math.inf), 45)
+    assert (log_probs == -math.inf).any()
+    for name in ("kl", "js", "tvd", "skew_kl"):
+        leaf = student.clone().requires_grad_()
+        whole = fk.f_divergence(leaf, teacher.masked_fill(torch.arange(V) >= 40, -math.inf), name, reduction="none")
+        whole.sum().backward()
+        narrow = student.float().requires_grad_()
+        loss = fk.f_divergence(narrow, fk.TopK(ids, log_probs.float()), name, reduction="none", backend=backend)
+        loss.sum().backward()
+        check(loss, narrow.grad, whole, leaf.grad, 1e-4)
+
+
+@pytest.mark.parametrize("tail", ["uniform", "renormalize", "within"])
+def test_tempered_lists(tail):
+    """A whole teacher can be had at another temperature, also when its log-probabilities were taken at one."""
+    student, teacher = logits_of(15), logits_of(16)
+    ids, at_two = listed(teacher / 2, 12)
+    for asked in (1.0, 2.0, 3.5):
+        wanted = expected(student, ids, at_two, fk.TABLE["kl"], tail, temperature=1.5, exponent=2 / asked)
+        loss = fk.f_divergence(student, fk.TopK(ids, at_two, tail, temperature=2.0), "kl", temperature=1.5,
+                               teacher_temperature=asked, reduction="none")  # fmt: skip
+        torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_temperatures_that_a_list_cannot_honour():
+    student, (ids, log_probs) = logits_of(17), listed(logits_of(18), 4)
+    for tail in ("bucket", "ignore"):
+        with pytest.raises(ValueError, match="log_probs were taken at 1, and without the rest"):
+            fk.f_divergence(student, fk.TopK(ids, log_probs, tail), temperature=2.0)
+        with pytest.raises(ValueError, match="teacher_temperature is one a token"):
+            fk.f_divergence(student, fk.TopK(ids, log_probs, tail), temperature=torch.ones(N))
+    apart = fk.f_divergence(student, fk.TopK(ids, log_probs), temperature=2.0, teacher_temperature=1.0)
+    same = fk.f_divergence(student / 2, fk.TopK(ids, log_probs))
+    assert apart.item() == pytest.approx(same.item())
+    assert fk.f_divergence(student, fk.TopK(ids, log_probs, temperature=2.0), temperature=2.0).item() == pytest.approx(
+        same.item()
+    )
+
+
+@pytest.mark.parametrize("divergence", [d for d in ALL if d.name not in NO_SUMS], ids=str)
+def test_sampled_lists_are_unbiased(divergence):
+    """Over all 5² outcomes of two draws from π, the mean of the loss and of its gradient is the whole sum's."""
+    v, draws = 5, 2
+    student, log_p = logits_of(19, 1, v), logits_of(20, 1, v).log_softmax(-1)
+    proposal = (0.8 * log_p).softmax(-1)[0]
+    leaf = student.clone().requires_grad_()
+    whole = whole_divergence(log_p, leaf.log_softmax(-1), divergence).sum()
+    whole.backward()
+    value, gradient = 0.0, torch.zeros(1, v).double()
+    for outcome in itertools.product(range(v), repeat=draws):
+        ids, counts = torch.tensor(outcome).unique(return_counts=True)
+        ids, weights = ids[None], (counts / (draws * proposal[ids]))[None]
+        sample = student.clone().requires_grad_()
+        loss = fk.f_divergence(sample, fk.TopK(ids, log_p.gather(1, ids), "sampled", weights), divergence)
+        loss.backward()
+        chance = math.prod(float(proposal[i]) for i in outcome)
+        value, gradient = value + chance * loss.item(), gradient + chance * sample.grad
+    assert value == pytest.approx(whole.item(), rel=1e-9)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_random_sampling_distillation_is_the_paper_s():
+    """kl with π = p: the gradient of the cross-entropy to the drawn ids' frequencies (arXiv 2503.16870)."""
+    student, log_p = logits_of(21, 1, 9).requires_grad_(), logits_of(22, 1, 9).log_softmax(-1)
+    ids, counts = torch.multinomial(log_p.exp(), 20, True, generator=torch.Generator().manual_seed(0))[0].unique(
+        return_counts=True
+    )
+    frequencies = torch.zeros(9).double().scatter(0, ids, counts.double() / 20)
+    ids = ids[None]
+    weights = counts[None] / (20 * log_p.gather(1, ids).exp())
+    fk.f_divergence(student, fk.TopK(ids, log_p.gather(1, ids), "sampled", weights), "kl").backward()
+    torch.testing.assert_close(student.grad[0], student.detach().softmax(-1)[0] - frequencies)
+
+
+def test_a_generator_of_one_s_own():
+    own = fk.FDivergence(lambda t: (t.sqrt() - 1) ** 2 / 2)
+    student, (ids, log_probs) = logits_of(23), listed(logits_of(24), 8)
+    pair = [student.float().requires_grad_() for _ in range(2)]
+    for tail in ("bucket", "uniform", "renormalize", "within"):
+        losses = [
+            fk.f_divergence(x, fk.TopK(ids, log_probs, tail), d, reduction="none")
+            for x, d in zip(pair, (own, "hellinger"), strict=True)
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+        for x, loss in zip(pair, losses, strict=True):
+            x.grad = None
+            loss.sum().backward()
+        torch.testing.assert_close(pair[0].grad, pair[1].grad, rtol=1e-3, atol=1e-6)
+    weights = torch.rand(N, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for teacher in (fk.TopK(ids, log_probs, "ignore"), fk.TopK(ids, log_probs, "sampled", weights)):
+            of_own, of_name = (fk.f_divergence(student, teacher, d) for d in (own, "hellinger"))
+            assert of_own.item() == pytest.approx(of_name.item())
+
+
+def test_the_truncated_sum_says_what_it_is():
+    student, (ids, log_probs) = logits_of(25), listed(logits_of(26), 5)
+    with pytest.warns(UserWarning, match="no divergence, it may be negative"):
+        loss = fk.f_divergence(student, fk.TopK(ids, log_probs, "ignore"), "kl", reduction="none")
+    wanted = (log_probs.exp() * (log_probs - student.log_softmax(-1).gather(1, ids))).sum(-1)
+    torch.testing.assert_close(loss, wanted)
+    assert (wanted < 0).any() or (wanted > 0).all()
+
+
+def test_the_masses_and_the_overlap():
+    student, teacher = logits_of(27, 6, 200), logits_of(28, 6, 200)
+    ids, log_probs = listed(teacher, 10)
+    ids[5, 4:] = -1
+    for temperature, backend in ((1.0, "torch"), (1.0, "cpu"), (2.0, "cpu")):
+        for tail in ("bucket", "uniform"):
+            _, parts = fk.f_divergence(student.float(), fk.TopK(ids, log_probs, tail), "kl", temperature=temperature,
+                                       teacher_temperature=1.0, reduction="none", return_parts=True, backend=backend)  # fmt: skip
+            q = (student / temperature).softmax(-1)
+            for n in range(6):
+                row = ids[n][ids[n] >= 0]
+                assert float(parts.teacher_mass[n]) == pytest.approx(
+                    float(log_probs[n][: len(row)].exp().sum()), rel=1e-5
+                )
+                assert float(parts.student_mass[n]) == pytest.approx(float(q[n][row].sum()), rel=1e-4)
+                own = set(student[n].topk(len(row)).indices.tolist())
+                assert float(parts.overlap[n]) == pytest.approx(len(own & set(row.tolist())) / len(row))
+
+
+def cases():
+    ids, log_probs = listed(logits_of(29), 4)
+    repeated, beyond, negative = (ids.clone() for _ in range(3))
+    repeated[3, 1] = repeated[3, 0]
+    beyond[1, 2] = V
+    negative[1, 2] = -2
+    return {
+        "ids of a row twice": (fk.TopK(repeated, log_probs), ValueError, "ids must differ within a row: row 3"),
+        "ids beyond V": (fk.TopK(beyond, log_probs), ValueError, rf"ids must be in \[0, {V}\), or -1 .*: row 1"),
+        "ids below -1": (fk.TopK(negative, log_probs), ValueError, "ids must be in"),
+        "mass": (fk.TopK(ids, log_probs + 2), ValueError, "mass of 1.05 at most: row"),
+        "logits for log_probs": (fk.TopK(ids, torch.ones(N, 4)), ValueError, "mass of 1.05 at most"),
+        "ids' dtype": (fk.TopK(ids.float(), log_probs), TypeError, "ids must be integers, not torch.float32"),
+        "log_probs' dtype": (fk.TopK(ids, ids), TypeError, "log_probs must be floating point"),
+        "rows": (fk.TopK(ids[1:], log_probs[1:]), ValueError, r"ids must have shape \(7, 'K'\)"),
+        "shapes": (fk.TopK(ids, log_probs[:, :3]), ValueError, "log_probs must have the shape of ids"),
+        "tail": (fk.TopK(ids, log_probs, "buckets"), ValueError, "tail must be one of bucket, uniform"),
+        "weights missing": (fk.TopK(ids, log_probs, "sampled"), ValueError, "weights are importance weights"),
+        "weights beside": (fk.TopK(ids, log_probs, weights=log_probs.exp()), ValueError, "weights are importance"),
+        "weights below 0": (fk.TopK(ids, log_probs, "sampled", log_probs), ValueError, "weights must not be negative"),
+        "temperature": (fk.TopK(ids, log_probs, temperature=0.0), ValueError, "temperature must be in"),
+        "grad": (fk.TopK(ids, log_probs.clone().requires_grad_()), ValueError, "log_probs requires grad"),
+        "a list of ids": (fk.TopK(ids.tolist(), log_probs), TypeError, "ids must be a tensor"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cases())
+def test_what_does_not_fit_is_refused_by_name(case):
+    teacher, error, words = cases()[case]
+    with pytest.raises(error, match=words):
+        fk.f_divergence(logits_of(30), teacher)
+    with pytest.raises(error, match=words):
+        fk.linear_f_divergence(torch.randn(N, 8), torch.randn(V, 8), teacher)
+
+
+def test_more_refusals():
+    student, (ids, log_probs) = logits_of(31), listed(logits_of(32), 4)
+    teacher = fk.TopK(ids, log_probs)
+    with pytest.raises(ValueError, match="teacher_logit_softcap beside teacher_logits, a TopK"):
+        fk.f_divergence(student, teacher, teacher_logit_softcap=3.0)
+    with pytest.raises(ValueError, match="teacher_weight beside teacher_hidden, a TopK"):
+        fk.linear_f_divergence(torch.randn(N, 8), torch.randn(V, 8), teacher, torch.randn(V, 8))
+    with pytest.raises(ValueError, match="needs labels"):
+        fk.f_divergence(student, teacher, "dkd")
+    with pytest.raises(ValueError, match="no sum of entries' own terms"):
+        fk.f_divergence(student, fk.TopK(ids, log_probs, "sampled", log_probs.exp()), "renyi")
+    shared = torch.randn(N, V, requires_grad=True)
+    with pytest.raises(ValueError, match=r"overwrite teacher_logits.log_probs, which shares memory"):
+        fk.f_divergence(shared, fk.TopK(ids, shared.detach()[:, :4]), inplace=True)
+
+
+def test_rows_that_do_not_count_are_not_looked_at():
+    student, (ids, log_probs) = logits_of(33).float(), listed(logits_of(34), 4)
+    labels = torch.zeros(N, dtype=torch.long)
+    labels[2] = -100
+    ids[2], log_probs[2] = 10**6, math.nan
+    student[2] = math.nan
+    for backend in backends_for(torch.float32):
+        for tail in ("bucket", "uniform", "within"):
+            leaf = student.clone().requires_grad_()
+            loss = fk.f_divergence(leaf, fk.TopK(ids, log_probs, tail), labels=labels, backend=backend)
+            loss.backward()
+            assert torch.isfinite(loss) and torch.isfinite(leaf.grad).all() and not leaf.grad[2].any()
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_strides_in_place_and_upstream_factors(backend):
+    base = logits_of(35, 3 * 9, V).float().view(3, 9, V)
+    ids, log_probs = (x.view(3, 8, 5) for x in listed(logits_of(36, 24), 5))
+    apart = fk.TopK(ids.transpose(0, 1).contiguous().transpose(0, 1).int(), log_probs.float().expand(3, 8, 5))
+    plain = base[:, :-1].clone().requires_grad_()
+    wanted = fk.f_divergence(plain, fk.TopK(ids, log_probs.float()), "js", backend=backend)
+    (3 * wanted).backward()
+    leaf = base.clone().requires_grad_()
+    loss = fk.f_divergence(leaf[:, :-1], apart, "js", backend=backend)
+    (3 * loss).backward()
+    assert loss.item() == wanted.item()
+    assert torch.equal(leaf.grad[:, :-1], plain.grad) and not leaf.grad[:, -1].any()
+    over = base[:, :-1].clone().requires_grad_()
+    used = over * 1
+    (3 * fk.f_divergence(used, apart, "js", backend=backend, inplace=True)).backward()
+    torch.testing.assert_close(over.grad, plain.grad)
+    half = base[:, :-1].half().requires_grad_()
+    (1e-6 * fk.f_divergence(half, apart, "js", backend=backend)).backward()
+    exact = base[:, :-1].half().float().requires_grad_()
+    (1e-6 * fk.f_divergence(exact, apart, "js", backend=backend)).backward()
+    assert (half.grad.float() - exact.grad).abs().max() <= 6e-8
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("vocabulary", [1, 2, 31, 32, 33, 2048, 2049, 5003])
+def test_vocabularies_of_any_size(backend, vocabulary):
+    student, teacher = logits_of(37, 3, vocabulary), logits_of(38, 3, vocabulary)
+    for k in {1, min(3, vocabulary), max(1, vocabulary - 1), vocabulary}:
+        if k > 300 and backend == "triton":
+            continue
+        ids, log_probs = listed(teacher, k)
+        leaf = student.clone().requires_grad_()
+        rest = torch.log1p(-log_probs.exp().sum(-1))
+        wanted = fk.f_divergence(leaf, fk.TopK(ids, log_probs), "js", reduction="none")
+        wanted.sum().backward()
+        narrow = student.float().requires_grad_()
+        loss = fk.f_divergence(narrow, fk.TopK(ids, log_probs.float()), "js", reduction="none", backend=backend)
+        loss.sum().backward()
+        least = 1e-4 if (rest < -7).any() else 2e-5  # 1 less the mass has lost digits
+        assert (loss - wanted).abs().max() <= least * wanted.abs().max() + 1e-7
+        assert (narrow.grad - leaf.grad).abs().max() <= least * leaf.grad.abs().max() + 1e-7
+
+
+def test_inside_a_compiler():
+    student, (ids, log_probs) = logits_of(39).float(), listed(logits_of(40), 5)
+    teacher = fk.TopK(ids, log_probs.float())
+    weight, hidden = torch.randn(V, 8, requires_grad=True), torch.randn(N, 8, requires_grad=True)
+
+    def both(x, h, w, ids, log_probs):
+        teacher = fk.TopK(ids, log_probs)
+        return fk.f_divergence(x, teacher, "js") + fk.linear_f_divergence(h, w, teacher, divergence="kl")
+
+    results = []
+    for run in (both, torch.compile(both, fullgraph=True)):
+        leaf = student.clone().requires_grad_()
+        loss = run(leaf, hidden, weight, teacher.ids, teacher.log_probs)
+        weight.grad = None
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, weight.grad.clone()))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_modules_and_pieces_of_rows(monkeypatch):
+    student, (ids, log_probs) = logits_of(41, 12), listed(logits_of(42, 12), 5)
+    teacher = fk.TopK(ids.view(3, 4, 5), log_probs.view(3, 4, 5))
+    module = fk.FDivergenceLoss("js", reduction="none")
+    whole = module(student.view(3, 4, V), teacher)
+    for most in (1, 2, 5, 8):  # rows of a piece
+        monkeypatch.setattr(sparse, "LIST_PIECE", most * 6)
+        torch.testing.assert_close(module(student.view(3, 4, V), teacher), whole)
+    head = torch.randn(V, 8, dtype=torch.float64)
+    hidden = torch.randn(3, 4, 8, dtype=torch.float64)
+    torch.testing.assert_close(
+        fk.LinearFDivergenceLoss("js")(hidden, head, teacher), fk.f_divergence(hidden @ head.T, teacher, "js")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_lists_made_of_models(dtype, monkeypatch):
+    monkeypatch.setattr(lists, "PIECE", 3 * V)  # rows in pieces
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(*shape, 8, generator=generator).to(dtype) for shape in ((2, 4), (V,)))
+    head = fk.Head(weight, torch.randn(V, generator=generator).to(dtype), 0.7, 5.0)
+    logits = (states.double() @ weight.double().T * 0.7 + head.bias.double()).to(dtype).double()
+    logits = 5 * (logits / 5).tanh()
+    log_p, student = (logits / 1.5).log_softmax(-1), logits_of(50, 8).view(2, 4, V)
+    of_states = fk.top_k_of(fk.Hidden(states, head), 6, temperature=1.5)
+    largest = log_p.topk(6, -1)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    torch.testing.assert_close(of_states.log_probs.double(), largest.values, rtol=0, atol=tolerance)
+    assert of_states.temperature == 1.5 and of_states.ids.shape == (2, 4, 6)
+    of_student = fk.top_k_of(log_p, 6, support="student", student=student)
+    assert torch.equal(of_student.ids, student.topk(6, -1).indices)
+    torch.testing.assert_close(of_student.log_probs, log_p.gather(-1, of_student.ids))
+    both = fk.top_k_of(log_p, 6, support="union", student=student)
+    for n in range(8):
+        row = [i for i in both.ids.view(8, -1)[n].tolist() if i >= 0]
+        assert (
+            sorted(row)
+            == sorted(set(row))
+            == sorted(set(largest.indices.view(8, 6)[n].tolist()) | set(of_student.ids.view(8, 6)[n].tolist()))
+        )
+    for teacher in (of_student, both, fk.top_k_of(log_p, 10**6)):
+        assert torch.isfinite(fk.f_divergence(student, teacher, "rkl"))
+    sample = fk.sample_of(fk.Logits(log_p), 50, proposal_temperature=1.3, generator=generator)
+    assert torch.isfinite(fk.f_divergence(student, sample, "js"))
+
+
+def test_a_sample_is_what_its_weights_say():
+    log_p = logits_of(51, 1, 6, scale=1.0).log_softmax(-1)
+    generator, total = torch.Generator().manual_seed(3), torch.zeros(6).double()
+    for _ in range(400):
+        sample = fk.sample_of(log_p, 16, proposal_temperature=1.4, generator=generator)
+        ids = sample.ids[0][sample.ids[0] >= 0]
+        total[ids] += sample.weights[0][sample.ids[0] >= 0] / 400
+    spread = ((1 / (log_p[0] / 1.4).softmax(-1) - 1) / (400 * 16)).sqrt()  # each entry is counted once, on average
+    assert ((total - 1).abs() < 4 * spread).all()
+
+
+def test_lists_that_cannot_be_made():
+    for words, call in {
+        "k must be at least 1": lambda x: fk.top_k_of(x, 0),
+        "support must be one of": lambda x: fk.top_k_of(x, 2, support="both"),
+        "student is for support": lambda x: fk.top_k_of(x, 2, support="union"),
+        "student has logits of shape": lambda x: fk.top_k_of(x, 2, support="union", student=x[1:]),
+        "draws must be at least 1": lambda x: fk.sample_of(x, 0),
+        "teacher must have shape": lambda x: fk.top_k_of(x[0, 0], 2),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call(logits_of(52))
