@@ -253,6 +253,54 @@ SEQUENCE = {
 NEEDED = ("transformers", "accelerate", "datasets", "sacrebleu", "yaml", "matplotlib", "rich")
 
 
+def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `fdistill teacher` does, and the arguments of each."""
+    from .sequence import build
+    from .sequence.run import add_arguments
+
+    actions = parser.add_subparsers(required=True, metavar="action", dest="action")
+
+    def action(name: str, help: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=help, description=help)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    made = action("build", "Ask a model about every sequence of a data file, and keep its word in a store.")
+    add_arguments(made, build.USED, build.BuildJob, build.HELP)
+    looked = action("inspect", "Sizes, bytes a token, settings, and the mass that the first ids of lists hold.")
+    looked.add_argument("folder")
+    looked.add_argument("--plot", metavar="FILE", help="a picture: mass by ids, or lengths")
+    held = action("verify", "Every checksum; with --teacher a sample of sequences anew, exit 1 on damage.")
+    held.add_argument("folder")
+    held.add_argument("--teacher", help="folder or hub name of the model")
+    held.add_argument("--sequences", type=_count, default=16, metavar="N", help="of the sample; default: 16")
+    held.add_argument("--seed", type=int, default=0)
+    served = action("serve", "A model as a server that `--teacher http://...` and other clients of vLLM can ask.")
+    served.add_argument("--teacher", required=True, help="folder or hub name of the model")
+    served.add_argument("--host", default="127.0.0.1")
+    served.add_argument("--port", type=int, default=8000)
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from .sequence import build, run
+
+    if args.action == "build":
+        return run.command(build.build, build.BuildJob)(args)
+    if args.action == "serve":
+        server = build.server(args.teacher, args.host, args.port)
+        print(f"serving {args.teacher} at http://{args.host}:{server.server_address[1]}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+        server.server_close()
+        return 0
+    if args.action == "inspect":
+        found = build.inspect(args.folder, args.plot)
+    else:
+        found = build.verify(args.folder, args.teacher, args.sequences, args.seed)
+    print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
+    return 1 if found["damaged"] and args.action == "verify" else 0
+
+
 def _sequence(args: argparse.Namespace) -> int:
     from .sequence import run
 
@@ -325,9 +373,16 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
             if missing and not {"-h", "--help"} & set(arguments):
                 sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
             if not missing:
-                from .sequence.run import add_arguments
+                from .sequence.run import USED, add_arguments
 
-                add_arguments(sub, name)
+                add_arguments(sub, USED if name == "evaluate" else None)
+    sub = command("teacher", _teacher, "Keep what a teacher says: build, inspect, verify or serve."
+                  + (" (needs fdistill_kernels[sequence])" if missing else ""))  # fmt: skip
+    if arguments and arguments[0] == "teacher":
+        if missing and not {"-h", "--help"} & set(arguments):
+            sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
+        if not missing:
+            _teacher_arguments(sub)
     command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
     command("list", _list, "List the divergences and their parameters.")
     return top

@@ -89,7 +89,7 @@ class Experiment:
             forced_eos_token_id=None,
         )  # fmt: skip
         model = BartForConditionalGeneration(config)
-        pairs = tokenize(read_pairs(self.file("train"), size["pairs"]), tokenizer, model, size["tokens"])
+        pairs = tokenize(read_pairs(self.file("train"), size["pairs"]), tokenizer, model.config, size["tokens"])
         arguments = FDistillConfig(
             str(self.out / "trainer-teacher"), method="mle", max_steps=size["teacher_steps"], report_to=[],
             per_device_train_batch_size=size["batch"], learning_rate=3e-4, warmup_steps=size["teacher_steps"] // 16,

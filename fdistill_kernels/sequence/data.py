@@ -57,14 +57,14 @@ def _read_tsv(path: Path, columns: tuple[str, str]) -> list[dict[str, str]]:
     return pairs
 
 
-def tokenize(rows: Any, tokenizer: Any, model: Any, max_target: int) -> Any:
+def tokenize(rows: Any, tokenizer: Any, config: Any, max_target: int) -> Any:
     """Columns prompt_ids, labels (end token included, at most `max_target`), teacher_prompt_ids, and length, of both.
 
     Raises:
-        ValueError: a prompt is longer than the model's context.
+        ValueError: a prompt is longer than the context of the model of that configuration.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    encoder_decoder, end = model.config.is_encoder_decoder, tokenizer.eos_token_id
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    encoder_decoder, end = config.is_encoder_decoder, tokenizer.eos_token_id
     room = context if encoder_decoder or context is None else context - max_target
 
     if end is None:

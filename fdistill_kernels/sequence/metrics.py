@@ -76,18 +76,21 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """Every measure of a student on held-out data; outputs for BLEU, chrF and TER are by greedy search.
 
+    teacher: a model; None: it is elsewhere, and the risks, which it draws and judges for, are left out.
     teacher_prompts: what the teacher sees in the prompts' place; most often the same. gold: ids of the targets.
     references: their whole text, which the ids may have been cut from.
     """
     greedy = _Greedy(sampling.max_new_tokens)
     outputs = draw_all(student, prompts, greedy, seed)
     text = tokenizer.batch_decode([x.tolist() for x in outputs], skip_special_tokens=True)
-    return {
-        "perplexity": float(torch.tensor(risk(student, prompts, gold)).exp()),
-        "likelihood_risk": risk(teacher, teacher_prompts, draw_all(student, prompts, sampling, seed)),
-        "coverage_risk": risk(student, prompts, draw_all(teacher, teacher_prompts, sampling, seed)),
-        **translation_scores(text, references),
-    }
+    of_teacher = {}
+    if teacher is not None:
+        of_teacher = {
+            "likelihood_risk": risk(teacher, teacher_prompts, draw_all(student, prompts, sampling, seed)),
+            "coverage_risk": risk(student, prompts, draw_all(teacher, teacher_prompts, sampling, seed)),
+        }
+    perplexity = float(torch.tensor(risk(student, prompts, gold)).exp())
+    return {"perplexity": perplexity, **of_teacher, **translation_scores(text, references)}
 
 
 class _Greedy(Sampling):

@@ -8,15 +8,18 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ..deferred import Deferral, Logits, active, hook, is_plain, output_embedding, watch
 from ..divergences import Divergence
 from ..functional import linear_cross_entropy, linear_f_divergence
-from ..values import Head, Hidden
+from ..sparse import TopK
+from ..values import Head, Hidden, RowFunction
 
 IGNORE = -100
 
@@ -29,6 +32,20 @@ class Rows(NamedTuple):
     head: Head | None  # None: it is not one floating matrix (LoRA's sum, quantised), and has only `logits`
     vocabulary: int
     logits: Callable[[Tensor], Tensor]  # of a few rows of hidden states
+
+
+class TeacherRows(NamedTuple):
+    """What a student's `Rows` are compared with, one row each: hidden states with their head, a list, or a function."""
+
+    value: Hidden | TopK | RowFunction
+    vocabulary: int
+
+
+def load_model(path: str | Path) -> Any:
+    """A causal or encoder–decoder model, by its configuration."""
+    config = AutoConfig.from_pretrained(path)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(path)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
@@ -236,7 +253,7 @@ def rows_of(
 
 
 def step_loss(
-    student: Rows, teacher: Rows | None, divergence: Divergence | None, temperature: float = 1.0,
+    student: Rows, teacher: Rows | TeacherRows | None, divergence: Divergence | None, temperature: float = 1.0,
     ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
 ) -> Tensor:  # fmt: skip
     """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
@@ -248,16 +265,29 @@ def step_loss(
     if divergence is None:
         return linear_cross_entropy(student.hidden, head, student.tokens, reduction=reduction, **keywords)
     assert teacher is not None
-    shared = min(student.vocabulary, teacher.vocabulary)
+    if isinstance(teacher, Rows):
+        teacher = of_model(teacher, student.hidden.device)
+    shared, value = min(student.vocabulary, teacher.vocabulary), teacher.value
+    if not isinstance(value, (Hidden, TopK)):
+        value = _first(value, shared)
+    return linear_f_divergence(
+        student.hidden, head, value, divergence=divergence, vocab_size=shared, labels=student.tokens,
+        ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
+    )  # fmt: skip
+
+
+def _first(logits: RowFunction, vocabulary: int) -> RowFunction:
+    """The first entries of rows."""
+    return lambda begin, end: logits(begin, end)[:, :vocabulary]
+
+
+def of_model(rows: Rows, device: torch.device) -> TeacherRows:
+    """A model's rows beside a student on a device; of a head elsewhere, or one that is no matrix, by its logits."""
+    if rows.head is not None and rows.head.weight.device == device:
+        return TeacherRows(Hidden(rows.hidden, rows.head), rows.vocabulary)
 
     @torch.no_grad()
     def logits(begin: int, end: int) -> Tensor:
-        return teacher.logits(teacher.hidden[begin:end])[:, :shared].to(student.hidden.device)
+        return rows.logits(rows.hidden[begin:end]).to(device)
 
-    states: Hidden | Callable[[int, int], Tensor] = logits
-    if teacher.head is not None and teacher.head.weight.device == student.hidden.device:
-        states = Hidden(teacher.hidden, teacher.head)
-    return linear_f_divergence(
-        student.hidden, head, states, divergence=divergence, vocab_size=shared, labels=student.tokens,
-        ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
-    )  # fmt: skip
+    return TeacherRows(logits, rows.vocabulary)

@@ -10,35 +10,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback, set_seed
 
+from ..teachers import Endpoint
 from .data import read_pairs, tokenize
 from .metrics import Measures, evaluate
+from .models import load_model
 from .objectives import METHODS, Half, method, mixture
 from .predistill import copy_layers
 from .report import logged, plot, write_report
-from .sampling import Sampling, Server, TeacherSamples, fingerprint, write_whole
+from .sampling import Sampling, Server, TeacherSamples, fingerprint, generation_settings, write_whole
+from .teachers import InRoom, Served, Stored, Teacher, teacher_of
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 #: Batches of like lengths, which are little padded; transformers 5 has another name for it.
@@ -78,6 +75,9 @@ class Job:
     online_teacher: bool = False
     samples: str | None = None
     vllm_url: str | None = None
+    tokenizer: str | None = None
+    k: int = 64
+    tail: str = "bucket"
     freeze_embeddings: bool = False
     bf16: bool = False
     prompt_column: str = "prompt"
@@ -108,8 +108,13 @@ class Job:
         return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
 
 
+JobKind = TypeVar("JobKind", bound=Job)
+
 HELP = {
-    "teacher": "folder or hub name of the teacher", "student": "folder or hub name of the student",
+    "teacher": "folder or hub name of the teacher; or a store's folder (`fdistill teacher build`), or a server's URL",
+    "tokenizer": "folder or hub name; default: the teacher's, of a server the student's",
+    "k": "log-probabilities of each token, of a server or a store's lists", "tail": "of those lists, as in TopK",
+    "student": "folder or hub name of the student",
     "student_layers": "make the student of the teacher's layers: 3,1 (encoder,decoder) or 4 (causal)",
     "data": ".jsonl, .tsv or .parquet with prompt and target",
     "eval_data": "held-out pairs; default: the last of the data",
@@ -129,23 +134,26 @@ USED = ("teacher", "student", "data", "limit", "prompt_column", "target_column",
         "max_new_tokens", "sample_temperature", "top_k", "top_p", "seed")  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """The fields of `Job` that the command uses, and --config FILE with any of them; the command line wins."""
-    parser.add_argument("--config", metavar="FILE", help="YAML of train's arguments, as a run's config.yaml")
-    parser.set_defaults(**{field.name: None for field in fields(Job)})
-    for field in (f for f in fields(Job) if command != "evaluate" or f.name in USED):
+def add_arguments(
+    parser: argparse.ArgumentParser, used: Sequence[str] | None = None, kind: type[Job] = Job,
+    words: dict[str, str] = HELP,
+) -> None:  # fmt: skip
+    """The fields of a kind of `Job` that a command uses, and --config FILE with any of them; the command line wins."""
+    parser.add_argument("--config", metavar="FILE", help="YAML of these arguments, as a run's config.yaml")
+    parser.set_defaults(**{field.name: None for field in fields(kind)})
+    for field in (f for f in fields(kind) if used is None or f.name in used):
         name, default = "--" + field.name.replace("_", "-"), field.default
-        help = HELP.get(field.name, field.name.replace("_", " "))
+        help = words.get(field.name, field.name.replace("_", " "))
         if default not in (None, "") and "default:" not in help:
             help += f" (default: {default})"
         if isinstance(default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
-            kind: Any = {"int | None": int, "int": int, "float": float}.get(str(field.type), str)
-            parser.add_argument(name, type=kind, default=None, help=help, metavar=str(kind.__name__).upper())
+            of: Any = {"int | None": int, "int": int, "float": float}.get(str(field.type), str)
+            parser.add_argument(name, type=of, default=None, help=help, metavar=str(of.__name__).upper())
 
 
-def job_of(args: argparse.Namespace) -> Job:
+def job_of(args: argparse.Namespace, kind: type[JobKind] = Job) -> JobKind:  # type: ignore[assignment]
     """The arguments over the YAML file over the defaults.
 
     Raises:
@@ -154,27 +162,46 @@ def job_of(args: argparse.Namespace) -> Job:
     settings: dict[str, Any] = {}
     if args.config:
         settings = yaml.safe_load(Path(args.config).read_text()) or {}
-        unknown = set(settings) - {f.name for f in fields(Job)}
+        unknown = set(settings) - {f.name for f in fields(kind)}
         if unknown:
             raise ValueError(f"{args.config} has unknown keys: {', '.join(sorted(unknown))}")
-    settings |= {f.name: getattr(args, f.name) for f in fields(Job) if getattr(args, f.name) is not None}
-    job = Job(**settings)
+    settings |= {f.name: getattr(args, f.name) for f in fields(kind) if getattr(args, f.name) is not None}
+    job = kind(**settings)
     if not job.teacher or not job.data:
         raise ValueError("--teacher and --data are needed")
     job.halves()
     return job
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Sixteen hex digits of a tokenizer's vocabulary."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def teacher_for(job: Job) -> tuple[Teacher, Any, Any]:
+    """A job's teacher, its tokenizer, and the configuration that text is tokenized for."""
+    if job.teacher.startswith(("http://", "https://")):
+        if not job.student:
+            raise ValueError("a server's teacher needs --student")
+        config = AutoConfig.from_pretrained(job.student)
+        tokenizer = AutoTokenizer.from_pretrained(job.tokenizer or job.student)
+        vocabulary = config.get_text_config().vocab_size
+        kept = Path(job.samples or job.out) / "endpoint"
+        return Served(Endpoint(job.teacher, vocabulary=vocabulary, k=job.k, store=kept), job.tail), tokenizer, config
+    teacher = teacher_of(job.teacher)
+    if isinstance(teacher, Stored):
+        teacher.tail = job.tail
+        tokenizer = AutoTokenizer.from_pretrained(job.tokenizer or teacher.store.folder / "tokenizer")
+        if tokenizer_hash(tokenizer) != teacher.store.key.get("tokenizer", tokenizer_hash(tokenizer)):
+            raise ValueError(f"{job.tokenizer} is not the tokenizer that {job.teacher} was made with")
+        return teacher, tokenizer, AutoConfig.from_pretrained(teacher.store.folder)
+    assert isinstance(teacher, InRoom)
+    return teacher, AutoTokenizer.from_pretrained(job.tokenizer or job.teacher), teacher.model.config
+
+
 def rank() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun and accelerate launch say."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def load_model(path: str | Path) -> Any:
-    """A causal or encoder–decoder model, by its configuration."""
-    config = AutoConfig.from_pretrained(path)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path)
 
 
 class Run:
@@ -192,14 +219,16 @@ class Run:
             held_out = pairs.select(range(len(pairs) - count, len(pairs)))
             pairs = pairs.select(range(max(1, len(pairs) - count)))
         self.references = held_out["target"][:]
-        self.tokenizer = AutoTokenizer.from_pretrained(job.teacher)
-        self.teacher = load_model(job.teacher).eval()
+        self.teacher, self.tokenizer, config = teacher_for(job)
+        self.model = self.teacher.model if isinstance(self.teacher, InRoom) else None
+        self.device = torch.device("cpu")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            if not getattr(self.teacher, "is_quantized", False):
-                self.teacher.cuda()
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            if isinstance(self.teacher, InRoom):
+                self.teacher.to(self.device)
         self.pairs, self.held_out = (
-            tokenize(rows, self.tokenizer, self.teacher, job.max_new_tokens) for rows in (pairs, held_out)
+            tokenize(rows, self.tokenizer, config, job.max_new_tokens) for rows in (pairs, held_out)
         )
 
     def start(self) -> None:
@@ -222,10 +251,21 @@ class Run:
         beams = "beam" in sources
         if not sources & {"teacher", "beam"} or self.job.online_teacher:
             return self.pairs
-        folder = Path(self.job.samples or self.folder) / ("teacher_beams" if beams else "teacher_samples")
-        store = TeacherSamples(folder, self.pairs[self.teacher_prompts()][:], self.job.sampling(beams),
-                               fingerprint(self.teacher), self.job.seed)  # fmt: skip
-        source = Server(self.job.vllm_url, self.job.teacher) if self.job.vllm_url else self.teacher
+        return self.pairs.add_column("sample_ids", self.drawn(beams).load())
+
+    def drawn(self, beams: bool) -> TeacherSamples:
+        """The teacher's stored samples or beams of the training pairs, all of them."""
+        name, sampling = "teacher_beams" if beams else "teacher_samples", self.job.sampling(beams)
+        folder, prompts = Path(self.job.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
+        if isinstance(self.teacher, Stored):
+            return TeacherSamples.kept(self.teacher.store.folder / name, prompts, sampling, self.job.seed)
+        source: Any = Server(self.job.vllm_url, self.job.teacher) if self.job.vllm_url else self.model
+        mark, settings = self.job.teacher, {}
+        if self.model is not None:
+            mark, settings = fingerprint(self.model), generation_settings(self.model, sampling)
+        elif source is None:
+            source = self.teacher.endpoint  # type: ignore[attr-defined]
+        store = TeacherSamples(folder, prompts, sampling, mark, self.job.seed, settings)
         if store.missing():
             with Progress(console=self.console) as bar:
                 task = bar.add_task("teacher samples", total=len(self.pairs))
@@ -233,15 +273,17 @@ class Run:
                     bar.update(task, completed=done)
             while store.missing():  # other ranks draw; no collective waits for hours
                 time.sleep(1)
-        return self.pairs.add_column("sample_ids", store.load())
+        return store
 
     def student(self) -> Any:
         """The student to start from, pre-distilled if asked."""
         job, made = self.job, self.folder / "predistilled"
         if (made / "config.json").exists():
             return load_model(str(made))
+        if self.model is None and (job.student_layers or job.predistill_steps):
+            raise ValueError("--student-layers and --predistill-steps need the teacher's own weights: give its folder")
         if job.student_layers:
-            student = copy_layers(self.teacher, *(int(n) for n in job.student_layers.split(",")))
+            student = copy_layers(self.model, *(int(n) for n in job.student_layers.split(",")))
         elif job.student:
             student = load_model(job.student).float()  # what the optimizer adds to is float32, also with --bf16
             check_vocabularies(AutoTokenizer.from_pretrained(job.student), self.tokenizer)
@@ -273,7 +315,7 @@ class Run:
                                   processing_class=self.tokenizer)  # fmt: skip
         trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
         if stage != "predistill" and job.evaluate_every:
-            trainer.add_callback(Measures(self.teacher, *self.held_out_rows(), self.tokenizer, job.sampling(),
+            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, job.sampling(),
                                           trainer.log))  # fmt: skip
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         weights = trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model, gathered
@@ -293,7 +335,7 @@ class Run:
 
     def measure(self, model: Any) -> dict[str, float]:
         """`metrics.evaluate` on the held-out pairs."""
-        return evaluate(model, self.teacher, *self.held_out_rows(), self.tokenizer, self.job.sampling(), self.job.seed)
+        return evaluate(model, self.model, *self.held_out_rows(), self.tokenizer, self.job.sampling(), self.job.seed)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -351,9 +393,11 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         run.train(student, run.samples(), job.divergence or job.method, job.steps, folder)
     if rank()[0]:
         return {}
-    student = load_model(folder).to(run.teacher.device)
-    results = {"method": job.name(), "parameters": student.num_parameters(),
-               "teacher_parameters": run.teacher.num_parameters(), **run.measure(student)}  # fmt: skip
+    student = load_model(folder).to(run.device)
+    results = {"method": job.name(), "parameters": student.num_parameters()}
+    if run.model is not None:
+        results["teacher_parameters"] = run.model.num_parameters()
+    results |= run.measure(student)
     results["seconds"] = time.perf_counter() - started
     plot(run.folder, job)
     write_report(run.folder, job, results)
@@ -370,14 +414,14 @@ def _disk_is_full(error: BaseException | None, job: Job) -> bool:
     return error is not None
 
 
-def command(work: Callable[[Job, Console], Any]) -> Callable[[argparse.Namespace], int]:
+def command(work: Callable[[Any, Console], Any], kind: type[Job] = Job) -> Callable[[argparse.Namespace], int]:
     """A command's exit status: 0; 2 with one line for bad input; 130 after Ctrl-C, to be gone on with."""
 
     def main(args: argparse.Namespace) -> int:
         console = Console(stderr=True, quiet=rank()[0] > 0)
-        job = Job()
+        job = kind()
         try:
-            job = job_of(args)
+            job = job_of(args, kind)
             with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
                 results = work(job, console)
         except KeyboardInterrupt:
@@ -414,7 +458,7 @@ def evaluate_student(job: Job, console: Console) -> dict[str, Any]:
         raise ValueError("--student is needed")
     run = Run(job, console)
     model = load_model(job.student)
-    return run.measure(model.to(next(run.teacher.parameters()).device))
+    return run.measure(model.to(run.device))
 
 
 WORK = {"train": train, "sample-teacher": sample_teacher, "evaluate": evaluate_student}

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..own import resolve
-from .models import IGNORE, Rows, forward_to_head, padded, rows_of, step_loss, unpadded, virtual_tokens
+from .models import IGNORE, Rows, forward_to_head, padded, step_loss, unpadded, virtual_tokens
 from .objectives import Half, method, mixture
 from .predistill import predistillation_loss
 from .sampling import Sampling, draw, special_tokens
+from .teachers import InRoom, Itself, KeepAverage, OfRows, teacher_of
 
 #: Which column has a source's sequences.
 COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
@@ -80,8 +81,9 @@ class FDistillConfig(TrainingArguments):
         return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
 
 
-def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -> dict[str, Tensor]:
-    """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there.
+def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -> dict[str, Any]:
+    """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there; and the
+    teachers' names.
 
     Raises:
         ValueError: no prompt_ids, an empty prompt, or an id beyond the vocabulary that student and teacher share.
@@ -91,11 +93,13 @@ def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -
         raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
     if not all(len(e["prompt_ids"]) for e in examples):
         raise ValueError("a prompt is empty: prompt_ids needs a token at least")
-    batch: dict[str, Tensor] = {}
+    batch: dict[str, Any] = {}
     for name in names:
         batch[name] = ids = padded([torch.as_tensor(e[name], dtype=torch.long) for e in examples], IGNORE)
         if vocabulary is not None and name != "teacher_prompt_ids" and ids.numel() and int(ids.max()) >= vocabulary:
             raise ValueError(f"{name} has the id {int(ids.max())}, but student and teacher share {vocabulary} ids")
+    if "teacher" in examples[0]:
+        batch["teacher"] = [str(e["teacher"]) for e in examples]
     return batch
 
 
@@ -127,7 +131,9 @@ class FDistillTrainer(Trainer):
 
     Args:
         model: the student, a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters.
-        teacher: the same kind; any dtype or device, quantised or not. It is never trained.
+        teacher: the same kind; any dtype or device, quantised or not. It is never trained. Or a path of one; a
+            `TeacherStore`, or its path, which knows the sequences it holds alone; an `Endpoint`; or of
+            `sequence.teachers` a `Mixture` of several, `OfRows`, whose teacher the column teacher names, or `Itself`.
         The rest: as `transformers.Trainer`.
     """
 
@@ -138,38 +144,65 @@ class FDistillTrainer(Trainer):
                  teacher_processing_class: Any = None, **trainer: Any):  # fmt: skip
         if processing_class is not None and teacher_processing_class is not None:
             check_vocabularies(processing_class, teacher_processing_class)
-        if teacher.config.is_encoder_decoder != model.config.is_encoder_decoder:
+        self.teacher = teacher_of(teacher)
+        if isinstance(self.teacher, Itself):
+            self.teacher.bind(model)
+        if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
         for name in ("train_dataset", "eval_dataset"):
             data = trainer.get(name)
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
                 raise ValueError(f"{name} is empty")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
-        self.teacher = teacher.eval().requires_grad_(False)
         self.halves, self.sampling = args.halves(), args.sampling()
+        self._check_teacher(trainer)
         self._kept: collections.deque[tuple[list[Tensor], list[Tensor], list[Tensor]]] = collections.deque()
         self._draws = True
         self._by_token = args.normalize == "token" or not self.halves
         self._items: dict[str, Tensor] = {}  # of a column, what an update's batches have on average
-        if not self.halves and (virtual_tokens(model) or virtual_tokens(self.teacher)):
+        if not self.halves and (virtual_tokens(model) or virtual_tokens(self.teacher.model)):  # type: ignore[attr-defined]
             raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
                              "the other side: pre-distil the model before it gets them")  # fmt: skip
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
-        self.vocabulary = min(m.config.get_text_config().vocab_size for m in (model, teacher))
+        self.vocabulary = min(model.config.get_text_config().vocab_size, self.teacher.vocabulary)
         trainer.setdefault("data_collator", functools.partial(collate, vocabulary=self.vocabulary))
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
-        if getattr(self.teacher, "hf_device_map", None) is None and not getattr(self.teacher, "is_quantized", False):
-            at = next(self.teacher.parameters()).device
-            if at.type == "cpu" and self.args.device.type != "cpu":
-                self.teacher.to(self.args.device)
+        if isinstance(self.teacher, InRoom):
+            self.teacher.to(self.args.device)
+        if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
+            self.add_callback(KeepAverage(self.teacher))
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
+    def _check_teacher(self, trainer: dict[str, Any]) -> None:
+        """Before any work: what the objective asks of the teacher, and what it cannot do.
+
+        Raises:
+            ValueError: pre-distillation without a model's hidden states; sequences that a store has never seen, or that
+                it would have to draw; a column for teachers' names that is not there, or that nobody reads.
+        """
+        if not self.halves and not isinstance(self.teacher, InRoom):
+            raise ValueError("predistill matches hidden states with those of a model that is at hand: give that model")
+        data = trainer.get("train_dataset")
+        columns = getattr(data, "column_names", None) or ()
+        compared = {half.source for half in self.halves if half.divergence is not None}
+        drawn = {half.source for half in self.halves} & {"teacher", "beam"}
+        if not self.teacher.anything and "student" in compared:
+            raise ValueError("the objective compares on the student's samples, which a store has never seen: take a "
+                             "teacher that is at hand, or an Endpoint")  # fmt: skip
+        if not self.teacher.anything and drawn and columns and "sample_ids" not in columns:
+            raise ValueError("the objective is on the teacher's samples, and a store draws none: give the data the "
+                             "column sample_ids")  # fmt: skip
+        if columns and ("teacher" in columns) != isinstance(self.teacher, OfRows):
+            raise ValueError("the column teacher names each example's teacher, of OfRows: give both, or neither")
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """The method's loss of one batch; in evaluation the KL on gold targets."""
         student = self._unwrapped(model)
+        if isinstance(self.teacher, OfRows):
+            self.teacher.choose(inputs.get("teacher", ()))
         prompts, gold = unpadded(inputs["prompt_ids"]), unpadded(inputs["labels"]) if "labels" in inputs else []
         teacher_prompts = unpadded(inputs["teacher_prompt_ids"]) if "teacher_prompt_ids" in inputs else prompts
         if not model.training:
@@ -177,7 +210,8 @@ class FDistillTrainer(Trainer):
             loss = self._half(Half("gold", resolve("kl")), model, *batch)
         elif self.args.method == "predistill" and self.args.divergence is None:
             self._sequences("gold", student, inputs, prompts, teacher_prompts, gold)
-            loss = predistillation_loss(student, self.teacher, prompts, gold, self.pad, wrapped=model,
+            assert isinstance(self.teacher, InRoom)
+            loss = predistillation_loss(student, self.teacher.model, prompts, gold, self.pad, wrapped=model,
                                         counts=(self._items["prompt_ids"], self._items["labels"]))  # fmt: skip
         else:
             loss = torch.zeros((), device=self.args.device)
@@ -224,7 +258,7 @@ class FDistillTrainer(Trainer):
         if "sample_ids" in inputs:
             return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
         beams = Sampling(self.sampling.max_new_tokens, beams=4)
-        made = draw(self.teacher, teacher_prompts, beams if source == "beam" else self.sampling, None, self.vocabulary)
+        made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
         return prompts, teacher_prompts, [row.to(prompts[0].device) for row in made]
 
     def _half(
@@ -232,12 +266,10 @@ class FDistillTrainer(Trainer):
     ) -> Tensor:
         student = self._unwrapped(model)
         options: dict[str, Any] = dict(pack=self.args.pack and not student.config.is_encoder_decoder)
-        teacher: Rows | None = None
+        teacher = None
         if half.divergence is not None:
-            at = next(self.teacher.parameters()).device
-            moved, continued = ([x.to(at) for x in rows] for rows in (teacher_prompts, continuations))
-            with torch.no_grad():
-                teacher, _ = rows_of(self.teacher, moved, continued, self.pad, **options)
+            device = next(student.parameters()).device
+            teacher = self.teacher.rows(teacher_prompts, continuations, device, **options)
         items = self._items.get(COLUMNS.get(half.source, "") if self._by_token else "prompt_ids")
         items = items if model.training else None  # in evaluation, and where no count is known, of this batch
 
@@ -257,7 +289,7 @@ class FDistillTrainer(Trainer):
             return sum((p.sum() for p in student.parameters() if p.requires_grad), loss.new_zeros(())) * 0.0
         path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({k: v.cpu() for k, v in inputs.items()}, path)
+        torch.save({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, path)
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {step}; its batch is in {path} (on_nan='skip' goes on)"
         )

@@ -1,0 +1,426 @@
+"""What may stand in a teacher's place: a model, a store of what one said, a server, several of them, or the student.
+
+Each gives the rows that a batch's steps are compared with, and some draw sequences too:
+
+    rows(prompts, continuations, device, pack) -> TeacherRows      draw(prompts, sampling, vocabulary) -> continuations
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .. import products
+from ..backends.rows import capped
+from ..sparse import TopK
+from ..teachers import Endpoint, TeacherStore
+from ..values import Hidden, RowFunction
+from .models import TeacherRows, load_model, of_model, rows_of
+from .sampling import Sampling, draw, special_tokens
+
+
+class Teacher(Protocol):
+    """A teacher as the trainer asks it.
+
+    Attributes:
+        vocabulary: how many ids it knows.
+        encoder_decoder: which kind of model it is.
+        anything: whether it has rows for sequences that nobody has shown it before, such as the student's samples.
+    """
+
+    vocabulary: int
+    encoder_decoder: bool
+    anything: bool
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """The rows of a batch's continuations, one after the other."""
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """A continuation of each prompt."""
+
+
+def teacher_of(given: Any) -> Teacher:
+    """A teacher of a model, a path (of a store, or a model's folder or hub name), a store, an endpoint or a list.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(given, (str, Path)):
+        is_store = (Path(given) / "manifest.json").exists() and (Path(given) / "shards").exists()
+        return teacher_of(TeacherStore(given) if is_store else load_model(given))
+    if isinstance(given, TeacherStore):
+        return Stored(given)
+    if isinstance(given, Endpoint):
+        return Served(given)
+    if isinstance(given, (InRoom, Stored, Served, Mixture, OfRows, Itself)):
+        return given
+    if isinstance(given, torch.nn.Module) and hasattr(given, "config"):
+        return InRoom(given)
+    raise TypeError(
+        f"a teacher is a Hugging Face model, a path, a TeacherStore, an Endpoint, Mixture, OfRows or Itself, not "
+        f"{type(given).__name__}"
+    )
+
+
+class InRoom:
+    """A model beside the student, of any dtype or device, quantised or not. It is never trained."""
+
+    anything = True
+
+    def __init__(self, model: Any):
+        self.model = model.eval().requires_grad_(False)
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    def to(self, device: torch.device) -> None:
+        """Moves it where the student is, unless it has been given a place."""
+        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
+            at = next(self.model.parameters()).device
+            if at.type == "cpu" and device.type != "cpu":
+                self.model.to(device)
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """As `Teacher.rows`."""
+        at = next(self.model.parameters()).device
+        moved, continued = ([x.to(at) for x in rows] for rows in (prompts, continuations))
+        with torch.no_grad():
+            found, _ = rows_of(self.model, moved, continued, _pad(self.model), pack=pack)
+        return of_model(found, device)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """As `Teacher.draw`."""
+        return draw(self.model, prompts, sampling, None, vocabulary)
+
+
+class Stored:
+    """A `TeacherStore`: the teacher's weights need not be there. It knows the sequences it holds alone.
+
+    Args:
+        tail: of a store of top-k lists, as in `TopK`.
+    """
+
+    anything = False
+
+    def __init__(self, store: TeacherStore, tail: str = "bucket"):
+        self.store, self.tail, self.vocabulary = store, tail, store.vocabulary
+        self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """As `Teacher.rows`."""
+        found = self.store.targets([p.tolist() for p in prompts], [c.tolist() for c in continuations], tail=self.tail)
+        return TeacherRows(_moved(found, device), self.vocabulary)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """Refused: there is nothing to draw with."""
+        raise ValueError(
+            f"the teacher is the store {self.store.folder}, which draws nothing: give the data the column sample_ids, "
+            "or take a teacher that is at hand"
+        )
+
+
+class Served:
+    """An `Endpoint`: a server scores any sequence by its top-k list, or by its hidden states."""
+
+    anything, encoder_decoder = True, False
+
+    def __init__(self, endpoint: Endpoint, tail: str = "bucket"):
+        self.endpoint, self.tail, self.vocabulary = endpoint, tail, endpoint.vocabulary
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """As `Teacher.rows`."""
+        asked = [p.tolist() for p in prompts], [c.tolist() for c in continuations]
+        return TeacherRows(_moved(self.endpoint.targets(*asked, tail=self.tail), device), self.vocabulary)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """As `Teacher.draw`; the seed of a batch is torch's generator's next number."""
+        seed = int(torch.randint(2**31, ()))
+        return self.endpoint.draw([p.cpu() for p in prompts], sampling, seed)
+
+
+class Mixture:
+    """Several teachers as one, by weights: ``p = Σ w p_i``, or with geometric ``p ∝ Π p_i^w``.
+
+    Args:
+        teachers: whatever `teacher_of` takes, of one vocabulary or padded; the shared part counts.
+        weights: positive, as many; they are scaled to a sum of 1. Default: equal.
+        geometric: as above. The mixture is of the distributions at temperature 1; the loss tempers it.
+
+    Raises:
+        ValueError: weights that do not fit, causal teachers beside encoder–decoder ones; when rows are asked for, a
+            teacher that knows a list of ids alone, whose mixture with others is none.
+    """
+
+    def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None, geometric: bool = False):
+        self.teachers = [teacher_of(t) for t in teachers]
+        weights = [1.0] * len(self.teachers) if weights is None else list(weights)
+        if not self.teachers or len(weights) != len(self.teachers) or not all(0 < w < math.inf for w in weights):
+            raise ValueError(f"a Mixture needs a positive weight for each of {len(self.teachers)} teachers: {weights}")
+        self.weights, self.geometric = [w / sum(weights) for w in weights], geometric
+        self.vocabulary, self.encoder_decoder = _alike(self.teachers)
+        self.anything = all(t.anything for t in self.teachers)
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """As `Teacher.rows`."""
+        of_each = [logits_function(t.rows(prompts, continuations, device, pack), device) for t in self.teachers]
+
+        @torch.no_grad()
+        def logits(begin: int, end: int) -> Tensor:
+            logs = [f(begin, end)[:, : self.vocabulary].float().log_softmax(-1) for f in of_each]
+            if self.geometric:
+                return sum(w * x for w, x in zip(self.weights, logs, strict=True))  # type: ignore[return-value]
+            return torch.stack([x + math.log(w) for w, x in zip(self.weights, logs, strict=True)]).logsumexp(0)
+
+        return TeacherRows(logits, self.vocabulary)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """Each prompt's continuation by one of the teachers, drawn by the weights: of the mixture of sequences."""
+        if self.geometric:
+            raise ValueError("a geometric Mixture draws nothing: give the data the column sample_ids")
+        chosen = torch.multinomial(torch.tensor(self.weights), len(prompts), replacement=True).tolist()
+        return _by_teacher(self.teachers, chosen, prompts, sampling, vocabulary)
+
+
+class OfRows:
+    """A teacher for each example, named by its column `teacher`: OfRows({"math": ..., "code": ...})."""
+
+    def __init__(self, teachers: dict[str, Any]):
+        if not teachers:
+            raise ValueError("OfRows needs a teacher at least")
+        self.teachers = {str(name): teacher_of(t) for name, t in teachers.items()}
+        self.vocabulary, self.encoder_decoder = _alike(list(self.teachers.values()))
+        self.anything = all(t.anything for t in self.teachers.values())
+        self.names: list[str] = []  # of the batch's examples
+
+    def choose(self, names: Sequence[str]) -> None:
+        """The teachers of the next batch's examples.
+
+        Raises:
+            ValueError: one that is not known.
+        """
+        unknown = [n for n in names if n not in self.teachers]
+        if unknown:
+            raise ValueError(f"an example names the teacher {unknown[0]!r}; known: {', '.join(self.teachers)}")
+        self.names = list(names)
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """As `Teacher.rows`: each teacher's own are made at once, and put where its examples are."""
+        if len(self.names) != len(prompts):
+            raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
+        lengths = torch.tensor([len(c) for c in continuations])
+        owner = torch.empty(int(lengths.sum()), dtype=torch.long)
+        place, functions = torch.empty_like(owner), []
+        starts = lengths.cumsum(0) - lengths
+        for i, (name, teacher) in enumerate(self.teachers.items()):
+            mine = [n for n, known in enumerate(self.names) if known == name]
+            at = torch.cat([owner.new_empty(0), *(torch.arange(int(lengths[n])) + starts[n] for n in mine)])
+            owner[at], place[at] = i, torch.arange(len(at))
+            if mine:
+                rows = teacher.rows([prompts[n] for n in mine], [continuations[n] for n in mine], device, pack)
+            functions.append(logits_function(rows, device) if mine else None)
+        return TeacherRows(_interleaved(functions, owner, place, self.vocabulary), self.vocabulary)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """As `Teacher.draw`."""
+        order = list(self.teachers)
+        teachers = list(self.teachers.values())
+        return _by_teacher(teachers, [order.index(n) for n in self.names], prompts, sampling, vocabulary)
+
+
+def _interleaved(functions: list[Any], owner: Tensor, place: Tensor, vocabulary: int) -> RowFunction:
+    """Rows of several functions: row n is the owner's row at place."""
+
+    @torch.no_grad()
+    def logits(begin: int, end: int) -> Tensor:
+        out: Tensor | None = None
+        for i, function in enumerate(functions):
+            here = (owner[begin:end] == i).nonzero().squeeze(1)
+            if not len(here):
+                continue
+            places = place[begin:end][here]  # one after the other, since examples keep their order
+            made = function(int(places[0]), int(places[-1]) + 1)[:, :vocabulary].float()
+            out = made.new_empty(end - begin, vocabulary) if out is None else out
+            out[here.to(out.device)] = made
+        assert out is not None
+        return out
+
+    return logits
+
+
+class Itself:
+    """The student as its own teacher (self-distillation): seen with the example's teacher_prompt_ids, or as the moving
+    average of its weights.
+
+    Args:
+        decay: of the average after each update, ``a ← decay·a + (1 − decay)·weights``, kept in the checkpoints; None:
+            the student as it is.
+
+    Raises:
+        ValueError: decay is outside (0, 1).
+    """
+
+    anything = True
+
+    def __init__(self, decay: float | None = None):
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), not {decay!r}")
+        self.decay = decay
+        self.student: Any = None
+        self.average: Any = None
+        self.vocabulary, self.encoder_decoder = 0, False
+
+    def bind(self, student: Any) -> None:
+        """The student that it is."""
+        self.student = student
+        self.vocabulary = student.config.get_text_config().vocab_size
+        self.encoder_decoder = bool(student.config.is_encoder_decoder)
+        if self.decay is not None:
+            self.average = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @property
+    def model(self) -> Any:
+        """What speaks as the teacher."""
+        return self.student if self.average is None else self.average
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an update of the student."""
+        if self.average is None:
+            return
+        assert self.decay is not None and self.student is not None
+        for mine, theirs in zip(self.average.state_dict().values(), self.student.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs.to(mine), 1 - self.decay)
+            else:
+                mine.copy_(theirs)
+
+    def rows(
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
+    ) -> TeacherRows:
+        """As `Teacher.rows`: without dropout, and without a graph."""
+        model, training = self.model, self.model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack)
+        finally:
+            model.train(training)
+        if found.head is not None:
+            found = found._replace(
+                head=found.head._replace(
+                    weight=found.head.weight.detach(),
+                    bias=None if found.head.bias is None else found.head.bias.detach(),
+                )
+            )
+        return of_model(found, device)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """As `Teacher.draw`."""
+        return draw(self.model, prompts, sampling, None, vocabulary)
+
+
+class KeepAverage(TrainerCallback):
+    """Moves `Itself`'s average after each update, and keeps it in the checkpoints."""
+
+    FILE = "average.safetensors"
+
+    def __init__(self, teacher: Itself):
+        self.teacher = teacher
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Goes on from the checkpoint's average."""
+        from safetensors.torch import load_model as load_weights
+
+        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE
+        if state.global_step and path.exists() and self.teacher.average is not None:
+            load_weights(self.teacher.average, str(path))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each update."""
+        self.teacher.update()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Beside the trainer's own files."""
+        from safetensors.torch import save_model as save_weights
+
+        if state.is_world_process_zero and self.teacher.average is not None:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            save_weights(self.teacher.average, str(folder / self.FILE))
+
+
+def _pad(model: Any) -> int:
+    """An id for what attention masks out; of a model that cannot generate, any."""
+    try:
+        return special_tokens(model)[0]
+    except ValueError:
+        return 0
+
+
+def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
+    """A teacher's rows as a function of a range.
+
+    Raises:
+        ValueError: rows of a list of ids, which has no logits for the others.
+    """
+    value = rows.value
+    if isinstance(value, TopK):
+        raise ValueError("one of several teachers knows lists of ids alone: a mixture needs whole distributions, of "
+                         "models or of stores of hidden states")  # fmt: skip
+    if isinstance(value, Hidden):
+        states, head = value
+
+        @torch.no_grad()
+        def logits(begin: int, end: int) -> Tensor:
+            out = states.new_empty(end - begin, head.weight.shape[0])
+            products.logits_(states[begin:end], head, out)
+            return capped(out.float(), head.softcap).to(device)
+
+        return logits
+    return value
+
+
+def _by_teacher(
+    teachers: Sequence[Teacher], chosen: Sequence[int], prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int
+) -> list[Tensor]:
+    """Continuations of prompts, each by the teacher of its number."""
+    made: list[Any] = [None] * len(prompts)
+    for i, teacher in enumerate(teachers):
+        mine = [n for n, owner in enumerate(chosen) if owner == i]
+        for n, row in zip(mine, teacher.draw([prompts[n] for n in mine], sampling, vocabulary) if mine else (),
+                          strict=True):  # fmt: skip
+            made[n] = row
+    return made
+
+
+def _alike(teachers: Sequence[Teacher]) -> tuple[int, bool]:
+    """The vocabulary that they share, and which kind they are."""
+    if len({t.encoder_decoder for t in teachers}) > 1:
+        raise ValueError("the teachers must all be causal, or all encoder–decoder")
+    return min(t.vocabulary for t in teachers), teachers[0].encoder_decoder
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A list or hidden states on a device."""
+    if isinstance(value, TopK):
+        return value._replace(ids=value.ids.to(device), log_probs=value.log_probs.to(device))
+    states, head = value
+    bias = None if head.bias is None else head.bias.to(device)
+    return Hidden(states.to(device), head._replace(weight=head.weight.to(device), bias=bias))

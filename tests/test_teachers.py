@@ -1,0 +1,341 @@
+"""Teachers that are not in the room: the trainer and the command with a store, a server, several teachers, or itself."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import fdistill_kernels as fk
+from fdistill_kernels import cli
+from fdistill_kernels.sequence import build
+from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
+from fdistill_kernels.sequence.sampling import Sampling
+from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
+
+from .test_run import make_files
+from .test_sequence import EOS, bart, batch, gpt2, llama
+from .test_trainer import data, trainer
+
+CPU = torch.device("cpu")
+
+
+def stored(folder, teacher, rows, **settings):
+    """A store of every sequence of some examples."""
+    room = InRoom(teacher)
+    made = dict(kind="hidden", states="float32", vocabulary=room.vocabulary, key={"teacher": "t"},
+                extra={"encoder_decoder": room.encoder_decoder}) | settings  # fmt: skip
+    head = room.rows([torch.tensor([3])], [torch.tensor([4])], CPU).value.head
+    store = fk.TeacherStore.create(folder, head=head if made["kind"] == "hidden" else None, **made)
+    with store.writer() as writer:
+        for row in rows:
+            for name in {"labels", "sample_ids"} & row.keys():
+                prompt, continuation = row.get("teacher_prompt_ids", row["prompt_ids"]), row[name]
+                found = room.rows([torch.tensor(prompt)], [torch.tensor(continuation)], CPU)
+                if made["kind"] == "hidden":
+                    writer.add(prompt, continuation, found.value.states)
+                else:
+                    logits = logits_function(found, CPU)(0, len(continuation))
+                    writer.add(prompt, continuation, fk.top_k_of(logits, made["k"]))
+    return fk.TeacherStore(folder)
+
+
+def weights_after(run):
+    run.train()
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()]), run.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda seed: llama(seed=seed), lambda seed: bart(seed=seed)], ids=["causal", "seq2seq"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", ["kl", "js", "rkl"])
+def test_a_store_of_exact_states_is_the_teacher_in_the_room(divergence, dtype, make, tmp_path):
+    """Bit for bit, also of a loss that nobody thought of when the store was made; batches of one, as it was built."""
+    teacher = make(2).to(dtype)
+    rows = data(sample_ids=[[3, 4, 5, EOS], [3, EOS], [EOS], [5, EOS]] * 2)
+    store = stored(tmp_path / "store", teacher, [*rows, *data(4)], states=str(dtype).removeprefix("torch."))
+    settings = dict(divergence=divergence, shares={"teacher": 0.5, "gold": 0.5}, max_steps=4, temperature=1.3,
+                    per_device_train_batch_size=1, per_device_eval_batch_size=1)  # fmt: skip
+    results = [
+        weights_after(trainer(tmp_path / "run", make(1), t, rows, **settings))
+        for t in (teacher, store, str(tmp_path / "store"))
+    ]
+    for weights, loss in results[1:]:
+        assert torch.equal(weights, results[0][0]) and loss == results[0][1]
+
+
+@pytest.mark.parametrize("settings", [dict(states="bfloat16"), dict(states="int8"), dict(rank=12, states="float32"),
+                                      dict(kind="top_k", k=60), dict(kind="top_k", k=40, log_probs="uint8")], ids=str)  # fmt: skip
+def test_what_a_store_keeps_in_fewer_bits_is_near(settings, tmp_path):
+    teacher, rows = llama(seed=2), data()
+    room = stored(tmp_path / "store", teacher, [*rows, *data(4)], **settings)
+    run = dict(divergence="js", shares={"gold": 1.0}, max_steps=4, optim="sgd")
+    start = torch.cat([p.detach().flatten() for p in llama(seed=1).parameters()])
+    one, loss = weights_after(trainer(tmp_path, llama(seed=1), teacher, rows, **run))
+    other, near = weights_after(trainer(tmp_path, llama(seed=1), room, rows, **run))
+    least = 0.5 if "rank" in settings or settings.get("k") == 40 else 0.05  # that keeps a part of the teacher alone
+    assert float((one - other).norm() / (one - start).norm()) < least
+    assert near == pytest.approx(loss, rel=least)
+
+
+def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
+    teacher, rows = llama(seed=2), data()
+    store = stored(tmp_path / "store", teacher, rows)
+    for words, settings in {
+        "student's samples, which a store has never seen": dict(method="rkl"),
+        "predistill matches hidden states": dict(method="predistill"),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path, llama(seed=1), store, rows, **settings)
+    with pytest.raises(ValueError, match="must both be causal"):
+        trainer(tmp_path, bart(), store, rows, method="mle")
+    run = trainer(tmp_path, llama(seed=1), store, data(8, sample_ids=[[7, 7, EOS]] * 8), method="kl")
+    with pytest.raises(ValueError, match="sequences are not in the store"):
+        run.train()
+    with pytest.raises(ValueError, match="draws nothing"):
+        Stored(store).draw([torch.tensor([3])], Sampling(4), 60)
+    with pytest.raises(TypeError, match="a teacher is a Hugging Face model, a path"):
+        teacher_of(3)
+
+
+def dense(teacher, prompts, targets):
+    return logits_function(teacher.rows(prompts, targets, CPU), CPU)(0, sum(map(len, targets)))
+
+
+def test_mixtures(tmp_path):
+    one, other = llama(seed=2), gpt2(60, seed=3)
+    prompts, targets = batch()
+    p, q = (dense(InRoom(m), prompts, targets).log_softmax(-1).double() for m in (one, other))
+    mixed = dense(Mixture([one, other], [3, 1]), prompts, targets).double().softmax(-1)
+    torch.testing.assert_close(mixed, 0.75 * p.exp() + 0.25 * q.exp(), rtol=1e-4, atol=1e-6)
+    geometric = dense(Mixture([one, other], [3, 1], geometric=True), prompts, targets).double().softmax(-1)
+    torch.testing.assert_close(geometric, (0.75 * p + 0.25 * q).softmax(-1), rtol=1e-4, atol=1e-6)
+    store = stored(tmp_path / "store", other, [*data(), *data(4)])
+    both = dense(Mixture([one, store], [3, 1]), *batch(n=8)).softmax(-1)
+    torch.testing.assert_close(
+        both, dense(Mixture([one, other], [3, 1]), *batch(n=8)).softmax(-1), rtol=1e-4, atol=1e-6
+    )
+    assert trainer(tmp_path, llama(seed=1), Mixture([one, store]), method="kl", divergence="js").train()
+    alone = [weights_after(trainer(tmp_path, llama(seed=1), t, divergence="js"))[0] for t in (one, Mixture([one]))]
+    torch.testing.assert_close(*alone, rtol=1e-3, atol=1e-4)
+    trainer(tmp_path, llama(seed=1), Mixture([one, other]), method="tvd").train()  # it draws, too
+    for words, make in {
+        "a positive weight for each of 2": lambda: Mixture([one, other], [1]),
+        "must all be causal": lambda: Mixture([one, bart()]),
+        "knows lists of ids alone": lambda: dense(
+            Mixture([one, stored(tmp_path / "k", one, data(), kind="top_k", k=3)]), *batch(n=8)
+        ),
+        "draws nothing": lambda: Mixture([one, other], geometric=True).draw([], Sampling(2), 60),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_a_teacher_for_each_example(tmp_path):
+    teachers = {"a": llama(seed=2), "b": gpt2(60, seed=3)}
+    names = ["a", "b", "b", "a", "b", "a", "a", "b"]
+    prompts, targets = batch(n=8)
+    both = OfRows(teachers)
+    both.choose(names)
+    found = dense(both, prompts, targets)
+    for n, (name, logits) in enumerate(zip(names, found.split([len(t) for t in targets]), strict=True)):
+        torch.testing.assert_close(
+            logits, dense(InRoom(teachers[name]), prompts[n : n + 1], targets[n : n + 1]), rtol=1e-4, atol=1e-5
+        )
+    rows = [{**row, "teacher": name} for row, name in zip(data(), names, strict=True)]
+    trainer(tmp_path, llama(seed=1), OfRows(teachers), rows, divergence="js").train()
+    trainer(tmp_path, llama(seed=1), OfRows(teachers), rows, method="tvd").train()
+    of_one = [{**row, "teacher": "a"} for row in data()]
+    results = [weights_after_without_evaluation(trainer(tmp_path, llama(seed=1), t, r, divergence="js"))
+               for t, r in ((OfRows(teachers), of_one), (teachers["a"], data()))]  # fmt: skip
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="names the teacher 'c'; known: a, b"):
+        trainer(
+            tmp_path, llama(seed=1), OfRows(teachers), [{**r, "teacher": "c"} for r in data()], divergence="js"
+        ).train()
+
+
+def weights_after_without_evaluation(run):
+    run.train()
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def test_the_student_as_its_own_teacher(tmp_path):
+    """With a longer prompt, whose knowledge it takes over; and as its own average, which a checkpoint keeps."""
+    longer = [[7, 8, 9, *row["prompt_ids"]] for row in data()]
+    rows = data(teacher_prompt_ids=longer)
+    student = llama(seed=1)
+    run = trainer(tmp_path, student, Itself(), rows, divergence="kl", max_steps=20)
+    apart = []
+    for _ in range(2):
+        with torch.no_grad():
+            model = run.model.eval()
+            prompts, targets = batch(n=8)
+            theirs, _ = rows_of(model, [torch.tensor(p) for p in longer], targets, EOS)
+            apart.append(
+                float(
+                    forward_to_head(model, prompts, targets, EOS, lambda r, t=theirs: step_loss(r, t, fk.TABLE["kl"]))[
+                        0
+                    ]
+                )
+            )
+        if len(apart) == 1:
+            run.train()
+    assert apart[1] < 0.7 * apart[0]
+    results = []
+    for stops in ([4], [2, 4]):
+        student = llama(seed=1)
+        for i, stop in enumerate(stops):
+            own = Itself(decay=0.5)
+            run = trainer(tmp_path / str(len(stops)), student, own, rows, divergence="kl", max_steps=stop,
+                          save_strategy="steps", save_steps=2, lr_scheduler_type="constant")  # fmt: skip
+            run.train(resume_from_checkpoint=bool(i))
+            student = run.model
+        results.append([torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (student, own.average)])
+        assert not torch.equal(*results[-1])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="decay must be in"):
+        Itself(1.5)
+
+
+def test_lists_and_rows_are_compared_alike():
+    student, teacher = llama(seed=1), llama(seed=2)
+    prompts, targets = batch()
+    with torch.no_grad():
+        theirs = InRoom(teacher).rows(prompts, targets, CPU)
+    whole = fk.top_k_of(theirs.value, 60)
+
+    def loss(of, name):
+        return float(
+            forward_to_head(student, prompts, targets, EOS, lambda rows: step_loss(rows, of, fk.TABLE[name]))[0]
+        )
+
+    for name in ("js", "rkl", "dkd", "akl"):
+        wanted = loss(theirs, name)
+        assert loss(TeacherRows(whole, 60), name) == pytest.approx(wanted, rel=1e-4)
+        assert loss(TeacherRows(lambda a, b: logits_function(theirs, CPU)(a, b), 60), name) == pytest.approx(
+            wanted, rel=1e-5
+        )
+        assert isinstance(rows_of(teacher, prompts, targets, EOS)[0], Rows)
+
+
+@pytest.fixture(scope="module")
+def causal_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer: PreTrainedTokenizerFast = make_files(folder)
+    for name, seed in (("causal", 2), ("student", 1)):
+        model = llama(len(tokenizer), seed=seed)
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def command(*arguments, expect=0):
+    assert cli.main([str(a) for a in arguments]) == expect
+
+
+COMMON = ("--max-new-tokens", "8", "--eval-pairs", "5", "--limit", "20")
+
+
+def build_store(files, out, *more, teacher="causal"):
+    command("teacher", "build", "--teacher", files / teacher, "--data", files / "pairs.tsv", "--out", out, "--states",
+            "float32", *COMMON, *more)  # fmt: skip
+
+
+def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
+    store, run = tmp_path / "store", tmp_path / "run"
+    build_store(causal_files, store, "--json")
+    made = json.loads(capsys.readouterr().out)
+    assert made["sequences"] >= 20 and made["kind"] == "hidden" and made["damaged"] == {}
+    assert made["bytes_per_token"] < 4 * 16 + 60  # the states of 16 floats, and the ids
+    asked = []
+    original = InRoom.rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InRoom, "rows", lambda self, *a, **k: (asked.append(len(a[0])), original(self, *a, **k))[1])
+        build_store(causal_files, store, "--json")
+    assert sum(asked) <= 1  # all but the head's probe is there
+    capsys.readouterr()
+    command("teacher", "inspect", store, "--plot", tmp_path / "lengths.png")
+    assert "bytes_per_token" in capsys.readouterr().out and (tmp_path / "lengths.png").stat().st_size > 1000
+    command("teacher", "verify", store, "--teacher", causal_files / "causal", "--json")
+    held = json.loads(capsys.readouterr().out)
+    assert held["compared"] == 16 and held["kl_largest"] < 1e-5 and held["damaged"] == {}
+    command("teacher", "verify", store, "--teacher", causal_files / "student", expect=2)
+    assert "has the fingerprint" in capsys.readouterr().err
+    settings = ("--student", causal_files / "student", "--data", causal_files / "pairs.tsv", *COMMON, "--steps", "3",
+                "--warmup-steps", "1", "--method", "kl", "--json")  # fmt: skip
+    results = []
+    hidden = shutil.move(causal_files / "causal", tmp_path / "moved")  # the teacher's weights are not there
+    command("train", "--teacher", store, "--out", run, *settings)
+    results.append(json.loads(capsys.readouterr().out))
+    shutil.move(hidden, causal_files / "causal")
+    command(
+        "train",
+        "--teacher",
+        causal_files / "causal",
+        "--out",
+        tmp_path / "room",
+        "--samples",
+        tmp_path / "room",
+        *settings,
+    )
+    results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-3)
+    assert "likelihood_risk" in results[1] and "likelihood_risk" not in results[0]
+    students = [AutoModelForCausalLM.from_pretrained(folder / "student") for folder in (run, tmp_path / "room")]
+    for one, other in zip(*(s.parameters() for s in students), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    command("train", "--teacher", store, "--student-layers", "1", "--data", causal_files / "pairs.tsv", "--out",
+            tmp_path / "none", *COMMON, "--method", "kl", expect=2)  # fmt: skip
+    assert "need the teacher's own weights" in capsys.readouterr().err
+    shard = next((store / "shards").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    command("teacher", "verify", store, expect=1)
+    assert shard.name in capsys.readouterr().out
+
+
+def test_the_command_with_lists_and_an_encoder_decoder_teacher(causal_files, tmp_path, capsys):
+    store = tmp_path / "store"
+    build_store(causal_files, store, "--kind", "top_k", "--k", "300", "--json", teacher="teacher")
+    assert json.loads(capsys.readouterr().out)["mass"]["256"] > 0.9
+    command("teacher", "inspect", store, "--plot", tmp_path / "mass.png", "--json")
+    assert (tmp_path / "mass.png").exists()
+    bart(300, 2, 1, seed=5).save_pretrained(tmp_path / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(causal_files / "teacher" / name, tmp_path / "student" / name)
+    capsys.readouterr()
+    command("train", "--teacher", store, "--student", tmp_path / "student", "--data", causal_files / "pairs.tsv", "--out",
+            tmp_path / "run", *COMMON, "--steps", "2", "--method", "kl", "--tail", "within", "--json")  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    command("teacher", "build", "--teacher", causal_files / "teacher", "--data", causal_files / "pairs.tsv", "--out",
+            store, *COMMON, "--kind", "top_k", "--k", "5", expect=2)  # fmt: skip
+    assert "k" in capsys.readouterr().err
+
+
+def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):
+    """rkl, on sequences that no store has seen; the second run asks the server for nothing that the first did."""
+    server = build.server(str(causal_files / "causal"), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        model = InRoom(AutoModelForCausalLM.from_pretrained(causal_files / "causal"))
+        prompts, targets = [torch.tensor([5, 6, 7])], [torch.tensor([8, 9, 10])]
+        with fk.Endpoint(url, vocabulary=model.vocabulary, k=model.vocabulary) as endpoint:
+            found = endpoint.targets(prompts, targets)
+            log_p = dense(model, prompts, targets).log_softmax(-1)
+            torch.testing.assert_close(found.log_probs.float(), log_p.gather(1, found.ids), rtol=0, atol=2e-3)
+            drawn = endpoint.draw(prompts, Sampling(6), 3)
+            assert len(drawn) == 1 and 1 <= len(drawn[0]) <= 6
+        command("train", "--teacher", url, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv",
+                "--out", tmp_path / "run", *COMMON, "--steps", "2", "--method", "rkl", "--k", "50", "--json")  # fmt: skip
+        results = json.loads(capsys.readouterr().out)
+        assert results["perplexity"] > 1
+        assert len(fk.TeacherStore(tmp_path / "run" / "endpoint")) > 5
+    finally:
+        server.shutdown()
+        server.server_close()
