@@ -95,7 +95,7 @@ def sample_of(
         drawn = torch.multinomial(log_pi.exp(), draws, True, generator=generator).sort(1).values
         first = torch.ones_like(drawn, dtype=torch.bool)
         first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-        counts = (drawn.unsqueeze(2) == drawn.unsqueeze(1)).sum(2)
+        counts = torch.searchsorted(drawn, drawn, right=True) - torch.searchsorted(drawn, drawn)  # a row is sorted
         weights = counts / (draws * log_pi.gather(1, drawn).exp())
         found.append((torch.where(first, drawn, -1), log_p.gather(1, drawn), torch.where(first, weights, 0)))
     ids, log_probs, weights = (torch.cat(x).view(*shape[:-1], -1) for x in zip(*found, strict=True))
