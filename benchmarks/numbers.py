@@ -58,13 +58,23 @@ class Numbers:
         return text
 
     def of(self, name: str, key: str, form: str = ".2f", unit: float = 1, **what: Any) -> str:
-        """One number of the one entry of a GPU's results that is of `what`, in units of its own, formatted; "failed"
+        """One number of the one entry of a list of results that is of `what`, in units of its own, formatted; "failed"
         where it has none.
         """
-        (entry,) = (r for r in self.file(name)["results"] if all(r.get(k) == v for k, v in what.items()))
-        if key not in entry:
-            return "failed"
-        text = format(entry[key] / unit, form)
+        entry = self._entry(name, key, what)
+        return "failed" if key not in entry else self._read(name, key, what, format(entry[key] / unit, form))
+
+    def each(self, name: str, key: str, form: str, **what: Any) -> list[str]:
+        """The same of an entry's several numbers."""
+        return [self._read(name, key, what, format(x, form)) for x in self._entry(name, key, what)[key]]
+
+    def _entry(self, name: str, key: str, what: dict[str, Any]) -> Any:
+        content = self.file(name)
+        lists = (content.get(n, []) for n in ("results", "cases", "lists", "states"))
+        (entry,) = (r for entries in lists for r in entries if all(r.get(k) == v for k, v in what.items()))
+        return entry
+
+    def _read(self, name: str, key: str, what: dict[str, Any], text: str) -> str:
         self.read.append((text, RESULTS + name, " / ".join([*map(str, what.values()), key])))
         return text
 
@@ -232,9 +242,94 @@ def gpu_linear(number: Numbers) -> str:
     return table(header, [line(shown, *found) for shown, found in whose.items()])
 
 
+def lists_cost(number: Numbers) -> str:
+    """Lists over cross-entropy, on the CPU."""
+    cases = number.file("lists_cost_cpu.json")["cases"]
+    shapes = list(dict.fromkeys((tuple(c["shape"]), c["dtype"]) for c in cases))
+    asked = [(1, "bucket"), (16, "bucket"), (64, "bucket"), (64, "within"), (64, "uniform"), (1024, "bucket")]
+
+    def cell(k: int, tail: str, shape: tuple[int, int], dtype: str) -> str:
+        what = {"k": k, "tail": tail, "shape": list(shape), "dtype": dtype}
+        return " / ".join(number.each("lists_cost_cpu.json", "over_cross_entropy", ".2f", **what))
+
+    header = ("K, tail; from logits / from hidden states (D = 512)", *(f"{n}×{v} {dtype}" for (n, v), dtype in shapes))
+    return table(header, [(f"{k}, {tail}", *(cell(k, tail, *shape) for shape in shapes)) for k, tail in asked])
+
+
+def tails(number: Numbers) -> str:
+    """The gradient's error of each tail rule, in percent."""
+    found = number.file("lists_errors_cpu.json")["lists"]
+    ks = (4, 64, 1024)
+
+    def cell(tail: str, k: int, name: str) -> str:
+        what = {"tail": tail, "k": k, "divergence": name}
+        if not any(all(r[n] == v for n, v in what.items()) for r in found):
+            return "infinite"
+        return number.of("lists_errors_cpu.json", "gradient", ".1%", **what)
+
+    masses = [number.of("lists_errors_cpu.json", "mass", ".1%", k=k, tail="bucket", divergence="kl") for k in ks]
+    header = ("", *(f"{name}, K = {k}" for name in ("kl", "rkl", "js") for k in ks))
+    of_tails = ("bucket", "uniform", "renormalize", "within", "ignore", "sampled")
+    lines = [(tail, *(cell(tail, k, name) for name in ("kl", "rkl", "js") for k in ks)) for tail in of_tails]
+    mass = ", ".join(f"{m} at K = {k}" for m, k in zip(masses, ks, strict=True))
+    return table(header, lines) + f"\nOf the teacher's mass the lists hold {mass}.\n"
+
+
+def stored_states(number: Numbers) -> str:
+    """What the precision of stored states costs the loss."""
+    content = number.file("lists_errors_cpu.json")
+
+    def line(what: str) -> tuple[str, ...]:
+        at = {"states": what}
+        size = number.of("lists_errors_cpu.json", "bytes_per_token", ".0f", **at, divergence="kl")
+        errors = [
+            number.of("lists_errors_cpu.json", key, ".2%", **at, divergence=name)
+            for name in ("kl", "js", "tvd") for key in ("loss", "gradient")
+        ]  # fmt: skip
+        return what, size, *errors
+
+    header = ("states", "bytes a token", *(f"{n}: {key}" for n in ("kl", "js", "tvd") for key in ("loss", "gradient")))
+    return table(header, [line(w) for w in dict.fromkeys(r["states"] for r in content["states"])])
+
+
+def stores(number: Numbers) -> str:
+    """Reading and writing a store."""
+
+    def line(case: str) -> tuple[str, ...]:
+        def of(key: str, form: str, unit: float = 1) -> str:
+            return number.of("stores.json", key, form, unit, case=case)
+
+        return (case, of("bytes_per_token", ".0f"), of("read_tokens_per_second", ",.0f"),
+                of("read_over_copy", ".2f"), of("written_tokens_per_second", ",.0f"))  # fmt: skip
+
+    header = (
+        "",
+        "bytes a token",
+        "read, tokens a second",
+        "reading ÷ copying as many bytes",
+        "written, tokens a second",
+    )
+    return table(header, [line(c["case"]) for c in number.file("stores.json")["cases"]])
+
+
 BLOCKS = {
     f.__name__: f
-    for f in (rows, linear, gpu_rows, gpu_linear, demo, paper, paper_steps, versions, precision, vocabularies)
+    for f in (
+        rows,
+        linear,
+        gpu_rows,
+        gpu_linear,
+        demo,
+        paper,
+        paper_steps,
+        versions,
+        precision,
+        vocabularies,
+        lists_cost,
+        tails,
+        stored_states,
+        stores,
+    )
 }
 
 

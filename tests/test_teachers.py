@@ -15,6 +15,7 @@ from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head,
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
 
+from .openai_server import Model, Server
 from .test_run import make_files
 from .test_sequence import EOS, bart, batch, gpt2, llama
 from .test_trainer import data, trainer
@@ -200,6 +201,23 @@ def test_the_student_as_its_own_teacher(tmp_path):
         torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match="decay must be in"):
         Itself(1.5)
+
+
+def test_a_server_is_asked_for_the_next_batch_while_this_one_is_learnt_from(tmp_path):
+    with Server(Model(60), delay=0.05) as server, fk.Endpoint(server.url, vocabulary=60, k=8) as endpoint:
+        run = trainer(tmp_path, llama(seed=1), endpoint, divergence="kl", max_steps=2)
+        waits, original = [], run.teacher.rows
+
+        def rows(*arguments, **more):
+            key = tuple(map(len, arguments[1]))
+            waits.append((key, len(run.teacher._ahead)))
+            return original(*arguments, **more)
+
+        run.teacher.rows = rows
+        run.train()
+        assert [ahead for _, ahead in waits] == [2, 1]  # this one's and the next one's were asked for
+        asked = sum(server.asked.values())
+    assert asked <= 8 + 4  # each sequence once, and what is tried at first
 
 
 def test_lists_and_rows_are_compared_alike():

@@ -26,6 +26,10 @@ from .models import TeacherRows, load_model, of_model, rows_of
 from .sampling import Sampling, draw, special_tokens
 
 
+#: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
+AHEAD = 4
+
+
 class Teacher(Protocol):
     """A teacher as the trainer asks it.
 
@@ -138,13 +142,21 @@ class Served:
 
     def __init__(self, endpoint: Endpoint, tail: str = "bucket"):
         self.endpoint, self.tail, self.vocabulary = endpoint, tail, endpoint.vocabulary
+        self._ahead: dict[Any, Any] = {}  # what has been asked for and not been used
+
+    def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> None:
+        """Begins to ask for a batch whose rows are wanted soon."""
+        while len(self._ahead) > AHEAD:  # of batches that nobody came for
+            self._ahead.pop(next(iter(self._ahead)))
+        self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
     ) -> TeacherRows:
         """As `Teacher.rows`."""
         asked = [p.tolist() for p in prompts], [c.tolist() for c in continuations]
-        return TeacherRows(_moved(self.endpoint.targets(*asked, tail=self.tail), device), self.vocabulary)
+        begun = self._ahead.pop(_batch_key(*asked), None) or self.endpoint.ask(*asked)
+        return TeacherRows(_moved(begun(self.tail), device), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`; the seed of a batch is torch's generator's next number."""
@@ -372,6 +384,10 @@ def _pad(model: Any) -> int:
         return special_tokens(model)[0]
     except ValueError:
         return 0
+
+
+def _batch_key(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Any:
+    return tuple((tuple(p), tuple(c)) for p, c in zip(prompts, continuations, strict=True))
 
 
 def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:

@@ -18,7 +18,7 @@ from .models import IGNORE, Rows, forward_to_head, padded, step_loss, unpadded, 
 from .objectives import Half, method, mixture
 from .predistill import predistillation_loss
 from .sampling import Sampling, draw, special_tokens
-from .teachers import InRoom, Itself, KeepAverage, OfRows, teacher_of
+from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, teacher_of
 
 #: Which column has a source's sequences.
 COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
@@ -166,7 +166,9 @@ class FDistillTrainer(Trainer):
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         self.vocabulary = min(model.config.get_text_config().vocab_size, self.teacher.vocabulary)
-        trainer.setdefault("data_collator", functools.partial(collate, vocabulary=self.vocabulary))
+        known = functools.partial(collate, vocabulary=self.vocabulary)
+        ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
+        trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
@@ -174,6 +176,15 @@ class FDistillTrainer(Trainer):
             self.teacher.to(self.args.device)
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
+
+    def _collate_and_ask(self, known: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
+        batch = known(examples)
+        prompts = [list(e.get("teacher_prompt_ids", e["prompt_ids"])) for e in examples]
+        columns = {COLUMNS[h.source] for h in self.halves if h.divergence is not None and h.source in COLUMNS}
+        for name in columns & batch.keys():
+            self.teacher.expect(prompts, [list(e[name]) for e in examples])  # type: ignore[attr-defined]
+        return batch
 
     def _check_teacher(self, trainer: dict[str, Any]) -> None:
         """Before any work: what the objective asks of the teacher, and what it cannot do.

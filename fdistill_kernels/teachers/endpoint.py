@@ -126,7 +126,12 @@ class Endpoint:
         Raises:
             ValueError: an empty prompt, which predicts nothing, or ids outside the vocabulary.
         """
-        return self._wait(self._submit(self._batch(self._pairs(prompts, continuations))), tail)
+        return self.ask(prompts, continuations)(tail)
+
+    def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> Callable[[str], TopK | Hidden]:
+        """Begins to ask, and returns what waits for `targets`, given a tail."""
+        future = self._submit(self._batch(self._pairs(prompts, continuations)))
+        return lambda tail: self._wait(future, tail)
 
     def prefetch(
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
