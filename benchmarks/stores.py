@@ -70,7 +70,7 @@ def measure(name: str, folder: Path, sequences: int) -> dict[str, Any]:
                 tensor.clone()
 
     store = TeacherStore(folder)
-    verifying = seconds(lambda: store._verify())
+    verifying = seconds(lambda: store.verify())
     times = [(seconds(read), seconds(copy)) for _ in range(ROUNDS)]
     reading, copying = ([run[i] for run in times] for i in (0, 1))
     return {

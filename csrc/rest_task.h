@@ -16,7 +16,7 @@ struct RestTask {
   int32_t plain;             // 1: with what label terms need, at temperature 1
   const int64_t* ids;        // (rows, list_size), -1: none; checked by the caller
   float* statistics;         // (3, rows): the rest's largest logit; relative to it its log-sum-exp at 1/rate and at 1
-  const float* coefficients; // (3, rows), plain: (6, rows): sparse.Rest
+  const float* coefficients; // (3, rows), plain: (7, rows): sparse.Rest
   const float* values;       // (rows, list_size), the gradient at the ids
 };
 

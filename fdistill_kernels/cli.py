@@ -65,6 +65,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, not {text!r}")
+    return int(text)
+
+
 def _device(text: str) -> str:
     try:
         torch.zeros(1, device=text)
@@ -278,7 +284,7 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     served = action("serve", "A model as a server that `--teacher http://...` and other clients of vLLM can ask.")
     served.add_argument("--teacher", required=True, help="folder or hub name of the model")
     served.add_argument("--host", default="127.0.0.1")
-    served.add_argument("--port", type=int, default=8000)
+    served.add_argument("--port", type=_port, default=8000)
 
 
 def _teacher(args: argparse.Namespace) -> int:
@@ -287,7 +293,9 @@ def _teacher(args: argparse.Namespace) -> int:
     if args.action == "build":
         return run.command(build.build, build.BuildJob)(args)
     if args.action == "serve":
-        server = build.server(args.teacher, args.host, args.port)
+        from .sequence.serve import server as of_model
+
+        server = of_model(args.teacher, args.host, args.port)
         print(f"serving {args.teacher} at http://{args.host}:{server.server_address[1]}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

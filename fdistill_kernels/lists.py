@@ -10,7 +10,8 @@ from torch import Tensor
 from . import checks, products
 from .backends.rows import capped
 from .heads import checked_head
-from .sparse import TopK
+from .sparse import TAILS, TopK
+from .tokens import TEMPERATURES
 from .values import Hidden, Logits
 
 SUPPORTS = ("teacher", "student", "union")
@@ -44,6 +45,9 @@ def top_k_of(
     checks.check_integer("k", k)
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
+    checks.check_number("temperature", temperature, *TEMPERATURES)
+    if tail not in TAILS or tail == "sampled":
+        raise ValueError(f"tail must be one of {', '.join(TAILS[:-1])}, not {tail!r}")
     if support not in SUPPORTS:
         raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, not {support!r}")
     if (support == "teacher") != (student is None):
@@ -55,7 +59,7 @@ def top_k_of(
         if student_shape != shape:
             raise ValueError(f"student has logits of shape {(*student_shape,)}, teacher of {(*shape,)}")
     for logits, other in zip(rows_of_teacher, others, strict=False):
-        log_p, most = (logits / temperature).log_softmax(-1), min(k, logits.shape[-1])
+        log_p, most = _log_softmax(logits, temperature), min(k, logits.shape[-1])
         ids = (logits if other is None or support == "union" else other).topk(most, -1).indices
         if support == "union":
             assert other is not None
@@ -85,19 +89,22 @@ def sample_of(
         `TopK` with tail="sampled": ids (..., n), the distinct ones first and −1 behind them.
     """
     checks.check_integer("draws", draws)
+    checks.check_number("temperature", temperature, *TEMPERATURES)
     checks.check_number("proposal_temperature", proposal_temperature, 0, open_low=True)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     (shape, rows), found = _rows("teacher", teacher), []
     for logits in rows:
-        log_p = (logits / temperature).log_softmax(-1)
-        log_pi = (log_p / proposal_temperature).log_softmax(-1)
+        log_p = _log_softmax(logits, temperature)
+        log_pi = _log_softmax(log_p, proposal_temperature)
         drawn = torch.multinomial(log_pi.exp(), draws, True, generator=generator).sort(1).values
         first = torch.ones_like(drawn, dtype=torch.bool)
         first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         counts = torch.searchsorted(drawn, drawn, right=True) - torch.searchsorted(drawn, drawn)  # a row is sorted
         weights = counts / (draws * log_pi.gather(1, drawn).exp())
-        found.append((torch.where(first, drawn, -1), log_p.gather(1, drawn), torch.where(first, weights, 0)))
+        order = first.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        every = torch.where(first, drawn, -1), log_p.gather(1, drawn), torch.where(first, weights, 0)
+        found.append(tuple(x.gather(1, order) for x in every))
     ids, log_probs, weights = (torch.cat(x).view(*shape[:-1], -1) for x in zip(*found, strict=True))
     return TopK(ids, torch.where(ids >= 0, log_probs, -torch.inf), "sampled", weights, temperature)
 
@@ -127,6 +134,18 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
     checks.check_logits(name, values)
     pieces = values.detach().reshape(-1, values.shape[-1]).split(max(1, PIECE // values.shape[-1]))
     return values.shape, (capped(_wide(x), cap) for x in pieces)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Of logits less their largest, whose differences a temperature leaves their digits.
+
+    Raises:
+        ValueError: a row has a NaN, or no largest.
+    """
+    top = logits.amax(-1, keepdim=True)
+    if logits.device.type == "cpu" and not torch.isfinite(top).all():
+        raise ValueError("a row of logits holds a NaN or +inf, or nothing but -inf")
+    return ((logits - top) / temperature).log_softmax(-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -179,8 +179,10 @@ def _dkd(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Ten
 def _csd(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
     weight = (log_p if numbers[0] else log_q).exp().detach()
     dead = weight == 0
-    u = (log_q - log_p).masked_fill(dead, 0)
-    return (weight * (u - (weight * u).sum(-1, keepdim=True)) ** 2).sum(-1)
+    infinite = ((log_q == -torch.inf) | (log_p == -torch.inf)) & ~dead
+    u = log_q.masked_fill(infinite | dead, 0) - log_p.masked_fill(infinite | dead, 0)
+    value = (weight * (u - (weight * u).sum(-1, keepdim=True)) ** 2).sum(-1)
+    return torch.where(infinite.any(-1), torch.inf, value)
 
 
 #: (log p, log q, the divergence's two numbers, labels) -> the loss of each row, where it is no sum of entries' own.

@@ -37,12 +37,15 @@ class TopK(NamedTuple):
         "sampled"      ``Σ_S w φ(p, q)`` with importance weights: of ids drawn n times from π, w = count/(n π), whose
                        value and gradient are unbiased (random sampling KD, arXiv 2503.16870, for kl with π = p).
 
+    A teacher's rest that the rounding of its log-probabilities hides is taken for as much as they may hide, not for 0:
+    of rkl the loss is then large where it would be infinite. Where the student is 0 outside the list, too, it is 0.
+
     Where S holds the whole vocabulary all but "sampled" are the loss of the teacher's logits.
 
     Attributes:
         ids: (..., K) integers in [0, V), in any order, none twice in a row; −1 pads shorter lists. K may exceed V.
         log_probs: (..., K) ``log p`` at those ids, not the log-probabilities within the list; −inf where p is 0; where
-            ids are padded they are not looked at. Any floating dtype. A row whose mass is above 1, but no more than
+            ids are padded they are not looked at. 16, 32 or 64 bits. A row whose mass is above 1, but no more than
             1.05, is scaled to 1.
         tail: as above.
         weights: (..., K) w ≥ 0, for "sampled" alone.
@@ -79,7 +82,7 @@ def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> T
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     shape = student.shape[:-1].numel(), teacher.ids.shape[-1]
     rows = {n: x.detach().reshape(shape).to(torch.int64 if n == "ids" else wide).contiguous() for n, x in given.items()}
-    rounding = torch.finfo(teacher.log_probs.dtype).eps / 2
+    rounding = max(torch.finfo(x).eps for x in (teacher.log_probs.dtype, wide)) / 2
     return Targets(**rows, tail=teacher.tail, temperature=float(teacher.temperature), rounding=rounding)
 
 
@@ -101,7 +104,7 @@ def _check_settings(teacher: TopK, terms: LossTerms, name: str) -> None:
             f"the rest of its logits no other can be had of them with tail={tail!r}: give teacher_temperature="
             f"{teacher.temperature:g}, or one of the tails {', '.join(WHOLE)}"
         )
-    if tail == "ignore":
+    if tail == "ignore" and not torch.compiler.is_compiling():
         warnings.warn(
             "tail='ignore' sums over the ids alone: no divergence, it may be negative; 'bucket' is one", stacklevel=4
         )

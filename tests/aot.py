@@ -5,7 +5,9 @@
 Runs without a GPU, in a process of its own: not under TRITON_INTERPRET. `make aot` writes the tables of three versions.
 """
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -126,13 +128,14 @@ def rest_variant(rest_kernel, dtype="bf16", labels=False, capped=False, vocabula
     function, i32, f32 = getattr(rest, rest_kernel), "i32", "*fp32"
     types = {
         **dict.fromkeys(("student", "gradient"), f"*{dtype}"), "marks": "*i32", "ids": "*i64",
-        **dict.fromkeys(("statistics", "row_scale", "rates", "top", "of_rest", "log_rest", "values"), f32),
-        **dict.fromkeys(("of_plain", "log_all", "constant"), f32 if labels else None), "cap": "fp32" if capped else None,
+        **dict.fromkeys(("statistics", "row_scale", "rates", "rest_top", "of_rest", "log_rest", "values"), f32),
+        **dict.fromkeys(("top", "of_plain", "log_all", "constant"), f32 if labels else None), "cap": "fp32" if capped else None,
     }  # fmt: skip
     constants = {"PLAIN": labels, "BLOCK": chosen.block, "LIST_BLOCK": 64}
     constants = {k: v for k, v in constants.items() if k in function.arg_names}
     types = {n: types.get(n, i32) for n in function.arg_names if n not in constants}
-    name = "/".join(filter(None, (rest_kernel, dtype, "labels" if labels else None, "capped" if capped else None)))
+    shown = rest_kernel.removesuffix("_kernel").replace("_", "/")
+    name = "/".join(filter(None, (shown, dtype, "labels" if labels else None, "capped" if capped else None)))
     return name, function, types, constants, chosen.warps
 
 
@@ -261,6 +264,18 @@ def resources_nvidia(compiled):
     }
 
 
+@contextlib.contextmanager
+def without_a_linker():
+    """Triton before 3.7 links AMD's code by a program that its wheel does not bring; what is read here is not linked."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not os.environ.get("TRITON_HIP_LLD_PATH"):
+            linker = Path(folder) / "ld.lld"
+            linker.write_text('#!/bin/sh\nfor last; do :; done\ncp "$5" "$last" 2>/dev/null || : > "$last"\n')
+            linker.chmod(0o755)
+            os.environ["TRITON_HIP_LLD_PATH"] = str(linker)
+        yield
+
+
 def resources_amd(compiled):
     """From the assembly's own notes."""
     code = compiled.asm["amdgcn"]
@@ -279,7 +294,7 @@ def measure(workers=2, part=False):
     """Every variant on every target; a part of them in less time."""
     jobs = [(arguments, target) for i, arguments in enumerate(VARIANTS) for j, target in enumerate(TARGETS)
             if not part or target == "sm_90" or i % 3 == j % 3]  # fmt: skip
-    with ProcessPoolExecutor(workers) as pool:
+    with without_a_linker(), ProcessPoolExecutor(workers) as pool:
         return dict(pool.map(compile_one, jobs))
 
 

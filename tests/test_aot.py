@@ -16,15 +16,21 @@ TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file
 
 #: Bytes put aside once: of a row before its sweeps, of a tile beside its products.
 PUT_ASIDE = {
-    "Renyi/bf16/student/whole @ sm_120": 8, "tile_kernel/Gjs/bf16/totals @ sm_100": 8,
-    "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16,
+    "3.9.0": {"tile_kernel/Gjs/bf16/totals @ sm_100": 8, "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16},
+    "3.6.0": {
+        "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16, "tile_kernel/Gjs/bf16/plain/gradient @ sm_100": 32,
+        "tile_kernel/Gjs/fp32/totals @ sm_90": 16, "tile_kernel/Gjs/fp32/totals @ sm_100": 32,
+        "tile_kernel/Gjs/fp32/totals @ sm_120": 16, "tile_kernel/Gjs/fp32/gradient @ sm_100": 24,
+        "Kl/fp32/student/whole @ sm_80": 8, "Akl/bf16/student/whole @ sm_120": 16,
+        "labels alone/bf16/student/smoothed/whole @ sm_100": 8,
+    },
 }  # fmt: skip
 
 
-def faults(table):
+def faults(table, version):
     """What no kernel may have: spills, double precision by accident, narrow loads, products without tensor cores."""
     for name, found in table.items():
-        if found["spill_bytes"] > PUT_ASIDE.get(name, 0) or found["double"] or not found["wide_loads"]:
+        if found["spill_bytes"] > PUT_ASIDE.get(version, {}).get(name, 0) or found["double"] or not found["wide_loads"]:
             yield name, found
         if "_kernel/" in name and "fp32" not in name and not found["matrix"]:
             yield name, "no tensor-core instruction", found
@@ -33,7 +39,7 @@ def faults(table):
 @pytest.mark.parametrize("version", TABLES)
 def test_tables_of_every_version(version):
     assert {name.rpartition(" @ ")[2] for name in TABLES[version]} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
-    assert not list(faults(TABLES[version]))
+    assert not list(faults(TABLES[version], version))
 
 
 def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
@@ -44,7 +50,7 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     measured = json.loads(process.stdout.splitlines()[-1])
-    wrong = list(faults(measured["kernels"]))
+    wrong = list(faults(measured["kernels"], measured["triton"]))
     committed = TABLES.get(measured["triton"])
     for name, now in measured["kernels"].items() if committed else ():
         before = committed[name]

@@ -446,7 +446,7 @@ def cases():
         "tail": (fk.TopK(ids, log_probs, "buckets"), ValueError, "tail must be one of bucket, uniform"),
         "weights missing": (fk.TopK(ids, log_probs, "sampled"), ValueError, "weights are importance weights"),
         "weights beside": (fk.TopK(ids, log_probs, weights=log_probs.exp()), ValueError, "weights are importance"),
-        "weights below 0": (fk.TopK(ids, log_probs, "sampled", log_probs), ValueError, "weights must not be negative"),
+        "weights below 0": (fk.TopK(ids, log_probs, "sampled", log_probs), ValueError, "weights must be finite and not negative"),
         "temperature": (fk.TopK(ids, log_probs, temperature=0.0), ValueError, "temperature must be in"),
         "grad": (fk.TopK(ids, log_probs.clone().requires_grad_()), ValueError, "log_probs requires grad"),
         "a list of ids": (fk.TopK(ids.tolist(), log_probs), TypeError, "ids must be a tensor"),
@@ -624,3 +624,130 @@ def test_lists_that_cannot_be_made():
     }.items():
         with pytest.raises(ValueError, match=words):
             call(logits_of(52))
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5, 2.0, 4.0])
+def test_labels_beside_a_list_far_above_its_rest(backend, temperature):
+    """At another temperature than the labels' terms the rest of a block may be lost beside its list at one of the two."""
+    for above in (4.0, 7.0, 29.0, 80.0):
+        student = logits_of(60, 3, 2100, scale=1.0)
+        ids, log_probs = listed(logits_of(61, 3, 2100), 5)
+        student = student.scatter_add(1, ids, torch.full(ids.shape, above).double()).float().double()
+        labels = torch.tensor([int(ids[0, 2]), 7, int(ids[2, 0])])
+        leaf = student.clone().requires_grad_()
+        wanted = 0.5 * torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+        wanted = wanted + expected(leaf, ids, log_probs, fk.TABLE["kl"], "within", temperature=temperature)
+        wanted.sum().backward()
+        narrow = student.float().requires_grad_()
+        loss = fk.f_divergence(narrow, fk.TopK(ids, log_probs.float(), "within"), "kl", labels=labels, ce_weight=0.5,
+                               temperature=temperature, teacher_temperature=1.0, reduction="none", backend=backend)  # fmt: skip
+        loss.sum().backward()
+        check(loss, narrow.grad, wanted, leaf.grad, 1e-4)
+        assert narrow.grad.sum(1).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("above, temperature", [(1e4, 1.0), (1e3, 0.1), (1e3, 0.01), (1e4, 1e-3), (1e4, 1e-6)])
+def test_the_rest_s_gradient_keeps_its_digits(backend, above, temperature):
+    student = logits_of(62, 3, 700, scale=1.0)
+    ids, log_probs = listed(logits_of(63, 3, 700), 4)
+    log_probs = log_probs.log_softmax(-1) + math.log(0.7)
+    student = student.scatter_add(1, ids, torch.full(ids.shape, above).double()).float().double()
+    leaf = student.clone().requires_grad_()
+    expected(leaf, ids, log_probs, fk.TABLE["kl"], "bucket", temperature=temperature).sum().backward()
+    narrow = student.float().requires_grad_()
+    loss = fk.f_divergence(narrow, fk.TopK(ids, log_probs.float()), "kl", temperature=temperature,
+                           teacher_temperature=1.0, reduction="sum", backend=backend)  # fmt: skip
+    loss.backward()
+    largest = leaf.grad.abs().amax(1, keepdim=True)
+    assert ((narrow.grad.double() - leaf.grad).abs() <= 2e-5 * largest).all()
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "within"])
+def test_a_student_that_is_0_off_the_list(backend, tail):
+    """Constrained decoding: both models have all their mass on the list, and the loss is the dense one's."""
+    student, teacher = logits_of(64, 40, 50), logits_of(65, 40, 50)
+    student[:, 30:] = teacher[:, 30:] = -math.inf
+    log_probs, ids = teacher.float().log_softmax(-1).topk(30, -1)
+    for name in ("kl", "rkl", "jeffreys", "js"):
+        dense = fk.f_divergence(student, teacher, name, reduction="none")
+        loss = fk.f_divergence(student.float(), fk.TopK(ids, log_probs, tail), name, reduction="none", backend=backend)
+        torch.testing.assert_close(loss.double(), dense, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_lists_of_next_to_no_mass(backend):
+    """The student's support where the teacher is e^-150: its conditional distribution is well defined."""
+    student = logits_of(66, 3, 60)
+    ids = torch.stack([torch.randperm(60)[:5] for _ in range(3)])
+    log_probs = logits_of(67, 3, 5) - 150
+    for tail in ("within", "renormalize"):
+        for name in ("kl", "hellinger"):
+            wanted = expected(student, ids, log_probs, fk.TABLE[name], tail)
+            found = fk.f_divergence(
+                student.float(), fk.TopK(ids, log_probs.float(), tail), name, reduction="none", backend=backend
+            )
+            torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-6)
+    zeros = fk.TopK(ids, torch.full((3, 5), -math.inf), "within")
+    leaf = student.float().requires_grad_()
+    loss = fk.f_divergence(leaf, zeros, "kl", reduction="sum", backend=backend)
+    loss.backward()
+    assert loss == 0 and not leaf.grad.any()
+
+
+def test_the_student_s_mass_is_the_list_s_whatever_the_tail():
+    student, (ids, log_probs) = logits_of(68), listed(logits_of(69), 5)
+    found = [fk.f_divergence(student, fk.TopK(ids, log_probs, t), "kl", return_parts=True)[1].student_mass
+             for t in ("bucket", "uniform", "renormalize", "within")]  # fmt: skip
+    for mass in found:
+        torch.testing.assert_close(mass, student.softmax(-1).gather(1, ids).sum(1).mean())
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_truncated_sums_under_every_mode():
+    student, (ids, log_probs) = logits_of(70).float(), listed(logits_of(71), 5)
+    log_probs[1, 2] = -math.inf  # listed, and the teacher's 0
+    weights = torch.rand(N, 5)
+    own = fk.Divergence("own", lambda p, q, a, b, _: (q - p, p - q), scale=2.0)
+    for teacher in (fk.TopK(ids, log_probs, "ignore"), fk.TopK(ids, log_probs, "sampled", weights)):
+        w = torch.ones(N, 5) if teacher.weights is None else weights
+        p, q = log_probs.exp(), student.double().log_softmax(-1).gather(1, ids).exp()
+        loss = fk.f_divergence(student, teacher, "tvd", reduction="none")
+        torch.testing.assert_close(loss.double(), (w * 0.5 * (p - q).abs()).sum(1), rtol=1e-5, atol=1e-7)
+        with torch.inference_mode():
+            assert torch.equal(fk.f_divergence(student, teacher, "tvd", reduction="none"), loss)
+        with torch.no_grad():
+            assert torch.equal(fk.f_divergence(student.clone(), teacher, "tvd", reduction="none"), loss)
+        assert fk.f_divergence(student, teacher, own).item() == pytest.approx(0, abs=1e-6)
+        compiled = torch.compile(lambda x, t=teacher: fk.f_divergence(x, t, "tvd", reduction="none"), fullgraph=True)
+        torch.testing.assert_close(compiled(student), loss)
+    doubled = fk.Divergence("own", lambda p, q, a, b, _: (q, 0 * p), scale=2.0)
+    mass = student.double().log_softmax(-1).gather(1, ids).exp().sum(1)
+    found = fk.f_divergence(student, fk.TopK(ids, log_probs, "ignore"), doubled, reduction="none")
+    torch.testing.assert_close(found.double(), 2 * mass, rtol=1e-5, atol=1e-7)
+
+
+def test_smoothed_labels_make_no_temporaries_of_the_rows_size():
+    n, v = 256, 16000
+    student = torch.randn(n, v).bfloat16().requires_grad_()
+    teacher = fk.top_k_of(torch.randn(n, v), 8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fk.f_divergence(
+            student, teacher, "kl", labels=torch.zeros(n, dtype=torch.long), ce_weight=1.0, label_smoothing=0.1
+        ).backward()
+    largest = max(e.self_cpu_memory_usage for e in profile.events())
+    assert largest <= max(2 * n * v, 4 * sparse.ROW_PIECE) + 1e6
+
+
+@pytest.mark.parametrize("rest", [1e-4, 1e-5, 1e-6])
+def test_a_teacher_s_small_rest_has_the_digits_it_was_given(rest):
+    student = logits_of(72, 4, 80)
+    ids, log_probs = listed(logits_of(73, 4, 80), 6)
+    log_probs = (log_probs.log_softmax(-1) + math.log1p(-rest)).float().double()
+    leaf = student.clone().requires_grad_()
+    expected(leaf, ids, log_probs, fk.TABLE["rkl"], "bucket").sum().backward()
+    narrow = student.float().requires_grad_()
+    fk.f_divergence(narrow, fk.TopK(ids, log_probs.float()), "rkl", reduction="sum").backward()
+    assert (narrow.grad - leaf.grad).abs().max() <= 2e-5 * leaf.grad.abs().max()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import build
+from fdistill_kernels.sequence import serve
 from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
@@ -93,9 +93,20 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
             trainer(tmp_path, llama(seed=1), store, rows, **settings)
     with pytest.raises(ValueError, match="must both be causal"):
         trainer(tmp_path, bart(), store, rows, method="mle")
-    run = trainer(tmp_path, llama(seed=1), store, data(8, sample_ids=[[7, 7, EOS]] * 8), method="kl")
-    with pytest.raises(ValueError, match="sequences are not in the store"):
-        run.train()
+    with pytest.raises(
+        ValueError, match=r"8 of 8 sequences of train_dataset \(sample_ids: 0, 1, 2, 3, 4, ...\) are not"
+    ):
+        trainer(tmp_path, llama(seed=1), store, data(8, sample_ids=[[7, 7, EOS]] * 8), method="kl")
+    with pytest.raises(ValueError, match="tail must be one of"):
+        Stored(store, "junk")
+    with pytest.raises(ValueError, match="holds hidden states"):
+        Stored(store, "within")
+    with pytest.raises(ValueError, match=r"fk\.Endpoint"):
+        teacher_of("http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="there is no folder"):
+        teacher_of(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="give the data the column teacher_prompt_ids"):
+        trainer(tmp_path, llama(seed=1), Itself(), rows, divergence="kl")
     with pytest.raises(ValueError, match="draws nothing"):
         Stored(store).draw([torch.tensor([3])], Sampling(4), 60)
     with pytest.raises(TypeError, match="a teacher is a Hugging Face model, a path"):
@@ -261,8 +272,9 @@ COMMON = ("--max-new-tokens", "8", "--eval-pairs", "5", "--limit", "20")
 
 
 def build_store(files, out, *more, teacher="causal"):
-    command("teacher", "build", "--teacher", files / teacher, "--data", files / "pairs.tsv", "--out", out, "--states",
-            "float32", *COMMON, *more)  # fmt: skip
+    states = () if "top_k" in more else ("--states", "float32")
+    command("teacher", "build", "--teacher", files / teacher, "--data", files / "pairs.tsv", "--out", out, *states,
+            *COMMON, *more)  # fmt: skip
 
 
 def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
@@ -337,7 +349,7 @@ def test_the_command_with_lists_and_an_encoder_decoder_teacher(causal_files, tmp
 
 def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):
     """rkl, on sequences that no store has seen; the second run asks the server for nothing that the first did."""
-    server = build.server(str(causal_files / "causal"), port=0)
+    server = serve.server(str(causal_files / "causal"), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
@@ -357,3 +369,136 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_once(causal_files, tmp_path, capsys):
+    store, data = tmp_path / "store", causal_files / "pairs.tsv"
+    build_store(causal_files, store)
+    for shard in (store / "shards").glob("*.safetensors"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    command("teacher", "verify", store, expect=1)
+    build_store(causal_files, store)
+    command(
+        "teacher", "verify", store, "--teacher", causal_files / "causal", expect=1
+    )  # the damaged files are named still
+    assert "kl_largest" in capsys.readouterr().out
+    changed = tmp_path / "changed.tsv"
+    changed.write_text(data.read_text().replace("numărul 19 și 20", "numărul 19 și 21"))
+    train = (
+        "train",
+        "--teacher",
+        store,
+        "--student",
+        causal_files / "student",
+        *COMMON,
+        "--steps",
+        "2",
+        "--method",
+        "kl",
+    )
+    command(*train, "--data", changed, "--out", tmp_path / "run", expect=2)
+    told = capsys.readouterr().err
+    assert "of eval_dataset (labels: 1) are not in the store" in told and "which was built of data" in told
+    command(*train, "--data", data, "--limit", "30", "--out", tmp_path / "run2", expect=2)
+    assert "no samples of the teacher for these prompts" in capsys.readouterr().err
+    build_store(causal_files, store, "--limit", "30")  # a store grows
+    command(*train, "--data", data, "--limit", "30", "--out", tmp_path / "run3", "--seed", "4")
+    capsys.readouterr()
+
+
+def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
+    store, data = tmp_path / "store", causal_files / "pairs.tsv"
+    build_store(causal_files, store)
+    teacher = ("--teacher", causal_files / "causal", "--data", data)
+    build = ("teacher", "build", *teacher, *COMMON, "--out")
+    train = (
+        "train",
+        "--teacher",
+        store,
+        "--student",
+        causal_files / "student",
+        "--data",
+        data,
+        *COMMON,
+        "--method",
+        "kl",
+    )
+    (tmp_path / "bad.yaml").write_text("k: many\n")
+    (tmp_path / "worse.yaml").write_text("k: [\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "target": null}\n{"prompt": "b", "target": "c"}\n')
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "a", "target"\n')
+    for words, call in {
+        "is not empty and no store": (*build, causal_files / "student"),
+        "--states: not of --kind top_k": (*build, tmp_path / "x", "--kind", "top_k", "--states", "int8"),
+        "--k, --log-probs: not of --kind hidden": (*build, tmp_path / "x", "--k", "7", "--log-probs", "uint8"),
+        "--kind must be hidden or top_k": (*build, tmp_path / "x", "--kind", "topk"),
+        "a store is built from a model": ("teacher", "build", "--teacher", store, "--data", data, "--out", tmp_path / "x"),
+        "--batch must be at least 1": (*build, tmp_path / "x", "--batch", "-1"),
+        "--eval-pairs must be at least 1": ("teacher", "build", *teacher, "--eval-pairs", "0", "--out", tmp_path / "x"),
+        "--k must be int, not 'many'": (*build, tmp_path / "x", "--config", tmp_path / "bad.yaml"),
+        "while parsing": (*build, tmp_path / "x", "--config", tmp_path / "worse.yaml"),
+        "is a store: give a run another --out": (*train, "--out", store),
+        "holds hidden states": (*train, "--out", tmp_path / "y", "--tail", "within"),
+        "tail must be one of": (*train, "--out", tmp_path / "y", "--tail", "nonsense"),
+        "--k: not beside a store": (*train, "--out", tmp_path / "y", "--k", "7"),
+        "--tail and --k are of lists": ("train", *teacher, "--student", causal_files / "student", "--out", tmp_path / "y", "--k", "7"),
+        "is no store: it has no manifest.json": ("teacher", "inspect", tmp_path / "nosuch"),
+        "pair 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "x"),
+        "is no JSON": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "cut.jsonl", "--out", tmp_path / "x"),
+        "completions go on from their prompt": ("teacher", "serve", "--teacher", causal_files / "teacher", "--port", "0"),
+    }.items():  # fmt: skip
+        command(*call, expect=2)
+        assert words in capsys.readouterr().err, words
+
+
+def test_a_read_only_store_and_one_that_was_poured(causal_files, tmp_path, capsys):
+    store = tmp_path / "store"
+    build_store(causal_files, store)
+    (store / "tokenizer").rename(tmp_path / "kept")
+    (store / "config.json").unlink()
+    for path in [*store.rglob("*"), store]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        command("train", "--teacher", store, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv",
+                *COMMON, "--steps", "2", "--method", "kl", "--out", tmp_path / "run")  # fmt: skip
+    finally:
+        for path in [store, *(p for p in store.rglob("*") if p.is_dir())]:
+            path.chmod(0o755)
+    assert not list(store.rglob("arrow"))
+    capsys.readouterr()
+
+
+def test_padded_heads_of_either_model(tmp_path):
+    """Ids that one of them has alone are no one's targets."""
+    rows = data()
+    wide, narrow = llama(64, seed=2), llama(seed=1)
+    for teacher, student in ((wide, narrow), (llama(seed=2), llama(64, seed=1))):
+        for settings in (dict(), dict(kind="top_k", k=teacher.config.vocab_size)):
+            store = stored(tmp_path / f"{teacher.config.vocab_size}{len(settings)}", teacher, rows, **settings)
+            assert trainer(tmp_path, student, store, rows, divergence="js").train().training_loss > 0
+
+
+def test_a_model_s_fingerprint_is_what_it_says_not_where_it_lies(causal_files, tmp_path):
+    from fdistill_kernels.sequence.sampling import fingerprint
+
+    shutil.copytree(causal_files / "causal", tmp_path / "moved")
+    one, other = (AutoModelForCausalLM.from_pretrained(p) for p in (causal_files / "causal", tmp_path / "moved"))
+    other.config.use_cache = False
+    assert fingerprint(one) == fingerprint(other)
+    other.config.rms_norm_eps = 0.5
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_an_adapter_s_folder_is_a_teacher(causal_files, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(causal_files / "causal"),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "lora")
+    prompts, targets = batch()
+    found = dense(teacher_of(str(tmp_path / "lora")), prompts, targets)
+    torch.testing.assert_close(found, dense(InRoom(model), prompts, targets), rtol=1e-4, atol=1e-5)

@@ -238,11 +238,11 @@ def rest_gradient_(
     """
     live, vocabulary = (row_scale != 0).unsqueeze(1), student.shape[-1]
     z = capped(torch.where(live, student.flatten(0, 1).to(rate.dtype), 0), softcap)
-    top, of_rest, log_rest, *of_labels = (x.unsqueeze(1) for x in rest if x is not None)
-    gradient = times(of_rest, ((z - top) * rate.unsqueeze(1) - log_rest).exp())
+    rest_top, of_rest, log_rest, *of_labels = (x.unsqueeze(1) for x in rest if x is not None)
+    gradient = times(of_rest, ((z - rest_top) * rate.unsqueeze(1) - log_rest).exp())
     if of_labels:
-        of_plain, log_all, constant = of_labels
+        top, of_plain, log_all, constant = of_labels
         gradient = gradient + times(of_plain, (z - top - log_all).exp()) + constant
-    gradient = torch.cat((gradient * cap_slope(z, softcap), torch.zeros_like(top)), 1)
+    gradient = torch.cat((gradient * cap_slope(z, softcap), torch.zeros_like(rest_top)), 1)
     gradient.scatter_(1, torch.where(ids >= 0, ids, vocabulary), values)
     out.copy_(torch.where(live, gradient[:, :vocabulary], 0).view(out.shape))

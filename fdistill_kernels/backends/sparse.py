@@ -10,7 +10,7 @@ with L_k, L_rest the gradient by the categories' logits ``z_k/T`` and ``log Σ_r
 itself, never as 1 less the list's mass, so that it keeps its digits where it is small.
 
 A backend that has them gives two functions (`chunked`, `cpu` and `triton` do):
-    rest_statistics(student, softcap, row_scale, rate, ids, plain) -> rest_top, log_rest, plain_rest, (N,) each
+    rest_statistics(student, softcap, row_scale, rate, ids, plain) -> its top, log_rest, plain_rest, (N,) each
     rest_gradient_(out, student, softcap, row_scale, rate, Rest, ids, values)
 """
 
@@ -33,17 +33,19 @@ from .rows import RowCall, Targets, TokenTerms, cap_slope, capped
 #: A row's mass above 1 that is taken for rounding (8-bit log-probabilities are 3 % off), and scaled away.
 MOST_MASS = 1.05
 #: Numbers of a piece of rows: of their lists; and of the rows themselves, where whole temporaries are made of them.
-LIST_PIECE, ROW_PIECE = 1 << 22, 1 << 21
+LIST_PIECE, ROW_PIECE, CARD_PIECE = 1 << 22, 1 << 21, 1 << 25
 
 
 class Rest(NamedTuple):
-    """What every entry's gradient is made of, (N,) each, times the slope of a cap; without label terms three are None:
-    ``of_rest·exp((z − top)·rate − log_rest) + of_plain·exp(z − top − log_all) + constant``.
+    """What every entry's gradient is made of, (N,) each, times the slope of a cap; without label terms four are None:
+    ``of_rest·exp((z − rest_top)·rate − log_rest) + of_plain·exp(z − top − log_all) + constant``, with the rest's own
+    largest logit, from which its digits are, and the row's.
     """
 
-    top: Tensor
+    rest_top: Tensor
     of_rest: Tensor
     log_rest: Tensor
+    top: Tensor | None = None
     of_plain: Tensor | None = None
     log_all: Tensor | None = None
     constant: Tensor | None = None
@@ -68,7 +70,9 @@ def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
         f"log_probs of a row must be of a mass of {MOST_MASS:g} at most": (mass > MOST_MASS).unsqueeze(1),
     }
     if targets.weights is not None:
-        faults["weights must not be negative"] = (ids >= 0) & (targets.weights < 0)
+        faults["weights must be finite and not negative"] = (ids >= 0) & ~(
+            (targets.weights >= 0) & (targets.weights < torch.inf)
+        )
     for what, wrong in faults.items():
         if wrong.is_cuda:
             torch._assert_async(~wrong.any(), what)
@@ -111,7 +115,7 @@ def _pieces(call: RowCall, whole: bool, backend: Any) -> Iterator[tuple[slice, s
     assert ids is not None
     most = LIST_PIECE // (ids.shape[1] + 1)
     if whole or (not hasattr(backend, "interpreting") and not hasattr(backend, "capability")):
-        most = min(most, ROW_PIECE // vocabulary)
+        most = min(most, (CARD_PIECE if call.student.is_cuda else ROW_PIECE) // vocabulary)
     most = max(1, most)
     some, step = max(1, most // inner), min(inner, most)
     for i in range(0, outer, some):
@@ -122,41 +126,49 @@ def _pieces(call: RowCall, whole: bool, backend: Any) -> Iterator[tuple[slice, s
 
 def _categories(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
     """The parts of some rows, through their categories; writes their gradient."""
-    student, terms, cap = call.student, call.terms, call.student_softcap
+    student, terms, cap, rate = call.student, call.terms, call.student_softcap, call.terms.student_inverse_temperature
     live, ids, given = _listed(call)
-    dtype, rate = terms.row_scale.dtype, terms.student_inverse_temperature
-    z = capped(_at(student, ids, dtype), cap)
-    below, top, log_rest, plain_rest = _statistics(call, ids, z, backend)
-    teacher = _teacher(call.targets, ids, given, terms.teacher_inverse_temperature, student.shape[-1])
-    rest = (
-        log_rest if call.targets.tail != "within" else torch.where(teacher[:, -1] == -torch.inf, -torch.inf, log_rest)
-    )
-    logits = torch.cat((below * rate.unsqueeze(1), rest.unsqueeze(1)), 1)
-    wanted = gradient is not None
-    losses, of_logits = _of_categories(call, logits, teacher, ids, live, wanted, backend)
+    z = capped(_at(student, ids, terms.row_scale.dtype), cap)
+    row = _statistics(call, ids, z, backend)
+    logits = torch.cat((row.below * rate.unsqueeze(1), row.log_rest.unsqueeze(1)), 1)
+    teacher, student_logits = _categories_of(call, ids, given, logits)
+    losses, of_logits = _of_categories(call, student_logits, teacher, ids, live, gradient is not None, backend)
     parts = [losses]
-    labels = _Labels(call, top, below, plain_rest, ids, live) if terms.labels is not None else None
+    labels = _Labels(call, row, live) if terms.labels is not None else None
     nothing = torch.zeros_like(losses)
     parts += [nothing, nothing] if labels is None else labels.parts
     if terms.metrics:
         parts += _masses(call, logits, given, ids, z)
     if gradient is not None:
-        _write_gradient_(gradient, call, labels, backend, z, (top, log_rest), ids, of_logits * rate.unsqueeze(1))
+        _write_gradient_(gradient, call, labels, backend, z, row, ids, of_logits * rate.unsqueeze(1))
     return torch.stack(parts[:3] + [torch.where(live, terms.row_scale * x, 0) for x in parts[3:]])
 
 
-def _statistics(call: RowCall, ids: Tensor, z: Tensor, backend: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The list's logits less the row's largest one, −inf where there is no id; that one; and the rest's log-sum-exps
-    relative to it, at the student's temperature and, with labels, at 1.
+class Row(NamedTuple):
+    """What a sweep says of rows, (n,) each: the list's logits less the row's largest one (n, K), −inf where there is no
+    id; that largest one; the rest's, and its log-sum-exp relative to it; and relative to the row's, at the student's
+    temperature and, with labels, at 1.
     """
+
+    below: Tensor
+    top: Tensor
+    rest_top: Tensor
+    of_rest: Tensor
+    log_rest: Tensor
+    plain_rest: Tensor
+
+
+def _statistics(call: RowCall, ids: Tensor, z: Tensor, backend: Any) -> Row:
     terms, rate = call.terms, call.terms.student_inverse_temperature
-    rest_top, log_rest, plain_rest = backend.rest_statistics(
+    rest_top, of_rest, plain_rest = backend.rest_statistics(
         call.student, call.student_softcap, terms.row_scale, rate, ids, terms.labels is not None
     )
     listed = torch.where(ids >= 0, z, -torch.inf)
     top = torch.cat((listed, rest_top.unsqueeze(1)), 1).amax(1)
-    apart = torch.where(rest_top == -torch.inf, 0, rest_top - top)
-    return listed - top.unsqueeze(1), top, log_rest + apart * rate, plain_rest + apart
+    nothing = rest_top == -torch.inf
+    apart = torch.where(nothing, 0, rest_top - top)
+    rest = torch.where(nothing, 0, rest_top), torch.where(nothing, 0, of_rest)
+    return Row(listed - top.unsqueeze(1), top, *rest, of_rest + apart * rate, plain_rest + apart)
 
 
 def _listed(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,24 +185,38 @@ def _at(student: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return student.gather(2, at).to(dtype).flatten(0, 1)
 
 
-def _teacher(targets: Targets, ids: Tensor, given: Tensor, rate: Tensor, vocabulary: int) -> Tensor:
-    """The teacher's logits (n, K + 1) of the categories, the rest last."""
+def _categories_of(call: RowCall, ids: Tensor, given: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Both models' logits (n, K + 1) of the categories, the rest last.
+
+    A teacher's rest that its list's rounding hides is as much as may be hidden: not 0, of which rkl would be infinite,
+    but where the student has nothing there either. Rows without a list, or whose list is of zeros, say nothing: all is
+    in the rest of both.
+    """
+    targets, rate = call.targets, call.terms.teacher_inverse_temperature
     mass, least = _mass(targets, given)
-    whole = (ids >= 0).sum(1) == vocabulary
-    log_p = given - mass.clamp_min(1).log().unsqueeze(1)
+    none = ~(given > -torch.inf).any(1, keepdim=True)
+    log_p = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1)
     if targets.tail == "bucket":
-        rest = torch.where(whole, 0, torch.maximum(1 - mass, least)).log()
-    else:  # all is in the list; without a list there is no teacher, and all is in the rest
-        rest = (mass == 0).to(mass).log()
-        log_p = log_p * (targets.temperature * rate).unsqueeze(1)
-    return torch.cat((log_p, rest.unsqueeze(1)), 1)
+        hidden = (1 - mass <= least) & (student[:, -1] == -torch.inf)
+        whole = ((ids >= 0).sum(1) == call.student.shape[-1]) | hidden
+        rest = torch.where(whole, 0, torch.maximum(1 - mass, least)).log().to(given.dtype).unsqueeze(1)
+        return torch.cat((log_p, rest), 1), student
+    rest = torch.where(none, 0, torch.full_like(given[:, :1] if given.shape[1] else student[:, :1], -torch.inf))
+    log_p = log_p * (targets.temperature * rate).unsqueeze(1)
+    of_list, of_rest = torch.where(none, -torch.inf, student[:, :-1]), student[:, -1:]
+    if targets.tail == "within":
+        of_rest = torch.where(none, of_rest, -torch.inf)
+    elif targets.tail != "renormalize":  # truncated sums need all of the student's
+        of_list = student[:, :-1]
+    return torch.cat((log_p, rest), 1), torch.cat((of_list, of_rest), 1)
 
 
 def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ_S p`` as given, and how far its rounding may be from it: a smaller rest is there for all that is known."""
-    p = given.exp()
-    spread = torch.where(p > 0, p * given.abs(), 0).sum(1)
-    return p.sum(1), targets.rounding * spread + torch.finfo(p.dtype).eps / 2
+    """``Σ_S p`` as given, and how far its rounding may be from it, in the widest arithmetic."""
+    wide = given if given.device.type == "mps" else given.double()
+    p = wide.exp()
+    spread = torch.where(p > 0, p * wide.abs(), 0).sum(1)
+    return p.sum(1), 4 * targets.rounding * spread + torch.finfo(given.dtype).eps  # a few roundings, of who made them
 
 
 def _of_categories(
@@ -201,7 +227,7 @@ def _of_categories(
     assert divergence is not None
     labels = _category_of(terms.labels, ids) if divergence.needs_labels else None
     if call.targets.tail in ("ignore", "sampled"):
-        return _truncated(call, student, teacher, labels, live)
+        return _truncated(call, student, teacher, ids, labels, live, wanted)
     ones = torch.ones_like(terms.row_scale)
     of_rows = TokenTerms(
         terms.row_scale, ones, ones, terms.divergence_scale, 0 * ones, 0 * ones, labels, None, divergence, 0.0
@@ -219,25 +245,26 @@ def _category_of(labels: Tensor | None, ids: Tensor) -> Tensor:
 
 
 def _truncated(
-    call: RowCall, student: Tensor, teacher: Tensor, labels: Tensor | None, live: Tensor
+    call: RowCall, student: Tensor, teacher: Tensor, ids: Tensor, labels: Tensor | None, live: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Sums over the list alone, of the terms as their definition has them, in the widest arithmetic."""
     terms, divergence = call.terms, call.divergence
     assert divergence is not None
     wide = student.dtype if student.device.type == "mps" else torch.float64
-    scale = (terms.row_scale * terms.divergence_scale).to(wide)
-    with torch.inference_mode(False), torch.enable_grad(), autograd_inside_an_operator():
-        logits = torch.where(live.unsqueeze(1), student, 0).to(wide).clone().requires_grad_()
-        log_q, log_p = logits.log_softmax(1)[:, :-1], teacher[:, :-1].to(wide).clone()
-        value = _sums(divergence, log_p, log_q.masked_fill(log_p == -torch.inf, -torch.inf)
-                      if call.targets.tail == "sampled" else log_q, call.targets.weights, labels)  # fmt: skip
-        losses = torch.where(live, scale * value, 0)
-        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted), autograd_inside_an_operator():
+        given = (student, teacher, terms.row_scale * terms.divergence_scale, call.targets.weights)
+        z, log_p, scale, weights = (None if x is None else x.to(wide, copy=True) for x in given)
+        listed, counts, place = ids.clone() >= 0, live.clone(), None if labels is None else labels.clone()
+        assert z is not None and log_p is not None and scale is not None
+        z = torch.where(counts.unsqueeze(1), z, 0).requires_grad_(wanted)
+        log_q = z.log_softmax(1)[:, :-1]
+        losses = torch.where(counts, scale * _sums(divergence, log_p[:, :-1], log_q, listed, weights, place), 0)
+        gradient = torch.autograd.grad(losses.sum(), z)[0] if wanted else torch.zeros_like(z)
     return losses.detach().to(student.dtype), torch.where(live.unsqueeze(1), gradient, 0).to(student.dtype)
 
 
 def _sums(
-    divergence: Divergence, log_p: Tensor, log_q: Tensor, weights: Tensor | None, labels: Tensor | None
+    divergence: Divergence, log_p: Tensor, log_q: Tensor, listed: Tensor, weights: Tensor | None, labels: Tensor | None
 ) -> Tensor:
     """``Σ_S w φ(p, q)``, or of a divergence that is no such sum its formula of the list."""
     if divergence.kernel:  # an operator's divergence has the kernel's name
@@ -250,21 +277,20 @@ def _sums(
     elif weights is None:
         return divergence.scale * reference.of_log_probs(divergence, log_p, log_q, labels)
     else:  # each entry as a row of its own
-        entries = divergence.scale * reference.of_log_probs(divergence, log_p.unsqueeze(-1), log_q.unsqueeze(-1))
-    if weights is None:
-        return entries.sum(1)
-    return torch.where(log_p == -torch.inf, 0, weights.to(entries.dtype) * entries).sum(1)
+        entries = reference.of_log_probs(divergence, log_p.unsqueeze(-1), log_q.unsqueeze(-1))
+    entries = torch.where(listed, divergence.scale * entries, 0)
+    return entries.sum(1) if weights is None else torch.where(listed, weights * entries, 0).sum(1)
 
 
 class _Labels:
     """The label terms of some rows: their parts, and the factors of their gradient."""
 
-    def __init__(self, call: RowCall, top: Tensor, below: Tensor, plain_rest: Tensor, ids: Tensor, live: Tensor):
-        terms, student = call.terms, call.student
+    def __init__(self, call: RowCall, row: Row, live: Tensor):
+        terms, student, top = call.terms, call.student, row.top
         assert terms.labels is not None
         self.labels = torch.where(live, terms.labels, 0)
         self.at_label = capped(_at(student, self.labels.unsqueeze(1), top.dtype).squeeze(1), call.student_softcap)
-        self.log_all = torch.logaddexp(plain_rest, below.logsumexp(1))
+        self.log_all = torch.logaddexp(row.plain_rest, row.below.logsumexp(1))
         smoothing, scale = terms.label_smoothing, terms.row_scale * terms.cross_entropy_scale
         cross_entropy = (1 - smoothing) * (self.log_all - (self.at_label - top))
         if smoothing:
@@ -277,9 +303,13 @@ class _Labels:
 
 
 def _mean_distance(call: RowCall, top: Tensor) -> Tensor:
-    """The mean of ``top − z`` over the vocabulary."""
-    z = capped(call.student.flatten(0, 1).to(top.dtype), call.student_softcap)
-    return (top.unsqueeze(1) - z).mean(1)
+    """The mean of ``top − z`` over the vocabulary, a few rows at a time."""
+    rows, found = call.student.flatten(0, 1), torch.empty_like(top)
+    step = max(1, ROW_PIECE // rows.shape[1])
+    for begin in range(0, len(rows), step):
+        n = slice(begin, begin + step)
+        found[n] = (top[n].unsqueeze(1) - capped(rows[n].to(top.dtype), call.student_softcap)).mean(1)
+    return found
 
 
 def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor) -> list[Tensor]:
@@ -297,15 +327,15 @@ def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor
 
 
 def _write_gradient_(
-    gradient: Tensor, call: RowCall, labels: _Labels | None, backend: Any, z: Tensor, rest: tuple[Tensor, Tensor],
-    ids: Tensor, of_z: Tensor,
+    gradient: Tensor, call: RowCall, labels: _Labels | None, backend: Any, z: Tensor, row: Row, ids: Tensor,
+    of_z: Tensor,
 ) -> None:  # fmt: skip
     """of_z: (n, K + 1) the divergence's gradient by the list's logits, and the rest's."""
-    (top, log_rest), cap = rest, call.student_softcap
+    top, cap, rate = row.top, call.student_softcap, call.terms.student_inverse_temperature
     of_rest, at, values = of_z[:, -1], ids, of_z[:, :-1]
-    of_all = Rest(top, of_rest, torch.where(log_rest == -torch.inf, 0, log_rest))
+    of_all = Rest(row.rest_top, of_rest, row.of_rest)
     if labels is not None:
-        of_all = of_all._replace(of_plain=labels.of_plain, log_all=labels.log_all, constant=labels.constant)
+        of_all = of_all._replace(top=top, of_plain=labels.of_plain, log_all=labels.log_all, constant=labels.constant)
 
         def beside(z: Tensor) -> Tensor:
             """The label terms' gradient by logits (n, any), but for the label's own."""
@@ -314,15 +344,13 @@ def _write_gradient_(
 
         here = ids == labels.labels.unsqueeze(1)
         values = values + beside(z) - torch.where(here, labels.of_label.unsqueeze(1), 0)
-        of_tail = of_rest * ((labels.at_label - top) * call.terms.student_inverse_temperature - of_all.log_rest).exp()
+        of_tail = of_rest * ((labels.at_label - row.rest_top) * rate - row.of_rest).exp()
         at_label = of_tail.unsqueeze(1) + beside(labels.at_label.unsqueeze(1)) - labels.of_label.unsqueeze(1)
         at = torch.cat((ids, torch.where(here.any(1), -1, labels.labels).unsqueeze(1)), 1)
         values, z = torch.cat((values, at_label), 1), torch.cat((z, labels.at_label.unsqueeze(1)), 1)
     values = torch.where(at >= 0, values * cap_slope(z, cap), 0)
     terms = call.terms
-    backend.rest_gradient_(
-        gradient, call.student, cap, terms.row_scale, terms.student_inverse_temperature, of_all, at, values
-    )
+    backend.rest_gradient_(gradient, call.student, cap, terms.row_scale, rate, of_all, at, values)
 
 
 def _whole_rows(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
@@ -331,14 +359,18 @@ def _whole_rows(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
     live, ids, given = _listed(call)
     mass, least = _mass(targets, given)
     others = (vocabulary - (ids >= 0).sum(1)).clamp_min(1)
-    rest = (torch.maximum(1 - mass, least) / others).log()
-    if targets.tail == "renormalize":  # without a list there is no teacher
-        rest = (mass == 0).to(mass).log()
-        terms = replaced(terms, divergence_scale=torch.where(mass == 0, 0, terms.divergence_scale))
+    z = capped(_at(call.student, ids, given.dtype), call.student_softcap)
+    rest = (torch.maximum(1 - mass, least) / others).log().to(given.dtype)
+    if targets.tail == "renormalize":  # rows without a list say nothing
+        none = ~(given > -torch.inf).any(1)
+        rest = none.to(given).log()
+        terms = replaced(terms, divergence_scale=torch.where(none, 0, terms.divergence_scale))
     teacher = rest.unsqueeze(1).repeat(1, vocabulary + 1)
-    log_p = given - mass.clamp_min(1).log().unsqueeze(1)
+    log_p = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1)
     teacher.scatter_(1, torch.where(ids >= 0, ids, vocabulary), log_p)  # what is no id falls beyond the vocabulary
     wide = call.student.flatten(0, 1).to(teacher.dtype)[None]
+    hidden = (1 - mass <= least).unsqueeze(1) & (wide[0] == -torch.inf)  # as in `_categories_of`
+    teacher[:, :vocabulary].masked_fill_(hidden & (teacher[:, :vocabulary] == rest.unsqueeze(1)), -torch.inf)
     rate = terms.teacher_inverse_temperature * targets.temperature
     whole = RowCall(
         wide, teacher[None, :, :vocabulary], replaced(terms, teacher_inverse_temperature=rate, metrics=False),
@@ -346,10 +378,9 @@ def _whole_rows(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
     )  # fmt: skip
     parts, of_student, _ = backend.divergence_rows(whole)
     if terms.metrics:
-        z = capped(_at(call.student, ids, wide.dtype), call.student_softcap)
-        rate = terms.student_inverse_temperature
-        below, _, log_rest, _ = _statistics(call, ids, z, backend)
-        found = _masses(call, torch.cat((below * rate.unsqueeze(1), log_rest.unsqueeze(1)), 1), given, ids, z)
+        row, rate = _statistics(call, ids, z, backend), terms.student_inverse_temperature
+        logits = torch.cat((row.below * rate.unsqueeze(1), row.log_rest.unsqueeze(1)), 1)
+        found = _masses(call, logits, given, ids, z)
         parts = torch.cat((parts, torch.stack([torch.where(live, terms.row_scale * x, 0) for x in found])))
     if gradient is not None:
         gradient.copy_(of_student.view(gradient.shape))

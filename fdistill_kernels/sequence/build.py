@@ -1,4 +1,4 @@
-"""`fdistill teacher build`, `inspect`, `verify` and `serve`: what a teacher says, stored for students to come.
+"""`fdistill teacher build`, `inspect` and `verify`: what a teacher says, stored for students to come.
 
 A store's folder holds the `TeacherStore` itself, the teacher's tokenizer and configuration, and its samples, so that
 `fdistill train --teacher FOLDER` needs nothing else of it.
@@ -6,19 +6,16 @@ A store's folder holds the `TeacherStore` itself, the teacher's tokenizer and co
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ..lists import top_k_of
 from ..sparse import TopK
@@ -27,10 +24,12 @@ from ..values import Hidden
 from . import run as runs
 from .models import TeacherRows, load_model
 from .run import Job, Run, tokenizer_hash
-from .sampling import Sampling, draw, fingerprint
-from .teachers import InRoom, logits_function
+from .sampling import fingerprint
+from .teachers import InRoom, is_store, logits_function
 
 Pair = tuple[list[int], list[int]]
+#: Seconds after which what was asked is on disk.
+KEEP_EVERY = 30.0
 
 
 @dataclass
@@ -62,24 +61,61 @@ USED = ("teacher", "data", "eval_data", "eval_pairs", "limit", "out", "k", "batc
 
 def build(job: BuildJob, console: Console) -> dict[str, Any]:
     """Asks the teacher about every sequence that the store lacks; a killed run goes on. The store's summary."""
-    sources = [s.strip() for s in job.sequences.split(",")]
-    if not set(sources) <= {"gold", "teacher", "beam"}:
-        raise ValueError(f"sequences must be of gold, teacher and beam, not {job.sequences!r}")
+    sources = _checked(job)
     run = Run(job, console)
     teacher = run.teacher
-    if not isinstance(teacher, InRoom):
-        raise ValueError("a store is built from a model, by its folder or hub name")
+    assert isinstance(teacher, InRoom)
     store = _created(job, run, teacher)
-    pairs = _pairs(run, sources)
-    lacking = store.missing(pairs)
-    with Progress(console=console) as bar, store.writer() as writer:
-        task = bar.add_task("the teacher's word", total=len(pairs), completed=len(pairs) - len(lacking))
-        for begin in range(0, len(lacking), job.batch):
-            some = [pairs[i] for i in lacking[begin : begin + job.batch]]
-            for pair, targets in zip(some, _targets(teacher, some, job), strict=True):
-                writer.add(*pair, targets)
-            bar.update(task, advance=len(some))
+    store.verify()  # what is damaged counts as missing, and is asked for again
+    pairs, (rank, ranks) = _pairs(run, sources), runs.rank()
+    with Progress(console=console) as bar:
+        task = bar.add_task("the teacher's word", total=len(pairs), completed=len(pairs) - len(store.missing(pairs)))
+        for done in fill(store, teacher, pairs, job.batch, rank, ranks):
+            bar.update(task, advance=done)
     return {"folder": str(store.folder), **_shown(TeacherStore(store.folder))}
+
+
+def fill(
+    store: TeacherStore, teacher: InRoom, pairs: Sequence[Pair], batch: int = 8, rank: int = 0, ranks: int = 1
+) -> Iterator[int]:
+    """Asks a model about the (prompt ids, continuation ids) that a store lacks; yields how many, batch by batch.
+
+    Of several ranks each asks about its share. What was asked is on disk within a minute, if the process is killed.
+    """
+    lacking = store.missing(pairs)[rank::ranks]
+    with store.writer() as writer:
+        kept = time.monotonic()
+        for begin in range(0, len(lacking), batch):
+            some = [pairs[i] for i in lacking[begin : begin + batch]]
+            for pair, targets in zip(some, _targets(teacher, some, store), strict=True):
+                writer.add(*pair, targets)
+            if time.monotonic() - kept > KEEP_EVERY:
+                writer.flush()
+                kept = time.monotonic()
+            yield len(some)
+
+
+def _checked(job: BuildJob) -> list[str]:
+    """The sources of its sequences.
+
+    Raises:
+        ValueError: settings that do not go together, or a folder that holds something else.
+    """
+    sources, out = [s.strip() for s in str(job.sequences).split(",")], Path(job.out)
+    if not set(sources) <= {"gold", "teacher", "beam"}:
+        raise ValueError(f"--sequences must be of gold, teacher and beam, not {job.sequences!r}")
+    beside = {"hidden": ("k", "log_probs"), "top_k": ("states", "head_rank")}
+    if job.kind not in beside:
+        raise ValueError(f"--kind must be hidden or top_k, not {job.kind!r}")
+    given = ["--" + n.replace("_", "-") for n in beside[job.kind] if getattr(job, n) != getattr(BuildJob, n)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not of --kind {job.kind}")
+    if job.teacher.startswith(("http://", "https://")) or is_store(job.teacher):
+        raise ValueError("a store is built from a model, by its folder or hub name; what a server says is kept by "
+                         "`fdistill train --teacher URL --samples FOLDER`")  # fmt: skip
+    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
+        raise ValueError(f"{out} is not empty and no store: give another --out")
+    return sources
 
 
 def _created(job: BuildJob, run: Run, teacher: InRoom) -> TeacherStore:
@@ -118,7 +154,7 @@ def _pairs(run: Run, sources: list[str]) -> list[Pair]:
     return list(once.values())
 
 
-def _targets(teacher: InRoom, pairs: list[Pair], job: BuildJob) -> Iterator[TopK | Tensor]:
+def _targets(teacher: InRoom, pairs: list[Pair], store: TeacherStore) -> Iterator[TopK | Tensor]:
     """What the store keeps of each of a few sequences."""
     prompts, continuations = ([torch.tensor(x) for x in side] for side in zip(*pairs, strict=True))
     device = next(teacher.model.parameters()).device
@@ -126,11 +162,11 @@ def _targets(teacher: InRoom, pairs: list[Pair], job: BuildJob) -> Iterator[TopK
     begin = 0
     for length in map(len, continuations):
         end = begin + length
-        if job.kind == "hidden":
+        if store.kind == "hidden":
             assert isinstance(rows.value, Hidden)
             yield rows.value.states[begin:end].cpu()
         else:
-            found = top_k_of(logits_function(rows, device)(begin, end)[:, : teacher.vocabulary], job.k)
+            found = top_k_of(logits_function(rows, device)(begin, end)[:, : teacher.vocabulary], store.settings["k"])
             yield found._replace(ids=found.ids.cpu(), log_probs=found.log_probs.cpu())
         begin = end
 
@@ -141,9 +177,16 @@ def _shown(store: TeacherStore) -> dict[str, Any]:
     return {**store.summary(), **settings, "key": store.key}
 
 
+def open_store(folder: str) -> TeacherStore:
+    """A store that is there."""
+    if not (Path(folder) / "manifest.json").exists():
+        raise FileNotFoundError(f"{folder} is no store: it has no manifest.json")
+    return TeacherStore(folder)
+
+
 def inspect(folder: str, plot: str | None = None) -> dict[str, Any]:
     """Sizes, bytes a token, settings, and of lists the mass that their first ids hold, with a plot if asked for."""
-    store = TeacherStore(folder)
+    store = open_store(folder)
     found = _shown(store)
     if plot is not None:
         from matplotlib.figure import Figure
@@ -171,11 +214,13 @@ def verify(folder: str, teacher: str | None = None, sequences: int = 16, seed: i
     Raises:
         ValueError: the model is not the one that the store is of, by its fingerprint.
     """
-    store = TeacherStore(folder, validate="full")
+    store = open_store(folder)
+    store.verify()
     found: dict[str, Any] = {"damaged": store.damaged, "sequences": len(store)}
-    if teacher is None:
+    if teacher is None or not len(store):
         return found
     model = InRoom(load_model(teacher))
+    model.to(runs.device())
     if (mark := fingerprint(model.model)) != store.key.get("teacher"):
         raise ValueError(f"{teacher} has the fingerprint {mark}, and {folder} is of {store.key.get('teacher')}")
     everything = list(store.sequences())
@@ -190,99 +235,10 @@ def _apart(store: TeacherStore, model: InRoom, prompt: Tensor, continuation: Ten
     """(L, 2): KL(model ‖ store) and total variation at each token; of lists, of their categories."""
     from ..functional import f_divergence
 
-    device = torch.device("cpu")
+    device, cpu = next(model.model.parameters()).device, torch.device("cpu")
     kept = store.targets([prompt.tolist()], [continuation.tolist()])
-    now = logits_function(model.rows([prompt], [continuation], device), device)(0, len(continuation)).float()
+    now = logits_function(model.rows([prompt], [continuation], device), cpu)(0, len(continuation)).float()
     if isinstance(kept, TopK):  # the list is the teacher, and the model the student: symmetric where both are near
         return torch.stack([f_divergence(now, kept, n, reduction="none") for n in ("kl", "tvd")], 1)
-    stored = logits_function(TeacherRows(kept, store.vocabulary), device)(0, len(continuation)).float()
+    stored = logits_function(TeacherRows(kept, store.vocabulary), cpu)(0, len(continuation)).float()
     return torch.stack([f_divergence(stored, now, n, reduction="none") for n in ("kl", "tvd")], 1)
-
-
-def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
-    """A model as an `Endpoint` asks one: /v1/completions with token ids and prompt_logprobs, as vLLM has them.
-
-    most: the largest prompt_logprobs. The server is not started: `serve_forever` does, `server_address` says where.
-    """
-    room, name = InRoom(load_model(teacher)), Path(teacher).name
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    lock = Lock()  # a model is asked by one thread at a time
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the caller has its own log."""
-
-        def _reply(self, status: int, body: dict[str, Any]) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            """The one model that is served."""
-            known = self.path.rstrip("/") == "/v1/models"
-            self._reply(200 if known else 404, {"data": [{"id": name, "object": "model"}]} if known else {"error": {}})
-
-        def do_POST(self) -> None:
-            """Completions of token ids."""
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            try:
-                if self.path.rstrip("/") != "/v1/completions":
-                    raise ValueError(f"there is no {self.path}")
-                with lock:
-                    reply = completions(room, tokenizer, json.loads(body), most)
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                self._reply(400, {"error": {"message": str(error), "code": 400}})
-            else:
-                self._reply(200, {"object": "text_completion", "model": name, **reply})
-
-    return ThreadingHTTPServer((host, port), Handler)
-
-
-def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -> dict[str, Any]:
-    """The choices for a request's prompts: a continuation each, and the prompt's log-probabilities if asked for.
-
-    Raises:
-        ValueError: prompts that are no token ids, or more log-probabilities than the server gives.
-    """
-    prompts, k = body["prompt"], body.get("prompt_logprobs")
-    prompts = prompts if prompts and isinstance(prompts[0], list) else [prompts]
-    known = all(isinstance(i, int) and 0 <= i < room.vocabulary for p in prompts for i in p)
-    if not known or not all(map(len, prompts)):
-        raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
-    if k is not None and not 0 <= int(k) <= most:
-        raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
-    sampling = Sampling(int(body.get("max_tokens", 16)), float(body.get("temperature", 1.0)) or 1e-4,
-                        max(0, int(body.get("top_k", 0) or 0)), float(body.get("top_p", 1.0)))  # fmt: skip
-    seed = body.get("seed")
-    choices = []
-    for i, prompt in enumerate(prompts):
-        made = draw(room.model, [torch.tensor(prompt)], sampling, seed, room.vocabulary)[0].tolist()
-        choice: dict[str, Any] = {"index": i, "text": tokenizer.decode(made), "token_ids": made}
-        choice["finish_reason"] = "length" if len(made) == sampling.max_new_tokens else "stop"
-        if k is not None:
-            choice["prompt_logprobs"] = prompt_log_probs(room, tokenizer, prompt, int(k))
-            choice["prompt_token_ids"] = prompt
-        choices.append(choice)
-    return {"choices": choices}
-
-
-def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
-    """vLLM's form: null for the first token, then each token's k largest, and itself where it is not among them."""
-    if len(prompt) < 2:
-        return [None]
-    device = torch.device("cpu")
-    rows = room.rows([torch.tensor(prompt[:1])], [torch.tensor(prompt[1:])], device)
-    log_p = logits_function(rows, device)(0, len(prompt) - 1)[:, : room.vocabulary].float().log_softmax(-1)
-    largest = log_p.topk(min(k, room.vocabulary), -1).indices.tolist()
-
-    def entry(n: int, i: int) -> dict[str, Any]:
-        rank = int((log_p[n] > log_p[n, i]).sum()) + 1
-        return {"logprob": float(log_p[n, i]), "rank": rank, "decoded_token": tokenizer.decode([i])}
-
-    rows_of_ids = [dict.fromkeys([*ids, token]) for ids, token in zip(largest, prompt[1:], strict=True)]
-    return [None, *({str(i): entry(n, i) for i in ids} for n, ids in enumerate(rows_of_ids))]

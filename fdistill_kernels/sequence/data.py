@@ -21,6 +21,7 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
         ValueError: an unknown kind of file, a missing column, no pairs. OSError: the file cannot be read.
     """
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(path)
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
@@ -29,7 +30,10 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
     if kind == "tsv":
         rows = Dataset.from_list(_read_tsv(path, columns))
     elif kind in ("jsonl", "json"):
-        rows = Dataset.from_json(str(path))
+        try:
+            rows = Dataset.from_json(str(path))
+        except DatasetGenerationError as error:
+            raise ValueError(f"{path} is no JSON with a pair a line: {error.__cause__ or error}") from error
     elif kind == "parquet":
         rows = Dataset.from_parquet(str(path))
     else:
@@ -76,6 +80,9 @@ def tokenize(rows: Any, tokenizer: Any, config: Any, max_target: int) -> Any:
         return found[:-1] if found and found[-1] == end else found
 
     def encode(row: dict[str, str], index: int) -> dict[str, Any]:
+        for name in ("prompt", "target"):
+            if not isinstance(row[name], str):
+                raise ValueError(f"pair {index}: {name} must be text, not {row[name]!r}")
         prompts = {"prompt_ids": row["prompt"]}
         if "teacher_prompt" in row:
             prompts["teacher_prompt_ids"] = row["teacher_prompt"] or row["prompt"]

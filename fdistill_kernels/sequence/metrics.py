@@ -21,11 +21,13 @@ def _batches(rows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         yield rows[begin : begin + BATCH]
 
 
-def draw_all(model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int) -> list[Tensor]:
-    """A continuation for every prompt, in batches."""
+def draw_all(
+    model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int, vocabulary: int | None = None
+) -> list[Tensor]:
+    """A continuation for every prompt, in batches, of ids below the vocabulary."""
     made = []
     for i, batch in enumerate(_batches(prompts)):
-        made += draw(model, batch, sampling, seed + i)
+        made += draw(model, batch, sampling, seed + i, vocabulary)
     return made
 
 
@@ -81,13 +83,15 @@ def evaluate(
     references: their whole text, which the ids may have been cut from.
     """
     greedy = _Greedy(sampling.max_new_tokens)
-    outputs = draw_all(student, prompts, greedy, seed)
+    sizes = [m.config.get_text_config().vocab_size for m in (student, teacher) if m is not None]
+    shared = min(*sizes, len(tokenizer))  # what a padded head has beyond, the other does not know
+    outputs = draw_all(student, prompts, greedy, seed, shared)
     text = tokenizer.batch_decode([x.tolist() for x in outputs], skip_special_tokens=True)
     of_teacher = {}
     if teacher is not None:
         of_teacher = {
-            "likelihood_risk": risk(teacher, teacher_prompts, draw_all(student, prompts, sampling, seed)),
-            "coverage_risk": risk(student, prompts, draw_all(teacher, teacher_prompts, sampling, seed)),
+            "likelihood_risk": risk(teacher, teacher_prompts, draw_all(student, prompts, sampling, seed, shared)),
+            "coverage_risk": risk(student, prompts, draw_all(teacher, teacher_prompts, sampling, seed, shared)),
         }
     perplexity = float(torch.tensor(risk(student, prompts, gold)).exp())
     return {"perplexity": perplexity, **of_teacher, **translation_scores(text, references)}

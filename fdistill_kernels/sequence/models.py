@@ -6,6 +6,7 @@ A model's forward runs on deferred logits, and the loss is made in the output em
 from __future__ import annotations
 
 import inspect
+import json
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +43,17 @@ class TeacherRows(NamedTuple):
 
 
 def load_model(path: str | Path) -> Any:
-    """A causal or encoder–decoder model, by its configuration."""
-    config = AutoConfig.from_pretrained(path)
+    """A causal or encoder–decoder model, by its configuration; of a PEFT adapter's folder, by its base model's."""
+    base = path
+    if (adapter := Path(path) / "adapter_config.json").exists():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise
+        words = str(error).splitlines()[0]
+        raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(path)
 
@@ -270,6 +280,8 @@ def step_loss(
     shared, value = min(student.vocabulary, teacher.vocabulary), teacher.value
     if not isinstance(value, (Hidden, TopK)):
         value = _first(value, shared)
+    elif isinstance(value, TopK):  # ids beyond are of a padded head, and their mass is the tail's
+        value = value._replace(ids=torch.where(value.ids < shared, value.ids, -1))
     return linear_f_divergence(
         student.hidden, head, value, divergence=divergence, vocab_size=shared, labels=student.tokens,
         ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,

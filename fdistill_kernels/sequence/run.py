@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -27,15 +29,16 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback, set_seed
 
-from ..teachers import Endpoint
+from ..sparse import TAILS
+from ..teachers import Endpoint, TeacherStore
 from .data import read_pairs, tokenize
 from .metrics import Measures, evaluate
 from .models import load_model
 from .objectives import METHODS, Half, method, mixture
 from .predistill import copy_layers
 from .report import logged, plot, write_report
-from .sampling import Sampling, Server, TeacherSamples, fingerprint, generation_settings, write_whole
-from .teachers import InRoom, Served, Stored, Teacher, teacher_of
+from .sampling import Sampling, Server, TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
+from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 #: Batches of like lengths, which are little padded; transformers 5 has another name for it.
@@ -113,7 +116,8 @@ JobKind = TypeVar("JobKind", bound=Job)
 HELP = {
     "teacher": "folder or hub name of the teacher; or a store's folder (`fdistill teacher build`), or a server's URL",
     "tokenizer": "folder or hub name; default: the teacher's, of a server the student's",
-    "k": "log-probabilities of each token, of a server or a store's lists", "tail": "of those lists, as in TopK",
+    "k": "log-probabilities of each token that a server is asked for",
+    "tail": "of lists: " + ", ".join(t for t in TAILS if t != "sampled"),
     "student": "folder or hub name of the student",
     "student_layers": "make the student of the teacher's layers: 3,1 (encoder,decoder) or 4 (causal)",
     "data": ".jsonl, .tsv or .parquet with prompt and target",
@@ -170,7 +174,37 @@ def job_of(args: argparse.Namespace, kind: type[JobKind] = Job) -> JobKind:  # t
     if not job.teacher or not job.data:
         raise ValueError("--teacher and --data are needed")
     job.halves()
+    _check_numbers(job)
     return job
+
+
+#: The least value of each of a job's numbers.
+LEAST = {
+    "steps": 1, "predistill_steps": 0, "batch": 1, "warmup_steps": 0, "evaluate_every": 0, "eval_pairs": 1, "limit": 1,
+    "max_new_tokens": 1, "top_k": 0, "beams": 1, "k": 1,
+}  # fmt: skip
+
+
+def _check_numbers(job: Job) -> None:
+    """Raises ValueError for a field of another kind than it is, as YAML may have, or a number that is too small."""
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    for field in fields(job):
+        value, name = getattr(job, field.name), "--" + field.name.replace("_", "-")
+        if value is None:
+            continue
+        kind = kinds[str(field.type).removesuffix(" | None")]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {field.type}, not {value!r}")
+        if field.name in LEAST and value < LEAST[field.name]:
+            raise ValueError(f"{name} must be at least {LEAST[field.name]}, not {value}")
+
+
+def device() -> torch.device:
+    """Where this process's models go: its card, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -187,16 +221,37 @@ def teacher_for(job: Job) -> tuple[Teacher, Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(job.tokenizer or job.student)
         vocabulary = config.get_text_config().vocab_size
         kept = Path(job.samples or job.out) / "endpoint"
-        return Served(Endpoint(job.teacher, vocabulary=vocabulary, k=job.k, store=kept), job.tail), tokenizer, config
+        endpoint = Endpoint(job.teacher, vocabulary=vocabulary, k=job.k, store=kept)
+        if endpoint.tokenizer not in (None, tokenizer_hash(tokenizer)):
+            raise ValueError(f"{job.teacher} has another tokenizer than {job.tokenizer or job.student}")
+        return Served(endpoint, job.tail), tokenizer, config
+    if is_store(job.teacher):
+        return _stored_teacher(job)
+    if type(job) is Job and (job.tail != Job.tail or job.k != Job.k):
+        raise ValueError("--tail and --k are of lists, which the teacher's own weights need none of")
     teacher = teacher_of(job.teacher)
-    if isinstance(teacher, Stored):
-        teacher.tail = job.tail
-        tokenizer = AutoTokenizer.from_pretrained(job.tokenizer or teacher.store.folder / "tokenizer")
-        if tokenizer_hash(tokenizer) != teacher.store.key.get("tokenizer", tokenizer_hash(tokenizer)):
-            raise ValueError(f"{job.tokenizer} is not the tokenizer that {job.teacher} was made with")
-        return teacher, tokenizer, AutoConfig.from_pretrained(teacher.store.folder)
     assert isinstance(teacher, InRoom)
     return teacher, AutoTokenizer.from_pretrained(job.tokenizer or job.teacher), teacher.model.config
+
+
+def _stored_teacher(job: Job) -> tuple[Stored, Any, Any]:
+    """A store, with its tokenizer and configuration, or the student's where it has none: one that readers filled."""
+    ignored = [f"--{n.replace('_', '-')}" for n in ("samples", "vllm_url", "online_teacher", "k")
+               if getattr(job, n) != getattr(Job, n)]  # fmt: skip
+    if ignored:
+        raise ValueError(f"{', '.join(ignored)}: not beside a store, which draws nothing and has its own samples and k")
+    teacher = Stored(TeacherStore(job.teacher), job.tail)
+    folder, tokenizer_of = teacher.store.folder, job.tokenizer
+    if tokenizer_of is None and not (folder / "tokenizer").exists() and not job.student:
+        raise ValueError(f"{folder} has no tokenizer: give --tokenizer, or a --student that has it")
+    own = folder / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of or (own if own.exists() else job.student))
+    if tokenizer_hash(tokenizer) != teacher.store.key.get("tokenizer", tokenizer_hash(tokenizer)):
+        raise ValueError(f"{tokenizer_of} is not the tokenizer that {job.teacher} was made with")
+    configured = folder if (folder / "config.json").exists() else job.student
+    if configured is None:
+        raise ValueError(f"{folder} has no config.json: give --student, whose configuration is then taken")
+    return teacher, tokenizer, AutoConfig.from_pretrained(configured)
 
 
 def rank() -> tuple[int, int]:
@@ -221,12 +276,9 @@ class Run:
         self.references = held_out["target"][:]
         self.teacher, self.tokenizer, config = teacher_for(job)
         self.model = self.teacher.model if isinstance(self.teacher, InRoom) else None
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            self.device = torch.device("cuda", torch.cuda.current_device())
-            if isinstance(self.teacher, InRoom):
-                self.teacher.to(self.device)
+        self.device = device()
+        if isinstance(self.teacher, InRoom):
+            self.teacher.to(self.device)
         self.pairs, self.held_out = (
             tokenize(rows, self.tokenizer, config, job.max_new_tokens) for rows in (pairs, held_out)
         )
@@ -234,6 +286,8 @@ class Run:
     def start(self) -> None:
         """Makes the folder, or checks that it is of the same job."""
         path = self.folder / "config.yaml"
+        if is_store(self.folder):
+            raise ValueError(f"{self.folder} is a store: give a run another --out")
         asked = vars(self.job)
         if path.exists():
             known = vars(Job()) | yaml.safe_load(path.read_text())
@@ -257,14 +311,18 @@ class Run:
         """The teacher's stored samples or beams of the training pairs, all of them."""
         name, sampling = "teacher_beams" if beams else "teacher_samples", self.job.sampling(beams)
         folder, prompts = Path(self.job.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
+        if is_store(folder.parent):  # which may grow: other prompts have other samples
+            folder = folder.with_name(f"{name}-{data_hash(prompts)}")
         if isinstance(self.teacher, Stored):
-            return TeacherSamples.kept(self.teacher.store.folder / name, prompts, sampling, self.job.seed)
+            kept, made = self.teacher.store.folder / f"{name}-{data_hash(prompts)}", self.teacher.store.extra
+            return TeacherSamples.kept(kept, prompts, made.get("job", {}))
         source: Any = Server(self.job.vllm_url, self.job.teacher) if self.job.vllm_url else self.model
         mark, settings = self.job.teacher, {}
         if self.model is not None:
             mark, settings = fingerprint(self.model), generation_settings(self.model, sampling)
         elif source is None:
-            source = self.teacher.endpoint  # type: ignore[attr-defined]
+            assert isinstance(self.teacher, Served)
+            source, mark = self.teacher.endpoint, self.teacher.endpoint.fingerprint or mark
         store = TeacherSamples(folder, prompts, sampling, mark, self.job.seed, settings)
         if store.missing():
             with Progress(console=self.console) as bar:
@@ -420,6 +478,8 @@ def command(work: Callable[[Any, Console], Any], kind: type[Job] = Job) -> Calla
     def main(args: argparse.Namespace) -> int:
         console = Console(stderr=True, quiet=rank()[0] > 0)
         job = kind()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is kept at Ctrl-C is kept then, too
         try:
             job = job_of(args, kind)
             with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
@@ -430,7 +490,7 @@ def command(work: Callable[[Any, Console], Any], kind: type[Job] = Job) -> Calla
         except Exception as error:
             if _disk_is_full(error, job):
                 told = f"no space left on the disk ({str(error).splitlines()[0]}); with more the same command goes on"
-            elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+            elif isinstance(error, (ValueError, OSError, FloatingPointError, yaml.YAMLError)):
                 told = str(error)
             else:
                 raise

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from .models import IGNORE, padded, rows_of, virtual_tokens
 SHARD = 256
 #: What a model's own generation configuration decides of its samples.
 TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+#: What a configuration says of where a model came from and how it is run, not of what it says.
+ELSEWHERE = {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures",
+             "return_dict", "_attn_implementation_autoset", "attn_implementation"}  # fmt: skip
 #: What it says that `draw` says otherwise, or that decides nothing.
 SAID = {"pad_token_id", "use_cache", "max_length", "transformers_version"}
 
@@ -198,7 +202,8 @@ def fingerprint(model: Any) -> str:
 
     Of a meta tensor there are no bytes. A sharded one is gathered: all ranks must ask.
     """
-    configuration = json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
+    known = {k: v for k, v in model.config.to_dict().items() if k not in ELSEWHERE and not k.startswith("output_")}
+    configuration = json.dumps(known, sort_keys=True, default=str).encode()
     state = model.state_dict()
     digest = xxhash.xxh3_128(configuration)
     for name in sorted(state):
@@ -208,6 +213,11 @@ def fingerprint(model: Any) -> str:
         for tensor in (part for part in parts if isinstance(part, Tensor)):
             hash_tensor(digest, name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
     return str(digest.hexdigest()[:16])
+
+
+def data_hash(prompts: Sequence[Sequence[int]]) -> str:
+    """Sixteen hex digits of prompts' ids."""
+    return hashlib.sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest()[:16]
 
 
 def generation_settings(model: Any, sampling: Sampling) -> dict[str, Any]:
@@ -237,27 +247,31 @@ class TeacherSamples:
         if not len(prompts):
             raise ValueError("there are no prompts to sample for")
         self.folder, self.prompts, self.sampling, self.seed = Path(folder), prompts, sampling, seed
-        data = hashlib.sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest()[:16]
-        self.key = {"teacher": teacher, "data": data, "prompts": len(prompts), "seed": seed, **asdict(sampling),
-                    **(settings or {})}  # fmt: skip
+        self.key = {"teacher": teacher, "data": data_hash(prompts), "prompts": len(prompts), "seed": seed,
+                    **asdict(sampling), **(settings or {})}  # fmt: skip
         self._check_key()
 
     @classmethod
-    def kept(cls, folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> TeacherSamples:
-        """Those that a teacher drew who is not there any more; prompts, sampling and seed must be the same.
+    def kept(cls, folder: Path, prompts: Sequence[Sequence[int]], job: dict[str, Any]) -> TeacherSamples:
+        """Those that a teacher drew who is not there any more, whatever the sampling was.
+
+        Args:
+            job: of the store's, for a hint.
 
         Raises:
-            ValueError: there are none, or they were drawn otherwise.
+            ValueError: there are none for these prompts.
         """
         try:
             known = json.loads((folder / "manifest.json").read_text())
         except (OSError, ValueError) as error:
+            shown = ", ".join(f"{n} {job.get(n)}" for n in ("data", "limit", "eval_data", "eval_pairs") if n in job)
             raise ValueError(
-                f"{folder} holds no samples of the teacher ({error}): build the store with them"
+                f"{folder.parent} holds no samples of the teacher for these prompts ({error}); it was built of {shown}"
             ) from error
-        decided = {"data", "prompts", "seed", *asdict(sampling), "teacher"}
-        settings = {k: v for k, v in known.items() if k not in decided}
-        return cls(folder, prompts, sampling, known.get("teacher", ""), seed, settings)
+        sampling = Sampling(*(known[n.name] for n in dataclass_fields(Sampling)))
+        decided = {"data", "prompts", "seed", "teacher", *asdict(sampling)}
+        return cls(folder, prompts, sampling, known["teacher"], known["seed"],
+                   {k: v for k, v in known.items() if k not in decided})  # fmt: skip
 
     def _check_key(self) -> None:
         manifest = self.folder / "manifest.json"
@@ -316,16 +330,17 @@ class TeacherSamples:
         Raises:
             ValueError: some are missing still.
         """
-        from datasets import Dataset
+        import pyarrow
+        import pyarrow.parquet
 
         if self.missing():
             raise ValueError(
                 f"{len(self.missing())} of {len(self.shards())} shards in {self.folder} are missing: sample them first"
             )
-        rows = Dataset.from_parquet([str(s) for s in self.shards()], cache_dir=str(self.folder / "arrow"))
-        if rows["index"][:] != list(range(len(self.prompts))):
+        rows = pyarrow.concat_tables([pyarrow.parquet.read_table(s) for s in self.shards()])
+        if rows["index"].to_pylist() != list(range(len(self.prompts))):
             raise ValueError(f"the shards in {self.folder} do not hold each prompt once; remove it to sample anew")
-        return rows["sample_ids"][:]
+        return rows["sample_ids"].to_pylist()
 
 
 def write_whole(path: Path, content: bytes) -> None:

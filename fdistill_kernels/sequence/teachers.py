@@ -19,12 +19,11 @@ from transformers import TrainerCallback
 
 from .. import products
 from ..backends.rows import capped
-from ..sparse import TopK
+from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
 from .models import TeacherRows, load_model, of_model, rows_of
 from .sampling import Sampling, draw, special_tokens
-
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
 AHEAD = 4
@@ -37,11 +36,13 @@ class Teacher(Protocol):
         vocabulary: how many ids it knows.
         encoder_decoder: which kind of model it is.
         anything: whether it has rows for sequences that nobody has shown it before, such as the student's samples.
+        whole: whether it knows every id's probability, which a mixture needs.
     """
 
     vocabulary: int
     encoder_decoder: bool
     anything: bool
+    whole: bool
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
@@ -52,15 +53,21 @@ class Teacher(Protocol):
         """A continuation of each prompt."""
 
 
+def is_store(path: str | Path) -> bool:
+    """Whether a folder is a `TeacherStore`'s."""
+    return (Path(path) / "manifest.json").exists() and (Path(path) / "shards").exists()
+
+
 def teacher_of(given: Any) -> Teacher:
-    """A teacher of a model, a path (of a store, or a model's folder or hub name), a store, an endpoint or a list.
+    """A teacher of a model, a path (of a store, or a model's folder or hub name), a store or an endpoint.
 
     Raises:
-        TypeError: anything else.
+        TypeError: anything else. ValueError: a URL, which says too little of its server.
     """
     if isinstance(given, (str, Path)):
-        is_store = (Path(given) / "manifest.json").exists() and (Path(given) / "shards").exists()
-        return teacher_of(TeacherStore(given) if is_store else load_model(given))
+        if str(given).startswith(("http://", "https://")):
+            raise ValueError(f"give fk.Endpoint({str(given)!r}, vocabulary=...) for a server")
+        return teacher_of(TeacherStore(given) if is_store(given) else load_model(given))
     if isinstance(given, TeacherStore):
         return Stored(given)
     if isinstance(given, Endpoint):
@@ -70,15 +77,15 @@ def teacher_of(given: Any) -> Teacher:
     if isinstance(given, torch.nn.Module) and hasattr(given, "config"):
         return InRoom(given)
     raise TypeError(
-        f"a teacher is a Hugging Face model, a path, a TeacherStore, an Endpoint, Mixture, OfRows or Itself, not "
-        f"{type(given).__name__}"
+        "a teacher is a Hugging Face model, a path, a TeacherStore, an Endpoint, OfRows, Itself, or of several "
+        f"Mixture([...]), not {type(given).__name__}"
     )
 
 
 class InRoom:
     """A model beside the student, of any dtype or device, quantised or not. It is never trained."""
 
-    anything = True
+    anything = whole = True
 
     def __init__(self, model: Any):
         self.model = model.eval().requires_grad_(False)
@@ -117,15 +124,42 @@ class Stored:
     anything = False
 
     def __init__(self, store: TeacherStore, tail: str = "bucket"):
-        self.store, self.tail, self.vocabulary = store, tail, store.vocabulary
+        self.store, self.tail, self.vocabulary = store, checked_tail(tail), store.vocabulary
+        self.whole = store.kind == "hidden"
+        if self.whole and tail != "bucket":
+            raise ValueError(f"tail={tail!r} is of lists, and {store.folder} holds hidden states")
         self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
     ) -> TeacherRows:
         """As `Teacher.rows`."""
-        found = self.store.targets([p.tolist() for p in prompts], [c.tolist() for c in continuations], tail=self.tail)
+        pairs = [(p.tolist(), c.tolist()) for p, c in zip(prompts, continuations, strict=True) if len(c)]
+        if not pairs:
+            return TeacherRows(lambda begin, end: torch.empty(0, self.vocabulary), self.vocabulary)
+        found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
         return TeacherRows(_moved(found, device), self.vocabulary)
+
+    def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
+        """That every sequence of a dataset's columns is here.
+
+        Raises:
+            ValueError: some are not; which, and what the store was built of.
+        """
+        prompts = rows["teacher_prompt_ids" if "teacher_prompt_ids" in rows.column_names else "prompt_ids"][:]
+        for column in columns:
+            pairs = list(zip(prompts, rows[column][:], strict=True))
+            there = [i for i, (_, c) in enumerate(pairs) if len(c)]
+            lacking = [there[i] for i in self.store.missing([pairs[i] for i in there])]
+            if lacking:
+                shown = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+                made = self.store.extra.get("job", {})
+                of = ", ".join(f"{n} {made[n]}" for n in ("data", "limit", "max_new_tokens", "sequences") if n in made)
+                damaged = f"; damaged: {', '.join(self.store.damaged)}" if self.store.damaged else ""
+                raise ValueError(
+                    f"{len(lacking)} of {len(pairs)} sequences of {name} ({column}: {shown}) are not in the store "
+                    f"{self.store.folder}{', which was built of ' + of if of else ''}{damaged}"
+                )
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """Refused: there is nothing to draw with."""
@@ -141,7 +175,8 @@ class Served:
     anything, encoder_decoder = True, False
 
     def __init__(self, endpoint: Endpoint, tail: str = "bucket"):
-        self.endpoint, self.tail, self.vocabulary = endpoint, tail, endpoint.vocabulary
+        self.endpoint, self.tail, self.vocabulary = endpoint, checked_tail(tail), endpoint.vocabulary
+        self.whole = endpoint.kind == "vllm_hidden"
         self._ahead: dict[Any, Any] = {}  # what has been asked for and not been used
 
     def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> None:
@@ -173,8 +208,8 @@ class Mixture:
         geometric: as above. The mixture is of the distributions at temperature 1; the loss tempers it.
 
     Raises:
-        ValueError: weights that do not fit, causal teachers beside encoder–decoder ones; when rows are asked for, a
-            teacher that knows a list of ids alone, whose mixture with others is none.
+        ValueError: weights that do not fit, causal teachers beside encoder–decoder ones, or one that knows lists of ids
+            alone, which have no mixture.
     """
 
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None, geometric: bool = False):
@@ -184,6 +219,7 @@ class Mixture:
             raise ValueError(f"a Mixture needs a positive weight for each of {len(self.teachers)} teachers: {weights}")
         self.weights, self.geometric = [w / sum(weights) for w in weights], geometric
         self.vocabulary, self.encoder_decoder = _alike(self.teachers)
+        self.whole = True
         self.anything = all(t.anything for t in self.teachers)
 
     def rows(
@@ -217,6 +253,7 @@ class OfRows:
             raise ValueError("OfRows needs a teacher at least")
         self.teachers = {str(name): teacher_of(t) for name, t in teachers.items()}
         self.vocabulary, self.encoder_decoder = _alike(list(self.teachers.values()))
+        self.whole = True
         self.anything = all(t.anything for t in self.teachers.values())
         self.names: list[str] = []  # of the batch's examples
 
@@ -289,7 +326,7 @@ class Itself:
         ValueError: decay is outside (0, 1).
     """
 
-    anything = True
+    anything = whole = True
 
     def __init__(self, decay: float | None = None):
         if decay is not None and not 0 < decay < 1:
@@ -378,6 +415,14 @@ class KeepAverage(TrainerCallback):
             save_weights(self.teacher.average, str(folder / self.FILE))
 
 
+def checked_tail(tail: str) -> str:
+    """A tail of lists that are no samples."""
+    known = [t for t in TAILS if t != "sampled"]
+    if tail not in known:
+        raise ValueError(f"tail must be one of {', '.join(known)}, not {tail!r}")
+    return tail
+
+
 def _pad(model: Any) -> int:
     """An id for what attention masks out; of a model that cannot generate, any."""
     try:
@@ -394,12 +439,11 @@ def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
     """A teacher's rows as a function of a range.
 
     Raises:
-        ValueError: rows of a list of ids, which has no logits for the others.
+        TypeError: rows of a list of ids, which has no logits for the others.
     """
     value = rows.value
     if isinstance(value, TopK):
-        raise ValueError("one of several teachers knows lists of ids alone: a mixture needs whole distributions, of "
-                         "models or of stores of hidden states")  # fmt: skip
+        raise TypeError("a list of ids has no logits of the others")
     if isinstance(value, Hidden):
         states, head = value
 
@@ -430,6 +474,9 @@ def _alike(teachers: Sequence[Teacher]) -> tuple[int, bool]:
     """The vocabulary that they share, and which kind they are."""
     if len({t.encoder_decoder for t in teachers}) > 1:
         raise ValueError("the teachers must all be causal, or all encoder–decoder")
+    if not all(t.whole for t in teachers):
+        raise ValueError("one of several teachers knows lists of ids alone: a mixture needs whole distributions, of "
+                         "models or of stores of hidden states")  # fmt: skip
     return min(t.vocabulary for t in teachers), teachers[0].encoder_decoder
 
 

@@ -18,7 +18,7 @@ from .models import IGNORE, Rows, forward_to_head, padded, step_loss, unpadded, 
 from .objectives import Half, method, mixture
 from .predistill import predistillation_loss
 from .sampling import Sampling, draw, special_tokens
-from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, teacher_of
+from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, teacher_of
 
 #: Which column has a source's sequences.
 COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
@@ -103,6 +103,20 @@ def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -
     return batch
 
 
+def _columns(data: Any) -> Sequence[str]:
+    """A dataset's columns; none of one that cannot be asked without being read."""
+    if getattr(data, "column_names", None):
+        return list(data.column_names)
+    return list(data[0]) if isinstance(data, (list, tuple)) and data else ()
+
+
+def _as_dataset(data: Any) -> Any:
+    """With columns."""
+    from datasets import Dataset
+
+    return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data
+
+
 def check_vocabularies(student: Any, teacher: Any) -> None:
     """Two tokenizers' shared part must be the same.
 
@@ -154,13 +168,14 @@ class FDistillTrainer(Trainer):
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
                 raise ValueError(f"{name} is empty")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
-        self.halves, self.sampling = args.halves(), args.sampling()
+        self.halves, self.sampling, self._asked = args.halves(), args.sampling(), args
         self._check_teacher(trainer)
         self._kept: collections.deque[tuple[list[Tensor], list[Tensor], list[Tensor]]] = collections.deque()
         self._draws = True
         self._by_token = args.normalize == "token" or not self.halves
         self._items: dict[str, Tensor] = {}  # of a column, what an update's batches have on average
-        if not self.halves and (virtual_tokens(model) or virtual_tokens(self.teacher.model)):  # type: ignore[attr-defined]
+        of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
+        if not self.halves and (virtual_tokens(model) or virtual_tokens(of_teacher)):
             raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
                              "the other side: pre-distil the model before it gets them")  # fmt: skip
         if args.freeze_embeddings:
@@ -196,17 +211,31 @@ class FDistillTrainer(Trainer):
         if not self.halves and not isinstance(self.teacher, InRoom):
             raise ValueError("predistill matches hidden states with those of a model that is at hand: give that model")
         data = trainer.get("train_dataset")
-        columns = getattr(data, "column_names", None) or ()
+        columns = _columns(data)
         compared = {half.source for half in self.halves if half.divergence is not None}
         drawn = {half.source for half in self.halves} & {"teacher", "beam"}
         if not self.teacher.anything and "student" in compared:
-            raise ValueError("the objective compares on the student's samples, which a store has never seen: take a "
-                             "teacher that is at hand, or an Endpoint")  # fmt: skip
+            raise ValueError("the objective compares on the student's samples, which a store has never seen: take "
+                             "method kl, or a divergence on shares of teacher and gold, or a teacher that is at hand, "
+                             "or an Endpoint")  # fmt: skip
         if not self.teacher.anything and drawn and columns and "sample_ids" not in columns:
             raise ValueError("the objective is on the teacher's samples, and a store draws none: give the data the "
                              "column sample_ids")  # fmt: skip
-        if columns and ("teacher" in columns) != isinstance(self.teacher, OfRows):
-            raise ValueError("the column teacher names each example's teacher, of OfRows: give both, or neither")
+        evaluates = self._asked.eval_strategy != "no"
+        for name in ("train_dataset", *(["eval_dataset"] if evaluates else [])):
+            known = _columns(trainer.get(name))
+            if known and ("teacher" in known) != isinstance(self.teacher, OfRows):
+                raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
+            if known and isinstance(self.teacher, Stored):
+                of_training = {
+                    COLUMNS[h.source] for h in self.halves if h.divergence is not None and h.source in COLUMNS
+                }
+                wanted = of_training if name == "train_dataset" else {"labels"}
+                self.teacher.check(name, _as_dataset(trainer[name]), sorted(wanted & set(known)))
+        same = isinstance(self.teacher, Itself) and self.teacher.decay is None
+        if same and columns and "teacher_prompt_ids" not in columns:
+            raise ValueError("Itself() is the student with another prompt: give the data the column "
+                             "teacher_prompt_ids, or Itself(decay=...)")  # fmt: skip
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip

@@ -265,7 +265,7 @@ class TeacherStore:
         self._head: dict[str, Tensor] | None = None
         self.refresh()
         if validate == "full":
-            self._verify()
+            self.verify()
 
     @classmethod
     def create(
@@ -386,7 +386,8 @@ class TeacherStore:
             self._mapped.popitem(last=False)
         return found
 
-    def _verify(self) -> None:
+    def verify(self) -> None:
+        """Reads every shard whose checksum has not been held yet; those that are damaged are missing from then on."""
         for shard in list(self._shards.values()):
             self._tensors(shard)
         if self.kind == "hidden":

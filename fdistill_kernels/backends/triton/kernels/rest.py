@@ -67,7 +67,7 @@ def rest_statistics_kernel(
 def rest_gradient_kernel(
     student, gradient,  # (outer, inner, vocabulary)
     row_scale, rates,  # (rows)
-    top, of_rest, log_rest, of_plain, log_all, constant,  # (rows): sparse.Rest
+    rest_top, of_rest, log_rest, top, of_plain, log_all, constant,  # (rows): sparse.Rest
     ids, values,  # (rows, list_size); −1: none
     rows, inner, vocabulary, list_size, student_outer, student_inner, gradient_outer, gradient_inner, cap,
     PLAIN: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
@@ -77,15 +77,15 @@ def rest_gradient_kernel(
         row = row_at(student, n, inner, student_outer, student_inner)
         out = row_at(gradient, n, inner, gradient_outer, gradient_inner)
         live, rate = tl.load(row_scale + n) != 0, tl.load(rates + n)
-        x_top, rest_scale, rest_log = tl.load(top + n), tl.load(of_rest + n), tl.load(log_rest + n)
+        its_top, rest_scale, rest_log = tl.load(rest_top + n), tl.load(of_rest + n), tl.load(log_rest + n)
         last = (tl.cdiv(vocabulary, BLOCK) - 1) * BLOCK
         for offset in tl.range(0, vocabulary, BLOCK):
             start = last - offset  # what was read last is in L2 still
             v = start + tl.arange(0, BLOCK)
             x = load_logits(row, v, tl.where(live, vocabulary, 0), cap)
-            value = times(rest_scale, exp((x - x_top) * rate - rest_log))
+            value = times(rest_scale, exp((x - its_top) * rate - rest_log))
             if PLAIN:
-                of_labels = times(tl.load(of_plain + n), exp(x - x_top - tl.load(log_all + n)))
+                of_labels = times(tl.load(of_plain + n), exp(x - tl.load(top + n) - tl.load(log_all + n)))
                 value += of_labels + tl.load(constant + n)
             if cap is not None:
                 value *= 1 - (x / cap) * (x / cap)

@@ -1,0 +1,144 @@
+"""`fdistill teacher serve`: a model as an `Endpoint` asks one, by the part of vLLM's protocol that it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from .models import load_model
+from .run import device, tokenizer_hash
+from .sampling import Sampling, draw, fingerprint
+from .teachers import InRoom, logits_function
+
+
+def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
+    """/v1/completions with token ids and prompt_logprobs, and /v1/models with the model's fingerprint.
+
+    Args:
+        teacher: folder or hub name of a causal model.
+        port: 0 for any that is free; `server_address` says which.
+        most: the largest prompt_logprobs.
+
+    Raises:
+        ValueError: an encoder–decoder model, whose prompt is not what its continuation goes on from.
+    """
+    room, name = InRoom(load_model(teacher)), Path(teacher).name
+    if room.encoder_decoder:
+        raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
+    room.to(device())
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    known = {"id": name, "object": "model", "fingerprint": fingerprint(room.model), "vocabulary": room.vocabulary,
+             "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
+    lock = Lock()  # a model is asked by one thread at a time
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: the caller has its own log."""
+
+        def _reply(self, status: int, body: dict[str, Any]) -> None:
+            content = json.dumps(body).encode()
+            with contextlib.suppress(ConnectionError):  # the client has left
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def _refuse(self, status: int, message: str) -> None:
+            self._reply(status, {"error": {"message": message, "code": status}})
+
+        def do_GET(self) -> None:
+            """The one model that is served."""
+            if self.path.rstrip("/") == "/v1/models":
+                self._reply(200, {"object": "list", "data": [known]})
+            else:
+                self._refuse(404, f"there is no {self.path}")
+
+        def do_POST(self) -> None:
+            """Completions of token ids."""
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path.rstrip("/") != "/v1/completions":
+                return self._refuse(404, f"there is no {self.path}")
+            try:
+                asked = json.loads(body)
+                if asked.get("model", name) != name:
+                    return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
+                with lock:
+                    reply = completions(room, tokenizer, asked, most)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                self._refuse(400, str(error))
+            else:
+                self._reply(200, {"object": "text_completion", "model": name, **reply})
+
+    return ThreadingHTTPServer((host, port), Handler)
+
+
+#: What a request may say.
+FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "prompt_logprobs",
+          "return_token_ids", "stream", "echo", "n", "logprobs", "add_special_tokens",
+          "skip_special_tokens"}  # fmt: skip
+
+
+def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -> dict[str, Any]:
+    """The choices for a request's prompts: a continuation each, and the prompt's log-probabilities if asked for; with
+    those and max_tokens of at most 1 nothing is drawn.
+
+    Raises:
+        ValueError: prompts that are no token ids, more log-probabilities than the server gives, or fields beyond these.
+    """
+    prompts, k = body["prompt"], body.get("prompt_logprobs")
+    prompts = prompts if prompts and isinstance(prompts[0], list) else [prompts]
+    known = all(type(i) is int and 0 <= i < room.vocabulary for p in prompts for i in p)
+    if not known or not all(map(len, prompts)):
+        raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
+    if k is not None and not 0 <= int(k) <= most:
+        raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
+    if (beyond := set(body) - FIELDS) or body.get("stream") or body.get("n", 1) != 1:
+        raise ValueError(f"only n = 1 without stream is served, and no {', '.join(sorted(beyond)) or 'other'}")
+    tokens = int(body.get("max_tokens", 16))
+    sampling = Sampling(max(1, tokens), float(body.get("temperature", 1.0)) or 1e-4,
+                        max(0, int(body.get("top_k", 0) or 0)), float(body.get("top_p", 1.0)))  # fmt: skip
+    seed, device = body.get("seed"), next(room.model.parameters()).device
+    choices = []
+    for i, prompt in enumerate(prompts):
+        made: list[int] = []
+        if k is None or tokens > 1:
+            made = draw(room.model, [torch.tensor(prompt, device=device)], sampling, seed, room.vocabulary)[0].tolist()
+        choice: dict[str, Any] = {"index": i, "text": tokenizer.decode(made), "token_ids": made}
+        choice["finish_reason"] = "length" if len(made) in (0, tokens) else "stop"
+        if k is not None:
+            choice["prompt_logprobs"] = prompt_log_probs(room, tokenizer, prompt, int(k))
+            choice["prompt_token_ids"] = prompt
+        choices.append(choice)
+    return {"choices": choices}
+
+
+@torch.no_grad()
+def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
+    """vLLM's form: null for the first token, then each token's k largest, and itself where it is not among them."""
+    if len(prompt) < 2:
+        return [None]
+    device = next(room.model.parameters()).device
+    rows = room.rows([torch.tensor(prompt[:1])], [torch.tensor(prompt[1:])], device)
+    log_p = logits_function(rows, device)(0, len(prompt) - 1)[:, : room.vocabulary].float().log_softmax(-1)
+    largest = log_p.topk(min(k, room.vocabulary), -1)
+    own = log_p.gather(1, torch.tensor(prompt[1:], device=device).unsqueeze(1))
+    ranks = ((log_p > own).sum(1) + 1).tolist()
+    found: list[dict[str, Any] | None] = [None]
+    for ids, values, token, of_token, rank in zip(
+        largest.indices.tolist(), largest.values.tolist(), prompt[1:], own[:, 0].tolist(), ranks, strict=True
+    ):
+        each = {i: (x, r) for r, (i, x) in enumerate(zip(ids, values, strict=True), 1)}
+        each.setdefault(token, (of_token, rank))
+        found.append({str(i): {"logprob": x, "rank": r, "decoded_token": tokenizer.decode([i])}
+                      for i, (x, r) in each.items()})  # fmt: skip
+    return found
