@@ -47,24 +47,19 @@ class Server:
     """`with Server() as server:` at server.url; what each request's reply is decided by `faults`, names or None."""
 
     def __init__(self, model: Model | None = None, faults: Iterator[str | None] | None = None, *,
-                 limit: int = 10**9, delay: float = 0.0, stall: float = 1.0, folder=None, echo: bool = True):  # fmt: skip
+                 limit: int = 10**9, delay: float = 0.0, stall: float = 1.0, folder=None, echo: bool = True,
+                 context: int = 10**9, **about):  # fmt: skip
         self.model = model or Model()
         faults = itertools.repeat(None) if faults is None else faults
-        self.faults, self.limit, self.delay, self.stall, self.folder, self.echo = (
-            faults,
-            limit,
-            delay,
-            stall,
-            folder,
-            echo,
-        )
+        self.faults, self.limit, self.delay, self.stall = faults, limit, delay, stall
+        self.folder, self.echo, self.context = folder, echo, context
         self.asked: Counter = Counter()  # by token ids, faults included
         self.answered: Counter = Counter()  # by token ids, without a fault
         self.given: Counter = Counter()  # by fault
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
         self.times: list[float] = []
-        self.reply_models = [{"id": "tiny"}]
+        self.reply_models = [{"id": "tiny", **about}]  # fingerprint, vocabulary, tokenizer
         self.now = self.most = 0
         self.lock = threading.Lock()
         outer = self
@@ -77,7 +72,8 @@ class Server:
                 pass
 
             def do_GET(self):
-                _send(self, {"data": outer.reply_models})
+                known = outer.reply_models is not None
+                _send(self, {"data": outer.reply_models} if known else {"detail": "Not Found"}, 200 if known else 404)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -119,6 +115,9 @@ class Server:
                 return self.broken(handler, fault, body, ids)
             if fault is not None and fault.startswith("4"):
                 return _send(handler, {"error": {"message": "the prompt is too long for me", "code": 400}}, int(fault))
+            if len(ids) + 1 > self.context:  # vLLM's words, which generates a token
+                said = f"This model's maximum context length is {self.context} tokens. However, you requested more"
+                return _send(handler, {"error": {"message": said, "code": 400}}, 400)
             with self.lock:
                 self.answered[tuple(ids)] += fault is None
             made = self.sglang(body, ids, fault) if "input_ids" in body else self.vllm(body, ids, fault)
@@ -150,15 +149,15 @@ class Server:
 
     def rows(self, ids, begin, k, fault):
         """Of tokens `begin` on: [(id, log-prob, rank)], the k largest, and the token's own log-prob."""
-        log_probs = self.model.log_probs(ids)[begin - 1 : -1]
-        found = []
-        for position, (row, token) in enumerate(zip(log_probs, ids[begin:], strict=True), begin + 1):
+        log_probs, after = self.model.log_probs(ids)[begin - 1 : -1], torch.tensor(ids[begin:]).long()
+        top = log_probs.topk(min(k, self.limit, log_probs.shape[1]))
+        theirs = log_probs.gather(1, after[:, None])
+        ranks, found = (log_probs >= theirs).sum(1).tolist(), []
+        every = zip(top.indices.tolist(), top.values.tolist(), ids[begin:], theirs[:, 0].tolist(), ranks, strict=True)
+        for position, (listed, values, token, log_prob, rank) in enumerate(every, begin + 1):
             last = position == len(ids)  # which is of the continuation
-            top = row.topk(min(k, self.limit, len(row)))
-            entries = [
-                [int(i), float(p), rank + 1] for rank, (i, p) in enumerate(zip(top.indices, top.values, strict=True))
-            ]
-            own = [token, float(row[token]), int((row >= row[token]).sum())]
+            entries = [[i, p, r] for r, (i, p) in enumerate(zip(listed, values, strict=True), 1)]
+            own = [token, log_prob, rank]
             if last and fault in ("outside", "nan", "positive"):
                 at = 0 if entries[0][0] != token else 1
                 entries[at][0 if fault == "outside" else 1] = {

@@ -7,18 +7,19 @@ import random
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from fdistill_kernels.sparse import TopK
-from fdistill_kernels.teachers.endpoint import Endpoint, EndpointError, _seconds
+from fdistill_kernels.teachers.endpoint import Endpoint, EndpointError, _agree, _seconds
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
 
 from .openai_server import BROKEN, REFUSED, Model, Server
 
 V, K, PROBES = 40, 8, 3
-PROBE = [(0, 9, 19, 29, 39), (39, 29, 19, 9, 0)]
+PROBE = [(0, 7, 15, 23, 31), (31, 23, 15, 7, 0)]
 
 
 def sequences(count, seed=0, longest=6):
@@ -116,7 +117,9 @@ def test_a_thousand_faults(kind, tmp_path):
         before = sum(server.asked.values())
         with endpoint(server, kind=kind, model="tiny", store=tmp_path) as again:
             check(again.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
-        assert sum(server.asked.values()) == before
+        assert (
+            sum(server.asked.values()) == before + 1
+        )  # a stored one, to see that the server is of the store's teacher
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -296,7 +299,7 @@ def test_a_prefetch_left_early_leaves_its_sequences_to_others(tmp_path):
         assert len(TeacherStore(tmp_path)) == len({(*p, -1, *c) for p, c in zip(prompts, continuations, strict=True)})
 
 
-def test_a_restart_with_a_store_asks_nothing(tmp_path):
+def test_a_restart_with_a_store_asks_for_one_sequence_alone(tmp_path):
     prompts, continuations = sequences(10, seed=6)
     with Server() as server:
         with endpoint(server, store=tmp_path) as teacher:
@@ -305,11 +308,173 @@ def test_a_restart_with_a_store_asks_nothing(tmp_path):
         with endpoint(server, store=tmp_path) as teacher:
             again = teacher.targets(prompts, continuations)
         assert torch.equal(first.ids, again.ids) and torch.equal(first.log_probs, again.log_probs)
-        assert sum(server.asked.values()) == asked
-    with endpoint(server, store=tmp_path, model="tiny") as teacher:  # no server at all
-        assert torch.equal(teacher.targets(prompts, continuations).ids, first.ids)
-    with endpoint(server, store=tmp_path, model="other") as teacher, pytest.raises(ValueError, match="other"):
-        teacher.targets(prompts, continuations)
+        assert sum(server.asked.values()) == asked + 1
+        with endpoint(server, store=tmp_path, model="other") as teacher, pytest.raises(ValueError, match="other"):
+            teacher.targets(prompts, continuations)
+        server.reply_models = None  # a server without the list
+        with endpoint(server, store=tmp_path, model="tiny") as teacher:
+            assert torch.equal(teacher.targets(prompts, continuations).ids, first.ids) and teacher.tokenizer is None
+        with endpoint(server) as teacher, pytest.raises(EndpointError, match="status 404"):
+            teacher.targets(prompts, continuations)
+    with endpoint(server, store=tmp_path, model="tiny", retries=0) as teacher, pytest.raises(EndpointError):
+        teacher.targets(prompts, continuations)  # no server at all: nothing says whose the store is
+
+
+@pytest.mark.parametrize("kind", ["top_k", "hidden"])
+def test_a_store_of_another_teacher_under_the_same_name_is_refused(tmp_path, kind):
+    prompts, continuations = sequences(10, seed=6)
+    (tmp_path / "states").mkdir()
+    model, other = Model(), Model(seed=1)
+    how = {"store": tmp_path / "kept", "retries": 0}
+    if kind == "hidden":
+        how |= {"kind": "vllm_hidden", "head": head(model), "norm": model.norm, "states_folder": tmp_path / "states"}
+    with Server(model, folder=tmp_path / "states") as server:
+        with endpoint(server, **how) as teacher:
+            teacher.targets(prompts, continuations)
+        for change in ({}, {"store": TeacherStore(tmp_path / "kept")}):
+            server.model = other
+            with endpoint(server, **{**how, **change}) as teacher:
+                for _ in range(2):  # nothing is missing, and the second call finds no way around it
+                    with pytest.raises(
+                        ValueError, match=r"kept.*tiny.*disagree on a stored sequence, prompt of"
+                    ) as error:
+                        teacher.targets(prompts, continuations)
+                assert server.url in str(error.value)
+            server.model = model
+            with endpoint(server, **{**how, **change}) as teacher:
+                teacher.targets(prompts, continuations)
+
+
+def test_a_projected_store_is_compared_by_its_directions(tmp_path):
+    model = Model()
+    kept = TeacherStore.create(tmp_path / "kept", kind="hidden", vocabulary=V, key={}, head=head(model), rank=5, states="float32")  # fmt: skip
+    how = {"kind": "vllm_hidden", "head": head(model), "norm": model.norm, "states_folder": tmp_path, "store": kept}
+    with Server(model, folder=tmp_path) as server:
+        for m in (model, model, Model(seed=1)):
+            server.model = m
+            refused = contextlib.nullcontext() if m is model else pytest.raises(ValueError, match="disagree")
+            with endpoint(server, **how) as teacher, refused:
+                assert teacher.targets([[1, 2]], [[3, 4, 5]]).states.shape == (3, 5)
+
+
+def test_what_counts_as_the_same_rows():
+    rows = Model().log_probs(range(30))
+    lists = [TopK(t.indices, t.values) for t in (r.topk(K) for r in (rows, rows + 0.05 * torch.randn_like(rows)))]
+    assert _agree(*lists) and not _agree(lists[0], lists[1], 1e-6)
+    flat = [(0.3 * torch.randn(8, 5000, generator=torch.Generator().manual_seed(i))).log_softmax(1) for i in range(2)]
+    assert not _agree(*(TopK(t.indices, t.values) for t in (f.topk(K) for f in flat)))  # no probability is over 0.001
+    moved = [
+        TopK(torch.arange(4)[None], torch.tensor([p]).log()) for p in ([0.6, 0.2, 0.1, 0.1], [0.45, 0.35, 0.1, 0.1])
+    ]
+    assert not _agree(*moved)
+    short = TopK(torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0.6, 0.2, 0.0, 0.0]]).log())
+    assert _agree(moved[0], short) and not _agree(moved[1], short)
+
+
+def test_what_the_list_of_models_says(tmp_path):
+    about = {"fingerprint": "0123456789abcdef", "vocabulary": V, "tokenizer": "f" * 16}
+    with Server(**about) as server:
+        with endpoint(server, store=tmp_path / "kept") as teacher:
+            assert teacher.tokenizer == "f" * 16 and not server.asked
+            teacher.targets([[1]], [[2]])
+        assert TeacherStore(tmp_path / "kept").key == {
+            "teacher": "tiny",
+            **{n: about[n] for n in ("fingerprint", "tokenizer")},
+        }
+        asked = sum(server.asked.values())
+        built = TeacherStore.create(
+            tmp_path / "built", kind="top_k", vocabulary=V, k=K, key={"teacher": about["fingerprint"]}
+        )
+        with endpoint(server, store=built) as teacher:  # of a teacher that was at hand then, and is served now
+            teacher.targets([[1]], [[2]])
+        server.reply_models[0]["fingerprint"] = "another"
+        for store in (tmp_path / "kept", TeacherStore(tmp_path / "kept"), built):
+            with (
+                endpoint(server, store=store) as teacher,
+                pytest.raises(ValueError, match=r"0123456789abcdef.* is '(another|tiny)'"),
+            ):
+                teacher.targets([[1]], [[2]])
+        server.reply_models[0]["vocabulary"] = V - 1
+        with endpoint(server) as teacher, pytest.raises(ValueError, match="vocabulary of 39, less than vocabulary=40"):
+            teacher.targets([[1]], [[2]])
+        assert sum(server.asked.values()) == asked + PROBES + 1
+    with Server() as server, endpoint(server) as teacher:
+        assert teacher.tokenizer is None
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_ids_of_a_padded_head_are_left_out_where_that_is_said(kind):
+    prompts, continuations = sequences(20)
+    whole = expected(Model(60), prompts, continuations)
+    listed = whole.topk(K).indices < V
+    assert 0 < (~listed).sum() < listed.numel() / 2 and listed.any(1).all()
+    with Server(Model(60)) as server:
+        with (
+            endpoint(server, kind=kind, retries=0) as teacher,
+            pytest.raises(EndpointError, match=r"outside \[0, 40\).*padded=True"),
+        ):
+            teacher.targets(prompts, continuations)
+        for more in ({"padded": True}, {}):
+            server.reply_models[0] |= {} if more else {"vocabulary": 60}
+            with endpoint(server, kind=kind, **more) as teacher:
+                found = teacher.targets(prompts, continuations)
+            real = found.ids >= 0
+            # vLLM and SGLang give the token itself, too, which may take the place of one that is left out
+            assert (real.sum(1) >= listed.sum(1)).all() and (found.ids < V).all() and found.ids.shape == listed.shape
+            torch.testing.assert_close(found.log_probs[real], whole.gather(1, found.ids.clamp_min(0))[real])
+            assert (found.log_probs[~real] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_sequence_that_fills_the_servers_context(kind):
+    with Server(context=6) as server, endpoint(server, kind=kind) as teacher:
+        assert teacher.targets([[1, 2, 3]], [[4, 5]]).ids.shape == (2, K)
+        with pytest.raises(
+            EndpointError, match=r"maximum context length is 6 .*one token longer.*7 for this one"
+        ) as error:
+            teacher.targets([[1, 2, 3]], [[4, 5, 6]])
+        assert error.value.status == 400 and server.asked[1, 2, 3, 4, 5, 6] == 1
+
+
+def test_retries_are_logged_but_not_each(caplog):
+    faults = itertools.chain([None] * PROBES, ["500"] * 5, itertools.repeat(None))
+    with Server(faults=faults) as server, endpoint(server, concurrency=1, retries=9) as teacher:
+        teacher.targets([[1, 2]], [[3]])
+        (line,) = caplog.records
+        assert line.name == "fdistill_kernels.endpoint" and line.levelname == "WARNING"
+        assert (
+            "sequence 0 (prompt of 2 tokens 1 2" in line.getMessage()
+            and "out of memory; try 2 of 10 in 0.0" in line.getMessage()
+        )
+        teacher._next_line, server.faults = 0.0, itertools.chain(["429"], itertools.repeat(None))
+        teacher.targets([[1, 2]], [[4]])
+        assert "slow down" in caplog.messages[1] and "4 other retries" in caplog.messages[1]
+
+
+def test_a_store_of_other_settings_is_refused_before_anything_is_asked(tmp_path):
+    def store(name, **more):
+        return TeacherStore.create(tmp_path / name, **{"kind": "top_k", "vocabulary": V, "key": {}, "k": K, **more})
+
+    model = Model()
+    with Server(model, folder=tmp_path) as server:
+        states = {"kind": "hidden", "k": None, "states": "float32", "head": head(model)}
+        hidden = {"kind": "vllm_hidden", "head": head(model), "norm": model.norm, "states_folder": tmp_path}
+        for number, (made, more, says) in enumerate((
+            ({"k": 9}, {}, "k was 9 and is 8"), ({"vocabulary": 50}, {}, "vocabulary was 50 and is 40"),
+            ({"temperature": 2.0}, {}, "temperature was 2.0"), (states, {}, "kind was 'hidden' and is 'top_k'"),
+            ({**states, "rank": 3}, {}, "kind was 'hidden' and is 'top_k'"), ({}, hidden, "kind was 'top_k' and is 'hidden'"),
+            ({**states, "head": Head(model.weight + 1)}, hidden, "head was"),
+        )):  # fmt: skip
+            with pytest.raises(ValueError, match=says):
+                endpoint(server, store=store(f"{number}", **made), **more)
+        for key, says in (({"teacher": "x"}, "teacher was 'x' and is 'tiny'"), ({"layer": 3}, "layer was 3 and is -1")):
+            kept, how = (
+                store(says[:5], **({"key": key} if "teacher" in key else {"key": key, **states})),
+                {} if "teacher" in key else hidden,
+            )
+            with endpoint(server, store=kept, **how) as teacher, pytest.raises(ValueError, match=says):
+                teacher.targets([[1]], [[2]])
+        assert not server.asked
 
 
 def test_what_is_damaged_is_asked_again(tmp_path):
@@ -322,7 +487,7 @@ def test_what_is_damaged_is_asked_again(tmp_path):
         shard.write_bytes(content)
         with endpoint(server, store=tmp_path) as other:
             check(other.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
-        assert all(n == 2 for ids, n in server.asked.items() if ids not in PROBE)
+        assert all(n == 2 for ids, n in server.asked.items() if ids not in PROBE)  # none to compare with
 
 
 def _fill(url, folder, prompts, continuations, barrier):
@@ -347,7 +512,8 @@ def test_processes_that_share_a_folder_pay_once(tmp_path):
         for worker in workers:
             worker.join(60)
         assert [w.exitcode for w in workers] == [0, 0]
-        assert all(n == 1 for ids, n in server.asked.items() if ids not in PROBE)
+        again = [n - 1 for ids, n in server.asked.items() if ids not in PROBE]
+        assert sum(again) <= 2  # one by each process that begins when others have stored something
         check(TeacherStore(tmp_path).targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)
 
 
@@ -408,8 +574,10 @@ def test_hidden_states(tmp_path):
         logits = found.states @ found.head.weight.T
         torch.testing.assert_close(logits.log_softmax(-1), expected(model, prompts, continuations), atol=1e-4, rtol=0)
         assert not list((tmp_path / "states").glob("*.lock"))  # each read once and removed, those that did not fit too
-    with endpoint(server, kind="vllm_hidden", head=head(model), norm=model.norm, model="tiny", **folders) as teacher:
-        assert torch.equal(teacher.targets(prompts, continuations).states, found.states)
+        answered = sum(server.answered.values())
+        with endpoint(server, kind="vllm_hidden", head=head(model), norm=model.norm, retries=30, **folders) as teacher:
+            assert torch.equal(teacher.targets(prompts, continuations).states, found.states)
+        assert sum(server.answered.values()) == answered + 1
 
 
 def test_hidden_states_that_cannot_be_had(tmp_path):
@@ -450,11 +618,26 @@ def test_arguments():
             teacher.targets([[1], []], [[2], [3]])
         with pytest.raises(ValueError, match="sequence 0 has ids outside"):
             teacher.targets([[1, V]], [[2]])
+        for ids in ([5.7], torch.tensor([5.0]), torch.tensor([[5]]), "5", [None]):
+            with pytest.raises(ValueError, match="sequence 1 has ids that are no integers"):
+                teacher.targets([[1], ids], [[2], [3]])
+            with pytest.raises(ValueError, match="sequence 0 has ids that are no integers"):
+                teacher.targets([[1]], [ids])
+        for call in (teacher.targets, teacher.ask, lambda p, c, tail: teacher.prefetch([(p, c)], tail=tail)):
+            for tail in ("other", "sampled"):
+                with pytest.raises(ValueError, match="tail must be one of bucket, uniform"):
+                    call([[1]], [[2]], tail=tail)
         assert not server.asked
+        assert teacher.ask([[1]], [[2]], "uniform")().tail == "uniform"
+        assert teacher.ask([np.array([1])], [[np.int32(2)]])("ignore").tail == "ignore"
+    with pytest.raises(ValueError, match="vllm takes no head"):
+        Endpoint("http://localhost:1", vocabulary=V, head=head(Model()))
     with Server() as server:
         server.reply_models = [{"id": "a"}, {"id": "b"}]
         with endpoint(server) as teacher, pytest.raises(EndpointError, match=r"model must be given.*'a', 'b'"):
             teacher.targets([[1]], [[2]])
-    nobody = contextlib.closing(Endpoint("http://127.0.0.1:9", vocabulary=V, retries=1, first_wait=0.001))
-    with nobody as teacher, pytest.raises(EndpointError, match=r"list of models: given up after 2 tries.*broke"):
-        teacher.targets([[1]], [[2]])
+    nobody = Endpoint("http://127.0.0.1:9", vocabulary=V, retries=1, first_wait=0.001)
+    for kind in (EndpointError, ConnectionError, OSError, RuntimeError):
+        with pytest.raises(kind, match=r"list of models: given up after 2 tries.*broke"):
+            nobody.targets([[1]], [[2]])
+    nobody.close()

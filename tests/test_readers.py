@@ -112,6 +112,19 @@ def test_a_line_that_does_not_fit_is_named(tmp_path, spoil, says):
     assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}:3: ")
 
 
+def test_ids_of_a_padded_head(tmp_path):
+    found = vllm_lines()
+    row = found[2]["choices"][0]["prompt_logprobs"][2]
+    listed = next(i for i, e in row.items() if e["rank"] == 2 and i != str(SEQUENCES[2][2]))
+    row["40"] = row.pop(listed)  # the first id beyond the vocabulary, in place of one of the k
+    path = lines(tmp_path / "a.jsonl", found)
+    with pytest.raises(Misfit, match=r"a\.jsonl:3: .*outside \[0, 40\).*padded=True"):
+        list(readers.vllm_replies(path, **HOW))
+    made = [rows for *_, rows in readers.vllm_replies(path, padded=True, **HOW)]
+    assert [(r.ids < 0).sum() for r in made] == [0, 0, 1, 0] and int(listed) not in made[2].ids[1]
+    assert made[2].ids[1, -1] == -1 and made[2].log_probs[1, -1] == -torch.inf
+
+
 def test_other_lines_that_do_not_fit(tmp_path):
     (path := tmp_path / "a.jsonl").write_text(json.dumps(vllm_lines()[0]) + '\n{"choices": [')
     with pytest.raises(Misfit, match=r"a\.jsonl:2: JSONDecodeError"):

@@ -18,21 +18,24 @@ import email.utils
 import fcntl
 import hashlib
 import itertools
+import logging
+import operator
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..sparse import TopK
+from ..sparse import TAILS, TopK
 from ..values import Head, Hidden
 from .readers import Misfit, sglang_rows, vllm_rows
-from .store import MissingTargets, TeacherStore
+from .store import MissingTargets, TeacherStore, _check, _settings
 
 if TYPE_CHECKING:
     from ..sequence.sampling import Sampling  # which needs transformers
@@ -44,10 +47,19 @@ KINDS = ("vllm", "sglang", "vllm_hidden")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 #: How far a probability may move when the same is asked again in another batch, or states, of their size.
 AGREES = 0.1
+#: Rows that a stored sequence which is asked again should have; seconds between two lines of the log.
+ENOUGH, LINE_EVERY = 8, 5.0
+LOG = logging.getLogger("fdistill_kernels.endpoint")
+#: How vLLM and SGLang say that a sequence, and the token after it that each of them must generate, are too long.
+TOO_LONG = re.compile(r"context (length|window)|maximum model length|max_tokens must be at least", re.IGNORECASE)
 
 
-class EndpointError(RuntimeError):
-    """The server refused a sequence, or did not answer for it in all tries."""
+class EndpointError(RuntimeError, ConnectionError):
+    """The server refused a sequence, or did not answer for it in all tries; `status`: of a refusal, else 0."""
+
+    def __init__(self, what: str, status: int = 0):
+        super().__init__(what)
+        self.status = status
 
 
 class _Again(Exception):
@@ -63,15 +75,20 @@ class Endpoint:
 
     A sequence is asked for once: it is looked up in `store` first and written there after, also where a batch fails,
     and one that another batch or process is asking for is waited for. A reply that does not fit is never used. Only
-    when something is asked, and before it, two short sequences are tried, one of them twice.
+    when something is asked, and before it, two short sequences are tried, one of them twice. Before anything is taken
+    from a store that has sequences, the server is asked for a short one of them again, and must still say the same; a
+    `fingerprint` that it gives its model in /v1/models is a part of the store's key.
 
     Args:
         url: the server's, with or without /v1.
         model: its name there; None: the only one that it serves.
         vocabulary: V of the teacher's output embedding; k: how many ids of each position, at most V.
-        store: a `TeacherStore`, or the folder of one that is made where there is none.
+        padded: leave out ids from V on, in place of an error: the teacher has more rows, whose mass is the tail's
+            then. So it is where the server says in /v1/models that its `vocabulary` is larger; it must not be smaller.
+        store: a `TeacherStore` of the same settings, or the folder of one that is made where there is none.
         concurrency: requests at a time. timeout: seconds for each, reading included; a longer Retry-After is an error.
-        retries: after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit.
+        retries: after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit; the log
+            "fdistill_kernels.endpoint" has a warning of them, one in a few seconds.
         first_wait: seconds before the second try, doubled for each further one.
         short_rows: pad a position with fewer than k ids with −1, in place of an error.
         head, norm, states_folder: for "vllm_hidden": the teacher's head, what its output norm makes of states (L, D)
@@ -79,24 +96,27 @@ class Endpoint:
         layer: which of the layers that the connector keeps; the last one's ids must be the model's number of layers.
 
     Raises:
-        ValueError: what does not go together, by name.
-        EndpointError: in any call: the server's own words, or what happened in the last try, with the sequence.
+        ValueError: what does not go together, by name; in any call: the store is another teacher's than the server.
+        EndpointError: a ConnectionError, in any call: the server's own words, or what happened in the last try, with
+            the sequence.
     """
 
     def __init__(
         self, url: str, *, model: str | None = None, vocabulary: int, k: int = 64, api_key: str | None = None,
         store: TeacherStore | str | Path | None = None, concurrency: int = 8, timeout: float = 600.0, retries: int = 6,
-        first_wait: float = FIRST_WAIT, kind: str = "vllm", short_rows: bool = False, head: Head | None = None,
-        norm: Callable[[Tensor], Tensor] | None = None, states_folder: str | Path | None = None, layer: int = -1,
+        first_wait: float = FIRST_WAIT, kind: str = "vllm", short_rows: bool = False, padded: bool = False,
+        head: Head | None = None, norm: Callable[[Tensor], Tensor] | None = None,
+        states_folder: str | Path | None = None, layer: int = -1,
     ):  # fmt: skip
         import httpx
 
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-        missing = [n for n, v in (("norm", norm), ("head", head), ("states_folder", states_folder)) if v is None]
-        if kind == "vllm_hidden" and missing:
-            raise ValueError(f"vllm_hidden needs {' and '.join(missing)}: the connector's states are files without the "
-                             "teacher's output norm")  # fmt: skip
+        hidden = {"norm": norm, "head": head, "states_folder": states_folder}
+        wrong = [name for name, value in hidden.items() if (value is None) == (kind == "vllm_hidden")]
+        if wrong:
+            raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
+                             "are for a connector's states, files without the teacher's output norm")  # fmt: skip
         if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
             raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -104,7 +124,12 @@ class Endpoint:
             raise ValueError(f"the url must begin with http:// or https://: {url!r}")
         self.model, self.vocabulary, self.k, self.store, self.kind = model, vocabulary, min(k, vocabulary), store, kind
         self.timeout, self.retries, self.first_wait, self.short_rows = timeout, retries, first_wait, short_rows
-        self.head, self.norm, self.states_folder, self.layer = head, norm, states_folder, layer
+        self.head, self.norm, self.states_folder, self.layer, self.padded = head, norm, states_folder, layer, padded
+        if isinstance(store, TeacherStore):
+            known = store.settings
+            _check(store.folder, known, _settings(
+                self._stored_kind, vocabulary, self.k if head is None else None, known.get("log_probs", "float16"),
+                known.get("states", "bfloat16"), head and known.get("rank"), head, 1.0))  # fmt: skip
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -113,30 +138,47 @@ class Endpoint:
         self._places, self._opening = asyncio.Semaphore(concurrency), asyncio.Lock()
         self._flying: dict[Pair, asyncio.Future[Any]] = {}
         self._claims: int | None = None
-        self._not_before, self._tried, self._closed, self._process = 0.0, False, False, os.getpid()
+        self._about: dict[str, Any] | None = None  # what the list of models says
+        self._opened = self._tried = self._closed = False
+        self._not_before, self._next_line, self._untold, self._process = 0.0, 0.0, 0, os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="fdistill endpoint")
         self._thread.start()
 
     # What is asked for
 
+    @property
+    def tokenizer(self) -> str | None:
+        """The hash of the tokenizer where the server gives one in /v1/models; it is asked when this is first read."""
+        return self._wait(self._submit(self._known())).get("tokenizer")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The model's, likewise."""
+        return self._wait(self._submit(self._known())).get("fingerprint")
+
     def targets(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> TopK | Hidden:
         """The teacher at every token of the continuations, (M, K) or states (M, D), one sequence after the other.
 
         Raises:
-            ValueError: an empty prompt, which predicts nothing, or ids outside the vocabulary.
+            ValueError: an empty prompt, which predicts nothing, ids that are no integers or outside the vocabulary, or
+                another tail than a list without weights can have.
         """
-        return self.ask(prompts, continuations)(tail)
+        return self.ask(prompts, continuations, tail)()
 
-    def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> Callable[[str], TopK | Hidden]:
-        """Begins to ask, and returns what waits for `targets`, given a tail."""
+    def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> Callable[..., Any]:
+        """Begins to ask, and returns what waits for `targets`, of another tail where one is given to it."""
+        _tail(tail)
         future = self._submit(self._batch(self._pairs(prompts, continuations)))
-        return lambda tail: self._wait(future, tail)
+        return lambda tail=tail: self._wait(future, _tail(tail))
 
     def prefetch(
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
-    ) -> Iterator[tuple[Any, TopK | Hidden]]:
+    ) -> Generator[tuple[Any, TopK | Hidden], None, None]:
         """Each batch (prompts, continuations, …) with its targets, while `ahead` further ones are on their way."""
+        return self._prefetched(batches, ahead, _tail(tail))
+
+    def _prefetched(self, batches: Iterable[Any], ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
         source, on_the_way = iter(batches), collections.deque[tuple[Any, concurrent.futures.Future[Any]]]()
         try:
             while True:
@@ -164,7 +206,7 @@ class Endpoint:
             await self._open()
             return await _all(self._drawn(p, sampling, seed + i, i) for i, (p, _) in enumerate(pairs))
 
-        return self._wait(self._submit(all_of_them()), "")
+        return self._wait(self._submit(all_of_them()))
 
     def close(self) -> None:
         """Calls off what is on its way; whoever waits for it gets an error. What has come is in the store."""
@@ -193,7 +235,7 @@ class Endpoint:
             raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _wait(self, future: concurrent.futures.Future[Any], tail: str) -> Any:
+    def _wait(self, future: concurrent.futures.Future[Any], tail: str = "") -> Any:
         try:
             found = future.result()
         except concurrent.futures.CancelledError as error:
@@ -211,8 +253,15 @@ class Endpoint:
         self._loop.call_soon(self._loop.stop)
 
     def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids], whole: bool = True) -> list[Pair]:
-        pairs = [(tuple(map(int, p)), tuple(map(int, c))) for p, c in zip(prompts, continuations, strict=True)]
-        for number, (prompt, continuation) in enumerate(pairs):
+        pairs = []
+        for number, pair in enumerate(zip(prompts, continuations, strict=True)):
+            try:
+                prompt, continuation = (
+                    tuple(map(operator.index, p.tolist() if isinstance(p, Tensor) else p)) for p in pair
+                )
+            except TypeError as error:
+                raise ValueError(f"sequence {number} has ids that are no integers: {error}") from error
+            pairs.append((prompt, continuation))
             if not prompt:
                 raise ValueError(f"sequence {number} has an empty prompt: nothing predicts its first token")
             if not all(0 <= i < self.vocabulary for i in (*prompt, *continuation)):
@@ -233,10 +282,10 @@ class Endpoint:
                 flying = {pair: self._flying[pair] for pair in wanted}
                 await asyncio.wait(flying.values())
                 rows.update({pair: f.result() for pair, f in flying.items() if not f.cancelled()})  # else they are mine
-            if not isinstance(self.store, TeacherStore) or not pairs:
+            if self._store is None or not pairs:
                 return self._together([rows[pair] for pair in pairs])
             try:
-                return self.store.targets([p for p, _ in pairs], [c for _, c in pairs])
+                return self._store.targets([p for p, _ in pairs], [c for _, c in pairs])
             except MissingTargets as error:  # a shard was found damaged when it was read: its sequences are asked again
                 for index in error.indices:
                     rows.pop(pairs[index], None)
@@ -256,9 +305,9 @@ class Endpoint:
         try:
             async with self._claimed(pairs):
                 missing = pairs
-                if isinstance(self.store, TeacherStore):
-                    self.store.refresh()
-                    missing = [pairs[i] for i in self.store.missing(pairs)]
+                if self._store is not None:
+                    self._store.refresh()
+                    missing = [pairs[i] for i in self._store.missing(pairs)]
                     made.update(dict.fromkeys(set(pairs) - set(missing)))
                 if missing:
                     await self._try()
@@ -274,15 +323,15 @@ class Endpoint:
 
     async def _paid(self, pairs: list[Pair], made: dict[Pair, Any]) -> None:
         """Asks the server; what has come is kept also where some did not, or the batch is called off."""
-        tasks = {pair: asyncio.ensure_future(self._asked(pair, i)) for i, pair in enumerate(pairs)}
+        tasks = {pair: asyncio.ensure_future(self._asked(pair, f"sequence {i}")) for i, pair in enumerate(pairs)}
         try:
             await asyncio.wait(tasks.values())
         finally:
             for task in tasks.values():
                 task.cancel()
             come = {p: t.result() for p, t in tasks.items() if t.done() and not t.cancelled() and not t.exception()}
-            if isinstance(self.store, TeacherStore) and come:
-                with self.store.writer() as writer:
+            if self._store is not None and come:
+                with self._store.writer() as writer:
                     for (prompt, continuation), rows in come.items():
                         writer.add(prompt, continuation, rows)
             made.update(come)
@@ -296,12 +345,12 @@ class Endpoint:
         A batch claims all of its own in order, and while it holds some waits for nothing but further ones: no two
         processes wait for each other. The system frees those of a process that dies.
         """
-        if not isinstance(self.store, TeacherStore):
+        if self._store is None:
             yield
             return
         bytes_ = sorted({int.from_bytes(hashlib.sha256(repr(pair).encode()).digest()[:7], "big") for pair in pairs})
         if self._claims is None:  # open as long as this: to close any descriptor of it frees all of a process
-            self._claims = os.open(Path(self.store.folder) / "asking.lock", os.O_RDWR | os.O_CREAT)
+            self._claims = os.open(self._store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         held: list[int] = []
         try:
             for byte in bytes_:
@@ -319,20 +368,67 @@ class Endpoint:
 
     # One request
 
+    @property
+    def _store(self) -> TeacherStore | None:
+        return self.store if isinstance(self.store, TeacherStore) else None
+
+    @property
+    def _stored_kind(self) -> str:
+        return "top_k" if self.head is None else "hidden"
+
+    async def _known(self) -> dict[str, Any]:
+        """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`."""
+        if self._about is None:
+            self._about = await self._until_it_fits("the list of models", self._served)
+        return self._about
+
     async def _open(self) -> None:
-        """Asks for the model's name and makes the store, where that is left to it."""
+        """Asks what the model is, makes the store where that is left to it, and compares the two.
+
+        Raises:
+            ValueError: a smaller vocabulary at the server, or a store of another model.
+        """
         async with self._opening:
-            if self.model is None:
-                self.model = await self._until_it_fits("the list of models", self._served)
-            if isinstance(self.store, (str, Path)):
-                hidden = self.kind == "vllm_hidden"
+            if self._opened:
+                return
+            about = await self._known()
+            self.model, rows = about["id"], about.get("vocabulary", self.vocabulary)
+            if rows < self.vocabulary:
+                raise ValueError(f"{self.model} at {self.url} has, it says, a vocabulary of {rows}, less than "
+                                 f"vocabulary={self.vocabulary}")  # fmt: skip
+            self.padded |= rows > self.vocabulary
+            key: dict[str, Any] = {n: about[n] for n in ("fingerprint", "tokenizer") if n in about}
+            key["teacher"] = self.model
+            if self.head is not None:
+                key["layer"] = self.layer
+            if isinstance(self.store, TeacherStore):  # a local teacher's has the fingerprint itself as its teacher
+                known = {n: v for n, v in self.store.key.items()
+                         if n in key and (n, v) != ("teacher", about.get("fingerprint"))}  # fmt: skip
+                _check(self.store.folder, known, {name: key[name] for name in known})
+            elif self.store is not None:
                 more: dict[str, Any] = {"k": self.k, "log_probs": "float16"}
                 if self.head is not None:
                     more = {"head": self.head, "states": str(self.head.weight.dtype).removeprefix("torch.")}
                 self.store = TeacherStore.create(
-                    self.store, kind="hidden" if hidden else "top_k", vocabulary=self.vocabulary,
-                    key={"teacher": self.model, "layer": self.layer} if hidden else {"teacher": self.model}, **more,
-                )  # fmt: skip
+                    self.store, kind=self._stored_kind, vocabulary=self.vocabulary, key=key, **more)  # fmt: skip
+            if self._store is not None and (pair := _short(self._store)):
+                await self._compare(self._store, pair)
+            self._opened = True
+
+    async def _compare(self, store: TeacherStore, pair: Pair) -> None:
+        """Asks for a stored sequence again.
+
+        Raises:
+            ValueError: the server says something else than the store.
+        """
+        asked, kept = await self._asked(pair, "a stored sequence"), store.targets([pair[0]], [pair[1]])
+        if isinstance(kept, Hidden):
+            projection = store._head_tensors().get("projection")
+            asked = asked if projection is None else asked.to(projection) @ projection
+        if not _agree(kept if isinstance(kept, TopK) else kept.states, asked):
+            raise ValueError(f"the store {store.folder} (of {store.key}) and the model {self.model} now served at "
+                             f"{self.url} disagree on a stored sequence, {_shown(pair)}: they are not of one teacher; "
+                             "take another folder for this one")  # fmt: skip
 
     async def _try(self) -> None:
         """Two short sequences, one of them twice.
@@ -343,19 +439,19 @@ class Endpoint:
         async with self._opening:
             if self._tried:
                 return
-            first = tuple(i * (self.vocabulary - 1) // 4 for i in range(5))
+            first = tuple(i * (min(self.vocabulary, 200) - 1) // 5 for i in range(5))  # a student's last may be padding
             short = [((a,), tuple(more)) for a, *more in (first, first[::-1], first)]
-            one, other, again = await _all(self._asked(pair, i) for i, pair in enumerate(short))
+            one, other, again = await _all(self._asked(pair, "a short sequence") for pair in short)
             if not _agree(one, again):
                 raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
             if first != first[::-1] and _agree(one, other, 1e-6):
                 raise EndpointError(f"the server at {self.url} answers other sequences with the same rows")
             self._tried = True
 
-    def _asked(self, pair: Pair, number: int) -> Awaitable[Any]:
+    def _asked(self, pair: Pair, what: str) -> Awaitable[Any]:
         """A pair's rows: `TopK` (L, K), or states (L, D)."""
-        prompt, continuation = pair
-        ids, begin = [*prompt, *continuation], len(prompt)
+        ids, begin = [*pair[0], *pair[1]], len(pair[0])
+        how = self.k, self.vocabulary, self.short_rows, self.padded
 
         async def once() -> Any:
             if self.kind == "sglang":
@@ -367,21 +463,28 @@ class Endpoint:
                 meta = _part(reply, "meta_info")
                 if not meta.get("input_top_logprobs"):
                     raise EndpointError("the server ignores top_logprobs_num: SGLang's own /generate is needed")
-                return sglang_rows(meta, ids, begin, self.k, self.vocabulary, self.short_rows)
+                return sglang_rows(meta, ids, begin, *how)
             body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
             if self.kind == "vllm":
                 choice = _choice(await self._post("/v1/completions", {**body, "prompt_logprobs": self.k}))
                 if choice.get("prompt_logprobs") is None:
                     raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
-                return vllm_rows(choice, ids, begin, self.k, self.vocabulary, self.short_rows)
+                return vllm_rows(choice, ids, begin, *how)
             reply = await self._post("/v1/completions", body)
             if not isinstance(reply.get("kv_transfer_params"), dict):
                 raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
             return await self._states(str(reply["kv_transfer_params"].get("hidden_states_path")), ids, begin)
 
-        shown = " ".join(map(str, prompt[:8])) + (" …" if begin > 8 else "")
-        what = f"sequence {number} (prompt of {begin} tokens {shown}, continuation of {len(continuation)})"
-        return self._until_it_fits(what, once)
+        async def in_context() -> Any:
+            try:
+                return await once()
+            except EndpointError as error:
+                if error.status != 400 or not TOO_LONG.search(str(error)):
+                    raise
+                raise EndpointError(f"{error} (the server's context must be at least one token longer than the longest "
+                                    f"sequence: {len(ids) + 1} for this one)", 400) from error  # fmt: skip
+
+        return self._until_it_fits(f"{what} ({_shown(pair)})", in_context)
 
     async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]]) -> Any:
         """Tries with ever longer waits between; a server's wish to be left alone holds for all requests."""
@@ -400,14 +503,19 @@ class Endpoint:
             except self._broken as error:
                 happened, after = f"the connection broke: {error!r}", 0.0
             except EndpointError as error:
-                raise EndpointError(f"{what}: {error} ({self.url})") from error
+                raise EndpointError(f"{what}: {error} ({self.url})", error.status) from error
             if tries > self.retries or after > self.timeout:
                 asked = f", which asks to wait {after:g} s" if after > self.timeout else ""
                 raise EndpointError(f"{what}: given up after {tries} tries at {self.url}{asked}: {happened}")
             if after:
                 self._not_before = max(self._not_before, time.monotonic() + after)
-            wait = min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
-            await asyncio.sleep(max(wait, after))
+            wait = max(after, min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
+            self._untold += 1
+            if time.monotonic() >= self._next_line:
+                more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
+                LOG.warning("%s: %s; try %d of %d in %.3g s%s", what, happened, tries + 1, self.retries + 1, wait, more)
+                self._next_line, self._untold = time.monotonic() + LINE_EVERY, 0
+            await asyncio.sleep(wait)
         raise AssertionError
 
     async def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -417,7 +525,7 @@ class Endpoint:
             said = f"status {reply.status_code}: {_message(reply)}"
             if reply.status_code in (408, 429) or reply.status_code >= 500:
                 raise _Again(said, _seconds(reply.headers.get("Retry-After")))
-            raise EndpointError(f"the server refuses it with {said}")
+            raise EndpointError(f"the server refuses it with {said}", reply.status_code)
         try:
             found = reply.json()
         except ValueError as error:
@@ -426,11 +534,20 @@ class Endpoint:
             raise Misfit("it is no JSON object")
         return found
 
-    async def _served(self) -> str:
-        names = [m.get("id") for m in (await self._post("/v1/models")).get("data", []) if isinstance(m, dict)]
-        if len(names) != 1 or not isinstance(names[0], str):
-            raise EndpointError(f"model must be given: the server has {names}")
-        return names[0]
+    async def _served(self) -> dict[str, Any]:
+        try:
+            listed = (await self._post("/v1/models")).get("data")
+        except EndpointError as error:
+            if self.model is None or error.status not in (404, 405):
+                raise
+            listed = []  # not every server that speaks a protocol has the list
+        models = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+        found = [m for m in models if self.model in (None, m.get("id"))]
+        if self.model is None and (len(found) != 1 or not isinstance(found[0].get("id"), str)):
+            raise EndpointError(f"model must be given: the server has {[m.get('id') for m in models]}")
+        kinds = {"fingerprint": str, "vocabulary": int, "tokenizer": str}
+        about = {n: v for n, v in (found or [{}])[0].items() if n in kinds and isinstance(v, kinds[n])}
+        return {**about, "id": found[0]["id"] if found else self.model}
 
     async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
         """The normed states that predict tokens `begin` on, of a file that is read once and removed.
@@ -498,6 +615,30 @@ async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
             task.cancel()
 
 
+def _tail(tail: str) -> str:
+    if tail not in TAILS or tail == "sampled":
+        raise ValueError(f"tail must be one of {', '.join(t for t in TAILS if t != 'sampled')}, not {tail!r}")
+    return tail
+
+
+def _shown(pair: Pair) -> str:
+    prompt, continuation = pair
+    begin = " ".join(map(str, prompt[:8])) + (" …" if len(prompt) > 8 else "")
+    return f"prompt of {len(prompt)} tokens {begin}, continuation of {len(continuation)}"
+
+
+def _short(store: TeacherStore) -> Pair | None:
+    """A stored sequence: of the smallest whole shard the shortest that has enough rows, or the one with most."""
+    for shard in sorted(store._shards.values(), key=lambda s: s.bytes):
+        if (kept := store._tensors(shard)) is not None:
+            at = kept["places"].tolist()
+            parts = [part for part in zip(at[:-1:2], at[1::2], at[2::2], strict=True) if part[0] < part[1] < part[2]]
+            if parts:
+                b, m, e = min(parts, key=lambda p: (max(0, ENOUGH - (p[2] - p[1])), p[2] - p[0]))
+                return tuple(kept["tokens"][b:m].tolist()), tuple(kept["tokens"][m:e].tolist())
+    return None
+
+
 def _part(reply: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(reply.get(name), dict):
         raise Misfit(f"it has no {name}")
@@ -543,9 +684,21 @@ def _is_locked(lock: Path) -> bool:
 
 
 def _agree(one: Any, other: Any, within: float = AGREES) -> bool:
-    """Whether probabilities at ids that both have, or states by their size, are the same up to rounding."""
+    """Whether states by their size, or lists, are the same up to rounding.
+
+    Of lists: no probability is further apart, an id that a list lacks being at most as probable there as its last; on
+    average those that both have are not by twice as much of themselves; and most of the mass is of ids that both have.
+    """
     if isinstance(one, Tensor):
         return bool((one - other).float().norm() <= within * one.float().norm())
-    same = one.ids[:, :, None] == other.ids[:, None, :]
-    apart = (one.log_probs.exp()[:, :, None] - other.log_probs.exp()[:, None, :])[same & (one.ids >= 0)[:, :, None]]
-    return bool(same.any(2).any(1).all() and (apart.abs() <= within).all())
+    for a, b in ((one, other), (other, one)):
+        p, q = (x.log_probs.float().exp().masked_fill(x.ids < 0, 0) for x in (a, b))
+        same = (a.ids[:, :, None] == b.ids[:, None, :]) & (a.ids >= 0)[:, :, None]
+        least = q.masked_fill(b.ids < 0, torch.inf).amin(1, keepdim=True)
+        shared, there = same.any(2), (same * q[:, None, :]).sum(2)
+        apart = torch.where(shared, (p - there).abs(), p - least)
+        if (apart > within).any() or (p * shared).sum() < 0.5 * p.sum():
+            return False
+        if (apart * shared).sum() > 2 * within * p.sum():
+            return False
+    return True

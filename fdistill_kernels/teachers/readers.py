@@ -61,18 +61,24 @@ def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
     return TopK(ids, log_probs.clamp_max(0))
 
 
-def largest(rows: Sequence[dict[int, float]], k: int, vocabulary: int, short_rows: bool = False) -> TopK:
+def largest(
+    rows: Sequence[dict[int, float]], k: int, vocabulary: int, short: bool = False, padded: bool = False
+) -> TopK:
     """The k largest of each position's log-probabilities by id.
 
     Raises:
-        Misfit: as `checked`; or a row has fewer than min(k, vocabulary) ids, unless `short_rows` allows that: −1 pads
-            it then.
+        Misfit: as `checked`; or a row has fewer than min(k, vocabulary) ids, unless `short` allows that: −1 pads it
+            then. It pads a row, too, that has ids outside the vocabulary where `padded` leaves those out.
     """
     k = min(k, vocabulary)
     for position, row in enumerate(rows):
-        if len(row) < k and not short_rows:
+        if len(row) < k and not short:
             raise Misfit(f"position {position} of the continuation has {len(row)} ids of the {k} asked for: "
                          f"start the server with --max-logprobs {k} or more, or allow short_rows")  # fmt: skip
+        if not padded and any(i >= vocabulary for i in row):
+            raise Misfit(f"position {position} of the continuation has an id outside [0, {vocabulary}): where the "
+                         "teacher has more rows than tokens, padded=True leaves those out")  # fmt: skip
+    rows = [{i: p for i, p in row.items() if i < vocabulary} for row in rows]
     wide = max([k, *map(len, rows)])
     ids, log_probs = ([[*part, *[fill] * (wide - len(part))] for part in parts] for parts, fill in (
         (rows, -1), ([row.values() for row in rows], -torch.inf)))  # fmt: skip
@@ -81,7 +87,10 @@ def largest(rows: Sequence[dict[int, float]], k: int, vocabulary: int, short_row
     return TopK(whole.ids.gather(1, order), whole.log_probs.gather(1, order))
 
 
-def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False) -> TopK:
+def vllm_rows(
+    choice: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False,
+    padded: bool = False,
+) -> TopK:  # fmt: skip
     """A vLLM choice's `prompt_logprobs` from token `begin` ≥ 1 on: null, then {id: {"logprob": …, "rank": …}} of each.
 
     The token itself is among them where it is not of the k largest, too: its rank is above k then.
@@ -89,13 +98,12 @@ def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, k: int, vocabu
     Raises:
         Misfit: as `largest`, for other token ids or another length than sent, a token missing, or another form.
     """
-    read, found = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
-    if read is not None and read != ids:
-        raise Misfit(f"the server read {len(read)} token ids that are not the {len(ids)} sent")
-    try:
+    with _form("prompt_logprobs of another form than vLLM's"):
+        read, found, rows = choice.get("prompt_token_ids"), choice.get("prompt_logprobs"), []
+        if read is not None and read != ids:
+            raise Misfit(f"the server read {len(read)} token ids that are not the {len(ids)} sent")
         if len(found) != len(ids):  # type: ignore[arg-type]
             raise Misfit(f"{len(found)} positions for {len(ids)} tokens")  # type: ignore[arg-type]
-        rows = []
         for row, token in zip(found[begin:], ids[begin:], strict=True):  # type: ignore[index]
             if str(token) not in row:
                 raise Misfit(f"a position does not have its next token {token}")
@@ -103,14 +111,12 @@ def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, k: int, vocabu
             if not short and (listed[str(token)].get("rank") or 0) > min(k, vocabulary):
                 del listed[str(token)]  # it would hide that one of the k is missing
             rows.append({int(i): e["logprob"] for i, e in listed.items()})
-        return largest(rows, k, vocabulary, short)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        if isinstance(error, Misfit):
-            raise
-        raise Misfit(f"prompt_logprobs of another form than vLLM's: {error!r}") from error
+        return largest(rows, k, vocabulary, short, padded)
 
 
-def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False) -> TopK:
+def sglang_rows(
+    meta: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False, padded: bool = False
+) -> TopK:
     """SGLang's `input_top_logprobs` and `input_token_logprobs` of a reply's meta_info: [log-prob, id, text] each.
 
     They begin with the token before `begin`, or the first, and end with the last; their first has no log-probability.
@@ -119,7 +125,7 @@ def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, k: int, vocabu
         Misfit: as `vllm_rows`.
     """
     tokens, count = ids[begin:], len(ids) - begin
-    try:
+    with _form("a reply of another form than SGLang's"):
         if meta.get("prompt_tokens", len(ids)) != len(ids):
             raise Misfit(f"the server read {meta['prompt_tokens']} tokens of the {len(ids)} sent")
         own, top = meta["input_token_logprobs"], meta["input_top_logprobs"]
@@ -134,11 +140,7 @@ def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, k: int, vocabu
         for row, (p, *_), token in zip(rows, own[-count:], tokens, strict=True):
             if short or len(row) >= min(k, vocabulary):  # else the token's own would hide that one is missing
                 row.setdefault(token, p)
-        return largest(rows, k, vocabulary, short)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        if isinstance(error, Misfit):
-            raise
-        raise Misfit(f"a reply of another form than SGLang's: {error!r}") from error
+        return largest(rows, k, vocabulary, short, padded)
 
 
 def pour(reader: Iterable[Scored], store: Any) -> int:
@@ -151,7 +153,7 @@ def vllm_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
     """JSON lines of vLLM's, each a completion, a choice, or a request's output with prompt_token_ids.
 
     Args:
-        path: the file. k: how many ids to keep; vocabulary: of the teacher; short_rows: as `Endpoint` has it.
+        path: the file. k: how many ids to keep; vocabulary: of the teacher; short_rows, padded: as `Endpoint` has them.
         prompt_length: how many tokens are the prompt, or the name of the line's field that says so.
 
     Raises:
@@ -169,7 +171,8 @@ def sglang_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
 
 
 def _lines(
-    path: Path, parse: Any, *, k: int, vocabulary: int, prompt_length: int | str = 1, short_rows: bool = False
+    path: Path, parse: Any, *, k: int, vocabulary: int, prompt_length: int | str = 1, short_rows: bool = False,
+    padded: bool = False,
 ) -> Iterator[Scored]:  # fmt: skip
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -180,7 +183,7 @@ def _lines(
                 ids, part, rows = parse(found)
                 begin = found[prompt_length] if isinstance(prompt_length, str) else prompt_length
                 split = _split(ids, begin)
-                yield *split, rows(part, ids, begin, k, vocabulary, short_rows)
+                yield *split, rows(part, ids, begin, k, vocabulary, short_rows, padded)
 
 
 def _vllm_line(found: dict[str, Any]) -> tuple[list[int], dict[str, Any], Any]:
@@ -384,3 +387,14 @@ def _at(where: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise Misfit(f"{where}: {error if isinstance(error, Misfit) else repr(error)}") from error
+
+
+@contextlib.contextmanager
+def _form(what: str) -> Iterator[None]:
+    """Says of what another form is than was looked for."""
+    try:
+        yield
+    except Misfit:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise Misfit(f"{what}: {error!r}") from error
