@@ -23,6 +23,7 @@ from .functional import cross_entropy, f_divergence, linear_cross_entropy, linea
 from .lists import sample_of, top_k_of
 from .modules import CrossEntropyLoss, FDivergenceLoss, LinearCrossEntropyLoss, LinearFDivergenceLoss
 from .own import FDivergence
+from .parallel import VocabShard, vocab_shard
 from .sparse import TopK
 from .values import Head, Hidden, Logits, LossParts, LossTerms, Metrics, SparseParts
 
@@ -72,6 +73,7 @@ __all__ = [
     "TeacherStore",
     "ToDi",
     "TopK",
+    "VocabShard",
     "cross_entropy",
     "f_divergence",
     "linear_cross_entropy",
@@ -80,4 +82,5 @@ __all__ = [
     "log_sum_exp",
     "sample_of",
     "top_k_of",
+    "vocab_shard",
 ]

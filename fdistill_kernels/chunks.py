@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, products
+from . import backends, checks, parallel, products
 from .backends.rows import LinearCall, RowCall, TokenTerms, split
 
 #: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
@@ -38,6 +38,9 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
     vocabulary, models = head.weight.shape[0], 1 if call.teacher.rows is None else 2
     like, row = hidden.new_empty(0, dtype=_buffer_dtype(call)), _buffer_row(vocabulary, backend)
     step = _chunk_rows(call, count, models * row * like.element_size())
+    if call.shard.group:
+        step = parallel.agreed(step, call.shard.group, hidden.device)
+    sums: list[Any] = []  # over ranks, under way while the next chunk's products are made
     buffers = [products.empty(like, step, row)[:, :vocabulary] for _ in range(models)]
     if not count:
         of_weight.zero_()
@@ -57,13 +60,17 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
                 teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0)
             row_call = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, head.softcap, cap,
                                student_gradient=any(wants), inplace=any(wants),
-                               targets=call.teacher.targets.of_rows(rows))  # fmt: skip
+                               targets=call.teacher.targets.of_rows(rows), shard=call.shard)  # fmt: skip
             parts[:, rows] = backends.rows_by(backend, row_call)[0]
             if not any(wants):
                 continue
             gradient = logits.to(hidden.dtype)
             if wants.hidden:
-                of_hidden[rows] = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
+                of_states = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
+                if call.shard.group and call.shard.sum_hidden:
+                    sums.append((parallel.summed(of_states, call.shard.group), rows, of_states))
+                else:
+                    of_hidden[rows] = of_states
             if powers is not None:
                 share = torch.where(of_rows.row_scale == 0, 0, powers[rows] / most).unsqueeze(1)
                 states = states * share.to(states.dtype) if states.is_cuda else states.float() * share
@@ -72,6 +79,9 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
                 products.add_weight_gradient_(gradient, states, head.scale, keep, of_weight)
             if wants.bias:
                 of_bias += gradient.sum(0, dtype=wide) if powers is None else (gradient.to(wide) * share).sum(0)
+    for work, rows, of_states in sums:
+        work.wait()
+        of_hidden[rows] = of_states
     if powers is not None:
         parts = parts * powers
         of_hidden = of_hidden * powers.unsqueeze(1) if wants.hidden else of_hidden

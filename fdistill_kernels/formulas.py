@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     largest entry, and at the teacher's.
 
     Of divergences with `RowStatistics` also which entries are in their set, and the coefficients (n, 1) of the row, at
-    most `COEFFICIENTS`.
+    most `COEFFICIENTS`; and what their anchor is, where the entries here are not the whole row.
     """
 
     p: Tensor
@@ -59,12 +59,13 @@ class Entry(NamedTuple):
     u_at_other_peak: Tensor
     inside: Tensor = NOTHING
     of_row: tuple[Tensor, ...] = ()
+    anchor: Tensor | None = None
 
     def exchanged(self) -> Entry:
         """Teacher for student, the row's coefficients in reverse."""
         return Entry(
             self.q, self.p, self.log_q, self.log_p, -self.u, self.q_shifted, self.p_shifted, -self.u_at_other_peak,
-            -self.u_at_peak, self.inside, self.of_row[::-1],
+            -self.u_at_peak, self.inside, self.of_row[::-1], self.anchor,
         )  # fmt: skip
 
     def about_one(self, power: float = 1.0) -> Tensor:
@@ -84,6 +85,7 @@ class RowStatistics:
     Attributes:
         members: which entries are in the row's set: the "label"; or the teacher's largest, by "count" (as many as the
             parameter) or by "mass" (as few as hold the parameter's share). Entries that tie are in it together.
+        anchor: what the sums are taken relative to (n, 1), where they are: a largest one of the row's entries.
         sums: what is summed over the row, of its entries.
         coefficients: what `Entry.of_row` holds, of those sums (n, 1), the two numbers, and u at the peaks; no gradient
             flows through it.
@@ -92,6 +94,7 @@ class RowStatistics:
     sums: Callable[[Entry, float, float], tuple[Tensor, ...]]
     coefficients: Callable[[Entry, tuple[Tensor, ...], float, float], tuple[Tensor, ...]]
     members: str = ""
+    anchor: EntryFunction | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,21 @@ from . import checks
 from .backends.rows import Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
-from .heads import check_alone, checked_cap, checked_head, head_of, logits_of, many_heads, path_of, teacher_of
+from .heads import (
+    check_alone,
+    checked_cap,
+    checked_head,
+    head_here,
+    head_of,
+    logits_of,
+    many_heads,
+    path_of,
+    teacher_of,
+)
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
+from .parallel import VocabShard, carried_shard, local_logits, teacher_part, valid
 from .sparse import TopK, targets_of
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
@@ -45,6 +56,8 @@ def f_divergence(
     inplace: bool = False,
     backend: str = "auto",
     return_parts: bool | str = False,
+    shard: VocabShard | None = None,
+    teacher_shard: VocabShard | None = None,
 ) -> Any:
     """``Σ_v q_v f(p_v/q_v)`` of q = softmax(student/T) and p = softmax(teacher/T_t), token by token.
 
@@ -76,6 +89,10 @@ def f_divergence(
         backend: "auto", or a backend's name (`fdistill doctor`).
         return_parts: also return `LossParts`; with "metrics" `Metrics`, for one more look at each row. Beside a `TopK`
             either gives `SparseParts`, whose overlap takes a top-k of the student's rows.
+        shard: logits are the entries of a `VocabShard`, the others on the other ranks of its group, which must all call
+            with the same rows; labels and ids are of the whole vocabulary. Every rank gets the whole loss, and the
+            gradient of its entries. DTensors split on the last dimension say so themselves.
+        teacher_shard: the teacher's, where it is split otherwise; None: as the student's, or whole, by its size.
 
     Returns:
         The float32 loss, () or (...); float64 for float64 logits. Tokens all masked, or none: 0, with zero gradient. A
@@ -95,15 +112,15 @@ def f_divergence(
         temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
         reduction=reduction, num_items=num_items,
     ))  # fmt: skip
+    given = logits_of("student_logits", student_logits, "logit_softcap", logit_softcap)
+    student, shard, padded = _logits_here("student_logits", given.values, vocab_size, shard)
     if isinstance(teacher_logits, TopK):
-        return _beside_list(student_logits, teacher_logits, terms, logit_softcap, teacher_logit_softcap, vocab_size,
-                            inplace, backend, return_parts)  # fmt: skip
-    models = (
-        logits_of("student_logits", student_logits, "logit_softcap", logit_softcap),
-        logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap),
-    )
-    student = checks.shared_vocabulary("student_logits", models[0].values, vocab_size)
-    teacher = checks.shared_vocabulary("teacher_logits", models[1].values, vocab_size)
+        check_alone("teacher_logits", teacher_logits, teacher_logit_softcap=teacher_logit_softcap,
+                    teacher_shard=teacher_shard)  # fmt: skip
+        given = Logits(student, given.softcap)
+        return _beside_list(given, teacher_logits, terms, inplace, backend, return_parts, shard)
+    models = given, logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap)
+    teacher = _teacher_here("teacher_logits", models[1].values, vocab_size, student, padded, shard, teacher_shard)
     checks.check_pair(student, teacher)
     checks.check_flag("inplace", inplace)
     if student.dtype != teacher.dtype:
@@ -111,28 +128,57 @@ def f_divergence(
             raise ValueError(f"inplace=True needs logits of one dtype, not {student.dtype} and {teacher.dtype}")
         wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         student, teacher = student.to(wide), teacher.to(wide)
-    checked_terms(terms, student, student.shape[-1])
+    checked_terms(terms, student, _vocabulary(student.shape[-1], shard))
     inplace = inplace and _overwritten("student_logits", student, teacher_logits=teacher, terms=terms)
     checks.check_parts(return_parts)
     models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)
-    return loss_of_logits(*models, terms, backend, return_parts, inplace)
+    return loss_of_logits(*models, terms, backend, return_parts, inplace, shard=carried_shard(shard))
 
 
 def _beside_list(
-    student_logits: Tensor | Logits, teacher: TopK, terms: LossTerms, softcap: float | None,
-    teacher_softcap: float | None, vocab_size: int | None, inplace: bool, backend: str, return_parts: bool | str,
+    student: Logits, teacher: TopK, terms: LossTerms, inplace: bool, backend: str, return_parts: bool | str,
+    shard: VocabShard | None,
 ) -> Any:  # fmt: skip
     """`f_divergence` to a list."""
-    check_alone("teacher_logits", teacher, teacher_logit_softcap=teacher_softcap)
-    given, softcap = logits_of("student_logits", student_logits, "logit_softcap", softcap)
-    student = checks.shared_vocabulary("student_logits", given, vocab_size)
+    logits = student.values
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
-    checked_terms(terms, student, student.shape[-1])
-    targets = targets_of(teacher, student, terms, "teacher_logits")
+    checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard))
+    targets = targets_of(teacher, logits, terms, "teacher_logits")
     lists = {f"teacher_logits.{n}": getattr(teacher, n) for n in ("ids", "log_probs", "weights")}
-    inplace = inplace and _overwritten("student_logits", student, terms=terms, **lists)
-    return loss_of_logits(Logits(student, softcap), None, terms, backend, return_parts, inplace, targets)
+    inplace = inplace and _overwritten("student_logits", logits, terms=terms, **lists)
+    return loss_of_logits(student, None, terms, backend, return_parts, inplace, targets, carried_shard(shard))
+
+
+def _logits_here(
+    name: str, logits: Any, vocab_size: int | None, shard: VocabShard | None
+) -> tuple[Tensor, VocabShard | None, int]:
+    """Logits without padding, those of this rank where the vocabulary is split; their shard; and how many with it."""
+    logits, shard = local_logits(name, logits, shard)
+    if shard is None:
+        return checks.shared_vocabulary(name, logits, vocab_size), None, 0
+    checks.check_logits(name, logits)
+    if vocab_size is not None:
+        shard = shard._replace(size=min(shard.size, vocab_size))
+    return valid(name, logits, shard, -1), shard, logits.shape[-1]
+
+
+def _teacher_here(
+    name: str, logits: Any, vocab_size: int | None, student: Tensor, padded: int, shard: VocabShard | None,
+    own: VocabShard | None,
+) -> Tensor:  # fmt: skip
+    """The teacher's logits of the student's entries."""
+    logits, own = local_logits(name, logits, own)
+    if shard is None:
+        if own is not None:
+            raise ValueError(f"{name} is split over ranks, and the student's vocabulary is whole: split it, too")
+        return checks.shared_vocabulary(name, logits, vocab_size)
+    checks.check_logits(name, logits)
+    return teacher_part(name, logits, -1, student.shape[-1], padded, shard, own)
+
+
+def _vocabulary(local: int, shard: VocabShard | None) -> int:
+    return local if shard is None else shard.size
 
 
 def cross_entropy(
@@ -152,6 +198,7 @@ def cross_entropy(
     inplace: bool = False,
     backend: str = "auto",
     return_parts: bool | str = False,
+    shard: VocabShard | None = None,
 ) -> Any:
     """`torch.nn.functional.cross_entropy`, fused, with z-loss.
 
@@ -166,7 +213,8 @@ def cross_entropy(
         size_average, reduce: deprecated in torch and refused here; use `reduction`.
         z_loss: weight of log_sum_exp(input)², added to each token's loss.
         token_weight: the target's shape of indices, a factor on each token's loss, not in the denominator.
-        logit_softcap, num_items, inplace, backend, return_parts: as in `f_divergence`.
+        logit_softcap, num_items, inplace, backend, return_parts, shard: as in `f_divergence`; class weights are of the
+            whole vocabulary.
 
     Returns:
         The float32 loss; () or the shape of class indices. With every target ignored, or none, it is 0, where torch's
@@ -180,20 +228,23 @@ def cross_entropy(
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
     values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
-    logits = values.movedim(1, -1) if isinstance(values, Tensor) and values.dim() > 2 else values
-    checks.check_logits("input", logits)
+    if isinstance(values, Tensor) and values.dim() > 2:
+        values = values.movedim(1, -1)
+    logits, shard, _ = _logits_here("input", values, None, shard)
     terms = _label_terms(target, weight, ignore_index, label_smoothing, z_loss, token_weight, reduction, num_items)
     if target.is_floating_point():
-        if inplace:
-            raise ValueError("inplace=True is for class indices as target")
+        if inplace or shard is not None:
+            raise ValueError(f"{'shard' if shard else 'inplace=True'} is for class indices as target")
         teacher, terms = soft_targets(target.movedim(1, -1) if target.dim() > 2 else target, logits, terms)
         logits = logits.to(teacher.dtype)
         checked_terms(terms, logits, logits.shape[-1])
         loss = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend, return_parts)
         return as_cross_entropy(loss, return_parts)
-    checked_terms(terms, logits, logits.shape[-1], "target")
+    checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard), "target")
     inplace = inplace and _overwritten("input", logits, target=target, weight=weight, token_weight=token_weight)
-    return loss_of_logits(Logits(logits, softcap), None, terms, backend, return_parts, inplace)
+    return loss_of_logits(
+        Logits(logits, softcap), None, terms, backend, return_parts, inplace, shard=carried_shard(shard)
+    )
 
 
 def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto") -> Tensor:
@@ -238,6 +289,8 @@ def linear_f_divergence(
     chunk_bytes: int | None = None,
     backend: str = "auto",
     return_parts: bool | str = False,
+    shard: VocabShard | None = None,
+    teacher_shard: VocabShard | None = None,
 ) -> Any:
     """`f_divergence` of the logits ``logit_scale·hidden weightᵀ + bias`` of both models, which are never held at once.
 
@@ -265,6 +318,8 @@ def linear_f_divergence(
         chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 1.1 GB on a GPU,
             or a quarter of what it could still give, torch's unused cache counted, if that is less; but 1024 rows as
             long as they take no more than half of it (the last bits of the gradients then depend on it).
+        shard, teacher_shard: heads are the rows of a `VocabShard`, or DTensors split on dimension 0; hidden states are
+            whole on every rank, and so is their gradient.
         The rest: as in `f_divergence`.
 
     Returns:
@@ -287,20 +342,22 @@ def linear_f_divergence(
     head = head_of("student_weight", student_weight, student_bias=student_bias, logit_scale=logit_scale,
                    logit_softcap=logit_softcap)  # fmt: skip
     names = "student_hidden", "student_weight", "student_bias"
-    hidden, head = checked_head(student_hidden, head, names, vocab_size)
-    vocabulary = head.weight.shape[0]
+    hidden, head, shard, padded = head_here(student_hidden, head, names, vocab_size, shard)
+    vocabulary = _vocabulary(head.weight.shape[0], shard)
     keywords = dict(teacher_bias=teacher_bias, teacher_logit_scale=teacher_logit_scale,
                     teacher_logit_softcap=teacher_logit_softcap)  # fmt: skip
     if isinstance(teacher_hidden, TopK):
-        check_alone("teacher_hidden", teacher_hidden, teacher_weight=teacher_weight, **keywords)
+        check_alone("teacher_hidden", teacher_hidden, teacher_weight=teacher_weight, teacher_shard=teacher_shard,
+                    **keywords)  # fmt: skip
         checked_terms(terms, hidden, vocabulary)
         teacher = Teacher(targets=targets_of(teacher_hidden, hidden, terms, "teacher_hidden"))
     else:
-        teacher = teacher_of(teacher_hidden, teacher_weight, hidden, head.scale, vocabulary, vocab_size, **keywords)
-    path = path_of(memory, skip_tiles, chunk_bytes, teacher)
+        teacher = teacher_of(teacher_hidden, teacher_weight, hidden, head.scale, head.weight.shape[0], vocab_size,
+                             padded, shard, teacher_shard, **keywords)  # fmt: skip
+    path = path_of(memory, skip_tiles, chunk_bytes, teacher, shard)
     checked_terms(terms, hidden, vocabulary)
     checks.check_parts(return_parts)
-    return loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
+    return loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts, carried_shard(shard))
 
 
 def linear_cross_entropy(
@@ -324,6 +381,7 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     backend: str = "auto",
     return_parts: bool | str = False,
+    shard: VocabShard | None = None,
 ) -> Any:
     """`cross_entropy` of the logits ``logit_scale·input linear_weightᵀ + linear_bias``, which are never held at once.
 
@@ -354,19 +412,21 @@ def linear_cross_entropy(
     terms = _label_terms(target, weight, ignore_index, label_smoothing, z_loss, token_weight, reduction, num_items)
     head = head_of("linear_weight", linear_weight, linear_bias=linear_bias, logit_scale=logit_scale,
                    logit_softcap=logit_softcap)  # fmt: skip
-    hidden, head = checked_head(input, head, ("input", "linear_weight", "linear_bias"), vocab_size)
-    vocabulary, teacher = head.weight.shape[0], Teacher()
+    names = "input", "linear_weight", "linear_bias"
+    hidden, head, shard, _ = head_here(input, head, names, vocab_size, shard)
+    vocabulary, teacher = _vocabulary(head.weight.shape[0], shard), Teacher()
     soft = target.is_floating_point()
     if soft:
-        if memory == "minimal":
-            raise ValueError("memory='minimal' is for class indices as target")
+        if memory == "minimal" or shard is not None:
+            what = "memory='minimal'" if shard is None else "shard"
+            raise ValueError(f"{what} is for class indices as target")
         like = hidden[..., :1].expand(*hidden.shape[:-1], vocabulary)
         probabilities, terms = soft_targets(target, like, terms)
         teacher = Teacher(probabilities.reshape(-1, vocabulary))
-    path = path_of(memory, skip_tiles, chunk_bytes, teacher)
+    path = path_of(memory, skip_tiles, chunk_bytes, teacher, shard)
     checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
     checks.check_parts(return_parts)
-    loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts)
+    loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts, carried_shard(shard))
     return as_cross_entropy(loss, return_parts) if soft else loss
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, parallel
 from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
+from .parallel import VocabShard
 from .values import Head, Hidden, Logits, RowFunction
 
 
@@ -77,9 +78,31 @@ def check_alone(name: str, value: object, **keywords: Any) -> None:
         raise ValueError(f"{', '.join(given)} beside {name}, a {type(value).__name__}, which has its own")
 
 
+def head_here(
+    hidden: Tensor, head: Head, names: tuple[str, str, str], vocab_size: int | None, shard: VocabShard | None
+) -> tuple[Tensor, Head, VocabShard | None, int]:
+    """`checked_head` of the rows of a head that are on this rank; their shard, which a DTensor says itself; and how
+    many they are with padding.
+
+    Raises:
+        ValueError: a head without rows here, or a shard beside a DTensor.
+    """
+    weight, shard = parallel.local_rows(names[1], head.weight, shard)
+    bias, _ = parallel.local_rows(names[2], head.bias, shard if weight is head.weight else None)
+    states, _ = parallel.local_rows(names[0], hidden, None)
+    head = head._replace(weight=weight, bias=bias)
+    if shard is None:
+        return *checked_head(states, head, names, vocab_size), None, 0
+    checks.check_tensor(names[1], weight)
+    if vocab_size is not None:
+        shard = shard._replace(size=min(shard.size, vocab_size))
+    return *checked_head(states, parallel.local_head(names[1], head, shard), names, None), shard, weight.shape[0]
+
+
 def teacher_of(
     teacher: Tensor | RowFunction | Hidden | Logits, weight: Tensor | Head | None,
-    student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, **keywords: Any,
+    student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, padded: int = 0,
+    shard: VocabShard | None = None, own: VocabShard | None = None, **keywords: Any,
 ) -> Teacher:  # fmt: skip
     """The teacher beside the student's hidden states; keywords: of its head (None: not given).
 
@@ -100,7 +123,13 @@ def teacher_of(
     elif cap is not None and weight is None:
         raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
     if isinstance(teacher, Tensor):
-        _check_teacher(teacher, student)
+        values: Any
+        if weight is None:
+            values, own = parallel.local_logits("teacher_hidden", teacher, own)
+        else:
+            values, _ = parallel.local_rows("teacher_hidden", teacher, None)
+        teacher = values
+        _check_teacher(values, student)
     elif not callable(teacher):
         raise TypeError(
             f"teacher_hidden must be a tensor or a function of a range of rows, not {type(teacher).__name__}"
@@ -109,16 +138,28 @@ def teacher_of(
         if keywords["teacher_bias"] is not None:
             raise ValueError("teacher_bias needs teacher_weight")
         if isinstance(teacher, Tensor):
-            teacher = checks.shared_vocabulary("teacher_hidden", teacher, vocab_size)
+            if shard is not None:
+                teacher = parallel.teacher_part("teacher_hidden", teacher, -1, vocabulary, padded, shard, own)
+            teacher = checks.shared_vocabulary("teacher_hidden", teacher, None if shard else vocab_size)
             checks.check_vocabularies(vocabulary, teacher.shape[-1])
             teacher = teacher.detach().reshape(-1, vocabulary)
+        assert not isinstance(teacher, (Hidden, Logits))  # taken apart above
         return Teacher(teacher, softcap=cap)
     if not isinstance(teacher, Tensor):
         raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
         head = Head(head.weight, head.bias, scale, head.softcap)
-    states, head = checked_head(teacher, head, names, vocab_size)
+    if shard is not None:
+        rows, own = parallel.local_rows("teacher_weight", head.weight, own)
+        bias, _ = parallel.local_rows("teacher_bias", head.bias, None)
+        part = [None if x is None else parallel.teacher_part(n, x, 0, vocabulary, padded, shard, own)
+                for n, x in zip(names[1:], (rows, bias), strict=True)]  # fmt: skip
+        assert part[0] is not None
+        head = head._replace(weight=part[0], bias=part[1])
+    elif own is not None:
+        raise ValueError("teacher_shard is given, and the student's vocabulary is whole: split it, too")
+    states, head = checked_head(teacher, head, names, None if shard else vocab_size)
     checks.check_vocabularies(vocabulary, head.weight.shape[0])
     weight, bias = (None if x is None else x.detach().to(states.dtype) for x in (head.weight, head.bias))
     return Teacher(states.detach().reshape(-1, states.shape[-1]), weight, bias, head.scale, head.softcap)
@@ -138,7 +179,9 @@ def _check_teacher(teacher: Tensor, student: Tensor) -> None:
         )
 
 
-def path_of(memory: str, skip_tiles: bool, chunk_bytes: int | None, teacher: Teacher) -> Path:
+def path_of(
+    memory: str, skip_tiles: bool, chunk_bytes: int | None, teacher: Teacher, shard: VocabShard | None = None
+) -> Path:
     """The path that `memory` names."""
     checks.check_flag("skip_tiles", skip_tiles)
     if memory not in ("chunks", "minimal"):
@@ -149,7 +192,7 @@ def path_of(memory: str, skip_tiles: bool, chunk_bytes: int | None, teacher: Tea
             raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
     if memory == "chunks":
         return Path(False, skip_tiles, chunk_bytes or 0)
-    if teacher.targets.ids is not None:
+    if teacher.targets.ids is not None or shard is not None:
         return Path(False, skip_tiles, chunk_bytes or MINIMAL_CHUNK_BYTES)
     if teacher.rows is not None and teacher.weight is None:
         raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")

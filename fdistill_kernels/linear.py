@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends, chunks
 from .backends import sparse
-from .backends.rows import LinearCall, Path, Teacher, TokenTerms, Wants
+from .backends.rows import WHOLE, LinearCall, Path, Shard, Teacher, TokenTerms, Wants
 from .carried import built, flat, in_place_of, leaf, operator, replaced
 from .divergences import Divergence
 from .tokens import divergence_of, graph_is_kept, has_metrics, of_parts, once, reduced, token_terms
@@ -20,14 +20,16 @@ from .values import Head, LossTerms
 
 
 def loss_of_hidden(
-    hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str, return_parts: bool | str
-) -> Any:
+    hidden: Tensor, head: Head, teacher: Teacher, terms: LossTerms, path: Path, backend: str,
+    return_parts: bool | str, shard: Shard = WHOLE,
+) -> Any:  # fmt: skip
     """The loss of hidden states (..., D), all of it checked; with its parts, if asked for."""
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
     of_rows, tokens, _ = token_terms(terms, hidden, has_metrics(return_parts, teacher.targets))
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head, teacher, of_rows,
         replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms, of_rows)),
+        shard=shard,
     )  # fmt: skip
     objects = callable(teacher.rows) or isinstance(of_rows.divergence, Divergence)
     run = _outside_graphs if objects and torch.compiler.is_compiling() else _rows_loss
@@ -63,8 +65,8 @@ def _rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = call.checked()
-    backends.check_label_range(call.terms.labels, call.terms.row_scale, call.head.weight.shape[0])
-    sparse.check_targets(call.teacher.targets, call.terms.row_scale, call.head.weight.shape[0])
+    backends.check_label_range(call.terms.labels, call.terms.row_scale, call.vocabulary)
+    sparse.check_targets(call.teacher.targets, call.terms.row_scale, call.vocabulary)
     hidden = call.hidden
     backend = backends.choose(backend, hidden.device, hidden.dtype, call.divergence)
     if call.path.cut and hidden.shape[0]:

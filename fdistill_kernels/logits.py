@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.rows import NO_LIST, RowCall, Targets, TokenTerms, cap_slope, capped, split
+from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
 from .divergences import KL
 from .own import FDivergence
@@ -24,27 +24,30 @@ def loss_of_logits(
     return_parts: bool | str,
     inplace: bool = False,
     targets: Targets = NO_LIST,
+    shard: Shard = WHOLE,
 ) -> Any:
     """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
     backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms))
     of_rows, tokens, known = token_terms(terms, values, has_metrics(return_parts, targets))
-    loss, parts = rows_loss(student, teacher, of_rows, backend, terms.reduction == "none", inplace, known, targets)
+    loss, parts = rows_loss(
+        student, teacher, of_rows, backend, terms.reduction == "none", inplace, known, targets, shard
+    )
     return reduced(loss, parts, terms, tokens, values, return_parts)
 
 
 def rows_loss(
     student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, inplace: bool = False,
-    known: Known | None = None, targets: Targets = NO_LIST,
+    known: Known | None = None, targets: Targets = NO_LIST, shard: Shard = WHOLE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, summed or of each row, and the parts (3 or more, N)."""
     if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
-        if teacher is None:
-            return _outside_graphs(student, targets, terms, backend, per_row)
+        if teacher is None or shard.group:
+            return _outside_graphs(student, teacher, terms, backend, per_row, targets, shard)
         return _traced_loss(student, teacher, terms, backend, per_row)
     call = RowCall(
         _rows(student.values, inplace), None if teacher is None else _rows(teacher.values), terms,
-        student.softcap, None if teacher is None else teacher.softcap, inplace=inplace, targets=targets,
+        student.softcap, None if teacher is None else teacher.softcap, inplace=inplace, targets=targets, shard=shard,
     )  # fmt: skip
     trained = call.student.requires_grad or (call.teacher is not None and call.teacher.requires_grad)
     if torch.is_grad_enabled() and trained:
@@ -55,10 +58,11 @@ def rows_loss(
 
 @torch.compiler.disable
 def _outside_graphs(
-    student: Logits, targets: Targets, terms: TokenTerms, backend: str, per_row: bool
-) -> tuple[Tensor, Tensor]:
-    """A user's generator, which no graph holds, beside a list."""
-    return rows_loss(student, None, terms, backend, per_row, targets=targets)
+    student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, targets: Targets,
+    shard: Shard,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A user's generator, which no graph holds, beside a list or over ranks."""
+    return rows_loss(student, teacher, terms, backend, per_row, targets=targets, shard=shard)
 
 
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:

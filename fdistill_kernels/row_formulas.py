@@ -58,6 +58,8 @@ def _lk(e: Entry, *_: float) -> Tensor:  # −log(1 − TVD)
 
 def _anchor(e: Entry, a: float, rest: float) -> Tensor:
     """What keeps Σ p^α q^(1−α) in its dtype: its largest logarithm, where that is above 0."""
+    if e.anchor is not None:
+        return e.anchor
     return power_log(e, a, rest).amax(1, keepdim=True).clamp(0, -LOWEST_LOG)
 
 
@@ -180,7 +182,7 @@ def _grouped_exchanged(e: Entry, *numbers: float) -> Tensor:
     return torch.where(e.inside, weight * times(e.q, apart), times(inner * of_p * e.q, apart - of_kl))
 
 
-_LK, _RENYI = RowStatistics(_overlap, _lk_coefficients), RowStatistics(_powers, _renyi_coefficients)
+_LK, _RENYI = RowStatistics(_overlap, _lk_coefficients), RowStatistics(_powers, _renyi_coefficients, anchor=_anchor)
 _AKL, _GATE = RowStatistics(_gaps, _akl_coefficients, "mass"), RowStatistics(_entropy, _gate)
 _CSD = RowStatistics(_scores, _csd_coefficients)
 _TOP, _LABEL = RowStatistics(_rest, _tail_aware_coefficients, "count"), RowStatistics(_rest, _dkd_coefficients, "label")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..carried import flat, operator
 from ..divergences import Divergence
-from . import chunked, cpu, cuda, sparse, triton
+from . import chunked, cpu, cuda, sharded, sparse, triton
 from .rows import RowCall
 
 #: Fastest first; `auto` takes the first that can, and that `why_not_auto` has nothing against.
@@ -64,8 +64,8 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
 
 def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     call = call.checked()
-    check_label_range(call.terms.labels, call.terms.row_scale, call.student.shape[-1])
-    sparse.check_targets(call.targets, call.terms.row_scale, call.student.shape[-1])
+    check_label_range(call.terms.labels, call.terms.row_scale, call.vocabulary)
+    sparse.check_targets(call.targets, call.terms.row_scale, call.vocabulary)
     if not call.terms.row_scale.numel():
         return _empty(call)
     return rows_by(choose(backend, call.student.device, call.student.dtype, call.divergence), call)
@@ -74,7 +74,7 @@ def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 def rows_by(name: str, call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """A checked call's rows by a backend; those beside a list, which `cuda` has no kernels for, by Triton's there."""
     if call.targets.ids is None:
-        return BACKENDS[name].divergence_rows(call)
+        return (sharded if call.shard.group else BACKENDS[name]).divergence_rows(call)
     if name == "cuda":
         reason = triton.why_not(call.student.device, call.student.dtype, call.divergence)
         name = "triton" if reason is None else "torch"

@@ -43,6 +43,21 @@ NO_LIST = Targets()
 
 
 @carried
+class Shard(NamedTuple):
+    """Which part of the vocabulary rows have here: entries from `begin` on of `size`, of the ranks of a process group,
+    by its name; "": all of it. sum_hidden: as in `parallel.VocabShard`.
+    """
+
+    group: str = ""
+    begin: int = 0
+    size: int = 0
+    sum_hidden: bool = True
+
+
+WHOLE = Shard()
+
+
+@carried
 class TokenTerms(NamedTuple):
     """What a loss asks of each of N rows.
 
@@ -174,6 +189,7 @@ class RowCall(NamedTuple):
         student_gradient, teacher_gradient: which gradients are wanted; one that is not comes back empty.
         inplace: the student's gradient overwrites its logits and comes back empty.
         targets: a list in the teacher's place.
+        shard: which part of the vocabulary it is.
     """
 
     student: Tensor
@@ -185,11 +201,17 @@ class RowCall(NamedTuple):
     teacher_gradient: bool = False
     inplace: bool = False
     targets: Targets = NO_LIST
+    shard: Shard = WHOLE
 
     @property
     def parts(self) -> int:
         """How many numbers of each row are wanted."""
         return self.terms.parts(self.targets)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, of all ranks together."""
+        return self.shard.size if self.shard.group else self.student.shape[2]
 
     @property
     def divergence(self) -> Divergence | None:
@@ -225,7 +247,7 @@ class RowCall(NamedTuple):
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         count = student.shape[0] * student.shape[1]
         return self._replace(
-            terms=checked_terms(self.terms, count, student.shape[2], wide, student.device),
+            terms=checked_terms(self.terms, count, self.vocabulary, wide, student.device),
             targets=checked_targets(self.targets, teacher, self.terms, count, wide, student.device),
         )
 
@@ -289,11 +311,17 @@ class LinearCall(NamedTuple):
     terms: TokenTerms
     path: Path = Path()
     wants: Wants = Wants()
+    shard: Shard = WHOLE
 
     @property
     def parts(self) -> int:
         """How many numbers of each row are wanted."""
         return self.terms.parts(self.teacher.targets)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, of all ranks together."""
+        return self.shard.size if self.shard.group else self.head.weight.shape[0]
 
     @property
     def divergence(self) -> Divergence | None:
@@ -342,5 +370,5 @@ class LinearCall(NamedTuple):
         return self._replace(
             head=head._replace(weight=head.weight.to(hidden.dtype), bias=bias),
             teacher=teacher._replace(targets=targets),
-            terms=checked_terms(self.terms, rows, vocabulary, wide, hidden.device),
+            terms=checked_terms(self.terms, rows, self.vocabulary, wide, hidden.device),
         )

@@ -28,7 +28,9 @@ from .. import reference
 from ..carried import replaced
 from ..divergences import Divergence
 from ..own import FDivergence, autograd_inside_an_operator
-from .rows import RowCall, Targets, TokenTerms, cap_slope, capped
+from . import sharded
+from .rows import RowCall, Shard, Targets, TokenTerms, cap_slope, capped
+from .sharded import Collectives
 
 #: A row's mass above 1 that is taken for rounding (8-bit log-probabilities are 3 % off), and scaled away.
 MOST_MASS = 1.05
@@ -91,12 +93,42 @@ def divergence_rows(call: RowCall, backend: Any) -> tuple[Tensor, Tensor, Tensor
     fresh = call.student_gradient and not call.inplace
     out = getattr(backend, "empty", Tensor.new_empty)(student, *(student.shape if fresh else (0,)))
     gradient = student if call.inplace else out if fresh else None
-    whole = _asks_every_entry(call)
-    for i, j, n in _pieces(call, whole, backend):
+    whole, ranks = _asks_every_entry(call), Ranks(call.shard)
+    for i, j, n in _pieces(call, whole, ranks, backend):
         some = replaced(call, student=student[i, j], terms=call.terms.of_rows(n), targets=call.targets.of_rows(n))
         run = _whole_rows if whole else _categories
-        parts[:, n] = run(some, None if gradient is None else gradient[i, j], backend)
+        parts[:, n] = run(some, None if gradient is None else gradient[i, j], ranks, backend)
     return parts, out, student.new_empty(0)
+
+
+class Ranks:
+    """What rows beside a list ask of the other ranks where the vocabulary is split; alone nothing is sent."""
+
+    def __init__(self, shard: Shard):
+        self.shard, self.wire = shard, Collectives(shard.group) if shard.group else None
+
+    def here(self, ids: Tensor, vocabulary: int) -> Tensor:
+        """Ids of the whole vocabulary as those of the entries here, −1 for the others."""
+        at = ids - self.shard.begin
+        return torch.where((at >= 0) & (at < vocabulary), at, -1) if self.wire else ids
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Over ranks."""
+        return self.wire.reduced(x) if self.wire else x
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(ranks, ...)."""
+        return self.wire.gathered(x) if self.wire else x.unsqueeze(0)
+
+    def at(self, call: RowCall, ids: Tensor) -> Tensor:
+        """The student's logits (n, K) at ids of the whole vocabulary, capped; any where there is no id."""
+        here = self.here(ids, call.student.shape[-1])
+        z = capped(_at(call.student, here, call.terms.row_scale.dtype), call.student_softcap)
+        return self.summed(torch.where(here >= 0, z, 0)) if self.wire else z
+
+    def rows(self, vocabulary: int) -> int:
+        """Entries of a row on a rank, a number that all agree about."""
+        return -(-self.shard.size // self.wire.ranks) if self.wire else vocabulary
 
 
 def _asks_every_entry(call: RowCall) -> bool:
@@ -109,9 +141,10 @@ def _asks_every_entry(call: RowCall) -> bool:
     return tail == "uniform" or (tail == "renormalize" and (divergence.needs_labels or not sums))
 
 
-def _pieces(call: RowCall, whole: bool, backend: Any) -> Iterator[tuple[slice, slice, slice]]:
+def _pieces(call: RowCall, whole: bool, ranks: Ranks, backend: Any) -> Iterator[tuple[slice, slice, slice]]:
     """Rows to be made at once: their places in (outer, inner), and their numbers."""
     (outer, inner, vocabulary), ids = call.student.shape, call.targets.ids
+    vocabulary = ranks.rows(vocabulary)
     assert ids is not None
     most = LIST_PIECE // (ids.shape[1] + 1)
     if whole or (not hasattr(backend, "interpreting") and not hasattr(backend, "capability")):
@@ -124,23 +157,23 @@ def _pieces(call: RowCall, whole: bool, backend: Any) -> Iterator[tuple[slice, s
             yield slice(i, to[0]), slice(j, to[1]), slice(i * inner + j, (to[0] - 1) * inner + to[1])
 
 
-def _categories(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
+def _categories(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: Any) -> Tensor:
     """The parts of some rows, through their categories; writes their gradient."""
-    student, terms, cap, rate = call.student, call.terms, call.student_softcap, call.terms.student_inverse_temperature
+    terms, rate = call.terms, call.terms.student_inverse_temperature
     live, ids, given = _listed(call)
-    z = capped(_at(student, ids, terms.row_scale.dtype), cap)
-    row = _statistics(call, ids, z, backend)
+    z = ranks.at(call, ids)
+    row = _statistics(call, ids, z, ranks, backend)
     logits = torch.cat((row.below * rate.unsqueeze(1), row.log_rest.unsqueeze(1)), 1)
     teacher, student_logits = _categories_of(call, ids, given, logits)
     losses, of_logits = _of_categories(call, student_logits, teacher, ids, live, gradient is not None, backend)
     parts = [losses]
-    labels = _Labels(call, row, live) if terms.labels is not None else None
+    labels = _Labels(call, row, live, ranks) if terms.labels is not None else None
     nothing = torch.zeros_like(losses)
     parts += [nothing, nothing] if labels is None else labels.parts
     if terms.metrics:
-        parts += _masses(call, logits, given, ids, z)
+        parts += _masses(call, logits, given, ids, z, ranks)
     if gradient is not None:
-        _write_gradient_(gradient, call, labels, backend, z, row, ids, of_logits * rate.unsqueeze(1))
+        _write_gradient_(gradient, call, labels, backend, z, row, ids, of_logits * rate.unsqueeze(1), ranks)
     return torch.stack(parts[:3] + [torch.where(live, terms.row_scale * x, 0) for x in parts[3:]])
 
 
@@ -158,11 +191,17 @@ class Row(NamedTuple):
     plain_rest: Tensor
 
 
-def _statistics(call: RowCall, ids: Tensor, z: Tensor, backend: Any) -> Row:
+def _statistics(call: RowCall, ids: Tensor, z: Tensor, ranks: Ranks, backend: Any) -> Row:
     terms, rate = call.terms, call.terms.student_inverse_temperature
     rest_top, of_rest, plain_rest = backend.rest_statistics(
-        call.student, call.student_softcap, terms.row_scale, rate, ids, terms.labels is not None
-    )
+        call.student, call.student_softcap, terms.row_scale, rate, ranks.here(ids, call.student.shape[-1]),
+        terms.labels is not None,
+    )  # fmt: skip
+    if ranks.wire:
+        tops, *sums = ranks.gathered(torch.stack((rest_top, of_rest, plain_rest), 1)).unbind(2)
+        rest_top = tops.amax(0)
+        apart = torch.where(tops == -torch.inf, 0, tops - rest_top)
+        of_rest, plain_rest = (sums[0] + apart * rate).logsumexp(0), (sums[1] + apart).logsumexp(0)
     listed = torch.where(ids >= 0, z, -torch.inf)
     top = torch.cat((listed, rest_top.unsqueeze(1)), 1).amax(1)
     nothing = rest_top == -torch.inf
@@ -198,7 +237,7 @@ def _categories_of(call: RowCall, ids: Tensor, given: Tensor, student: Tensor) -
     log_p = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1)
     if targets.tail == "bucket":
         hidden = (1 - mass <= least) & (student[:, -1] == -torch.inf)
-        whole = ((ids >= 0).sum(1) == call.student.shape[-1]) | hidden
+        whole = ((ids >= 0).sum(1) == call.vocabulary) | hidden
         rest = torch.where(whole, 0, torch.maximum(1 - mass, least)).log().to(given.dtype).unsqueeze(1)
         return torch.cat((log_p, rest), 1), student
     rest = torch.where(none, 0, torch.full_like(given[:, :1] if given.shape[1] else student[:, :1], -torch.inf))
@@ -285,42 +324,47 @@ def _sums(
 class _Labels:
     """The label terms of some rows: their parts, and the factors of their gradient."""
 
-    def __init__(self, call: RowCall, row: Row, live: Tensor):
-        terms, student, top = call.terms, call.student, row.top
+    def __init__(self, call: RowCall, row: Row, live: Tensor, ranks: Ranks):
+        terms, top = call.terms, row.top
         assert terms.labels is not None
         self.labels = torch.where(live, terms.labels, 0)
-        self.at_label = capped(_at(student, self.labels.unsqueeze(1), top.dtype).squeeze(1), call.student_softcap)
+        self.at_label = ranks.at(call, self.labels.unsqueeze(1)).squeeze(1)
         self.log_all = torch.logaddexp(row.plain_rest, row.below.logsumexp(1))
         smoothing, scale = terms.label_smoothing, terms.row_scale * terms.cross_entropy_scale
         cross_entropy = (1 - smoothing) * (self.log_all - (self.at_label - top))
         if smoothing:
-            cross_entropy = cross_entropy + smoothing * (self.log_all + _mean_distance(call, top))
+            cross_entropy = cross_entropy + smoothing * (
+                self.log_all + ranks.summed(_distance(call, top)) / call.vocabulary
+            )
         lse = top + self.log_all
         self.parts = [torch.where(live, terms.row_scale * x, 0) for x in (cross_entropy, lse * lse)]
         self.of_plain = scale + 2 * terms.row_scale * terms.z_loss_scale * lse
-        self.constant = -scale * smoothing / student.shape[-1]
+        self.constant = -scale * smoothing / call.vocabulary
         self.of_label = scale * (1 - smoothing)
 
 
-def _mean_distance(call: RowCall, top: Tensor) -> Tensor:
-    """The mean of ``top − z`` over the vocabulary, a few rows at a time."""
+def _distance(call: RowCall, top: Tensor) -> Tensor:
+    """``Σ top − z`` over the entries here, a few rows at a time."""
     rows, found = call.student.flatten(0, 1), torch.empty_like(top)
     step = max(1, ROW_PIECE // rows.shape[1])
     for begin in range(0, len(rows), step):
         n = slice(begin, begin + step)
-        found[n] = (top[n].unsqueeze(1) - capped(rows[n].to(top.dtype), call.student_softcap)).mean(1)
+        found[n] = (top[n].unsqueeze(1) - capped(rows[n].to(top.dtype), call.student_softcap)).sum(1)
     return found
 
 
-def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor) -> list[Tensor]:
+def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor, ranks: Ranks) -> list[Tensor]:
     """`values.SparseParts` behind the losses, of each row."""
     count = (ids >= 0).sum(1)
     teacher_mass = given.exp().sum(1)
     student_mass = logits.log_softmax(1)[:, :-1].exp().sum(1)
-    most = min(ids.shape[1], call.student.shape[-1])
+    most = min(ids.shape[1], call.vocabulary)
     if not most:
         return [teacher_mass, torch.zeros_like(teacher_mass), torch.zeros_like(teacher_mass)]
-    largest = call.student.topk(most, -1).values.flatten(0, 1).to(z.dtype)
+    largest = call.student.topk(min(most, call.student.shape[-1]), -1).values.flatten(0, 1).to(z.dtype)
+    if ranks.wire:
+        padded = torch.nn.functional.pad(largest, (0, most - largest.shape[1]), value=-torch.inf)
+        largest = ranks.gathered(padded).movedim(0, 1).flatten(1).topk(most, 1).values
     last = capped(largest, call.student_softcap).gather(1, (count - 1).clamp_min(0).unsqueeze(1))
     shared = ((z >= last) & (ids >= 0)).sum(1).to(z.dtype)
     return [teacher_mass, student_mass, torch.where(count > 0, shared / count.clamp_min(1), 0)]
@@ -328,7 +372,7 @@ def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor
 
 def _write_gradient_(
     gradient: Tensor, call: RowCall, labels: _Labels | None, backend: Any, z: Tensor, row: Row, ids: Tensor,
-    of_z: Tensor,
+    of_z: Tensor, ranks: Ranks,
 ) -> None:  # fmt: skip
     """of_z: (n, K + 1) the divergence's gradient by the list's logits, and the rest's."""
     top, cap, rate = row.top, call.student_softcap, call.terms.student_inverse_temperature
@@ -350,16 +394,18 @@ def _write_gradient_(
         values, z = torch.cat((values, at_label), 1), torch.cat((z, labels.at_label.unsqueeze(1)), 1)
     values = torch.where(at >= 0, values * cap_slope(z, cap), 0)
     terms = call.terms
-    backend.rest_gradient_(gradient, call.student, cap, terms.row_scale, rate, of_all, at, values)
+    backend.rest_gradient_(
+        gradient, call.student, cap, terms.row_scale, rate, of_all, ranks.here(at, call.student.shape[-1]), values
+    )
 
 
-def _whole_rows(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
+def _whole_rows(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: Any) -> Tensor:
     """The parts of some rows whose rest is not one category: by whole rows of the teacher, of these few alone."""
     terms, vocabulary, targets = call.terms, call.student.shape[-1], call.targets
     live, ids, given = _listed(call)
     mass, least = _mass(targets, given)
-    others = (vocabulary - (ids >= 0).sum(1)).clamp_min(1)
-    z = capped(_at(call.student, ids, given.dtype), call.student_softcap)
+    others = (call.vocabulary - (ids >= 0).sum(1)).clamp_min(1)
+    z, here = ranks.at(call, ids), ranks.here(ids, vocabulary)
     rest = (torch.maximum(1 - mass, least) / others).log().to(given.dtype)
     if targets.tail == "renormalize":  # rows without a list say nothing
         none = ~(given > -torch.inf).any(1)
@@ -367,20 +413,20 @@ def _whole_rows(call: RowCall, gradient: Tensor | None, backend: Any) -> Tensor:
         terms = replaced(terms, divergence_scale=torch.where(none, 0, terms.divergence_scale))
     teacher = rest.unsqueeze(1).repeat(1, vocabulary + 1)
     log_p = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1)
-    teacher.scatter_(1, torch.where(ids >= 0, ids, vocabulary), log_p)  # what is no id falls beyond the vocabulary
+    teacher.scatter_(1, torch.where(here >= 0, here, vocabulary), log_p)  # what is no id falls beyond the vocabulary
     wide = call.student.flatten(0, 1).to(teacher.dtype)[None]
     hidden = (1 - mass <= least).unsqueeze(1) & (wide[0] == -torch.inf)  # as in `_categories_of`
     teacher[:, :vocabulary].masked_fill_(hidden & (teacher[:, :vocabulary] == rest.unsqueeze(1)), -torch.inf)
     rate = terms.teacher_inverse_temperature * targets.temperature
     whole = RowCall(
         wide, teacher[None, :, :vocabulary], replaced(terms, teacher_inverse_temperature=rate, metrics=False),
-        call.student_softcap, student_gradient=gradient is not None,
+        call.student_softcap, student_gradient=gradient is not None, shard=call.shard,
     )  # fmt: skip
-    parts, of_student, _ = backend.divergence_rows(whole)
+    parts, of_student, _ = (sharded if ranks.wire else backend).divergence_rows(whole)
     if terms.metrics:
-        row, rate = _statistics(call, ids, z, backend), terms.student_inverse_temperature
+        row, rate = _statistics(call, ids, z, ranks, backend), terms.student_inverse_temperature
         logits = torch.cat((row.below * rate.unsqueeze(1), row.log_rest.unsqueeze(1)), 1)
-        found = _masses(call, logits, given, ids, z)
+        found = _masses(call, logits, given, ids, z, ranks)
         parts = torch.cat((parts, torch.stack([torch.where(live, terms.row_scale * x, 0) for x in found])))
     if gradient is not None:
         gradient.copy_(of_student.view(gradient.shape))

@@ -1,0 +1,443 @@
+"""Rows whose vocabulary is split over the ranks of a process group: local logits in, the whole row's loss out.
+
+What a rank does for itself is O(N·V/ranks), what it sends O(N) numbers, never logits:
+
+    1  gathered: each rank's maximum and total of both models, and each model's logit at the other's maximum
+    2  summed:   the statistics of the row, of divergences that ask for them
+    3  summed:   D, Σ q g (both measured from the peak's, as everywhere), metrics
+
+Most divergences need the first and the last, those with statistics all three; beside them renyi's powers have a largest
+one of their own, dkd asks which entries the largest are, smoothed labels are summed, tail_aware gathers each rank's K
+largest, and akl finds its threshold by halving. Every rank has the same loss, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..formulas import NOTHING, Entry, Formula, times
+from .chunked import CHUNK_ELEMENTS, _widest
+from .rows import RowCall, cap_slope, capped
+
+#: Halvings that find akl's threshold among float32 logarithms of probabilities, from −104 to 0.
+HALVINGS = 40
+
+
+class Collectives:
+    """What is sent between ranks, and how often: `calls`, `numbers` sent by this rank."""
+
+    def __init__(self, group: Any):
+        self.group: Any = dist.distributed_c10d._resolve_process_group(group)
+        self.ranks, self.calls, self.numbers = self.group.size(), 0, 0
+
+    def _count(self, x: Tensor) -> None:
+        self.calls, self.numbers = self.calls + 1, self.numbers + x.numel()
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(…) of each rank as (ranks, …)."""
+        self._count(x)
+        out = x.new_empty(self.ranks * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        return out.view(self.ranks, *x.shape)
+
+    def reduced(self, x: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The sum over ranks, or another reduction."""
+        self._count(x)
+        x = x.contiguous()
+        dist.all_reduce(x, how, group=self.group)
+        return x
+
+
+class Model(NamedTuple):
+    """What is known of a model's whole rows, (N, 1) each: its largest logit, log Σ exp(rate·(z − top)), its rate,
+    whether this rank holds the largest logit (the first that does), and there the entry's place.
+    """
+
+    top: Tensor
+    log_total: Tensor
+    rate: Tensor
+    mine: Tensor
+    peak: Tensor
+
+    def of_rows(self, n: slice) -> Model:
+        """Some of the rows."""
+        return Model(*(x[n] for x in self))
+
+
+class Local(NamedTuple):
+    """A model's logits here (n, V_local), capped, and what comes of them with the whole row's statistics."""
+
+    logits: Tensor
+    shifted: Tensor
+    log_probability: Tensor
+    probability: Tensor
+
+
+def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
+    """See `RowCall`; the rows' numbers and all they are made of must be the same on every rank."""
+    return _Rows(call).run()
+
+
+class _Rows:
+    """A call's rows, sweep by sweep, each in chunks whose number is the same on every rank."""
+
+    def __init__(self, call: RowCall):
+        self.call, self.terms, self.shard = call, call.terms, call.shard
+        self.wire = Collectives(call.shard.group)
+        self.rows, self.dtype = len(call.terms.row_scale), call.terms.row_scale.dtype
+        self.step = max(1, CHUNK_ELEMENTS // max(1, -(-call.shard.size // self.wire.ranks)))
+        self.live = (call.terms.row_scale != 0).unsqueeze(1)
+        self.rates = [
+            x.unsqueeze(1) for x in (call.terms.student_inverse_temperature, call.terms.teacher_inverse_temperature)
+        ]
+        self.labels = None if call.terms.labels is None else torch.where(self.live[:, 0], call.terms.labels, 0)
+
+    def chunks(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Numbers of rows, and the logits of both models there (n, V_local), capped; 0 in rows that do not count."""
+        call = self.call
+        for begin in range(0, self.rows, self.step):
+            n = slice(begin, min(begin + self.step, self.rows))
+            yield (
+                n,
+                [
+                    capped(torch.where(self.live[n], x.flatten(0, 1)[n].to(self.dtype), 0), cap)
+                    for x, cap in ((call.student, call.student_softcap), (call.teacher, call.teacher_softcap))
+                    if x is not None
+                ],
+            )
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Parts and gradients."""
+        call, divergence = self.call, self.call.divergence
+        self.statistics()
+        self.coefficients: tuple[Tensor, ...] | None = None
+        self.threshold: Tensor | None = None
+        formula = divergence.terms if divergence is not None else None
+        if isinstance(formula, Formula) and formula.statistics is not None:
+            self.ask(formula)
+        dense = torch.contiguous_format
+        of_student = torch.empty_like(call.student, memory_format=dense) if self.fresh else None
+        of_teacher = (
+            torch.empty_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
+        )
+        target = call.student if call.inplace else of_student
+        parts = self.totals()
+        for n, logits in self.chunks():
+            for out, gradient in zip((target, of_teacher), self.gradients(n, logits), strict=True):
+                if out is not None:
+                    out.flatten(0, 1)[n] = torch.where(self.live[n], gradient, 0).to(out.dtype)
+        nothing = call.student.new_empty(0)
+        return parts, nothing if of_student is None else of_student, nothing if of_teacher is None else of_teacher
+
+    @property
+    def fresh(self) -> bool:
+        return self.call.student_gradient and not self.call.inplace
+
+    def statistics(self) -> None:
+        """The first sweep, and what the ranks gather."""
+        found, places = [], []
+        for n, logits in self.chunks():
+            columns, peaks = [], []
+            tops = [x.max(1, keepdim=True) for x in logits]
+            for i, (x, top) in enumerate(zip(logits, tops, strict=True)):
+                other = logits[1 - i] if len(logits) > 1 else x
+                finite = torch.where(top.values == -torch.inf, 0, top.values)
+                columns += [top.values, _total(x, finite, self.rates[i][n]), other.gather(1, top.indices)]
+                peaks.append(top.indices)
+            columns.append(_total(logits[0], torch.where(tops[0].values == -torch.inf, 0, tops[0].values), 1.0))
+            columns.append(self.at_labels(logits[0], n))
+            found.append(torch.cat([c.to(_widest(logits[0])) for c in columns], 1))
+            places.append(torch.cat(peaks, 1))
+        self.combine(self.wire.gathered(torch.cat(found)), torch.cat(places))
+
+    def combine(self, gathered: Tensor, places: Tensor) -> None:
+        """What every rank has sent, (ranks, N, columns), to what is known of the whole rows."""
+        self.models: list[Model] = []
+        self.there: list[Tensor] = []
+        for i in range(places.shape[1]):
+            tops, totals, others = gathered[:, :, 3 * i : 3 * i + 3].split(1, 2)
+            top, rate = tops.amax(0), self.rates[i]
+            owner = (tops == top).byte().argmax(0)
+            weight = torch.where(tops == -torch.inf, 0, ((tops - top) * rate).exp())
+            log_total = times(weight, totals).sum(0).log().to(self.dtype)
+            mine = owner == self.wire.group.rank()
+            self.models.append(Model(top.to(self.dtype), log_total, rate, mine, places[:, i : i + 1]))
+            self.there.append(others.gather(0, owner.unsqueeze(0))[0].to(self.dtype))
+        tops, plain = gathered[:, :, :1], gathered[:, :, -2:-1]
+        weight = torch.where(tops == -torch.inf, 0, (tops - tops.amax(0)).exp())
+        self.log_plain = times(weight, plain).sum(0).log().to(self.dtype)
+        self.label_logit = gathered[:, :, -1:].amax(0).to(self.dtype)
+        if len(self.models) == 2:
+            self.u_at_peaks = [self.u_at_peak(i) for i in (0, 1)]
+
+    def at_labels(self, logits: Tensor, n: slice) -> Tensor:
+        """The label's logit (n, 1) where it is here; −inf elsewhere."""
+        if self.labels is None:
+            return torch.full_like(logits[:, :1], -torch.inf)
+        at = self.labels[n].unsqueeze(1) - self.shard.begin
+        here = (at >= 0) & (at < logits.shape[1])
+        return torch.where(here, logits.gather(1, at.clamp(0, logits.shape[1] - 1)), -torch.inf)
+
+    def u_at_peak(self, i: int) -> Tensor:
+        """log(p/q) at the student's (0) or the teacher's (1) largest logit."""
+        student, teacher = self.models
+        z_s, z_t = (student.top, self.there[0]) if i == 0 else (self.there[1], teacher.top)
+        return _log_ratio(z_t, z_s, teacher, student)
+
+    def entry(self, n: slice, logits: list[Tensor]) -> tuple[Entry, list[Local], list[Model]]:
+        """The entries here, with what is known of the whole rows."""
+        models = [m.of_rows(n) for m in self.models]
+        local = [_local(x, m) for x, m in zip(logits, models, strict=True)]
+        (s, t), (student, teacher) = local, models
+        u = _log_ratio(t.logits, s.logits, teacher, student)
+        of_student, of_teacher = (x[n] for x in self.u_at_peaks)
+        entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, u, t.shifted, s.shifted,
+                      of_student, of_teacher)  # fmt: skip
+        return self.with_row(entry, n, t.logits, 0), local, models
+
+    def with_row(self, entry: Entry, n: slice, teacher_logits: Tensor, at: int | Tensor) -> Entry:
+        """With the set's members among entries at places from `at`, and the row's coefficients."""
+        divergence = self.call.divergence
+        members = divergence.statistics.members if divergence is not None and divergence.statistics else ""
+        inside = NOTHING
+        if members == "label":
+            assert self.labels is not None
+            places = torch.arange(teacher_logits.shape[1], device=teacher_logits.device) + self.shard.begin
+            inside = (places if isinstance(at, int) else at) == self.labels[n].unsqueeze(1)
+        elif members:
+            assert self.threshold is not None
+            inside = teacher_logits >= self.threshold[n]
+        of_row = () if self.coefficients is None else tuple(c[n] for c in self.coefficients)
+        return entry._replace(inside=inside, of_row=of_row)
+
+    def ask(self, formula: Formula) -> None:
+        """The statistics that the divergence asks of its rows."""
+        divergence = self.call.divergence
+        assert divergence is not None and formula.statistics is not None
+        statistics, numbers = formula.statistics, divergence.numbers
+        if statistics.members in ("count", "mass"):
+            find = self.largest if statistics.members == "count" else self.heaviest
+            self.threshold = find(numbers[0])
+        if statistics.anchor is not None:
+            largest = torch.cat([statistics.anchor(self.entry(n, x)[0], *numbers) for n, x in self.chunks()])
+            self.anchor = self.wire.reduced(largest, dist.ReduceOp.MAX)
+        sums = []
+        for n, logits in self.chunks():
+            entry = self.anchored(self.entry(n, logits)[0], n)
+            sums.append(
+                torch.cat([x.sum(1, keepdim=True, dtype=_widest(x)) for x in statistics.sums(entry, *numbers)], 1)
+            )
+        whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
+        nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
+        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher)
+        self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
+
+    def anchored(self, entry: Entry, n: slice) -> Entry:
+        anchor = getattr(self, "anchor", None)
+        return entry if anchor is None else entry._replace(anchor=anchor[n])
+
+    def largest(self, count: float) -> Tensor:
+        """The teacher's count-th largest logit of each row: of each rank's own largest."""
+        most = min(int(count), self.shard.size)
+        mine = []
+        for _, logits in self.chunks():
+            found = logits[1].topk(min(most, logits[1].shape[1]), 1).values
+            mine.append(torch.nn.functional.pad(found, (0, most - found.shape[1]), value=-torch.inf))
+        every = self.wire.gathered(torch.cat(mine)).movedim(0, 1).flatten(1)
+        return every.topk(most, 1).values[:, -1:]
+
+    def heaviest(self, mass: float) -> Tensor:
+        """The smallest of the fewest largest logits of the teacher that hold a mass."""
+        teacher = self.models[1]
+        low, high = (torch.full_like(teacher.top, x) for x in (-104.0, 1e-6))  # of log p: too much, and too little
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            held = self.wire.reduced(torch.cat([self.mass_above(n, x[1], middle[n]) for n, x in self.chunks()]))
+            enough = held >= mass
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        smallest = torch.cat([self.smallest_above(n, x[1], low[n]) for n, x in self.chunks()])
+        return self.wire.reduced(smallest, dist.ReduceOp.MIN)
+
+    def mass_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
+        found = _local(logits, self.models[1].of_rows(n))
+        held = torch.where(found.log_probability >= log_p, found.probability, 0)
+        return held.sum(1, keepdim=True, dtype=_widest(logits))
+
+    def smallest_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
+        found = _local(logits, self.models[1].of_rows(n))
+        return torch.where(found.log_probability >= log_p, logits, torch.inf).amin(1, keepdim=True)
+
+    def terms_at(self, n: slice, logits: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Local]]:
+        """The value at each entry here, and both models' terms, measured from their peak's, which is then 0."""
+        divergence = self.call.divergence
+        assert divergence is not None
+        entry, local, models = self.entry(n, logits)
+        numbers, formula = divergence.numbers, divergence.terms
+        entry = self.anchored(entry, n)
+        if not isinstance(formula, Formula):
+            of_student, of_teacher = formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)
+            value, every = of_student + of_teacher, [of_student, of_teacher]
+        else:
+            value = formula.value(entry, *numbers)
+            every = [formula.student(entry, *numbers)]
+            if self.call.teacher_gradient:
+                every.append(formula.teacher(entry, *numbers))
+        found = []
+        for i, term in enumerate(every[: 2 if self.call.teacher_gradient else 1]):
+            if i == 0 and divergence.centred:
+                found.append(term)
+                continue
+            peak, p = self.at_peak(n, i), local[i].probability
+            p_at = (models[i].rate * 0 - models[i].log_total).exp()
+            measured = term - times(p, peak / p_at)
+            mine = models[i].mine & (torch.arange(p.shape[1], device=p.device) == models[i].peak)
+            found.append(torch.where(mine, 0, measured))
+        return value, found, local
+
+    def at_peak(self, n: slice, i: int) -> Tensor:
+        """A model's term at its own largest entry, which every rank can make."""
+        divergence = self.call.divergence
+        assert divergence is not None
+        student, teacher = (m.of_rows(n) for m in self.models)
+        z_s, z_t = (student.top, self.there[0][n]) if i == 0 else (self.there[1][n], teacher.top)
+        s, t = _local(z_s, student), _local(z_t, teacher)
+        peaks = [x[n] for x in self.u_at_peaks]
+        entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, peaks[i], t.shifted,
+                      s.shifted, peaks[0], peaks[1])  # fmt: skip
+        at = self.peak_ids(i)[n] if divergence.needs_labels else 0
+        entry = self.anchored(self.with_row(entry, n, z_t, at), n)
+        formula, numbers = divergence.terms, divergence.numbers
+        if not isinstance(formula, Formula):
+            return formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)[i]
+        return (formula.teacher if i else formula.student)(entry, *numbers)
+
+    def peak_ids(self, i: int) -> Tensor:
+        """The whole vocabulary's ids of the largest entries."""
+        if not hasattr(self, "_ids"):
+            mine = [torch.where(m.mine, m.peak + self.shard.begin, 0) for m in self.models]
+            self._ids = self.wire.reduced(torch.cat(mine, 1))
+        return self._ids[:, i : i + 1]
+
+    def totals(self) -> Tensor:
+        """The parts of each row, and `sums`, the terms' own, of which the gradients are made."""
+        terms, divergence = self.terms, self.call.divergence
+        nothing = torch.zeros_like(self.label_logit)
+        parts, self.sums = [nothing, nothing, nothing], []
+        if self.labels is not None:
+            parts[1:] = self.of_labels()
+        local = []
+        if divergence is not None:
+            for n, logits in self.chunks():
+                value, found, both = self.terms_at(n, logits)
+                columns = [value, *found, *(self.metrics_at(both) if terms.metrics else ())]
+                local.append(torch.cat([x.sum(1, keepdim=True, dtype=_widest(x)) for x in columns], 1))
+            whole = self.wire.reduced(torch.cat(local)).to(self.dtype).split(1, 1)
+            parts[0] = terms.divergence_scale.unsqueeze(1) * divergence.scale * whole[0]
+            count = 2 if self.call.teacher_gradient else 1
+            self.sums = [
+                torch.zeros_like(whole[0]) if i == 0 and divergence.centred else whole[1 + i] for i in range(count)
+            ]
+            if terms.metrics:
+                parts += self.metrics(whole[1 + count :])
+        scale = terms.row_scale.unsqueeze(1)
+        return torch.cat([torch.where(self.live, scale * x, 0) for x in parts], 1).T.contiguous()
+
+    def metrics_at(self, both: list[Local]) -> tuple[Tensor, ...]:
+        s, t = both
+        return (-times(s.probability, s.log_probability), -times(t.probability, t.log_probability),
+                torch.minimum(s.probability, t.probability))  # fmt: skip
+
+    def metrics(self, sums: Any) -> list[Tensor]:
+        """`values.Metrics` behind the losses."""
+        student_entropy, teacher_entropy, overlap = sums
+        agreement = (self.peak_ids(0) == self.peak_ids(1)).to(overlap)
+        label = self.label_logit - self.models[0].top - self.log_plain if self.labels is not None else 0 * overlap
+        return [student_entropy, teacher_entropy, agreement, overlap, self.models[0].top + self.log_plain, label]
+
+    def of_labels(self) -> list[Tensor]:
+        """Cross-entropy and squared log-sum-exp of each row."""
+        top, smoothing = self.models[0].top, self.terms.label_smoothing
+        cross_entropy = times((1 - smoothing) * self.weight_of_label(), self.log_plain - (self.label_logit - top))
+        if smoothing:
+            distances = [self.weighted(n, x[0]) for n, x in self.chunks()]
+            sums = self.wire.reduced(torch.cat(distances)).to(self.dtype)
+            self.weight_sum = sums[:, 1:]
+            spread = smoothing / self.shard.size
+            cross_entropy = cross_entropy + spread * (self.weight_sum * self.log_plain + sums[:, :1])
+        lse = top + self.log_plain
+        return [cross_entropy, lse * lse]
+
+    def weighted(self, n: slice, logits: Tensor) -> Tensor:
+        """Σ w (top − z) and Σ w of the entries here."""
+        w = torch.ones_like(logits) if self.terms.class_weight is None else self.class_weight.expand_as(logits)
+        both = times(w, self.models[0].top[n] - logits), w
+        return torch.cat([x.sum(1, keepdim=True, dtype=_widest(logits)) for x in both], 1)
+
+    @property
+    def class_weight(self) -> Tensor:
+        """Of the classes here."""
+        weight = self.terms.class_weight
+        assert weight is not None
+        return weight[self.shard.begin : self.shard.begin + self.call.student.shape[2]]
+
+    def weight_of_label(self) -> Tensor:
+        assert self.labels is not None
+        weight = self.terms.class_weight
+        return torch.ones_like(self.label_logit) if weight is None else weight[self.labels].unsqueeze(1)
+
+    def gradients(self, n: slice, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both models' gradients of a chunk, (n, V_local) in the arithmetic's dtype."""
+        call, terms, divergence = self.call, self.terms, self.call.divergence
+        scale = terms.row_scale[n].unsqueeze(1)
+        found: list[Tensor] = [torch.zeros((), dtype=self.dtype, device=scale.device)] * 2
+        if divergence is not None and (call.student_gradient or call.teacher_gradient):
+            weight = terms.divergence_scale[n].unsqueeze(1) * divergence.scale
+            _, every, local = self.terms_at(n, logits)
+            for i, term in enumerate(every):
+                of_model = term - times(local[i].probability, self.sums[i][n])
+                found[i] = weight * self.rates[i][n] * of_model
+        if self.labels is not None and call.student_gradient:
+            found[0] = found[0] + self.label_gradient(n, logits[0])
+        slopes = cap_slope(logits[0], call.student_softcap), cap_slope(logits[-1], call.teacher_softcap)
+        student, teacher = (scale * x * slope for x, slope in zip(found, slopes, strict=True))
+        return student, teacher
+
+    def label_gradient(self, n: slice, logits: Tensor) -> Tensor:
+        """Of cross-entropy and z-loss, but for the row's scale."""
+        terms, top, smoothing = self.terms, self.models[0].top[n], self.terms.label_smoothing
+        assert self.labels is not None
+        ce_scale, z_scale = (x[n].unsqueeze(1) for x in (terms.cross_entropy_scale, terms.z_loss_scale))
+        of_label = ce_scale * (1 - smoothing) * self.weight_of_label()[n]
+        of_q = of_label + 2 * z_scale * (top + self.log_plain[n])
+        spread = smoothing / self.shard.size
+        if smoothing:
+            of_q = of_q + ce_scale * spread * self.weight_sum[n]
+        gradient = of_q * (logits - top - self.log_plain[n]).exp()
+        if smoothing:
+            gradient = gradient - ce_scale * spread * (1.0 if terms.class_weight is None else self.class_weight)
+        places = torch.arange(logits.shape[1], device=logits.device) + self.shard.begin
+        return gradient - torch.where(places == self.labels[n].unsqueeze(1), of_label, 0)
+
+
+def _total(x: Tensor, top: Tensor, rate: Any) -> Tensor:
+    return ((x - top) * rate).exp().sum(1, keepdim=True, dtype=_widest(x))
+
+
+def _local(logits: Tensor, model: Model) -> Local:
+    shifted = (logits - model.top) * model.rate
+    log_probability = shifted - model.log_total
+    return Local(logits, shifted, log_probability, log_probability.exp())
+
+
+def _log_ratio(z_t: Tensor, z_s: Tensor, teacher: Model, student: Model) -> Tensor:
+    """As `chunked._log_ratio`: by the logits' differences where models nearly agree."""
+    apart, constant = teacher.top - student.top, teacher.log_total - student.log_total
+    rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (z_s - student.top))
+    alike = ((z_t - z_s) - apart) * teacher.rate + rest
+    far = (z_t - teacher.top) * teacher.rate - (z_s - student.top) * student.rate
+    return torch.where(apart.abs() <= 1, alike, far) - constant

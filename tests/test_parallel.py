@@ -1,0 +1,306 @@
+"""One vocabulary over 1 to 4 processes: loss and gradients are one process's, and what is sent is what is stated."""
+
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fdistill_kernels as fk
+from fdistill_kernels.backends import sharded
+from fdistill_kernels.parallel import VocabShard, vocab_shard
+
+from .conftest import WHOLE
+
+N, V, D = 6, 61, 8
+#: Collectives of a row's loss without labels; those of the others are two.
+CALLS = {"lk": 3, "renyi": 4, "entropy_gated": 3, "csd": 3, "dkd": 4, "tail_aware": 4, "akl": 4 + sharded.HALVINGS}
+
+
+def run(tmp_path, world, work, *arguments):
+    """work(rank, world, *arguments) in each of so many processes; their errors."""
+    mp.spawn(_process, (world, str(tmp_path / f"meeting{world}{work.__name__}"), work, arguments), nprocs=world)
+
+
+def _process(rank, world, meeting, work, arguments):
+    torch.set_num_threads(1)
+    os.environ["TORCHDYNAMO_DISABLE"] = os.environ.get("TORCHDYNAMO_DISABLE", "0")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        work(rank, world, *arguments)
+    except Exception:
+        Path(f"{meeting}.{rank}.txt").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def cuts(world):
+    """Unequal shards."""
+    return [0, *[5 + 17 * i for i in range(world - 1)], V]
+
+
+def randn(*shape, seed, dtype=torch.float64, scale=2.0):
+    return (torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def here(rank, world, size=None):
+    places = cuts(world)
+    shard = vocab_shard(dist.group.WORLD, places[rank + 1] - places[rank], size)
+    return shard, slice(places[rank], places[rank + 1])
+
+
+def same(found, wanted, tolerance=1e-9):
+    torch.testing.assert_close(
+        found.double(), wanted.double(), rtol=tolerance, atol=tolerance * float(wanted.abs().max() + 1e-30)
+    )
+
+
+def every_divergence(rank, world):
+    shard, part = here(rank, world)
+    student, teacher = randn(N, V, seed=0), randn(N, V, seed=1)
+    teacher[1] = student[1] + 1e-3 * teacher[1]  # models that nearly agree
+    student[2, 7], student[2, 40] = 9.0, 9.0  # a tie of two ranks' largest
+    teacher[3, :50] = -torch.inf
+    labels = torch.tensor([0, 4, 60, 5, -100, 22])
+    for divergence in fk.TABLE.values():
+        for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+            if dtype == torch.float32 and divergence.name in (
+                "rkl",
+                "jeffreys",
+                "engine",
+                "todi",
+                "ab",
+                "alpha",
+                "neyman",
+            ):
+                continue  # infinite beside a teacher that is 0
+            keywords = dict(labels=labels, temperature=1.3, reduction="none")
+            whole, mine = (
+                [x.to(dtype).clone().requires_grad_() for x in pair]
+                for pair in ((student, teacher), (student[:, part], teacher[:, part]))
+            )
+            wanted = fk.f_divergence(*whole, divergence, **keywords, backend="torch")
+            factors = torch.where(torch.isfinite(wanted), torch.linspace(0.5, 2, N), 0).to(wanted)
+            calls = []
+            original = sharded._Rows.run
+            sharded._Rows.run = lambda rows, calls=calls, original=original: (calls.append(rows.wire), original(rows))[
+                1
+            ]
+            try:
+                found = fk.f_divergence(*mine, divergence, **keywords, shard=shard)
+            finally:
+                sharded._Rows.run = original
+            assert [w.calls for w in calls] == [CALLS.get(divergence.name, 2)], (divergence.name, calls[0].calls)
+            finite = torch.isfinite(wanted)
+            assert torch.equal(torch.isfinite(found), finite)
+            same(found[finite], wanted[finite], tolerance)
+            (torch.where(finite, wanted, 0) * factors).sum().backward()
+            (torch.where(finite, found, 0) * factors).sum().backward()
+            for one, other in zip(whole, mine, strict=True):
+                rows = finite & (labels != -100)
+                same(other.grad[rows], one.grad[rows][:, part], 1e-8 if dtype == torch.float64 else 1e-4)
+    assert calls[0].numbers <= N * 16  # O(N): never a row
+
+
+def every_term(rank, world):
+    """Labels' terms, caps, weights, metrics, reductions, in place; cross-entropy with class weights; a user's own f."""
+    shard, part = here(rank, world)
+    student, teacher = randn(2, 3, V, seed=2), randn(2, 3, V, seed=3)
+    labels = torch.tensor([[0, 60, -100], [5, 22, 4]])
+    for reduction in ("mean", "sum", "batchmean"):
+        keywords = dict(labels=labels, ce_weight=0.4, label_smoothing=0.1, z_loss=1e-2, token_weight=torch.rand(2, 3, generator=torch.Generator().manual_seed(0)),
+                        temperature=0.7, teacher_temperature=1.1, temperature_squared=True, logit_softcap=4.0,
+                        teacher_logit_softcap=5.0, reduction=reduction, return_parts="metrics")  # fmt: skip
+        whole, mine = student.clone().requires_grad_(), student[..., part].clone().requires_grad_()
+        wanted, parts = fk.f_divergence(whole, teacher, "js", **keywords)
+        found, others = fk.f_divergence(mine, teacher[..., part], "js", **keywords, shard=shard)
+        same(found, wanted)
+        for one, other in zip(parts, others, strict=True):
+            same(other, one)
+        (3 * wanted).backward()
+        (3 * found).backward()
+        same(mine.grad, whole.grad[..., part])
+    weight = torch.rand(V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole, mine = student.view(6, V).clone().requires_grad_(), student.view(6, V)[:, part].clone().requires_grad_()
+    wanted = fk.cross_entropy(whole, labels.view(-1), weight, label_smoothing=0.2, z_loss=1e-3)
+    found = fk.cross_entropy(mine, labels.view(-1), weight, label_smoothing=0.2, z_loss=1e-3, shard=shard)
+    same(found, wanted)
+    wanted.backward()
+    found.backward()
+    same(mine.grad, whole.grad[:, part])
+    own = fk.FDivergence(lambda t: (t.sqrt() - 1) ** 2 / 2)
+    for divergence in (own, "hellinger"):
+        found = fk.f_divergence(student[..., part], teacher[..., part], divergence, shard=shard)
+        same(found, fk.f_divergence(student, teacher, "hellinger"), 1e-6)
+    over = student[..., part].contiguous().requires_grad_()
+    fk.f_divergence(over * 1, teacher[..., part], "kl", shard=shard, inplace=True).backward()
+    whole = student.clone().requires_grad_()
+    fk.f_divergence(whole, teacher, "kl").backward()
+    same(over.grad, whole.grad[..., part])
+
+
+def lists(rank, world):
+    shard, part = here(rank, world)
+    student, teacher = randn(N, V, seed=4), randn(N, V, seed=5)
+    listed = fk.top_k_of(teacher, 7)
+    listed.ids[2, 5:] = -1
+    labels = torch.tensor([0, int(listed.ids[1, 2]), 60, 5, -100, 22])
+    for tail in ("bucket", "uniform", "renormalize", "within", "sampled"):
+        weights = torch.rand(N, 7) if tail == "sampled" else None
+        if weights is not None:
+            dist.broadcast(weights, 0)
+        for name in ("kl", "js", "tvd", "ab", "dkd"):
+            if name == "dkd" and tail == "sampled":
+                continue
+            one = listed._replace(tail=tail, weights=weights)
+            keywords = dict(labels=labels, ce_weight=0.3, label_smoothing=0.1, return_parts=True)
+            whole, mine = student.clone().requires_grad_(), student[:, part].clone().requires_grad_()
+            wanted, parts = fk.f_divergence(whole, one, name, **keywords, backend="torch")
+            found, others = fk.f_divergence(mine, one, name, **keywords, shard=shard)
+            same(found, wanted)
+            for a, b in zip(parts, others, strict=True):
+                same(b, a)
+            wanted.backward()
+            found.backward()
+            same(mine.grad, whole.grad[:, part])
+
+
+def hidden_states(rank, world):
+    """Heads split over ranks, in chunks; the teacher split alike, whole, or a list; ∂hidden is the whole one."""
+    shard, part = here(rank, world)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 5e-5), (torch.bfloat16, 3e-2)):
+        hidden, weight, bias = (
+            randn(9, D, seed=6, dtype=dtype),
+            randn(V, D, seed=7, dtype=dtype, scale=0.5),
+            randn(V, seed=8, dtype=dtype, scale=0.1),
+        )
+        theirs, their_weight = randn(9, 5, seed=9, dtype=dtype), randn(V, 5, seed=10, dtype=dtype, scale=0.5)
+        labels = torch.tensor([0, 4, 60, 5, -100, 22, 1, 2, 3])
+        whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        mine = [
+            hidden.clone().requires_grad_(),
+            weight[part].clone().requires_grad_(),
+            bias[part].clone().requires_grad_(),
+        ]
+        keywords = dict(divergence="js", labels=labels, ce_weight=0.3, logit_softcap=6.0, chunk_bytes=700)
+        wanted = fk.linear_f_divergence(whole[0], whole[1], theirs, their_weight, student_bias=whole[2], **keywords)
+        wanted.backward()
+        for teacher_weight in (their_weight[part], their_weight):
+            for x in mine:
+                x.grad = None
+            found = fk.linear_f_divergence(
+                mine[0], mine[1], theirs, teacher_weight, student_bias=mine[2], shard=shard, **keywords
+            )
+            found.backward()
+            same(found, wanted, tolerance)
+            for one, other, at in zip(whole, mine, (slice(None), part, part), strict=True):
+                same(other.grad, one.grad[at], tolerance)
+        logits = theirs.double() @ their_weight.double().T
+        for teacher in (fk.top_k_of(logits, 5), logits[:, part].to(dtype), logits.to(dtype)):
+            of_whole = teacher if isinstance(teacher, fk.TopK) else logits.to(dtype)
+            one = fk.linear_f_divergence(hidden, weight, of_whole, **keywords)
+            same(fk.linear_f_divergence(hidden, weight[part], teacher, shard=shard, **keywords), one, tolerance)
+        ce = fk.linear_cross_entropy(mine[0], mine[1], labels, linear_bias=mine[2], shard=shard)
+        same(ce, fk.linear_cross_entropy(*whole[:2], labels, linear_bias=whole[2]), tolerance)
+    gathered = shard._replace(sum_hidden=False)  # as sequence parallelism's gather, which sums by itself
+    states = randn(9, D, seed=6).requires_grad_()
+    fk.linear_cross_entropy(states, randn(V, D, seed=7)[part], labels, shard=gathered).backward()
+    dist.all_reduce(states.grad)
+    whole = randn(9, D, seed=6).requires_grad_()
+    fk.linear_cross_entropy(whole, randn(V, D, seed=7), labels).backward()
+    same(states.grad, whole.grad)
+
+
+def dtensors(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    student, teacher = randn(N, V, seed=11), randn(N, V, seed=12)
+    whole = student.clone().requires_grad_()
+    wanted = fk.f_divergence(whole, teacher, "js")
+    wanted.backward()
+    split = distribute_tensor(student, mesh, [Shard(1)]).requires_grad_()
+    for of_teacher in (
+        distribute_tensor(teacher, mesh, [Shard(1)]),
+        distribute_tensor(teacher, mesh, [Replicate()]),
+        teacher,
+    ):
+        split.grad = None
+        found = fk.f_divergence(split, of_teacher, "js")
+        found.backward()
+        same(found, wanted)
+        same(split.grad.full_tensor(), whole.grad)
+    hidden, weight = randn(N, D, seed=13), randn(V, D, seed=14)
+    pair = [x.clone().requires_grad_() for x in (hidden, weight)]
+    wanted = fk.linear_f_divergence(*pair, teacher, divergence="kl")
+    wanted.backward()
+    states, head = hidden.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    found = fk.linear_f_divergence(states, head, distribute_tensor(teacher, mesh, [Shard(1)]), divergence="kl")
+    found.backward()
+    same(found, wanted)
+    same(states.grad, pair[0].grad)
+    same(head.grad.full_tensor(), pair[1].grad)
+    rows = distribute_tensor(student, mesh, [Replicate()])
+    same(fk.f_divergence(rows, teacher, "js"), fk.f_divergence(student, teacher, "js"))
+    with pytest.raises(ValueError, match="shard is given beside student_logits, a DTensor"):
+        fk.f_divergence(split, teacher, shard=VocabShard(dist.group.WORLD, 0, V))
+
+
+def padding_and_other_groups(rank, world):
+    """A vocabulary that is padded, one that begins elsewhere, and a teacher of larger shards."""
+    shard, part = here(rank, world, V - 3)
+    student, teacher = randn(N, V, seed=15), randn(N, V, seed=16)
+    whole, mine = student.clone().requires_grad_(), student[:, part].clone().requires_grad_()
+    wanted = fk.f_divergence(whole, teacher, "js", vocab_size=V - 3)
+    found = fk.f_divergence(mine, teacher[:, part], "js", shard=shard)
+    same(found, wanted)
+    wanted.backward()
+    found.backward()
+    same(mine.grad, whole.grad[:, part])
+    if world == 4:
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        places = cuts(4)
+        halves = (0, places[2]) if rank < 2 else (places[2], V)
+        # the teacher's halves: ranks 0 and 1 both have the first, of a group {0, 2} or {1, 3}
+        own = VocabShard(pairs[rank // 2], halves[0], V)
+        full, _ = here(rank, world)
+        found = fk.f_divergence(student[:, part], teacher[:, slice(*halves)], "js", shard=full, teacher_shard=own)
+        same(found, fk.f_divergence(student, teacher, "js"))
+        with pytest.raises(ValueError, match="a teacher is split as the student is"):
+            fk.f_divergence(
+                student[:, part], teacher[:, :2], "js", shard=full, teacher_shard=own._replace(begin=0 if rank else 40)
+            )
+    with pytest.raises(ValueError, match="does not fit shards"):
+        vocab_shard(dist.group.WORLD, 3, 100)
+
+
+def in_a_compiler(rank, world):
+    shard, part = here(rank, world)
+    student, teacher = randn(N, V, seed=17)[:, part], randn(N, V, seed=18)[:, part]
+    leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    compiled = torch.compile(lambda x, t: fk.f_divergence(x, t, "js", shard=shard), fullgraph=True)
+    loss = compiled(leaf, teacher)
+    loss.backward()
+    eager = fk.f_divergence(other, teacher, "js", shard=shard)
+    eager.backward()
+    same(loss, eager)
+    same(leaf.grad, other.grad)
+
+
+def everything(rank, world):
+    for work in (every_divergence, every_term, lists, hidden_states, dtensors, padding_and_other_groups):
+        work(rank, world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4] if WHOLE else [2, 4])
+def test_a_split_vocabulary_is_the_whole_one(tmp_path, world):
+    run(tmp_path, world, everything)
+
+
+def test_inside_a_compiler(tmp_path):
+    run(tmp_path, 2, in_a_compiler)
