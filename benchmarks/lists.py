@@ -154,10 +154,16 @@ def draw(lists: list[dict]) -> None:
 
     figure, axes = plt.subplots(1, len(DIVERGENCES), figsize=(13, 3.4), sharey=True, layout="constrained")
     for ax, name in zip(axes, DIVERGENCES, strict=True):
-        for tail in TAILS:
+        for i, tail in enumerate(TAILS):
             rows = [r for r in lists if r["divergence"] == name and r["tail"] == tail]
             if rows:
-                ax.plot([r["k"] for r in rows], [max(r["gradient"], 1e-5) for r in rows], marker=".", label=tail)
+                ax.plot(
+                    [r["k"] for r in rows],
+                    [max(r["gradient"], 1e-5) for r in rows],
+                    marker=".",
+                    label=tail,
+                    color=f"C{i}",
+                )
         ax.set(xscale="log", yscale="log", title=name, xlabel="K")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("gradient's distance from the whole\nteacher's, over its norm (L1)")

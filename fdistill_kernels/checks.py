@@ -138,7 +138,10 @@ def check_head(
             "merge a LoRA or quantised head into one weight first"
         )
     if hasattr(weight, "full_tensor"):
-        raise TypeError(f"{name} is sharded (DTensor): give {name}.full_tensor(), or call from the unsharded module")
+        raise TypeError(
+            f"{name} is sharded (DTensor): give {name}.full_tensor(), call from the unsharded "
+            "module, or, where the rows are the same on all ranks, give the hidden states as a whole DTensor"
+        )
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(f"{name} is partitioned by ZeRO-3: call inside deepspeed.zero.GatheredParameters")
     check_tensor(name, weight, floating=False)

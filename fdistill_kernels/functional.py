@@ -26,7 +26,7 @@ from .heads import (
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
-from .parallel import VocabShard, carried_shard, local_logits, teacher_part, valid
+from .parallel import VocabShard, carried_shard, check_shard, local_logits, teacher_part, valid
 from .sparse import TopK, targets_of
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
@@ -112,6 +112,8 @@ def f_divergence(
         temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
         reduction=reduction, num_items=num_items,
     ))  # fmt: skip
+    check_shard("shard", shard)
+    check_shard("teacher_shard", teacher_shard)
     given = logits_of("student_logits", student_logits, "logit_softcap", logit_softcap)
     student, shard, padded = _logits_here("student_logits", given.values, vocab_size, shard)
     if isinstance(teacher_logits, TopK):
@@ -227,6 +229,7 @@ def cross_entropy(
         raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
+    check_shard("shard", shard)
     values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
     if isinstance(values, Tensor) and values.dim() > 2:
         values = values.movedim(1, -1)
@@ -318,8 +321,9 @@ def linear_f_divergence(
         chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 1.1 GB on a GPU,
             or a quarter of what it could still give, torch's unused cache counted, if that is less; but 1024 rows as
             long as they take no more than half of it (the last bits of the gradients then depend on it).
-        shard, teacher_shard: heads are the rows of a `VocabShard`, or DTensors split on dimension 0; hidden states are
-            whole on every rank, and so is their gradient.
+        shard, teacher_shard: heads are the rows of a `VocabShard`; hidden states are whole on every rank, and so is
+            their gradient. Or hidden states and head are DTensors, whole and split on dimension 0; a split head alone
+            may be FSDP's, whose ranks have other rows, and is refused.
         The rest: as in `f_divergence`.
 
     Returns:
@@ -333,6 +337,8 @@ def linear_f_divergence(
 
     Source: Wen et al., ACL 2023, eq. (4)-(11), for the loss.
     """
+    check_shard("shard", shard)
+    check_shard("teacher_shard", teacher_shard)
     terms = _terms(divergence, LossTerms(
         divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
         label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight,
@@ -399,6 +405,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.
     """
+    check_shard("shard", shard)
     checks.check_hidden("input", input)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         checks.check_tensor("target", target, floating=False)

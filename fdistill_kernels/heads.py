@@ -87,9 +87,11 @@ def head_here(
     Raises:
         ValueError: a head without rows here, or a shard beside a DTensor.
     """
-    weight, shard = parallel.local_rows(names[1], head.weight, shard)
-    bias, _ = parallel.local_rows(names[2], head.bias, shard if weight is head.weight else None)
-    states, _ = parallel.local_rows(names[0], hidden, None)
+    weight, bias, states = head.weight, head.bias, hidden
+    if parallel.same_rows(hidden):  # else a head that is a DTensor may be FSDP's, and is refused below
+        weight, shard = parallel.local_rows(names[1], weight, shard)
+        bias, _ = parallel.local_rows(names[2], bias, None)
+        states, _ = parallel.local_rows(names[0], hidden, None)
     head = head._replace(weight=weight, bias=bias)
     if shard is None:
         return *checked_head(states, head, names, vocab_size), None, 0

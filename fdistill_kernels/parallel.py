@@ -59,6 +59,12 @@ def carried_shard(shard: VocabShard | None) -> Shard:
     return Shard(shard.group.group_name, shard.begin, shard.size, shard.sum_hidden)
 
 
+def check_shard(name: str, shard: object) -> None:
+    """Raises TypeError unless it is a `VocabShard` or None."""
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"{name} must be a VocabShard (fk.vocab_shard), not {type(shard).__name__}")
+
+
 def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
     """Logits here (..., V_local), and their shard; a DTensor says its own.
 
@@ -70,6 +76,15 @@ def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any,
             raise ValueError(f"shard is given beside {name}, a DTensor, which says itself how it is split")
         logits, shard = _of_dtensor(name, logits, logits.dim() - 1)
     return logits, shard
+
+
+def same_rows(hidden: Any) -> bool:
+    """Whether hidden states say that they are the same on all ranks: a DTensor that is whole.
+
+    A head that is a DTensor does not: tensor parallelism splits it over ranks with the same rows, FSDP over ranks that
+    have each their own, whose losses would be mixed.
+    """
+    return _is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
 
 
 def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:

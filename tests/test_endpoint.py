@@ -16,10 +16,14 @@ from fdistill_kernels.teachers.endpoint import Endpoint, EndpointError, _agree, 
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
 
+from .conftest import WHOLE
 from .openai_server import BROKEN, REFUSED, Model, Server
 
 V, K, PROBES = 40, 8, 3
 PROBE = [(0, 7, 15, 23, 31), (31, 23, 15, 7, 0)]
+
+#: Of each protocol; a sample of them unless all is asked for.
+FAULTS = 500 if WHOLE else 170
 
 
 def sequences(count, seed=0, longest=6):
@@ -87,8 +91,8 @@ def test_samples(kind):
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_thousand_faults(kind, tmp_path):
-    """500 of each protocol: nothing is lost, doubled, or wrong."""
-    draw, left = random.Random(kind), [500]
+    """Nothing is lost, doubled, or wrong."""
+    draw, left = random.Random(kind), [FAULTS]
     names = [n for n in (*BROKEN, *REFUSED) if n != "no_rows"]
 
     def faults():
@@ -105,7 +109,7 @@ def test_a_thousand_faults(kind, tmp_path):
             for begin in range(0, 600, 150):
                 some = prompts[begin : begin + 150], continuations[begin : begin + 150]
                 check(teacher.targets(*some), server.model, *some, atol=0.01)
-        assert sum(server.given.values()) == 500 and {n for n, c in server.given.items() if c} == set(names)
+        assert sum(server.given.values()) == FAULTS and {n for n, c in server.given.items() if c} == set(names)
         unique = {(tuple(p), tuple(c)) for p, c in zip(prompts, continuations, strict=True)}
         opened = TeacherStore(tmp_path, validate="full")
         assert len(opened) == len(unique) and not opened.damaged

@@ -74,7 +74,7 @@ def test_operations_of_a_step_on_a_gpu(name, monkeypatch):
     """On tensors without data the kernels are not run, and nothing may wait for a value."""
     contexts, scaled = [], []
 
-    def rows_loss(student, teacher, terms, backend, per_row, inplace, known, targets):
+    def rows_loss(student, teacher, terms, backend, per_row, inplace, known, targets, shard):
         rows = logits._rows(student.values), teacher and logits._rows(teacher.values)
         contexts.append(Context())
         return logits._RowsLoss.forward(

@@ -16,6 +16,8 @@ from fdistill_kernels.sparse import TopK
 from fdistill_kernels.teachers import TeacherStore, store
 from fdistill_kernels.values import Head
 
+from .conftest import WHOLE
+
 KINDS = ("top_k", "hidden")
 SETTINGS = {
     "top_k": {"vocabulary": 300, "k": 5},
@@ -94,7 +96,7 @@ def base(request, tmp_path_factory):
     return folder, request.param, made, shards
 
 
-# --- 700 files damaged
+# --- files damaged: 700
 
 
 def damage(path, rng):
@@ -361,7 +363,7 @@ def told(process, pipe):
     return found
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(40 if WHOLE else 12))
 def test_sigkill_loses_nothing_that_was_flushed(tmp_path, seed):
     kind = KINDS[seed % 2]
     process, pipe = started(tmp_path, kind, range(COUNT))
@@ -373,7 +375,7 @@ def test_sigkill_loses_nothing_that_was_flushed(tmp_path, seed):
     completes(tmp_path, kind, made)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(30 if WHOLE else 10))
 def test_two_writers_at_once_and_one_is_killed(tmp_path, seed):
     kind, rng = KINDS[seed % 2], np.random.default_rng(seed)
     made, lists = sequences(kind), [rng.permutation(COUNT)[:6].tolist() for _ in range(2)]

@@ -1,7 +1,6 @@
 """The Python of docs/teachers.md runs as it stands."""
 
 import re
-import threading
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ def test_the_page_runs(tmp_path):
             exec(block, names)
     assert names["of_both"].ids.shape[-1] <= 2 * 64 and names["rows"].states.shape == (3, d)
     assert names["targets"].ids.shape[0] == 2 and torch.isfinite(names["loss"])
-    assert not [t for t in threading.enumerate() if t.name == "fdistill endpoint" and t.is_alive()]
+    assert not names["endpoint"]._thread.is_alive()
 
 
 def test_every_tail_is_on_the_page():

@@ -122,9 +122,9 @@ class Experiment:
         student = prepared.student()
         sequence_run._save(student, folder, prepared.tokenizer)
         self.keep("predistill", prepared.measure(student))
-        teacher = prepared.measure(prepared.teacher)
+        teacher = prepared.measure(prepared.model)
         rows, *_ = prepared.held_out_rows()
-        drawn = [draw_all(prepared.teacher, rows, job.sampling(), seed) for seed in range(100, 105)]
+        drawn = [draw_all(prepared.model, rows, job.sampling(), seed) for seed in range(100, 105)]
         groups = [[d[i].tolist() for d in drawn] for i in range(len(rows))]
         self.keep("teacher", {**teacher, "teacher_dist": teacher_dist(groups)})
 
@@ -223,7 +223,7 @@ def _models_time(trainer: FDistillTrainer) -> dict[str, float]:
 
         return wrapped
 
-    for model in (trainer.model, trainer.teacher):
+    for model in (trainer.model, trainer.teacher.model):
         model.forward = timed(model.forward, "forward")
         model.generate = timed(model.generate, "generation")
     trainer.step_loss = timed(trainer.step_loss, "loss")

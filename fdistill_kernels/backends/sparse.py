@@ -62,12 +62,14 @@ def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
     if targets.ids is None:
         return
     assert targets.log_probs is not None
-    counts = (row_scale != 0).unsqueeze(1)
-    ids = torch.where(counts, targets.ids, -1)
+    counts, ids = row_scale != 0, targets.ids
+    if ids.is_cuda or not counts.all():  # a GPU is not asked
+        ids = torch.where(counts.unsqueeze(1), ids, -1)
     order = ids.sort(1).values
     mass = torch.where(ids >= 0, targets.log_probs, -torch.inf).exp().sum(1)
     faults = {
-        f"ids must be in [0, {vocabulary}), or -1 where a list is shorter": (ids < -1) | (ids >= vocabulary),
+        f"ids must be in [0, {vocabulary}), or -1 where a list is shorter": (order[:, :1] < -1)
+        | (order[:, -1:] >= vocabulary),
         "ids must differ within a row": (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0),
         f"log_probs of a row must be of a mass of {MOST_MASS:g} at most": (mass > MOST_MASS).unsqueeze(1),
     }
