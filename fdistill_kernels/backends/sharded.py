@@ -45,8 +45,9 @@ class Collectives:
         dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
         return out.view(self.ranks, *x.shape)
 
-    def reduced(self, x: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+    def reduced(self, x: Tensor, how: Any = None) -> Tensor:
         """The sum over ranks, or another reduction."""
+        how = dist.ReduceOp.SUM if how is None else how  # not every build of torch has it
         self._count(x)
         x = x.contiguous()
         dist.all_reduce(x, how, group=self.group)
