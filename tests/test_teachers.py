@@ -372,6 +372,10 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
         server.server_close()
 
 
+def kl_run(files, store):
+    return ("train", "--teacher", store, "--student", files / "student", *COMMON, "--steps", "2", "--method", "kl")
+
+
 def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_once(causal_files, tmp_path, capsys):
     store, data = tmp_path / "store", causal_files / "pairs.tsv"
     build_store(causal_files, store)
@@ -387,18 +391,7 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
     assert "kl_largest" in capsys.readouterr().out
     changed = tmp_path / "changed.tsv"
     changed.write_text(data.read_text().replace("numărul 19 și 20", "numărul 19 și 21"))
-    train = (
-        "train",
-        "--teacher",
-        store,
-        "--student",
-        causal_files / "student",
-        *COMMON,
-        "--steps",
-        "2",
-        "--method",
-        "kl",
-    )
+    train = kl_run(causal_files, store)
     command(*train, "--data", changed, "--out", tmp_path / "run", expect=2)
     told = capsys.readouterr().err
     assert "of eval_dataset (labels: 1) are not in the store" in told and "which was built of data" in told
@@ -414,18 +407,7 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
     build_store(causal_files, store)
     teacher = ("--teacher", causal_files / "causal", "--data", data)
     build = ("teacher", "build", *teacher, *COMMON, "--out")
-    train = (
-        "train",
-        "--teacher",
-        store,
-        "--student",
-        causal_files / "student",
-        "--data",
-        data,
-        *COMMON,
-        "--method",
-        "kl",
-    )
+    train = (*kl_run(causal_files, store), "--data", data)
     (tmp_path / "bad.yaml").write_text("k: many\n")
     (tmp_path / "worse.yaml").write_text("k: [\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "target": null}\n{"prompt": "b", "target": "c"}\n')

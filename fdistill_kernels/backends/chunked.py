@@ -109,13 +109,17 @@ class _Model:
         self.log_probability = self.shifted - self.log_total.to(logits.dtype)
 
 
-def _log_ratio(teacher: _Model, student: _Model) -> Tensor:
-    """log(p/q): of models that nearly agree by their logits' differences, which are exact."""
+def log_ratio(z_t: Tensor, z_s: Tensor, teacher: Any, student: Any) -> Tensor:
+    """log(p/q) at logits of both models: of models that nearly agree by their logits' differences, which are exact.
+
+    teacher, student: what has `top`, `log_total` and `rate` of rows, such as `_Model`.
+    """
     apart = teacher.top - student.top
     constant = (teacher.log_total - student.log_total).to(apart.dtype)
-    rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (student.logits - student.top))
-    alike = ((teacher.logits - student.logits) - apart) * teacher.rate + rest
-    return torch.where(apart.abs() <= 1, alike, teacher.shifted - student.shifted) - constant
+    rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (z_s - student.top))
+    alike = ((z_t - z_s) - apart) * teacher.rate + rest
+    far = (z_t - teacher.top) * teacher.rate - (z_s - student.top) * student.rate
+    return torch.where(apart.abs() <= 1, alike, far) - constant
 
 
 def _metrics(student: _Model, teacher: _Model | None, labels: Tensor | None) -> tuple[Tensor, ...]:
@@ -143,7 +147,7 @@ def _terms(
     formula = divergence.terms
     of_teacher: Tensor | None
     if isinstance(formula, Formula):
-        u, numbers = _log_ratio(teacher, student), divergence.numbers
+        u, numbers = log_ratio(teacher.logits, student.logits, teacher, student), divergence.numbers
         peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
         entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
         if formula.statistics is not None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import NOTHING, Entry, Formula, times
-from .chunked import CHUNK_ELEMENTS, _widest
+from .chunked import CHUNK_ELEMENTS, _widest, log_ratio
 from .rows import RowCall, cap_slope, capped
 
 #: Halvings that find akl's threshold among float32 logarithms of probabilities, from −104 to 0.
@@ -96,6 +96,10 @@ class _Rows:
         self.rates = [
             x.unsqueeze(1) for x in (call.terms.student_inverse_temperature, call.terms.teacher_inverse_temperature)
         ]
+        self.coefficients: tuple[Tensor, ...] | None = None  # what `ask` finds
+        self.threshold: Tensor | None = None
+        self.anchor: Tensor | None = None
+        self._ids: Tensor | None = None
         self.labels = None if call.terms.labels is None else torch.where(self.live[:, 0], call.terms.labels, 0)
 
     def chunks(self) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -103,28 +107,21 @@ class _Rows:
         call = self.call
         for begin in range(0, self.rows, self.step):
             n = slice(begin, min(begin + self.step, self.rows))
-            yield (
-                n,
-                [
-                    capped(torch.where(self.live[n], x.flatten(0, 1)[n].to(self.dtype), 0), cap)
-                    for x, cap in ((call.student, call.student_softcap), (call.teacher, call.teacher_softcap))
-                    if x is not None
-                ],
-            )
+            models = (call.student, call.student_softcap), (call.teacher, call.teacher_softcap)
+            given = [(x.flatten(0, 1)[n].to(self.dtype), cap) for x, cap in models if x is not None]
+            yield n, [capped(torch.where(self.live[n], x, 0), cap) for x, cap in given]
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Parts and gradients."""
         call, divergence = self.call, self.call.divergence
         self.statistics()
-        self.coefficients: tuple[Tensor, ...] | None = None
-        self.threshold: Tensor | None = None
         formula = divergence.terms if divergence is not None else None
         if isinstance(formula, Formula) and formula.statistics is not None:
             self.ask(formula)
-        dense = torch.contiguous_format
-        of_student = torch.empty_like(call.student, memory_format=dense) if self.fresh else None
-        of_teacher = (
-            torch.empty_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
+        dense, fresh = torch.contiguous_format, call.student_gradient and not call.inplace
+        of_student, of_teacher = (
+            torch.empty_like(call.student, memory_format=dense) if wanted else None
+            for wanted in (fresh, call.teacher_gradient)
         )
         target = call.student if call.inplace else of_student
         parts = self.totals()
@@ -134,10 +131,6 @@ class _Rows:
                     out.flatten(0, 1)[n] = torch.where(self.live[n], gradient, 0).to(out.dtype)
         nothing = call.student.new_empty(0)
         return parts, nothing if of_student is None else of_student, nothing if of_teacher is None else of_teacher
-
-    @property
-    def fresh(self) -> bool:
-        return self.call.student_gradient and not self.call.inplace
 
     def statistics(self) -> None:
         """The first sweep, and what the ranks gather."""
@@ -188,14 +181,14 @@ class _Rows:
         """log(p/q) at the student's (0) or the teacher's (1) largest logit."""
         student, teacher = self.models
         z_s, z_t = (student.top, self.there[0]) if i == 0 else (self.there[1], teacher.top)
-        return _log_ratio(z_t, z_s, teacher, student)
+        return log_ratio(z_t, z_s, teacher, student)
 
     def entry(self, n: slice, logits: list[Tensor]) -> tuple[Entry, list[Local], list[Model]]:
         """The entries here, with what is known of the whole rows."""
         models = [m.of_rows(n) for m in self.models]
         local = [_local(x, m) for x, m in zip(logits, models, strict=True)]
         (s, t), (student, teacher) = local, models
-        u = _log_ratio(t.logits, s.logits, teacher, student)
+        u = log_ratio(t.logits, s.logits, teacher, student)
         of_student, of_teacher = (x[n] for x in self.u_at_peaks)
         entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, u, t.shifted, s.shifted,
                       of_student, of_teacher)  # fmt: skip
@@ -239,8 +232,7 @@ class _Rows:
         self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
 
     def anchored(self, entry: Entry, n: slice) -> Entry:
-        anchor = getattr(self, "anchor", None)
-        return entry if anchor is None else entry._replace(anchor=anchor[n])
+        return entry if self.anchor is None else entry._replace(anchor=self.anchor[n])
 
     def largest(self, count: float) -> Tensor:
         """The teacher's count-th largest logit of each row: of each rank's own largest."""
@@ -294,8 +286,7 @@ class _Rows:
                 found.append(term)
                 continue
             peak, p = self.at_peak(n, i), local[i].probability
-            p_at = (models[i].rate * 0 - models[i].log_total).exp()
-            measured = term - times(p, peak / p_at)
+            measured = term - times(p, peak / (-models[i].log_total).exp())
             mine = models[i].mine & (torch.arange(p.shape[1], device=p.device) == models[i].peak)
             found.append(torch.where(mine, 0, measured))
         return value, found, local
@@ -319,7 +310,7 @@ class _Rows:
 
     def peak_ids(self, i: int) -> Tensor:
         """The whole vocabulary's ids of the largest entries."""
-        if not hasattr(self, "_ids"):
+        if self._ids is None:
             mine = [torch.where(m.mine, m.peak + self.shard.begin, 0) for m in self.models]
             self._ids = self.wire.reduced(torch.cat(mine, 1))
         return self._ids[:, i : i + 1]
@@ -433,12 +424,3 @@ def _local(logits: Tensor, model: Model) -> Local:
     shifted = (logits - model.top) * model.rate
     log_probability = shifted - model.log_total
     return Local(logits, shifted, log_probability, log_probability.exp())
-
-
-def _log_ratio(z_t: Tensor, z_s: Tensor, teacher: Model, student: Model) -> Tensor:
-    """As `chunked._log_ratio`: by the logits' differences where models nearly agree."""
-    apart, constant = teacher.top - student.top, teacher.log_total - student.log_total
-    rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (z_s - student.top))
-    alike = ((z_t - z_s) - apart) * teacher.rate + rest
-    far = (z_t - teacher.top) * teacher.rate - (z_s - student.top) * student.rate
-    return torch.where(apart.abs() <= 1, alike, far) - constant

@@ -28,7 +28,7 @@ from .. import reference
 from ..carried import replaced
 from ..divergences import Divergence
 from ..own import FDivergence, autograd_inside_an_operator
-from . import sharded
+from . import chunked, sharded
 from .rows import RowCall, Shard, Targets, TokenTerms, cap_slope, capped
 from .sharded import Collectives
 
@@ -149,7 +149,7 @@ def _pieces(call: RowCall, whole: bool, ranks: Ranks, backend: Any) -> Iterator[
     vocabulary = ranks.rows(vocabulary)
     assert ids is not None
     most = LIST_PIECE // (ids.shape[1] + 1)
-    if whole or (not hasattr(backend, "interpreting") and not hasattr(backend, "capability")):
+    if whole or backend is chunked:
         most = min(most, (CARD_PIECE if call.student.is_cuda else ROW_PIECE) // vocabulary)
     most = max(1, most)
     some, step = max(1, most // inner), min(inner, most)
@@ -165,7 +165,7 @@ def _categories(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: A
     live, ids, given = _listed(call)
     z = ranks.at(call, ids)
     row = _statistics(call, ids, z, ranks, backend)
-    logits = torch.cat((row.below * rate.unsqueeze(1), row.log_rest.unsqueeze(1)), 1)
+    logits = row.logits(rate)
     teacher, student_logits = _categories_of(call, ids, given, logits)
     losses, of_logits = _of_categories(call, student_logits, teacher, ids, live, gradient is not None, backend)
     parts = [losses]
@@ -191,6 +191,10 @@ class Row(NamedTuple):
     of_rest: Tensor
     log_rest: Tensor
     plain_rest: Tensor
+
+    def logits(self, rate: Tensor) -> Tensor:
+        """The student's of the categories (n, K + 1), the rest last."""
+        return torch.cat((self.below * rate.unsqueeze(1), self.log_rest.unsqueeze(1)), 1)
 
 
 def _statistics(call: RowCall, ids: Tensor, z: Tensor, ranks: Ranks, backend: Any) -> Row:
@@ -395,9 +399,8 @@ def _write_gradient_(
         at = torch.cat((ids, torch.where(here.any(1), -1, labels.labels).unsqueeze(1)), 1)
         values, z = torch.cat((values, at_label), 1), torch.cat((z, labels.at_label.unsqueeze(1)), 1)
     values = torch.where(at >= 0, values * cap_slope(z, cap), 0)
-    terms = call.terms
     backend.rest_gradient_(
-        gradient, call.student, cap, terms.row_scale, rate, of_all, ranks.here(at, call.student.shape[-1]), values
+        gradient, call.student, cap, call.terms.row_scale, rate, of_all, ranks.here(at, call.student.shape[-1]), values
     )
 
 
@@ -426,8 +429,7 @@ def _whole_rows(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: A
     )  # fmt: skip
     parts, of_student, _ = (sharded if ranks.wire else backend).divergence_rows(whole)
     if terms.metrics:
-        row, rate = _statistics(call, ids, z, ranks, backend), terms.student_inverse_temperature
-        logits = torch.cat((row.below * rate.unsqueeze(1), row.log_rest.unsqueeze(1)), 1)
+        logits = _statistics(call, ids, z, ranks, backend).logits(terms.student_inverse_temperature)
         found = _masses(call, logits, given, ids, z, ranks)
         parts = torch.cat((parts, torch.stack([torch.where(live, terms.row_scale * x, 0) for x in found])))
     if gradient is not None:

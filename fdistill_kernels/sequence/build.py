@@ -69,7 +69,7 @@ def build(job: BuildJob, console: Console) -> dict[str, Any]:
     store.verify()  # what is damaged counts as missing, and is asked for again
     pairs, (rank, ranks) = _pairs(run, sources), runs.rank()
     with Progress(console=console) as bar:
-        task = bar.add_task("the teacher's word", total=len(pairs), completed=len(pairs) - len(store.missing(pairs)))
+        task = bar.add_task("the teacher's word", total=len(pairs))
         for done in fill(store, teacher, pairs, job.batch, rank, ranks):
             bar.update(task, advance=done)
     return {"folder": str(store.folder), **_shown(TeacherStore(store.folder))}
@@ -78,11 +78,14 @@ def build(job: BuildJob, console: Console) -> dict[str, Any]:
 def fill(
     store: TeacherStore, teacher: InRoom, pairs: Sequence[Pair], batch: int = 8, rank: int = 0, ranks: int = 1
 ) -> Iterator[int]:
-    """Asks a model about the (prompt ids, continuation ids) that a store lacks; yields how many, batch by batch.
+    """Asks a model about the (prompt ids, continuation ids) that a store lacks; yields how many are there already, and
+    then how many come, batch by batch.
 
     Of several ranks each asks about its share. What was asked is on disk within a minute, if the process is killed.
     """
-    lacking = store.missing(pairs)[rank::ranks]
+    missing = store.missing(pairs)
+    lacking = missing[rank::ranks]
+    yield len(pairs) - len(missing)
     with store.writer() as writer:
         kept = time.monotonic()
         for begin in range(0, len(lacking), batch):

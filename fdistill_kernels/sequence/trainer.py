@@ -168,8 +168,8 @@ class FDistillTrainer(Trainer):
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
                 raise ValueError(f"{name} is empty")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
-        self.halves, self.sampling, self._asked = args.halves(), args.sampling(), args
-        self._check_teacher(trainer)
+        self.halves, self.sampling = args.halves(), args.sampling()
+        self._check_teacher(args, trainer)
         self._kept: collections.deque[tuple[list[Tensor], list[Tensor], list[Tensor]]] = collections.deque()
         self._draws = True
         self._by_token = args.normalize == "token" or not self.halves
@@ -192,16 +192,19 @@ class FDistillTrainer(Trainer):
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
 
+    def _compared(self) -> set[str]:
+        """The columns whose sequences the teacher is asked about."""
+        return {COLUMNS[h.source] for h in self.halves if h.divergence is not None and h.source in COLUMNS}
+
     def _collate_and_ask(self, known: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
         batch = known(examples)
         prompts = [list(e.get("teacher_prompt_ids", e["prompt_ids"])) for e in examples]
-        columns = {COLUMNS[h.source] for h in self.halves if h.divergence is not None and h.source in COLUMNS}
-        for name in columns & batch.keys():
+        for name in self._compared() & batch.keys():
             self.teacher.expect(prompts, [list(e[name]) for e in examples])  # type: ignore[attr-defined]
         return batch
 
-    def _check_teacher(self, trainer: dict[str, Any]) -> None:
+    def _check_teacher(self, args: FDistillConfig, trainer: dict[str, Any]) -> None:
         """Before any work: what the objective asks of the teacher, and what it cannot do.
 
         Raises:
@@ -221,16 +224,12 @@ class FDistillTrainer(Trainer):
         if not self.teacher.anything and drawn and columns and "sample_ids" not in columns:
             raise ValueError("the objective is on the teacher's samples, and a store draws none: give the data the "
                              "column sample_ids")  # fmt: skip
-        evaluates = self._asked.eval_strategy != "no"
-        for name in ("train_dataset", *(["eval_dataset"] if evaluates else [])):
+        for name in ("train_dataset", *(["eval_dataset"] if args.eval_strategy != "no" else [])):
             known = _columns(trainer.get(name))
             if known and ("teacher" in known) != isinstance(self.teacher, OfRows):
                 raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
             if known and isinstance(self.teacher, Stored):
-                of_training = {
-                    COLUMNS[h.source] for h in self.halves if h.divergence is not None and h.source in COLUMNS
-                }
-                wanted = of_training if name == "train_dataset" else {"labels"}
+                wanted = self._compared() if name == "train_dataset" else {"labels"}
                 self.teacher.check(name, _as_dataset(trainer[name]), sorted(wanted & set(known)))
         same = isinstance(self.teacher, Itself) and self.teacher.decay is None
         if same and columns and "teacher_prompt_ids" not in columns:
