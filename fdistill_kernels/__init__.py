@@ -36,8 +36,11 @@ __version__ = "0.2.0"
 def __getattr__(name: str) -> Any:
     """The teachers elsewhere, whose libraries the core does not need."""
     if name in ("TeacherStore", "Endpoint"):
-        from . import teachers
-
+        try:
+            from . import teachers
+        except ImportError as error:
+            extra = "sequence" if name == "TeacherStore" else "served"
+            raise ImportError(f"{name} needs {error.name}: pip install 'fdistill_kernels[{extra}]'") from error
         return getattr(teachers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -570,3 +570,9 @@ def test_the_key_of_samples_has_what_decides_beams(tmp_path):
     TeacherSamples(tmp_path / "b", [[1]], beams, "t", 0, plain | changed)
     with pytest.raises(ValueError, match=r"drawn otherwise: length_penalty was 0.5 and is 0.7$"):
         TeacherSamples(tmp_path / "b", [[1]], beams, "t", 0, generation_settings(teacher, beams))
+
+
+def test_without_its_libraries_the_extra_is_named():
+    code = "import sys; sys.modules['xxhash'] = None\nimport fdistill_kernels as fk\nfk.TeacherStore"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "TeacherStore needs xxhash: pip install 'fdistill_kernels[sequence]'" in done.stderr
