@@ -59,7 +59,14 @@ def load_model(path: str | Path) -> Any:
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
-    """(B, L) padded with −100 on any side, as a list of rows."""
+    """(B, L) padded with −100 on any side, as a list of rows.
+
+    Raises:
+        ValueError: a −100 inside a row, whose text is then not known: give its ids, and what counts as `counted`.
+    """
+    here = nn.functional.pad(ids != IGNORE, (1, 0))
+    if ((here[:, 1:] & ~here[:, :-1]).sum(1) > 1).any():
+        raise ValueError("a row has −100 between its tokens: give the token ids, and beside them which of them count")
     return [row[row != IGNORE] for row in ids]
 
 
@@ -68,32 +75,49 @@ def padded(rows: Sequence[Tensor], value: int, side: str = "right") -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
+def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[Tensor]:
+    """Continuations with −100 in the place of tokens that do not count.
+
+    Raises:
+        ValueError: counted is not a bool for each token.
+    """
+    if counted is None:
+        return list(continuations)
+    if [(len(m), m.dtype) for m in counted] != [(len(c), torch.bool) for c in continuations]:
+        raise ValueError("counted must have a bool for each token of each continuation")
+    return [c.masked_fill(~m.to(c.device), IGNORE) for c, m in zip(continuations, counted, strict=True)]
+
+
 def teacher_forced(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, pack: bool = False,
-    side: str = "right",
+    side: str = "right", counted: Sequence[Tensor] | None = None,
 ) -> Any:  # fmt: skip
     """A model's inputs for prompts and continuations, and the labels (B, L) that its hidden states predict.
 
     An encoder–decoder model reads the prompt and writes the continuation; a causal one goes on from the prompt, and its
     state at a token predicts the next. Positions of prompts and padding are −100. With `pack`, a causal model gets all
     sequences one after the other in one row, told apart by their positions; else they are padded on `side`.
+
+    Args:
+        counted: a bool for each token of each continuation; what is false is read, and its label is −100. None: all.
     """
+    targets = masked(continuations, counted)
     if model.config.is_encoder_decoder:
-        labels = padded(continuations, IGNORE)
+        texts, labels = padded(continuations, IGNORE), padded(targets, IGNORE)
         inputs = padded(prompts, IGNORE)
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         return {
             "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": (inputs != IGNORE).long(),
             # M2M100 and its kin shift labels in their forward alone; their own loss is not made then
-            **({"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}),
+            **({"labels": texts} if shift is None else {"decoder_input_ids": shift(labels=texts)}),
         }, labels  # fmt: skip
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True)) + virtual_tokens(model)
     if limit and 0 < limit < longest:  # XLNet's is −1: none
         raise ValueError(f"a prompt with its continuation has {longest} tokens, the model's context {limit}")
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
-    targets = [torch.cat((pair[: len(p)].new_full((len(p) - 1,), IGNORE), pair[len(p) :], pair.new_full((1,), IGNORE)))
-              for p, pair in zip(prompts, pairs, strict=True)]  # fmt: skip
+    targets = [torch.cat((p.new_full((len(p) - 1,), IGNORE), t, p.new_full((1,), IGNORE)))
+               for p, t in zip(prompts, targets, strict=True)]  # fmt: skip
     if pack:
         positions = torch.cat([torch.arange(len(pair)) for pair in pairs])
         return {"input_ids": torch.cat(pairs)[None], "position_ids": positions[None]}, torch.cat(targets)[None]
@@ -107,7 +131,8 @@ def teacher_forced(
 
 def forward_to_head(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, call: Callable[[Rows], Tensor],
-    *, wrapped: Any = None, pack: bool = False, side: str = "right", **more: Any,
+    *, wrapped: Any = None, pack: bool = False, side: str = "right", counted: Sequence[Tensor] | None = None,
+    **more: Any,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """What `call` makes of a batch's rows in the output embedding's forward, and the model's own outputs.
 
@@ -118,7 +143,7 @@ def forward_to_head(
 
     Args:
         model: a causal or encoder–decoder model.
-        prompts, continuations, pad, pack, side: as `teacher_forced`.
+        prompts, continuations, pad, pack, side, counted: as `teacher_forced`; `Rows` has what counts alone.
         call: a loss of `Rows`.
         wrapped: what is called in the model's place, such as its DistributedDataParallel.
         **more: of the model's forward.
@@ -128,7 +153,7 @@ def forward_to_head(
             packed sequences.
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
-    inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
+    inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side, counted)
     inputs = accepted(model, {**inputs, "use_cache": False}, pack)
     if pack:
         check_packing(model, wrapped)

@@ -2,7 +2,8 @@
 
 Each gives the rows that a batch's steps are compared with, and some draw sequences too:
 
-    rows(prompts, continuations, device, pack) -> TeacherRows      draw(prompts, sampling, vocabulary) -> continuations
+    rows(prompts, continuations, device, pack, counted) -> TeacherRows
+    draw(prompts, sampling, vocabulary) -> continuations
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class Teacher(Protocol):
     whole: bool
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
-        """The rows of a batch's continuations, one after the other."""
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
+        """The rows of a batch's continuations, one after the other; counted: as in `teacher_forced`."""
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """A continuation of each prompt."""
@@ -100,13 +102,14 @@ class InRoom:
                 self.model.to(device)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
         at = next(self.model.parameters()).device
         moved, continued = ([x.to(at) for x in rows] for rows in (prompts, continuations))
         with torch.no_grad():
-            found, _ = rows_of(self.model, moved, continued, _pad(self.model), pack=pack)
+            found, _ = rows_of(self.model, moved, continued, _pad(self.model), pack=pack, counted=counted)
         return of_model(found, device)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
@@ -131,14 +134,15 @@ class Stored:
         self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
         pairs = [(p.tolist(), c.tolist()) for p, c in zip(prompts, continuations, strict=True) if len(c)]
         if not pairs:
             return TeacherRows(lambda begin, end: torch.empty(0, self.vocabulary), self.vocabulary)
         found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
-        return TeacherRows(_moved(found, device), self.vocabulary)
+        return TeacherRows(_moved(found, device, counted), self.vocabulary)
 
     def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
         """That every sequence of a dataset's columns is here.
@@ -186,12 +190,13 @@ class Served:
         self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
         asked = [p.tolist() for p in prompts], [c.tolist() for c in continuations]
         begun = self._ahead.pop(_batch_key(*asked), None) or self.endpoint.ask(*asked)
-        return TeacherRows(_moved(begun(self.tail), device), self.vocabulary)
+        return TeacherRows(_moved(begun(self.tail), device, counted), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`; the seed of a batch is torch's generator's next number."""
@@ -223,10 +228,13 @@ class Mixture:
         self.anything = all(t.anything for t in self.teachers)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
-        of_each = [logits_function(t.rows(prompts, continuations, device, pack), device) for t in self.teachers]
+        of_each = [
+            logits_function(t.rows(prompts, continuations, device, pack, counted), device) for t in self.teachers
+        ]
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
@@ -269,12 +277,13 @@ class OfRows:
         self.names = list(names)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`: each teacher's own are made at once, and put where its examples are."""
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
-        lengths = torch.tensor([len(c) for c in continuations])
+        lengths = torch.tensor([len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted])
         owner = torch.empty(int(lengths.sum()), dtype=torch.long)
         place, functions = torch.empty_like(owner), []
         starts = lengths.cumsum(0) - lengths
@@ -283,7 +292,8 @@ class OfRows:
             at = torch.cat([owner.new_empty(0), *(torch.arange(int(lengths[n])) + starts[n] for n in mine)])
             owner[at], place[at] = i, torch.arange(len(at))
             if mine:
-                rows = teacher.rows([prompts[n] for n in mine], [continuations[n] for n in mine], device, pack)
+                of_mine = None if counted is None else [counted[n] for n in mine]
+                rows = teacher.rows([prompts[n] for n in mine], [continuations[n] for n in mine], device, pack, of_mine)
             functions.append(logits_function(rows, device) if mine else None)
         return TeacherRows(_interleaved(functions, owner, place, self.vocabulary), self.vocabulary)
 
@@ -362,14 +372,15 @@ class Itself:
                 mine.copy_(theirs)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`: without dropout, and without a graph."""
         model, training = self.model, self.model.training
         model.eval()
         try:
             with torch.no_grad():
-                found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack)
+                found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)
         finally:
             model.train(training)
         if found.head is not None:
@@ -480,10 +491,11 @@ def _alike(teachers: Sequence[Teacher]) -> tuple[int, bool]:
     return min(t.vocabulary for t in teachers), teachers[0].encoder_decoder
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A list or hidden states on a device."""
+def _moved(value: Any, device: torch.device, counted: Sequence[Tensor] | None) -> Any:
+    """A list or hidden states on a device, without the rows that do not count."""
+    here = slice(None) if counted is None else torch.cat(list(counted)).cpu()
     if isinstance(value, TopK):
-        return value._replace(ids=value.ids.to(device), log_probs=value.log_probs.to(device))
-    states, head = value
+        return value._replace(ids=value.ids[here].to(device), log_probs=value.log_probs[here].to(device))
+    states, head = value[0][here], value[1]
     bias = None if head.bias is None else head.bias.to(device)
     return Hidden(states.to(device), head._replace(weight=head.weight.to(device), bias=bias))
