@@ -314,7 +314,7 @@ def own_divergence(pair):
     log_p = []
     for model in pair:
         inputs, labels = teacher_forced(model, PROMPTS, TARGETS, 2)
-        logits = model(**accepted(model, {**inputs, "use_cache": False}, False)).logits
+        logits = model(**accepted(model, {**inputs, "use_cache": False})).logits
         log_p.append(logits[labels != -100].double().log_softmax(-1))
     return kl_div(*log_p, log_target=True, reduction="sum")
 
