@@ -141,7 +141,7 @@ def test_several_start_tokens_are_refused():
 
 def test_models_whose_generate_says_otherwise_are_drawn_by_their_forward(monkeypatch):
     """RoBERTa's positions begin behind its padding id, and RWKV's state has seen the padding."""
-    small = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    small = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                  bos_token_id=0, pad_token_id=1, eos_token_id=2, attention_hidden_size=16,
                  num_key_value_heads=2, initializer_range=0.6)  # fmt: skip
     torch.manual_seed(0)

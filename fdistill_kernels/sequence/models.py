@@ -208,11 +208,11 @@ def forward_to_head(
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, counted)
+    if torch.is_grad_enabled() and getattr(model.config.get_text_config(), "output_router_logits", False):
+        inputs |= dict(labels=labels, output_router_logits=True)  # its own loss is 0, and what it adds to it
     inputs = accepted(model, {**inputs, "use_cache": False})
     if pack:
         check_packing(model, wrapped, labels.numel())
-    if torch.is_grad_enabled() and getattr(model.config.get_text_config(), "output_router_logits", False):
-        inputs["labels"] = labels  # the model adds its auxiliary losses to its own, which is 0
     device = next(model.parameters()).device
     head = output_embedding(model)
     watch(head)
@@ -238,7 +238,9 @@ def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(type(base).forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    left_out = {name for name in ("position_ids", "use_cache") if not takes_any and name not in known}
+    left_out = {
+        name for name in ("position_ids", "use_cache", "output_router_logits") if not takes_any and name not in known
+    }
     beside = ""
     if virtual_tokens(model):  # PEFT counts positions itself, and warns of others
         left_out.add("position_ids")

@@ -8,9 +8,10 @@ Each gives the rows that a batch's steps are compared with, and some draw sequen
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -325,34 +326,54 @@ def _interleaved(functions: list[Any], owner: Tensor, place: Tensor, vocabulary:
 
 
 class Itself:
-    """The student as its own teacher (self-distillation): seen with the example's teacher_prompt_ids, or as the moving
-    average of its weights.
+    """The student as its own teacher (self-distillation): seen with the example's teacher_prompt_ids, as the moving
+    average of its weights, or with its PEFT adapter off.
 
     Args:
         decay: of the average after each update, ``a ← decay·a + (1 − decay)·weights``, kept in the checkpoints; None:
             the student as it is.
+        adapter: False: the student's base model, which its adapter was put on and which stays as it is.
 
     Raises:
-        ValueError: decay is outside (0, 1).
+        ValueError: decay is outside (0, 1), or of a student whose adapter is off.
     """
 
     anything = whole = True
 
-    def __init__(self, decay: float | None = None):
+    def __init__(self, decay: float | None = None, adapter: bool = True):
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), not {decay!r}")
-        self.decay = decay
+        if decay is not None and not adapter:
+            raise ValueError("the base model below an adapter does not change: give decay or adapter=False, not both")
+        self.decay, self.adapter = decay, adapter
         self.student: Any = None
         self.average: Any = None
         self.vocabulary, self.encoder_decoder = 0, False
 
     def bind(self, student: Any) -> None:
-        """The student that it is."""
+        """The student that it is.
+
+        Raises:
+            ValueError: adapter is False, and it has none.
+        """
+        if not self.adapter and not hasattr(student, "disable_adapter"):
+            raise ValueError(f"Itself(adapter=False) needs a PEFT model, and the student is a {type(student).__name__}")
         self.student = student
         self.vocabulary = student.config.get_text_config().vocab_size
         self.encoder_decoder = bool(student.config.is_encoder_decoder)
         if self.decay is not None:
             self.average = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[Any]:
+        """The model as the teacher: without dropout, and with the adapter off if so asked."""
+        model, training = self.model, self.model.training
+        model.eval()
+        try:
+            with contextlib.nullcontext() if self.adapter else model.disable_adapter():
+                yield model
+        finally:
+            model.train(training)
 
     @property
     def model(self) -> Any:
@@ -376,25 +397,19 @@ class Itself:
         counted: Sequence[Tensor] | None = None,
     ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`: without dropout, and without a graph."""
-        model, training = self.model, self.model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)
-        finally:
-            model.train(training)
+        with self._speaking() as model, torch.no_grad():
+            found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)
         if found.head is not None:
+            weight, bias = found.head.weight.detach(), found.head.bias
             found = found._replace(
-                head=found.head._replace(
-                    weight=found.head.weight.detach(),
-                    bias=None if found.head.bias is None else found.head.bias.detach(),
-                )
+                head=found.head._replace(weight=weight, bias=None if bias is None else bias.detach())
             )
         return of_model(found, device)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
-        return draw(self.model, prompts, sampling, None, vocabulary)
+        with self._speaking() as model:
+            return draw(model, prompts, sampling, None, vocabulary)
 
 
 class KeepAverage(TrainerCallback):
