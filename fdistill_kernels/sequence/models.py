@@ -42,20 +42,25 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
-def load_model(path: str | Path) -> Any:
-    """A causal or encoder–decoder model, by its configuration; of a PEFT adapter's folder, by its base model's."""
+def load_config(path: str | Path, **options: Any) -> Any:
+    """A model's configuration; of a PEFT adapter's folder, its base model's. options: as `load_model`'s."""
     base = path
     if (adapter := Path(path) / "adapter_config.json").exists():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(base)
+        return AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
         if Path(path).exists():
             raise
         words = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
+
+
+def load_model(path: str | Path, **options: Any) -> Any:
+    """A causal or encoder–decoder model, by its `load_config`. options: of `from_pretrained`."""
+    config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path)
+    return kind.from_pretrained(path, **options)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
