@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import metrics, report, run
+from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.data import read_pairs
 from fdistill_kernels.sequence.sampling import Sampling
 
@@ -42,13 +43,13 @@ def files(tmp_path):
 
 
 def arguments(files, *more):
-    return ["train", "--teacher", f"{files}/teacher", "--student-layers", "2,1", "--data", f"{files}/pairs.tsv", "--out",
-            f"{files}/run", "--steps", "4", "--predistill-steps", "4", "--max-new-tokens", "8", "--warmup-steps", "1",
-            "--eval-pairs", "5", "--learning-rate", "0.01", "--json", *more]  # fmt: skip
+    return ["train", "--teacher", f"{files}/teacher", "--student-layers", "2,1", "--data", f"{files}/pairs.tsv", "--output-dir",
+            f"{files}/run", "--max-steps", "4", "--predistill-steps", "4", "--max-new-tokens", "8", "--warmup-steps", "1",
+            "--eval-pairs", "5", "--learning-rate", "0.01", "--seed", "0", "--json", *more]  # fmt: skip
 
 
 def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
-    assert cli.main(arguments(files, "--method", "tvd", "--evaluate-every", "2")) == 0
+    assert cli.main(arguments(files, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
     results = json.loads(capsys.readouterr().out)
     assert {"perplexity", "likelihood_risk", "coverage_risk", "bleu", "chrf", "ter"} <= results.keys()
     folder = files / "run"
@@ -61,14 +62,28 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     )
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_bleu" in line for line in logged) and {line["stage"] for line in logged} == {"predistill", "tvd"}
-    monkeypatch.setattr(run.Run, "train", lambda *_: pytest.fail("nothing is left to train"))
-    assert cli.main(["train", "--config", f"{folder}/config.yaml", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == results
-    assert cli.main(["train", "--config", f"{folder}/config.yaml", "--steps", "5"]) == 2
-    assert "steps was 4 and is 5" in capsys.readouterr().err
-    assert cli.main(["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--data",
-                     f"{files}/pairs.tsv", "--max-new-tokens", "8", "--eval-pairs", "5"]) == 0  # fmt: skip
-    assert "coverage_risk" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "fit", lambda *_: pytest.fail("nothing is left to train"))
+        assert cli.main(["train", "--config", f"{folder}/config.yaml", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == results
+        assert cli.main(["train", "--config", f"{folder}/config.yaml", "--max_steps", "3"]) == 2
+        assert "max_steps was 4 and is 3" in capsys.readouterr().err
+        assert cli.main(["train", "--config", f"{folder}/config.yaml", "--beta", "0.25"]) == 2
+        assert "holds another run: beta was 0.5 and is 0.25" in capsys.readouterr().err
+    assert cli.main(["train", "--config", f"{folder}/config.yaml", "--max-steps", "6", "--json"]) == 0  # it grows
+    assert json.loads(capsys.readouterr().out) != results
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if line["stage"] == "tvd" and "loss" in line] == [1, 2, 3, 4, 5, 6]
+    measured, evaluate = [], run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *a: measured.append(len(a[2])) or evaluate(*a))
+    command = ["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--max-new-tokens", "8"]
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--json"]) == 0
+    whole = capsys.readouterr().out
+    assert cli.main([*command, "--eval-data", f"{files}/pairs.tsv", "--json"]) == 0  # all of the file it is given
+    assert capsys.readouterr().out == whole and "coverage_risk" in whole and measured == [len(PAIRS)] * 2
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--eval-data", f"{files}/pairs.tsv"]) == 2
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--learning-rate", "1"]) == 2
+    assert "makes nothing of --learning_rate" in capsys.readouterr().err
 
 
 def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypatch):
@@ -124,8 +139,8 @@ cli.main(arguments)
 
 
 def test_sigkill_loses_and_doubles_nothing(files, capsys):
-    settings = ("--method", "tvd", "--evaluate-every", "2")
-    assert cli.main(arguments(files, *settings, "--out", f"{files}/whole")) == 0
+    settings = ("--method", "tvd", "--eval-steps", "2", "--eval-measures")
+    assert cli.main(arguments(files, *settings, "--output-dir", f"{files}/whole")) == 0
     for moment in ("shard", "line"):
         killed = subprocess.run(
             [sys.executable, "-c", KILLED, moment, *arguments(files, *settings)], capture_output=True,
@@ -176,7 +191,7 @@ def test_causal_students_left_padding_and_prompts_of_the_teachers_own(files, cap
                f"{files}/pairs.jsonl"]  # fmt: skip
     asked, draw = [], metrics.draw
     monkeypatch.setattr(metrics, "draw", lambda *a: asked.append(a) or draw(*a))
-    prepared = run.Run(run.job_of(cli.parser(command).parse_args(command)), run.Console(quiet=True))
+    prepared = run.Run(ask("train", command[1:]), run.Console(quiet=True))
     first, second = prepared.pairs[0], prepared.pairs[1]
     assert first["teacher_prompt_ids"] == first["prompt_ids"] == [tokenizer.bos_token_id, *tokenizer.encode(
         rows[0]["prompt"], add_special_tokens=False)]  # fmt: skip
@@ -210,7 +225,14 @@ def test_mixture_and_half_written_checkpoints(files, capsys):
     (files / "run" / "trainer-gjs" / "checkpoint-1").mkdir(parents=True)  # as a kill would leave it
     assert cli.main(mixed) == 0
     assert not (files / "run" / "trainer-gjs" / "checkpoint-1" / "config.json").exists()
-    assert cli.main([*mixed, "--shares", "student"]) == 2 and "--shares must be" in capsys.readouterr().err
+    assert (
+        cli.main([*mixed, "--shares", "student"]) == 2
+        and "argument --shares: invalid name=number" in capsys.readouterr().err
+    )
+
+
+LOGGED = ("loss_on_teacher", "loss_on_student", "student_entropy_on_teacher", "teacher_entropy_on_teacher",
+          "agreement_on_student", "tokens_per_second", "sampling_share", "teacher_share")  # fmt: skip
 
 
 def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
@@ -219,15 +241,18 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     lines = [{"stage": stage, "step": i, key: 1.0} for stage in ("predistill", "x") for i in (1, 2)
-             for key in ("loss", "eval_loss")]  # fmt: skip
+             for key in ("loss", "eval_loss", *(LOGGED if stage == "x" else ()))]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage"')
-    for job, label in ((run.Job(method="seqkd"), "loss, nats a token"), (run.Job(method="tvd"), "loss, mean of tokens"),
-                       (run.Job(divergence="gjs", shares="gold=1"), "loss, nats a token")):  # fmt: skip
-        report.plot(tmp_path, job)
-        first, second, third = figures[-1].axes
-        assert first.get_ylabel() == "loss, 0.8 KL + 0.2 CE + 3 MSE" and second.get_ylabel() == label
-        assert job.name() in second.get_title() and third.get_ylabel().endswith("nats a token")
+    for settings, label in ((dict(method="seqkd"), "loss, nats a token"), (dict(method="tvd"), "loss, mean of tokens"),
+                            (dict(divergence="gjs", shares={"gold": 1.0}), "loss, nats a token")):  # fmt: skip
+        config = ask("train", ["--teacher", "t", "--data", "d"], settings).config
+        report.plot(tmp_path, config)
+        first, second, third, *others = figures[-1].axes
+        assert first.get_ylabel() == "loss, KL, CE and MSE" and second.get_ylabel() == label
+        assert report.name_of(config) in second.get_title() and third.get_ylabel().endswith("nats a token")
         assert len(third.get_legend().get_texts()) == 2
+        assert [axis.get_title() for axis in others] == list(report.PANELS)
+        assert [len(axis.get_legend().get_texts()) for axis in others] == [2, 2, 1, 1, 2]
 
 
 def test_bad_input(files, capsys):
