@@ -206,6 +206,9 @@ LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1,
 }  # fmt: skip
 
+#: Options of `TrainingArguments` for scripts, which nothing here would make anything of.
+UNUSED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "overwrite_output_dir"}
+
 #: What people may call an option: this command's names before 0.3, and TRL's.
 CALLED = {
     "steps": "max_steps", "batch": "per_device_train_batch_size (of `teacher build` per_device_eval_batch_size)",
@@ -292,7 +295,7 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
         action.help = HELP.get(action.dest, action.help)
         if get_origin(action.type) is dict:
             action.type = _mapping
-        if used and action.dest not in used | {"help", "config", "json"}:
+        if action.dest in UNUSED or (used and action.dest not in used | {"help", "config", "json"}):
             action.help = argparse.SUPPRESS
     absent = object()
     blank = argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
@@ -302,8 +305,8 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
     given = {name: value for name, value in given.items() if name not in ("config", "json")}
-    if used and set(given) - used:
-        raise ValueError(f"`fdistill {command}` makes nothing of --{', --'.join(sorted(set(given) - used))}")
+    if unused := sorted(given.keys() - used if used else given.keys() & UNUSED):
+        raise ValueError(f"`fdistill {command}` makes nothing of --{', --'.join(unused)}")
     made: dict[str, Any] = {name: kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})
             for name, kind in KINDS.items()}  # fmt: skip
     defaults = {k: v for k, v in DEFAULTS.items() if (k != "max_steps" or "num_train_epochs" not in given)
@@ -363,5 +366,7 @@ def _check(asked: Asked) -> None:
     for name in ("max_steps", "predistill_steps"):
         if 0 < (steps := given.get(name) or 0) < warmup:
             raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
+    for prefix in ("", "teacher_"):
+        model.options(prefix)
     asked.config.halves()
     asked.sampling()

@@ -58,6 +58,9 @@ def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -
         return load_dataset(path, config, split=split)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    with _open(path, "rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{path} has no rows")
     try:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
@@ -96,11 +99,9 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
     tabs = separator == "\t"
     with _open(path, "rt", encoding="utf-8", newline="") as file:
         quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        first = next(csv.reader(file, delimiter=separator, quoting=quoting), [])
+        first = next(csv.reader(file, delimiter=separator, quoting=quoting))
     header = not tabs or bool({*columns, "messages", "text"} & set(first))
     names = first if header else list(columns)
-    if not first:
-        return Dataset.from_dict({})
     table = arrow.read_csv(
         path, arrow.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
         arrow.ParseOptions(delimiter=separator, quote_char=False if tabs else '"', newlines_in_values=not tabs),
