@@ -22,7 +22,9 @@ MARKED = (
     f"{{{{ m['content'] }}}}</s>{{% endgeneration %}}{{% else %}}{{{{ m['content'] }}}}</s>{{% endif %}}{{{{ '\\n' }}}}{{% endfor %}}{OPEN}"
 )
 #: Answers that are no longer the last are shortened, as templates of models that think do.
-CHANGING = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:2] }}")
+CHANGING = PLAIN.replace(
+    "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:2] }}"
+)
 TURNS = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "good day"},
          {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "the end"}]  # fmt: skip
 
@@ -49,7 +51,9 @@ def ids_of(tokenizer, rows, tmp_path, model=None, **options):
 def counted(tokenizer, row):
     """The text that counts, and all that follows the prompt."""
     mask = row.get("labels_mask") or [True] * len(row["labels"])
-    return [tokenizer.decode(ids) for ids in ([i for i, m in zip(row["labels"], mask, strict=True) if m], row["labels"])]
+    return [
+        tokenizer.decode(ids) for ids in ([i for i, m in zip(row["labels"], mask, strict=True) if m], row["labels"])
+    ]
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by prefixes", "by marks"])
@@ -65,7 +69,9 @@ def test_assistant_turns_count(template, tmp_path):
     assert row["length"] == len(row["prompt_ids"]) + len(row["labels"])
     row = ids_of(tokenizer, [one], tmp_path)[0]
     assert "labels_mask" not in row and counted(tokenizer, row)[0] == "good day</s>"
-    assert tokenizer.decode(ids_of(tokenizer, [tools], tmp_path)[0]["prompt_ids"]).startswith('<s><|im_start|>tools\n[{"name": "f"}]')
+    assert tokenizer.decode(ids_of(tokenizer, [tools], tmp_path)[0]["prompt_ids"]).startswith(
+        '<s><|im_start|>tools\n[{"name": "f"}]'
+    )
     parts = [{"prompt": TURNS[:3], "completion": TURNS[3:]}, {"prompt": TURNS[:3], "completion": "the end"}]
     for part in parts:  # an answer within the prompt is prompt
         row = ids_of(tokenizer, [part], tmp_path)[0]
@@ -77,9 +83,15 @@ def test_assistant_turns_count(template, tmp_path):
 def test_the_teacher_s_own_prompts(tmp_path):
     tokenizer = tokenizer_of(PLAIN)
     system = [{"role": "system", "content": "be brief"}]
-    for row in ({"messages": TURNS[:2]}, {"messages": system + TURNS[:2]}, {"prompt": TURNS[:1], "completion": TURNS[1:2]}):
+    for row in (
+        {"messages": TURNS[:2]},
+        {"messages": system + TURNS[:2]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:2]},
+    ):
         row = ids_of(tokenizer, [row], tmp_path, teacher_system="be kind")[0]
-        assert tokenizer.decode(row["teacher_prompt_ids"]).startswith("<s><|im_start|>system\nbe kind</s>\n<|im_start|>user\nhello")
+        assert tokenizer.decode(row["teacher_prompt_ids"]).startswith(
+            "<s><|im_start|>system\nbe kind</s>\n<|im_start|>user\nhello"
+        )
         assert "kind" not in tokenizer.decode(row["prompt_ids"])
     row = ids_of(tokenizer, [{"messages": TURNS[:2], "teacher_prompt": system + TURNS[:1]}], tmp_path)[0]
     assert "be brief" in tokenizer.decode(row["teacher_prompt_ids"]) and counted(tokenizer, row)[0] == "good day</s>"
@@ -110,14 +122,22 @@ def test_end_and_begin_tokens_are_there_once(tmp_path):
     assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
     row = ids_of(tokenizer, [{"text": "hello there"}], tmp_path)[0]
     assert tokenizer.decode(row["prompt_ids"]) == "<s>" and tokenizer.decode(row["labels"]) == "hello there</s>"
-    tokenizer._tokenizer.post_processor = TemplateProcessing("$A </s> <|im_start|>", special_tokens=[("</s>", 0), ("<|im_start|>", 2)])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "$A </s> <|im_start|>", special_tokens=[("</s>", 0), ("<|im_start|>", 2)]
+    )
     row = ids_of(tokenizer, [{"prompt": "hello", "target": "day"}], tmp_path, bart(320))[0]  # a language's code follows
-    assert tokenizer.decode(row["prompt_ids"]) == "hello</s><|im_start|>" and tokenizer.decode(row["labels"]) == "day</s>"
+    assert (
+        tokenizer.decode(row["prompt_ids"]) == "hello</s><|im_start|>" and tokenizer.decode(row["labels"]) == "day</s>"
+    )
 
 
 def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     tokenizer, told = tokenizer_of(), []
-    rows = [{"prompt": "hello", "target": "there " * 40}, {"prompt": "now " * 200, "target": "the end"}, {"prompt": "a", "target": "b"}]
+    rows = [
+        {"prompt": "hello", "target": "there " * 40},
+        {"prompt": "now " * 200, "target": "the end"},
+        {"prompt": "a", "target": "b"},
+    ]
     common = dict(new_tokens=8, tell=told.append)
     made = ids_of(tokenizer, rows, tmp_path, max_target=9, long_prompts="cut", **common)
     assert len(made[0]["labels"]) == 9 and made[0]["labels"][-1] != tokenizer.eos_token_id
@@ -131,7 +151,13 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
                                  (rows[0], dict(max_target=9, long_targets="drop"), "no rows that are short enough")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             ids_of(tokenizer, [row], tmp_path, **common, **settings)
-    long = ids_of(tokenizer, [{"prompt": "hello", "target": "x" * 200}], tmp_path, teacher=LlamaConfig(max_position_embeddings=40), **common)[0]
+    long = ids_of(
+        tokenizer,
+        [{"prompt": "hello", "target": "x" * 200}],
+        tmp_path,
+        teacher=LlamaConfig(max_position_embeddings=40),
+        **common,
+    )[0]
     assert len(long["prompt_ids"]) + len(long["labels"]) == 40  # the shorter of both models' contexts
 
 
@@ -153,11 +179,17 @@ def test_files_of_every_kind(tmp_path):
     assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]
     (tmp_path / "chat.csv").write_text('messages\n"' + json.dumps(TURNS[:2]).replace('"', '""') + '"\n')
     tokenizer = tokenizer_of(PLAIN)
-    assert counted(tokenizer, tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, llama(320).config)[0])[0] == "good day</s>"
+    assert (
+        counted(tokenizer, tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, llama(320).config)[0])[0]
+        == "good day</s>"
+    )
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": "a", "x": x}, TURNS[1]]}) + "\n"
                                                   for x in ({"q": 1}, {"r": "s"})))  # fmt: skip
     tokenizer.chat_template = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.x | tojson if m.x }}")
-    told = [tokenizer.decode(p) for p in tokenize(read_pairs(tmp_path / "calls.jsonl"), tokenizer, llama(320).config)["prompt_ids"]]
+    told = [
+        tokenizer.decode(p)
+        for p in tokenize(read_pairs(tmp_path / "calls.jsonl"), tokenizer, llama(320).config)["prompt_ids"]
+    ]
     assert '{"q": 1}' in told[0] and '{"r": "s"}' in told[1]  # without the nulls of a table's other rows
 
 
@@ -191,10 +223,18 @@ def test_options_and_what_they_were_called(tmp_path):
     base = ["--teacher", "t", "--student", "s", "--data", "d"]
     (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nmax-steps: '7'\nbf16: false\nlr_scheduler_type: cosine\n"
                                        "shares: {student: 0.5, gold: 0.5}\ndivergence: js\nlora_target_modules: [q, v]\nuse_peft: true\n")  # fmt: skip
-    found = ask("train", [*base, "--config", str(tmp_path / "run.yaml"), "--max_steps", "9", "--gradient_accumulation_steps=2"])
-    assert found.config.learning_rate == 1e-3 and found.config.max_steps == 9 and found.config.lr_scheduler_type == "cosine"
+    found = ask(
+        "train", [*base, "--config", str(tmp_path / "run.yaml"), "--max_steps", "9", "--gradient_accumulation_steps=2"]
+    )
+    assert (
+        found.config.learning_rate == 1e-3
+        and found.config.max_steps == 9
+        and found.config.lr_scheduler_type == "cosine"
+    )
     assert found.config.shares == {"student": 0.5, "gold": 0.5} and found.lora.lora_target_modules == ["q", "v"]
-    assert found.config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
+    assert (
+        found.config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
+    )
     assert ask("train", [*base, "--num-train-epochs", "2"]).config.max_steps == -1
     (tmp_path / "bad.yaml").write_text("steps: 3\nstepz: 4\n")
     for argv, words in {
@@ -215,5 +255,11 @@ def test_options_and_what_they_were_called(tmp_path):
         with pytest.raises(ValueError) as told:
             ask("train", [*base, *argv])
         assert words in str(told.value), (argv, str(told.value))
-    options = ask("train", [*base, "--teacher_quantization", "4bit", "--teacher_revision", "main"]).model.options("teacher_")
-    assert options["quantization_config"].load_in_4bit and options["revision"] == "main" and not options["trust_remote_code"]
+    options = ask("train", [*base, "--teacher_quantization", "4bit", "--teacher_revision", "main"]).model.options(
+        "teacher_"
+    )
+    assert (
+        options["quantization_config"].load_in_4bit
+        and options["revision"] == "main"
+        and not options["trust_remote_code"]
+    )

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -15,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import metrics, report, run
 from fdistill_kernels.sequence.arguments import ask
-from fdistill_kernels.sequence.data import read_pairs
 from fdistill_kernels.sequence.sampling import Sampling
 
+from .test_data import PLAIN
+from .test_data import tokenizer_of as chat_tokenizer
 from .test_sequence import bart, llama
 
 PAIRS = [(f"the number {i} and {i + 1}", f"numărul {i} și {i + 1}") for i in range(60)]
@@ -255,21 +257,110 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
         assert [len(axis.get_legend().get_texts()) for axis in others] == [2, 2, 1, 1, 2]
 
 
-def test_bad_input(files, capsys):
-    def says(text, *more):
-        assert cli.main(arguments(files, *more)) == 2
-        assert text in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """Small Llamas that share a tokenizer with a chat template, and some that do not; prompts and chats."""
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer, other = chat_tokenizer(PLAIN), chat_tokenizer(bos=False)
+    other.add_tokens(["numărul"])
 
-    (files / "empty.tsv").write_text("")
-    (files / "odd.tsv").write_text("a\tb\tc\n")
-    (files / "columns.jsonl").write_text('{"source": "a", "target": "b"}\n')
-    (files / "long.jsonl").write_text(json.dumps({"prompt": "numărul " * 100, "target": "b"}) + "\n")
-    says("has no pairs", "--data", f"{files}/empty.tsv")
-    says("line 1: two columns were expected", "--data", f"{files}/odd.tsv")
-    says("lacks the column 'prompt'; it has source, target", "--data", f"{files}/columns.jsonl")
-    says("tokens, the model has room for 64", "--data", f"{files}/long.jsonl")
-    says("there is no file", "--data", f"{files}/nothing.tsv")
-    says("unknown method 'tv'", "--method", "tv")
-    (files / "bad.yaml").write_text("stepz: 3\n")
-    says("unknown keys: stepz", "--config", f"{files}/bad.yaml")
-    assert read_pairs(files / "columns.jsonl", columns=("source", "target"))[0] == {"prompt": "a", "target": "b"}
+    def save(name, made, tokenizer=tokenizer):
+        made.save_pretrained(folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+
+    config = dict(eos_token_id=0, bos_token_id=1, pad_token_id=0)
+    for name, size, own in (("teacher", 320, tokenizer), ("student", 320, tokenizer), ("padded", 384, tokenizer),
+                            ("bare", 320, None), ("stranger", 320, other)):  # fmt: skip
+        made = llama(size, seed=len(name))
+        made.config.update(config)
+        made.generation_config.update(**config)
+        save(name, made, own)
+    shorter = llama(320)
+    shorter.config.max_position_embeddings = 24
+    save("shorter", shorter)
+    save("bart", bart(320))
+    write(folder / "pairs.jsonl", [{"prompt": f"say {i}", "target": f"{i} and {i + 1}"} for i in range(24)])
+    write(folder / "own.jsonl", [{"prompt": "a", "target": "b", "teacher_prompt": "c"}] * 3)
+    write(folder / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
+    write(folder / "long.jsonl", [{"prompt": "numărul " * 6, "target": "b"}] * 3)
+    write(folder / "chats.jsonl", [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!"}]}
+                                   for i in range(12)])  # fmt: skip
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def of(causal, command, teacher, student, data, *more):
+    return [command, *(("--teacher", f"{causal}/{teacher}") if teacher else ()), *(("--student", f"{causal}/{student}") if student else ()),
+            "--data", f"{causal}/{data}", "--max_new_tokens", "8", *more]  # fmt: skip
+
+
+def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
+    for name in ("drawn", "fit", "measure"):
+        monkeypatch.setattr(run.Run, name, lambda *_: pytest.fail("work was begun"))
+    out = ("--output_dir", f"{tmp_path}/run")
+    for words, call in {
+        "row 0: prompt has": of(causal, "train", "teacher", "shorter", "long.jsonl", *out),  # the student's context
+        "room for 16: see --long_prompts": of(causal, "train", "shorter", "student", "long.jsonl", *out),
+        "lacks the column teacher_prompt, which": of(causal, "train", "teacher", "student", "own.jsonl", "--eval_data", f"{causal}/pairs.jsonl", *out),
+        "prompts.jsonl has prompts alone, and held-out rows need": of(causal, "train", "teacher", "student", "prompts.jsonl", *out),
+        "the objective is on gold targets, and": of(causal, "train", "teacher", "student", "prompts.jsonl", "--eval_data",
+                                                    f"{causal}/pairs.jsonl", "--method", "mle", *out),
+        "bare has no tokenizer that can be loaded": of(causal, "train", "teacher", "bare", "pairs.jsonl", *out),
+        "different tokenizers": of(causal, "train", "teacher", "stranger", "pairs.jsonl", *out),
+        "must both be causal, or both encoder–decoder": of(causal, "train", "bart", "student", "pairs.jsonl", *out),
+        "must both be causal": of(causal, "evaluate", "bart", "student", "pairs.jsonl"),
+        "have different tokenizers": of(causal, "evaluate", "teacher", "stranger", "pairs.jsonl"),
+        "rkl asks for no sequences of the teacher": of(causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "rkl", *out),
+        "there is no file": of(causal, "train", "teacher", "student", "nothing.tsv", *out),
+        "--student or --student_layers is needed": of(causal, "train", "teacher", None, "pairs.jsonl", *out),
+        "--teacher is needed": of(causal, "train", None, "student", "pairs.jsonl", *out),
+        "there is no folder": of(causal, "train", "nosuch", "student", "pairs.jsonl", *out),
+        "bitsandbytes": of(causal, "train", "teacher", "student", "pairs.jsonl", "--teacher_quantization", "4bit", *out),
+        "is not a valid": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
+    }.items():  # fmt: skip
+        assert cli.main(call) == 2, call
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert words in told and told.startswith("fdistill: "), told
+    assert not (tmp_path / "run" / "config.yaml").exists()  # so that the folder is free for the command put right
+
+
+def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp_path, capsys):
+    """From messages to an adapter: of a student of the teacher's layers, whose base is kept; one epoch."""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_bytes((causal / "chats.jsonl").read_bytes())
+    call = of(causal, "train", "teacher", None, "pairs.jsonl", "--student_layers", "1", "--use_peft", "--lora_r", "2", "--method", "tvd",
+              "--teacher_system", "be kind", "--num_train_epochs", "1", "--output_dir", f"{tmp_path}/run", "--json")  # fmt: skip
+    call[call.index("--data") + 1] = str(chats)
+    assert cli.main(call) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    adapter = json.loads((tmp_path / "run" / "student" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2 and adapter["base_model_name_or_path"] == f"{tmp_path}/run/predistilled"
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["teacher_system"] == "be kind" and "learning_rate" not in kept  # what was said
+    prepared = run.Run(ask("train", call[1:]), run.Console(quiet=True))
+    assert "be kind" in prepared.tokenizer.decode(prepared.pairs[0]["teacher_prompt_ids"])
+    chats.write_text(chats.read_text().replace("say 3", "tell 3"))
+    assert cli.main(call) == 2
+    assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
+
+
+def test_padded_heads_prompts_alone_and_both_of_the_teacher_s_kinds(causal, tmp_path, capsys):
+    for pair in (("teacher", "padded"), ("padded", "student")):
+        call = of(causal, "train", *pair, "prompts.jsonl", "--eval_data", f"{causal}/pairs.jsonl", "--eval_pairs", "4", "--method", "rkl",
+                  "--max_steps", "1", "--output_dir", f"{tmp_path}/{pair[0]}", "--json")  # fmt: skip
+        assert cli.main(call) == 0
+        assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    both = of(causal, "train", "teacher", "student", "prompts.jsonl", "--eval_data", f"{causal}/pairs.jsonl", "--divergence", "kl",
+              "--shares", "teacher=0.5,beam=0.5", "--beams", "2", "--output_dir", f"{tmp_path}/both")  # fmt: skip
+    rows = run.Run(ask("train", both[1:]), run.Console(quiet=True)).samples()
+    assert {"sample_ids", "beam_ids"} <= set(rows.column_names) and rows["sample_ids"][:] != rows["beam_ids"][:]
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {"teacher_beams", "teacher_samples"}
+    one = of(
+        causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "kl", "--output_dir", f"{tmp_path}/one"
+    )
+    assert cli.main(one) == 0  # the student need not be known yet
+    assert cli.main(["train", *one[1:], "--student", f"{causal}/student", "--max_steps", "1"]) == 0
