@@ -29,9 +29,9 @@ TURNS = [{"role": "user", "content": "hello there"}, {"role": "assistant", "cont
          {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "the end"}]  # fmt: skip
 
 
-def tokenizer_of(template=None, bos=True, end=False):
+def tokenizer_of(template=None, bos=True, end=False, words=None):
     trained = ByteLevelBPETokenizer()
-    words = [t["content"] for t in TURNS] * 5 + ["user assistant system tools\n"]
+    words = words or [t["content"] for t in TURNS] * 5 + ["user assistant system tools\n"]
     special = ["</s>", "<s>", "<|im_start|>"]
     trained.train_from_iterator(words, vocab_size=320, special_tokens=special)
     made = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>", bos_token="<s>")
@@ -244,7 +244,7 @@ def test_options_and_what_they_were_called(tmp_path):
         ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",
         ("--student_layers", "1"): "--student_layers makes a student, and --student names another",
-        ("--shares", "gold=1"): "shares", ("--lora_r", "4"): "--lora_r: of an adapter, which --use_peft asks for",
+        ("--shares", "gold=1"): "is not used without a divergence", ("--lora_r", "4"): "--lora_r: of an adapter, which --use_peft asks for",
         ("--warmup_steps", "30", "--max_steps", "20"): "--warmup_steps 30 are more than --max_steps 20",
         ("--warmup_steps", "30", "--predistill_steps", "5"): "more than --predistill_steps 5",
         ("--per_device_train_batch_size", "0"): "must be at least 1, not 0", ("--limit", "-1"): "--limit must be at least 1",

@@ -227,10 +227,7 @@ def test_mixture_and_half_written_checkpoints(files, capsys):
     (files / "run" / "trainer-gjs" / "checkpoint-1").mkdir(parents=True)  # as a kill would leave it
     assert cli.main(mixed) == 0
     assert not (files / "run" / "trainer-gjs" / "checkpoint-1" / "config.json").exists()
-    assert (
-        cli.main([*mixed, "--shares", "student"]) == 2
-        and "argument --shares: invalid name=number" in capsys.readouterr().err
-    )
+    assert cli.main([*mixed, "--shares", "student"]) == 2 and "shares must be as in" in capsys.readouterr().err
 
 
 LOGGED = ("loss_on_teacher", "loss_on_student", "student_entropy_on_teacher", "teacher_entropy_on_teacher",
@@ -246,7 +243,7 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
              for key in ("loss", "eval_loss", *(LOGGED if stage == "x" else ()))]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage"')
     for settings, label in ((dict(method="seqkd"), "loss, nats a token"), (dict(method="tvd"), "loss, mean of tokens"),
-                            (dict(divergence="gjs", shares={"gold": 1.0}), "loss, nats a token")):  # fmt: skip
+                            (dict(divergence="gjs", shares="gold=1"), "loss, nats a token")):  # fmt: skip
         config = ask("train", ["--teacher", "t", "--data", "d"], settings).config
         report.plot(tmp_path, config)
         first, second, third, *others = figures[-1].axes
@@ -261,8 +258,7 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
 def causal(tmp_path_factory):
     """Small Llamas that share a tokenizer with a chat template, and some that do not; prompts and chats."""
     folder = tmp_path_factory.mktemp("causal")
-    tokenizer, other = chat_tokenizer(PLAIN), chat_tokenizer(bos=False)
-    other.add_tokens(["numărul"])
+    tokenizer, other = chat_tokenizer(PLAIN), chat_tokenizer(words=["zq xw vv kk"] * 9)
 
     def save(name, made, tokenizer=tokenizer):
         made.save_pretrained(folder / name)
@@ -320,7 +316,7 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--teacher is needed": of(causal, "train", None, "student", "pairs.jsonl", *out),
         "there is no folder": of(causal, "train", "nosuch", "student", "pairs.jsonl", *out),
         "bitsandbytes": of(causal, "train", "teacher", "student", "pairs.jsonl", "--teacher_quantization", "4bit", *out),
-        "is not a valid": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
+        "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
     }.items():  # fmt: skip
         assert cli.main(call) == 2, call
         told = capsys.readouterr().err.strip().splitlines()[-1]

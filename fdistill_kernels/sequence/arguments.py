@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -203,7 +203,7 @@ USED: dict[str, set[str]] = {
 #: The least value of numbers that nobody else checks.
 LEAST = {
     "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "beams": 1, "k": 1, "lora_r": 1,
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1,
+    "max_steps": 1,
 }  # fmt: skip
 
 #: Options of `TrainingArguments` for scripts, which nothing here would make anything of.
@@ -230,16 +230,6 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         """Raises ValueError."""
         raise ValueError(_hint(message) if "unrecognized" in message else message)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    """A dictionary of JSON, or of numbers as in student=0.7,gold=0.3."""
-    if text.startswith("{"):
-        return dict(json.loads(text))
-    return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
-
-
-_mapping.__name__ = "name=number,... or JSON"  # argparse says so
 
 
 @dataclass
@@ -293,8 +283,6 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     names, used = {a.dest: a.default for a in parser._actions}, USED.get(command)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-        if get_origin(action.type) is dict:
-            action.type = _mapping
         if action.dest in UNUSED or (used and action.dest not in used | {"help", "config", "json"}):
             action.help = argparse.SUPPRESS
     absent = object()
@@ -355,8 +343,6 @@ def _check(asked: Asked) -> None:
         raise ValueError("--data is needed")
     if model.student and model.student_layers:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
-    if given.get("shares") and not given.get("divergence"):
-        raise ValueError("--shares are of a --divergence, which is not given")
     if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
         if not asked.lora.use_peft:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")
@@ -368,5 +354,4 @@ def _check(asked: Asked) -> None:
             raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
     for prefix in ("", "teacher_"):
         model.options(prefix)
-    asked.config.halves()
-    asked.sampling()
+    _ = asked.config  # which checks its own

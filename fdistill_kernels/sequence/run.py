@@ -118,7 +118,7 @@ def rank() -> tuple[int, int]:
 
 def stage_of(config: FDistillConfig) -> str:
     """An objective, in a folder's name."""
-    return re.sub(r"[^\w.=,-]+", "-", str(config.divergence or config.method))
+    return re.sub(r"[^\w.=,]+", "-", str(config.divergence or config.method)).strip("-")
 
 
 class Run:
@@ -318,12 +318,12 @@ class Run:
         kind = "SEQ_2_SEQ_LM" if student.config.is_encoder_decoder else "CAUSAL_LM"
         return get_peft_model(student, LoraConfig(task_type=kind, **named))
 
-    def trainer(self, student: Any, rows: Any, stage: str, **changes: Any) -> FDistillTrainer:
+    def trainer(self, student: Any, rows: Any, stage: str) -> FDistillTrainer:
         """The trainer of a stage, in a folder of its own."""
-        config = FDistillConfig(**{
-            "hub_model_id": self.folder.name, **self.asked.training,
-            "output_dir": str(self.folder / f"trainer-{stage}"), **changes,
-        })  # fmt: skip
+        config = FDistillConfig(**{"hub_model_id": self.folder.name, **self.asked.training,
+                                   "output_dir": str(self.folder / f"trainer-{stage}")})  # fmt: skip
+        if stage == "predistill":
+            config = config.for_predistillation(max_steps=self.asked.run.predistill_steps, push_to_hub=False)
         try:
             trainer = FDistillTrainer(student, self.teacher, config, train_dataset=rows, eval_dataset=self.held_out,
                                       processing_class=self.tokenizer)  # fmt: skip
@@ -347,10 +347,9 @@ class Run:
 
     def make(self, student: Any) -> None:
         """predistilled/: the student after pre-distillation, or as it is, the base of an adapter to come."""
-        made, steps = self.folder / "predistilled", self.asked.run.predistill_steps
-        if steps:
-            self.fit(self.trainer(student, self.pairs, "predistill", method="predistill", divergence=None, shares=None,
-                                  max_steps=steps, push_to_hub=False), made)  # fmt: skip
+        made = self.folder / "predistilled"
+        if self.asked.run.predistill_steps:
+            self.fit(self.trainer(student, self.pairs, "predistill"), made)
         elif rank()[0] == 0:
             save_whole(student, made, self.tokenizer)
         while not made.exists():  # the first rank writes
