@@ -60,15 +60,20 @@ class ModelArguments:
     quantization: str | None = None
     teacher_quantization: str | None = None
 
+    def source(self, prefix: str = "") -> dict[str, Any]:
+        """What `load_config` takes for the student, or with "teacher_" for the teacher."""
+        revision = getattr(self, prefix + "revision")
+        return {"trust_remote_code": self.trust_remote_code, **({"revision": revision} if revision else {})}
+
     def options(self, prefix: str = "") -> dict[str, Any]:
         """What `load_model` takes for the student, or with "teacher_" for the teacher."""
         dtype, quantization = getattr(self, prefix + "dtype"), getattr(self, prefix + "quantization")
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"--{prefix}dtype must be auto or a dtype of torch, not {dtype!r}")
         found = {
+            **self.source(prefix),
             "torch_dtype" if _4 else "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-            "trust_remote_code": self.trust_remote_code, "attn_implementation": self.attn_implementation,
-            "revision": getattr(self, prefix + "revision"), "device_map": self.device_map if prefix else None,
+            "attn_implementation": self.attn_implementation, "device_map": self.device_map if prefix else None,
         }  # fmt: skip
         if quantization:
             short = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
@@ -343,6 +348,8 @@ def _check(asked: Asked) -> None:
         raise ValueError("--data is needed")
     if model.student and model.student_layers:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
+    if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
+        raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
     if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
         if not asked.lora.use_peft:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")

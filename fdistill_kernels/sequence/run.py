@@ -73,7 +73,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
     if model.teacher.startswith(("http://", "https://")):
         if not model.student:
             raise ValueError("a server's teacher needs --student")
-        config = load_config(model.student)
+        config = load_config(model.student, **model.source())
         tokenizer = tokenizer_of(asked, model.tokenizer or model.student, model.revision)
         kept = Path(run.samples or asked.config.output_dir or "") / "endpoint"
         endpoint = Endpoint(model.teacher, vocabulary=config.get_text_config().vocab_size, k=run.k, store=kept)
@@ -143,7 +143,7 @@ class Run:
         self.model = self.teacher.model if isinstance(self.teacher, InRoom) else None
         of_student = config
         if model.student:
-            of_student = load_config(model.student, trust_remote_code=model.trust_remote_code)
+            of_student = load_config(model.student, **model.source())
             self._check_pair(of_student)
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.device)
@@ -219,18 +219,16 @@ class Run:
 
     def _check_same(self, known: dict[str, Any], asked: dict[str, Any]) -> None:
         """Settings must be the same, but for more steps, for which a finished student is trained on."""
-        before, now = ({**self.asked.defaults, **settings} for settings in (known, asked))
+        before, now = ({**self.asked.defaults, "num_train_epochs": None, **s} for s in (known, asked))
         differ = {n for n in {*known, *asked} if before.get(n) != now.get(n)} - {"output_dir"}
-        more = {n for n in differ & {"max_steps", "num_train_epochs"} if (now[n] or 0) > (before[n] or 0)}
+        more = {n for n in differ & {"max_steps", "num_train_epochs"} if before[n] and now[n] and now[n] > before[n]}
         if differ - more:
             told = "; ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in sorted(differ - more))
             raise ValueError(f"{self.folder} holds another run: {told}")
         done = self.folder / "student"
         if more and done.exists():
             if last_checkpoint(self.folder / f"trainer-{stage_of(self.config)}") is None:
-                raise ValueError(
-                    f"{self.folder} has no checkpoint to be trained on from: {', '.join(sorted(more))} cannot grow"
-                )
+                raise ValueError(f"{', '.join(sorted(more))} cannot grow: {self.folder} has no checkpoint")
             (self.folder / "results.json").unlink(missing_ok=True)
             shutil.rmtree(done)
 
@@ -284,21 +282,20 @@ class Run:
         model, made = self.asked.model, self.folder / "predistilled"
         if self.model is None and (model.student_layers or self.asked.run.predistill_steps):
             raise ValueError("--student_layers and --predistill_steps need the teacher's own weights: give its folder")
-        options = model.options()
         if made.exists():
-            student = self._loaded(made, {n: v for n, v in options.items() if n != "revision"})
+            student = self._loaded(made)
         elif model.student_layers:
             student = copy_layers(self.model, *(int(n) for n in model.student_layers.split(",")))
             student = student if model.dtype == "auto" else student.to(getattr(torch, model.dtype))
         elif model.student:
-            student = self._loaded(Path(model.student), options)
+            student = self._loaded(Path(model.student))
         else:
             raise ValueError("--student or --student_layers is needed")
         return self._adapted(student) if self.asked.lora.use_peft and not self.to_make() else student
 
-    @staticmethod
-    def _loaded(path: Path, options: dict[str, Any]) -> Any:
-        """A model; of an adapter's folder its base model, with the adapter to be trained on."""
+    def _loaded(self, path: Path) -> Any:
+        """A student to be trained; of an adapter's folder its base model, with the adapter to be trained on."""
+        options = self.asked.model.options()
         if not (path / "adapter_config.json").exists():
             return load_model(str(path), **options)
         from peft import PeftConfig, PeftModel
@@ -311,10 +308,9 @@ class Run:
 
         if self.asked.model.quantization:
             student = prepare_model_for_kbit_training(student)
-        named = {
-            name.removeprefix("lora_"): value for name, value in vars(self.asked.lora).items() if name != "use_peft"
-        }
-        named["lora_alpha"], named["lora_dropout"] = named.pop("alpha"), named.pop("dropout")
+        asked = vars(self.asked.lora)
+        named = {n.removeprefix("lora_") if n in ("lora_r", "lora_target_modules", "lora_modules_to_save") else n: v
+                 for n, v in asked.items() if n != "use_peft"}  # fmt: skip
         kind = "SEQ_2_SEQ_LM" if student.config.is_encoder_decoder else "CAUSAL_LM"
         return get_peft_model(student, LoraConfig(task_type=kind, **named))
 
@@ -354,6 +350,11 @@ class Run:
             save_whole(student, made, self.tokenizer)
         while not made.exists():  # the first rank writes
             time.sleep(0.1)
+
+    def loaded(self, path: Any) -> Any:
+        """A student to be measured, in its place."""
+        student = load_model(path, **self.asked.model.options())
+        return student if getattr(student, "is_quantized", False) else student.to(self.device)
 
     def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[str]]:
         """Of the held-out rows: prompts, the teacher's prompts, (first) answers, and these answers' text."""
@@ -439,7 +440,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
         run.fit(trainer, folder)
     if rank()[0]:
         return {}
-    student = load_model(folder, **asked.model.options()).to(run.device)
+    student = run.loaded(folder)
     results = {"method": name_of(run.config), "parameters": student.num_parameters()}
     if run.model is not None:
         results["teacher_parameters"] = run.model.num_parameters()
@@ -464,7 +465,7 @@ def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:
     if not asked.model.student:
         raise ValueError("--student is needed")
     run = Run(asked, console)
-    return run.measure(load_model(asked.model.student, **asked.model.options()).to(run.device))
+    return run.measure(run.loaded(asked.model.student))
 
 
 def _disk_is_full(error: BaseException | None, folder: Any) -> bool:
