@@ -75,7 +75,7 @@ def worker(rank, folder, port):
         (name, method): weights_after(method, make, folder, 2) for name, make in MODELS.items() for method in CASES
     }
     found["fsdp"] = sharded(rank)
-    assert cli.main(arguments(folder, "--method", "tvd", "--evaluate-every", "2")) == 0
+    assert cli.main(arguments(folder, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

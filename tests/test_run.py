@@ -160,7 +160,8 @@ def test_sigkill_loses_and_doubles_nothing(files, capsys):
     def logged(name):
         lines = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
         return [
-            {k: v for k, v in line.items() if not k.endswith(("runtime", "second", "train_loss"))} for line in lines
+            {k: v for k, v in line.items() if not k.endswith(("runtime", "second", "share", "train_loss"))}
+            for line in lines
         ]
 
     assert logged("whole") == logged("run")
@@ -280,8 +281,11 @@ def causal(tmp_path_factory):
     write(folder / "own.jsonl", [{"prompt": "a", "target": "b", "teacher_prompt": "c"}] * 3)
     write(folder / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
     write(folder / "long.jsonl", [{"prompt": "numărul " * 6, "target": "b"}] * 3)
-    write(folder / "chats.jsonl", [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!"}]}
-                                   for i in range(12)])  # fmt: skip
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("user", "say it"), ("assistant", "it!"), ("user", "say 3"), ("assistant", "3!"))
+    ]
+    write(folder / "chats.jsonl", [{"messages": turns[: 2 + i % 2 * 2]} for i in range(12)])
     return folder
 
 
@@ -328,7 +332,7 @@ def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp
     """From messages to an adapter: of a student of the teacher's layers, whose base is kept; one epoch."""
     chats = tmp_path / "chats.jsonl"
     chats.write_bytes((causal / "chats.jsonl").read_bytes())
-    call = of(causal, "train", "teacher", None, "pairs.jsonl", "--student_layers", "1", "--use_peft", "--lora_r", "2", "--method", "tvd",
+    call = of(causal, "train", "teacher", None, "pairs.jsonl", "--student_layers", "1", "--use_peft", "--lora_r", "2", "--method", "tvd", "--ce_weight", "0.5",
               "--teacher_system", "be kind", "--num_train_epochs", "1", "--output_dir", f"{tmp_path}/run", "--json")  # fmt: skip
     call[call.index("--data") + 1] = str(chats)
     assert cli.main(call) == 0
@@ -339,6 +343,8 @@ def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp
     assert kept["teacher_system"] == "be kind" and "learning_rate" not in kept  # what was said
     prepared = run.Run(ask("train", call[1:]), run.Console(quiet=True))
     assert "be kind" in prepared.tokenizer.decode(prepared.pairs[0]["teacher_prompt_ids"])
+    assert False in prepared.pairs[1]["labels_mask"] and prepared.held_out_rows()[3] == ["it!"]
+    assert prepared.tokenizer.decode(prepared.held_out_rows()[2][0]) == "it!</s>"  # measured: the first answer
     chats.write_text(chats.read_text().replace("say 3", "tell 3"))
     assert cli.main(call) == 2
     assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err

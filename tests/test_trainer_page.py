@@ -19,7 +19,8 @@ PAGES = {p: (ROOT / p).read_text(encoding="utf-8") for p in ("docs/trainer.md", 
 
 
 def blocks(page, kind):
-    return re.findall(rf"```{kind}\n(.*?)```", PAGES[page], re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [block for of, block in found if of == kind]
 
 
 @pytest.mark.parametrize("page", PAGES)
