@@ -219,6 +219,9 @@ def test_bad_rows_are_named(tmp_path):
         read_pairs(tmp_path / "null.jsonl", columns=("prompt", "answer"))
 
 
+QUANTO = '{"quant_method": "quanto", "weights": "int4"}'
+
+
 def test_options_and_what_they_were_called(tmp_path):
     base = ["--teacher", "t", "--student", "s", "--data", "d"]
     (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nmax-steps: '7'\nbf16: false\nlr_scheduler_type: cosine\n"
@@ -255,7 +258,7 @@ def test_options_and_what_they_were_called(tmp_path):
         with pytest.raises(ValueError) as told:
             ask("train", [*base, *argv])
         assert words in str(told.value), (argv, str(told.value))
-    options = ask("train", [*base, "--teacher_quantization", "4bit", "--teacher_revision", "main"]).model.options(
+    options = ask("train", [*base, "--teacher_quantization", QUANTO, "--teacher_revision", "main"]).model.options(
         "teacher_"
     )
     assert (

@@ -30,6 +30,7 @@ from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback, set_seed
 
 from ..teachers import Endpoint, TeacherStore
+from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import Asked, ask
 from .data import read_pairs, tokenize
 from .metrics import Measures, evaluate
