@@ -262,7 +262,7 @@ def test_options_and_what_they_were_called(tmp_path):
         "teacher_"
     )
     assert (
-        options["quantization_config"].load_in_4bit
+        options["quantization_config"].weights == "int4"
         and options["revision"] == "main"
         and not options["trust_remote_code"]
     )

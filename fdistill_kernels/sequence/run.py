@@ -28,6 +28,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
@@ -335,9 +336,10 @@ class Run:
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
         """Trains from the last checkpoint if there is one, until the student is in a folder."""
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
-        weights = trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model, gathered
-        if rank()[0] == 0:
-            save_whole(trainer.accelerator.unwrap_model(trainer.model), into, self.tokenizer, weights)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, gathered
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if rank()[0] == 0 or getattr(model, "is_distributed_loading_by_transformers", False):  # which all ranks gather
+            save_whole(model, into, self.tokenizer, weights)
         trainer.accelerator.wait_for_everyone()
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
@@ -409,16 +411,17 @@ class _Log(TrainerCallback):
                 file.write(json.dumps({"stage": self.stage, **(logs or {}), "step": state.global_step}) + "\n")
 
 
-def save_whole(model: Any, folder: Path, tokenizer: Any = None, weights: Any = None) -> None:
+def save_whole(model: Any, folder: Path, tokenizer: Any, weights: Any = None) -> None:
     """A model's folder, whole or not there."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial, first = folder.with_name(folder.name + ".partial"), rank()[0] == 0
     try:
-        model.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
+        model.save_pretrained(partial, state_dict=weights, is_main_process=first)
+        if first:
             tokenizer.save_pretrained(partial)
-        partial.replace(folder)
+            partial.replace(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def train(asked: Asked, console: Console) -> dict[str, Any]:
@@ -441,6 +444,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
         run.fit(trainer, folder)
     if rank()[0]:
         return {}
+    unset_hf_deepspeed_config()  # the first rank alone reads the student, whole
     student = run.loaded(folder)
     results = {"method": name_of(run.config), "parameters": student.num_parameters()}
     if run.model is not None:
