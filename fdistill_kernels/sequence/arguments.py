@@ -187,7 +187,11 @@ HELP = {
     "method": ", ".join(METHODS), "beta": "weight of the student's half in js and tvd",
     "divergence": "instead of the method: any of `fdistill list`, on the sequences that --shares says",
     "shares": "of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
-    "max_new_tokens": "of a sample", "sample_temperature": "of samples",
+    "ce_weight": "of cross-entropy on gold targets beside", "temperature": "of both models in the loss",
+    "temperature_squared": "times its square", "student_every": "steps between new samples of the student",
+    "normalize": "token or sequence: what the loss is a mean over", "pack": "a batch in one row, of causal models",
+    "freeze_embeddings": "leave the student's input embeddings as they are", "memory": "of the loss: chunks or minimal",
+    "on_nan": "stop or skip the batch", "max_new_tokens": "of a sample", "sample_temperature": "of samples",
     "top_k": "of samples; 0: every token", "top_p": "of samples; 1: every token",
 }  # fmt: skip
 

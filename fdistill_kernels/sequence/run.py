@@ -205,7 +205,8 @@ class Run:
             raise ValueError(f"{self.folder} is a store: give a run another --output_dir")
         path, of_data = self.folder / "config.yaml", self.folder / "data.json"
         asked = {k: v for k, v in self.asked.given.items() if not k.endswith("_token")}  # secrets stay out of files
-        read = {name: data_hash([*rows["prompt_ids"], *(rows["labels"] if "labels" in rows.column_names else ())])
+        known = ("prompt_ids", "labels", "teacher_prompt_ids")
+        read = {name: data_hash([ids for column in known if column in rows.column_names for ids in rows[column]])
                 for name, rows in (("data", self.pairs), ("eval_data", self.held_out))}  # fmt: skip
         if path.exists():
             self._check_same(yaml.safe_load(path.read_text()), asked)
