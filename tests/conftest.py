@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated: Triton's interpreter, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 
+from triton import language as tl
+from triton.runtime import interpreter
+
 from fdistill_kernels import backends
 from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
@@ -20,6 +23,25 @@ WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
 LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
            "test_every_stage", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
+
+
+def patch_once(patch):
+    """Triton's interpreter patches its whole language at each call of a helper, which would take half of all tests'
+    time; within a launch it is patched, and stays so."""  # fmt: skip
+
+    @functools.cache
+    def languages(function):
+        return [x for x in function.__globals__.values() if x is tl or x is tl.core]
+
+    def patched(function):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+        return getattr(interpreter, "_LangPatchScope", lambda: None)()
+
+    return patched
+
+
+interpreter._patch_lang = patch_once(interpreter._patch_lang)
 
 
 def pytest_collection_modifyitems(items):
