@@ -123,7 +123,8 @@ def test_help(capsys, monkeypatch):
 
 
 #: Sizes at which all that the demo does takes seconds; its own are `make demo`'s.
-SMALL = dict(VOCABULARY=600, CONTEXT=32, TEACHER=dict(n_embd=96, n_layer=3, n_head=4), STUDENT=dict(n_embd=32, n_layer=2, n_head=4))
+TEACHER, STUDENT = dict(n_embd=96, n_layer=3, n_head=4), dict(n_embd=32, n_layer=2, n_head=4)
+SMALL = dict(VOCABULARY=600, CONTEXT=32, TEACHER=TEACHER, STUDENT=STUDENT)
 INTERRUPTED = f"""
 import sys
 from fdistill_kernels import cli, demo
