@@ -2,7 +2,6 @@
 
 import builtins
 import errno
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -97,7 +96,7 @@ def base(request, tmp_path_factory):
     return folder, request.param, made, shards
 
 
-# --- files damaged: 700, or 280 of them
+# --- files damaged: 700
 
 
 def damage(path, rng):
@@ -120,7 +119,7 @@ def damage(path, rng):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("seed", range(5 if WHOLE else 2))
+@pytest.mark.parametrize("seed", range(5))
 def test_damaged_bytes_are_named_and_never_read(base, tmp_path, seed, monkeypatch):
     monkeypatch.setattr(store.os, "fsync", lambda _: None)  # which takes time, and is not asked about here
     whole, kind, made, shards = base
@@ -173,7 +172,7 @@ def shard_is_told(folder, kind, made, own, hit, rng):
             opened.targets(*zip(*[one[:2] for one in made], strict=True))
 
 
-# --- some 270 calls that fail, or are the last; or a third of them
+# --- some 270 calls that fail, or are the last
 
 
 class Killed(BaseException):
@@ -268,16 +267,12 @@ def fails(folder, kind, made, nth, how):
     return flushed if faults.calls >= nth else None
 
 
-HOWS = ("dead", "full", "stays full")
-
-
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", ["dead", "full", "stays full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_call_to_the_disk_may_fail_or_be_the_last(tmp_path, kind, how):
-    """In `make test` each call in one of the ways, the next in another."""
-    made = sequences(kind)
-    for nth in itertools.count(1) if WHOLE else itertools.count(1 + HOWS.index(how), len(HOWS)):
-        folder = tmp_path / str(nth)
+    made, nth = sequences(kind), 0
+    while True:
+        folder = tmp_path / str(nth := nth + 1)
         flushed = fails(folder, kind, made, nth, how)
         if flushed is None:
             break
