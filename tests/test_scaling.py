@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling import CHECKED, FSDP, Loss, checked, cheaper, fsdp, on_the_wire
+from benchmarks.scaling import CHECKED, FSDP, Loss, cheaper, checked, fsdp, on_the_wire
 
 #: One of each kind of statistics, every term, lists, unequal shards, several pieces.
 SMALL = replace(CHECKED, ranks=2, vocabulary=4096)
