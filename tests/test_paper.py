@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import sacrebleu
 
+from benchmarks import numbers
 from benchmarks.paper import analysis
 from benchmarks.paper.analysis import Estimate, beyond, estimate, judged, quantile, ratio, replicates
 from benchmarks.paper.stages import ARMS, Experiment, statistics
@@ -28,7 +29,7 @@ def command(data, out, *more):
             "--processes", "1", *more]  # fmt: skip
 
 
-def test_killed_and_gone_on_with(tmp_path):
+def test_killed_and_gone_on_with(tmp_path, monkeypatch):
     for part in ("train", "dev", "test"):
         with gzip.open(tmp_path / f"gettext_en_ro.{part}.tsv.gz", "wt", encoding="utf-8") as file:
             file.write("".join(f"{a}\t{b}\n" for a, b in PAIRS))
@@ -62,6 +63,15 @@ def test_killed_and_gone_on_with(tmp_path):
     risks = [sum(t["coverage_nats"].to_pylist()) / sum(t["coverage_tokens"].to_pylist()) for t in tables]
     assert results["arms"]["js"]["coverage_risk"]["value"] == pytest.approx(sum(risks) / 2)
     assert tables[0]["coverage_tokens"] == tables[1]["coverage_tokens"]  # all are asked about the same y
+
+    kept = tmp_path / numbers.RESULTS / numbers.PAPER
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({**results, "run": {**results["run"], "dirty": False}}))
+    monkeypatch.setattr(numbers, "ROOT", tmp_path)
+    number = numbers.Numbers()
+    verdicts, arms = numbers.paper_verdicts(number), numbers.paper_arms(number)
+    assert "js/2 + tvd/2 − kl/2 − rkl/2 = " in verdicts and "cannot be told, outside the gate" in verdicts
+    assert arms.count("\n| ") == 11 and format(sum(risks) / 2, ".3f") in arms and len(number.read) > 100
 
     other = subprocess.run(command(tmp_path, out, "--seeds", "0"), cwd=root, env=environment, capture_output=True)
     assert other.returncode and b"--seeds must be at least 1" in other.stderr
