@@ -19,8 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/"
-OLDER = ("paper_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
+OLDER = ("paper_pilot_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
 DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
+ENTRIES = "results", "cases", "lists", "states", "split", "heads", "shares"  # lists of a result file
 BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 WITH_UNIT = re.compile(r"\d[\d.,]*\s?(?:%|×|ms\b|µs\b|ns\b|s\b|MB\b|MiB\b|GB\b|GiB\b|times\b|tokens/s|seconds\b)")
 
@@ -70,7 +71,7 @@ class Numbers:
 
     def _entry(self, name: str, key: str, what: dict[str, Any]) -> Any:
         content = self.file(name)
-        lists = (content.get(n, []) for n in ("results", "cases", "lists", "states"))
+        lists = (content.get(n, []) for n in ENTRIES)
         (entry,) = (r for entries in lists for r in entries if all(r.get(k) == v for k, v in what.items()))
         return entry
 
@@ -123,12 +124,69 @@ def demo(number: Numbers) -> str:
     return table(("", "held-out KL to the teacher", "perplexity"), [line(name) for name in names])
 
 
+PAPER = "paper_cpu.json"
+NOT_YET = "No run of this design has been finished and committed yet.\n"
+
+
+def _estimate(number: Numbers, form: str, *keys: str) -> str:
+    """A value with its interval, of which one seed has none."""
+    found = number.file(PAPER)
+    for key in keys:
+        found = found[int(key) if isinstance(found, list) else key]
+    shown = [format(found[name], form) for name in ("value", "low", "high") if found.get(name) is not None]
+    number.read += [(text, RESULTS + PAPER, " / ".join(keys)) for text in shown]
+    return shown[0] + (f" ({shown[1]} to {shown[2]})" if len(shown) == 3 else "")
+
+
+def paper_verdicts(number: Numbers) -> str:
+    """The hypotheses of the paper's experiment, and whether its teacher is what they are about."""
+    if not (ROOT / RESULTS / PAPER).exists():
+        return NOT_YET
+    found = number.file(PAPER)
+    gate, outside = found["gate"], "" if found["gate"]["passed"] else ", outside the gate"
+    of_gate = (number(PAPER, "gate", name, form=form) for name, form in (("teacher_dist", ".3f"), ("looping", ".1%")))
+    lines = [
+        (name, "; ".join(f"{d['difference']} = {_estimate(number, '.3f', 'hypotheses', name, 'differences', str(i))}"
+                         for i, d in enumerate(h["differences"])),
+         h["measure"], number(PAPER, "hypotheses", name, "holm", form=".3f"), h["verdict"] + outside)
+        for name, h in found["hypotheses"].items()
+    ]  # fmt: skip
+    return (
+        f"{found['seeds']} seeds, {found['sentences']} test sentences, {found['run']['device']}, commit "
+        f"`{found['run']['commit'][:7]}`. The teacher's TeacherDist is\n{next(of_gate)}, and {next(of_gate)} of its "
+        f"greedy outputs loop: it is {'inside' if gate['passed'] else '**outside**'} the gate"
+        + ("" if gate["passed"] else ", and the claims about translation are not tested by this table")
+        + ".\n\n"
+        + table(("", "difference (95% interval)", "of", "p, Holm", "verdict"), lines)
+    )
+
+
+def paper_arms(number: Numbers) -> str:
+    """The paper's experiment by arm, and the time of an update with samples stored or not."""
+    if not (ROOT / RESULTS / PAPER).exists():
+        return NOT_YET
+    columns = {"bleu": ("BLEU", ".2f"), "chrf": ("chrF", ".2f"), "ter": ("TER", ".1f"),
+               "likelihood_risk": ("R_llh", ".3f"), "coverage_risk": ("R_cvg", ".3f"), "kl": ("KL", ".3f"),
+               "length_ratio": ("words ÷ reference's", ".2f"), "looping": ("greedy loops, %", ".1f")}  # fmt: skip
+    forms = {name: form for name, (_, form) in columns.items()}
+    lines = [
+        (arm, *(_estimate(number, form, "arms", arm, name) for name, form in forms.items()))
+        for arm in number.file(PAPER)["arms"]
+    ]
+    ratios = " and ".join(number(PAPER, "timing", f"{arm} online ÷ stored", form=".2f") for arm in ("js", "tvd"))
+    return (
+        table(("", *(shown for shown, _ in columns.values())), lines)
+        + f"\nAn update with the teacher's samples drawn online takes {ratios} times as long as with those\n"
+        f"stored, for js and tvd.\n\n![arms, risks and differences](../{RESULTS}{PAPER.replace('json', 'png')})\n"
+    )
+
+
 def paper(number: Numbers) -> str:
-    """The paper's experiment."""
+    """The paper's experiment, of one seed: the pilot."""
     shown = {"bleu": ".2f", "chrf": ".2f", "ter": ".2f", "likelihood_risk": ".2f", "coverage_risk": ".2f",
              "perplexity": ".2f"}  # fmt: skip
     methods = ("teacher", "predistill", "seqkd", "engine", "kl", "rkl", "js", "tvd")
-    lines = [(m, *(number("paper_cpu.json", m, key, form=form) for key, form in shown.items())) for m in methods]
+    lines = [(m, *(number("paper_pilot_cpu.json", m, key, form=form) for key, form in shown.items())) for m in methods]
     return table(("", "BLEU", "chrF", "TER", "R_llh", "R_cvg", "perplexity"), lines)
 
 
@@ -136,7 +194,7 @@ def paper_steps(number: Numbers) -> str:
     """Where the paper's experiment spends its time."""
 
     def of(method: str, *keys: str, form: str) -> str:
-        return number("paper_cpu.json", "timing", f"{method} {keys[0]}", *keys[1:], form=form)
+        return number("paper_pilot_cpu.json", "timing", f"{method} {keys[0]}", *keys[1:], form=form)
 
     def both(*keys: str, form: str) -> str:
         return " and ".join(of(method, *keys, form=form) for method in ("js", "tvd"))
@@ -312,6 +370,126 @@ def stores(number: Numbers) -> str:
     return table(header, [line(c["case"]) for c in number.file("stores.json")["cases"]])
 
 
+def scaling_counts(number: Numbers) -> str:
+    """What runs do beside what the cost model says."""
+    cases = list(dict.fromkeys(r["case"] for r in number.file("scaling.json")["cases"]))
+    shown = ("kl", "js", "lk", "renyi", "entropy_gated", "csd", "tail_aware", "dkd", "akl")
+
+    def pair(case: str, key: str) -> str:
+        what = {"case": case, "ranks": 4}
+        (entry,) = (r for r in number.file("scaling.json")["cases"] if all(r[k] == v for k, v in what.items()))
+        return f"{number.of('scaling.json', key, ',.0f', **what)} / {entry['modelled'][key]:,}"
+
+    def line(case: str) -> tuple[str, ...]:
+        peaks = [number.of("scaling.json", "peak_over_model", case=case, ranks=ranks) for ranks in (1, 2, 4)]
+        return case, *(pair(case, key) for key in ("collectives", "sent_bytes", "flops")), ", ".join(peaks)
+
+    checked = number.file("scaling.json")["checked"]
+    header = ("4 processes", "collectives", "bytes", "FLOP", "peak, on 1, 2, 4")
+    return (
+        f"From hidden states but where it says logits, N = {checked['tokens']} in three chunks, "
+        f"V = {checked['vocabulary']}, D = {checked['width']}, D_t = {checked['teacher_width']}, float32:\n\n"
+        + table(header, [line(c) for c in cases if c in shown or " " in c])
+        + f"\n{len(number.file('scaling.json')['cases'])} runs, every divergence on 1, 2 and 4 processes, are in "
+        "[scaling.json](../benchmarks/results/scaling.json).\n"
+    )
+
+
+def scaling_rows(number: Numbers) -> str:
+    """The arithmetic of split rows."""
+    names = list(number.file("scaling.json")["arithmetic"])
+
+    def line(name: str) -> tuple[str, ...]:
+        at = ("scaling.json", "arithmetic", name)
+        return name, number(*at, "operators", form=".0f"), number(*at, "touched", form=",.0f")
+
+    header = ("", "operators a piece", "bytes of arguments and results an entry")
+    return table(header, [line(n) for n in names])
+
+
+def scaling_split(number: Numbers) -> str:
+    """One loss over ranks, modelled."""
+
+    def line(entry: dict[str, Any]) -> tuple[str, ...]:
+        def of(key: str, form: str, unit: float = 1) -> str:
+            return number.of("scaling.json", key, form, unit, ranks=entry["ranks"], chunks=entry["chunks"])
+
+        times = [
+            of(key, ".1f") for key in ("products", "as it is", "larger pieces", "a kernel", "statistics", "hidden")
+        ]
+        return (
+            str(entry["ranks"]),
+            of("flops", ".1f", 1e12),
+            of("peak_bytes", ".1f", 1e9),
+            of("operators", ",.0f"),
+            *times,
+        )
+
+    header = ("R", "TFLOP a rank", "peak, GB", "operators", "products, ms", "rows as they are, ms",
+              "in larger pieces, ms", "by a kernel, ms", "statistics, ms", "∂hidden, ms")  # fmt: skip
+    said = "kl, 8B from 70B (D = 4096 and 8192), V = 128256, N = 8192, bfloat16, H100 SXM; **modelled**:\n\n"
+    return said + table(header, [line(r) for r in number.file("scaling.json")["split"]])
+
+
+def scaling_device(number: Numbers) -> str:
+    """The figures that times are modelled with."""
+
+    def of(key: str, form: str = ".2f", unit: float = 1) -> str:
+        value = number.file("scaling.json")["device"][key]
+        return number._read("scaling.json", key, {"": "device"}, format(value / unit if unit != 1 else value, form))
+
+    lines = [
+        ("matrix products", of("matrix", ".1f", 1e12) + " TFLOP/s", of("matrix_share"), ""),
+        ("memory", of("memory", unit=1e12) + " TB/s", of("memory_share"), ""),
+        ("kl's kernel ÷ three passes", "", of("row_over_floor"), ""),
+        (f"wire among {of('node', 'd')} GPUs of a node", of("near", ".0f", 1e9) + " GB/s", "", of("wire_share")),
+        ("wire beyond", of("far", ".0f", 1e9) + " GB/s", "", of("wire_share")),
+        (
+            "a collective's latency",
+            "",
+            "",
+            f"{of('near_latency', '.0f', 1e-6)} and {of('far_latency', '.0f', 1e-6)} µs",
+        ),
+        ("an operator's launch", "", "", of("launch", ".0f", 1e-6) + " µs"),
+    ]
+    return table(("", "the maker's", "reached of it", "assumed"), lines)
+
+
+def scaling_shares(number: Numbers) -> str:
+    """The loss's share of a step, modelled."""
+    found = number.file("scaling.json")["shares"]
+    lines = list(dict.fromkeys((r["tensor"], r["rows"]) for r in found))
+    pairs = list(dict.fromkeys((r["student"], r["teacher"]) for r in found))
+
+    def cell(tensor: int, rows: str, pair: tuple[str, str], gpus: int) -> str:
+        what = {"student": pair[0], "teacher": pair[1], "tensor": tensor, "rows": rows, "gpus": gpus}
+        return (
+            number.of("scaling.json", "share", ".1%", **what) if any(what.items() <= r.items() for r in found) else ""
+        )
+
+    header = ("share of a step, **modelled**", *(f"{s} from {t}, {g} GPUs" for s, t in pairs for g in (64, 1024)))
+    where = [(pair, gpus) for pair in pairs for gpus in (64, 1024)]
+
+    def line(tensor: int, rows: str) -> tuple[str, ...]:
+        name = f"TP {tensor}" + (f", rows {rows}" if tensor > 1 else "")
+        return name.replace("as it is", "as they are"), *(cell(tensor, rows, *at) for at in where)
+
+    return table(header, [line(*of) for of in lines])
+
+
+def scaling_heads(number: Numbers) -> str:
+    """Bytes sent for a head that FSDP has sharded, modelled."""
+
+    def line(entry: dict[str, Any]) -> tuple[str, ...]:
+        what = {"tokens": entry["tokens"], "ranks": entry["ranks"]}
+        sent = [number.of("scaling.json", way, ".2f", 1e9, **what) for way in ("gather", "tiles", "split")]
+        return str(what["ranks"]), str(what["tokens"]), *sent, entry["cheaper"], entry["without room"]
+
+    header = ("R", "N of each rank", "gather, GB sent", "tiles, GB", "split, GB", "cheaper", "cheaper without room")
+    said = "8B from 70B, V = 128256, bfloat16:\n\n"
+    return said + table(header, [line(r) for r in number.file("scaling.json")["heads"]])
+
+
 BLOCKS = {
     f.__name__: f
     for f in (
@@ -322,6 +500,8 @@ BLOCKS = {
         demo,
         paper,
         paper_steps,
+        paper_verdicts,
+        paper_arms,
         versions,
         precision,
         vocabularies,
@@ -329,6 +509,12 @@ BLOCKS = {
         tails,
         stored_states,
         stores,
+        scaling_counts,
+        scaling_rows,
+        scaling_split,
+        scaling_device,
+        scaling_shares,
+        scaling_heads,
     )
 }
 
