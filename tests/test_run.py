@@ -55,7 +55,8 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     results = json.loads(capsys.readouterr().out)
     assert {"perplexity", "likelihood_risk", "coverage_risk", "bleu", "chrf", "ter"} <= results.keys()
     folder = files / "run"
-    for name in ("config.yaml", "metrics.jsonl", "results.json", "curves.png", "report.html", "teacher_samples"):
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "curves.png", "report.html", "teacher_samples",
+                 "sentences.parquet"):  # fmt: skip
         assert (folder / name).exists(), name
     assert "http" not in (folder / "report.html").read_text().split("Configuration")[0]
     student = AutoModelForSeq2SeqLM.from_pretrained(folder / "student")
@@ -76,13 +77,13 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) != results
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged if line["stage"] == "tvd" and "loss" in line] == [1, 2, 3, 4, 5, 6]
-    measured, evaluate = [], run.evaluate
-    monkeypatch.setattr(run, "evaluate", lambda *a: measured.append(len(a[2])) or evaluate(*a))
+    rows, measured = [], run.measured
+    monkeypatch.setattr(run, "measured", lambda *a: rows.append(len(a[2])) or measured(*a))
     command = ["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--max-new-tokens", "8"]
     assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--json"]) == 0
     whole = capsys.readouterr().out
     assert cli.main([*command, "--eval-data", f"{files}/pairs.tsv", "--json"]) == 0  # all of the file it is given
-    assert capsys.readouterr().out == whole and "coverage_risk" in whole and measured == [len(PAIRS)] * 2
+    assert capsys.readouterr().out == whole and "coverage_risk" in whole and rows == [len(PAIRS)] * 2
     assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--eval-data", f"{files}/pairs.tsv"]) == 2
     assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--learning-rate", "1"]) == 2
     assert "makes nothing of --learning_rate" in capsys.readouterr().err

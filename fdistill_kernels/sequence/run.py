@@ -2,9 +2,9 @@
 
 A run is a folder: config.yaml (what was asked), data.json (what the data was), teacher_samples/, predistilled/ (the
 student every method starts from), trainer-*/ (checkpoints), metrics.jsonl, student/, curves.png, report.html,
-results.json. Each stage that is there is not done again, so that a killed run goes on with the same command, and a
-finished one with more steps. Under torchrun or accelerate launch the ranks share the teacher's sampling and the
-training; the first one writes.
+sentences.parquet (outputs and measures of each held-out row), results.json. Each stage that is there is not done again,
+so that a killed run goes on with the same command, and a finished one with more steps. Under torchrun or accelerate
+launch the ranks share the teacher's sampling and the training; the first one writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import Asked, ask
 from .data import read_pairs, tokenize
-from .metrics import Measures, evaluate
+from .metrics import Measures, measured, write_table
 from .models import load_config, load_model
 from .predistill import copy_layers
 from .report import logged, name_of, plot, write_report
@@ -375,11 +375,13 @@ class Run:
         """The column of the prompts that the teacher sees."""
         return "teacher_prompt_ids" if "teacher_prompt_ids" in self.held_out.column_names else "prompt_ids"
 
-    def measure(self, model: Any) -> dict[str, float]:
-        """`metrics.evaluate` on the held-out rows."""
-        return evaluate(
-            model, self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(), self.config.seed
-        )
+    def measure(self, model: Any, into: Path | None = None) -> dict[str, float]:
+        """`metrics.measured` on the held-out rows: its summary; its table, sentence by sentence, goes into a file."""
+        table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(),
+                                self.config.seed, 1)  # fmt: skip
+        if into is not None:
+            write_table(table, into)
+        return found
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -450,7 +452,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     results = {"method": name_of(run.config), "parameters": student.num_parameters()}
     if run.model is not None:
         results["teacher_parameters"] = run.model.num_parameters()
-    results |= run.measure(student)
+    results |= run.measure(student, run.folder / "sentences.parquet")
     results["seconds"] = time.perf_counter() - started
     plot(run.folder, run.config)
     write_report(run.folder, asked, results)
