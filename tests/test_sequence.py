@@ -555,6 +555,7 @@ def test_auxiliary_losses_of_experts(kind):
         torch.testing.assert_close(both, one + other)
     with torch.no_grad():
         assert forward_to_head(model, prompts, continuations, EOS, lambda rows: rows.hidden.sum())[1].loss is None
+    assert len(draw(model, prompts, Sampling(3), 0)) == len(prompts) and model.config.output_router_logits
 
 
 def test_measures():

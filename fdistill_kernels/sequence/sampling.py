@@ -112,9 +112,9 @@ def draw(
     device, new = next(model.parameters()).device, sampling.max_new_tokens
     encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
     check_context(model, max(longest, new) if encoder_decoder else longest + new + virtual_tokens(model))
-    size = model.config.get_text_config().vocab_size
+    training, config = model.training, model.config.get_text_config()
+    size, routers = config.vocab_size, getattr(config, "output_router_logits", None)
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
-    training = model.training
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
     settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
                     synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
@@ -125,6 +125,8 @@ def draw(
         for module, own in owners.items():  # samples are of p itself: no repetition penalty the model came with
             kept = {name: getattr(own, name, None) for name in TOKENS} if encoder_decoder else {}
             module.generation_config = GenerationConfig(**kept)
+        if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
+            config.output_router_logits = False
         with _seeded(model, seed):
             if not _generates_itself(model, pad, settings):
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
@@ -135,6 +137,8 @@ def draw(
         model.train(training)
         for module, own in owners.items():
             module.generation_config = own
+        if routers:
+            config.output_router_logits = routers
     return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else longest :]]
 
 
