@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/"
 OLDER = ("paper_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
 DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
+ENTRIES = "results", "cases", "lists", "states", "split", "heads", "shares"  # lists of a result file
 BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 WITH_UNIT = re.compile(r"\d[\d.,]*\s?(?:%|×|ms\b|µs\b|ns\b|s\b|MB\b|MiB\b|GB\b|GiB\b|times\b|tokens/s|seconds\b)")
 
@@ -70,7 +71,7 @@ class Numbers:
 
     def _entry(self, name: str, key: str, what: dict[str, Any]) -> Any:
         content = self.file(name)
-        lists = (content.get(n, []) for n in ("results", "cases", "lists", "states"))
+        lists = (content.get(n, []) for n in ENTRIES)
         (entry,) = (r for entries in lists for r in entries if all(r.get(k) == v for k, v in what.items()))
         return entry
 
@@ -312,6 +313,126 @@ def stores(number: Numbers) -> str:
     return table(header, [line(c["case"]) for c in number.file("stores.json")["cases"]])
 
 
+def scaling_counts(number: Numbers) -> str:
+    """What runs do beside what the cost model says."""
+    cases = list(dict.fromkeys(r["case"] for r in number.file("scaling.json")["cases"]))
+    shown = ("kl", "js", "lk", "renyi", "entropy_gated", "csd", "tail_aware", "dkd", "akl")
+
+    def pair(case: str, key: str) -> str:
+        what = {"case": case, "ranks": 4}
+        (entry,) = (r for r in number.file("scaling.json")["cases"] if all(r[k] == v for k, v in what.items()))
+        return f"{number.of('scaling.json', key, ',.0f', **what)} / {entry['modelled'][key]:,}"
+
+    def line(case: str) -> tuple[str, ...]:
+        peaks = [number.of("scaling.json", "peak_over_model", case=case, ranks=ranks) for ranks in (1, 2, 4)]
+        return case, *(pair(case, key) for key in ("collectives", "sent_bytes", "flops")), ", ".join(peaks)
+
+    checked = number.file("scaling.json")["checked"]
+    header = ("4 processes", "collectives", "bytes", "FLOP", "peak, on 1, 2, 4")
+    return (
+        f"From hidden states but where it says logits, N = {checked['tokens']} in three chunks, "
+        f"V = {checked['vocabulary']}, D = {checked['width']}, D_t = {checked['teacher_width']}, float32:\n\n"
+        + table(header, [line(c) for c in cases if c in shown or " " in c])
+        + f"\n{len(number.file('scaling.json')['cases'])} runs, every divergence on 1, 2 and 4 processes, are in "
+        "[scaling.json](../benchmarks/results/scaling.json).\n"
+    )
+
+
+def scaling_rows(number: Numbers) -> str:
+    """The arithmetic of split rows."""
+    names = list(number.file("scaling.json")["arithmetic"])
+
+    def line(name: str) -> tuple[str, ...]:
+        at = ("scaling.json", "arithmetic", name)
+        return name, number(*at, "operators", form=".0f"), number(*at, "touched", form=",.0f")
+
+    header = ("", "operators a piece", "bytes of arguments and results an entry")
+    return table(header, [line(n) for n in names])
+
+
+def scaling_split(number: Numbers) -> str:
+    """One loss over ranks, modelled."""
+
+    def line(entry: dict[str, Any]) -> tuple[str, ...]:
+        def of(key: str, form: str, unit: float = 1) -> str:
+            return number.of("scaling.json", key, form, unit, ranks=entry["ranks"], chunks=entry["chunks"])
+
+        times = [
+            of(key, ".1f") for key in ("products", "as it is", "larger pieces", "a kernel", "statistics", "hidden")
+        ]
+        return (
+            str(entry["ranks"]),
+            of("flops", ".1f", 1e12),
+            of("peak_bytes", ".1f", 1e9),
+            of("operators", ",.0f"),
+            *times,
+        )
+
+    header = ("R", "TFLOP a rank", "peak, GB", "operators", "products, ms", "rows as they are, ms",
+              "in larger pieces, ms", "by a kernel, ms", "statistics, ms", "∂hidden, ms")  # fmt: skip
+    said = "kl, 8B from 70B (D = 4096 and 8192), V = 128256, N = 8192, bfloat16, H100 SXM; **modelled**:\n\n"
+    return said + table(header, [line(r) for r in number.file("scaling.json")["split"]])
+
+
+def scaling_device(number: Numbers) -> str:
+    """The figures that times are modelled with."""
+
+    def of(key: str, form: str = ".2f", unit: float = 1) -> str:
+        value = number.file("scaling.json")["device"][key]
+        return number._read("scaling.json", key, {"": "device"}, format(value / unit if unit != 1 else value, form))
+
+    lines = [
+        ("matrix products", of("matrix", ".1f", 1e12) + " TFLOP/s", of("matrix_share"), ""),
+        ("memory", of("memory", unit=1e12) + " TB/s", of("memory_share"), ""),
+        ("kl's kernel ÷ three passes", "", of("row_over_floor"), ""),
+        (f"wire among {of('node', 'd')} GPUs of a node", of("near", ".0f", 1e9) + " GB/s", "", of("wire_share")),
+        ("wire beyond", of("far", ".0f", 1e9) + " GB/s", "", of("wire_share")),
+        (
+            "a collective's latency",
+            "",
+            "",
+            f"{of('near_latency', '.0f', 1e-6)} and {of('far_latency', '.0f', 1e-6)} µs",
+        ),
+        ("an operator's launch", "", "", of("launch", ".0f", 1e-6) + " µs"),
+    ]
+    return table(("", "the maker's", "reached of it", "assumed"), lines)
+
+
+def scaling_shares(number: Numbers) -> str:
+    """The loss's share of a step, modelled."""
+    found = number.file("scaling.json")["shares"]
+    lines = list(dict.fromkeys((r["tensor"], r["rows"]) for r in found))
+    pairs = list(dict.fromkeys((r["student"], r["teacher"]) for r in found))
+
+    def cell(tensor: int, rows: str, pair: tuple[str, str], gpus: int) -> str:
+        what = {"student": pair[0], "teacher": pair[1], "tensor": tensor, "rows": rows, "gpus": gpus}
+        return (
+            number.of("scaling.json", "share", ".1%", **what) if any(what.items() <= r.items() for r in found) else ""
+        )
+
+    header = ("share of a step, **modelled**", *(f"{s} from {t}, {g} GPUs" for s, t in pairs for g in (64, 1024)))
+    where = [(pair, gpus) for pair in pairs for gpus in (64, 1024)]
+
+    def line(tensor: int, rows: str) -> tuple[str, ...]:
+        name = f"TP {tensor}" + (f", rows {rows}" if tensor > 1 else "")
+        return name.replace("as it is", "as they are"), *(cell(tensor, rows, *at) for at in where)
+
+    return table(header, [line(*of) for of in lines])
+
+
+def scaling_heads(number: Numbers) -> str:
+    """Bytes sent for a head that FSDP has sharded, modelled."""
+
+    def line(entry: dict[str, Any]) -> tuple[str, ...]:
+        what = {"tokens": entry["tokens"], "ranks": entry["ranks"]}
+        sent = [number.of("scaling.json", way, ".2f", 1e9, **what) for way in ("gather", "tiles", "split")]
+        return str(what["ranks"]), str(what["tokens"]), *sent, entry["cheaper"], entry["without room"]
+
+    header = ("R", "N of each rank", "gather, GB sent", "tiles, GB", "split, GB", "cheaper", "cheaper without room")
+    said = "8B from 70B, V = 128256, bfloat16:\n\n"
+    return said + table(header, [line(r) for r in number.file("scaling.json")["heads"]])
+
+
 BLOCKS = {
     f.__name__: f
     for f in (
@@ -329,6 +450,12 @@ BLOCKS = {
         tails,
         stored_states,
         stores,
+        scaling_counts,
+        scaling_rows,
+        scaling_split,
+        scaling_device,
+        scaling_shares,
+        scaling_heads,
     )
 }
 

@@ -75,6 +75,11 @@ def _no_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("the operators of fdistill_kernels have no derivative; its losses have")
 
 
+def names_of(kind: type) -> tuple[str, ...]:
+    """The leaves' names."""
+    return tuple(_LEAVES[kind])
+
+
 def tensors(kind: type) -> tuple[str, ...]:
     """The names of the leaves that are tensors."""
     return tuple(name for name, of in _LEAVES[kind].items() if of.startswith("Tensor"))

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, parallel, products
+from . import backends, checks, products
+from .backends import sharded
+from .backends.collectives import Collectives
 from .backends.rows import LinearCall, RowCall, TokenTerms, split
 
 #: Bytes of the chunk's logits, both models together: what keeps a CPU's products near their full speed.
@@ -38,9 +40,10 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
     vocabulary, models = head.weight.shape[0], 1 if call.teacher.rows is None else 2
     like, row = hidden.new_empty(0, dtype=_buffer_dtype(call)), _buffer_row(vocabulary, backend)
     step = _chunk_rows(call, count, models * row * like.element_size())
-    if call.shard.group:
-        step = parallel.agreed(step, call.shard.group, hidden.device)
-    sums: list[Any] = []  # over ranks, under way while the next chunk's products are made
+    wire = Collectives(call.shard.group) if call.shard.group else None
+    if wire is not None:
+        step = min(sharded.agree(call, step, rows=len(hidden)))
+    under_way: tuple[Any, Any, Tensor] | None = None  # a chunk's sum over ranks, while the next one's products are made
     buffers = [products.empty(like, step, row)[:, :vocabulary] for _ in range(models)]
     if not count:
         of_weight.zero_()
@@ -67,8 +70,9 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
             gradient = logits.to(hidden.dtype)
             if wants.hidden:
                 of_states = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
-                if call.shard.group and call.shard.sum_hidden:
-                    sums.append((parallel.summed(of_states, call.shard.group), rows, of_states))
+                if wire is not None and call.shard.sum_hidden:
+                    _end_sum(wire, under_way, of_hidden)
+                    under_way = wire.begin_sum(of_states), rows, of_states
                 else:
                     of_hidden[rows] = of_states
             if powers is not None:
@@ -79,14 +83,19 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
                 products.add_weight_gradient_(gradient, states, head.scale, keep, of_weight)
             if wants.bias:
                 of_bias += gradient.sum(0, dtype=wide) if powers is None else (gradient.to(wide) * share).sum(0)
-    for work, rows, of_states in sums:
-        work.wait()
-        of_hidden[rows] = of_states
+    _end_sum(wire, under_way, of_hidden)
     if powers is not None:
         parts = parts * powers
         of_hidden = of_hidden * powers.unsqueeze(1) if wants.hidden else of_hidden
         of_weight, of_bias = of_weight.mul_(most), of_bias * most
     return parts, of_hidden, of_weight, of_bias
+
+
+def _end_sum(wire: Collectives | None, under_way: tuple[Any, Any, Tensor] | None, of_hidden: Tensor) -> None:
+    if wire is not None and under_way is not None:
+        work, rows, of_states = under_way
+        wire.end(work)
+        of_hidden[rows] = of_states
 
 
 def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerms, Tensor | None, Any]:

@@ -15,7 +15,6 @@ from .divergences import ENGINE, Divergence
 from .heads import (
     check_alone,
     checked_cap,
-    checked_head,
     head_here,
     head_of,
     logits_of,
@@ -250,15 +249,18 @@ def cross_entropy(
     )
 
 
-def log_sum_exp(logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto") -> Tensor:
+def log_sum_exp(
+    logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto", shard: VocabShard | None = None
+) -> Tensor:
     """``log Σ_v exp z_v`` of logits (..., V), differentiable, as float32 (...): cross-entropy and the label's logit.
 
     Args:
-        logits, logit_softcap, backend: as in `f_divergence`.
+        logits, logit_softcap, backend, shard: as in `f_divergence`.
     """
-    checks.check_logits("logits", logits)
-    checked_terms(LossTerms(None), logits, logits.shape[-1])
-    return log_sum_exp_of(logits, checked_cap("logit_softcap", logit_softcap), backend)
+    check_shard("shard", shard)
+    values, shard, _ = _logits_here("logits", logits, None, shard)
+    checked_terms(LossTerms(None), values, values.shape[-1])
+    return log_sum_exp_of(values, checked_cap("logit_softcap", logit_softcap), backend, carried_shard(shard))
 
 
 def linear_f_divergence(
@@ -322,8 +324,9 @@ def linear_f_divergence(
             or a quarter of what it could still give, torch's unused cache counted, if that is less; but 1024 rows as
             long as they take no more than half of it (the last bits of the gradients then depend on it).
         shard, teacher_shard: heads are the rows of a `VocabShard`; hidden states are whole on every rank, and so is
-            their gradient. Or hidden states and head are DTensors, whole and split on dimension 0; a split head alone
-            may be FSDP's, whose ranks have other rows, and is refused.
+            their gradient. Or hidden states and head are DTensors, whole and split on dimension 0. A DTensor head
+            beside plain hidden states is FSDP's: each rank has its own rows and its own loss, and the head's gradient
+            is the mean over the mesh (`scattered`).
         The rest: as in `f_divergence`.
 
     Returns:
@@ -348,7 +351,8 @@ def linear_f_divergence(
     head = head_of("student_weight", student_weight, student_bias=student_bias, logit_scale=logit_scale,
                    logit_softcap=logit_softcap)  # fmt: skip
     names = "student_hidden", "student_weight", "student_bias"
-    hidden, head, shard, padded = head_here(student_hidden, head, names, vocab_size, shard)
+    hidden, head, shard, padded = head_here(student_hidden, head, names, vocab_size, shard, teacher_hidden,
+                                            teacher_weight)  # fmt: skip
     vocabulary = _vocabulary(head.weight.shape[0], shard)
     keywords = dict(teacher_bias=teacher_bias, teacher_logit_scale=teacher_logit_scale,
                     teacher_logit_softcap=teacher_logit_softcap)  # fmt: skip
@@ -420,9 +424,9 @@ def linear_cross_entropy(
     head = head_of("linear_weight", linear_weight, linear_bias=linear_bias, logit_scale=logit_scale,
                    logit_softcap=logit_softcap)  # fmt: skip
     names = "input", "linear_weight", "linear_bias"
-    hidden, head, shard, _ = head_here(input, head, names, vocab_size, shard)
-    vocabulary, teacher = _vocabulary(head.weight.shape[0], shard), Teacher()
     soft = target.is_floating_point()
+    hidden, head, shard, _ = head_here(input, head, names, vocab_size, shard, target if soft else None)
+    vocabulary, teacher = _vocabulary(head.weight.shape[0], shard), Teacher()
     if soft:
         if memory == "minimal" or shard is not None:
             what = "memory='minimal'" if shard is None else "shard"
@@ -451,12 +455,13 @@ def log_probs(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``log q(ids)`` of q = softmax(logits/T), and q's entropy, both differentiable; the logits are never held at once.
 
     Args:
-        hidden, head, bias, logit_scale, logit_softcap, vocab_size, chunk_bytes, backend: as the student's of
-            `linear_f_divergence`.
+        hidden, head, bias, logit_scale, logit_softcap, vocab_size, chunk_bytes, backend, shard: as the student's of
+            `linear_f_divergence`; over ranks, ids are of the whole vocabulary.
         ids: (...) integers in [0, V), or `ignore_index`, where both are 0.
         entropy: also return ``−Σ q log q``, in nats, from the same logits.
         temperature: T in [1e-18, 1e18], a number, as of what the ids were sampled at.
@@ -473,7 +478,8 @@ def log_probs(
     checks.check_number("temperature", temperature, *TEMPERATURES)
     checks.check_tensor("ids", ids, floating=False)
     given = head_of("head", head, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
-    states, checked = checked_head(hidden, given, names, vocab_size)
+    check_shard("shard", shard)
+    states, checked, shard, _ = head_here(hidden, given, names, vocab_size, shard)
     if temperature != 1:  # cap·tanh(z/cap)/T is a cap of z/T
         bias, cap = checked.bias, checked.softcap
         checked = Head(checked.weight, None if bias is None else bias / temperature, checked.scale / temperature,
@@ -481,9 +487,9 @@ def log_probs(
     terms = LossTerms(
         ENGINE if entropy else None, labels=ids, ce_weight=1.0, ignore_index=ignore_index, reduction="none"
     )
-    path = path_of("chunks", True, chunk_bytes, Teacher())
-    checked_terms(terms, states, checked.weight.shape[0], "ids")
-    found, entropies = log_probs_of_hidden(states, checked, terms, entropy, path, backend)
+    path = path_of("chunks", True, chunk_bytes, Teacher(), shard)
+    checked_terms(terms, states, _vocabulary(checked.weight.shape[0], shard), "ids")
+    found, entropies = log_probs_of_hidden(states, checked, terms, entropy, path, backend, carried_shard(shard))
     return found if entropies is None else (found, entropies)
 
 

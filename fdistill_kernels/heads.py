@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, parallel
+from . import checks, parallel, scattered
 from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
 from .parallel import VocabShard
@@ -79,20 +79,27 @@ def check_alone(name: str, value: object, **keywords: Any) -> None:
 
 
 def head_here(
-    hidden: Tensor, head: Head, names: tuple[str, str, str], vocab_size: int | None, shard: VocabShard | None
-) -> tuple[Tensor, Head, VocabShard | None, int]:
+    hidden: Tensor, head: Head, names: tuple[str, str, str], vocab_size: int | None, shard: VocabShard | None,
+    teacher: Any = None, teacher_weight: Any = None,
+) -> tuple[Tensor, Head, VocabShard | None, int]:  # fmt: skip
     """`checked_head` of the rows of a head that are on this rank; their shard, which a DTensor says itself; and how
     many they are with padding.
+
+    A DTensor beside hidden states that are a whole one is split over ranks with the same rows, as tensor parallelism
+    has it; beside plain ones over ranks with rows of their own, as FSDP has it, which is right for the same ones, too.
 
     Raises:
         ValueError: a head without rows here, or a shard beside a DTensor.
     """
-    weight, bias, states = head.weight, head.bias, hidden
-    if parallel.same_rows(hidden):  # else a head that is a DTensor may be FSDP's, and is refused below
-        weight, shard = parallel.local_rows(names[1], weight, shard)
-        bias, _ = parallel.local_rows(names[2], bias, None)
+    states = hidden
+    if parallel.same_rows(hidden) or shard is not None:
+        weight, shard = parallel.local_rows(names[1], head.weight, shard)
+        bias, _ = parallel.local_rows(names[2], head.bias, None)
         states, _ = parallel.local_rows(names[0], hidden, None)
-    head = head._replace(weight=weight, bias=bias)
+        head = head._replace(weight=weight, bias=bias)
+    elif parallel.is_dtensor(head.weight):
+        head, shard = scattered.head_here(hidden, head, teacher, teacher_weight, vocab_size)
+    weight = head.weight
     if shard is None:
         return *checked_head(states, head, names, vocab_size), None, 0
     checks.check_tensor(names[1], weight)
@@ -152,6 +159,8 @@ def teacher_of(
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
         head = Head(head.weight, head.bias, scale, head.softcap)
+    if shard is None and own is None:
+        head = head._replace(weight=scattered.whole(head.weight), bias=scattered.whole(head.bias))
     if shard is not None:
         rows, own = parallel.local_rows("teacher_weight", head.weight, own)
         bias, _ = parallel.local_rows("teacher_bias", head.bias, None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, chunks
+from . import backends, chunks, scattered
 from .backends import sparse
 from .backends.rows import WHOLE, LinearCall, Path, Shard, Teacher, TokenTerms, Wants
 from .carried import built, flat, in_place_of, leaf, operator, replaced
@@ -73,6 +73,8 @@ def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor
         from .backends.triton import cut
 
         return cut.linear_rows(call)
+    if call.shard.own_rows:
+        return scattered.rows_in_turns(call, lambda turn: chunks.linear_rows(turn, backend))
     return chunks.linear_rows(call, backend)
 
 
@@ -107,10 +109,11 @@ class _LinearLoss(torch.autograd.Function):
         parts, *gradients = _rows(_detached(call, call.terms, Wants() if per_row else wants), backend)
         head = call.head
         ctx.dtypes = [None if x is None else x.dtype for x in (call.hidden, head.weight, head.bias)]
-        ctx.again = None
-        if per_row:
+        ctx.again = ctx.gradients = None
+        if per_row or call.shard.own_rows:
             ctx.save_for_backward(call.hidden, head.weight, head.bias)
             ctx.again = replaced(call, hidden=None, head=replaced(head, weight=None, bias=None)), backend
+            ctx.gradients = None if per_row else gradients
         elif torch.compiler.is_compiling():
             ctx.save_for_backward(call.terms.row_scale, *gradients)
         else:  # kept so that nothing else holds them in the backward pass: a leaf then takes them without a copy
@@ -127,7 +130,7 @@ class _LinearLoss(torch.autograd.Function):
             return (None, None, *in_place_of(LinearCall))
         factor: Tensor | None = upstream.detach()
         gradients: list[Any]
-        if ctx.again is not None:
+        if ctx.again is not None and not _made_before(ctx, upstream):
             (call, backend), (hidden, weight, bias) = ctx.again, ctx.saved_tensors
             call = replaced(call, hidden=hidden, head=replaced(call.head, weight=weight, bias=bias))
             row_scale = call.terms.row_scale
@@ -136,7 +139,9 @@ class _LinearLoss(torch.autograd.Function):
             factor = None
         else:
             assert factor is not None
-            factor = torch.where((ctx.saved_tensors[0] != 0).any(), factor, 1)  # zeros stay, whatever comes for them
+            if ctx.again is None:
+                live = (ctx.saved_tensors[0] != 0).any()
+                factor = torch.where(live, factor, 1)  # zeros stay, whatever comes for them
             gradients = _handed_over(ctx)
         results: list[Tensor | None] = [None, None, None]
         for i, (want, dtype) in enumerate(zip(wants, ctx.dtypes, strict=True)):
@@ -145,6 +150,13 @@ class _LinearLoss(torch.autograd.Function):
                 results[i] = _rounded(gradient, factor, dtype)
         hidden, weight, bias = results
         return (None, None, *in_place_of(LinearCall, hidden=hidden, head_weight=weight, head_bias=bias))
+
+
+def _made_before(ctx: Any, upstream: Tensor) -> bool:
+    """Whether gradients from the forward pass are the right ones: a head's, of several ranks' losses, are if they all
+    get the same factor.
+    """
+    return ctx.gradients is not None and scattered.same_factor(upstream.detach(), ctx.again[0].shard.group)
 
 
 def _wants(ctx: Any, before: int = 2) -> Wants:
@@ -188,13 +200,13 @@ class _LogProbs(torch.autograd.Function):
 
 
 def log_probs_of_hidden(
-    hidden: Tensor, head: Head, terms: LossTerms, entropy: bool, path: Path, backend: str
+    hidden: Tensor, head: Head, terms: LossTerms, entropy: bool, path: Path, backend: str, shard: Shard = WHOLE
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the terms' labels, and entropies, in the labels' shape; all of it checked."""
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
     of_rows, *_ = token_terms(terms, hidden)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False))
+    call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False), shard=shard)
     log_probs, entropies = _LogProbs.apply(backend, *flat(call))
     shape = hidden.shape[:-1]
     return log_probs.view(shape), entropies.view(shape) if entropy else None

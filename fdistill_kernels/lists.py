@@ -66,7 +66,7 @@ def top_k_of(
             ids = _union(ids, other.topk(most, -1).indices)
         listed = log_p.gather(1, ids.clamp_min(0))
         found.append((ids, torch.where(ids >= 0, listed, -torch.inf)))
-    ids, log_probs = (torch.cat(x).view(*shape[:-1], -1) for x in zip(*found, strict=True))
+    ids, log_probs = (_shaped(torch.cat(x), shape) for x in zip(*found, strict=True))
     return TopK(ids, log_probs, tail, temperature=temperature)
 
 
@@ -105,8 +105,13 @@ def sample_of(
         order = first.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         every = torch.where(first, drawn, -1), log_p.gather(1, drawn), torch.where(first, weights, 0)
         found.append(tuple(x.gather(1, order) for x in every))
-    ids, log_probs, weights = (torch.cat(x).view(*shape[:-1], -1) for x in zip(*found, strict=True))
+    ids, log_probs, weights = (_shaped(torch.cat(x), shape) for x in zip(*found, strict=True))
     return TopK(ids, torch.where(ids >= 0, log_probs, -torch.inf), "sampled", weights, temperature)
+
+
+def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """(rows, K) as (..., K), also where there is no row."""
+    return x.reshape(*shape[:-1], x.shape[1])
 
 
 def _union(one: Tensor, other: Tensor) -> Tensor:

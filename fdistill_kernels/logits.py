@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.chunked import CHUNK_ELEMENTS
+from .backends.collectives import Collectives
 from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
 from .divergences import KL
@@ -163,9 +165,41 @@ def _needs(ctx: Any) -> tuple[bool, bool]:
     return leaf(RowCall, "student", needs), leaf(RowCall, "teacher", needs)
 
 
-def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str) -> Tensor:
+def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str, shard: Shard = WHOLE) -> Tensor:
     """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
+    if shard.group:
+        return torch.compiler.disable(_SplitLogSumExp.apply)(logits, softcap, shard)
     return _LogSumExp.apply(logits, softcap, backend)
+
+
+class _SplitLogSumExp(torch.autograd.Function):
+    """That of rows split over ranks, of which each sends its largest entry and its sum."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cap: float | None, shard: Shard) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        found = [torch.logsumexp(capped(z.to(wide), cap), 1, keepdim=True) for z in _in_pieces(logits)]
+        wire = Collectives(shard.group)
+        wire.agree(logits.device, None, dtype=str(logits.dtype), rows=logits[..., 0].numel())
+        value = wire.gathered(torch.cat(found) if found else logits.new_empty(0, 1, dtype=wide)).logsumexp(0)[:, 0]
+        ctx.save_for_backward(logits, value.clone())
+        ctx.cap = cap
+        return value.view(logits.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, value = ctx.saved_tensors
+        scale, begin, pieces = upstream.reshape(-1), 0, []
+        for z in _in_pieces(logits):
+            some = slice(begin, begin := begin + len(z))
+            pieces.append(_scaled_softmax(z, ctx.cap, value[some], scale[some]))
+        return once(torch.cat(pieces).view(logits.shape) if pieces else torch.zeros_like(logits)), None, None
+
+
+def _in_pieces(logits: Tensor) -> tuple[Tensor, ...]:
+    """(..., V) as rows, so many at a time that what is made of them stays small."""
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    return rows.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])) if len(rows) else ()
 
 
 class _LogSumExp(torch.autograd.Function):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,12 +21,14 @@ class VocabShard(NamedTuple):
         sum_hidden: whether gradients by hidden states, which are the same on all ranks, are summed over them
             (Megatron's copy to the tensor-parallel region); False where what has gathered the states sums them itself,
             as sequence parallelism's gather does.
+        own_rows: whether each rank has rows of its own, as where FSDP shards a head: `scattered`.
     """
 
     group: dist.ProcessGroup
     begin: int
     size: int
     sum_hidden: bool = True
+    own_rows: bool = False
 
 
 def vocab_shard(
@@ -56,7 +57,7 @@ def carried_shard(shard: VocabShard | None) -> Shard:
     """What operators carry of it."""
     if shard is None:
         return WHOLE
-    return Shard(shard.group.group_name, shard.begin, shard.size, shard.sum_hidden)
+    return Shard(shard.group.group_name, shard.begin, shard.size, shard.sum_hidden, shard.own_rows)
 
 
 def check_shard(name: str, shard: object) -> None:
@@ -71,7 +72,7 @@ def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any,
     Raises:
         ValueError: a DTensor split on other dimensions than rows and the last one, or a shard beside one.
     """
-    if _is_dtensor(logits):
+    if is_dtensor(logits):
         if shard is not None:
             raise ValueError(f"shard is given beside {name}, a DTensor, which says itself how it is split")
         logits, shard = _of_dtensor(name, logits, logits.dim() - 1)
@@ -84,12 +85,12 @@ def same_rows(hidden: Any) -> bool:
     A head that is a DTensor does not: tensor parallelism splits it over ranks with the same rows, FSDP over ranks that
     have each their own, whose losses would be mixed.
     """
-    return _is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
+    return is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
 
 
 def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
     """A head's rows here, and their shard: a DTensor says its own; hidden states, whole, are taken out of theirs."""
-    if not _is_dtensor(values):
+    if not is_dtensor(values):
         return values, shard
     if shard is not None:
         raise ValueError(f"shard is given beside {name}, a DTensor, which says itself how it is split")
@@ -139,7 +140,8 @@ def local_head(name: str, head: Head, shard: VocabShard) -> Head:
     return head._replace(weight=valid(name, head.weight, shard, 0), bias=bias)
 
 
-def _is_dtensor(value: Any) -> bool:
+def is_dtensor(value: Any) -> bool:
+    """Whether it is one; torch may be a build without them."""
     if not isinstance(value, Tensor) or type(value) is Tensor or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -150,7 +152,6 @@ def _is_dtensor(value: Any) -> bool:
 def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | None]:
     """A DTensor's part here, and the shard of its dimension; None where it is whole."""
     from torch.distributed.tensor import Shard as Split
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = value.device_mesh, value.placements
     ways = [i for i, p in enumerate(placements) if isinstance(p, Split) and p.dim % value.dim() == dim]
@@ -160,17 +161,17 @@ def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | N
     local = value.to_local()
     if not ways:
         return local, None
-    _, offset = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    return local, VocabShard(mesh.get_group(ways[0]), offset[dim], value.shape[dim])
+    size = value.shape[dim]  # in stretches of ⌈size/ranks⌉, as torch.chunk
+    begin = min(size, mesh.get_local_rank(ways[0]) * -(-size // mesh.size(ways[0])))
+    return local, VocabShard(mesh.get_group(ways[0]), begin, size)
 
 
-def summed(x: Tensor, group: Any) -> Any:
-    """Begins to sum x over a group, in place; the result's `wait` ends it."""
-    return dist.all_reduce(x, group=dist.distributed_c10d._resolve_process_group(group), async_op=True)
-
-
-def agreed(step: int, group: Any, device: torch.device) -> int:
-    """The smallest of the ranks' numbers."""
-    found = torch.tensor(step, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=dist.distributed_c10d._resolve_process_group(group))
-    return int(found)
+def scattered_shard(weight: Any, size: int) -> VocabShard | None:
+    """The shard of a head whose rows are split over a mesh of one dimension, whose ranks have each some of the first
+    `size`, and tokens of their own; None: it is split otherwise.
+    """
+    ranks, rows = weight.device_mesh.size(), weight.shape[0]
+    if len(weight.placements) > 1 or not weight.placements[0].is_shard(0) or (ranks - 1) * -(-rows // ranks) >= size:
+        return None
+    _, shard = _of_dtensor("", weight, 0)
+    return shard and shard._replace(size=size, sum_hidden=False, own_rows=True)

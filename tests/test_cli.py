@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fdistill_kernels import TABLE, cli, verify
+from fdistill_kernels import TABLE, cli, demo, verify
 
 COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
 
@@ -122,37 +122,48 @@ def test_help(capsys, monkeypatch):
     assert "nosuch_package missing: pip install" in capsys.readouterr().err
 
 
-def demo(out, *args):
-    return [*COMMAND, "demo", "--out", str(out), "--json", "--teacher-steps", "60", "--start-steps", "20",
-            "--student-steps", "40", "--divergence", "kl", *args]  # fmt: skip
+#: Sizes at which all that the demo does takes seconds; its own are `make demo`'s.
+TEACHER, STUDENT = dict(n_embd=96, n_layer=3, n_head=4), dict(n_embd=32, n_layer=2, n_head=4)
+SMALL = dict(VOCABULARY=600, CONTEXT=32, TEACHER=TEACHER, STUDENT=STUDENT)
+INTERRUPTED = f"""
+import sys
+from fdistill_kernels import cli, demo
+vars(demo).update({SMALL})
+raise SystemExit(cli.main())
+"""
 
 
-def test_demo_survives_an_interrupt_and_distils(tmp_path):
+def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(demo.read_text(None)[:120_000])
+    arguments = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
+                 "--start-steps", "20", "--student-steps", "60", "--divergence", "kl"]  # fmt: skip
     process = subprocess.Popen(
-        demo(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", INTERRUPTED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.2)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=280)
     assert process.returncode == 130 and "goes on from" in err
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["teacher"]["done"] >= 50
-    finished = subprocess.run(demo(tmp_path), capture_output=True, text=True, timeout=280)
-    assert finished.returncode == 0 and "going on from" in finished.stderr
-    results = json.loads(finished.stdout)
+    assert 50 <= saved["teacher"]["done"] < 300
+    for name, value in SMALL.items():
+        monkeypatch.setattr(demo, name, value)
+    assert cli.main(arguments) == 0
+    finished = capsys.readouterr()
+    assert "going on from" in finished.err
+    results = json.loads(finished.out)
     models = results["models"]
-    assert models["kl"]["steps"] == models["baseline"]["steps"] == 40
+    assert models["kl"]["steps"] == models["baseline"]["steps"] == 60
     assert models["kl"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"] < models["start"]["kl_to_teacher"]
     assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
     assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
-    from fdistill_kernels.demo import _compare
-
     console = Console(file=io.StringIO(), width=200)
-    assert _compare(models, results, console) == 0
+    assert demo._compare(models, results, console) == 0
     other = json.loads(json.dumps(results))
     other["models"]["kl"]["perplexity"] *= 1.1
-    assert _compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
+    assert demo._compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

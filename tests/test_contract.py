@@ -375,6 +375,7 @@ def test_class_weights(backend):
     assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("form", ["logits", "function", "hidden"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("by", ["label", "weight"])
@@ -523,6 +524,7 @@ def test_batchmean_and_one_vector(backend):
         assert loss.shape == () and relative(loss, row) < 1e-6
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("weighted, smoothing", [(False, 0.0), (True, 0.0), (False, 0.2), (True, 0.2)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_class_probabilities(weighted, smoothing, reduction, backend):

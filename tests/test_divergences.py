@@ -28,6 +28,7 @@ TOLERANCE = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 1e-5), torch.b
              torch.float16: (1e-5, 6e-4)}  # fmt: skip
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype, divergence", [
     *((dtype, d) for dtype in (torch.float64, torch.float32) for d in BY_ENTRY),
     *((dtype, d) for dtype in (torch.bfloat16, torch.float16) for d in TABLE.values() if d in BY_ENTRY),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ if step.startswith("tests"):
 if step.endswith("check"):
     os._exit(9)
 """
+#: Steps that fail as others do: `make test` leaves them out. One that hangs is in the test below them all.
+ALIKE = ("rows cuda", "tests triton", "rows peers")
 
 
 @pytest.fixture(autouse=True)
@@ -68,16 +71,18 @@ def test_a_fault_in_each_step_loses_nobody_elses_results(tmp_path, monkeypatch):
     for name, value in dict(FDISTILL_DRY="1", TRITON_INTERPRET="1", NVCC="false").items():
         monkeypatch.setenv(name, value)
     chosen = [replace(s, seconds=45) if s.name == "rows cuda" else s for s in steps(tmp_path, dry=True, first=True)]
-    emulated_library()  # built before, since its step is to hang in the middle, not at the beginning
+    chosen = [s for s in chosen if WHOLE or s.name not in ALIKE]
+    if WHOLE:
+        emulated_library()  # built before, since its step is to hang in the middle, not at the beginning
     said = []
     assert not run_all(chosen, tmp_path, float("inf"), said.append)
     outcomes = {k: v["status"] for k, v in json.loads((tmp_path / "check.json").read_text())["steps"].items()}
     assert list(outcomes) == [s.name for s in chosen] and len(said) == len(chosen), "each step had its turn"
-    assert outcomes.pop("rows cuda") == "stopped after 45 s"
+    assert outcomes.pop("rows cuda", "stopped after 45 s") == "stopped after 45 s"
     assert outcomes.pop("linear peers") == 0, "a peer's failure is written down, and is not ours"
     assert all(status not in (0, "no time left") for status in outcomes.values()), outcomes
     found = {who: json.loads((tmp_path / f"{who}.json").read_text())["results"]
-             for who in ("rows_triton", "rows_cuda", "rows_peers", "linear_ours", "linear_peers")}  # fmt: skip
+             for who in (s.name.replace(" ", "_") for s in chosen if s.name.startswith(("rows", "linear")))}  # fmt: skip
     for entries in found.values():
         assert "milliseconds" in entries[0], found
     assert (
@@ -85,9 +90,26 @@ def test_a_fault_in_each_step_loses_nobody_elses_results(tmp_path, monkeypatch):
     )
 
 
+def ends(process, seconds=30):
+    """Whether a process that is not ours ends; its parent may leave it a zombie."""
+    until, state = time.monotonic() + seconds, Path(f"/proc/{process}/stat")
+    while time.monotonic() < until:
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_time_that_is_up_is_said(tmp_path):
     assert not run_all([Step("late", ["true"], 10)], tmp_path, 0.0)
     assert json.loads((tmp_path / "check.json").read_text())["steps"]["late"]["status"] == "no time left"
     gone = Step("gone", ["there-is-no-such-program"], 10)
-    assert not run_all([gone, Step("there", ["true"], 10)], tmp_path, float("inf"))
-    assert json.loads((tmp_path / "check.json").read_text())["steps"]["there"]["status"] == 0
+    hangs = Step("hangs", ["bash", "-c", f"echo begun; sleep 1000 & echo $! > {tmp_path}/child; wait"], 5)
+    assert not run_all([gone, hangs, Step("there", ["true"], 10)], tmp_path, float("inf"))
+    outcomes = json.loads((tmp_path / "check.json").read_text())["steps"]
+    assert outcomes["hangs"]["status"] == "stopped after 5 s" and outcomes["there"]["status"] == 0
+    assert "begun" in (tmp_path / "check.log").read_text()
+    assert ends(int((tmp_path / "child").read_text())), "what it waited for is gone with it"

@@ -37,6 +37,7 @@ def gradients(loss, *inputs):
 BY_ENTRY = [name for name, d in TABLE.items() if d.statistics is None]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", BY_ENTRY)
 def test_agrees_with_whole_logits(name, dtype, backend):

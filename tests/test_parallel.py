@@ -1,15 +1,20 @@
 """One vocabulary over 1 to 4 processes: loss and gradients are one process's, and what is sent is what is stated."""
 
 import os
+import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fdistill_kernels as fk
+from fdistill_kernels import scattered
 from fdistill_kernels.backends import sharded
 from fdistill_kernels.parallel import VocabShard, vocab_shard
 
@@ -18,6 +23,16 @@ from .conftest import WHOLE
 N, V, D = 6, 61, 8
 #: Collectives of a row's loss without labels; those of the others are two.
 CALLS = {"lk": 3, "renyi": 4, "entropy_gated": 3, "csd": 3, "dkd": 4, "tail_aware": 4, "akl": 4 + sharded.HALVINGS}
+#: Numbers of a token that a rank sends for loss and both gradients; the others are 11.
+NUMBERS = {
+    "lk": 13,
+    "renyi": 14,
+    "entropy_gated": 12,
+    "csd": 12,
+    "dkd": 18,
+    "tail_aware": 32,
+    "akl": 14 + sharded.HALVINGS,
+}
 
 
 def run(tmp_path, world, work, *arguments):
@@ -54,6 +69,9 @@ def here(rank, world, size=None):
 
 
 def same(found, wanted, tolerance=1e-9):
+    assert found.shape == wanted.shape
+    if not wanted.numel():
+        return
     torch.testing.assert_close(
         found.double(), wanted.double(), rtol=tolerance, atol=tolerance * float(wanted.abs().max() + 1e-30)
     )
@@ -95,6 +113,8 @@ def every_divergence(rank, world):
             finally:
                 sharded._Rows.run = original
             assert [w.calls for w in calls] == [CALLS.get(divergence.name, 2)], (divergence.name, calls[0].calls)
+            assert calls[0].numbers == N * NUMBERS.get(divergence.name, 11), (divergence.name, calls[0].numbers)
+            assert calls[0].bytes <= 8 * calls[0].numbers
             finite = torch.isfinite(wanted)
             assert torch.equal(torch.isfinite(found), finite)
             same(found[finite], wanted[finite], tolerance)
@@ -103,7 +123,6 @@ def every_divergence(rank, world):
             for one, other in zip(whole, mine, strict=True):
                 rows = finite & (labels != -100)
                 same(other.grad[rows], one.grad[rows][:, part], 1e-8 if dtype == torch.float64 else 1e-4)
-    assert calls[0].numbers <= N * 16  # O(N): never a row
 
 
 def every_term(rank, world):
@@ -216,9 +235,6 @@ def hidden_states(rank, world):
 
 
 def dtensors(rank, world):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     mesh = init_device_mesh("cpu", (world,))
     student, teacher = randn(N, V, seed=11), randn(N, V, seed=12)
     whole = student.clone().requires_grad_()
@@ -241,8 +257,13 @@ def dtensors(rank, world):
     wanted.backward()
     head = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
     states = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
-    with pytest.raises(TypeError, match="student_weight is sharded"):  # it may be FSDP's, whose rows are others
-        fk.linear_f_divergence(hidden, head, teacher, divergence="kl")
+    plain = hidden.clone().requires_grad_()  # it may be FSDP's, whose rows are others: these happen to be the same
+    found = fk.linear_f_divergence(plain, head, teacher, divergence="kl")
+    found.backward()
+    same(found, wanted)
+    same(plain.grad, pair[0].grad)
+    same(head.grad.full_tensor(), pair[1].grad)
+    head.grad = None
     found = fk.linear_f_divergence(states, head, distribute_tensor(teacher, mesh, [Shard(1)]), divergence="kl")
     found.backward()
     same(found, wanted)
@@ -252,6 +273,195 @@ def dtensors(rank, world):
     same(fk.f_divergence(rows, teacher, "js"), fk.f_divergence(student, teacher, "js"))
     with pytest.raises(ValueError, match="shard is given beside student_logits, a DTensor"):
         fk.f_divergence(split, teacher, shard=VocabShard(dist.group.WORLD, 0, V))
+
+
+def scattered_heads(rank, world):
+    """FSDP's heads: each rank has rows of its own, and the head's gradient is the mean of the ranks'."""
+    counts = [3 + 2 * r if r != 1 else 0 for r in range(world)]  # a rank without rows, too
+    begin, rows = sum(counts[:rank]), sum(counts)
+    mine = slice(begin, begin + counts[rank])
+    hidden, weight, bias = randn(rows, D, seed=20), randn(V, D, seed=21), randn(V, seed=22, scale=0.1)
+    theirs, their_weight = randn(rows, 5, seed=23), randn(V, 5, seed=24)
+    labels = torch.arange(rows) * 7 % V
+    labels[::4] = -100
+    meshes = [(init_device_mesh("cpu", (world,)), [Shard(0)]), (init_device_mesh("cpu", (world,)), [Shard(1)])]
+    if world == 4:  # hybrid: two copies, each over two ranks; and over both
+        two = init_device_mesh("cpu", (2, 2))
+        meshes += [(two, [Replicate(), Shard(0)]), (two, [Shard(0), Shard(0)])]
+    decisions = scattered.takes_turns
+    for mesh, layout in meshes:
+        for turns in (True, False):
+            scattered.takes_turns = lambda *_, turns=turns: turns
+            for teacher in ("head", "scattered", "list", "logits", "labels"):
+                for reduction, factor in (("mean", 3.0), ("sum", 1.0 + rank), ("none", None)):
+                    head, shift = (
+                        distribute_tensor(
+                            x, mesh, layout if x.dim() > 1 or layout[-1].dim == 0 else [Replicate()]
+                        ).requires_grad_()
+                        for x in (weight, bias)
+                    )
+                    states = hidden[mine].clone().requires_grad_()
+                    whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+                    keywords = dict(
+                        ce_weight=0.3, teacher_temperature=1.0, temperature=1.2, chunk_bytes=2000, reduction=reduction
+                    )
+                    bias_of = dict(student_bias=shift) if layout[-1].dim == 0 else {}
+                    of_whole = dict(student_bias=whole[2]) if bias_of else {}
+                    logits = theirs @ their_weight.T
+                    given = {"head": (theirs[mine], their_weight), "scattered": (theirs[mine], distribute_tensor(their_weight, mesh, layout)),
+                             "list": (fk.top_k_of(logits[mine], 5), None), "logits": (logits[mine], None)}.get(teacher)  # fmt: skip
+                    if given is None:
+                        found = fk.linear_cross_entropy(
+                            states, head, labels[mine], linear_bias=bias_of.get("student_bias"), reduction=reduction
+                        )
+                    else:
+                        found = fk.linear_f_divergence(
+                            states, head, *given, divergence="js", labels=labels[mine], **bias_of, **keywords
+                        )
+                    upstream = (
+                        torch.full_like(found, factor)
+                        if factor
+                        else torch.linspace(1, 2, rows, dtype=found.dtype)[mine]
+                    )
+                    (found * upstream).sum().backward()
+                    total = 0
+                    for r in range(world):
+                        of_rank = slice(sum(counts[:r]), sum(counts[: r + 1]))
+                        if given is None:
+                            one = fk.linear_cross_entropy(
+                                whole[0][of_rank],
+                                whole[1],
+                                labels[of_rank],
+                                linear_bias=of_whole.get("student_bias"),
+                                reduction=reduction,
+                            )
+                        else:
+                            of_teacher = (
+                                (fk.top_k_of(logits[of_rank], 5), None)
+                                if teacher == "list"
+                                else (logits[of_rank], None)
+                                if teacher == "logits"
+                                else (theirs[of_rank], their_weight)
+                            )
+                            one = fk.linear_f_divergence(
+                                whole[0][of_rank],
+                                whole[1],
+                                *of_teacher,
+                                divergence="js",
+                                labels=labels[of_rank],
+                                **of_whole,
+                                **keywords,
+                            )
+                        scale = (
+                            3.0
+                            if reduction == "mean"
+                            else 1.0 + r
+                            if reduction == "sum"
+                            else torch.linspace(1, 2, rows, dtype=one.dtype)[of_rank]
+                        )
+                        total = total + (one * scale).sum()
+                        if r == rank:
+                            same(found, one)
+                    total.backward()
+                    same(states.grad, whole[0].grad[mine])
+                    same(head.grad.full_tensor(), whole[1].grad / world)
+                    if bias_of:
+                        same(shift.grad.full_tensor(), whole[2].grad / world)
+    scattered.takes_turns = decisions
+    assert decisions(1000, 32000, 64, 64, 2, True) and not decisions(64000, 32000, 64, 64, 2, True)
+
+
+def statistics_alone(rank, world):
+    """log_sum_exp of split logits, and log-probabilities and entropies of split heads."""
+    shard, part = here(rank, world)
+    logits, hidden, weight = randn(2, 3, V, seed=25), randn(N, D, seed=26), randn(V, D, seed=27)
+    logits[0, 1, :50] = -torch.inf
+    whole, mine = logits.clone().requires_grad_(), logits[..., part].clone().requires_grad_()
+    factors = torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3)
+    for cap in (None, 3.0):
+        whole.grad = mine.grad = None
+        wanted, found = fk.log_sum_exp(whole, logit_softcap=cap), fk.log_sum_exp(mine, logit_softcap=cap, shard=shard)
+        same(found, wanted)
+        (wanted * factors).sum().backward()
+        (found * factors).sum().backward()
+        same(mine.grad, whole.grad[..., part])
+    ids = torch.tensor([0, 4, 60, 5, -100, 22])
+    pairs = [x.clone().requires_grad_() for x in (hidden, weight, hidden, weight[part])]
+    keywords = dict(entropy=True, temperature=0.7, chunk_bytes=900)
+    wanted, found = fk.log_probs(*pairs[:2], ids, **keywords), fk.log_probs(*pairs[2:], ids, shard=shard, **keywords)
+    for one, other in zip(wanted, found, strict=True):
+        same(other, one)
+    for lp, h in (wanted, found):
+        (lp * factors.view(-1) + 0.3 * h).sum().backward()
+    same(pairs[2].grad, pairs[0].grad)
+    same(pairs[3].grad, pairs[1].grad[part])
+
+
+def of_fully_shard(rank, world):
+    """A head that fully_shard made a DTensor of: two steps are one process's."""
+    from torch.distributed.fsdp import fully_shard
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Linear(D, V, bias=False))
+
+    states, labels = randn(4 * world, D, seed=32, dtype=torch.float32), torch.arange(4 * world) * 5 % V
+    sharded_model, whole = model(), model()
+    fully_shard(sharded_model[0])
+    fully_shard(sharded_model[1])
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (sharded_model, whole)]
+    for _ in range(2):
+        mine = slice(4 * rank, 4 * rank + 4)
+        fk.linear_cross_entropy(sharded_model[0](states[mine]), sharded_model[1].weight, labels[mine]).backward()
+        fk.linear_cross_entropy(whole[0](states), whole[1].weight, labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(sharded_model.parameters(), whole.parameters(), strict=True):
+        same(one.full_tensor().detach(), other.detach(), 1e-5)
+
+
+def lost(rank, world, meeting, how):
+    """A rank that does not come to a loss."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=3))  # fmt: skip
+    shard, part = here(rank, world)
+    logits, hidden, weight = randn(N, V, seed=0)[:, part], randn(N, D, seed=1), randn(V, D, seed=2)[part]
+    if rank == 1:
+        fk.f_divergence(logits, logits, shard=shard)
+        if how == "hangs":
+            time.sleep(30)
+        os._exit(3)
+    begin = time.monotonic()
+    try:
+        fk.f_divergence(logits, logits, shard=shard)
+        fk.linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.long), shard=shard)
+    except RuntimeError as error:
+        Path(f"{meeting}.{rank}").write_text(f"{time.monotonic() - begin} {error}")
+    os._exit(0)
+
+
+def another_call(rank, world):
+    """A rank that brings something else is named on all ranks."""
+    shard, part = here(rank, world)
+    student, hidden, weight = randn(N, V, seed=28)[:, part], randn(N, D, seed=29), randn(V, D, seed=30)[part]
+    last = rank == world - 1
+    few = slice(0, N - 1) if last else slice(None)
+    name = "kl" if last else "js"
+    calls = {
+        rf"rank {world - 1} .* other rows \({N - 1}, and rank 0 {N}\)": (
+            lambda: fk.f_divergence(student[few], student[few], shard=shard),
+            lambda: fk.linear_cross_entropy(hidden[few], weight, torch.zeros(N, dtype=torch.long)[few], shard=shard),
+            lambda: fk.log_sum_exp(student[few], shard=shard)),
+        rf"rank {world - 1} .* other divergence than": (lambda: fk.f_divergence(student, student, name, shard=shard),),
+        rf"rank {world - 1} .* other entries_of_lists": (
+            lambda: fk.f_divergence(student, fk.top_k_of(randn(N, V, seed=31), 4 if last else 3), shard=shard),),
+    }  # fmt: skip
+    for words, some in calls.items():
+        for call in some:
+            with pytest.raises(ValueError, match=words):
+                call()
 
 
 def padding_and_other_groups(rank, world):
@@ -293,16 +503,40 @@ def in_a_compiler(rank, world):
     eager.backward()
     same(loss, eager)
     same(leaf.grad, other.grad)
+    mesh = init_device_mesh("cpu", (world,))
+    logits, teacher = (distribute_tensor(randn(N, V, seed=s), mesh, [Shard(1)]) for s in (17, 18))
+    leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    compiled = torch.compile(lambda x, t: fk.f_divergence(2 * x, t, "js"), fullgraph=True, backend="aot_eager")
+    compiled(leaf, teacher).backward()
+    fk.f_divergence(2 * other, teacher, "js").backward()
+    same(leaf.grad.full_tensor(), other.grad.full_tensor())
 
 
 def everything(rank, world):
-    for work in (every_divergence, every_term, lists, hidden_states, dtensors, padding_and_other_groups):
+    for work in (every_divergence, every_term, lists, hidden_states, dtensors, padding_and_other_groups,
+                 statistics_alone, another_call, scattered_heads, of_fully_shard):  # fmt: skip
         work(rank, world)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4] if WHOLE else [2, 4])
 def test_a_split_vocabulary_is_the_whole_one(tmp_path, world):
     run(tmp_path, world, everything)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_does_not_come_is_named_on_all_others_in_time(tmp_path, how):
+    context, meeting = mp.get_context("spawn"), tmp_path / "meeting"
+    ranks = [context.Process(target=lost, args=(r, 3, str(meeting), how)) for r in range(3)]
+    for process in ranks:
+        process.start()
+    for process in (ranks[0], ranks[2]):
+        process.join(60)
+        assert process.exitcode == 0
+    ranks[1].kill()
+    for rank in (0, 2):
+        seconds, words = Path(f"{meeting}.{rank}").read_text().split(" ", 1)
+        assert f"loss ended on rank {rank}: ranks [1] of its group were not heard of" in words
+        assert float(seconds) < 2 * 3 + 4  # the group's limit twice: until the last has noticed, and for its name
 
 
 def test_inside_a_compiler(tmp_path):

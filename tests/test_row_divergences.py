@@ -34,6 +34,7 @@ def test_all_of_the_table_that_asks():
     assert NAMES == ["lk", "renyi", "akl", "entropy_gated", "tail_aware", "dkd", "csd"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("memory", ["chunks", "minimal"])
 def test_of_hidden_states(name, memory, backend):

@@ -295,6 +295,11 @@ def test_lists_that_are_empty_padded_or_longer_than_the_vocabulary():
     assert loss.item() == 0 and parts.overlap == 0 and parts.student_mass == 0
     empty = fk.f_divergence(student[:0], fk.TopK(ids[:0], log_probs[:0]), "kl")
     assert empty.item() == 0
+    for shape in ((0, 9), (2, 0, 9), (9,)):
+        of_none = torch.zeros(shape)
+        for made in (fk.top_k_of(of_none, 3), fk.sample_of(of_none, 3)):
+            assert made.ids.shape == (*shape[:-1], 3)
+            assert torch.isfinite(fk.f_divergence(of_none, made, "js"))
     hidden, head = torch.randn(0, 4, requires_grad=True), torch.randn(6, 4)
     assert fk.linear_f_divergence(hidden, head, fk.TopK(ids[:0], log_probs[:0]), divergence="kl").item() == 0
 
@@ -668,7 +673,7 @@ def test_the_rest_s_gradient_keeps_its_digits(backend, above, temperature):
 @pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "within"])
 def test_a_student_that_is_0_off_the_list(backend, tail):
     """Constrained decoding: both models have all their mass on the list, and the loss is the dense one's."""
-    student, teacher = logits_of(64, 40, 50), logits_of(65, 40, 50)
+    student, teacher = logits_of(64, 10, 50), logits_of(65, 10, 50)
     student[:, 30:] = teacher[:, 30:] = -math.inf
     log_probs, ids = teacher.float().log_softmax(-1).topk(30, -1)
     for name in ("kl", "rkl", "jeffreys", "js"):

@@ -64,6 +64,8 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
 
 def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     call = call.checked()
+    if call.shard.group:
+        sharded.agree(call, rows=len(call.terms.row_scale))
     check_label_range(call.terms.labels, call.terms.row_scale, call.vocabulary)
     sparse.check_targets(call.targets, call.terms.row_scale, call.vocabulary)
     if not call.terms.row_scale.numel():

@@ -45,13 +45,14 @@ NO_LIST = Targets()
 @carried
 class Shard(NamedTuple):
     """Which part of the vocabulary rows have here: entries from `begin` on of `size`, of the ranks of a process group,
-    by its name; "": all of it. sum_hidden: as in `parallel.VocabShard`.
+    by its name; "": all of it. sum_hidden, own_rows: as in `parallel.VocabShard`.
     """
 
     group: str = ""
     begin: int = 0
     size: int = 0
     sum_hidden: bool = True
+    own_rows: bool = False
 
 
 WHOLE = Shard()

@@ -22,36 +22,13 @@ from torch import Tensor
 
 from ..formulas import NOTHING, Entry, Formula, times
 from .chunked import CHUNK_ELEMENTS, _widest, log_ratio
-from .rows import RowCall, cap_slope, capped
+from .collectives import Collectives
+from .rows import LinearCall, RowCall, cap_slope, capped
 
+#: Entries of rows made at once on a GPU, where a piece is some two hundred launches: 16 MB of each of its tensors.
+CARD_ELEMENTS = 1 << 22
 #: Halvings that find akl's threshold among float32 logarithms of probabilities, from −104 to 0.
 HALVINGS = 40
-
-
-class Collectives:
-    """What is sent between ranks, and how often: `calls`, `numbers` sent by this rank."""
-
-    def __init__(self, group: Any):
-        self.group: Any = dist.distributed_c10d._resolve_process_group(group)
-        self.ranks, self.calls, self.numbers = self.group.size(), 0, 0
-
-    def _count(self, x: Tensor) -> None:
-        self.calls, self.numbers = self.calls + 1, self.numbers + x.numel()
-
-    def gathered(self, x: Tensor) -> Tensor:
-        """(…) of each rank as (ranks, …)."""
-        self._count(x)
-        out = x.new_empty(self.ranks * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
-        return out.view(self.ranks, *x.shape)
-
-    def reduced(self, x: Tensor, how: Any = None) -> Tensor:
-        """The sum over ranks, or another reduction."""
-        how = dist.ReduceOp.SUM if how is None else how  # not every build of torch has it
-        self._count(x)
-        x = x.contiguous()
-        dist.all_reduce(x, how, group=self.group)
-        return x
 
 
 class Model(NamedTuple):
@@ -79,6 +56,22 @@ class Local(NamedTuple):
     probability: Tensor
 
 
+def agree(call: RowCall | LinearCall, number: int | None = None, **more: Any) -> list[int]:
+    """Every rank's number, once all have been found to make the same call; see `Collectives.agree`.
+
+    more: what else must be the same.
+    """
+    terms, of = call.terms, "" if call.divergence is None else str(call.divergence)
+    teacher, targets = (call.teacher, call.targets) if isinstance(call, RowCall) else (None, call.teacher.targets)
+    wants = (call.student_gradient, call.teacher_gradient) if isinstance(call, RowCall) else call.wants
+    return Collectives(call.shard.group).agree(
+        terms.row_scale.device, number, dtype=str(terms.row_scale.dtype), vocabulary=call.vocabulary, divergence=of,
+        teacher=teacher is not None, entries_of_lists=0 if targets.ids is None else targets.ids.shape[1],
+        tail=targets.tail, labels=terms.labels is not None, metrics=terms.metrics, gradients=str(tuple(wants)),
+        smoothing=str(terms.label_smoothing), **more,
+    )  # fmt: skip
+
+
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`; the rows' numbers and all they are made of must be the same on every rank."""
     return _Rows(call).run()
@@ -91,7 +84,8 @@ class _Rows:
         self.call, self.terms, self.shard = call, call.terms, call.shard
         self.wire = Collectives(call.shard.group)
         self.rows, self.dtype = len(call.terms.row_scale), call.terms.row_scale.dtype
-        self.step = max(1, CHUNK_ELEMENTS // max(1, -(-call.shard.size // self.wire.ranks)))
+        piece = CARD_ELEMENTS if call.student.is_cuda else CHUNK_ELEMENTS
+        self.step = max(1, piece // max(1, -(-call.shard.size // self.wire.ranks)))
         self.live = (call.terms.row_scale != 0).unsqueeze(1)
         self.rates = [
             x.unsqueeze(1) for x in (call.terms.student_inverse_temperature, call.terms.teacher_inverse_temperature)
@@ -158,7 +152,9 @@ class _Rows:
             top, rate = tops.amax(0), self.rates[i]
             owner = (tops == top).byte().argmax(0)
             weight = torch.where(tops == -torch.inf, 0, ((tops - top) * rate).exp())
-            log_total = times(weight, totals).sum(0).log().to(self.dtype)
+            log_total = (
+                times(weight, totals).sum(0).log()
+            )  # of models that nearly agree the digits beyond float32 count
             mine = owner == self.wire.group.rank()
             self.models.append(Model(top.to(self.dtype), log_total, rate, mine, places[:, i : i + 1]))
             self.there.append(others.gather(0, owner.unsqueeze(0))[0].to(self.dtype))
@@ -286,7 +282,7 @@ class _Rows:
                 found.append(term)
                 continue
             peak, p = self.at_peak(n, i), local[i].probability
-            measured = term - times(p, peak / (-models[i].log_total).exp())
+            measured = term - times(p, peak / (-models[i].log_total).exp().to(p.dtype))
             mine = models[i].mine & (torch.arange(p.shape[1], device=p.device) == models[i].peak)
             found.append(torch.where(mine, 0, measured))
         return value, found, local
@@ -422,5 +418,5 @@ def _total(x: Tensor, top: Tensor, rate: Any) -> Tensor:
 
 def _local(logits: Tensor, model: Model) -> Local:
     shifted = (logits - model.top) * model.rate
-    log_probability = shifted - model.log_total
+    log_probability = shifted - model.log_total.to(shifted.dtype)
     return Local(logits, shifted, log_probability, log_probability.exp())

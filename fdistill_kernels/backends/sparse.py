@@ -29,8 +29,8 @@ from ..carried import replaced
 from ..divergences import Divergence
 from ..own import FDivergence, autograd_inside_an_operator
 from . import chunked, sharded
+from .collectives import Collectives
 from .rows import RowCall, Shard, Targets, TokenTerms, cap_slope, capped
-from .sharded import Collectives
 
 #: A row's mass above 1 that is taken for rounding (8-bit log-probabilities are 3 % off), and scaled away.
 MOST_MASS = 1.05

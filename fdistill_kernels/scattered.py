@@ -1,0 +1,174 @@
+"""Heads whose rows are scattered over ranks that have each tokens of their own, as FSDP leaves them.
+
+Either way costs the same products; what is sent decides (`takes_turns`):
+
+    gathered    the head comes whole to every rank, and its gradient goes back, as in FSDP's own forward: O(V·D)
+    in turns    each rank's hidden states come to all, which make its loss together, the vocabulary split over them as
+                in tensor parallelism; ∂hidden goes back: O(N·D) of all ranks' tokens, and no rank ever has V×D
+
+A rank's loss is of its own tokens. The head's gradient is the mean over the mesh, as FSDP makes it for all parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import sharded
+from .backends.collectives import Collectives
+from .backends.rows import LinearCall
+from .carried import built, flat, names_of
+from .parallel import VocabShard, is_dtensor, scattered_shard
+from .sparse import TopK
+from .values import Head, Hidden
+
+#: Tensors of a call that are the same for all of its rows.
+OF_ALL = ("head_weight", "head_bias", "teacher_weight", "teacher_bias", "terms_class_weight")
+
+
+def takes_turns(
+    rows: int, vocabulary: int, width: int, teacher_width: int, itemsize: int, teacher_scattered: bool
+) -> bool:
+    """Whether less is sent where hidden states go to the head than where the head goes to them.
+
+    A gradient is sent in float32, beside what it is of: in turns ``rows·(D_s (itemsize + 4) + D_t itemsize)`` bytes,
+    gathered ``V·(D_s (itemsize + 4) + D_t itemsize)``, the last where the teacher's head is scattered too.
+
+    Args:
+        rows: N of all ranks together.
+        teacher_width: D_t of a teacher's hidden states; 0: there are none.
+    """
+    of_student, of_teacher = width * (itemsize + 4), teacher_width * itemsize
+    return rows * (of_student + of_teacher) < vocabulary * (of_student + of_teacher * teacher_scattered)
+
+
+def head_here(
+    hidden: Tensor, head: Head, teacher: Any, teacher_weight: Any, vocab_size: int | None
+) -> tuple[Head, VocabShard | None]:
+    """A head that may be a DTensor beside hidden states that are this rank's own: whole; or its rows here, and which.
+
+    teacher, teacher_weight: as the losses take them; None: there is none. All ranks of the head's mesh must ask.
+
+    Raises:
+        ValueError: another layout of the bias than of the weight.
+    """
+    weight: Any = head.weight
+    bias: Any = head.bias
+    if not is_dtensor(weight):
+        return head, None
+    if bias is not None and (not is_dtensor(bias) or bias.placements != weight.placements):
+        raise ValueError("the bias of a head that is a DTensor must be one of the same placements")
+    size = weight.shape[0] if vocab_size is None else min(vocab_size, weight.shape[0])
+    shard = scattered_shard(weight, size)
+    if isinstance(teacher, Hidden):
+        teacher, teacher_weight = teacher
+    if isinstance(teacher_weight, Head):
+        teacher_weight = teacher_weight.weight
+    if shard is not None and _can_be_split(teacher, teacher_weight, weight):
+        of_teacher = teacher.shape[-1] if teacher_weight is not None else 0
+        wire = Collectives(shard.group.group_name)
+        rows = sum(wire.agree(hidden.device, hidden.shape[:-1].numel(), teacher_width=of_teacher, vocabulary=size))
+        if takes_turns(rows, size, weight.shape[1], of_teacher, weight.element_size(), is_dtensor(teacher_weight)):
+            return head._replace(weight=weight.to_local(), bias=None if bias is None else bias.to_local()), shard
+    return head._replace(weight=whole(weight), bias=None if bias is None else whole(bias)), None
+
+
+def _can_be_split(teacher: Any, teacher_weight: Any, weight: Any) -> bool:
+    """Whether a teacher has its part of the vocabulary on each rank; logits, of which a rank has its own rows, have
+    not.
+    """
+    if teacher_weight is None:
+        return teacher is None or isinstance(teacher, TopK)
+    return not is_dtensor(teacher_weight) or (
+        teacher_weight.device_mesh == weight.device_mesh and teacher_weight.placements == weight.placements
+    )
+
+
+def whole(value: Any) -> Any:
+    """All of a DTensor, differentiable: its gradient is the mean of the ranks'. Another tensor is as it is."""
+    return _Whole.apply(value) if is_dtensor(value) else value
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Any) -> Tensor:
+        ctx.layout = value.device_mesh, value.placements, value.dtype
+        return value.detach().full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh, placements, dtype = ctx.layout
+        mean = gradient.to(torch.promote_types(dtype, torch.float32)) / mesh.size()
+        partial = DTensor.from_local(mean, mesh, [Partial()] * mesh.ndim, run_check=False)
+        return partial.redistribute(placements=placements).to(dtype)
+
+
+def rows_in_turns(call: LinearCall, run: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parts (3 or more, N) and ∂hidden of this rank's rows; the gradients of the weight and bias here, of the mean of
+    all ranks' losses.
+
+    run: makes them of a call whose rows are the same on all ranks.
+    """
+    wire = Collectives(call.shard.group)
+    counts = sharded.agree(call, len(call.hidden), width=call.hidden.shape[1])
+    turns = [rank for rank in range(wire.ranks) if counts[rank]]
+    parts, of_hidden, of_weight, of_bias = (x.zero_() for x in _results(call))
+    coming = _begin(call, wire, turns[0], counts) if turns else None
+    sums: list[Any] = []
+    for i, rank in enumerate(turns):
+        assert coming is not None
+        of_rank = _end(call, wire, coming)
+        coming = _begin(call, wire, turns[i + 1], counts) if i + 1 < len(turns) else None  # under this turn's products
+        some_parts, states, weight, bias = run(of_rank)
+        if rank == wire.rank:
+            parts = some_parts
+        if call.wants.hidden:
+            sums.append((wire.begin_sum_at(states, rank), rank, states))
+        of_weight += weight
+        of_bias += bias
+    for work, rank, states in sums:
+        wire.end(work)
+        of_hidden = states if rank == wire.rank else of_hidden
+    return parts, of_hidden, of_weight / wire.ranks, of_bias / wire.ranks
+
+
+def _results(call: LinearCall) -> list[Tensor]:
+    (hidden, weight, bias), wide = call.wants, call.terms.row_scale
+    rows, (entries, width) = len(call.hidden), call.head.weight.shape
+    return [wide.new_empty(call.parts, rows), wide.new_empty((rows, width) if hidden else 0),
+            wide.new_empty((entries, width) if weight else 0), wide.new_empty(entries if bias else 0)]  # fmt: skip
+
+
+def _begin(call: LinearCall, wire: Collectives, rank: int, counts: list[int]) -> tuple[list[Any], list[Any]]:
+    """Begins to send the tensors of a rank's rows: what is under way, and where they come to. Vectors go as one."""
+    leaves, under_way, places = flat(call), [], []
+    of_rows = [i for i, n in enumerate(names_of(LinearCall)) if n not in OF_ALL and isinstance(leaves[i], Tensor)]
+    vectors = [i for i in of_rows if leaves[i].dim() == 1 and leaves[i].is_floating_point()]
+    for where in (vectors, *[[i] for i in of_rows if i not in vectors]):
+        given = torch.stack([leaves[i] for i in where], 1) if len(where) > 1 else leaves[where[0]]
+        out = given.contiguous() if rank == wire.rank else given.new_empty(counts[rank], *given.shape[1:])
+        under_way.append(wire.begin_broadcast(out, rank))
+        places.append((where, out))
+    return under_way, places
+
+
+def _end(call: LinearCall, wire: Collectives, coming: tuple[list[Any], list[Any]]) -> LinearCall:
+    """The call of the rows that have come, the same on all ranks."""
+    leaves, (under_way, places) = flat(call), coming
+    for work, (where, out) in zip(under_way, places, strict=True):
+        wire.end(work)
+        for i, x in zip(where, out.unbind(1) if len(where) > 1 else (out,), strict=True):
+            leaves[i] = x.contiguous()
+    of_rank = built(LinearCall, leaves)
+    return of_rank._replace(shard=call.shard._replace(own_rows=False, sum_hidden=False))
+
+
+def same_factor(factor: Tensor, group: str) -> bool:
+    """Whether all ranks' losses have the same upstream gradient, as their common head's gradient was made for."""
+    every = Collectives(group).gathered(factor.reshape(1)).tolist()
+    return all(x == every[0] or (math.isnan(x[0]) and math.isnan(every[0][0])) for x in every)
