@@ -162,6 +162,66 @@ def every_term(rank, world):
     same(over.grad, whole.grad[..., part])
 
 
+def on_triton(rank, world):
+    """The row kernel's phases over ranks, in whole rows and in spans; what it leaves to torch's operations, too."""
+    from fdistill_kernels.backends import triton
+    from fdistill_kernels.backends.triton import launch
+
+    shard, part = here(rank, world)
+    labels = torch.tensor([0, 4, 60, 5, -100, 22])
+    split, runs = triton.run, []
+    triton.run = lambda *arguments: (runs.append(arguments[0]), split(*arguments))[1]
+    for dtype, tolerance in ((torch.float32, 3e-5), (torch.bfloat16, 1e-2)):
+        student, teacher = randn(N, V, seed=40, dtype=dtype), randn(N, V, seed=41, dtype=dtype)
+        student[2, 7], student[2, 40] = 9.0, 9.0
+        teacher[3, :50] = -torch.inf
+        for spans in (1, 2):
+            for name in ("kl", "js", "tvd", "skew_rkl", "hellinger", "lk") if spans == 1 else ("js", "gjs"):
+                keywords = dict(
+                    labels=labels, ce_weight=0.4, z_loss=1e-2, temperature=1.3, logit_softcap=12.0, backend="triton"
+                )
+                whole, mine = (
+                    [x.clone().requires_grad_() for x in pair]
+                    for pair in ((student, teacher), (student[:, part], teacher[:, part]))
+                )
+                wanted = fk.f_divergence(*(x.double() for x in whole), name, **{**keywords, "backend": "torch"})
+                runs.clear()
+                with launch.forced(launch.Launch(8, 1, 2, spans)):
+                    found = fk.f_divergence(*mine, name, **keywords, shard=shard)
+                assert len(runs) == (name != "lk")  # whose statistics the kernels do not split
+                same(found, wanted, tolerance)
+                (3 * wanted).backward()
+                (3 * found).backward()
+                for one, other in zip(whole, mine, strict=True):
+                    same(other.grad, one.grad[:, part], tolerance)
+            own, other = (x.clone().requires_grad_() for x in (student, student[:, part]))
+            fk.cross_entropy(own, labels, z_loss=1e-2).backward()
+            fk.cross_entropy(other, labels, z_loss=1e-2, shard=shard, backend="triton").backward()
+            same(other.grad, own.grad[:, part], tolerance)
+    hidden, weight, theirs = (randn(*s, seed=42, dtype=torch.float32) for s in ((N, D), (V, D), (V, D)))
+    pairs = [x.clone().requires_grad_() for x in (hidden, weight, hidden, weight[part])]
+    wanted = fk.linear_f_divergence(*pairs[:2], hidden, theirs, "kl", labels=labels, ce_weight=0.5, backend="torch")
+    runs.clear()
+    found = fk.linear_f_divergence(
+        *pairs[2:],
+        hidden,
+        theirs[part],
+        "kl",
+        labels=labels,
+        ce_weight=0.5,
+        backend="triton",
+        shard=shard,
+        chunk_bytes=600,
+    )
+    assert runs
+    same(found, wanted, 3e-5)
+    wanted.backward()
+    found.backward()
+    same(pairs[2].grad, pairs[0].grad, 3e-5)
+    same(pairs[3].grad, pairs[1].grad[part], 3e-5)
+    triton.run = split
+
+
 def lists(rank, world):
     shard, part = here(rank, world)
     student, teacher = randn(N, V, seed=4), randn(N, V, seed=5)
@@ -514,7 +574,7 @@ def in_a_compiler(rank, world):
 
 def everything(rank, world):
     for work in (every_divergence, every_term, lists, hidden_states, dtensors, padding_and_other_groups,
-                 statistics_alone, another_call, scattered_heads, of_fully_shard):  # fmt: skip
+                 statistics_alone, another_call, scattered_heads, of_fully_shard, on_triton):  # fmt: skip
         work(rank, world)
 
 

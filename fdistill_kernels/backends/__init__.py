@@ -74,12 +74,15 @@ def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rows_by(name: str, call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
-    """A checked call's rows by a backend; those beside a list, which `cuda` has no kernels for, by Triton's there."""
-    if call.targets.ids is None:
-        return (sharded if call.shard.group else BACKENDS[name]).divergence_rows(call)
-    if name == "cuda":
+    """A checked call's rows by a backend; those beside a list or over ranks, which `cuda` has no kernels for, by
+    Triton's there.
+    """
+    if name == "cuda" and (call.targets.ids is not None or call.shard.group):
         reason = triton.why_not(call.student.device, call.student.dtype, call.divergence)
         name = "triton" if reason is None else "torch"
+    if call.targets.ids is None:
+        split = call.shard.group and not (name == "triton" and triton.takes_split(call))
+        return (sharded if split else BACKENDS[name]).divergence_rows(call)
     return sparse.divergence_rows(call, BACKENDS[name])
 
 

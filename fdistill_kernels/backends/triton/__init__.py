@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...divergences import Divergence, by_key
 from ...row_formulas import KERNELS
+from ..collectives import Collectives
 from ..rows import VECTORS, RowCall, TokenTerms
 from .launch import ALWAYS
 
@@ -127,13 +128,26 @@ def _launch(call: RowCall) -> Any:
     from . import launch
 
     symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
-    rows, _, vocabulary = call.terms.row_scale.shape[0], *call.student.shape[1:]
+    rows, vocabulary = call.terms.row_scale.shape[0], call.student.shape[2]
+    if call.shard.group:  # the same for all ranks, though their shards may differ
+        vocabulary = -(-call.shard.size // Collectives(call.shard.group).ranks)
     heavy = call.teacher_gradient or symbol in HEAVY
     return launch.choose(rows, vocabulary, call.student.element_size(), call.student.device, symbol, heavy)
 
 
+def takes_split(call: RowCall) -> bool:
+    """Whether the kernels can make rows that are split over ranks: those of all but statistics, metrics and what is of
+    every class.
+    """
+    terms = call.terms
+    statistics = call.divergence is not None and call.divergence.statistics is not None
+    return not (statistics or terms.metrics or terms.label_smoothing or terms.class_weight is not None)
+
+
 def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The call under a given `Launch`."""
+    """The call under a given `Launch`. Ranks that split a vocabulary are like the spans of a row: what they leave in
+    `partials` goes to all between the phases.
+    """
     from .kernels import rows as kernels
 
     student, teacher, divergence, terms = call.student, call.teacher, call.divergence, call.terms
@@ -149,8 +163,12 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     blocks = -(-vocabulary // launch.block)
     span = -(-blocks // launch.splits) * launch.block
     splits = -(-vocabulary // span)
-    padded = 1 << (splits - 1).bit_length()
-    partials = _empty_partials(rows, padded, student.device) if splits > 1 else None
+    wire = Collectives(call.shard.group) if call.shard.group else None
+    if wire is not None and terms.labels is not None:
+        terms = terms._replace(labels=terms.labels - call.shard.begin)
+    met = splits if wire is None else launch.splits * wire.ranks
+    padded = 1 << (met - 1).bit_length()
+    partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
     coefficients = _coefficients(call, terms, launch) if divergence and divergence.statistics else None
     if terms.metrics:
         write_metrics(call, parts, launch)
@@ -174,13 +192,28 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
         )  # fmt: skip
 
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
-        if splits == 1:
+        if partials is None:
             phase(0, (launch.programs, 1))
         else:
             for number in (1, 2, 3) if teacher is not None else (1, 3):
-                phase(number, (rows, splits))
+                phase(number, (rows, splits) if splits > 1 else (launch.programs, 1))
+                if wire is not None and number < 3:
+                    _meet(wire, partials, launch.splits, number)
     of_student, of_teacher = (student.new_empty(0) if x is None else x for x in (fresh, of_teacher))
     return parts, of_student, of_teacher
+
+
+def _meet(wire: Collectives, partials: Tensor, splits: int, phase: int) -> None:
+    """What a phase has left of this rank's spans, to that of all ranks."""
+    if phase == 1:  # (ranks, 9, rows, splits); the label's logit is on one rank, on the others NaN
+        every = wire.gathered(partials[:9, :, :splits])
+        partials[:9, :, : wire.ranks * splits] = every.permute(1, 2, 0, 3).flatten(2)
+        of_label = every[:, 8, :, :1]
+        partials[8] = torch.where(of_label.isnan(), -torch.inf, of_label).amax(0)
+    else:
+        total = wire.reduced(partials[9:].sum(2))
+        partials[9:] = 0
+        partials[9:, :, 0] = total
 
 
 def _line(block: int, student: Tensor, *others: Tensor | None) -> int:
