@@ -34,17 +34,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 def _divergence(text: str) -> Divergence:
     """A name, or name=parameters as in alpha=0.3 and ab=0.2,0.7."""
-    name, _, given = text.partition("=")
     try:
-        if not given:
-            return resolve(name)
-        if name not in PARAMETERS:
-            raise ValueError(f"{name} takes no parameter")
-        make, names = PARAMETERS[name]
-        parameters = [x if x.isalpha() else float(x) for x in given.split(",")]
-        if len(parameters) > len(names):
-            raise ValueError(f"{name} takes {', '.join(names)}, not {given}")
-        return make(*parameters)
+        return resolve(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
