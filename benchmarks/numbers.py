@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/"
-OLDER = ("paper_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
+OLDER = ("paper_pilot_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
 DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
 ENTRIES = "results", "cases", "lists", "states", "split", "heads", "shares"  # lists of a result file
 BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -124,12 +124,69 @@ def demo(number: Numbers) -> str:
     return table(("", "held-out KL to the teacher", "perplexity"), [line(name) for name in names])
 
 
+PAPER = "paper_cpu.json"
+NOT_YET = "No run of this design has been finished and committed yet.\n"
+
+
+def _estimate(number: Numbers, form: str, *keys: str) -> str:
+    """A value with its interval, of which one seed has none."""
+    found = number.file(PAPER)
+    for key in keys:
+        found = found[int(key) if isinstance(found, list) else key]
+    shown = [format(found[name], form) for name in ("value", "low", "high") if found.get(name) is not None]
+    number.read += [(text, RESULTS + PAPER, " / ".join(keys)) for text in shown]
+    return shown[0] + (f" ({shown[1]} to {shown[2]})" if len(shown) == 3 else "")
+
+
+def paper_verdicts(number: Numbers) -> str:
+    """The hypotheses of the paper's experiment, and whether its teacher is what they are about."""
+    if not (ROOT / RESULTS / PAPER).exists():
+        return NOT_YET
+    found = number.file(PAPER)
+    gate, outside = found["gate"], "" if found["gate"]["passed"] else ", outside the gate"
+    of_gate = (number(PAPER, "gate", name, form=form) for name, form in (("teacher_dist", ".3f"), ("looping", ".1%")))
+    lines = [
+        (name, "; ".join(f"{d['difference']} = {_estimate(number, '.3f', 'hypotheses', name, 'differences', str(i))}"
+                         for i, d in enumerate(h["differences"])),
+         h["measure"], number(PAPER, "hypotheses", name, "holm", form=".3f"), h["verdict"] + outside)
+        for name, h in found["hypotheses"].items()
+    ]  # fmt: skip
+    return (
+        f"{found['seeds']} seeds, {found['sentences']} test sentences, {found['run']['device']}, commit "
+        f"`{found['run']['commit'][:7]}`. The teacher's TeacherDist is\n{next(of_gate)}, and {next(of_gate)} of its "
+        f"greedy outputs loop: it is {'inside' if gate['passed'] else '**outside**'} the gate"
+        + ("" if gate["passed"] else ", and the claims about translation are not tested by this table")
+        + ".\n\n"
+        + table(("", "difference (95% interval)", "of", "p, Holm", "verdict"), lines)
+    )
+
+
+def paper_arms(number: Numbers) -> str:
+    """The paper's experiment by arm, and the time of an update with samples stored or not."""
+    if not (ROOT / RESULTS / PAPER).exists():
+        return NOT_YET
+    columns = {"bleu": ("BLEU", ".2f"), "chrf": ("chrF", ".2f"), "ter": ("TER", ".1f"),
+               "likelihood_risk": ("R_llh", ".3f"), "coverage_risk": ("R_cvg", ".3f"), "kl": ("KL", ".3f"),
+               "length_ratio": ("words ÷ reference's", ".2f"), "looping": ("greedy loops, %", ".1f")}  # fmt: skip
+    forms = {name: form for name, (_, form) in columns.items()}
+    lines = [
+        (arm, *(_estimate(number, form, "arms", arm, name) for name, form in forms.items()))
+        for arm in number.file(PAPER)["arms"]
+    ]
+    ratios = " and ".join(number(PAPER, "timing", f"{arm} online ÷ stored", form=".2f") for arm in ("js", "tvd"))
+    return (
+        table(("", *(shown for shown, _ in columns.values())), lines)
+        + f"\nAn update with the teacher's samples drawn online takes {ratios} times as long as with those\n"
+        f"stored, for js and tvd.\n\n![arms, risks and differences](../{RESULTS}{PAPER.replace('json', 'png')})\n"
+    )
+
+
 def paper(number: Numbers) -> str:
-    """The paper's experiment."""
+    """The paper's experiment, of one seed: the pilot."""
     shown = {"bleu": ".2f", "chrf": ".2f", "ter": ".2f", "likelihood_risk": ".2f", "coverage_risk": ".2f",
              "perplexity": ".2f"}  # fmt: skip
     methods = ("teacher", "predistill", "seqkd", "engine", "kl", "rkl", "js", "tvd")
-    lines = [(m, *(number("paper_cpu.json", m, key, form=form) for key, form in shown.items())) for m in methods]
+    lines = [(m, *(number("paper_pilot_cpu.json", m, key, form=form) for key, form in shown.items())) for m in methods]
     return table(("", "BLEU", "chrF", "TER", "R_llh", "R_cvg", "perplexity"), lines)
 
 
@@ -137,7 +194,7 @@ def paper_steps(number: Numbers) -> str:
     """Where the paper's experiment spends its time."""
 
     def of(method: str, *keys: str, form: str) -> str:
-        return number("paper_cpu.json", "timing", f"{method} {keys[0]}", *keys[1:], form=form)
+        return number("paper_pilot_cpu.json", "timing", f"{method} {keys[0]}", *keys[1:], form=form)
 
     def both(*keys: str, form: str) -> str:
         return " and ".join(of(method, *keys, form=form) for method in ("js", "tvd"))
@@ -443,6 +500,8 @@ BLOCKS = {
         demo,
         paper,
         paper_steps,
+        paper_verdicts,
+        paper_arms,
         versions,
         precision,
         vocabularies,

@@ -24,7 +24,7 @@ WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
 #: What takes longest begins first, so that no worker is left with it at the end.
 LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
-           "test_every_stage", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
+           "test_killed_and_gone_on_with", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
 
 
 def patch_once(patch):

@@ -1,274 +1,184 @@
-"""English–Romanian translation: a teacher trained from scratch, 3+1-layer students distilled from it by every method.
+"""The paper's experiment on English–Romanian, made again: several seeds, every arm, every sentence kept.
 
-    python -m benchmarks.paper.run --data FOLDER --out FOLDER [--gpu] [--stage NAME ...] [--smoke]
+    python -m benchmarks.paper.run --data FOLDER --out FOLDER [--size cpu|card|smoke] [--seeds N] [--processes N]
+    python -m benchmarks.paper.run --data FOLDER --out FOLDER --watch       looks on at one that is running
 
-FOLDER of the data has gettext_en_ro.{train,test}.tsv.gz. Stages: teacher, predistilled, samples, one a method, timing,
-table. Each is skipped where its result is there already, so that a stopped run goes on; --stage runs some alone. Writes
-results.json, table.md and table.png.
+FOLDER of the data has gettext_en_ro.{train,dev,test}.tsv.gz, English and Romanian sentences a line. Workers of one
+thread each take one stage after the other (`stages.py`), all of the first seed's first; whatever is killed goes on with
+the same command. At the end, and at any time by `python -m benchmarks.paper.analysis --out FOLDER`, results.json,
+report.md and results.png are made of the seeds that are complete.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import gzip
+import contextlib
+import fcntl
+import gc
 import json
+import multiprocessing
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
-from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-    set_seed,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import HfArgumentParser
 
+from benchmarks.paper import analysis
+from benchmarks.paper.stages import SIZES, Experiment, progress
 from fdistill_kernels.provenance import provenance
-from fdistill_kernels.sequence import run as sequence_run
-from fdistill_kernels.sequence.data import read_pairs, tokenize
-from fdistill_kernels.sequence.metrics import draw_all, teacher_dist
-from fdistill_kernels.sequence.run import Job, Run, load_model
-from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
-
-METHODS = ("seqkd", "engine", "kl", "rkl", "js", "tvd")
-SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(pairs=64, distil_pairs=16, vocabulary=400, width=16, layers=4, teacher_steps=4, predistill_steps=2,
-                  steps=2, batch=4, test=4, tokens=8, timed=1),
-    "cpu": dict(pairs=None, distil_pairs=4800, vocabulary=4000, width=192, layers=4, teacher_steps=5000,
-                predistill_steps=800, steps=300, batch=16, test=200, tokens=48, timed=20),
-    "gpu": dict(pairs=None, distil_pairs=None, vocabulary=16000, width=512, layers=6, teacher_steps=6000,
-                predistill_steps=3000, steps=1500, batch=64, test=1000, tokens=64, timed=50),
-}  # fmt: skip
+from fdistill_kernels.sequence.sampling import write_whole
 
 
-class Experiment:
-    """The folder, the sizes and the stages."""
+@dataclass
+class Arguments:
+    """What the command takes."""
 
-    def __init__(self, data: Path, out: Path, size: str):
-        self.data, self.out, self.size, self.name = data, out, SIZES[size], size
-        self.console = Console(stderr=True)
-        out.mkdir(parents=True, exist_ok=True)
+    data: str = field(metadata={"help": "folder of gettext_en_ro.{train,dev,test}.tsv.gz"})
+    out: str = field(metadata={"help": "the run's folder"})
+    size: str = field(default="cpu", metadata={"help": f"of {', '.join(SIZES)}", "choices": list(SIZES)})
+    seeds: int | None = field(default=None, metadata={"help": "students of every arm; default: the size's"})
+    processes: int = field(default=2, metadata={"help": "workers of one thread each"})
+    watch: bool = field(default=False, metadata={"help": "only look on"})
 
-    def file(self, part: str) -> Path:
-        return self.data / f"gettext_en_ro.{part}.tsv.gz"
+    def __post_init__(self) -> None:
+        for name in ("seeds", "processes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
 
-    def tokenizer(self) -> Any:
-        """A byte-level BPE of both languages together."""
-        folder = self.out / "tokenizer"
-        if not folder.exists():
-            with gzip.open(self.file("train"), "rt", encoding="utf-8") as lines:
-                text = [cell for line in lines for cell in line.rstrip("\n").split("\t")]
-            bpe = ByteLevelBPETokenizer()
-            bpe.train_from_iterator(text, vocab_size=self.size["vocabulary"], special_tokens=["<pad>", "<s>", "</s>"],
-                                    show_progress=False)  # fmt: skip
-            made = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>",
-                                           eos_token="</s>")  # fmt: skip
-            made.save_pretrained(folder)
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+    def experiment(self) -> Experiment:
+        return Experiment(Path(self.data), Path(self.out), self.size, self.seeds)
 
-    def teacher(self) -> None:
-        """Cross-entropy from random weights."""
-        folder = self.out / "teacher"
-        if folder.exists():
+
+@contextlib.contextmanager
+def claimed(experiment: Experiment, name: str) -> Iterator[bool]:
+    """Whether a stage is this process' until it is through with it; the system takes a dead process' claims back."""
+    path = progress(experiment.out, name).with_suffix(".lock")
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
             return
-        set_seed(0)
-        tokenizer, size = self.tokenizer(), self.size
-        width, layers = size["width"], size["layers"]
-        config = BartConfig(
-            vocab_size=len(tokenizer), d_model=width, encoder_layers=layers, decoder_layers=layers,
-            encoder_attention_heads=max(1, width // 64), decoder_attention_heads=max(1, width // 64),
-            encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, max_position_embeddings=1024, dropout=0.1,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.bos_token_id,
-            forced_eos_token_id=None,
-        )  # fmt: skip
-        model = BartForConditionalGeneration(config)
-        pairs = tokenize(read_pairs(self.file("train"), size["pairs"]), tokenizer, model.config, size["tokens"])
-        arguments = FDistillConfig(
-            str(self.out / "trainer-teacher"), method="mle", max_steps=size["teacher_steps"], report_to=[],
-            per_device_train_batch_size=size["batch"], learning_rate=3e-4, warmup_steps=size["teacher_steps"] // 16,
-            save_steps=max(1, size["teacher_steps"] // 5), save_total_limit=1, logging_steps=50,
-            bf16=self.name == "gpu", **sequence_run.BY_LENGTH,
-        )  # fmt: skip
-        trainer = FDistillTrainer(model, copy.deepcopy(model), arguments, train_dataset=pairs)
-        trainer.train(resume_from_checkpoint=sequence_run.last_checkpoint(Path(arguments.output_dir)))
-        sequence_run._save(model, folder, tokenizer)
-
-    def job(self, method: str, **more: Any) -> Job:
-        size = self.size
-        return Job(
-            teacher=str(self.out / "teacher"), student=str(self.out / "predistilled"), data=str(self.file("train")),
-            eval_data=str(self.file("test")), out=str(self.out / method), method=method, steps=size["steps"],
-            batch=size["batch"], learning_rate=3e-4, warmup_steps=20, eval_pairs=size["test"],
-            limit=size["distil_pairs"], max_new_tokens=size["tokens"], samples=str(self.out), freeze_embeddings=True,
-            bf16=self.name == "gpu", **more,
-        )  # fmt: skip
-
-    def predistilled(self) -> None:
-        """The student that every method starts from."""
-        folder = self.out / "predistilled"
-        if folder.exists():
-            return
-        job = self.job("kl", predistill_steps=self.size["predistill_steps"], student_layers="3,1")
-        job.student, job.out, job.freeze_embeddings, job.learning_rate = None, str(self.out / "predistill"), False, 3e-4
-        prepared = Run(job, self.console)
-        prepared.start()
-        student = prepared.student()
-        sequence_run._save(student, folder, prepared.tokenizer)
-        self.keep("predistill", prepared.measure(student))
-        teacher = prepared.measure(prepared.model)
-        rows, *_ = prepared.held_out_rows()
-        drawn = [draw_all(prepared.model, rows, job.sampling(), seed) for seed in range(100, 105)]
-        groups = [[d[i].tolist() for d in drawn] for i in range(len(rows))]
-        self.keep("teacher", {**teacher, "teacher_dist": teacher_dist(groups)})
-
-    def keep(self, name: str, result: dict[str, Any]) -> None:
-        path = self.out / "results.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**known, name: result}, indent=1) + "\n")
-
-    def samples(self) -> None:
-        """The teacher's samples and beams, drawn once for all methods."""
-        for method in ("kl", "seqkd"):
-            Run(self.job(method), self.console).samples()
-
-    def distil(self, method: str) -> None:
-        results = sequence_run.train(self.job(method), self.console)
-        self.keep(method, results)
-
-    def timing(self) -> None:
-        """Seconds a step with the teacher's samples stored and drawn online, and how much of it is not the models'."""
-        known = json.loads((self.out / "results.json").read_text()) if (self.out / "results.json").exists() else {}
-        if "timing" in known:
-            return
-        found: dict[str, Any] = {}
-        for method in ("js", "tvd"):
-            for online in (False, True):
-                job = self.job(method, online_teacher=online)
-                prepared = Run(job, self.console)
-                pairs = prepared.samples()
-                config = FDistillConfig(
-                    str(self.out / "timing"), method=method, max_steps=1 + self.size["timed"], report_to=[],
-                    top_k=job.top_k, per_device_train_batch_size=job.batch, max_new_tokens=job.max_new_tokens,
-                    save_strategy="no", bf16=job.bf16, disable_tqdm=True, **sequence_run.BY_LENGTH,
-                )  # fmt: skip
-                trainer = FDistillTrainer(load_model(job.student), prepared.teacher, config, train_dataset=pairs)
-                clock = _Clock(_models_time(trainer))
-                trainer.add_callback(clock)
-                trainer.train()
-                name = f"{method} {'online' if online else 'offline'}"
-                found[name] = {"seconds_a_step": clock.seconds / self.size["timed"],
-                               "outside_models": 1 - sum(clock.spent.values()) / clock.seconds,
-                               **{k: v / clock.seconds for k, v in clock.spent.items()}}  # fmt: skip
-            found[f"{method} online ÷ offline"] = (
-                found[f"{method} online"]["seconds_a_step"] / found[f"{method} offline"]["seconds_a_step"]
-            )
-        self.keep("timing", found)
-
-    def table(self) -> None:
-        """table.md and table.png of what is there."""
-        results = json.loads((self.out / "results.json").read_text())
-        columns = ("bleu", "chrf", "ter", "likelihood_risk", "coverage_risk", "perplexity")
-        names = [n for n in ("teacher", "predistill", *METHODS) if n in results]
-        lines = ["| | BLEU | chrF | TER | R_llh | R_cvg | perplexity |", "|---|---|---|---|---|---|---|"]
-        lines += [f"| {n} | " + " | ".join(f"{results[n][c]:.2f}" for c in columns) + " |" for n in names]
-        (self.out / "table.md").write_text("\n".join(lines) + "\n")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        results["run"] = {**provenance("python -m benchmarks.paper.run", device), "size": self.name, "sizes": self.size}
-        (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        _plot(results, names, columns[:5], self.out / "table.png")
+        yield not experiment.done(name)
 
 
-class _Clock(TrainerCallback):
-    """Seconds from the end of the first step, which sets up what the others find, to the end of the last."""
+def work(arguments: Arguments, parent: int | None = None) -> None:
+    """Makes stages until none is missing: each time the first that nobody is at and whose needs are there."""
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    gc.freeze()  # trainers collect garbage, a fourth of a small stage's time among all that was imported
+    torch.set_num_threads(1)  # two threads wait for each other wherever others are at work
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    experiment = arguments.experiment()
+    stages = experiment.stages()
+    while missing := [stage for stage in stages if not experiment.done(stage.name)]:
+        for stage in (s for s in missing if all(map(experiment.done, s.needs))):
+            with claimed(experiment, stage.name) as ours:
+                if ours:
+                    started = time.perf_counter()
+                    experiment.make(stage)
+                    with (experiment.out / "log.txt").open("a") as log:
+                        log.write(f"{time.strftime('%F %T')} {stage.name}: {time.perf_counter() - started:.0f} s\n")
+                    break
+        else:
+            time.sleep(1)
 
-    def __init__(self, spent: dict[str, float]):
-        self.spent, self.seconds, self.started = spent, 0.0, 0.0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 1:
-            self.started = time.perf_counter()
-            self.spent.update(dict.fromkeys(self.spent, 0.0))
-        self.seconds = time.perf_counter() - self.started
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed ends too."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-def _models_time(trainer: FDistillTrainer) -> dict[str, float]:
-    """Seconds, adding up, in both models' forward and generation, the student's backward and optimizer, and the loss.
+def start(arguments: Arguments) -> None:
+    """Makes the folder, or checks that it is a run of the same data, sizes and commit.
 
-    The loss has in it what models do in their own forward and backward otherwise: the products with the heads.
+    Raises:
+        ValueError: it is another's.
     """
-    spent = {"forward": 0.0, "generation": 0.0, "backward": 0.0, "optimizer": 0.0, "loss": 0.0}
-    inside = [0]
-
-    def timed(call: Any, name: str) -> Any:
-        def wrapped(*args: Any, **keywords: Any) -> Any:
-            inside[0] += 1
-            started = time.perf_counter()
-            try:
-                return call(*args, **keywords)
-            finally:
-                inside[0] -= 1
-                took = time.perf_counter() - started
-                if not inside[0]:  # generation calls forward
-                    spent[name] += took
-                elif name == "loss":  # inside the student's forward
-                    spent["loss"] += took
-                    spent["forward"] -= took
-
-        return wrapped
-
-    for model in (trainer.model, trainer.teacher.model):
-        model.forward = timed(model.forward, "forward")
-        model.generate = timed(model.generate, "generation")
-    trainer.step_loss = timed(trainer.step_loss, "loss")
-    trainer.accelerator.backward = timed(trainer.accelerator.backward, "backward")
-    create = trainer.create_optimizer
-
-    def create_optimizer(*args: Any, **keywords: Any) -> Any:
-        optimizer = create(*args, **keywords)
-        trainer.optimizer.step = timed(trainer.optimizer.step, "optimizer")
-        return optimizer
-
-    trainer.create_optimizer = create_optimizer
-    return spent
+    path = Path(arguments.out) / "run.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = f"python -m benchmarks.paper.run --data FOLDER --out FOLDER --size {arguments.size}"
+    asked = {**arguments.experiment().key(), **provenance(command, device), "processes": arguments.processes}
+    if path.exists():
+        known = json.loads(path.read_text())
+        differ = [f"{name} was {known.get(name)!r} and is {asked[name]!r}"
+                  for name in ("size", "sizes", "data", "commit") if known.get(name) != asked[name]]  # fmt: skip
+        if differ:
+            raise ValueError(f"{path.parent} holds another run: {'; '.join(differ)}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(asked, indent=1) + "\n").encode())
 
 
-def _plot(results: dict[str, Any], names: list[str], columns: tuple[str, ...], path: Path) -> None:
-    import matplotlib
+def watch(arguments: Arguments, workers: list[Any]) -> None:
+    """Shows how far the stages are, in estimated minutes of a core, until all are made or a worker has failed."""
+    experiment, console = arguments.experiment(), Console(stderr=True)
+    stages = experiment.stages()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, speed_estimate_period=3600, refresh_per_second=1) as bars:
+        known = {stage.name for stage in stages if experiment.done(stage.name)}
+        total = bars.add_task("all stages", total=sum(s.cost for s in stages),
+                              completed=sum(s.cost for s in stages if s.name in known))  # fmt: skip
+        shown: dict[str, Any] = {}
+        while True:
+            shares = {s.name: 1.0 if experiment.done(s.name) else _share(experiment, s.name) for s in stages}
+            for name, share in shares.items():
+                if 0 < share < 1:
+                    shown.setdefault(name, bars.add_task(name, total=1.0) if name not in shown else None)
+                    bars.update(shown[name], completed=share)
+                elif share == 1 and name not in known:
+                    known.add(name)
+                    if name in shown:
+                        bars.remove_task(shown.pop(name))
+                    if not console.is_terminal:
+                        console.print(f"{time.strftime('%F %T')} {name}; {len(known)} of {len(stages)} stages")
+            bars.update(total, completed=sum(s.cost * shares[s.name] for s in stages))
+            if len(known) == len(stages) or any(w.exitcode for w in workers):
+                return
+            time.sleep(1)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 3.2))
-    for axis, column in zip(axes, columns, strict=True):
-        axis.barh(names[::-1], [results[n][column] for n in names[::-1]])
-        axis.set_title(column)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def _share(experiment: Experiment, name: str) -> float:
+    with contextlib.suppress(OSError, ValueError):
+        return float(progress(experiment.out, name).read_text())
+    return 0.0
 
 
 def main() -> int:
-    """Runs the stages that were asked for and are not done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gpu", action="store_true", help="the size for a card")
-    parser.add_argument("--smoke", action="store_true", help="a size that shows that every stage runs")
-    stages = ("teacher", "predistilled", "samples", *METHODS, "timing", "table")
-    parser.add_argument("--stage", nargs="+", choices=stages, default=stages)
-    args = parser.parse_args()
-    experiment = Experiment(args.data, args.out, "smoke" if args.smoke else "gpu" if args.gpu else "cpu")
-    for stage in args.stage:
-        started = time.perf_counter()
-        experiment.distil(stage) if stage in METHODS else getattr(experiment, stage)()
-        print(f"{stage}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    print((args.out / "table.md").read_text() if (args.out / "table.md").exists() else "")
+    """0; 1 where a stage failed, 2 for a folder of another run."""
+    (arguments,) = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
+    if arguments.watch:
+        watch(arguments, [])
+        return 0
+    try:
+        start(arguments)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.processes == 1:
+        work(arguments)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        workers = [spawn.Process(target=work, args=(arguments, os.getpid()), daemon=True)
+                   for _ in range(arguments.processes)]  # fmt: skip
+        for worker in workers:
+            worker.start()
+        watch(arguments, workers)
+        if any(worker.exitcode for worker in workers):
+            print("a stage failed; the same command goes on from there", file=sys.stderr)
+            return 1
+    print(analysis.analyse(Path(arguments.out)))
     return 0
 
 

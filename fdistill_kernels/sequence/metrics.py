@@ -1,22 +1,36 @@
-"""How close a student is to its teacher: likelihood and coverage risk, TeacherDist, perplexity, and BLEU, chrF, TER."""
+"""How close a student is to its teacher: likelihood and coverage risk, TeacherDist, perplexity, and BLEU, chrF, TER.
+
+Everything is measured sentence by sentence (`measured`), so that two students can be compared on the same sentences;
+summaries are made of that table.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .models import forward_to_head, step_loss
-from .sampling import Sampling, draw, special_tokens
+from ..functional import cross_entropy, f_divergence
+from ..own import resolve
+from .models import IGNORE, Rows, forward_to_head, rows_of, step_loss, teacher_forced
+from .sampling import Sampling, draw, special_tokens, write_whole
 
 BATCH = 32
+#: A greedy output loops where fewer of its bigrams are distinct.
+LOOPS_BELOW = 0.7
+#: Rows whose logits are made at once where there is no head to fuse with.
+CHUNK = 256
 
 
-def _batches(rows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+def _batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for begin in range(0, len(rows), BATCH):
         yield rows[begin : begin + BATCH]
 
@@ -31,34 +45,85 @@ def draw_all(
     return made
 
 
+def _steps(rows: Rows, teacher: Rows | None, names: Sequence[str]) -> Tensor:
+    """Of M steps, −log q of the token and each divergence from the teacher's whole distribution: (M, 1 + names)."""
+    divergences = [resolve(name) for name in names]
+    if rows.head is not None and len(rows.tokens):
+        found = [step_loss(rows, teacher, d, reduction="none") for d in (None, *divergences)]
+        return torch.stack([x.double() for x in found], 1)
+    parts = [torch.zeros(0, 1 + len(names), dtype=torch.float64, device=rows.hidden.device)]
+    for begin in range(0, len(rows.tokens), CHUNK):  # a head that is LoRA's sum or quantised has logits alone
+        part = slice(begin, begin + CHUNK)
+        logits = rows.logits(rows.hidden[part])
+        found = [cross_entropy(logits, rows.tokens[part], reduction="none")]
+        if teacher is not None:
+            theirs = teacher.logits(teacher.hidden[part]).to(logits.device)
+            shared = min(rows.vocabulary, teacher.vocabulary)
+            found += [f_divergence(logits[:, :shared], theirs[:, :shared], d, reduction="none") for d in divergences]
+        parts.append(torch.stack([x.double() for x in found], 1))
+    return torch.cat(parts)
+
+
 @torch.no_grad()
+def sentence_sums(
+    model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], teacher: Any = None,
+    teacher_prompts: Sequence[Tensor] = (), divergences: Sequence[str] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of each of n continuations y what a model q says of it, summed over its steps, and how many steps there are.
+
+    Args:
+        model: q. prompts, continuations: n rows of ids; a continuation's end token is a step.
+        teacher: a model p beside it, with its prompts; None: none.
+        divergences: names of divergences D(p, q) of p's and q's whole distributions at each step of y.
+
+    Returns:
+        (n, 1 + divergences) float64 in nats (tvd: in its own unit): Σ_t −log q(y_t), then Σ_t D_t; and (n,) int64.
+    """
+    training = [(m, m.training) for m in (model, teacher) if m is not None]
+    device, pad, sums, counts = next(model.parameters()).device, special_tokens(model)[0], [], []
+    for m, _ in training:
+        m.eval()
+    try:
+        whose = teacher_prompts if teacher is not None else prompts
+        for some, of_teacher, theirs in zip(*map(_batches, (prompts, whose, continuations)), strict=True):
+            moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
+            beside = None
+            if teacher is not None:
+                asked = ([x.to(next(teacher.parameters()).device) for x in rows] for rows in (of_teacher, theirs))
+                beside = rows_of(teacher, next(asked), next(asked), special_tokens(teacher)[0])[0]
+            call = functools.partial(_steps, teacher=beside, names=divergences)
+            steps, _ = forward_to_head(model, moved, continued, pad, call)
+            count = (teacher_forced(model, moved, continued, pad)[1] != IGNORE).sum(1)  # rows come sentence by sentence
+            index = torch.arange(len(count), device=device).repeat_interleave(count)
+            sums.append(steps.new_zeros(len(count), steps.shape[1]).index_add_(0, index, steps).cpu())
+            counts.append(count.cpu())
+    finally:
+        for m, was in training:
+            m.train(was)
+    return torch.cat(sums), torch.cat(counts)
+
+
 def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor]) -> float:
     """Mean −log probability, in nats a token, of continuations under a model.
 
     Of the student's samples under the teacher this is the likelihood risk R_llh (high: mode averaging), of the
     teacher's samples under the student the coverage risk R_cvg (high: mode collapse), of gold targets the
-    log-perplexity.
+    log-perplexity. The paper's formula is a mean over sentences of the whole −log probability: `measured` has both.
     """
-    training, total, tokens = model.training, 0.0, 0
-    model.eval()
-    device = next(model.parameters()).device
-    for some, theirs in zip(_batches(prompts), _batches(continuations), strict=True):
-        moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
-        pad = special_tokens(model)[0]
-        loss, _ = forward_to_head(model, moved, continued, pad, lambda rows: step_loss(rows, None, None))
-        total += float(loss)
-        tokens += sum(map(len, theirs))
-    model.train(training)
-    return total / max(tokens, 1)
+    sums, counts = sentence_sums(model, prompts, continuations)
+    return float(sums[:, 0].sum() / counts.sum().clamp_min(1))
 
 
-def teacher_dist(samples: Sequence[Sequence[Sequence[int]]]) -> float:
+def distinct_bigrams(rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> float | None:
+    """Share of distinct bigrams among those of some sequences, without their end tokens; None where there are none."""
+    kept = [[i for i in row if i not in ends] for row in rows]
+    bigrams = [pair for row in kept for pair in itertools.pairwise(row)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+def teacher_dist(samples: Sequence[Sequence[Sequence[int]]], ends: Sequence[int] = ()) -> float:
     """Share of distinct bigrams among several samples of an input, averaged over inputs: how multi-modal a task is."""
-    shares = []
-    for group in samples:
-        bigrams = [(a, b) for row in group for a, b in itertools.pairwise(row)]
-        if bigrams:
-            shares.append(len(set(bigrams)) / len(bigrams))
+    shares = [share for group in samples if (share := distinct_bigrams(group, ends)) is not None]
     return sum(shares) / max(len(shares), 1)
 
 
@@ -72,29 +137,110 @@ def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dic
             "ter": sacrebleu.corpus_ter(list(outputs), references_once).score}  # fmt: skip
 
 
+def searched(
+    model: Any, prompts: Sequence[Tensor], tokenizer: Any, max_new_tokens: int, beams: int = 1,
+    vocabulary: int | None = None,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """A model's outputs by greedy or beam search: columns output (text), output_tokens, output_ended (by an end token,
+    not by the limit), and output_loops (fewer than LOOPS_BELOW of its bigrams are distinct).
+    """
+    how = Sampling(max_new_tokens, beams=beams) if beams > 1 else _Greedy(max_new_tokens)
+    ends = special_tokens(model)[1]
+    rows = [x.tolist() for x in draw_all(model, prompts, how, 0, vocabulary)]
+    shares = [distinct_bigrams([row], ends) for row in rows]
+    return {"output": tokenizer.batch_decode(rows, skip_special_tokens=True), "output_tokens": [len(r) for r in rows],
+            "output_ended": [bool(r) and r[-1] in ends for r in rows],
+            "output_loops": [share is not None and share < LOOPS_BELOW for share in shares]}  # fmt: skip
+
+
+def measured(
+    student: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor], gold: Sequence[Tensor],
+    references: Sequence[str], tokenizer: Any, sampling: Sampling, seed: int = 0, teacher_draws: int = 5,
+) -> tuple[pyarrow.Table, dict[str, float]]:  # fmt: skip
+    """Every measure of a student q on n held-out sentences: a table of n rows, and its summary.
+
+    The table has reference, the greedy output (`searched`), gold_nats = −log q(gold) and gold_tokens; and with a
+    teacher p, of a sample y′ of the student likelihood_nats = −log p(y′), likelihood_tokens, likelihood_ended and rkl,
+    of one y of the teacher coverage_nats = −log q(y), coverage_tokens, kl and tvd, each summed over the steps of y or
+    y′ and exact in each step (Wen et al., ACL 2023, section 4), and teacher_dist of `teacher_draws` samples.
+    y and y′ are drawn by `sampling`; where that cuts the tail, they are of the cut distribution, the probabilities of
+    the whole. All nats are natural logarithms, float64; tokens count the end token.
+
+    Args:
+        teacher: a model; None: it is elsewhere, and what it draws and judges for is left out.
+        teacher_prompts: what the teacher sees in the prompts' place; most often the same.
+        gold: ids of the targets. references: their whole text, which the ids may have been cut from.
+        sampling, seed: of y and y′: the same seed gives every student the same y.
+        teacher_draws: samples of the teacher for teacher_dist (the paper: 5), at least 1; of 1 there is none.
+
+    Returns:
+        The table, and `summary` of it.
+    """
+    sizes = [m.config.get_text_config().vocab_size for m in (student, teacher) if m is not None]
+    shared = min(*sizes, len(tokenizer))  # what a padded head has beyond, the other does not know
+    nats, tokens = sentence_sums(student, prompts, gold)
+    outputs = searched(student, prompts, tokenizer, sampling.max_new_tokens, vocabulary=shared)
+    columns = {"reference": list(references), **outputs,
+               "gold_nats": nats[:, 0].tolist(), "gold_tokens": tokens.tolist()}  # fmt: skip
+    if teacher is not None:
+        ends = special_tokens(teacher)[1]
+        own = draw_all(student, prompts, sampling, seed, shared)
+        theirs = [draw_all(teacher, teacher_prompts, sampling, seed + 1_000_003 * i, shared)
+                  for i in range(teacher_draws)]  # fmt: skip
+        judged = sentence_sums(teacher, teacher_prompts, own, student, prompts, ["kl"])  # from p's side KL(q‖p) is kl
+        covered = sentence_sums(student, prompts, theirs[0], teacher, teacher_prompts, ["kl", "tvd"])
+        for names, (nats, tokens) in ((("likelihood", "rkl"), judged), (("coverage", "kl", "tvd"), covered)):
+            columns |= {f"{names[0]}_nats": nats[:, 0].tolist(), f"{names[0]}_tokens": tokens.tolist()}
+            columns |= {name: nats[:, i].tolist() for i, name in enumerate(names[1:], 1)}
+        columns["likelihood_ended"] = [bool(len(y)) and int(y[-1]) in special_tokens(student)[1] for y in own]
+        if teacher_draws > 1:
+            columns["teacher_dist"] = [distinct_bigrams([y.tolist() for y in group], ends)
+                                       for group in zip(*theirs, strict=True)]  # fmt: skip
+    table = pyarrow.table(columns)
+    return table, summary(table)
+
+
+def summary(table: pyarrow.Table) -> dict[str, float]:
+    """What `measured`'s table comes to: likelihood_risk, coverage_risk, kl, rkl and tvd are means over all tokens,
+    likelihood_risk_by_sentence and coverage_risk_by_sentence means over sentences of the whole −log probability (the
+    paper's); perplexity of the gold targets; length_ratio of words put out to the references'; shares of outputs
+    without an end token, and of those that loop; teacher_dist; BLEU, chrF and TER of the outputs.
+    """
+    values = {name: table[name].to_pylist() for name in table.column_names}
+
+    def of(name: str, by: str) -> float:
+        return sum(values[name]) / max(sum(values[by]), 1)
+
+    found = {"perplexity": float(torch.tensor(of("gold_nats", "gold_tokens")).exp())}
+    if "kl" in values:
+        for name in ("likelihood", "coverage"):
+            found[f"{name}_risk"] = of(f"{name}_nats", f"{name}_tokens")
+            found[f"{name}_risk_by_sentence"] = sum(values[f"{name}_nats"]) / max(len(table), 1)
+        found |= {name: of(name, f"{whose}_tokens")
+                  for name, whose in (("kl", "coverage"), ("tvd", "coverage"), ("rkl", "likelihood"))}  # fmt: skip
+    if "teacher_dist" in values:
+        shares = [x for x in values["teacher_dist"] if x is not None]
+        found["teacher_dist"] = sum(shares) / max(len(shares), 1)
+    words, of_reference = (sum(len(x.split()) for x in values[name]) for name in ("output", "reference"))
+    return {**found, "length_ratio": words / max(of_reference, 1),
+            "without_end": 1 - sum(values["output_ended"]) / max(len(table), 1),
+            "looping": sum(values["output_loops"]) / max(len(table), 1),
+            **translation_scores(values["output"], values["reference"])}  # fmt: skip
+
+
+def write_table(table: pyarrow.Table, path: str | Path) -> None:
+    """A table as a Parquet file, whole or not there."""
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    write_whole(Path(path), sink.getvalue().to_pybytes())
+
+
 def evaluate(
     student: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor], gold: Sequence[Tensor],
     references: Sequence[str], tokenizer: Any, sampling: Sampling, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """Every measure of a student on held-out data; outputs for BLEU, chrF and TER are by greedy search.
-
-    teacher: a model; None: it is elsewhere, and the risks, which it draws and judges for, are left out.
-    teacher_prompts: what the teacher sees in the prompts' place; most often the same. gold: ids of the targets.
-    references: their whole text, which the ids may have been cut from.
-    """
-    greedy = _Greedy(sampling.max_new_tokens)
-    sizes = [m.config.get_text_config().vocab_size for m in (student, teacher) if m is not None]
-    shared = min(*sizes, len(tokenizer))  # what a padded head has beyond, the other does not know
-    outputs = draw_all(student, prompts, greedy, seed, shared)
-    text = tokenizer.batch_decode([x.tolist() for x in outputs], skip_special_tokens=True)
-    of_teacher = {}
-    if teacher is not None:
-        of_teacher = {
-            "likelihood_risk": risk(teacher, teacher_prompts, draw_all(student, prompts, sampling, seed, shared)),
-            "coverage_risk": risk(student, prompts, draw_all(teacher, teacher_prompts, sampling, seed, shared)),
-        }
-    perplexity = float(torch.tensor(risk(student, prompts, gold)).exp())
-    return {"perplexity": perplexity, **of_teacher, **translation_scores(text, references)}
+    """The summary of `measured` alone, without teacher_dist."""
+    return measured(student, teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling, seed, 1)[1]
 
 
 class _Greedy(Sampling):
