@@ -631,7 +631,9 @@ def test_a_forced_first_token_does_not_count(tmp_path):
     rows = [{**row, "labels": [7, *row["labels"]]} for row in rows]
     steps = []
     for row in rows:
-        given = dict(input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=torch.tensor([[EOS, *row["labels"][:-1]]]))
+        given = dict(
+            input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=torch.tensor([[EOS, *row["labels"][:-1]]])
+        )
         with torch.no_grad():
             log_q, log_p = (m.eval()(**given).logits[0, 1:].double().log_softmax(-1) for m in (student, teacher))
         steps.append(table(log_q, log_p)["kl"])
