@@ -292,6 +292,34 @@ def test_quantised_teachers(make):
     torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected, rtol=1e-2, atol=0)
 
 
+class Codes(torch.Tensor):
+    """A weight of 8-bit codes, as torchao's tensors are: of a plain ``nn.Linear``, and no matrix to be multiplied by."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            hidden, weight, *bias = args
+            return func(hidden, weight.as_subclass(torch.Tensor).to(hidden.dtype) / 256, *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_heads_of_quantised_tensors():
+    student, teacher = llama(seed=1), llama(seed=2)
+    codes = (teacher.lm_head.weight.detach() * 256).round().clamp(-128, 127).to(torch.int8)
+    teacher.lm_head.weight = torch.nn.Parameter(codes.as_subclass(Codes), requires_grad=False)
+    prompts, continuations = batch()
+    with torch.no_grad():
+        theirs, _ = rows_of(teacher, prompts, continuations, EOS)
+        inputs, labels = teacher_forced(teacher, prompts, continuations, EOS)
+        of_teacher, of_student = (m(**inputs).logits[labels >= 0] for m in (teacher, student))
+        rows, _ = rows_of(student, prompts, continuations, EOS)
+        expected = f_divergence_rows(of_student, of_teacher, "js").sum()
+        torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected, rtol=1e-3, atol=0)
+        with pytest.raises(TypeError, match="LoRA or quantised"):
+            step_loss(rows_of(teacher, prompts, continuations, EOS)[0], theirs, TABLE["js"])
+    assert len(draw(teacher, prompts, Sampling(3), 0)) == len(prompts)
+
+
 # --- sampling
 
 
@@ -555,6 +583,7 @@ def test_auxiliary_losses_of_experts(kind):
         torch.testing.assert_close(both, one + other)
     with torch.no_grad():
         assert forward_to_head(model, prompts, continuations, EOS, lambda rows: rows.hidden.sum())[1].loss is None
+    assert len(draw(model, prompts, Sampling(3), 0)) == len(prompts) and model.config.output_router_logits
 
 
 def test_measures():

@@ -154,10 +154,16 @@ def test_models_whose_generate_says_otherwise_are_drawn_by_their_forward(monkeyp
             for p in model.parameters():
                 p.add_(0.4 * torch.randn_like(p)) if p.dim() > 1 else None
         drawn = draw(model.eval(), PROMPTS, Sampling(5, beams=1))
+        model.generation_config.eos_token_id = ends = [
+            2,
+            int(drawn[0][1]),
+        ]  # an end that its configuration does not know
+        until = draw(model, PROMPTS, Sampling(5, beams=1))
+        assert [u.tolist() for u in until] == [_until_end(row, ends).tolist() for row in drawn] and len(until[0]) <= 2
         for prompt, row in zip(PROMPTS, drawn, strict=True):
             for i, token in enumerate(row):
                 assert model(input_ids=torch.cat((prompt, row[:i]))[None]).logits[0, -1].argmax() == token
-    assert by_forward == models[:2]
+    assert by_forward == [models[0]] * 2 + [models[1]] * 2
     with pytest.raises(ValueError, match="RobertaForCausalLM says otherwise"):
         draw(models[0], PROMPTS, Sampling(5, beams=2))
 

@@ -112,9 +112,9 @@ def draw(
     device, new = next(model.parameters()).device, sampling.max_new_tokens
     encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
     check_context(model, max(longest, new) if encoder_decoder else longest + new + virtual_tokens(model))
-    size = model.config.get_text_config().vocab_size
+    training, config = model.training, model.config.get_text_config()
+    size, routers = config.vocab_size, getattr(config, "output_router_logits", None)
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
-    training = model.training
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
     settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
                     synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
@@ -124,7 +124,9 @@ def draw(
     try:
         for module, own in owners.items():  # samples are of p itself: no repetition penalty the model came with
             kept = {name: getattr(own, name, None) for name in TOKENS} if encoder_decoder else {}
-            module.generation_config = GenerationConfig(**kept)
+            module.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends, **kept)
+        if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
+            config.output_router_logits = False
         with _seeded(model, seed):
             if not _generates_itself(model, pad, settings):
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
@@ -135,6 +137,8 @@ def draw(
         model.train(training)
         for module, own in owners.items():
             module.generation_config = own
+        if routers:
+            config.output_router_logits = routers
     return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else longest :]]
 
 
@@ -195,6 +199,7 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
     warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
     if sampling.top_k:
         warpers.insert(1, TopKLogitsWarper(sampling.top_k))
+    drawn = sampling.keywords()["do_sample"]
     forced = beginning(model)[1] if model.config.is_encoder_decoder else None
     made = prompts[0].new_full((len(prompts), int(forced is not None)), forced or 0)
     stops, training, sharded = made.new_tensor(ends), model.training, isinstance(model, FSDPModule)
@@ -205,7 +210,7 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
             scores = rows.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
             for warper in warpers:
                 scores = warper(made, scores)
-            step = scores.argmax(1, True) if sampling.beams else torch.multinomial(scores.softmax(1), 1)
+            step = torch.multinomial(scores.softmax(1), 1) if drawn else scores.argmax(1, True)
             made = torch.cat((made, step.to(made.device)), 1)
             if not sharded and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
                 break
