@@ -418,7 +418,7 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
         "--k, --log_probs: not of --kind hidden": (*build, tmp_path / "x", "--k", "7", "--log-probs", "uint8"),
         "invalid choice: 'topk'": (*build, tmp_path / "x", "--kind", "topk"),
         "a store is built from a model": ("teacher", "build", "--teacher", store, "--data", data, "--output-dir", tmp_path / "x"),
-        "--per_device_eval_batch_size must be at least 1": (*build, tmp_path / "x", "--per-device-eval-batch-size", "-1"),
+        "per_device_eval_batch_size must be at least 1": (*build, tmp_path / "x", "--per-device-eval-batch-size", "-1"),
         "--eval_pairs must be at least 1": ("teacher", "build", *teacher, "--eval-pairs", "0", "--output-dir", tmp_path / "x"),
         "argument --k: invalid int value: 'many'": (*build, tmp_path / "x", "--config", tmp_path / "bad.yaml"),
         "while parsing": (*build, tmp_path / "x", "--config", tmp_path / "worse.yaml"),
