@@ -55,6 +55,11 @@ def load_model(path: str | Path) -> Any:
         words = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if adapter.exists():
+        from peft import PeftConfig, PeftModel
+
+        if PeftConfig.from_pretrained(str(path)).is_prompt_learning:  # transformers puts no virtual tokens into a model
+            return PeftModel.from_pretrained(kind.from_pretrained(base), str(path))
     return kind.from_pretrained(path)
 
 
