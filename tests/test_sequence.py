@@ -561,7 +561,7 @@ def test_auxiliary_losses_of_experts(kind):
                  num_key_value_heads=2, num_local_experts=4, num_experts=4, output_router_logits=True, d_model=16, d_ff=32,
                  router_aux_loss_coef=0.3, d_kv=8, num_layers=2, num_heads=2, num_sparse_encoder_layers=1, dropout_rate=0.0,
                  num_sparse_decoder_layers=1, decoder_start_token_id=EOS, initializer_range=0.4, router_z_loss_coef=0.1,
-                 router_jitter_noise=0.0)  # fmt: skip
+                 router_jitter_noise=0.0, num_decoder_layers=2)  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**small)
     form = "ForCausalLM" if kind == "Mixtral" else "ForConditionalGeneration"
     torch.manual_seed(0)

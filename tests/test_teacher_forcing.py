@@ -17,7 +17,7 @@ from fdistill_kernels.sequence.models import (
     unpadded,
 )  # fmt: skip
 from fdistill_kernels.sequence.sampling import Sampling, _until_end, draw, drawn_by_forward
-from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function
+from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
 
 from .test_sequence import EOS, bart, batch, gpt2, llama, t5
 
@@ -173,3 +173,24 @@ def test_rows_with_holes_are_refused():
     assert [row.tolist() for row in unpadded(ids)] == [[3, 4], [5, 6], []]
     with pytest.raises(ValueError, match="−100 between its tokens"):
         unpadded(torch.tensor([[3, 4, 5], [3, -100, 5]]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["LoraConfig", "PromptTuningConfig"])
+def test_an_adapters_folder_is_a_teacher(kind, tmp_path):
+    import peft
+
+    more = dict(target_modules=["q_proj"]) if kind == "LoraConfig" else dict(num_virtual_tokens=3)
+
+    llama(seed=2).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p)) if p.requires_grad else None
+    model.save_pretrained(tmp_path / "adapter")
+    loaded, of_base = (
+        teacher_of(str(tmp_path / name)).rows(PROMPTS, TARGETS, CPU).value.states for name in ("adapter", "base")
+    )
+    torch.testing.assert_close(loaded, InRoom(model).rows(PROMPTS, TARGETS, CPU).value.states)
+    assert (loaded - of_base).abs().max() > 1e-2

@@ -60,6 +60,14 @@ def load_model(path: str | Path, **options: Any) -> Any:
     """A causal or encoder–decoder model, by its `load_config`. options: of `from_pretrained`."""
     config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if (Path(path) / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        adapter = PeftConfig.from_pretrained(str(path))
+        if adapter.is_prompt_learning:  # transformers puts no virtual tokens into a model
+            return PeftModel.from_pretrained(
+                kind.from_pretrained(adapter.base_model_name_or_path, **options), str(path)
+            )
     return kind.from_pretrained(path, **options)
 
 
