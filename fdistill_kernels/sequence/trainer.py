@@ -231,10 +231,10 @@ class FDistillTrainer(Trainer):
             if known and isinstance(self.teacher, Stored):
                 wanted = self._compared() if name == "train_dataset" else {"labels"}
                 self.teacher.check(name, _as_dataset(trainer[name]), sorted(wanted & set(known)))
-        same = isinstance(self.teacher, Itself) and self.teacher.decay is None
+        same = isinstance(self.teacher, Itself) and self.teacher.decay is None and self.teacher.adapter
         if same and columns and "teacher_prompt_ids" not in columns:
             raise ValueError("Itself() is the student with another prompt: give the data the column "
-                             "teacher_prompt_ids, or Itself(decay=...)")  # fmt: skip
+                             "teacher_prompt_ids, or Itself(decay=...), or Itself(adapter=False)")  # fmt: skip
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
