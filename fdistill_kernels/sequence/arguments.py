@@ -132,6 +132,7 @@ class RunArguments:
     vllm_url: str | None = None
     k: int = 64
     tail: str = "bucket"
+    tensor_parallel: int = 1
     eval_measures: bool = False
 
 
@@ -179,6 +180,8 @@ HELP = {
     "vllm_url": "a vLLM server of the teacher, to draw its samples from",
     "k": "log-probabilities of each token that a server is asked for, or a store of lists keeps",
     "tail": "of lists: " + ", ".join(t for t in TAILS if t != "sampled"),
+    "tensor_parallel": "ranks that share each of the student's layers and its head; such groups share the weights by "
+                       "FSDP2; a run that is killed begins anew",
     "eval_measures": "perplexity, risks, BLEU, chrF and TER at every evaluation",
     "kind": "states after the final norm, for any divergence and temperature; or the largest log-probabilities",
     "sequences": "of gold, teacher and beam, those that objectives to come are on; held-out rows are always gold",
@@ -212,6 +215,7 @@ USED: dict[str, set[str]] = {
 #: The least value of numbers that nobody else checks.
 LEAST = {
     "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "beams": 1, "k": 1, "lora_r": 1,
+    "tensor_parallel": 1,
     "max_steps": 1,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ..own import resolve
 from .objectives import Half, method, mixture, with_cross_entropy
+from .ranks import join
 from .sampling import Sampling
 
 
@@ -73,6 +74,8 @@ class FDistillConfig(TrainingArguments):
     hidden_reduction: str = "mean"
 
     def __post_init__(self) -> None:
+        if self.use_cpu:
+            join(self.ddp_timeout)
         super().__post_init__()
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
         self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +57,17 @@ def load_config(path: str | Path, **options: Any) -> Any:
         raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
 
 
-def load_model(path: str | Path, **options: Any) -> Any:
-    """A causal or encoder–decoder model, by its `load_config`. options: of `from_pretrained`."""
+def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
+    """A causal or encoder–decoder model, by its `load_config`.
+
+    Args:
+        split: ranks that share each layer and the head (tensor parallelism, by the model's own plan); such groups share
+            what is left by FSDP2.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: no such model, one without a plan, or ranks that are no multiple of `split`.
+    """
     config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if (Path(path) / "adapter_config.json").exists():
@@ -68,7 +78,18 @@ def load_model(path: str | Path, **options: Any) -> Any:
             return PeftModel.from_pretrained(
                 kind.from_pretrained(adapter.base_model_name_or_path, **options), str(path)
             )
-    return kind.from_pretrained(path, **options)
+    if split == 1:
+        return kind.from_pretrained(path, **options)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks % split:
+        raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        sizes = DistributedConfig(tp_size=split, fsdp_size=ranks // split)
+    except (ImportError, TypeError) as error:
+        raise ValueError("this version of transformers does not split models as it loads them") from error
+    return kind.from_pretrained(path, distributed_config=sizes, **options)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
@@ -344,7 +365,7 @@ class _ToRows(Deferral):
         def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.call(Rows(hidden, tokens, logits.head(weight, bias), logits.vocabulary, made))
 
-        if is_plain(self.head):
+        if self.beside or is_plain(self.head):
             self.made = logits.of(hidden).at_head(with_head)
         else:
             self.made = self.call(Rows(hidden, tokens, None, logits.vocabulary, made))

@@ -37,6 +37,7 @@ from .data import read_pairs, tokenize
 from .metrics import Measures, measured, write_table
 from .models import load_config, load_model
 from .predistill import copy_layers
+from .ranks import join
 from .report import logged, name_of, plot, write_report
 from .sampling import Server, TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
 from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
@@ -282,7 +283,11 @@ class Run:
 
     def student(self) -> Any:
         """The student as it is now: as it came, or pre-distilled; with an adapter to train, if asked."""
-        model, made = self.asked.model, self.folder / "predistilled"
+        model, made, split = self.asked.model, self.folder / "predistilled", self.asked.run.tensor_parallel
+        if split > 1:
+            join(self.asked.config.ddp_timeout)
+            if model.student_layers:
+                raise ValueError("--tensor_parallel splits a student as it is loaded: give its folder as --student")
         if self.model is None and (model.student_layers or self.asked.run.predistill_steps):
             raise ValueError("--student_layers and --predistill_steps need the teacher's own weights: give its folder")
         if made.exists():
@@ -300,7 +305,7 @@ class Run:
         """A student to be trained; of an adapter's folder its base model, with the adapter to be trained on."""
         options = self.asked.model.options()
         if not (path / "adapter_config.json").exists():
-            return load_model(str(path), **options)
+            return load_model(str(path), self.asked.run.tensor_parallel, **options)
         from peft import PeftConfig, PeftModel
 
         base = load_model(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, **options)
@@ -319,8 +324,11 @@ class Run:
 
     def trainer(self, student: Any, rows: Any, stage: str) -> FDistillTrainer:
         """The trainer of a stage, in a folder of its own."""
-        config = FDistillConfig(**{"hub_model_id": self.folder.name, **self.asked.training,
-                                   "output_dir": str(self.folder / f"trainer-{stage}")})  # fmt: skip
+        settings: dict[str, Any] = {"hub_model_id": self.folder.name, **self.asked.training,
+                                    "output_dir": str(self.folder / f"trainer-{stage}")}  # fmt: skip
+        if self.asked.run.tensor_parallel > 1:
+            settings["save_strategy"] = "no"  # transformers saves no optimizer of a model that is split as it is loaded
+        config = FDistillConfig(**settings)
         if stage == "predistill":
             config = config.for_predistillation(max_steps=self.asked.run.predistill_steps, push_to_hub=False)
         try:

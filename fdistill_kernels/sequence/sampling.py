@@ -40,6 +40,7 @@ from .models import (
     token_id,
     virtual_tokens,
 )  # fmt: skip
+from .ranks import from_first
 
 SHARD = 256
 #: What a model's own generation configuration decides of its samples.
@@ -177,11 +178,16 @@ def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _seeded(model: Any, seed: int | None) -> Iterator[None]:
-    """The seed alone decides, and torch's generators stay where they were; no seed: they go on."""
+    """The seed alone decides, and torch's generators stay where they were; no seed: they go on, on the ranks of a
+    `row_group` from where the first one's is.
+    """
     device = next(model.parameters()).device
+    generators: Any = torch.cuda if device.type == "cuda" else torch
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        else:
+            generators.set_rng_state(from_first(model, generators.get_rng_state()))
         yield
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from .config import FDistillConfig
 from .models import Rows, chosen, forward_to_head, load_model, step_loss, unpadded, virtual_tokens
 from .objectives import Half
 from .predistill import predistillation_loss
+from .ranks import from_first, is_of_ranks, row_group
 from .sampling import Sampling, draw, special_tokens
 from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, teacher_of
 from .watch import Watch, wide
@@ -131,6 +134,9 @@ class FDistillTrainer(Trainer):
         self._kept: list[Sequences] = []  # the student's samples that are used again
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
+        if of_teacher is not None and row_group(of_teacher) is not None and row_group(model) is None:
+            raise ValueError("the teacher is split over ranks with the same rows, and the student is not, whose ranks "
+                             "have each their own")  # fmt: skip
         if not self.halves and (virtual_tokens(model) or virtual_tokens(of_teacher)):
             raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
                              "the other side: pre-distil the model before it gets them")  # fmt: skip
@@ -141,6 +147,9 @@ class FDistillTrainer(Trainer):
         ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
+            raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
+                             "the model with a DistributedConfig")  # fmt: skip
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         if isinstance(self.teacher, InRoom):
@@ -148,6 +157,14 @@ class FDistillTrainer(Trainer):
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
+
+    def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
+        """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
+        found: dict[str, Any] = super()._build_accelerator_args(**known)
+        if found.get("parallelism_config") is not None and self.args.device.type == "cpu":
+            found["parallelism_config"] = copy.copy(found["parallelism_config"])
+            found["parallelism_config"]._validate_accelerator = lambda _: None
+        return found
 
     def _compared(self) -> list[str]:
         """The sources whose sequences the teacher is asked about, of those that data have."""
@@ -278,7 +295,9 @@ class FDistillTrainer(Trainer):
             if isinstance(self.teacher, OfRows):
                 self.teacher.choose(teachers)
             made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
-        return Sequences(prompts, teacher_prompts, [row.to(prompts[0].device) for row in made], None, teachers)
+        return Sequences(
+            prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
+        )
 
     def _save_rng_state(self, output_dir: str) -> None:
         """With the generators' states, which decide the next samples, those samples that are used again."""
@@ -315,6 +334,23 @@ class FDistillTrainer(Trainer):
             loss = self._predistillation(model, update)
         loss = self._checked(loss, inputs, update, student)
         return (loss, {}) if return_outputs else loss
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s.
+
+        Raises:
+            ConnectionError: another rank has died, or not come within ``ddp_timeout``.
+        """
+        try:
+            return super().train(*args, **keywords)
+        except RuntimeError as error:
+            if self.args.world_size == 1 or not is_of_ranks(error):
+                raise
+            raise ConnectionError(
+                f"rank {self.args.process_index} of {self.args.world_size} lost another after step "
+                f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
+                f"({error})"
+            ) from error
 
     def _unwrapped(self, model: Any) -> Any:
         """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
