@@ -2,9 +2,8 @@
 
     python -m benchmarks.scaling            counts, models
 
-Products, collectives and their bytes are those of a run, exactly; the peak of memory within MEMORY_WITHIN; operators
-and bytes of a split row's arithmetic are counted, and carried to larger shapes in proportion. Times are a model alone:
-no more than one GPU has run these losses. docs/scaling.md has the formulas.
+Products, collectives and their bytes are those of a run, exactly; the peak of memory within MEMORY_WITHIN; of split
+rows operators and bytes are counted, and carried to larger shapes. Times are a model: docs/scaling.md has the formulas.
 """
 
 from __future__ import annotations
@@ -399,15 +398,13 @@ def seconds(loss: Loss, device: Device, of_rows: dict[str, float]) -> dict[str, 
     chunk's products do not hide.
     """
     rate, copy = device.matrix * device.matrix_share, device.memory * device.memory_share
-    parts, entries = loss.chunks(), loss.tokens * loss.here
+    parts, entries = loss.chunks(), loss.turns * loss.tokens * loss.here
     weights = loss.here * ((2 * loss.width + loss.teacher_width) * loss.itemsize + 2 * loss.width * WIDE)
     made = max(loss.flops() / rate, len(parts) * weights / copy)
-    passes = 3 * device.row_over_floor if loss.ranks == 1 else 7
-    rows = passes * entries * loss.itemsize / copy
+    rows = (7 if loss.split else 3 * device.row_over_floor) * entries * loss.itemsize / copy
     if loss.split and loss.piece:
-        rows = max(
-            sum(map(len, loss.pieces())) * of_rows["operators"] * device.launch, entries * of_rows["touched"] / copy
-        )
+        launches = loss.turns * sum(map(len, loss.pieces())) * of_rows["operators"]
+        rows = max(launches * device.launch, entries * of_rows["touched"] / copy)
     of_hidden = [("all_reduce", n * loss.width * WIDE) for n in parts]
     statistics = [x for x in loss.sent() if x not in of_hidden]
     each = device.wire(of_hidden, loss.ranks) / len(parts)
@@ -494,13 +491,15 @@ def modelled(device: Device, of_rows: dict[str, float]) -> dict[str, list[dict[s
             "as it is": 1e3 * seconds(loss, device, of_rows)["rows"], "a kernel": 1e3 * times["rows"],
         })  # fmt: skip
     for tokens, ranks in itertools.product((TOKENS, TOKENS // 8, TOKENS // 128), (2, 8, 16, 64, 256, 1024)):
-        one = Loss(tokens, student.vocabulary, student.width, teacher.width, ranks)
-        sent = {way: replace(one, heads=way).sent() for way in (GATHERED, IN_TURNS)}
+        one = Loss(tokens, student.vocabulary, student.width, teacher.width, ranks, piece=CARD_ELEMENTS)
+        ways = {way: replace(one, heads=way) for way in (GATHERED, IN_TURNS)}
         turns = scattered.takes_turns(tokens * ranks, one.vocabulary, one.width, one.teacher_width, one.itemsize, True)
         heads.append({
             "tokens": tokens, "ranks": ranks, "taken": IN_TURNS if turns else GATHERED,
-            **{way: on_the_wire(of, ranks) for way, of in sent.items()},
-            **{f"{way}, ms": 1e3 * device.wire(of, ranks) for way, of in sent.items()},
+            **{way: on_the_wire(x.sent(), ranks) for way, x in ways.items()},
+            **{f"{way}, wire": 1e3 * device.wire(x.sent(), ranks) for way, x in ways.items()},
+            **{f"{way}, rows": 1e3 * seconds(x, device, of_rows)["rows"] for way, x in ways.items()},
+            "products": 1e3 * seconds(ways[GATHERED], device, of_rows)["products"],
         })  # fmt: skip
     return {"shares": shares, "split": split, "heads": heads}
 
