@@ -174,7 +174,7 @@ class Loss:
             "logits": (self.models if self.width else 1) * step * self.here * self.itemsize,
             "weight": self.here * self.width * WIDE * (1 if self.heads == SPLIT else 2),
             "hidden": (self.turns * self.tokens + step * (2 if self.ranks > 1 else 1)) * self.width * WIDE,
-            "temporaries": temporaries * WIDE * split,
+            "temporaries": temporaries * WIDE * (split and self.piece > 0),
             "gathered": step * 8 * SUM * self.ranks * split,
             "come": come * (self.width + self.teacher_width) * self.itemsize,
         }  # fmt: skip
@@ -481,15 +481,14 @@ def modelled(device: Device, of_rows: dict[str, float]) -> dict[str, list[dict[s
     student, teacher = (MODELS[name] for name in PAIRS[1])
     split, heads = [], []
     for ranks in (1, 2, 4, 8, 16, 64):
-        loss = Loss(TOKENS, student.vocabulary, student.width, teacher.width, ranks, piece=CARD_ELEMENTS)
-        times = seconds(replace(loss, piece=0), device, of_rows)
+        loss = Loss(TOKENS, student.vocabulary, student.width, teacher.width, ranks, piece=0)
+        times, torchs = seconds(loss, device, of_rows), replace(loss, piece=CARD_ELEMENTS)
         split.append({
             "ranks": ranks, "flops": loss.flops(), "chunks": len(loss.chunks()),
             "collectives": len(loss.sent()), "wire_bytes": on_the_wire(loss.sent(), ranks),
             "peak_bytes": sum(loss.memory().values()),
-            "operators": sum(map(len, loss.pieces())) * of_rows["operators"] if ranks > 1 else 0,
-            **{name: 1e3 * value for name, value in times.items() if name != "rows"},
-            "torch": 1e3 * seconds(loss, device, of_rows)["rows"], "the kernel": 1e3 * times["rows"],
+            **{name: 1e3 * value for name, value in times.items()},
+            "torch": 1e3 * seconds(torchs, device, of_rows)["rows"],
         })  # fmt: skip
     for tokens, ranks in itertools.product((TOKENS, TOKENS // 8, TOKENS // 128), (2, 8, 16, 64, 256, 1024)):
         one = Loss(tokens, student.vocabulary, student.width, teacher.width, ranks, piece=0)
