@@ -34,17 +34,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 def _divergence(text: str) -> Divergence:
     """A name, or name=parameters as in alpha=0.3 and ab=0.2,0.7."""
-    name, _, given = text.partition("=")
     try:
-        if not given:
-            return resolve(name)
-        if name not in PARAMETERS:
-            raise ValueError(f"{name} takes no parameter")
-        make, names = PARAMETERS[name]
-        parameters = [x if x.isalpha() else float(x) for x in given.split(",")]
-        if len(parameters) > len(names):
-            raise ValueError(f"{name} takes {', '.join(names)}, not {given}")
-        return make(*parameters)
+        return resolve(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -256,14 +247,12 @@ SEQUENCE = {
     "sample-teacher": "Draw and store the teacher's samples that train would draw first.",
     "evaluate": "Perplexity, likelihood and coverage risk, BLEU, chrF and TER of a student.",
 }
+BUILD = "Ask a model about every sequence of a data file, and keep its word in a store."
 NEEDED = ("transformers", "accelerate", "datasets", "sacrebleu", "yaml", "matplotlib", "rich")
 
 
 def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     """What `fdistill teacher` does, and the arguments of each."""
-    from .sequence import build
-    from .sequence.run import add_arguments
-
     actions = parser.add_subparsers(required=True, metavar="action", dest="action")
 
     def action(name: str, help: str) -> argparse.ArgumentParser:
@@ -271,8 +260,7 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
-    made = action("build", "Ask a model about every sequence of a data file, and keep its word in a store.")
-    add_arguments(made, build.USED, build.BuildJob, build.HELP)
+    action("build", BUILD)
     looked = action("inspect", "Sizes, bytes a token, settings, and the mass that the first ids of lists hold.")
     looked.add_argument("folder")
     looked.add_argument("--plot", metavar="FILE", help="a picture: mass by ids, or lengths")
@@ -288,10 +276,8 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _teacher(args: argparse.Namespace) -> int:
-    from .sequence import build, run
+    from .sequence import build
 
-    if args.action == "build":
-        return run.command(build.build, build.BuildJob)(args)
     if args.action == "serve":
         from .sequence.serve import server as of_model
 
@@ -309,14 +295,29 @@ def _teacher(args: argparse.Namespace) -> int:
     return 1 if found["damaged"] and args.action == "verify" else 0
 
 
-def _sequence(args: argparse.Namespace) -> int:
-    from .sequence import run
-
-    return run.command(run.WORK[args.command])(args)
+def _missing() -> list[str]:
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The command's arguments; those of a sequence command only when `arguments` begin with it."""
+def _sequence(argv: Sequence[str]) -> int | None:
+    """The status of a command of `sequence`, which reads its own options; None: `parser` knows the command."""
+    name, *rest = [*argv, ""]
+    if name not in (*SEQUENCE, "teacher"):
+        return None
+    if missing := _missing():
+        if {"-h", "--help"} & set(argv):
+            return None
+        print(f"fdistill: {', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'", file=sys.stderr)
+        return 2
+    if name == "teacher" and rest[0] != "build":
+        return None
+    from .sequence import build, run
+
+    return run.main("teacher build", argv[2:], build.build) if name == "teacher" else run.main(name, argv[1:])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments, but for those of the sequence commands."""
     top = argparse.ArgumentParser("fdistill", description="Fused f-divergence losses for language-model distillation.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="command")
@@ -373,24 +374,13 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="time every launch of the Triton backend for this shape and keep the fastest",
     )
 
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = _missing()
+    needs = " (needs fdistill_kernels[sequence])" if missing else ""
     for name, help in SEQUENCE.items():
-        sub = command(name, _sequence, help if not missing else f"{help} (needs fdistill_kernels[sequence])")
-        sub.set_defaults(command=name)
-        if arguments and arguments[0] == name:  # their own file is not read for the other commands
-            if missing and not {"-h", "--help"} & set(arguments):
-                sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
-            if not missing:
-                from .sequence.run import USED, add_arguments
-
-                add_arguments(sub, USED if name == "evaluate" else None)
-    sub = command("teacher", _teacher, "Keep what a teacher says: build, inspect, verify or serve."
-                  + (" (needs fdistill_kernels[sequence])" if missing else ""))  # fmt: skip
-    if arguments and arguments[0] == "teacher":
-        if missing and not {"-h", "--help"} & set(arguments):
-            sub.error(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'")
-        if not missing:
-            _teacher_arguments(sub)
+        command(name, None, help + needs)  # `_sequence` runs it
+    sub = command("teacher", _teacher, "Keep what a teacher says: build, inspect, verify or serve." + needs)
+    if not missing:
+        _teacher_arguments(sub)
     command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
     command("list", _list, "List the divergences and their parameters.")
     return top
@@ -402,7 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of ASCII alone shows ? for ÷
-    args = parser(argv).parse_args(argv)
+    if (status := _sequence(argv)) is not None:
+        return status
+    args = parser().parse_args(argv)
     try:
         return args.run(args)
     except (OSError, ValueError) as error:  # a file that is not there, a folder that is read-only, a call refused

@@ -68,7 +68,8 @@ class Divergence:
         object.__setattr__(self, "key", f"{self.symbol} {self.parameter!r} {self.scale!r} {self.numbers[1]!r}")
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{x:g}' for x in self.parameters)})" if self.parameters else self.name
+        shown = (f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in self.parameters)  # `resolve` reads it again
+        return f"{self.name}({', '.join(shown)})" if self.parameters else self.name
 
     @property
     def parameters(self) -> tuple[float, ...]:

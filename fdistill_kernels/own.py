@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .divergences import TABLE, Divergence, Terms
+from .divergences import PARAMETERS, TABLE, Divergence, Terms
 from .formulas import times
 
 
@@ -126,10 +127,11 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
 
 
 def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Divergence:
-    """The `Divergence` a user means: a name of the table, an instance, or a generator f(t).
+    """The `Divergence` a user means: a name of the table, with its parameters as in "alpha=0.3" or "ab(0.2, 0.7)", an
+    instance, or a generator f(t).
 
     Raises:
-        ValueError: an unknown name (the nearest ones are told).
+        ValueError: an unknown name (the nearest ones are told); parameters that it does not have.
         TypeError: anything else.
     """
     if isinstance(divergence, Divergence):
@@ -137,9 +139,26 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
     if isinstance(divergence, str):
         if divergence in TABLE:
             return TABLE[divergence]
+        if (given := re.fullmatch(r"(\w+)(?:=([^()=]+)|\(([^()=]+)\))", divergence)) and given[1] in TABLE:
+            return _with_parameters(given[1], given[2] or given[3])
         near = difflib.get_close_matches(divergence.lower(), TABLE, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(TABLE)}"
         raise ValueError(f"unknown divergence {divergence!r}; {hint}")
     if callable(divergence):
         return FDivergence(divergence)
     raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")
+
+
+def _with_parameters(name: str, given: str) -> Divergence:
+    """One of a family, by its parameters as text."""
+    if name not in PARAMETERS:
+        raise ValueError(f"{name} takes no parameter")
+    make, names = PARAMETERS[name]
+    values = [x.strip() for x in given.split(",")]
+    if len(values) > len(names):
+        raise ValueError(f"{name} takes {', '.join(names)}, not {given}")
+    try:
+        parameters = [x if x.isalpha() else float(x) for x in values]
+    except ValueError:
+        raise ValueError(f"{name} takes {', '.join(names)} as numbers, not {given}") from None
+    return make(*parameters)

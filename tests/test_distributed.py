@@ -4,6 +4,7 @@ import json
 import os
 import socket
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -16,9 +17,10 @@ from .test_run import arguments, make_files
 from .test_sequence import EOS, bart, batch, gpt2
 from .test_trainer import trainer
 
-#: Student samples by top_k=1 are the same in one process as in two; their lengths count by the sequence.
-SETTINGS = dict(optim="sgd", max_steps=2, learning_rate=0.1, top_k=1)
-CASES = {"kl": {}, "js": dict(normalize="sequence"), "predistill": {}, "mle": dict(gradient_accumulation_steps=2)}
+#: Student samples by top_k=1 are the same in one process as in two.
+SETTINGS = dict(optim="sgd", max_steps=2, learning_rate=0.1, top_k=1, logging_steps=2, per_device_eval_batch_size=2)
+CASES = {"kl": {}, "js": dict(normalize="sequence"), "tvd": dict(gradient_accumulation_steps=2), "predistill": {},
+         "mle": dict(gradient_accumulation_steps=2)}  # fmt: skip
 MODELS = {"gpt2": lambda seed: gpt2(60, seed=seed), "bart": lambda seed: bart(seed=seed)}
 
 
@@ -36,7 +38,9 @@ def weights_after(method, make, folder, ranks):
     run = trainer(folder, student, make(2), rows(), method=method, **SETTINGS, **CASES[method],
                   per_device_train_batch_size=4 // ranks // accumulated)  # fmt: skip
     run.train()
-    return [p.detach() for p in student.parameters()]
+    measured = run.state.log_history[0] | run.evaluate(rows()[:5])  # whose last batch is filled up for some ranks
+    shown = {n: x for n, x in measured.items() if "_on_" in n or n in ("loss", "eval_loss")}
+    return [p.detach() for p in student.parameters()], shown
 
 
 def sharded(rank):
@@ -71,7 +75,7 @@ def worker(rank, folder, port):
         (name, method): weights_after(method, make, folder, 2) for name, make in MODELS.items() for method in CASES
     }
     found["fsdp"] = sharded(rank)
-    assert cli.main(arguments(folder, "--method", "tvd", "--evaluate-every", "2")) == 0
+    assert cli.main(arguments(folder, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -85,10 +89,11 @@ def test_two_processes_do_what_one_does(tmp_path):  # one test, so that they are
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, make in MODELS.items():
         for method in CASES:
-            want = weights_after(method, make, tmp_path / "one", 1)
-            for of_rank in found:
-                for got, expected in zip(of_rank[name, method], want, strict=True):
+            want, shown = weights_after(method, make, tmp_path / "one", 1)
+            for weights, also_shown in (of_rank[name, method] for of_rank in found):
+                for got, expected in zip(weights, want, strict=True):
                     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4, msg=f"{name} {method}")
+                assert also_shown == pytest.approx(shown, rel=1e-4), f"{name} {method}"
 
     student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
     prompts, continuations = batch(n=6)

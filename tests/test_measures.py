@@ -130,3 +130,14 @@ def test_bigrams():
     assert distinct_bigrams([[1, 2, 3, 0], [1, 2, 3]], [0]) == 0.5 and distinct_bigrams([[1], [0]]) is None
     assert teacher_dist([[[1, 2, 3], [1, 2, 3]], [[1, 2], [3, 4]]]) == pytest.approx((0.5 + 1) / 2)
     assert teacher_dist([[[1, 2, 0], [1, 3, 0]]], [0]) == 1 and teacher_dist([[[1, 2, 0], [1, 2, 0]]]) == 0.5
+
+
+def test_a_forced_first_token_is_no_step():
+    model, asked = bart(V).double(), prompts(4)
+    model.generation_config.forced_bos_token_id = 9
+    drawn = metrics.draw_all(model, asked, Sampling(NEW), 0)
+    assert all(int(y[0]) == 9 and len(y) > 1 for y in drawn)
+    sums, counts = sentence_sums(model, asked, drawn, model, asked, ["kl"])
+    for y, p, (found, _), count in zip(drawn, asked, sums.tolist(), counts.tolist(), strict=True):
+        assert count == len(y) - 1
+        assert found == pytest.approx(nats(model, p, y) + float(log_probs(model, p, y)[0, 9]), rel=1e-9)

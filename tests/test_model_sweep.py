@@ -19,7 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.integrations.transformers import patch_model
-from fdistill_kernels.sequence.models import accepted, forward_to_head, rows_of, step_loss, teacher_forced
+from fdistill_kernels.sequence import sampling
+from fdistill_kernels.sequence.models import accepted, chosen, forward_to_head, rows_of, step_loss, teacher_forced
+from fdistill_kernels.sequence.sampling import Sampling, draw
 
 V = 99
 #: Fields of configurations, where they have them. Rates of dropout are set to 0 besides.
@@ -314,7 +316,7 @@ def own_divergence(pair):
     log_p = []
     for model in pair:
         inputs, labels = teacher_forced(model, PROMPTS, TARGETS, 2)
-        logits = model(**accepted(model, {**inputs, "use_cache": False}, False)).logits
+        logits = model(**accepted(model, {**inputs, "use_cache": False})).logits
         log_p.append(logits[labels != -100].double().log_softmax(-1))
     return kl_div(*log_p, log_target=True, reduction="sum")
 
@@ -393,24 +395,72 @@ def test_architectures(compare, capsys):
 
 @torch.no_grad()
 def packs(name, kind, mapping):
-    """Whether a model's packed rows are those that it gives padded, or it is refused; None if it cannot be made."""
+    """Whether a model's packed rows are those that it gives padded, or it is refused, whatever its attention; None if it
+    cannot be made."""  # fmt: skip
     for make in attempts(name, kind, mapping):
         try:
             want, _ = rows_of(model := make(), PROMPTS, TARGETS, 2)
         except Exception:
             continue
-        try:
-            got, _ = rows_of(model, PROMPTS, TARGETS, 2, pack=True)
-        except ValueError as refusal:
-            return str(refusal).startswith(name) and "pack" in str(refusal) and "refused"
-        return float((got.hidden - want.hidden).abs().max()) < 1e-4 * float(want.hidden.abs().max()) and "equal"
+        results = []
+        for attention in (None, "eager"):
+            try:
+                if attention:
+                    model.set_attn_implementation(attention)
+                got, _ = rows_of(model, PROMPTS, TARGETS, 2, pack=True)
+            except ValueError as refusal:
+                refused = str(refusal).startswith(name) and "pack" in str(refusal)
+                results.append(refused and "refused")
+            else:
+                results.append((got.hidden - want.hidden).abs().max() < 1e-4 * want.hidden.abs().max() and "equal")
+        return False not in results and results[0]
+    return None
 
 
 @pytest.mark.usefixtures("quiet")
 def test_packed_rows_are_equal_or_refused():
-    names = [*SAMPLE, "MambaForCausalLM", "RwkvForCausalLM"]
+    more = ["MambaForCausalLM", "RwkvForCausalLM", "RobertaForCausalLM", "MptForCausalLM", "XGLMForCausalLM",
+            "BioGptForCausalLM", "Qwen3_5ForCausalLM"]  # fmt: skip
     causal = {name: found for name, found in architectures().items() if found[1] == "CAUSAL_LM" and name not in LEFT}
-    names = causal if os.environ.get("FDISTILL_WHOLE") else [name for name in names if name in causal]
+    names = causal if os.environ.get("FDISTILL_WHOLE") else [name for name in SAMPLE + more if name in causal]
     results = {name: packs(name, *causal[name]) for name in names}
     assert False not in results.values(), results
-    assert {"LlamaForCausalLM": "equal", "MambaForCausalLM": "refused"}.items() <= results.items()
+    assert results["LlamaForCausalLM"] == "equal"
+    assert all(results.get(name, "refused") == "refused" for name in more), results
+
+
+@torch.no_grad()
+def generates(name, kind, mapping):
+    """How sequences were drawn in a batch, or why not; False if teacher forcing says otherwise of each one alone."""
+    for make in attempts(name, kind, mapping):
+        try:
+            model = make()
+            rows_of(model, PROMPTS, TARGETS, 2)
+        except Exception:
+            continue
+        model.generation_config.eos_token_id = [97]
+        try:
+            model.generate(
+                **sampling._left_padded(model, PROMPTS, 2, PROMPTS[0].device), max_new_tokens=3, pad_token_id=2
+            )
+        except Exception as error:  # a small model's own, such as one without a layer of attention
+            return short(error)
+        drawn = draw(model, PROMPTS, Sampling(4, beams=1))
+        for prompt, made in zip(PROMPTS, drawn, strict=True):
+            rows, _ = rows_of(model, [prompt], [made], 2, counted=chosen(model, [made]))
+            scores = rows.logits(rows.hidden)
+            best, given = scores.amax(1), scores.gather(1, rows.tokens[:, None])[:, 0]
+            if (best - given).max() > 1e-4 * scores.abs().max():  # what ties may be either
+                return False
+        return "by generate" if sampling._ITSELF[model][1] else "by forward"
+    return None
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_is_drawn_is_what_teacher_forcing_says():
+    found = {name: of for name, of in architectures().items() if of[1] in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")}
+    found = {name: of for name, of in found.items() if name not in LEFT.keys() | NO_TEXT.keys()}
+    names = found if os.environ.get("FDISTILL_WHOLE") else [n for n in SAMPLE if n in found]
+    results = {name: generates(name, *found[name]) for name in names}
+    assert False not in results.values(), results
+    assert list(results.values()).count("by generate") > 0.8 * len(results)

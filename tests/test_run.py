@@ -8,15 +8,18 @@ import sys
 
 import pytest
 import torch
+import yaml
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import metrics, report, run
-from fdistill_kernels.sequence.data import read_pairs
+from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.sampling import Sampling
 
+from .test_data import PLAIN
+from .test_data import tokenizer_of as chat_tokenizer
 from .test_sequence import bart, llama
 
 PAIRS = [(f"the number {i} and {i + 1}", f"numărul {i} și {i + 1}") for i in range(60)]
@@ -42,17 +45,18 @@ def files(tmp_path):
 
 
 def arguments(files, *more):
-    return ["train", "--teacher", f"{files}/teacher", "--student-layers", "2,1", "--data", f"{files}/pairs.tsv", "--out",
-            f"{files}/run", "--steps", "4", "--predistill-steps", "4", "--max-new-tokens", "8", "--warmup-steps", "1",
-            "--eval-pairs", "5", "--learning-rate", "0.01", "--json", *more]  # fmt: skip
+    return ["train", "--teacher", f"{files}/teacher", "--student-layers", "2,1", "--data", f"{files}/pairs.tsv", "--output-dir",
+            f"{files}/run", "--max-steps", "4", "--predistill-steps", "4", "--max-new-tokens", "8", "--warmup-steps", "1",
+            "--eval-pairs", "5", "--learning-rate", "0.01", "--seed", "0", "--json", *more]  # fmt: skip
 
 
 def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
-    assert cli.main(arguments(files, "--method", "tvd", "--evaluate-every", "2")) == 0
+    assert cli.main(arguments(files, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
     results = json.loads(capsys.readouterr().out)
     assert {"perplexity", "likelihood_risk", "coverage_risk", "bleu", "chrf", "ter"} <= results.keys()
     folder = files / "run"
-    for name in ("config.yaml", "metrics.jsonl", "results.json", "curves.png", "report.html", "teacher_samples"):
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "curves.png", "report.html", "teacher_samples",
+                 "sentences.parquet"):  # fmt: skip
         assert (folder / name).exists(), name
     assert "http" not in (folder / "report.html").read_text().split("Configuration")[0]
     student = AutoModelForSeq2SeqLM.from_pretrained(folder / "student")
@@ -61,14 +65,28 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     )
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_bleu" in line for line in logged) and {line["stage"] for line in logged} == {"predistill", "tvd"}
-    monkeypatch.setattr(run.Run, "train", lambda *_: pytest.fail("nothing is left to train"))
-    assert cli.main(["train", "--config", f"{folder}/config.yaml", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == results
-    assert cli.main(["train", "--config", f"{folder}/config.yaml", "--steps", "5"]) == 2
-    assert "steps was 4 and is 5" in capsys.readouterr().err
-    assert cli.main(["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--data",
-                     f"{files}/pairs.tsv", "--max-new-tokens", "8", "--eval-pairs", "5"]) == 0  # fmt: skip
-    assert "coverage_risk" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "fit", lambda *_: pytest.fail("nothing is left to train"))
+        assert cli.main(["train", "--config", f"{folder}/config.yaml", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == results
+        assert cli.main(["train", "--config", f"{folder}/config.yaml", "--max_steps", "3"]) == 2
+        assert "max_steps was 4 and is 3" in capsys.readouterr().err
+        assert cli.main(["train", "--config", f"{folder}/config.yaml", "--beta", "0.25"]) == 2
+        assert "holds another run: beta was 0.5 and is 0.25" in capsys.readouterr().err
+    assert cli.main(["train", "--config", f"{folder}/config.yaml", "--max-steps", "6", "--json"]) == 0  # it grows
+    assert json.loads(capsys.readouterr().out) != results
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if line["stage"] == "tvd" and "loss" in line] == [1, 2, 3, 4, 5, 6]
+    rows, measured = [], run.measured
+    monkeypatch.setattr(run, "measured", lambda *a: rows.append(len(a[2])) or measured(*a))
+    command = ["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--max-new-tokens", "8"]
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--json"]) == 0
+    whole = capsys.readouterr().out
+    assert cli.main([*command, "--eval-data", f"{files}/pairs.tsv", "--json"]) == 0  # all of the file it is given
+    assert capsys.readouterr().out == whole and "coverage_risk" in whole and rows == [len(PAIRS)] * 2
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--eval-data", f"{files}/pairs.tsv"]) == 2
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--learning-rate", "1"]) == 2
+    assert "makes nothing of --learning_rate" in capsys.readouterr().err
 
 
 def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypatch):
@@ -124,8 +142,8 @@ cli.main(arguments)
 
 
 def test_sigkill_loses_and_doubles_nothing(files, capsys):
-    settings = ("--method", "tvd", "--evaluate-every", "2")
-    assert cli.main(arguments(files, *settings, "--out", f"{files}/whole")) == 0
+    settings = ("--method", "tvd", "--eval-steps", "2", "--eval-measures")
+    assert cli.main(arguments(files, *settings, "--output-dir", f"{files}/whole")) == 0
     for moment in ("shard", "line"):
         killed = subprocess.run(
             [sys.executable, "-c", KILLED, moment, *arguments(files, *settings)], capture_output=True,
@@ -143,7 +161,8 @@ def test_sigkill_loses_and_doubles_nothing(files, capsys):
     def logged(name):
         lines = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
         return [
-            {k: v for k, v in line.items() if not k.endswith(("runtime", "second", "train_loss"))} for line in lines
+            {k: v for k, v in line.items() if not k.endswith(("runtime", "second", "share", "train_loss"))}
+            for line in lines
         ]
 
     assert logged("whole") == logged("run")
@@ -176,7 +195,7 @@ def test_causal_students_left_padding_and_prompts_of_the_teachers_own(files, cap
                f"{files}/pairs.jsonl"]  # fmt: skip
     asked, draw = [], metrics.draw
     monkeypatch.setattr(metrics, "draw", lambda *a: asked.append(a) or draw(*a))
-    prepared = run.Run(run.job_of(cli.parser(command).parse_args(command)), run.Console(quiet=True))
+    prepared = run.Run(ask("train", command[1:]), run.Console(quiet=True))
     first, second = prepared.pairs[0], prepared.pairs[1]
     assert first["teacher_prompt_ids"] == first["prompt_ids"] == [tokenizer.bos_token_id, *tokenizer.encode(
         rows[0]["prompt"], add_special_tokens=False)]  # fmt: skip
@@ -210,7 +229,11 @@ def test_mixture_and_half_written_checkpoints(files, capsys):
     (files / "run" / "trainer-gjs" / "checkpoint-1").mkdir(parents=True)  # as a kill would leave it
     assert cli.main(mixed) == 0
     assert not (files / "run" / "trainer-gjs" / "checkpoint-1" / "config.json").exists()
-    assert cli.main([*mixed, "--shares", "student"]) == 2 and "--shares must be" in capsys.readouterr().err
+    assert cli.main([*mixed, "--shares", "student"]) == 2 and "shares must be as in" in capsys.readouterr().err
+
+
+LOGGED = ("loss_on_teacher", "loss_on_student", "student_entropy_on_teacher", "teacher_entropy_on_teacher",
+          "agreement_on_student", "tokens_per_second", "sampling_share", "teacher_share")  # fmt: skip
 
 
 def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
@@ -219,32 +242,128 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     lines = [{"stage": stage, "step": i, key: 1.0} for stage in ("predistill", "x") for i in (1, 2)
-             for key in ("loss", "eval_loss")]  # fmt: skip
+             for key in ("loss", "eval_loss", *(LOGGED if stage == "x" else ()))]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage"')
-    for job, label in ((run.Job(method="seqkd"), "loss, nats a token"), (run.Job(method="tvd"), "loss, mean of tokens"),
-                       (run.Job(divergence="gjs", shares="gold=1"), "loss, nats a token")):  # fmt: skip
-        report.plot(tmp_path, job)
-        first, second, third = figures[-1].axes
-        assert first.get_ylabel() == "loss, 0.8 KL + 0.2 CE + 3 MSE" and second.get_ylabel() == label
-        assert job.name() in second.get_title() and third.get_ylabel().endswith("nats a token")
+    for settings, label in ((dict(method="seqkd"), "loss, nats a token"), (dict(method="tvd"), "loss, mean of tokens"),
+                            (dict(divergence="gjs", shares="gold=1"), "loss, nats a token")):  # fmt: skip
+        config = ask("train", ["--teacher", "t", "--data", "d"], settings).config
+        report.plot(tmp_path, config)
+        first, second, third, *others = figures[-1].axes
+        assert first.get_ylabel() == "loss, KL, CE and MSE" and second.get_ylabel() == label
+        assert report.name_of(config) in second.get_title() and third.get_ylabel().endswith("nats a token")
         assert len(third.get_legend().get_texts()) == 2
+        assert [axis.get_title() for axis in others] == list(report.PANELS)
+        assert [len(axis.get_legend().get_texts()) for axis in others] == [2, 2, 1, 1, 2]
 
 
-def test_bad_input(files, capsys):
-    def says(text, *more):
-        assert cli.main(arguments(files, *more)) == 2
-        assert text in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """Small Llamas that share a tokenizer with a chat template, and some that do not; prompts and chats."""
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer, other = chat_tokenizer(PLAIN), chat_tokenizer(words=["zq xw vv kk"] * 9)
 
-    (files / "empty.tsv").write_text("")
-    (files / "odd.tsv").write_text("a\tb\tc\n")
-    (files / "columns.jsonl").write_text('{"source": "a", "target": "b"}\n')
-    (files / "long.jsonl").write_text(json.dumps({"prompt": "numărul " * 100, "target": "b"}) + "\n")
-    says("has no pairs", "--data", f"{files}/empty.tsv")
-    says("line 1: two columns were expected", "--data", f"{files}/odd.tsv")
-    says("lacks the column 'prompt'; it has source, target", "--data", f"{files}/columns.jsonl")
-    says("tokens, the model has room for 64", "--data", f"{files}/long.jsonl")
-    says("there is no file", "--data", f"{files}/nothing.tsv")
-    says("unknown method 'tv'", "--method", "tv")
-    (files / "bad.yaml").write_text("stepz: 3\n")
-    says("unknown keys: stepz", "--config", f"{files}/bad.yaml")
-    assert read_pairs(files / "columns.jsonl", columns=("source", "target"))[0] == {"prompt": "a", "target": "b"}
+    def save(name, made, tokenizer=tokenizer):
+        made.save_pretrained(folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+
+    config = dict(eos_token_id=0, bos_token_id=1, pad_token_id=0)
+    for name, size, own in (("teacher", 320, tokenizer), ("student", 320, tokenizer), ("padded", 384, tokenizer),
+                            ("bare", 320, None), ("stranger", 320, other)):  # fmt: skip
+        made = llama(size, seed=len(name))
+        made.config.update(config)
+        made.generation_config.update(**config)
+        save(name, made, own)
+    shorter = llama(320)
+    shorter.config.max_position_embeddings = 24
+    save("shorter", shorter)
+    save("bart", bart(320))
+    write(folder / "pairs.jsonl", [{"prompt": f"say {i}", "target": f"{i} and {i + 1}"} for i in range(24)])
+    write(folder / "own.jsonl", [{"prompt": "a", "target": "b", "teacher_prompt": "c"}] * 3)
+    write(folder / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
+    write(folder / "long.jsonl", [{"prompt": "numărul " * 6, "target": "b"}] * 3)
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("user", "say it"), ("assistant", "it!"), ("user", "say 3"), ("assistant", "3!"))
+    ]
+    write(folder / "chats.jsonl", [{"messages": turns[: 2 + i % 2 * 2]} for i in range(12)])
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def of(causal, command, teacher, student, data, *more):
+    return [command, *(("--teacher", f"{causal}/{teacher}") if teacher else ()), *(("--student", f"{causal}/{student}") if student else ()),
+            "--data", f"{causal}/{data}", "--max_new_tokens", "8", *more]  # fmt: skip
+
+
+def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
+    for name in ("drawn", "fit", "measure"):
+        monkeypatch.setattr(run.Run, name, lambda *_: pytest.fail("work was begun"))
+    out = ("--output_dir", f"{tmp_path}/run")
+    for words, call in {
+        "row 0: prompt has": of(causal, "train", "teacher", "shorter", "long.jsonl", *out),  # the student's context
+        "room for 16: see --long_prompts": of(causal, "train", "shorter", "student", "long.jsonl", *out),
+        "lacks the column teacher_prompt, which": of(causal, "train", "teacher", "student", "own.jsonl", "--eval_data", f"{causal}/pairs.jsonl", *out),
+        "prompts.jsonl has prompts alone, and held-out rows need": of(causal, "train", "teacher", "student", "prompts.jsonl", *out),
+        "the objective is on gold targets, and": of(causal, "train", "teacher", "student", "prompts.jsonl", "--eval_data",
+                                                    f"{causal}/pairs.jsonl", "--method", "mle", *out),
+        "bare has no tokenizer that can be loaded": of(causal, "train", "teacher", "bare", "pairs.jsonl", *out),
+        "different tokenizers": of(causal, "train", "teacher", "stranger", "pairs.jsonl", *out),
+        "must both be causal, or both encoder–decoder": of(causal, "train", "bart", "student", "pairs.jsonl", *out),
+        "must both be causal": of(causal, "evaluate", "bart", "student", "pairs.jsonl"),
+        "have different tokenizers": of(causal, "evaluate", "teacher", "stranger", "pairs.jsonl"),
+        "rkl asks for no sequences of the teacher": of(causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "rkl", *out),
+        "there is no file": of(causal, "train", "teacher", "student", "nothing.tsv", *out),
+        "--student or --student_layers is needed": of(causal, "train", "teacher", None, "pairs.jsonl", *out),
+        "--teacher is needed": of(causal, "train", None, "student", "pairs.jsonl", *out),
+        "there is no folder": of(causal, "train", "nosuch", "student", "pairs.jsonl", *out),
+        "bitsandbytes": of(causal, "train", "teacher", "student", "pairs.jsonl", "--teacher_quantization", "4bit", *out),
+        "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
+    }.items():  # fmt: skip
+        assert cli.main(call) == 2, call
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert words in told and told.startswith("fdistill: "), told
+    assert not (tmp_path / "run" / "config.yaml").exists()  # so that the folder is free for the command put right
+
+
+def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp_path, capsys):
+    """From messages to an adapter: of a student of the teacher's layers, whose base is kept; one epoch."""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_bytes((causal / "chats.jsonl").read_bytes())
+    call = of(causal, "train", "teacher", None, "pairs.jsonl", "--student_layers", "1", "--use_peft", "--lora_r", "2", "--method", "tvd", "--ce_weight", "0.5",
+              "--teacher_system", "be kind", "--num_train_epochs", "1", "--output_dir", f"{tmp_path}/run", "--json")  # fmt: skip
+    call[call.index("--data") + 1] = str(chats)
+    assert cli.main(call) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    adapter = json.loads((tmp_path / "run" / "student" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2 and adapter["base_model_name_or_path"] == f"{tmp_path}/run/predistilled"
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["teacher_system"] == "be kind" and "learning_rate" not in kept  # what was said
+    prepared = run.Run(ask("train", call[1:]), run.Console(quiet=True))
+    assert "be kind" in prepared.tokenizer.decode(prepared.pairs[0]["teacher_prompt_ids"])
+    assert False in prepared.pairs[1]["labels_mask"] and prepared.held_out_rows()[3] == ["it!"]
+    assert prepared.tokenizer.decode(prepared.held_out_rows()[2][0]) == "it!</s>"  # measured: the first answer
+    chats.write_text(chats.read_text().replace("say 3", "tell 3"))
+    assert cli.main(call) == 2
+    assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
+
+
+def test_padded_heads_prompts_alone_and_both_of_the_teacher_s_kinds(causal, tmp_path, capsys):
+    for pair in (("teacher", "padded"), ("padded", "student")):
+        call = of(causal, "train", *pair, "prompts.jsonl", "--eval_data", f"{causal}/pairs.jsonl", "--eval_pairs", "4", "--method", "rkl",
+                  "--max_steps", "1", "--output_dir", f"{tmp_path}/{pair[0]}", "--json")  # fmt: skip
+        assert cli.main(call) == 0
+        assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    both = of(causal, "train", "teacher", "student", "prompts.jsonl", "--eval_data", f"{causal}/pairs.jsonl", "--divergence", "kl",
+              "--shares", "teacher=0.5,beam=0.5", "--beams", "2", "--output_dir", f"{tmp_path}/both")  # fmt: skip
+    rows = run.Run(ask("train", both[1:]), run.Console(quiet=True)).samples()
+    assert {"sample_ids", "beam_ids"} <= set(rows.column_names) and rows["sample_ids"][:] != rows["beam_ids"][:]
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {"teacher_beams", "teacher_samples"}
+    one = of(
+        causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "kl", "--output_dir", f"{tmp_path}/one"
+    )
+    assert cli.main(one) == 0  # the student need not be known yet
+    assert cli.main(["train", *one[1:], "--student", f"{causal}/student", "--max_steps", "1"]) == 0

@@ -274,7 +274,7 @@ COMMON = ("--max-new-tokens", "8", "--eval-pairs", "5", "--limit", "20")
 
 def build_store(files, out, *more, teacher="causal"):
     states = () if "top_k" in more else ("--states", "float32")
-    command("teacher", "build", "--teacher", files / teacher, "--data", files / "pairs.tsv", "--out", out, *states,
+    command("teacher", "build", "--teacher", files / teacher, "--data", files / "pairs.tsv", "--output-dir", out, *states,
             *COMMON, *more)  # fmt: skip
 
 
@@ -298,18 +298,18 @@ def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
     assert held["compared"] == 16 and held["kl_largest"] < 1e-5 and held["damaged"] == {}
     command("teacher", "verify", store, "--teacher", causal_files / "student", expect=2)
     assert "has the fingerprint" in capsys.readouterr().err
-    settings = ("--student", causal_files / "student", "--data", causal_files / "pairs.tsv", *COMMON, "--steps", "3",
+    settings = ("--student", causal_files / "student", "--data", causal_files / "pairs.tsv", *COMMON, "--max-steps", "3",
                 "--warmup-steps", "1", "--method", "kl", "--json")  # fmt: skip
     results = []
     hidden = shutil.move(causal_files / "causal", tmp_path / "moved")  # the teacher's weights are not there
-    command("train", "--teacher", store, "--out", run, *settings)
+    command("train", "--teacher", store, "--output-dir", run, *settings)
     results.append(json.loads(capsys.readouterr().out))
     shutil.move(hidden, causal_files / "causal")
     command(
         "train",
         "--teacher",
         causal_files / "causal",
-        "--out",
+        "--output-dir",
         tmp_path / "room",
         "--samples",
         tmp_path / "room",
@@ -321,7 +321,7 @@ def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
     students = [AutoModelForCausalLM.from_pretrained(folder / "student") for folder in (run, tmp_path / "room")]
     for one, other in zip(*(s.parameters() for s in students), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
-    command("train", "--teacher", store, "--student-layers", "1", "--data", causal_files / "pairs.tsv", "--out",
+    command("train", "--teacher", store, "--student-layers", "1", "--data", causal_files / "pairs.tsv", "--output-dir",
             tmp_path / "none", *COMMON, "--method", "kl", expect=2)  # fmt: skip
     assert "need the teacher's own weights" in capsys.readouterr().err
     shard = next((store / "shards").glob("*.safetensors"))
@@ -340,10 +340,10 @@ def test_the_command_with_lists_and_an_encoder_decoder_teacher(causal_files, tmp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(causal_files / "teacher" / name, tmp_path / "student" / name)
     capsys.readouterr()
-    command("train", "--teacher", store, "--student", tmp_path / "student", "--data", causal_files / "pairs.tsv", "--out",
-            tmp_path / "run", *COMMON, "--steps", "2", "--method", "kl", "--tail", "within", "--json")  # fmt: skip
+    command("train", "--teacher", store, "--student", tmp_path / "student", "--data", causal_files / "pairs.tsv", "--output-dir",
+            tmp_path / "run", *COMMON, "--max-steps", "2", "--method", "kl", "--tail", "within", "--json")  # fmt: skip
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
-    command("teacher", "build", "--teacher", causal_files / "teacher", "--data", causal_files / "pairs.tsv", "--out",
+    command("teacher", "build", "--teacher", causal_files / "teacher", "--data", causal_files / "pairs.tsv", "--output-dir",
             store, *COMMON, "--kind", "top_k", "--k", "5", expect=2)  # fmt: skip
     assert "k" in capsys.readouterr().err
 
@@ -363,7 +363,7 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
             drawn = endpoint.draw(prompts, Sampling(6), 3)
             assert len(drawn) == 1 and 1 <= len(drawn[0]) <= 6
         command("train", "--teacher", url, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv",
-                "--out", tmp_path / "run", *COMMON, "--steps", "2", "--method", "rkl", "--k", "50", "--json")  # fmt: skip
+                "--output-dir", tmp_path / "run", *COMMON, "--max-steps", "2", "--method", "rkl", "--k", "50", "--json")  # fmt: skip
         results = json.loads(capsys.readouterr().out)
         assert results["perplexity"] > 1
         assert len(fk.TeacherStore(tmp_path / "run" / "endpoint")) > 5
@@ -373,7 +373,7 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
 
 
 def kl_run(files, store):
-    return ("train", "--teacher", store, "--student", files / "student", *COMMON, "--steps", "2", "--method", "kl")
+    return ("train", "--teacher", store, "--student", files / "student", *COMMON, "--max-steps", "2", "--method", "kl")
 
 
 def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_once(causal_files, tmp_path, capsys):
@@ -392,13 +392,13 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
     changed = tmp_path / "changed.tsv"
     changed.write_text(data.read_text().replace("numărul 19 și 20", "numărul 19 și 21"))
     train = kl_run(causal_files, store)
-    command(*train, "--data", changed, "--out", tmp_path / "run", expect=2)
+    command(*train, "--data", changed, "--output-dir", tmp_path / "run", expect=2)
     told = capsys.readouterr().err
     assert "of eval_dataset (labels: 1) are not in the store" in told and "which was built of data" in told
-    command(*train, "--data", data, "--limit", "30", "--out", tmp_path / "run2", expect=2)
+    command(*train, "--data", data, "--limit", "30", "--output-dir", tmp_path / "run2", expect=2)
     assert "no samples of the teacher for these prompts" in capsys.readouterr().err
     build_store(causal_files, store, "--limit", "30")  # a store grows
-    command(*train, "--data", data, "--limit", "30", "--out", tmp_path / "run3", "--seed", "4")
+    command(*train, "--data", data, "--limit", "30", "--output-dir", tmp_path / "run3", "--seed", "4")
     capsys.readouterr()
 
 
@@ -406,7 +406,7 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
     store, data = tmp_path / "store", causal_files / "pairs.tsv"
     build_store(causal_files, store)
     teacher = ("--teacher", causal_files / "causal", "--data", data)
-    build = ("teacher", "build", *teacher, *COMMON, "--out")
+    build = ("teacher", "build", *teacher, *COMMON, "--output-dir")
     train = (*kl_run(causal_files, store), "--data", data)
     (tmp_path / "bad.yaml").write_text("k: many\n")
     (tmp_path / "worse.yaml").write_text("k: [\n")
@@ -415,21 +415,21 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
     for words, call in {
         "is not empty and no store": (*build, causal_files / "student"),
         "--states: not of --kind top_k": (*build, tmp_path / "x", "--kind", "top_k", "--states", "int8"),
-        "--k, --log-probs: not of --kind hidden": (*build, tmp_path / "x", "--k", "7", "--log-probs", "uint8"),
-        "--kind must be hidden or top_k": (*build, tmp_path / "x", "--kind", "topk"),
-        "a store is built from a model": ("teacher", "build", "--teacher", store, "--data", data, "--out", tmp_path / "x"),
-        "--batch must be at least 1": (*build, tmp_path / "x", "--batch", "-1"),
-        "--eval-pairs must be at least 1": ("teacher", "build", *teacher, "--eval-pairs", "0", "--out", tmp_path / "x"),
-        "--k must be int, not 'many'": (*build, tmp_path / "x", "--config", tmp_path / "bad.yaml"),
+        "--k, --log_probs: not of --kind hidden": (*build, tmp_path / "x", "--k", "7", "--log-probs", "uint8"),
+        "invalid choice: 'topk'": (*build, tmp_path / "x", "--kind", "topk"),
+        "a store is built from a model": ("teacher", "build", "--teacher", store, "--data", data, "--output-dir", tmp_path / "x"),
+        "per_device_eval_batch_size must be at least 1": (*build, tmp_path / "x", "--per-device-eval-batch-size", "-1"),
+        "--eval_pairs must be at least 1": ("teacher", "build", *teacher, "--eval-pairs", "0", "--output-dir", tmp_path / "x"),
+        "argument --k: invalid int value: 'many'": (*build, tmp_path / "x", "--config", tmp_path / "bad.yaml"),
         "while parsing": (*build, tmp_path / "x", "--config", tmp_path / "worse.yaml"),
-        "is a store: give a run another --out": (*train, "--out", store),
-        "holds hidden states": (*train, "--out", tmp_path / "y", "--tail", "within"),
-        "tail must be one of": (*train, "--out", tmp_path / "y", "--tail", "nonsense"),
-        "--k: not beside a store": (*train, "--out", tmp_path / "y", "--k", "7"),
-        "--tail and --k are of lists": ("train", *teacher, "--student", causal_files / "student", "--out", tmp_path / "y", "--k", "7"),
+        "is a store: give a run another --output_dir": (*train, "--output-dir", store),
+        "holds hidden states": (*train, "--output-dir", tmp_path / "y", "--tail", "within"),
+        "tail must be one of": (*train, "--output-dir", tmp_path / "y", "--tail", "nonsense"),
+        "--k: not beside a store": (*train, "--output-dir", tmp_path / "y", "--k", "7"),
+        "--tail and --k are of lists": ("train", *teacher, "--student", causal_files / "student", "--output-dir", tmp_path / "y", "--k", "7"),
         "is no store: it has no manifest.json": ("teacher", "inspect", tmp_path / "nosuch"),
-        "pair 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "x"),
-        "is no JSON": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "cut.jsonl", "--out", tmp_path / "x"),
+        "row 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "x"),
+        "cut.jsonl, line 1:": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "cut.jsonl", "--output-dir", tmp_path / "x"),
         "completions go on from their prompt": ("teacher", "serve", "--teacher", causal_files / "teacher", "--port", "0"),
     }.items():  # fmt: skip
         command(*call, expect=2)
@@ -445,7 +445,7 @@ def test_a_read_only_store_and_one_that_was_poured(causal_files, tmp_path, capsy
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         command("train", "--teacher", store, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv",
-                *COMMON, "--steps", "2", "--method", "kl", "--out", tmp_path / "run")  # fmt: skip
+                *COMMON, "--max-steps", "2", "--method", "kl", "--output-dir", tmp_path / "run")  # fmt: skip
     finally:
         for path in [store, *(p for p in store.rglob("*") if p.is_dir())]:
             path.chmod(0o755)

@@ -1,13 +1,21 @@
 """The trainer: every method trains, resumes, accumulates; PEFT, prompts of the teacher's own, and bad input."""
 
+import copy
 import itertools
+import json
 import os
+import re
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import HfArgumentParser, TrainingArguments
 
+from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
 from fdistill_kernels.integrations.transformers import patch_model
+from fdistill_kernels.own import FDivergence, resolve
 from fdistill_kernels.sequence.models import virtual_tokens
+from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, draw, drawn_by_forward
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
@@ -127,8 +135,8 @@ def test_students_with_virtual_tokens(kind, make, tmp_path):
             given = dict(input_ids=torch.cat(both, 1)[:, :-1])
         with torch.no_grad():  # each alone, without padding: its last logits predict the targets
             q, p = (m.eval()(**given).logits[0, -both[1].shape[1] :].log_softmax(-1) for m in (student, teacher))
-        tokens.append((p.exp() * (p - q)).sum(-1).mean())
-    assert run.evaluate()["eval_loss"] == pytest.approx(float(torch.stack(tokens).mean()), rel=1e-3)
+        tokens.append((p.exp() * (p - q)).sum(-1))
+    assert run.evaluate()["eval_loss"] == pytest.approx(float(torch.cat(tokens).mean()), rel=1e-3)
     with pytest.raises(ValueError, match="pre-distil the model before"):
         trainer(tmp_path, student, teacher, method="predistill")
     if make is not bart:
@@ -201,7 +209,7 @@ def test_nan_stops_with_the_batch_or_is_skipped(tmp_path):
     stored = data(sample_ids=[[3, EOS]] * 8)
     with pytest.raises(FloatingPointError, match="its batch is in"):
         trainer(tmp_path, gpt2(60, seed=1), broken, stored, method="kl").train()
-    assert set(torch.load(tmp_path / "nan_batch_step_0.pt")) == {"prompt_ids", "labels", "sample_ids"}
+    assert set(torch.load(tmp_path / "nan_batch_step_0.pt")) == {"prompt_ids", "labels", "sample_ids", "sequences"}
     student = gpt2(60, seed=1)
     before = student.lm_head.weight.clone()
     trainer(tmp_path, student, broken, stored, method="kl", on_nan="skip").train()
@@ -219,7 +227,7 @@ def test_bad_input(tmp_path):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [], "labels": [1]}] * 4).train()
     with pytest.raises(ValueError, match="needs the column labels"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2]}] * 4, method="predistill").train()
-    with pytest.raises(ValueError, match="the model's context 32"):
+    with pytest.raises(ValueError, match="41 tokens, the student's context 32"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2] * 40, "labels": [1]}] * 4, method="mle").train()
     with pytest.raises(ValueError, match="on_nan must be one of"):
         FDistillConfig(str(tmp_path), on_nan="ignore")
@@ -246,16 +254,405 @@ def test_vocabularies_padded_differently(sizes, tmp_path):
         trainer(tmp_path, student, teacher, [{"prompt_ids": [2], "labels": [61]}] * 4).train()
 
 
-def test_kept_samples_are_of_their_own_batch(tmp_path, monkeypatch):
-    from fdistill_kernels.sequence import trainer as module
+# --- an update: what is drawn for it, and what its losses are divided by
 
-    drawn, asked = [], module.draw
-    monkeypatch.setattr(module, "draw", lambda *a: drawn.append(a[1]) or asked(*a))
-    seen = []
-    run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), data(16), method="rkl", student_every=2, max_steps=4,
+
+def of_prompts(drawn=None):
+    """In `draw`'s place: a sequence of each prompt, of another length than the next one's."""
+
+    def draw(model, prompts, *_):
+        if drawn is not None:
+            drawn.append(prompts)
+        return [torch.arange(2, 3 + (7 * int(p.sum())) % 6) for p in prompts]
+
+    return draw
+
+
+@pytest.mark.parametrize("method, settings", [
+    ("rkl", {}), ("js", {}), ("tvd", {}), ("js", dict(normalize="sequence", beta=0.85)), ("kl", {}),
+    ("rkl", dict(ce_weight=0.5)), ("predistill", {}),
+])  # fmt: skip
+def test_accumulated_batches_are_one_large_batch(method, settings, tmp_path, monkeypatch):
+    drawn, weights = [], []
+    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts(drawn))
+    monkeypatch.setattr("fdistill_kernels.sequence.teachers.draw", of_prompts(drawn))
+    for size in (12, 3):
+        student, teacher = gpt2(60, seed=1).double(), gpt2(60, seed=2).double()
+        run = trainer(tmp_path, student, teacher, data(12), method=method, max_steps=1, optim="sgd", learning_rate=1.0,
+                      per_device_train_batch_size=size, gradient_accumulation_steps=12 // size, max_grad_norm=0.0,
+                      **settings)  # fmt: skip
+        step, before = run._half, []
+        run._half = lambda *a, step=step, before=before: before.append(len(drawn)) or step(*a)
+        drawn.clear()
+        run.train()
+        assert set(before) <= {len(drawn)}  # all is drawn before the first loss
+        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    change = (weights[0] - torch.cat([p.flatten() for p in gpt2(60, seed=1).double().parameters()])).abs().max()
+    assert (weights[0] - weights[1]).abs().max() < 1e-12 * change
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_that_goes_on_uses_its_kept_samples(stop, tmp_path):
+    weights = []
+    for stops in ([4], [stop, 4]):
+        for i, last in enumerate(stops):
+            run = trainer(tmp_path / str(len(stops)), gpt2(60, seed=1), gpt2(60, seed=2), data(16), method="js",
+                          student_every=3, max_steps=last, save_strategy="steps", save_steps=1, logging_steps=1,
+                          per_device_train_batch_size=2, gradient_accumulation_steps=2,
+                          lr_scheduler_type="constant")  # fmt: skip
+            run.train(resume_from_checkpoint=bool(i))
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_kept_samples_are_of_their_own_batch(tmp_path, monkeypatch):
+    from fdistill_kernels.sequence.teachers import OfRows
+
+    drawn, seen = [], []
+    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts(drawn))
+    teachers = OfRows({"a": gpt2(60, seed=2), "b": gpt2(60, seed=3)})
+    named = data(16, teacher=["a", "b", "b", "a"] * 4)
+    run = trainer(tmp_path, gpt2(60, seed=1), teachers, named, method="rkl", student_every=2, max_steps=4,
                   per_device_train_batch_size=2, gradient_accumulation_steps=2)  # fmt: skip
-    half = run._half
-    run._half = lambda h, model, prompts, *rest: seen.append(prompts) or half(h, model, prompts, *rest)
+    rows = teachers.rows
+    teachers.rows = lambda prompts, *a, **k: seen.append((prompts, teachers.names)) or rows(prompts, *a, **k)
     run.train()
     assert len(drawn) == 4
-    assert all(p is q for p, q in zip(seen, [*drawn[:2] * 2, *drawn[2:] * 2], strict=True))
+    assert all(p is q for (p, _), q in zip(seen, [*drawn[:2] * 2, *drawn[2:] * 2], strict=True))
+    known = {tuple(row["prompt_ids"]): row["teacher"] for row in named}
+    assert all([known[tuple(p.tolist())] for p in prompts] == names for prompts, names in seen)
+
+
+# --- losses and measures, against log-probabilities of one sequence at a time
+
+
+def log_probs(model, prompt, continuation):
+    """(L, V) in float64, of the steps that make the continuation."""
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *continuation]])
+        return model.eval()(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+
+
+def table(log_q, log_p, beta=0.5):
+    """Losses of steps, (L,) each."""
+    q, p = log_q.exp(), log_p.exp()
+    log_m = (beta * q + (1 - beta) * p).log()
+    kl, to_m, from_m = (a.exp() * (a - b) for a, b in ((log_p, log_q), (log_p, log_m), (log_q, log_m)))
+    return {"kl": kl.sum(-1), "rkl": (q * (log_q - log_p)).sum(-1), "p to m": to_m.sum(-1), "q to m": from_m.sum(-1),
+            "student_entropy": -(q * log_q).sum(-1), "teacher_entropy": -(p * log_p).sum(-1),
+            "agreement": (q.argmax(-1) == p.argmax(-1)).double(), "overlap": torch.minimum(p, q).sum(-1)}  # fmt: skip
+
+
+def steps_of(student, teacher, rows, column, beta=0.5):
+    """The table of all steps of a column's sequences, and −log q of their tokens."""
+    found = []
+    for row in rows:
+        log_q, log_p = (log_probs(m, row["prompt_ids"], row[column]) for m in (student, teacher))
+        tokens = -log_q.gather(1, torch.tensor(row[column])[:, None])[:, 0]
+        found.append({**table(log_q, log_p, beta), "ce": tokens})
+    return {name: torch.cat([of[name] for of in found]) for name in found[0]}
+
+
+def training_loss(run, rows):
+    run.model.train()
+    return run.compute_loss(run.model, run._prepare_inputs(run.data_collator(rows))).item()
+
+
+def test_objectives(tmp_path, monkeypatch):
+    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts())
+    student, teacher = gpt2(60, seed=1).double(), gpt2(60, seed=2).double()
+    rows = data(6, sample_ids=[[3, 4, 5, EOS], [3, EOS], [EOS], [5, EOS], [7, 8, 9], [4, EOS]])
+    student_ids = of_prompts()(None, [torch.tensor(row["prompt_ids"]) for row in rows])
+    rows = [{**row, "student_ids": ids.tolist()} for row, ids in zip(rows, student_ids, strict=True)]
+    on = {name: steps_of(student, teacher, rows, column, beta=0.85)
+          for name, column in (("y", "sample_ids"), ("x", "student_ids"), ("gold", "labels"))}  # fmt: skip
+    mean = {name: {k: v.mean().item() for k, v in of.items()} for name, of in on.items()}
+    smoothed = [-log_probs(student, row["prompt_ids"], row["labels"]).mean(-1) for row in rows]
+    gold_ce = 0.9 * mean["gold"]["ce"] + 0.1 * torch.cat(smoothed).mean().item()
+    cases = [
+        (dict(method="js", beta=0.85), 0.15 * mean["y"]["p to m"] + 0.85 * mean["x"]["q to m"]),
+        (dict(method="rkl", normalize="sequence"), on["x"]["rkl"].sum().item() / 6),
+        (dict(method="kl", ce_weight=0.3), mean["y"]["kl"] + 0.3 * mean["gold"]["ce"]),
+        (dict(divergence="kl", shares="gold=0.5", ce_weight=0.3), 0.5 * mean["gold"]["kl"] + 0.3 * mean["gold"]["ce"]),
+        (dict(divergence={"teacher": "kl", "student": "rkl"}), (mean["y"]["kl"] + mean["x"]["rkl"]) / 2),
+        (dict(divergence='{"teacher": "skew_kl(0)", "student": "alpha=0"}', shares='{"teacher": 2, "student": 1}'),
+         2 * mean["y"]["kl"] + mean["x"]["rkl"]),
+        (dict(method="mle", label_smoothing_factor=0.1), gold_ce),
+        (dict(method="rkl", ce_weight=2, label_smoothing_factor=0.1), mean["x"]["rkl"] + 2 * gold_ce),
+    ]  # fmt: skip
+    for settings, want in cases:
+        assert training_loss(trainer(tmp_path, student, teacher, rows, **settings), rows) == pytest.approx(want), (
+            settings
+        )
+    hot = dict(divergence="kl", temperature=2.0)
+    once, squared = (training_loss(trainer(tmp_path, student, teacher, rows, **hot, temperature_squared=t), rows)
+                     for t in (False, True))  # fmt: skip
+    assert squared == pytest.approx(4 * once)
+
+
+def test_tokens_that_do_not_count(tmp_path):
+    student, teacher = gpt2(60, seed=1).double(), gpt2(60, seed=2).double()
+    texts = [([5, 6], [7, 8, 9, EOS], [True, False, True, True]), ([4], [3, EOS], [True, True]),
+             ([3, 9], [4, 6, 8], [False, False, True])]  # fmt: skip
+    rows = [{"prompt_ids": p, "labels": t, "labels_mask": m} for p, t, m in texts]
+    one = [{"input_ids": [*p, *t], "labels": [*[-100] * len(p), *(i if m else -100 for i, m in zip(t, mask, strict=True))]}
+           for p, t, mask in texts]  # fmt: skip
+    padded = [{"input_ids": [1, *r["input_ids"], 1], "labels": [-100, *r["labels"], -100],
+               "attention_mask": [0, *[1] * len(r["labels"]), 0]} for r in one]  # fmt: skip
+    counts = torch.tensor([m for _, _, mask in texts for m in mask])
+    steps = steps_of(student, teacher, rows, "labels")
+    for given in (rows, one, padded):
+        for settings, name in ((dict(divergence="rkl"), "rkl"), (dict(method="mle"), "ce"),
+                               (dict(divergence="rkl", pack=True), "rkl")):  # fmt: skip
+            run = trainer(tmp_path, student, teacher, given, **settings)
+            assert training_loss(run, given) == pytest.approx(steps[name][counts].mean().item())
+        run.eval_dataset, run.args.per_device_eval_batch_size = given, 2
+        assert run.evaluate()["eval_loss"] == pytest.approx(steps["kl"][counts].mean().item())
+    for wrong, words in (
+        ({"prompt_ids": [2], "labels": [3, -100, 4]}, "labels has −100 between"),
+        ({"prompt_ids": [2], "labels": [3], "labels_mask": [True, True]}, "a bool for each"),
+        ({"input_ids": [2, 3, 4], "labels": [-100, 4, 5]}, "nothing is shifted"),
+        ({"input_ids": [2, 3], "labels": [-100, 4, 5]}, "must be of one length, not 2 and 3"),
+        ({"prompt_ids": [2, -7], "labels": [3]}, "prompt_ids has the id -7"),
+        ({"prompt_ids": [2], "labels": [3], "teacher_prompt_ids": [60]}, "the id 60, but the teacher has 60"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run.data_collator([wrong])
+    with pytest.raises(ValueError, match="others have none"):
+        run.data_collator([{"prompt_ids": [2], "labels": [3], "sample_ids": [3]}, {"prompt_ids": [2], "labels": [3]}])
+    assert run.data_collator([{"prompt_ids": [-100, 2], "labels": [3, -100]}])["labels"].tolist() == [[3]]
+
+
+def test_evaluation_is_a_mean_over_all_tokens(tmp_path):
+    student, teacher, rows = gpt2(60, seed=1).double(), gpt2(60, seed=2).double(), data(7)
+    want = steps_of(student, teacher, rows, "labels")["kl"].mean().item()
+    for size in (1, 3, 8):
+        run = trainer(tmp_path, student, teacher, rows, method="kl", per_device_eval_batch_size=size)
+        assert run.evaluate(rows)["eval_loss"] == pytest.approx(want, rel=1e-12)
+    found = run.evaluate({"one": rows[:3], "two": rows})
+    assert found["eval_two_loss"] == pytest.approx(want, rel=1e-12) != pytest.approx(found["eval_one_loss"])
+
+
+def test_what_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts())
+    student, teacher, rows = gpt2(60, seed=1).double(), gpt2(60, seed=2).double(), data(8)
+    student_ids = of_prompts()(None, [torch.tensor(row["prompt_ids"]) for row in rows])
+    for row, ids in zip(rows, student_ids, strict=True):
+        row["student_ids"] = ids.tolist()
+    names = {"gold": "labels", "student": "student_ids"}
+    steps = {name: steps_of(student, teacher, rows, column) for name, column in names.items()}
+    for normalize in ("token", "sequence"):
+        run = trainer(tmp_path, student, teacher, rows, divergence="rkl", shares={"student": 0.5, "gold": 0.5},
+                      normalize=normalize, learning_rate=0.0, logging_steps=2, per_device_train_batch_size=2,
+                      gradient_accumulation_steps=2)  # fmt: skip
+        run.train()
+        (line,) = [line for line in run.state.log_history if "loss" in line]
+        for source, of in steps.items():
+            for name in ("student_entropy", "teacher_entropy", "agreement", "overlap"):
+                assert line[f"{name}_on_{source}"] == pytest.approx(of[name].mean().item()), name
+            want = of["rkl"].mean() if normalize == "token" else of["rkl"].sum() / len(rows)
+            assert line[f"loss_on_{source}"] == pytest.approx(0.5 * want.item())
+        assert line["tokens_per_second"] > 0
+        assert 0 < line["sampling_share"] < 1 and 0 < line["teacher_share"] < 1
+    lists = trainer(tmp_path, student, teacher, rows, method="mle", logging_steps=1)
+    lists.train()
+    assert {k for k in lists.state.log_history[0] if "_on_" in k} == {"loss_on_gold"}
+
+
+# --- what is given is used, or refused before any work
+
+
+def square(t):
+    return (t - 1) ** 2
+
+
+@pytest.mark.parametrize("divergence", [
+    lambda t: (t - 1) ** 2, FDivergence(lambda t: (t - 1) ** 2), square, SkewKL(0.1), "alpha=0.3",
+    {"gold": Alpha(0.3), "student": FDivergence(square)},
+])  # fmt: skip
+def test_divergences_of_ones_own_in_configurations(divergence, tmp_path):
+    run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), divergence=divergence, save_strategy="steps", save_steps=1,
+                  max_steps=1)  # fmt: skip
+    run.train()
+    json.loads(run.args.to_json_string())
+    assert copy.deepcopy(run.args).halves() == run.halves
+    kept = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert type(kept) is FDistillConfig and kept.temperature == 1.0
+
+
+def test_names_with_parameters():
+    for divergence in (*TABLE.values(), Alpha(1 / 3), SkewKL(0.1234567891), AB(0.3, 0.9), TailAware(8, 0.25)):
+        assert resolve(str(divergence)) == divergence
+    assert resolve("ab=0.3,0.9") == resolve("ab(0.3, 0.9)") == AB(0.3, 0.9)
+    for text, words in (("kl=1", "kl takes no parameter"), ("alpha=1,2", "alpha takes alpha, not 1,2"),
+                        ("alpha=0.3x", "alpha takes alpha as numbers"), ("alpah=1", "did you mean"),
+                        ("skew_kl=2", "lambda must be")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            resolve(text)
+
+
+def test_configuration_of_a_command_line(tmp_path):
+    def parsed(*arguments):
+        return HfArgumentParser((FDistillConfig,)).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path), "--use_cpu", *arguments])[0]  # fmt: skip
+
+    by_source = parsed("--divergence", '{"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"}', "--ce_weight", "0.5")
+    assert by_source.halves() == (Half("teacher", SkewKL(0.1), 0.5), Half("student", SkewRKL(0.1), 0.5),
+                                  Half("gold", None, 0.5))  # fmt: skip
+    for shares in ('{"student": 0.7, "gold": 0.3}', "student=0.7,gold=0.3"):
+        halves = parsed("--divergence", "js", "--shares", shares).halves()
+        assert [(h.source, h.weight) for h in halves] == [("student", 0.7), ("gold", 0.3)]
+    warm = parsed("--method", "js", "--beta", "0.3", "--temperature", "2", "--student_every", "4").for_predistillation(
+        max_steps=3
+    )
+    assert (warm.halves(), warm.max_steps, warm.temperature, warm.student_every) == ((), 3, 1.0, 1)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(shares={"gold": 1.0}), "shares={'gold': 1.0} is not used without a divergence"),
+    (dict(divergence="js", method="kl"), "method='kl' is not used beside a divergence"),
+    (dict(divergence="js", beta=0.3), "beta=0.3 is not used beside a divergence"),
+    (dict(method="kl", beta=0.3), "kl has none"),
+    (dict(method="js", beta=0.0), "js is 0 at beta=0"),
+    (dict(method="kl", student_every=2), "student_every=2 is not used without"),
+    (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1 is not used without"),
+    (dict(method="predistill", temperature=2.0), "temperature=2.0 is not used by predistill"),
+    (dict(method="mle", ce_weight=1.0), "which the objective has already"),
+    (dict(ce_weight=-1.0), "ce_weight must be at least 0"),
+    (dict(divergence={"gold": "kl"}, shares={"student": 1.0}), "divergences of gold, and shares of student"),
+    (dict(divergence={"silver": "kl"}), "unknown sources"),
+    (dict(divergence="{no"), "divergence is no JSON"),
+    (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
+    (dict(divergence="skew_kl=1"), "lambda must be"),
+    (dict(temperature=0.0), "temperature must be positive"),
+    (dict(memory="little"), "memory must be one of"),
+    (dict(top_p=0.0), "top_p in"),
+    (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),
+    (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1"),
+])  # fmt: skip
+def test_refused_configurations(settings, words, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        FDistillConfig(str(tmp_path), **{**BASE, **settings})
+
+
+def test_refused_by_the_trainer(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
+        with pytest.raises(ValueError, match=f"{name} is not used by FDistillTrainer: "):
+            FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), **{name: print})
+    with pytest.raises(TypeError, match="args must be a FDistillConfig, not TrainingArguments"):
+        FDistillTrainer(student, teacher, TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(TypeError, match="model must be a Hugging Face model or a path of one, not NoneType"):
+        trainer(tmp_path, None, teacher)
+    with pytest.raises(ValueError, match="student and teacher share weights"):
+        trainer(tmp_path, student, student)
+    base = gpt2(60, seed=1)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    with pytest.raises(ValueError, match="student and teacher share weights"):
+        trainer(tmp_path, adapted, base)
+    assert any(p.requires_grad for p in adapted.parameters())
+    for train, settings, words in (
+        ([{"prompt_ids": [2], "sample_ids": [3]}] * 4, dict(method="mle"), "train_dataset needs the column labels"),
+        (data(sample_ids=[[3] * 40] * 8), dict(method="kl"), "prompt_ids with its sample_ids has"),
+        (data(), dict(method="rkl", max_new_tokens=40), "with 40 new tokens has"),
+        (data(teacher_prompt_ids=[[3] * 31] * 8), dict(method="rkl"), "row 0's teacher_prompt_ids with 5 new tokens has 36"),
+        (data(sample_ids=[[3]] * 8), dict(divergence={"beam": "kl", "teacher": "kl"}), "give both sample_ids and beam_ids"),
+        (Dataset.from_list(data(4)).add_column("text", ["a"] * 4).map(lambda r: {"labels": [3] * 40}),
+         dict(method="mle"), "train_dataset: row 3's prompt_ids with its labels has 45 tokens, the student's context 32"),
+        ([{"input_ids": [3] * 33, "labels": [3] * 33}] * 4, dict(method="mle"), "has 33 tokens"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path, student, teacher, train, **settings)
+    with pytest.raises(ValueError, match=r"eval_dataset\['two'\] needs the column labels"):
+        FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **{**BASE, "eval_strategy": "epoch"}),
+                        train_dataset=data(), eval_dataset={"one": data(), "two": [{"prompt_ids": [2]}]})  # fmt: skip
+
+    class Tokenizer(dict):
+        get_vocab = dict.copy
+
+    with pytest.raises(ValueError, match="the student's tokenizer has 61 tokens, the student 60"):
+        FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
+                        processing_class=Tokenizer({str(i): i for i in range(61)}))  # fmt: skip
+
+
+def test_paths_in_place_of_models(tmp_path):
+    gpt2(60, seed=1).bfloat16().save_pretrained(tmp_path / "student")
+    gpt2(60, seed=2).save_pretrained(tmp_path / "teacher")
+    run = trainer(tmp_path / "run", str(tmp_path / "student"), tmp_path / "teacher", method="kl")
+    run.train()
+    assert run.model.dtype == torch.float32
+
+
+def test_experts_own_loss_and_a_base_model_as_teacher(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from fdistill_kernels.sequence.teachers import Itself
+
+    def make(seed, **settings):
+        torch.manual_seed(seed)
+        return MixtralForCausalLM(MixtralConfig(
+            vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS,
+            max_position_embeddings=64, **settings)).eval()  # fmt: skip
+
+    rows = data(6, sample_ids=[[3, 4, 5, EOS]] * 6)
+    plain = training_loss(trainer(tmp_path, make(1), make(2), rows, divergence={"gold": "kl", "teacher": "rkl"}), rows)
+    student, aux = make(1, output_router_logits=True, router_aux_loss_coef=0.5), []
+    for column in ("labels", "sample_ids"):
+        texts = [[*row["prompt_ids"], *row[column]] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(t) for t in texts])[:, None]
+        aux.append(student(ids, attention_mask=mask.long()).aux_loss.item())
+    run = trainer(tmp_path, student, make(2), rows, divergence={"gold": "kl", "teacher": "rkl"})
+    assert training_loss(run, rows) == pytest.approx(plain + 0.5 * sum(aux) / 2, rel=1e-5)
+
+    adapted = get_peft_model(llama(seed=1), LoraConfig(target_modules=["q_proj"]))
+    run = trainer(
+        tmp_path,
+        adapted,
+        Itself(adapter=False),
+        rows,
+        divergence="kl",
+        ce_weight=1.0,
+        logging_steps=1,
+        learning_rate=0.3,
+    )
+    run.train()
+    first, last = [line["overlap_on_gold"] for line in run.state.log_history if "loss" in line]
+    assert first == pytest.approx(1) and last < 0.9999  # the adapter is 0 at first
+
+
+def test_a_forced_first_token_does_not_count(tmp_path):
+    student, teacher, rows = bart(seed=1), bart(seed=2), data(6)
+    student.generation_config.forced_bos_token_id = 7
+    rows = [{**row, "labels": [7, *row["labels"]]} for row in rows]
+    steps = []
+    for row in rows:
+        given = dict(
+            input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=torch.tensor([[EOS, *row["labels"][:-1]]])
+        )
+        with torch.no_grad():
+            log_q, log_p = (m.eval()(**given).logits[0, 1:].double().log_softmax(-1) for m in (student, teacher))
+        steps.append(table(log_q, log_p)["kl"])
+    want = pytest.approx(torch.cat(steps).mean().item(), rel=1e-4)
+    run = trainer(tmp_path, student, teacher, rows, divergence="kl", learning_rate=0.0, logging_steps=1, max_steps=1,
+                  per_device_train_batch_size=3, gradient_accumulation_steps=2)  # fmt: skip
+    assert run.evaluate(rows)["eval_loss"] == want
+    run.train()
+    (line,) = [line for line in run.state.log_history if "loss" in line]
+    assert line["loss"] == want and line["loss_on_gold"] == want
+
+
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_batches_without_a_token(make, tmp_path):
+    rows = [{"prompt_ids": [5], "labels": []}] * 8
+    student = make(60, seed=1)
+    before = [p.clone() for p in student.parameters()]
+    for settings in (dict(divergence="kl"), dict(method="mle")):
+        run = trainer(tmp_path, student, make(60, seed=2), rows, **settings)
+        run.train()
+        assert run.evaluate(rows)["eval_loss"] == 0
+    assert all(map(torch.equal, before, student.parameters()))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from ..sparse import TopK
 from ..teachers import TeacherStore
 from ..values import Hidden
 from . import run as runs
+from .arguments import Asked
 from .models import TeacherRows, load_model
-from .run import Job, Run, tokenizer_hash
+from .run import Run, tokenizer_hash
 from .sampling import fingerprint
 from .teachers import InRoom, is_store, logits_function
 
@@ -32,45 +32,18 @@ Pair = tuple[list[int], list[int]]
 KEEP_EVERY = 30.0
 
 
-@dataclass
-class BuildJob(Job):
-    """What a store is made of; `Job`'s fields say which sequences, and how the teacher's are drawn."""
-
-    out: str = "fdistill-teacher"
-    kind: str = "hidden"
-    sequences: str = "gold,teacher"
-    states: str = "bfloat16"
-    head_rank: int | None = None
-    log_probs: str = "float16"
-
-
-HELP = {
-    **runs.HELP,
-    "kind": "hidden: states after the final norm, any divergence and temperature; top_k: the largest log-probabilities",
-    "sequences": "gold, teacher and beam, those that the objectives to come are on; held-out pairs are always gold",
-    "states": "float32, float16, bfloat16 or int8", "log_probs": "float16 or uint8",
-    "head_rank": "keep states in so many of the head's singular directions", "out": "the store's folder",
-    "teacher": "folder or hub name of the teacher",
-}  # fmt: skip
-
-#: What it uses of `Job`.
-USED = ("teacher", "data", "eval_data", "eval_pairs", "limit", "out", "k", "batch", "max_new_tokens",
-        "sample_temperature", "top_k", "top_p", "beams", "prompt_column", "target_column", "seed", "kind", "sequences",
-        "states", "head_rank", "log_probs")  # fmt: skip
-
-
-def build(job: BuildJob, console: Console) -> dict[str, Any]:
+def build(asked: Asked, console: Console) -> dict[str, Any]:
     """Asks the teacher about every sequence that the store lacks; a killed run goes on. The store's summary."""
-    sources = _checked(job)
-    run = Run(job, console)
+    sources = _checked(asked)
+    run = Run(asked, console)
     teacher = run.teacher
     assert isinstance(teacher, InRoom)
-    store = _created(job, run, teacher)
+    store = _created(run, teacher)
     store.verify()  # what is damaged counts as missing, and is asked for again
     pairs, (rank, ranks) = _pairs(run, sources), runs.rank()
     with Progress(console=console) as bar:
         task = bar.add_task("the teacher's word", total=len(pairs))
-        for done in fill(store, teacher, pairs, job.batch, rank, ranks):
+        for done in fill(store, teacher, pairs, run.config.per_device_eval_batch_size, rank, ranks):
             bar.update(task, advance=done)
     return {"folder": str(store.folder), **_shown(TeacherStore(store.folder))}
 
@@ -98,39 +71,39 @@ def fill(
             yield len(some)
 
 
-def _checked(job: BuildJob) -> list[str]:
+def _checked(asked: Asked) -> list[str]:
     """The sources of its sequences.
 
     Raises:
         ValueError: settings that do not go together, or a folder that holds something else.
     """
-    sources, out = [s.strip() for s in str(job.sequences).split(",")], Path(job.out)
+    kind, teacher, out = asked.build.kind, str(asked.model.teacher), Path(str(asked.training["output_dir"]))
+    sources = [s.strip() for s in asked.build.sequences.split(",")]
     if not set(sources) <= {"gold", "teacher", "beam"}:
-        raise ValueError(f"--sequences must be of gold, teacher and beam, not {job.sequences!r}")
-    beside = {"hidden": ("k", "log_probs"), "top_k": ("states", "head_rank")}
-    if job.kind not in beside:
-        raise ValueError(f"--kind must be hidden or top_k, not {job.kind!r}")
-    given = ["--" + n.replace("_", "-") for n in beside[job.kind] if getattr(job, n) != getattr(BuildJob, n)]
-    if given:
-        raise ValueError(f"{', '.join(given)}: not of --kind {job.kind}")
-    if job.teacher.startswith(("http://", "https://")) or is_store(job.teacher):
+        raise ValueError(f"--sequences must be of gold, teacher and beam, not {asked.build.sequences!r}")
+    beside = {"hidden": {"k", "log_probs"}, "top_k": {"states", "head_rank"}}[kind] & asked.given.keys()
+    if beside:
+        raise ValueError(f"--{', --'.join(sorted(beside))}: not of --kind {kind}")
+    if teacher.startswith(("http://", "https://")) or is_store(teacher):
         raise ValueError("a store is built from a model, by its folder or hub name; what a server says is kept by "
                          "`fdistill train --teacher URL --samples FOLDER`")  # fmt: skip
     if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
-        raise ValueError(f"{out} is not empty and no store: give another --out")
+        raise ValueError(f"{out} is not empty and no store: give another --output_dir")
     return sources
 
 
-def _created(job: BuildJob, run: Run, teacher: InRoom) -> TeacherStore:
+def _created(run: Run, teacher: InRoom) -> TeacherStore:
     """The store, with the tokenizer and the configurations beside it."""
+    asked, job = run.asked, run.asked.build
     key = {"teacher": fingerprint(teacher.model), "tokenizer": tokenizer_hash(run.tokenizer)}
+    told = {**vars(asked.data), **vars(job), "max_new_tokens": run.config.max_new_tokens}
     made: dict[str, Any] = dict(kind=job.kind, vocabulary=teacher.vocabulary, key=key,
-                                extra={"encoder_decoder": teacher.encoder_decoder, "job": asdict(job)})  # fmt: skip
+                                extra={"encoder_decoder": teacher.encoder_decoder, "job": told})  # fmt: skip
     if job.kind == "hidden":
         made |= {"states": job.states, "rank": job.head_rank, "head": _head(teacher, run)}
     else:
-        made |= {"k": min(job.k, teacher.vocabulary), "log_probs": job.log_probs}
-    store = TeacherStore.create(job.out, **made)
+        made |= {"k": min(asked.run.k, teacher.vocabulary), "log_probs": job.log_probs}
+    store = TeacherStore.create(run.folder, **made)
     run.tokenizer.save_pretrained(store.folder / "tokenizer")
     teacher.model.config.save_pretrained(store.folder)
     return store

@@ -1,103 +1,335 @@
-"""Pairs of a prompt and a target from jsonl, tsv or parquet files, and their token ids."""
+"""Rows of a file or a hub dataset, prompts and targets in text or in messages, and their token ids."""
 
 from __future__ import annotations
 
+import collections
+import csv
 import gzip
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 COLUMNS = ("prompt", "target")
+#: What rows may have beside.
+OTHERS = ("teacher_prompt", "messages", "tools", "text")
 
 
-def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS) -> Any:
-    """A `datasets.Dataset` of the columns prompt and target, and teacher_prompt where the file has it.
+def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS,
+               config: str | None = None, split: str = "train") -> Any:  # fmt: skip
+    """A `datasets.Dataset` of the columns prompt and target, or prompt, messages or text alone, and `OTHERS`.
 
     Args:
-        path: .jsonl, .tsv (two columns, with or without a header of their names) or .parquet; .gz of the first two.
-        limit: the first so many pairs alone.
-        columns: the names of prompt and target in the file.
+        path: .jsonl, .json, .csv, .tsv (two columns, with or without a header), each .gz too, or .parquet; or the name
+            of a hub dataset, with its config and split.
+        limit: the first so many rows alone.
+        columns: the names of prompt and target in the file; completion is another name of target.
 
     Raises:
-        ValueError: an unknown kind of file, a missing column, no pairs. OSError: the file cannot be read.
+        ValueError: an unknown kind of file, a line that cannot be read, a missing column, no rows. OSError: no file.
     """
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    path = Path(path)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if kind == "tsv":
-        rows = Dataset.from_list(_read_tsv(path, columns))
-    elif kind in ("jsonl", "json"):
-        try:
-            rows = Dataset.from_json(str(path))
-        except DatasetGenerationError as error:
-            raise ValueError(f"{path} is no JSON with a pair a line: {error.__cause__ or error}") from error
-    elif kind == "parquet":
-        rows = Dataset.from_parquet(str(path))
-    else:
-        raise ValueError(f"{path} must be .jsonl, .tsv or .parquet, not .{kind}")
+    rows = _load(str(path), columns, config, split)
     if not len(rows):
-        raise ValueError(f"{path} has no pairs")
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        raise ValueError(f"{path} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}")
-    rows = rows.rename_columns({a: b for a, b in zip(columns, COLUMNS, strict=True) if a != b})
-    rows = rows.select_columns([n for n in (*COLUMNS, "teacher_prompt") if n in rows.column_names])
+        raise ValueError(f"{path} has no rows")
+    has = rows.column_names
+    target = "completion" if columns[1] not in has and columns[1] == COLUMNS[1] else columns[1]
+    wanted = next(
+        (w for w in ((columns[0], target), ("messages",), (columns[0],), ("text",)) if set(w) <= set(has)), ()
+    )
+    if not wanted or (columns[1] != COLUMNS[1] and columns[1] not in has):
+        lacking = columns[1] if columns[0] in has else columns[0]
+        raise ValueError(f"{path} lacks the column {lacking!r}, and messages and text; it has {', '.join(has)}")
+    kept = [n for n in dict.fromkeys((*wanted, "teacher_prompt", "tools")) if n in has]
+    rows = rows.select_columns(kept)
+    names = dict(zip((columns[0], target), COLUMNS, strict=True))
+    rows = rows.rename_columns({a: b for a, b in names.items() if a in kept and a != b})
     return rows.select(range(min(limit, len(rows)))) if limit else rows
 
 
-def _read_tsv(path: Path, columns: tuple[str, str]) -> list[dict[str, str]]:
-    pairs = []
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kind = Path(path).name.removesuffix(".gz").rpartition(".")[2]
+    if kind not in ("jsonl", "json", "csv", "tsv", "parquet"):
+        if Path(path).is_file():
+            raise ValueError(f"{path} must be .jsonl, .json, .csv, .tsv or .parquet, not .{kind}")
+        return load_dataset(path, config, split=split)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    with _open(path, "rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{path} has no rows")
+    try:
+        if kind in ("csv", "tsv"):
+            return _read_table(path, "\t" if kind == "tsv" else ",", columns)
+        return load_dataset("parquet" if kind == "parquet" else "json", data_files=path, split="train")
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(_culprit(path, kind) or f"{path}: {error.__cause__ or error}") from error
+
+
+def _open(path: str, mode: str, **keywords: Any) -> Any:
+    return (gzip.open if path.endswith(".gz") else open)(path, mode, **keywords)
+
+
+def _culprit(path: str, kind: str) -> str | None:
+    """The line that is no UTF-8, or no JSON, and why."""
+    if kind == "parquet":
+        return None
+    with _open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            cells = line.rstrip("\n").split("\t")
-            if len(cells) != 2:
-                raise ValueError(f"{path}, line {number}: two columns were expected, not {len(cells)}")
-            if number > 1 or tuple(cells) != columns:
-                pairs.append(dict(zip(columns, cells, strict=True)))
-    return pairs
+            try:
+                text = line.decode().strip()
+                if kind == "json" and text.startswith("["):  # one value over many lines
+                    kind = "array"
+                if kind in ("json", "jsonl") and text:
+                    json.loads(text)
+            except ValueError as error:
+                return f"{path}, line {number}: {error}"
+    return None
 
 
-def tokenize(rows: Any, tokenizer: Any, config: Any, max_target: int) -> Any:
-    """Columns prompt_ids, labels (end token included, at most `max_target`), teacher_prompt_ids, and length, of both.
+def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
+    """Every cell as text: what looks like a number or a null is a word."""
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import csv as arrow
+
+    tabs = separator == "\t"
+    with _open(path, "rt", encoding="utf-8", newline="") as file:
+        quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        first = next(csv.reader(file, delimiter=separator, quoting=quoting))
+    header = not tabs or bool({*columns, "messages", "text"} & set(first))
+    names = first if header else list(columns)
+    table = arrow.read_csv(
+        path, arrow.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
+        arrow.ParseOptions(delimiter=separator, quote_char=False if tabs else '"', newlines_in_values=not tabs),
+        arrow.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False),
+    )  # fmt: skip
+    return Dataset(table)
+
+
+class Ids(NamedTuple):
+    """A row's token ids: the prompt, what follows it (None: nothing), and which of that counts (None: all)."""
+
+    prompt: list[int]
+    rest: list[int] | None
+    counted: list[bool] | None
+
+
+def plain(value: Any) -> Any:
+    """Messages or tools without the nulls that a table puts where other rows have more keys."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
+
+
+def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, tools: Any = None) -> Ids:
+    """Turns by the tokenizer's chat template: the answers from turn `begin` on count, up to their end token.
+
+    Where the template marks them ({% generation %}), these are its marks; else what rendering one turn more adds. The
+    prompt is what generation gets before the first of those answers; if the last turn is no answer, all is prompt.
 
     Raises:
-        ValueError: a prompt is longer than the context of the model of that configuration.
+        ValueError: the template renders the same turns otherwise when more follow, so that no tokens are an answer's.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    encoder_decoder, end = config.is_encoder_decoder, tokenizer.eos_token_id
-    room = context if encoder_decoder or context is None else context - max_target
 
-    if end is None:
-        raise ValueError("the tokenizer has no end token")
+    def ids(count: int, ask: bool = False) -> list[int]:
+        return list(_rendered(tokenizer, turns[:count], tools, add_generation_prompt=ask)["input_ids"])
 
-    def open_ids(**text: str) -> list[int]:
-        """With the special tokens that the tokenizer puts around, but for the end token."""
-        found = tokenizer(**text)["input_ids"]
-        return found[:-1] if found and found[-1] == end else found
+    answers = [i for i in range(begin, len(turns)) if turns[i]["role"] == "assistant"]
+    if not answers or answers[-1] != len(turns) - 1:
+        return Ids(ids(len(turns), True), None, None)
+    prompt, end = ids(answers[0], True), tokenizer.eos_token_id
+    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)):
+        marked = _rendered(tokenizer, turns, tools, return_assistant_tokens_mask=True)
+        whole, counted = list(marked["input_ids"]), [bool(m) for m in marked["assistant_masks"]]
+        agrees = whole[: len(prompt)] == prompt and any(counted[len(prompt) :])
+    else:
+        whole = ids(len(turns))
+        counted, agrees = [False] * len(whole), True
+        for i in answers:
+            before, after = ids(i, True), ids(i + 1)
+            agrees &= len(before) < len(after) and after[: len(before)] == before and whole[: len(after)] == after
+            said = after[len(before) :]
+            stop = len(before) + (said.index(end) + 1 if end in said else len(said))
+            counted[len(before) : stop] = [True] * (stop - len(before))
+    if not agrees:
+        raise ValueError("the chat template renders turns otherwise when an answer follows, so that its tokens are not "
+                         "told apart: give --chat_template_path one with {% generation %} that only adds")  # fmt: skip
+    counted = counted[: len(whole)]
+    last = len(whole) - counted[::-1].index(True)
+    return Ids(prompt, whole[len(prompt) : last], counted[len(prompt) : last])
 
-    def encode(row: dict[str, str], index: int) -> dict[str, Any]:
-        for name in ("prompt", "target"):
-            if not isinstance(row[name], str):
-                raise ValueError(f"pair {index}: {name} must be text, not {row[name]!r}")
-        prompts = {"prompt_ids": row["prompt"]}
-        if "teacher_prompt" in row:
-            prompts["teacher_prompt_ids"] = row["teacher_prompt"] or row["prompt"]
-        made = {name: open_ids(text=text) + [end] * encoder_decoder for name, text in prompts.items()}
-        for name, found in made.items():
-            if room is not None and len(found) > room:
-                raise ValueError(f"pair {index}: {name} has {len(found)} tokens, the model has room for {room}")
-            if not found:
-                raise ValueError(f"pair {index}: the prompt is empty")
-        if encoder_decoder:
-            target = open_ids(text_target=row["target"])
-        else:  # it goes on from the prompt
-            target = tokenizer(row["target"], add_special_tokens=False)["input_ids"]
-        labels = [*target[: max_target - 1], end]
-        return {**made, "labels": labels, "length": len(made["prompt_ids"]) + len(labels)}
 
-    return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=True, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses: {error}") from error
+
+
+class Encoder:
+    """Rows' ids by a tokenizer, for a causal or an encoder–decoder model."""
+
+    def __init__(self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None):
+        self.tokenizer, self.encoder_decoder, self.teacher_system = tokenizer, encoder_decoder, teacher_system
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token")
+        self.end: int = tokenizer.eos_token_id
+        one, among = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        at = next((i for i in range(len(among)) if among[i : i + len(one)] == one), 0)
+        self.before: list[int] = list(among[:at])  # what the tokenizer puts before a text
+
+    def __call__(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
+        """A row's ids, those of the teacher's prompt where that is another, and the text of its answer.
+
+        Raises:
+            ValueError: the row has something else than text or messages.
+        """
+        row = {k: json.loads(v) if k in ("messages", "tools") and isinstance(v, str) else v for k, v in row.items()}
+        if "messages" in row or isinstance(row.get("prompt"), list):
+            return self._chat(row)
+        if self.teacher_system:
+            raise ValueError("--teacher_system is of messages, and this is text: give it a teacher_prompt")
+        if "text" in row:
+            if self.encoder_decoder:
+                raise ValueError("text without a prompt is for causal models")
+            whole = self._prompt(_text(row, "text"))
+            begin = max(len(self.before), 1)
+            return Ids(whole[:begin], self._ended(whole[begin:]), None), None, row["text"]
+        own = self._prompt(row["teacher_prompt"]) if row.get("teacher_prompt") else None
+        rest = self._target(_text(row, "target")) if "target" in row else None
+        return Ids(self._prompt(_text(row, "prompt")), rest, None), own, row.get("target", "")
+
+    def _chat(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
+        tools, turns = plain(row.get("tools")) or None, plain(row.get("messages") or row.get("prompt"))
+        begin = 0
+        if "prompt" in row:
+            begin, answer = len(turns), plain(row.get("target"))
+            turns = turns + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [])
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+            raise ValueError(f"messages must be a list of role and content, not {turns!r}")
+        if self.encoder_decoder:
+            raise ValueError("messages are for causal models: give an encoder–decoder model text")
+        found = conversation(self.tokenizer, turns, begin, tools)
+        asked = len(turns)
+        if found.rest is not None:
+            asked = next(i for i in range(begin, asked) if turns[i]["role"] == "assistant")
+        own = plain(row.get("teacher_prompt"))
+        if self.teacher_system:
+            shown = [t for t in own or turns[:asked] if t["role"] != "system"]
+            own = [{"role": "system", "content": self.teacher_system}, *shown]
+        teacher = (
+            None if own is None else _rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"]
+        )
+        return found, teacher, str(turns[asked].get("content") or "") if found.rest is not None else ""
+
+    def _prompt(self, text: str) -> list[int]:
+        """As the model reads it; a causal one goes on from it, so that only an end token of the text's own stays."""
+        if self.encoder_decoder:
+            found = self.tokenizer(text=text)["input_ids"]
+            return found if self.end in found else [*found, self.end]
+        found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found if found[: len(self.before)] == self.before else [*self.before, *found]
+
+    def _target(self, text: str) -> list[int]:
+        """As generation writes it: up to its end token."""
+        if not self.encoder_decoder:
+            return self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        found = self.tokenizer(text_target=text)["input_ids"]
+        after = found[::-1].index(self.end) if self.end in found else 0  # a language's code may follow it
+        return self._ended(found[: len(found) - after])
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] == self.end else [*ids, self.end]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name} must be text, not {row[name]!r}")
+    return str(row[name])
+
+
+def context(config: Any) -> float:
+    """How many tokens a model can read, or infinity."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else float("inf")  # XLNet's is −1
+
+
+def tokenize(
+    rows: Any, tokenizer: Any, config: Any, max_target: int | None = None, *, teacher: Any = None, new_tokens: int = 1,
+    long_prompts: str = "refuse", long_targets: str = "cut", teacher_system: str | None = None, name: str = "data",
+    tell: Callable[[str], Any] | None = None,
+) -> Any:  # fmt: skip
+    """Columns prompt_ids, labels (all that follows the prompt, most often with an end token), labels_mask (whether a
+    label counts; only if any does not), teacher_prompt_ids (if the teacher's are others), length, and reference, the
+    (first) answer's text; of prompts alone neither labels nor references.
+
+    Args:
+        rows: of `read_pairs`.
+        config: the student's, and teacher: the teacher's, whose contexts limit rows.
+        max_target: tokens of `labels`.
+        new_tokens: room for a sample that a causal model's prompt must leave.
+        long_prompts, long_targets: "cut" (prompts from the left; targets without an end token), "drop" the row, or
+            "refuse".
+        tell: is told how many were cut or dropped.
+
+    Raises:
+        ValueError: a row that is no text and no messages, an empty prompt, one too long; no rows are left.
+    """
+    encode_row, causal = Encoder(tokenizer, config.is_encoder_decoder, teacher_system), not config.is_encoder_decoder
+    contexts = [context(config), context(teacher or config)]
+    own_prompts = teacher_system is not None or "teacher_prompt" in rows.column_names
+
+    def fitted(ids: list[int], room: float, policy: str, what: str, fate: list[str]) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        if policy == "refuse":
+            raise ValueError(f"{what} has {len(ids)} tokens, and there is room for {room:g}: see --long_{what}s")
+        fate.append(f"{what}s cut" if policy == "cut" else "rows dropped")
+        if what == "target":
+            return ids[: int(room)]
+        kept = encode_row.before if ids[: len(encode_row.before)] == encode_row.before else []
+        return [*kept, *ids[len(ids) - (int(room) - len(kept)) :]]
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        fate: list[str] = []
+        try:
+            found, own, reference = encode_row(row)
+            prompts = [found.prompt, found.prompt if own is None else list(own)]
+            if not all(prompts):
+                raise ValueError("the prompt is empty")
+            prompts = [fitted(ids, room - new_tokens * causal, long_prompts, "prompt", fate)
+                       for ids, room in zip(prompts, contexts, strict=True)]  # fmt: skip
+            left = min(room - len(ids) * causal for ids, room in zip(prompts, contexts, strict=True))
+            limit = left if max_target is None else min(left, max_target)
+            rest = None if found.rest is None else fitted(found.rest, limit, long_targets, "target", fate)
+        except ValueError as error:
+            raise ValueError(f"{name}, row {index}: {error}") from error
+        counted = None if rest is None else (found.counted or [True] * len(rest))[: len(rest)]
+        return {"prompt_ids": prompts[0], "labels": rest, "labels_mask": counted, "reference": reference,
+                "length": len(prompts[0]) + len(rest or ()), "fate": sorted(set(fate)),
+                **({"teacher_prompt_ids": prompts[1]} if own_prompts else {})}  # fmt: skip
+
+    made = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
                     desc="tokenizing")  # fmt: skip
+    fates = collections.Counter(f for found in made["fate"] for f in found)
+    if fates and tell is not None:
+        tell(f"{name}: " + ", ".join(f"{count} of {len(made)} {fate}" for fate, count in sorted(fates.items())))
+    if fates["rows dropped"]:
+        made = made.filter(lambda row: "rows dropped" not in row["fate"])
+    if not len(made):
+        raise ValueError(f"{name} has no rows that are short enough")
+    dull = ["fate"]
+    masks = [mask for mask in made["labels_mask"] if mask is not None]
+    if len(masks) < len(made):
+        if masks:
+            raise ValueError(f"{name}: some rows have no target, and others have one")
+        dull += ["labels", "reference"]
+    return made.remove_columns(dull if any(not all(m) for m in masks) else [*dull, "labels_mask"])

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import IGNORE, Rows, forward_to_head, rows_of, step_loss, teacher_forced
+from .models import IGNORE, Rows, chosen, forward_to_head, rows_of, step_loss, teacher_forced
 from .sampling import Sampling, draw, special_tokens, write_whole
 
 BATCH = 32
@@ -72,7 +72,8 @@ def sentence_sums(
     """Of each of n continuations y what a model q says of it, summed over its steps, and how many steps there are.
 
     Args:
-        model: q. prompts, continuations: n rows of ids; a continuation's end token is a step.
+        model: q. prompts, continuations: n rows of ids; a continuation's end token is a step, a first token that q's
+            generation forces is none.
         teacher: a model p beside it, with its prompts; None: none.
         divergences: names of divergences D(p, q) of p's and q's whole distributions at each step of y.
 
@@ -87,13 +88,14 @@ def sentence_sums(
         whose = teacher_prompts if teacher is not None else prompts
         for some, of_teacher, theirs in zip(*map(_batches, (prompts, whose, continuations)), strict=True):
             moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
-            beside = None
+            counted, beside = chosen(model, continued), None
             if teacher is not None:
                 asked = ([x.to(next(teacher.parameters()).device) for x in rows] for rows in (of_teacher, theirs))
-                beside = rows_of(teacher, next(asked), next(asked), special_tokens(teacher)[0])[0]
+                beside = rows_of(teacher, next(asked), next(asked), special_tokens(teacher)[0], counted=counted)[0]
             call = functools.partial(_steps, teacher=beside, names=divergences)
-            steps, _ = forward_to_head(model, moved, continued, pad, call)
-            count = (teacher_forced(model, moved, continued, pad)[1] != IGNORE).sum(1)  # rows come sentence by sentence
+            steps, _ = forward_to_head(model, moved, continued, pad, call, counted=counted)
+            labels = teacher_forced(model, moved, continued, pad, counted=counted)[1]
+            count = (labels != IGNORE).sum(1)  # rows come sentence by sentence
             index = torch.arange(len(count), device=device).repeat_interleave(count)
             sums.append(steps.new_zeros(len(count), steps.shape[1]).index_add_(0, index, steps).cpu())
             counts.append(count.cpu())
@@ -144,9 +146,8 @@ def searched(
     """A model's outputs by greedy or beam search: columns output (text), output_tokens, output_ended (by an end token,
     not by the limit), and output_loops (fewer than LOOPS_BELOW of its bigrams are distinct).
     """
-    how = Sampling(max_new_tokens, beams=beams) if beams > 1 else _Greedy(max_new_tokens)
     ends = special_tokens(model)[1]
-    rows = [x.tolist() for x in draw_all(model, prompts, how, 0, vocabulary)]
+    rows = [x.tolist() for x in draw_all(model, prompts, Sampling(max_new_tokens, beams=beams), 0, vocabulary)]
     shares = [distinct_bigrams([row], ends) for row in rows]
     return {"output": tokenizer.batch_decode(rows, skip_special_tokens=True), "output_tokens": [len(r) for r in rows],
             "output_ended": [bool(r) and r[-1] in ends for r in rows],
@@ -241,11 +242,6 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """The summary of `measured` alone, without teacher_dist."""
     return measured(student, teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling, seed, 1)[1]
-
-
-class _Greedy(Sampling):
-    def keywords(self) -> dict[str, Any]:
-        return dict(do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens)
 
 
 class Measures(TrainerCallback):

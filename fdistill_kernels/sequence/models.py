@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,24 +43,64 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
-def load_model(path: str | Path) -> Any:
-    """A causal or encoder–decoder model, by its configuration; of a PEFT adapter's folder, by its base model's."""
+def load_config(path: str | Path, **options: Any) -> Any:
+    """A model's configuration; of a PEFT adapter's folder, its base model's. options: as `load_model`'s."""
     base = path
     if (adapter := Path(path) / "adapter_config.json").exists():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(base)
+        return AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
         if Path(path).exists():
             raise
         words = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
+
+
+def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
+    """A causal or encoder–decoder model, by its `load_config`.
+
+    Args:
+        split: ranks that share each layer and the head (tensor parallelism, by the model's own plan); such groups share
+            what is left by FSDP2.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: no such model, one without a plan, or ranks that are no multiple of `split`.
+    """
+    config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path)
+    if (Path(path) / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        adapter = PeftConfig.from_pretrained(str(path))
+        if adapter.is_prompt_learning:  # transformers puts no virtual tokens into a model
+            return PeftModel.from_pretrained(
+                kind.from_pretrained(adapter.base_model_name_or_path, **options), str(path)
+            )
+    if split == 1:
+        return kind.from_pretrained(path, **options)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks % split:
+        raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        sizes = DistributedConfig(tp_size=split, fsdp_size=ranks // split)
+    except (ImportError, TypeError) as error:
+        raise ValueError("this version of transformers does not split models as it loads them") from error
+    return kind.from_pretrained(path, distributed_config=sizes, **options)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
-    """(B, L) padded with −100 on any side, as a list of rows."""
+    """(B, L) padded with −100 on any side, as a list of rows.
+
+    Raises:
+        ValueError: a −100 inside a row, whose text is then not known: give its ids, and what counts as `counted`.
+    """
+    here = nn.functional.pad(ids != IGNORE, (1, 0))
+    if ((here[:, 1:] & ~here[:, :-1]).sum(1) > 1).any():
+        raise ValueError("a row has −100 between its tokens: give the token ids, and beside them which of them count")
     return [row[row != IGNORE] for row in ids]
 
 
@@ -68,48 +109,120 @@ def padded(rows: Sequence[Tensor], value: int, side: str = "right") -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
+def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[Tensor]:
+    """Continuations with −100 in the place of tokens that do not count.
+
+    Raises:
+        ValueError: counted is not a bool for each token.
+    """
+    if counted is None:
+        return list(continuations)
+    if [(len(m), m.dtype) for m in counted] != [(len(c), torch.bool) for c in continuations]:
+        raise ValueError("counted must have a bool for each token of each continuation")
+    return [c.masked_fill(~m.to(c.device), IGNORE) for c, m in zip(continuations, counted, strict=True)]
+
+
+def token_id(model: Any, name: str) -> Any:
+    """A special token of a model's generation configuration, or of its configuration; CodeGen's lacks some."""
+    configs = (getattr(model, "generation_config", None), model.config)
+    return next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
+
+
+def beginning(model: Any) -> tuple[int, int | None]:
+    """What an encoder–decoder model's generation begins with: the decoder's start token, and a first token that is
+    forced upon it, such as the language of mBART-50 and NLLB, or none.
+
+    They are its generation configuration's: set decoder_start_token_id or forced_bos_token_id there for a language.
+
+    Raises:
+        ValueError: there is no start token, or several.
+    """
+    own = getattr(model, "generation_config", None)  # as `generate`: the start, else bos, which others' configs have
+    found = (getattr(own, "decoder_start_token_id", None), getattr(own, "bos_token_id", None),
+             token_id(model, "decoder_start_token_id"), token_id(model, "bos_token_id"))  # fmt: skip
+    start = next((token for token in found if token is not None), None)
+    if not isinstance(start, int):
+        raise ValueError(
+            f"{type(model).__name__} needs one decoder_start_token_id in its generation config, not {start}"
+        )
+    return start, token_id(model, "forced_bos_token_id")
+
+
+def chosen(
+    model: Any, continuations: Sequence[Tensor], counted: Sequence[Tensor] | None = None
+) -> Sequence[Tensor] | None:
+    """`counted` without the first tokens that a model's generation forces: they are no choice of the model's, whose
+    probability of them is 1, so that losses and risks leave them out. Other first tokens than the forced one count.
+
+    Args:
+        model: whose generation; of losses the student.
+        continuations, counted: as in `teacher_forced`.
+    """
+    forced = beginning(model)[1] if model.config.is_encoder_decoder else None
+    if forced is None:
+        return counted
+    free = [torch.cat((c[:1] != forced, torch.ones_like(c[1:], dtype=torch.bool))) for c in continuations]
+    return free if counted is None else [m.to(f.device) & f for m, f in zip(counted, free, strict=True)]
+
+
+def check_context(model: Any, tokens: int) -> None:
+    """That a model has positions for so many tokens of a sequence; an encoder–decoder model's prompt is one for itself.
+
+    Raises:
+        ValueError: it has not.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and 0 < limit < tokens:  # XLNet's is −1: none
+        raise ValueError(f"a prompt with its continuation has {tokens} tokens, the model's context {limit}")
+
+
 def teacher_forced(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, pack: bool = False,
-    side: str = "right",
+    counted: Sequence[Tensor] | None = None,
 ) -> Any:  # fmt: skip
     """A model's inputs for prompts and continuations, and the labels (B, L) that its hidden states predict.
 
-    An encoder–decoder model reads the prompt and writes the continuation; a causal one goes on from the prompt, and its
-    state at a token predicts the next. Positions of prompts and padding are −100. With `pack`, a causal model gets all
-    sequences one after the other in one row, told apart by their positions; else they are padded on `side`.
+    An encoder–decoder model reads the prompt and writes the continuation, which begins as its generation does; a causal
+    one goes on from the prompt, and its state at a token predicts the next. Positions of prompts and padding are −100.
+    With `pack`, a causal model gets all sequences one after the other in one row, told apart by their positions; else
+    they are padded on the right, where any model's own positions are right.
+
+    Args:
+        counted: a bool for each token of each continuation; what is false is read, and its label is −100. None: all.
+
+    Raises:
+        ValueError: a sequence longer than the model's context, or counted that does not fit.
     """
+    targets = masked(continuations, counted)
     if model.config.is_encoder_decoder:
-        labels = padded(continuations, IGNORE)
-        inputs = padded(prompts, IGNORE)
-        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        check_context(model, max(map(len, (*prompts, *continuations))))
+        start, inputs = beginning(model)[0], padded(prompts, IGNORE)
+        written = padded([torch.cat((c.new_full((1,), start), c[:-1])) for c in continuations], pad)
+        labels = padded(targets, IGNORE)
         return {
             "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": (inputs != IGNORE).long(),
-            # M2M100 and its kin shift labels in their forward alone; their own loss is not made then
-            **({"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}),
-        }, labels  # fmt: skip
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True)) + virtual_tokens(model)
-    if limit and 0 < limit < longest:  # XLNet's is −1: none
-        raise ValueError(f"a prompt with its continuation has {longest} tokens, the model's context {limit}")
+            "decoder_input_ids": written,
+        }, nn.functional.pad(labels, (0, written.shape[1] - labels.shape[1]), value=IGNORE)  # fmt: skip
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
-    targets = [torch.cat((pair[: len(p)].new_full((len(p) - 1,), IGNORE), pair[len(p) :], pair.new_full((1,), IGNORE)))
-              for p, pair in zip(prompts, pairs, strict=True)]  # fmt: skip
+    check_context(model, max(map(len, pairs)) + virtual_tokens(model))
+    targets = [torch.cat((p.new_full((len(p) - 1,), IGNORE), t, p.new_full((1,), IGNORE)))
+               for p, t in zip(prompts, targets, strict=True)]  # fmt: skip
     if pack:
         positions = torch.cat([torch.arange(len(pair)) for pair in pairs])
         return {"input_ids": torch.cat(pairs)[None], "position_ids": positions[None]}, torch.cat(targets)[None]
-    inputs = padded(pairs, IGNORE, side)
+    inputs = padded(pairs, IGNORE)
     mask = (inputs != IGNORE).long()
-    return {
-        "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
-    }, padded(targets, IGNORE, side)  # fmt: skip
+    return {"input_ids": inputs.masked_fill(mask == 0, pad), "attention_mask": mask}, padded(targets, IGNORE)
 
 
 def forward_to_head(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, call: Callable[[Rows], Tensor],
-    *, wrapped: Any = None, pack: bool = False, side: str = "right", **more: Any,
+    *, wrapped: Any = None, pack: bool = False, counted: Sequence[Tensor] | None = None, **more: Any,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """What `call` makes of a batch's rows in the output embedding's forward, and the model's own outputs.
+
+    Of a mixture of experts whose configuration has output_router_logits, the outputs' loss is the model's auxiliary
+    losses alone, times their coefficients, where gradients are enabled; else the outputs have no loss.
 
     The model's forward runs with deferred logits, so that what it does to them is in the rows' head, and `call` runs
     before the model's call ends: FSDP and ZeRO-3 have the embedding's weight whole there. The logits' place is taken by
@@ -118,7 +231,7 @@ def forward_to_head(
 
     Args:
         model: a causal or encoder–decoder model.
-        prompts, continuations, pad, pack, side: as `teacher_forced`.
+        prompts, continuations, pad, pack, counted: as `teacher_forced`; `Rows` has what counts alone.
         call: a loss of `Rows`.
         wrapped: what is called in the model's place, such as its DistributedDataParallel.
         **more: of the model's forward.
@@ -128,10 +241,12 @@ def forward_to_head(
             packed sequences.
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
-    inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, side)
-    inputs = accepted(model, {**inputs, "use_cache": False}, pack)
+    inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, counted)
+    if torch.is_grad_enabled() and getattr(model.config.get_text_config(), "output_router_logits", False):
+        inputs |= dict(labels=labels, output_router_logits=True)  # its own loss is 0, and what it adds to it
+    inputs = accepted(model, {**inputs, "use_cache": False})
     if pack:
-        check_packing(model, wrapped)
+        check_packing(model, wrapped, labels.numel())
     device = next(model.parameters()).device
     head = output_embedding(model)
     watch(head)
@@ -148,55 +263,74 @@ def virtual_tokens(model: Any) -> int:
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
-def accepted(model: Any, inputs: dict[str, Any], pack: bool) -> dict[str, Any]:
-    """Without the inputs that not every model's forward has; positions are needed only where rows are packed."""
+def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Without the inputs that not every model's forward has.
+
+    Raises:
+        ValueError: packed rows are of no use without positions.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(type(base).forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    left_out = {name for name in ("position_ids", "use_cache") if not takes_any and name not in known}
+    left_out = {
+        name for name in ("position_ids", "use_cache", "output_router_logits") if not takes_any and name not in known
+    }
     beside = ""
     if virtual_tokens(model):  # PEFT counts positions itself, and warns of others
         left_out.add("position_ids")
         beside = " beside PEFT's virtual tokens"
-    if pack and "position_ids" in left_out:
+    if left_out & inputs.keys() >= {"position_ids"}:
         raise ValueError(f"{type(base).__name__} takes no position_ids{beside}: its sequences cannot be packed")
     return {name: value for name, value in inputs.items() if name not in left_out}
 
 
-#: Models that have been asked whether they keep packed sequences apart.
-_KEEPS_APART: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+#: Models that have been asked whether they keep packed sequences apart, and with which attention.
+_KEEPS_APART: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
-def check_packing(model: Any, wrapped: Any) -> None:
+def check_packing(model: Any, wrapped: Any, tokens: int) -> None:
     """Tries once whether a model tells packed sequences apart: many do not look where positions begin again.
 
     Raises:
-        ValueError: it does not, so that packed losses would be wrong.
+        ValueError: it does not, so that packed losses would be wrong; or it attends within chunks of the whole row.
     """
-    if model not in _KEEPS_APART:
-        _KEEPS_APART[model] = _keeps_apart(model, wrapped)
-    if not _KEEPS_APART[model]:
-        raise ValueError(f"{type(model).__name__} mixes sequences that are packed in one row: leave out pack")
+    config, name = model.config.get_text_config(), type(model).__name__
+    attention = getattr(config, "_attn_implementation", None)
+    if _KEEPS_APART.get(model, (None,))[0] != attention or model not in _KEEPS_APART:
+        _KEEPS_APART[model] = attention, _keeps_apart(model, wrapped)
+    if not _KEEPS_APART[model][1]:
+        raise ValueError(f"{name} mixes sequences that are packed in one row: leave out pack")
+    chunk = getattr(config, "attention_chunk_size", None)  # Llama 4's chunks are of rows, not of sequences
+    if chunk and tokens > chunk:
+        raise ValueError(f"{name} attends within chunks of {chunk} tokens, which {tokens} packed ones would be cut by: "
+                         "leave out pack")  # fmt: skip
 
 
 @torch.no_grad()
 def _keeps_apart(model: Any, wrapped: Any) -> bool:
-    """Whether a sequence's logits are the same whatever is packed before it."""
+    """Whether a sequence's logits are the same whatever is packed before it, and those that it has alone.
+
+    All rows are of one shape: what is compared differs by rounding at most, and by none behind other sequences.
+    """
     device, training = next(model.parameters()).device, model.training
     ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, 9, device=device).long()
     positions = torch.arange(3, device=device).repeat(2)[None]
+
+    def logits(first: Tensor, second: Tensor, **positions: Tensor) -> Tensor:
+        row = {"input_ids": torch.cat((first, second))[None], **positions, "use_cache": False}
+        return wrapped(**accepted(model, row)).logits[0].double()
+
+    a, b, c = ids.split(3)
     model.eval()
     try:
         with torch.autocast(device.type, enabled=False):
-            one, other = (
-                wrapped(**accepted(model, {"input_ids": torch.cat((before, ids[6:]))[None], "position_ids": positions,
-                                           "use_cache": False}, True)).logits[0, 3:]
-                for before in (ids[:3], ids[3:6])
-            )  # fmt: skip
+            one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
+            packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
     finally:
         model.train(training)
-    tolerance = max(1e-4, 2 * torch.finfo(one.dtype).eps)
-    return bool((one - other).abs().max() <= tolerance * one.abs().max())
+    rounding = torch.finfo(next(model.parameters()).dtype).eps
+    return bool((one - other).norm() <= max(1e-4, 2 * rounding) * one.norm()) and all(
+        (one - x).norm() <= max(1e-2, 8 * rounding) * one.norm() for x in (packed, alone))  # fmt: skip
 
 
 class _ToRows(Deferral):
@@ -231,7 +365,7 @@ class _ToRows(Deferral):
         def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.call(Rows(hidden, tokens, logits.head(weight, bias), logits.vocabulary, made))
 
-        if is_plain(self.head):
+        if self.beside or is_plain(self.head):
             self.made = logits.of(hidden).at_head(with_head)
         else:
             self.made = self.call(Rows(hidden, tokens, None, logits.vocabulary, made))

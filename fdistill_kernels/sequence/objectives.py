@@ -9,7 +9,7 @@ gradient flows through sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ..divergences import Divergence, SkewKL, SkewRKL
@@ -19,49 +19,91 @@ SOURCES = ("teacher", "student", "gold", "beam")
 
 
 class Half(NamedTuple):
-    """``weight · Σ_t loss_t`` on the sequences of `source`; without a divergence the loss is −log q of their tokens."""
+    """``weight · Σ_t loss_t`` on the sequences of `source`; without a divergence the loss is −log q of their tokens.
+
+    ce_weight: of −log q beside a divergence, as `weight` is of that.
+    """
 
     source: str
     divergence: Divergence | None
     weight: float = 1.0
+    ce_weight: float = 0.0
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it has a cross-entropy to tokens."""
+        return self.divergence is None or self.ce_weight > 0
 
 
 def _on(source: str, divergence: str | Divergence | None, weight: float = 1.0) -> Half:
     return Half(source, None if divergence is None else resolve(divergence), weight)
 
 
-#: Each method's halves for a β, the weight of the student's half in the symmetric ones (the paper: ½).
+#: Each method's halves for a β, the weight of the student's half in the symmetric ones (the paper: ½). js is the
+#: divergence to m = βq + (1 − β)p, as in the authors' code: (1 − β) KL(p‖m) + β KL(q‖m).
 METHODS: dict[str, Callable[[float], tuple[Half, ...]]] = {
     "seqkd": lambda beta: (_on("beam", None),),
     "kl": lambda beta: (_on("teacher", "kl"),),
     "engine": lambda beta: (_on("student", "engine"),),
     "rkl": lambda beta: (_on("student", "rkl"),),
     # on y only the p-half of the token-level js, on y′ only the q-half
-    "js": lambda beta: (_on("teacher", SkewKL(0.5), 1 - beta), _on("student", SkewRKL(0.5), beta)),
+    "js": lambda beta: (_on("teacher", SkewKL(1 - beta), 1 - beta), _on("student", SkewRKL(beta), beta)),
     "tvd": lambda beta: (_on("teacher", "tvd", 1 - beta), _on("student", "tvd", beta)),
     "mle": lambda beta: (_on("gold", None),),
 }
 
 
 def method(name: str, beta: float = 0.5) -> tuple[Half, ...]:
-    """The halves of a method by name; β in [0, 1]."""
+    """The halves of a method by name; β in [0, 1] of tvd, inside it of js, and of no other."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], not {beta!r}")
+    if beta != 0.5 and name not in ("js", "tvd"):
+        raise ValueError(f"beta is the weight of the student's half in js and tvd, and {name} has none")
+    if name == "js" and beta in (0, 1):
+        raise ValueError(
+            f"js is 0 at beta={beta:g}, where one model is the mixture: take method {'kl' if beta else 'rkl'}"
+        )
     return tuple(half for half in METHODS[name](beta) if half.weight)
 
 
-def mixture(divergence: str | Divergence, **shares: float) -> tuple[Half, ...]:
-    """A divergence on a mixture of sequences, as GKD does: ``mixture("js", student=0.7, gold=0.3)``.
+def mixture(divergence: str | Divergence | Mapping[str, str | Divergence], **shares: float) -> tuple[Half, ...]:
+    """A divergence on a mixture of sequences, as GKD does: ``mixture("js", student=0.7, gold=0.3)``; or one for each
+    source, as DistiLLM-2 does: ``mixture({"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"})``.
 
     Args:
-        divergence: any of the table, or an instance; the same on every source.
-        shares: of `SOURCES`, each ≥ 0, at least one positive.
+        divergence: any of the table, or an instance; the same on every source, or of each.
+        shares: of `SOURCES`, each ≥ 0, at least one positive. Default: gold alone; of divergences by source, equal ones
+            that sum to 1.
+
+    Raises:
+        ValueError: no such source; shares that are negative or all 0, or of other sources than the divergences.
     """
-    unknown = set(shares) - set(SOURCES)
+    of = dict(divergence) if isinstance(divergence, Mapping) else dict.fromkeys(shares or ("gold",), divergence)
+    shares = shares or {source: 1 / len(of) for source in of}
+    unknown = {*of, *shares} - set(SOURCES)
     if unknown:
         raise ValueError(f"unknown sources {sorted(unknown)}; known: {', '.join(SOURCES)}")
     if not shares or min(shares.values()) < 0 or not any(shares.values()):
         raise ValueError(f"the shares must be at least 0 and one of them positive, not {shares}")
-    return tuple(_on(source, divergence, share) for source, share in shares.items() if share)
+    if set(of) != set(shares):
+        raise ValueError(f"divergences of {', '.join(of)}, and shares of {', '.join(shares)}")
+    return tuple(_on(source, of[source], share) for source, share in shares.items() if share)
+
+
+def with_cross_entropy(halves: tuple[Half, ...], weight: float) -> tuple[Half, ...]:
+    """Halves, and beside them −log q of the gold targets by a weight.
+
+    Raises:
+        ValueError: a negative weight, or halves that have that cross-entropy already.
+    """
+    if weight < 0:
+        raise ValueError(f"ce_weight must be at least 0, not {weight!r}")
+    if not weight:
+        return halves
+    gold = [half for half in halves if half.source == "gold"]
+    if any(half.divergence is None for half in gold):
+        raise ValueError("ce_weight is of the cross-entropy on gold targets, which the objective has already")
+    beside = [half._replace(ce_weight=weight) if half in gold else half for half in halves]
+    return (*beside, *([] if gold else [Half("gold", None, weight)]))

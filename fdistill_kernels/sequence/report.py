@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .sampling import write_whole
 
 if TYPE_CHECKING:
-    from .run import Job
+    from .arguments import Asked
+    from .trainer import FDistillConfig
 
 #: What results.json holds, for people.
 SHOWN = {
@@ -40,8 +41,25 @@ SHOWN = {
 IN_NATS = {"kl", "rkl", "js", "jeffreys", "gjs", "skew_kl", "skew_rkl", "engine", "cross_entropy"}
 
 
-def plot(folder: Path, job: Job) -> None:
-    """curves.png of metrics.jsonl: each stage's training loss, and the held-out KL, against the step."""
+#: Panels of what the trainer logs beside: the names of a panel's curves, and its unit.
+PANELS = {
+    "loss by sequences": (("loss_on_",), "as the loss"),
+    "entropy": (("student_entropy_on_", "teacher_entropy_on_"), "nats a token"),
+    "agreement": (("agreement_on_", "overlap_on_", "student_mass_on_", "teacher_mass_on_"), "share"),
+    "speed": (("tokens_per_second",), "tokens a second"),
+    "time": (("sampling_share", "teacher_share"), "share"),
+}
+
+
+def name_of(config: FDistillConfig) -> str:
+    """An objective, for people."""
+    if config.divergence is None:
+        return config.method
+    return f"{config.divergence} on {json.dumps(config.shares) if config.shares else 'gold'}"
+
+
+def plot(folder: Path, config: FDistillConfig) -> None:
+    """curves.png of metrics.jsonl against the step: each stage's training loss, the held-out KL, and `PANELS`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,30 +67,45 @@ def plot(folder: Path, job: Job) -> None:
 
     lines = logged(folder / "metrics.jsonl")
     stages = list(dict.fromkeys(line["stage"] for line in lines))
+    of_last = dict.fromkeys(key for line in lines if line["stage"] == stages[-1] for key in line)
+    panels = {title: [key for key in of_last if key.startswith(names)] for title, (names, _) in PANELS.items()}
+    panels = {title: keys for title, keys in panels.items() if keys}
 
     def draw(axis: Any, stage: str, key: str, **style: Any) -> None:
         points = sorted((x["step"], float(x[key])) for x in lines if x["stage"] == stage and key in x)
         if points:
             axis.plot(*zip(*points, strict=True), **style)
 
-    nats = all(half.divergence is None or half.divergence.name in IN_NATS for half in job.halves())
-    figure, axes = plt.subplots(1, len(stages) + 1, figsize=(4.5 * (len(stages) + 1), 3.6), layout="constrained")
+    nats = all(half.divergence is None or half.divergence.name in IN_NATS for half in config.halves())
+    count = len(stages) + 1 + len(panels)
+    width = min(count, 4)
+    figure, grid = plt.subplots(-(-count // width), width, squeeze=False, layout="constrained",
+                                figsize=(4.5 * width, 3.6 * -(-count // width)))  # fmt: skip
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.remove()
     for axis, stage in zip(axes, stages, strict=False):
         draw(axis, stage, "loss", color=f"C{stages.index(stage)}")
-        unit = "0.8 KL + 0.2 CE + 3 MSE" if stage == "predistill" else "nats a token" if nats else "mean of tokens"
-        axis.set(title=f"training: {'pre-distillation' if stage == 'predistill' else job.name()}", xlabel="step",
+        unit = "KL, CE and MSE" if stage == "predistill" else "nats a token" if nats else "mean of tokens"
+        axis.set(title=f"training: {'pre-distillation' if stage == 'predistill' else name_of(config)}",
                  ylabel=f"loss, {unit}")  # fmt: skip
-        draw(axes[-1], stage, "eval_loss", marker="o", label=stage)
-    axes[-1].set(title="held-out pairs", xlabel="step", ylabel="KL(teacher‖student), nats a token")
-    axes[-1].legend()
-    for axis in axes:
+        draw(axes[len(stages)], stage, "eval_loss", marker="o", label=stage)
+    axes[len(stages)].set(title="held-out pairs", ylabel="KL(teacher‖student), nats a token")
+    for axis, (title, keys) in zip(axes[len(stages) + 1 :], panels.items(), strict=False):
+        for key in keys:
+            draw(axis, stages[-1], key, label=key.replace("_", " "))
+        axis.set(title=title, ylabel=PANELS[title][1])
+    for axis in axes[len(stages) : count]:
+        axis.legend()
+    for axis in axes[:count]:
+        axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
 
 
-def write_report(folder: Path, job: Job, results: dict[str, Any]) -> None:
+def write_report(folder: Path, asked: Asked, results: dict[str, Any]) -> None:
     """report.html, one file that opens without a network."""
 
     def table(values: dict[str, Any]) -> str:
@@ -80,18 +113,18 @@ def write_report(folder: Path, job: Job, results: dict[str, Any]) -> None:
         return f"<table>{rows}</table>"
 
     measured = {name: format(results[key], form) for key, (name, form) in SHOWN.items() if key in results}
-    asked = {key.replace("_", " "): "–" if value is None else value for key, value in vars(job).items()}
+    name = html.escape(name_of(asked.config))
     image = base64.b64encode((folder / "curves.png").read_bytes()).decode()
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>fdistill: {html.escape(job.name())}</title><style>"
+        f"<title>fdistill: {name}</title><style>"
         "body{font:16px/1.5 system-ui,sans-serif;margin:2em auto;max-width:64em;padding:0 1em;color:#222}"
         "table{border-collapse:collapse}th,td{border-bottom:1px solid #ddd;padding:.25em 2em .25em 0;text-align:left;"
         "vertical-align:top}th{font-weight:normal}td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}"
         "img{max-width:100%;margin:1em 0}</style>"
-        f"<h1>Distillation by {html.escape(job.name())}</h1><p>Measures on {job.eval_pairs} held-out pairs at most.</p>"
+        f"<h1>Distillation by {name}</h1>"
         f"{table(measured)}<img alt='training losses and held-out KL by step' src='data:image/png;base64,{image}'>"
-        f"<h2>Configuration</h2>{table(asked)}</html>\n"
+        f"<h2>Configuration</h2>{table(asked.settings())}</html>\n"
     )
     write_whole(folder / "report.html", page.encode())
 

@@ -14,6 +14,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
@@ -28,7 +29,18 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..teachers.packing import hash_tensor
-from .models import IGNORE, padded, rows_of, virtual_tokens
+from .models import (
+    IGNORE,
+    accepted,
+    beginning,
+    check_context,
+    padded,
+    rows_of,
+    teacher_forced,
+    token_id,
+    virtual_tokens,
+)  # fmt: skip
+from .ranks import from_first
 
 SHARD = 256
 #: What a model's own generation configuration decides of its samples.
@@ -42,23 +54,27 @@ SAID = {"pad_token_id", "use_cache", "max_length", "transformers_version"}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How sequences are drawn: ancestral with temperature, top-k and top-p (0 and 1: off), or by beams."""
+    """How sequences are drawn: ancestral with temperature, top-k and top-p (0 and 1: off), or searched for.
+
+    Attributes:
+        beams: 0 draws; 1 is greedy search, and more is beam search, where the others decide nothing.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    beams: int = 1
+    beams: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.beams < 1 or self.top_k < 0:
-            raise ValueError(f"max_new_tokens and beams must be at least 1 and top_k at least 0: {self}")
+        if self.max_new_tokens < 1 or self.beams < 0 or self.top_k < 0:
+            raise ValueError(f"max_new_tokens must be at least 1, beams and top_k at least 0: {self}")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
             raise ValueError(f"temperature must be positive and top_p in (0, 1]: {self}")
 
     def keywords(self) -> dict[str, Any]:
         """What `generate` takes."""
-        if self.beams > 1:
+        if self.beams:
             return dict(do_sample=False, num_beams=self.beams, max_new_tokens=self.max_new_tokens)
         return dict(do_sample=True, num_beams=1, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
                     max_new_tokens=self.max_new_tokens)  # fmt: skip
@@ -70,12 +86,7 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
     Raises:
         ValueError: no end token is configured.
     """
-
-    def known(name: str) -> Any:
-        configs = (getattr(model, "generation_config", None), model.config)  # CodeGen's, for one, has no pad_token_id
-        return next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
-
-    ends, pad = known("eos_token_id"), known("pad_token_id")
+    ends, pad = token_id(model, "eos_token_id"), token_id(model, "pad_token_id")
     if ends is None:
         raise ValueError(
             f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
@@ -88,53 +99,95 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
 def draw(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None, vocabulary: int | None = None
 ) -> list[Tensor]:
-    """One continuation for each prompt, its end token included, by batched `generate` with a KV cache; of a model with
-    PEFT's virtual tokens, which `generate` loses in that cache, by `drawn_by_forward`.
+    """One continuation for each prompt, its end token included, by batched `generate` with a KV cache.
 
-    The seed alone decides a batch's samples; without one they go on from torch's generator. Ids from `vocabulary` on,
-    where a model is padded with more than the other has, are not drawn.
+    Of a model whose `generate` says otherwise than its forward, which is tried once, by `drawn_by_forward`: some lose
+    PEFT's virtual tokens in that cache, count positions from 0 where the model does not (RoBERTa), or look at padding
+    (RWKV). The seed alone decides a batch's samples; without one they go on from torch's generator. Ids from
+    `vocabulary` on, where a model is padded with more than the other has, are not drawn.
+
+    Raises:
+        ValueError: prompt and new tokens exceed the model's context; beams, where they cannot be searched for.
     """
-    if virtual_tokens(model):
-        with _seeded(model, seed):
-            return drawn_by_forward(model, prompts, sampling, vocabulary)
     pad, ends = special_tokens(model)
-    device = next(model.parameters()).device
-    encoder_decoder = model.config.is_encoder_decoder
-    inputs = padded(prompts, IGNORE, "right" if encoder_decoder else "left").to(device)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    new = sampling.max_new_tokens
-    if limit and (max(inputs.shape[1], new) if encoder_decoder else inputs.shape[1] + new) > limit:
-        raise ValueError(f"a prompt of {inputs.shape[1]} tokens and {new} new ones exceed the context of {limit}")
-    size = model.config.get_text_config().vocab_size
+    device, new = next(model.parameters()).device, sampling.max_new_tokens
+    encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
+    check_context(model, max(longest, new) if encoder_decoder else longest + new + virtual_tokens(model))
+    training, config = model.training, model.config.get_text_config()
+    size, routers = config.vocab_size, getattr(config, "output_router_logits", None)
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
-    sharded = isinstance(model, FSDPModule)  # then all ranks go on until the last has ended
-    training = model.training
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
-    if sampling.beams == 1:  # samples are of p itself: no repetition penalty or smallest length the model came with
-        for module, own in owners.items():
-            module.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})
+    settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
+                    synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
+    if encoder_decoder:
+        settings |= dict(zip(("decoder_start_token_id", "forced_bos_token_id"), beginning(model), strict=True))
     model.eval()
     try:
+        for module, own in owners.items():  # samples are of p itself: no repetition penalty the model came with
+            kept = {name: getattr(own, name, None) for name in TOKENS} if encoder_decoder else {}
+            module.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends, **kept)
+        if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
+            config.output_router_logits = False
         with _seeded(model, seed):
-            made = model.generate(
-                input_ids=inputs.masked_fill(inputs == IGNORE, pad), attention_mask=(inputs != IGNORE).long(),
-                pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
-                synced_gpus=sharded or None, **sampling.keywords(),
-            )  # fmt: skip
+            if not _generates_itself(model, pad, settings):
+                return drawn_by_forward(model, prompts, sampling, vocabulary)
+            for module, own in owners.items() if sampling.beams else ():
+                module.generation_config = own
+            made = model.generate(**_left_padded(model, prompts, pad, device), **settings, **sampling.keywords())
     finally:
         model.train(training)
         for module, own in owners.items():
             module.generation_config = own
-    return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else inputs.shape[1] :]]
+        if routers:
+            config.output_router_logits = routers
+    return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else longest :]]
+
+
+def _left_padded(model: Any, prompts: Sequence[Tensor], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """What `generate` is given: causal models go on from the right."""
+    inputs = padded(prompts, IGNORE, "right" if model.config.is_encoder_decoder else "left").to(device)
+    return dict(input_ids=inputs.masked_fill(inputs == IGNORE, pad), attention_mask=(inputs != IGNORE).long())
+
+
+#: Models that have been asked whether `generate` says what their forward says, and with which attention.
+_ITSELF: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
+    """Whether two steps of `generate`, of a padded prompt, have the logits of a teacher-forced forward without padding.
+
+    In half precision the two may differ by its rounding; whatever begins otherwise differs by far more.
+    """
+    if virtual_tokens(model):
+        return False
+    key = getattr(model.config, "_attn_implementation", None), settings.get("decoder_start_token_id")
+    if model not in _ITSELF or _ITSELF[model][0] != key:
+        device, size = next(model.parameters()).device, model.config.get_text_config().vocab_size
+        short, long = torch.linspace(size // 4, 3 * size // 4, 6, device=device).long().split((2, 4))
+        made = model.generate(
+            **_left_padded(model, [short, long], pad, device), **settings, do_sample=False, num_beams=1,
+            max_new_tokens=2, min_new_tokens=2, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        said = torch.stack([logits[0] for logits in made.logits]).float()
+        inputs, labels = teacher_forced(model, [short], [made.sequences[0, -2:]], pad)
+        own = model(**accepted(model, {**inputs, "use_cache": False})).logits[labels != IGNORE].float()
+        same = (said - own).norm() <= max(1e-2, 16 * torch.finfo(made.logits[0].dtype).eps) * own.norm()
+        _ITSELF[model] = key, bool(same)
+    return _ITSELF[model][1]
 
 
 @contextlib.contextmanager
 def _seeded(model: Any, seed: int | None) -> Iterator[None]:
-    """The seed alone decides, and torch's generators stay where they were; no seed: they go on."""
+    """The seed alone decides, and torch's generators stay where they were; no seed: they go on, on the ranks of a
+    `row_group` from where the first one's is.
+    """
     device = next(model.parameters()).device
+    generators: Any = torch.cuda if device.type == "cuda" else torch
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        else:
+            generators.set_rng_state(from_first(model, generators.get_rng_state()))
         yield
 
 
@@ -143,24 +196,28 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
     """As `draw`, by a whole forward for each token.
 
     Raises:
-        ValueError: beams are asked for.
+        ValueError: more than one beam is asked for.
     """
     if sampling.beams > 1:
-        raise ValueError("beams need a cache, which PEFT's virtual tokens are lost in: store them, or draw samples")
+        raise ValueError(f"beams need a cache, and {type(model).__name__} says otherwise with one than without, by "
+                         "PEFT's virtual tokens, its positions or its padding: draw samples")  # fmt: skip
     pad, ends = special_tokens(model)
     warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
     if sampling.top_k:
         warpers.insert(1, TopKLogitsWarper(sampling.top_k))
-    made = prompts[0].new_empty(len(prompts), 0)
+    drawn = sampling.keywords()["do_sample"]
+    forced = beginning(model)[1] if model.config.is_encoder_decoder else None
+    made = prompts[0].new_full((len(prompts), int(forced is not None)), forced or 0)
     stops, training, sharded = made.new_tensor(ends), model.training, isinstance(model, FSDPModule)
     model.eval()
     try:
-        for _ in range(sampling.max_new_tokens):
+        while made.shape[1] < sampling.max_new_tokens:
             rows, _ = rows_of(model, prompts, [*nn.functional.pad(made, (0, 1), value=pad)], pad)
             scores = rows.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
             for warper in warpers:
                 scores = warper(made, scores)
-            made = torch.cat((made, torch.multinomial(scores.softmax(1), 1).to(made.device)), 1)
+            step = torch.multinomial(scores.softmax(1), 1) if drawn else scores.argmax(1, True)
+            made = torch.cat((made, step.to(made.device)), 1)
             if not sharded and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
                 break
     finally:
@@ -181,7 +238,7 @@ class Server:
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, seed: int) -> list[Tensor]:
         """As `draw`."""
-        if sampling.beams > 1:
+        if sampling.beams:
             raise ValueError("a vLLM server is asked for samples, not for beams")
         body = {
             "model": self.model, "prompt": [p.tolist() for p in prompts], "max_tokens": sampling.max_new_tokens,
@@ -228,10 +285,10 @@ def generation_settings(model: Any, sampling: Sampling) -> dict[str, Any]:
     own = getattr(model, "generation_config", None)
     if own is None:
         return {}
-    said = {*Sampling(beams=1).keywords(), *Sampling(beams=2).keywords()} | SAID
+    said = {*Sampling().keywords(), *Sampling(beams=2).keywords()} | SAID
     found = {k: v for k, v in own.to_diff_dict().items()
              if k not in said and not k.startswith(("_", "output_")) and v is not None}  # fmt: skip
-    if sampling.beams == 1:
+    if not sampling.beams:
         found = {k: v for k, v in found.items() if k in (*TOKENS, "eos_token_id")}
     return dict(json.loads(json.dumps(found, sort_keys=True, default=str)))
 

@@ -2,14 +2,16 @@
 
 Each gives the rows that a batch's steps are compared with, and some draw sequences too:
 
-    rows(prompts, continuations, device, pack) -> TeacherRows      draw(prompts, sampling, vocabulary) -> continuations
+    rows(prompts, continuations, device, pack, counted) -> TeacherRows
+    draw(prompts, sampling, vocabulary) -> continuations
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,9 +47,10 @@ class Teacher(Protocol):
     whole: bool
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
-        """The rows of a batch's continuations, one after the other."""
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
+        """The rows of a batch's continuations, one after the other; counted: as in `teacher_forced`."""
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """A continuation of each prompt."""
@@ -100,13 +103,14 @@ class InRoom:
                 self.model.to(device)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
         at = next(self.model.parameters()).device
         moved, continued = ([x.to(at) for x in rows] for rows in (prompts, continuations))
         with torch.no_grad():
-            found, _ = rows_of(self.model, moved, continued, _pad(self.model), pack=pack)
+            found, _ = rows_of(self.model, moved, continued, _pad(self.model), pack=pack, counted=counted)
         return of_model(found, device)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
@@ -131,14 +135,15 @@ class Stored:
         self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
         pairs = [(p.tolist(), c.tolist()) for p, c in zip(prompts, continuations, strict=True) if len(c)]
         if not pairs:
             return TeacherRows(lambda begin, end: torch.empty(0, self.vocabulary), self.vocabulary)
         found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
-        return TeacherRows(_moved(found, device), self.vocabulary)
+        return TeacherRows(_moved(found, device, counted), self.vocabulary)
 
     def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
         """That every sequence of a dataset's columns is here.
@@ -186,12 +191,13 @@ class Served:
         self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
         asked = [p.tolist() for p in prompts], [c.tolist() for c in continuations]
         begun = self._ahead.pop(_batch_key(*asked), None) or self.endpoint.ask(*asked)
-        return TeacherRows(_moved(begun(self.tail), device), self.vocabulary)
+        return TeacherRows(_moved(begun(self.tail), device, counted), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`; the seed of a batch is torch's generator's next number."""
@@ -223,10 +229,13 @@ class Mixture:
         self.anything = all(t.anything for t in self.teachers)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`."""
-        of_each = [logits_function(t.rows(prompts, continuations, device, pack), device) for t in self.teachers]
+        of_each = [
+            logits_function(t.rows(prompts, continuations, device, pack, counted), device) for t in self.teachers
+        ]
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
@@ -269,12 +278,13 @@ class OfRows:
         self.names = list(names)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`: each teacher's own are made at once, and put where its examples are."""
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
-        lengths = torch.tensor([len(c) for c in continuations])
+        lengths = torch.tensor([len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted])
         owner = torch.empty(int(lengths.sum()), dtype=torch.long)
         place, functions = torch.empty_like(owner), []
         starts = lengths.cumsum(0) - lengths
@@ -283,7 +293,8 @@ class OfRows:
             at = torch.cat([owner.new_empty(0), *(torch.arange(int(lengths[n])) + starts[n] for n in mine)])
             owner[at], place[at] = i, torch.arange(len(at))
             if mine:
-                rows = teacher.rows([prompts[n] for n in mine], [continuations[n] for n in mine], device, pack)
+                of_mine = None if counted is None else [counted[n] for n in mine]
+                rows = teacher.rows([prompts[n] for n in mine], [continuations[n] for n in mine], device, pack, of_mine)
             functions.append(logits_function(rows, device) if mine else None)
         return TeacherRows(_interleaved(functions, owner, place, self.vocabulary), self.vocabulary)
 
@@ -315,34 +326,54 @@ def _interleaved(functions: list[Any], owner: Tensor, place: Tensor, vocabulary:
 
 
 class Itself:
-    """The student as its own teacher (self-distillation): seen with the example's teacher_prompt_ids, or as the moving
-    average of its weights.
+    """The student as its own teacher (self-distillation): seen with the example's teacher_prompt_ids, as the moving
+    average of its weights, or with its PEFT adapter off.
 
     Args:
         decay: of the average after each update, ``a ← decay·a + (1 − decay)·weights``, kept in the checkpoints; None:
             the student as it is.
+        adapter: False: the student's base model, which its adapter was put on and which stays as it is.
 
     Raises:
-        ValueError: decay is outside (0, 1).
+        ValueError: decay is outside (0, 1), or of a student whose adapter is off.
     """
 
     anything = whole = True
 
-    def __init__(self, decay: float | None = None):
+    def __init__(self, decay: float | None = None, adapter: bool = True):
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), not {decay!r}")
-        self.decay = decay
+        if decay is not None and not adapter:
+            raise ValueError("the base model below an adapter does not change: give decay or adapter=False, not both")
+        self.decay, self.adapter = decay, adapter
         self.student: Any = None
         self.average: Any = None
         self.vocabulary, self.encoder_decoder = 0, False
 
     def bind(self, student: Any) -> None:
-        """The student that it is."""
+        """The student that it is.
+
+        Raises:
+            ValueError: adapter is False, and it has none.
+        """
+        if not self.adapter and not hasattr(student, "disable_adapter"):
+            raise ValueError(f"Itself(adapter=False) needs a PEFT model, and the student is a {type(student).__name__}")
         self.student = student
         self.vocabulary = student.config.get_text_config().vocab_size
         self.encoder_decoder = bool(student.config.is_encoder_decoder)
         if self.decay is not None:
             self.average = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[Any]:
+        """The model as the teacher: without dropout, and with the adapter off if so asked."""
+        model, training = self.model, self.model.training
+        model.eval()
+        try:
+            with contextlib.nullcontext() if self.adapter else model.disable_adapter():
+                yield model
+        finally:
+            model.train(training)
 
     @property
     def model(self) -> Any:
@@ -362,28 +393,23 @@ class Itself:
                 mine.copy_(theirs)
 
     def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False
-    ) -> TeacherRows:
+        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
+        counted: Sequence[Tensor] | None = None,
+    ) -> TeacherRows:  # fmt: skip
         """As `Teacher.rows`: without dropout, and without a graph."""
-        model, training = self.model, self.model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack)
-        finally:
-            model.train(training)
+        with self._speaking() as model, torch.no_grad():
+            found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)
         if found.head is not None:
+            weight, bias = found.head.weight.detach(), found.head.bias
             found = found._replace(
-                head=found.head._replace(
-                    weight=found.head.weight.detach(),
-                    bias=None if found.head.bias is None else found.head.bias.detach(),
-                )
+                head=found.head._replace(weight=weight, bias=None if bias is None else bias.detach())
             )
         return of_model(found, device)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
-        return draw(self.model, prompts, sampling, None, vocabulary)
+        with self._speaking() as model:
+            return draw(model, prompts, sampling, None, vocabulary)
 
 
 class KeepAverage(TrainerCallback):
@@ -480,10 +506,11 @@ def _alike(teachers: Sequence[Teacher]) -> tuple[int, bool]:
     return min(t.vocabulary for t in teachers), teachers[0].encoder_decoder
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A list or hidden states on a device."""
+def _moved(value: Any, device: torch.device, counted: Sequence[Tensor] | None) -> Any:
+    """A list or hidden states on a device, without the rows that do not count."""
+    here = slice(None) if counted is None else torch.cat(list(counted)).cpu()
     if isinstance(value, TopK):
-        return value._replace(ids=value.ids.to(device), log_probs=value.log_probs.to(device))
-    states, head = value
+        return value._replace(ids=value.ids[here].to(device), log_probs=value.log_probs[here].to(device))
+    states, head = value[0][here], value[1]
     bias = None if head.bias is None else head.bias.to(device)
     return Hidden(states.to(device), head._replace(weight=head.weight.to(device), bias=bias))

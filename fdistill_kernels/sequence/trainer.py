@@ -2,119 +2,30 @@
 
 from __future__ import annotations
 
-import collections
+import copy
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..own import resolve
-from .models import IGNORE, Rows, forward_to_head, padded, step_loss, unpadded, virtual_tokens
-from .objectives import Half, method, mixture
+from .batches import Sequences, check_contexts, collate, column_of, columns_of, datasets_of, given_sequences
+from .config import FDistillConfig
+from .models import Rows, chosen, forward_to_head, load_model, step_loss, unpadded, virtual_tokens
+from .objectives import Half
 from .predistill import predistillation_loss
+from .ranks import from_first, is_of_ranks, row_group
 from .sampling import Sampling, draw, special_tokens
-from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, teacher_of
+from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, teacher_of
+from .watch import Watch, wide
 
-#: Which column has a source's sequences.
-COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
-
-
-@dataclass
-class FDistillConfig(TrainingArguments):
-    """`TrainingArguments`, and how to distil.
-
-    Attributes:
-        method: seqkd, kl, engine, rkl, js, tvd, mle, or "predistill".
-        beta: weight of the student's half in js and tvd.
-        divergence, shares: instead of the method, a divergence and its sequences: {"student": 0.7, "gold": 0.3}.
-        temperature: of both models' distributions in the loss.
-        max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training.
-        student_every: draw student samples every so many steps; in between the last ones are used again.
-        normalize: "token", a mean over steps; or "sequence", the paper's sum over steps, a mean over sequences. The
-            mean is over all batches that are accumulated and all ranks, so that they give the gradient of one large
-            batch; of sequences drawn during training, whose lengths are not known before, over each batch.
-        freeze_embeddings: leave the student's input embeddings (and a tied output embedding) as they are.
-        pack: give causal models a batch as one row of sequences, without padding.
-        memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`.
-        on_nan: "stop" with the batch saved, or "skip" the batch.
-    """
-
-    method: str = "tvd"
-    beta: float = 0.5
-    divergence: str | None = None
-    shares: dict[str, float] | None = field(default=None)
-    temperature: float = 1.0
-    max_new_tokens: int = 64
-    sample_temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    student_every: int = 1
-    normalize: str = "token"
-    freeze_embeddings: bool = False
-    pack: bool = False
-    memory: str = "chunks"
-    on_nan: str = "stop"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.remove_unused_columns = False  # the collator's columns are not the model's arguments
-        for name, value, known in (("normalize", self.normalize, ("token", "sequence")),
-                                   ("on_nan", self.on_nan, ("stop", "skip"))):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        if self.student_every < 1:
-            raise ValueError(f"student_every must be at least 1, not {self.student_every}")
-
-    def halves(self) -> tuple[Half, ...]:
-        """The objective; none for pre-distillation."""
-        if self.divergence is not None:
-            return mixture(resolve(self.divergence), **(self.shares or {"gold": 1.0}))
-        return () if self.method == "predistill" else method(self.method, self.beta)
-
-    def sampling(self) -> Sampling:
-        """How sequences are drawn during training."""
-        return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
-
-
-def collate(examples: Sequence[dict[str, Any]], vocabulary: int | None = None) -> dict[str, Any]:
-    """Token ids as (B, L) padded with −100: prompt_ids, labels, and sample_ids, teacher_prompt_ids if there; and the
-    teachers' names.
-
-    Raises:
-        ValueError: no prompt_ids, an empty prompt, or an id beyond the vocabulary that student and teacher share.
-    """
-    names = [n for n in ("prompt_ids", "labels", "sample_ids", "teacher_prompt_ids") if n in examples[0]]
-    if "prompt_ids" not in names:
-        raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
-    if not all(len(e["prompt_ids"]) for e in examples):
-        raise ValueError("a prompt is empty: prompt_ids needs a token at least")
-    batch: dict[str, Any] = {}
-    for name in names:
-        batch[name] = ids = padded([torch.as_tensor(e[name], dtype=torch.long) for e in examples], IGNORE)
-        if vocabulary is not None and name != "teacher_prompt_ids" and ids.numel() and int(ids.max()) >= vocabulary:
-            raise ValueError(f"{name} has the id {int(ids.max())}, but student and teacher share {vocabulary} ids")
-    if "teacher" in examples[0]:
-        batch["teacher"] = [str(e["teacher"]) for e in examples]
-    return batch
-
-
-def _columns(data: Any) -> Sequence[str]:
-    """A dataset's columns; none of one that cannot be asked without being read."""
-    if getattr(data, "column_names", None):
-        return list(data.column_names)
-    return list(data[0]) if isinstance(data, (list, tuple)) and data else ()
-
-
-def _as_dataset(data: Any) -> Any:
-    """With columns."""
-    from datasets import Dataset
-
-    return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data
+__all__ = ["FDistillConfig", "FDistillTrainer", "Update", "check_vocabularies", "collate"]
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
@@ -135,20 +46,55 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
         )
 
 
+#: What `Trainer` takes and has no place here, and what to do instead.
+REFUSED = {
+    "compute_metrics": "no logits are made: measure in a callback, as sequence.metrics.Measures does",
+    "preprocess_logits_for_metrics": "no logits are made",
+    "compute_loss_func": "the loss is the objective's: give a divergence of your own, or override step_loss",
+    "model_init": "give the model itself",
+}
+
+
+@dataclass
+class Update:
+    """What a batch knows of its update.
+
+    Attributes:
+        sequences: by source, those of the batch: given, drawn, or kept of an earlier one.
+        items: by source, how many tokens or sequences the update's batches have on average: what losses are divided by.
+    """
+
+    sequences: dict[str, Sequences]
+    items: dict[str, Tensor]
+
+
 class FDistillTrainer(Trainer):
     """Distils `teacher` into `model` by `args.method`.
 
-    Datasets have the columns prompt_ids and labels (the gold target's ids, end token included), and may have sample_ids
-    (the teacher's stored samples; without them they are drawn at every step) and teacher_prompt_ids (a longer prompt,
-    for the teacher alone). Evaluation is the KL of the student to the teacher on gold targets, a mean over each batch's
-    tokens.
+    Datasets have the columns prompt_ids and labels (the gold target's ids, end token included), and may have
+    labels_mask (bool: which of them count), sample_ids or beam_ids (the teacher's stored samples, and beams; without
+    them they are drawn at every step), teacher_prompt_ids (a longer prompt, for the teacher alone) and teacher; or they
+    have input_ids and labels, as in `collate`. Evaluation is the KL of the student to the teacher on gold targets, a
+    mean over all tokens.
+
+    Each logging step logs, since the last one, over all ranks: of each source of the objective loss_on_SOURCE, and
+    student_entropy_on_SOURCE, teacher_entropy_on_SOURCE (nats, at the loss's temperature), agreement_on_SOURCE (the
+    share of steps where both models' likeliest tokens are one) and overlap_on_SOURCE (Σ min(p, q)), or of teachers of
+    lists `SparseParts`' masses and overlap; tokens_per_second (on which losses are taken); and sampling_share and
+    teacher_share, of the time, the latter without the teacher's head.
 
     Args:
-        model: the student, a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters.
+        model: the student, a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters; or a
+            path of one, which is loaded in float32.
         teacher: the same kind; any dtype or device, quantised or not. It is never trained. Or a path of one; a
             `TeacherStore`, or its path, which knows the sequences it holds alone; an `Endpoint`; or of
             `sequence.teachers` a `Mixture` of several, `OfRows`, whose teacher the column teacher names, or `Itself`.
-        The rest: as `transformers.Trainer`.
+        processing_class, teacher_processing_class: tokenizers; two are compared.
+        The rest: as `transformers.Trainer`, but for compute_metrics, preprocess_logits_for_metrics, compute_loss_func
+            and model_init.
+
+    Raises:
+        ValueError, TypeError: before any work, by name: what does not fit, and what would not be used.
     """
 
     args: FDistillConfig
@@ -156,170 +102,314 @@ class FDistillTrainer(Trainer):
 
     def __init__(self, model: Any, teacher: Any, args: FDistillConfig, *, processing_class: Any = None,
                  teacher_processing_class: Any = None, **trainer: Any):  # fmt: skip
+        for name, instead in REFUSED.items():
+            if trainer.get(name) is not None:
+                raise ValueError(f"{name} is not used by FDistillTrainer: {instead}")
+        if not isinstance(args, FDistillConfig):
+            raise TypeError(f"args must be a FDistillConfig, not {type(args).__name__}")
+        model = _student_of(model)
         if processing_class is not None and teacher_processing_class is not None:
             check_vocabularies(processing_class, teacher_processing_class)
+        _check_apart(model, teacher)
         self.teacher = teacher_of(teacher)
+        for found in _models_of(self.teacher):
+            _check_apart(model, found)
         if isinstance(self.teacher, Itself):
             self.teacher.bind(model)
         if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
-        for name in ("train_dataset", "eval_dataset"):
-            data = trainer.get(name)
-            if data is not None and hasattr(data, "__len__") and len(data) == 0:
-                raise ValueError(f"{name} is empty")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         self.halves, self.sampling = args.halves(), args.sampling()
-        self._check_teacher(args, trainer)
-        self._kept: collections.deque[tuple[list[Tensor], list[Tensor], list[Tensor]]] = collections.deque()
-        self._draws = True
-        self._by_token = args.normalize == "token" or not self.halves
-        self._items: dict[str, Tensor] = {}  # of a column, what an update's batches have on average
+        self.sources = list(dict.fromkeys(half.source for half in self.halves))
+        own = {"student": model.config.get_text_config().vocab_size, "teacher": self.teacher.vocabulary}
+        self.vocabulary = min(own.values())
+        for (whose, most), tokenizer in zip(own.items(), (processing_class, teacher_processing_class), strict=True):
+            size = len(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else 0
+            if size > most:
+                raise ValueError(
+                    f"the {whose}'s tokenizer has {size} tokens, the {whose} {most}: it is another model's"
+                )
+        self._check_data(model, args, trainer)
+        self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
+        self._kept: list[Sequences] = []  # the student's samples that are used again
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
         of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
+        if of_teacher is not None and row_group(of_teacher) is not None and row_group(model) is None:
+            raise ValueError("the teacher is split over ranks with the same rows, and the student is not, whose ranks "
+                             "have each their own")  # fmt: skip
         if not self.halves and (virtual_tokens(model) or virtual_tokens(of_teacher)):
             raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
                              "the other side: pre-distil the model before it gets them")  # fmt: skip
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
-        self.vocabulary = min(model.config.get_text_config().vocab_size, self.teacher.vocabulary)
-        known = functools.partial(collate, vocabulary=self.vocabulary)
+        known = functools.partial(collate, vocabulary=self.vocabulary, teacher_vocabulary=self.teacher.vocabulary,
+                                  encoder_decoder=self.teacher.encoder_decoder)  # fmt: skip
         ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
+            raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
+                             "the model with a DistributedConfig")  # fmt: skip
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.args.device)
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
+        self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
 
-    def _compared(self) -> set[str]:
-        """The columns whose sequences the teacher is asked about."""
-        return {COLUMNS[h.source] for h in self.halves if h.divergence is not None and h.source in COLUMNS}
+    def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
+        """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
+        found: dict[str, Any] = super()._build_accelerator_args(**known)
+        if found.get("parallelism_config") is not None and self.args.device.type == "cpu":
+            found["parallelism_config"] = copy.copy(found["parallelism_config"])
+            found["parallelism_config"]._validate_accelerator = lambda _: None
+        return found
+
+    def _compared(self) -> list[str]:
+        """The sources whose sequences the teacher is asked about, of those that data have."""
+        return [h.source for h in self.halves if h.divergence is not None and h.source != "student"]
 
     def _collate_and_ask(self, known: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
         batch = known(examples)
-        prompts = [list(e.get("teacher_prompt_ids", e["prompt_ids"])) for e in examples]
-        for name in self._compared() & batch.keys():
-            self.teacher.expect(prompts, [list(e[name]) for e in examples])  # type: ignore[attr-defined]
+        for source in self._compared():
+            if (found := given_sequences(source, batch)) is not None:
+                prompts, continuations = ([x.tolist() for x in y] for y in (found.teacher_prompts, found.continuations))
+                self.teacher.expect(prompts, continuations)  # type: ignore[attr-defined]
         return batch
 
-    def _check_teacher(self, args: FDistillConfig, trainer: dict[str, Any]) -> None:
-        """Before any work: what the objective asks of the teacher, and what it cannot do.
+    def _check_data(self, model: Any, args: FDistillConfig, trainer: dict[str, Any]) -> None:
+        """Before any work: what objective and teacher ask of the data sets, where their columns are known.
 
         Raises:
-            ValueError: pre-distillation without a model's hidden states; sequences that a store has never seen, or that
-                it would have to draw; a column for teachers' names that is not there, or that nobody reads.
+            ValueError: a data set is empty, lacks a column, or has sequences too long for a model; pre-distillation
+                without a model's hidden states; sequences that a store has never seen, or that it would have to draw; a
+                column for teachers' names that is not there, or that nobody reads.
         """
         if not self.halves and not isinstance(self.teacher, InRoom):
             raise ValueError("predistill matches hidden states with those of a model that is at hand: give that model")
-        data = trainer.get("train_dataset")
-        columns = _columns(data)
-        compared = {half.source for half in self.halves if half.divergence is not None}
-        drawn = {half.source for half in self.halves} & {"teacher", "beam"}
-        if not self.teacher.anything and "student" in compared:
+        if not self.teacher.anything and any(h.source == "student" and h.divergence is not None for h in self.halves):
             raise ValueError("the objective compares on the student's samples, which a store has never seen: take "
                              "method kl, or a divergence on shares of teacher and gold, or a teacher that is at hand, "
                              "or an Endpoint")  # fmt: skip
-        if not self.teacher.anything and drawn and columns and "sample_ids" not in columns:
+        evaluates = args.eval_strategy != "no"
+        for name, data in datasets_of("train_dataset", trainer.get("train_dataset")):
+            self._check_dataset(name, data, self.sources or ["gold"], self._compared(), model)
+        for name, data in datasets_of("eval_dataset", trainer.get("eval_dataset")):
+            self._check_dataset(name, data, ["gold"] * evaluates, ["gold"] * evaluates, model)
+
+    def _check_dataset(self, name: str, data: Any, sources: list[str], compared: list[str], model: Any) -> None:
+        """One of them: sources whose sequences are used, and compared with the teacher's word."""
+        if hasattr(data, "__len__") and len(data) == 0:
+            raise ValueError(f"{name} is empty")
+        columns = columns_of(data)
+        if not columns or not sources:
+            return
+        if not {"prompt_ids", "input_ids"} & set(columns):
+            raise ValueError(f"{name} needs the column prompt_ids; it has {', '.join(columns)}")
+        if "gold" in sources and "labels" not in columns:
+            raise ValueError(f"{name} needs the column labels: the objective, or the evaluation, is on gold targets")
+        if not self.teacher.anything and any(not column_of(s, columns) for s in sources):
             raise ValueError("the objective is on the teacher's samples, and a store draws none: give the data the "
                              "column sample_ids")  # fmt: skip
-        for name in ("train_dataset", *(["eval_dataset"] if args.eval_strategy != "no" else [])):
-            known = _columns(trainer.get(name))
-            if known and ("teacher" in known) != isinstance(self.teacher, OfRows):
-                raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
-            if known and isinstance(self.teacher, Stored):
-                wanted = self._compared() if name == "train_dataset" else {"labels"}
-                self.teacher.check(name, _as_dataset(trainer[name]), sorted(wanted & set(known)))
-        same = isinstance(self.teacher, Itself) and self.teacher.decay is None
-        if same and columns and "teacher_prompt_ids" not in columns:
+        if {"teacher", "beam"} <= set(sources) and "sample_ids" in columns and "beam_ids" not in columns:
+            raise ValueError(f"{name}: the objective is on the teacher's samples and its beams, sample_ids are one of "
+                             "them: give both sample_ids and beam_ids, or none")  # fmt: skip
+        if ("teacher" in columns) != isinstance(self.teacher, OfRows):
+            raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
+        if isinstance(self.teacher, Stored):
+            wanted = {column for source in compared if (column := column_of(source, columns))}
+            self.teacher.check(name, _as_dataset(data), sorted(wanted))
+        same = isinstance(self.teacher, Itself) and self.teacher.decay is None and self.teacher.adapter
+        if same and "teacher_prompt_ids" not in columns:
             raise ValueError("Itself() is the student with another prompt: give the data the column "
-                             "teacher_prompt_ids, or Itself(decay=...)")  # fmt: skip
+                             "teacher_prompt_ids, or Itself(decay=...), or Itself(adapter=False)")  # fmt: skip
+        theirs = "teacher_prompt_ids" if "teacher_prompt_ids" in columns else "prompt_ids"
+        for source in sources:
+            column = column_of(source, columns)
+            new = 0 if column else self.sampling.max_new_tokens
+            for other in _models_of(self.teacher) if source in compared or source == "student" else ():
+                check_contexts(name, data, theirs, column, new, "the teacher's", other.config, virtual_tokens(other))
+            check_contexts(name, data, "prompt_ids", column, new, "the student's", model.config, virtual_tokens(model))
+
+    # --- an update: its batches, what is drawn for them, what losses are divided by
+
+    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
+        """The batches of one update, which begins with its first step: a run that goes on has its generators then."""
+        batches, number = super().get_batch_samples(*args, **keywords)
+        self._waiting = batches
+        return batches, number
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
+        """As `Trainer.training_step`; before the first of an update all its batches' samples are drawn."""
+        if self._waiting:
+            batches, self._waiting = self._waiting, []
+            with self.compute_loss_context_manager():
+                self._begin_update(self._unwrapped(model), batches)
+        return super().training_step(model, inputs, *args, **keywords)
+
+    def _begin_update(self, student: Any, batches: list[dict[str, Any]]) -> None:
+        """Gives each batch its `Update`."""
+        if self.state.global_step % self.args.student_every == 0:
+            self._kept = []
+        found = [self._sequences(student, self._prepare_inputs(batch), i) for i, batch in enumerate(batches)]
+        if self.args.student_every > 1:
+            self._kept = self._kept or [of["student"] for of in found]
+        counts = [{source: s.number(self._by_token) for source, s in of.items()} for of in found]
+        if not self.halves:
+            counts = [{**n, "prompts": sum(map(len, of["gold"].prompts))} for n, of in zip(counts, found, strict=True)]
+        numbers = torch.tensor([list(n.values()) for n in counts], dtype=wide(self.args.device))
+        mean = self.accelerator.reduce(numbers.mean(0).to(self.args.device), "mean")
+        items = dict(zip(counts[0], mean, strict=True))
+        for batch, sequences in zip(batches, found, strict=True):
+            batch["update"] = Update(sequences, items)
+
+    @property
+    def _by_token(self) -> bool:
+        return self.args.normalize == "token"
+
+    def _sequences(self, student: Any, batch: dict[str, Any], number: int = 0) -> dict[str, Sequences]:
+        """By source those that a batch has, or else new ones; of the student, where some are kept, those."""
+        found: dict[str, Sequences] = {}
+        for source in self.sources or ["gold"]:
+            given = given_sequences(source, batch)
+            if source == "student" and self._kept:
+                found[source] = self._kept[number % len(self._kept)]
+            elif given is not None:
+                found[source] = given
+            else:
+                with self.watch.timed("sampling"):
+                    found[source] = self._draw(source, student, batch)
+            found[source].counted = chosen(student, found[source].continuations, found[source].counted)
+        return found
+
+    def _draw(self, source: str, student: Any, batch: dict[str, Any]) -> Sequences:
+        """New sequences for a batch's prompts."""
+        prompts, teachers = unpadded(batch["prompt_ids"]), batch.get("teacher", [])
+        teacher_prompts = unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
+        if source == "student":
+            made = draw(student, prompts, self.sampling, None, self.vocabulary)
+        else:
+            beams = Sampling(self.sampling.max_new_tokens, beams=4)
+            if isinstance(self.teacher, OfRows):
+                self.teacher.choose(teachers)
+            made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
+        return Sequences(
+            prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the generators' states, which decide the next samples, those samples that are used again."""
+        super()._save_rng_state(output_dir)
+        if self._kept:
+            torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._kept_in(checkpoint).exists():
+            known = torch.load(self._kept_in(checkpoint), map_location=self.args.device, weights_only=True)
+            self._kept = [Sequences(**found) for found in known]
+
+    def _kept_in(self, folder: str) -> Path:
+        return Path(folder) / f"student_samples_{self.args.process_index}.pt"
+
+    # --- the loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
-        """The method's loss of one batch; in evaluation the KL on gold targets."""
+        """The method's loss of one batch; in evaluation the KL on gold targets.
+
+        Called without `training_step`, it draws what it needs, and its means are over this batch.
+        """
         student = self._unwrapped(model)
-        if isinstance(self.teacher, OfRows):
-            self.teacher.choose(inputs.get("teacher", ()))
-        prompts, gold = unpadded(inputs["prompt_ids"]), unpadded(inputs["labels"]) if "labels" in inputs else []
-        teacher_prompts = unpadded(inputs["teacher_prompt_ids"]) if "teacher_prompt_ids" in inputs else prompts
         if not model.training:
-            batch = self._sequences("gold", student, inputs, prompts, teacher_prompts, gold)
-            loss = self._half(Half("gold", resolve("kl")), model, *batch)
-        elif self.args.method == "predistill" and self.args.divergence is None:
-            self._sequences("gold", student, inputs, prompts, teacher_prompts, gold)
-            assert isinstance(self.teacher, InRoom)
-            loss = predistillation_loss(student, self.teacher.model, prompts, gold, self.pad, wrapped=model,
-                                        counts=(self._items["prompt_ids"], self._items["labels"]))  # fmt: skip
+            loss = self._gold_kl(model, inputs).sum(0)
+            loss = (loss[0] / loss[1].clamp_min(1)).float()
+            return (loss, {}) if return_outputs else loss
+        update = inputs.get("update") or Update(self._sequences(student, inputs), {})
+        if self.halves:
+            loss = torch.stack([self._half(half, model, update) for half in self.halves]).sum()
         else:
-            loss = torch.zeros((), device=self.args.device)
-            for half in self.halves:
-                batch = self._sequences(half.source, student, inputs, prompts, teacher_prompts, gold)
-                loss = loss + half.weight * self._half(half, model, *batch)
-        loss = self._checked(loss, inputs, student) if model.training else loss
+            loss = self._predistillation(model, update)
+        loss = self._checked(loss, inputs, update, student)
         return (loss, {}) if return_outputs else loss
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s.
+
+        Raises:
+            ConnectionError: another rank has died, or not come within ``ddp_timeout``.
+        """
+        try:
+            return super().train(*args, **keywords)
+        except RuntimeError as error:
+            if self.args.world_size == 1 or not is_of_ranks(error):
+                raise
+            raise ConnectionError(
+                f"rank {self.args.process_index} of {self.args.world_size} lost another after step "
+                f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
+                f"({error})"
+            ) from error
 
     def _unwrapped(self, model: Any) -> Any:
         """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
         model = self.accelerator.unwrap_model(getattr(model, "_orig_mod", model))
         return getattr(model, "_orig_mod", model)
 
-    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
-        """The batches of one update; counts what their losses are divided by."""
-        batches, number = super().get_batch_samples(*args, **keywords)
-        if self.state.global_step % self.args.student_every == 0:
-            self._kept.clear()
-        self._draws = not self._kept
-        for name in ("prompt_ids", "labels", "sample_ids"):
-            if batches and name in batches[0]:
-                counts = [(b[name] != IGNORE).sum() if self._by_token else torch.tensor(len(b[name])) for b in batches]
-                total = torch.stack(counts).float().mean().to(self.args.device)
-                self._items[name] = self.accelerator.reduce(total, "mean")
-        return batches, number
+    def _predistillation(self, model: Any, update: Update) -> Tensor:
+        assert isinstance(self.teacher, InRoom)
+        gold = update.sequences["gold"]
+        counts = (update.items["prompts"], update.items["gold"]) if update.items else None
+        return predistillation_loss(
+            self._unwrapped(model), self.teacher.model, gold.prompts, gold.continuations, self.pad,
+            hidden_weight=self.args.hidden_weight, hidden_normalize=self.args.hidden_normalize,
+            hidden_reduction=self.args.hidden_reduction, wrapped=model, counts=counts, counted=gold.counted,
+        )  # fmt: skip
 
-    def _sequences(
-        self, source: str, student: Any, inputs: dict[str, Tensor], prompts: list[Tensor],
-        teacher_prompts: list[Tensor], gold: list[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """The student's and the teacher's prompts, and the continuations of a source."""
-        if source == "gold":
-            if not gold:
-                raise ValueError("the objective or the evaluation is on gold targets: the data needs the column labels")
-            return prompts, teacher_prompts, gold
-        if source == "student":
-            if self._draws:
-                made = draw(student, prompts, self.sampling, None, self.vocabulary)
-                self._kept.append((prompts, teacher_prompts, made))
-            else:
-                self._kept.rotate(-1)
-            return self._kept[-1]
-        if "sample_ids" in inputs:
-            return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
-        beams = Sampling(self.sampling.max_new_tokens, beams=4)
-        made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
-        return prompts, teacher_prompts, [row.to(prompts[0].device) for row in made]
+    def _half(self, half: Half, model: Any, update: Update) -> Tensor:
+        """A half's loss by its weight."""
+        found = update.sequences[half.source]
+        number = found.number(self._by_token)
+        items = update.items.get(half.source, number)
 
-    def _half(
-        self, half: Half, model: Any, prompts: list[Tensor], teacher_prompts: list[Tensor], continuations: list[Tensor]
-    ) -> Tensor:
+        def loss(rows: Rows, teacher: Any) -> Tensor:
+            options: dict[str, Any] = {"return_parts": "metrics"} if self.args.memory != "minimal" and teacher else {}
+            if half.divergence is not None:
+                options["temperature_squared"] = self.args.temperature_squared
+            if half.labelled:
+                options["label_smoothing"] = self.args.label_smoothing_factor
+            made = self.step_loss(rows, teacher, half.divergence, self.args.temperature, half.ce_weight / half.weight,
+                                  "mean", num_items=items, memory=self.args.memory, **options)  # fmt: skip
+            made, parts = made if isinstance(made, tuple) else (made, None)
+            self.watch.add(half.source, half.weight * made, parts, items, number, found.number(True))
+            return half.weight * made
+
+        return self._at_head(half, model, found, loss)
+
+    def _at_head(self, half: Half, model: Any, found: Sequences, loss: Any) -> Tensor:
+        """What a function makes of student's and teacher's rows, in the student's output embedding."""
         student = self._unwrapped(model)
-        options: dict[str, Any] = dict(pack=self.args.pack and not student.config.is_encoder_decoder)
+        options: dict[str, Any] = dict(pack=self.args.pack and not student.config.is_encoder_decoder,
+                                       counted=found.counted)  # fmt: skip
         teacher = None
         if half.divergence is not None:
-            device = next(student.parameters()).device
-            teacher = self.teacher.rows(teacher_prompts, continuations, device, **options)
-        items = self._items.get(COLUMNS.get(half.source, "") if self._by_token else "prompt_ids")
-        items = items if model.training else None  # in evaluation, and where no count is known, of this batch
+            if isinstance(self.teacher, OfRows):
+                self.teacher.choose(found.teachers)
+            with self.watch.timed("teacher"):
+                device = next(student.parameters()).device
+                teacher = self.teacher.rows(found.teacher_prompts, found.continuations, device, **options)
 
-        def loss(rows: Rows) -> Tensor:
+        def at_head(rows: Rows) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.step_loss(rows, teacher, half.divergence, self.args.temperature, reduction="mean",
-                                      num_items=items, memory=self.args.memory)  # fmt: skip
+                return loss(rows, teacher)
 
-        return forward_to_head(student, prompts, continuations, self.pad, loss, wrapped=model, **options)[0]
+        made, outputs = forward_to_head(student, found.prompts, found.continuations, self.pad, at_head, wrapped=model,
+                                        **options)  # fmt: skip
+        of_experts = getattr(outputs, "loss", None)  # a mixture of experts' own, with its coefficient
+        return made if of_experts is None else made + of_experts / len(self.halves)
 
-    def _checked(self, loss: Tensor, inputs: dict[str, Tensor], student: nn.Module) -> Tensor:
+    def _checked(self, loss: Tensor, inputs: dict[str, Any], update: Update, student: nn.Module) -> Tensor:
         if torch.isfinite(loss):
             return loss
         step = self.state.global_step
@@ -328,14 +418,83 @@ class FDistillTrainer(Trainer):
             return sum((p.sum() for p in student.parameters() if p.requires_grad), loss.new_zeros(())) * 0.0
         path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, path)
+        batch = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in inputs.items() if name != "update"}
+        torch.save(batch | {"sequences": {source: vars(found) for source, found in update.sequences.items()}}, path)
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {step}; its batch is in {path} (on_nan='skip' goes on)"
         )
 
+    def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
+        """As `Trainer.log`; beside a training loss what `Watch` has seen."""
+        if "loss" in logs:
+            logs |= self.watch.line(self.accelerator)
+        super().log(logs, *args, **keywords)
+
+    # --- evaluation
+
+    def _gold_kl(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Of each sequence of gold targets its KL to the teacher, a sum over steps, and how many they are: (B, 2)."""
+        found = given_sequences("gold", inputs)
+        assert found is not None
+        found.counted = chosen(self._unwrapped(model), found.continuations, found.counted)
+
+        def losses(rows: Rows, teacher: Any) -> Tensor:
+            return self.step_loss(rows, teacher, resolve("kl"), self.args.temperature, reduction="none").reshape(-1)
+
+        of_rows = self._at_head(Half("gold", resolve("kl")), model, found, losses).detach()
+        counts = (
+            [len(c) for c in found.continuations] if found.counted is None else [int(m.sum()) for m in found.counted]
+        )
+        of_rows = of_rows[: sum(counts)].to(wide(of_rows.device))
+        return torch.stack([torch.stack([x.sum() for x in of_rows.split(counts)]), of_rows.new_tensor(counts)], 1)
+
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,
                         ignore_keys: Any = None) -> Any:  # fmt: skip
-        """The evaluation loss; no logits are made."""
-        inputs = self._prepare_inputs(inputs)
+        """The evaluation loss of a batch; no logits are made."""
         with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+            found = self._gold_kl(model, self._prepare_inputs(inputs))
+        # without the examples that fill the last batch of some ranks
+        self._evaluated += self.accelerator.gather_for_metrics(found).sum(0).cpu()
+        return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
+
+    def evaluation_loop(self, *args: Any, **keywords: Any) -> Any:
+        """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, whatever batches they come in."""
+        self._evaluated.zero_()
+        with self.watch.apart():
+            output = super().evaluation_loop(*args, **keywords)
+        loss, tokens = self._evaluated.tolist()
+        metrics = output.metrics or {}
+        metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
+        return output
+
+
+def _student_of(given: Any) -> Any:
+    """A student of a model or a path."""
+    model = load_model(given).float() if isinstance(given, (str, Path)) else given
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
+    return model
+
+
+def _models_of(teacher: Any) -> Iterator[Any]:
+    """The models at hand of a teacher, but the student itself."""
+    if isinstance(teacher, InRoom):
+        yield teacher.model
+    elif isinstance(teacher, (Mixture, OfRows)):
+        for one in teacher.teachers.values() if isinstance(teacher.teachers, dict) else teacher.teachers:
+            yield from _models_of(one)
+
+
+def _check_apart(student: nn.Module, teacher: Any) -> None:
+    """Raises ValueError where a teacher has weights of the student, which would not be trained then."""
+    theirs = set(map(id, teacher.parameters())) if isinstance(teacher, nn.Module) else set()
+    if any(id(p) in theirs for p in student.parameters()):
+        raise ValueError("student and teacher share weights, and a teacher's are not trained: for a student that is "
+                         "its own teacher, or its base model below an adapter, give Itself, else a copy")  # fmt: skip
+
+
+def _as_dataset(data: Any) -> Any:
+    """With columns."""
+    from datasets import Dataset
+
+    return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data

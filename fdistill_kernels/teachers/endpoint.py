@@ -198,7 +198,7 @@ class Endpoint:
         Raises:
             ValueError: beams, or ids outside the vocabulary.
         """
-        if sampling.beams > 1:
+        if sampling.beams:
             raise ValueError("a server is asked for samples, not for beams")
         pairs = self._pairs(prompts, [()] * len(prompts), whole=False)
 

@@ -1,0 +1,209 @@
+"""Examples of token ids as batches, the sequences that losses are taken on, and what of a data set is checked before.
+
+An example is {prompt_ids, labels}, or one text as tokenizers and chat collators make it: {input_ids, labels}, labels
+−100 where nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .models import IGNORE, padded, unpadded
+
+#: Columns of token ids.
+IDS = ("prompt_ids", "labels", "sample_ids", "beam_ids", "teacher_prompt_ids")
+#: Which columns have a source's sequences, the first that is there.
+COLUMNS = {"gold": ("labels",), "teacher": ("sample_ids",), "beam": ("beam_ids", "sample_ids"), "student": ()}
+
+
+@dataclass
+class Sequences:
+    """What a loss is taken on.
+
+    Attributes:
+        prompts, teacher_prompts, continuations: a batch's token ids, (L_i,) each.
+        counted: a bool for each token of each continuation, false where it is read and not in the loss; None: all are.
+        teachers: the examples' column teacher, if there is one.
+    """
+
+    prompts: list[Tensor]
+    teacher_prompts: list[Tensor]
+    continuations: list[Tensor]
+    counted: Sequence[Tensor] | None = None
+    teachers: list[str] = field(default_factory=list)
+
+    def tokens(self) -> list[int]:
+        """How many tokens of each continuation count."""
+        return [len(c) for c in self.continuations] if self.counted is None else [int(m.sum()) for m in self.counted]
+
+    def number(self, of_tokens: bool) -> int:
+        """How many tokens count, or how many sequences there are."""
+        return sum(self.tokens()) if of_tokens else len(self.continuations)
+
+
+def column_of(source: str, columns: Collection[str]) -> str | None:
+    """The column that has a source's sequences, if there is one."""
+    return next((name for name in COLUMNS[source] if name in columns), None)
+
+
+def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
+    """A source's sequences, of a batch that has them: gold targets, or the teacher's stored samples; None: to be drawn.
+
+    Raises:
+        ValueError: gold targets that are not there.
+    """
+    column = column_of(source, batch.keys())
+    if column is None:
+        if source == "gold":
+            raise ValueError("the objective or the evaluation is on gold targets: the data needs the column labels")
+        return None
+    prompts, continuations = unpadded(batch["prompt_ids"]), unpadded(batch[column])
+    masks = batch.get("labels_mask") if column == "labels" else None
+    counted = None if masks is None else [m[: len(c)] for m, c in zip(masks, continuations, strict=True)]
+    teacher_prompts = unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
+    return Sequences(prompts, teacher_prompts, continuations, counted, batch.get("teacher", []))
+
+
+def collate(
+    examples: Sequence[dict[str, Any]], vocabulary: int | None = None, teacher_vocabulary: int | None = None,
+    encoder_decoder: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Token ids as (B, L) padded with −100: prompt_ids, and labels, sample_ids, beam_ids, teacher_prompt_ids if there;
+    labels_mask as bool (B, L), false of padding; and the teachers' names.
+
+    Args:
+        examples: ids as lists or tensors, −100 at their ends cut. Of {input_ids, labels} the prompt is what comes
+            before the first label that is not −100, the continuation what follows up to the last, and what is −100 in
+            between is read and does not count; of an encoder–decoder model they are the prompt and the continuation.
+            Tokens whose attention_mask is 0 are padding.
+        vocabulary, teacher_vocabulary: ids that student and teacher share, and that the teacher has.
+
+    Raises:
+        ValueError: no prompt_ids, an empty prompt, columns that not every example has, an id out of range, or −100
+            between the ids of a row.
+    """
+    rows = [_of_example(e, encoder_decoder) for e in examples]
+    names = [n for n in IDS if any(n in row for row in rows)]
+    if "prompt_ids" not in names:
+        raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
+    batch: dict[str, Any] = {}
+    for name in names:
+        if not all(name in row for row in rows):
+            raise ValueError(f"some examples of a batch have the column {name}, and others have none")
+        batch[name] = padded([row[name] for row in rows], IGNORE)
+        most = teacher_vocabulary if name == "teacher_prompt_ids" else vocabulary
+        whose = "the teacher has" if name == "teacher_prompt_ids" else "student and teacher share"
+        for found in (int(x) for row in rows if len(row[name]) for x in torch.aminmax(row[name])):
+            if found < 0 or (most is not None and found >= most):
+                raise ValueError(f"{name} has the id {found}, but {whose} {most} ids")
+        if name.endswith("prompt_ids") and not all(len(row[name]) for row in rows):
+            raise ValueError(f"a prompt is empty: {name} needs a token at least")
+    if any("labels_mask" in row for row in rows):
+        masks = [row.get("labels_mask", torch.ones(len(row["labels"]), dtype=torch.bool)) for row in rows]
+        batch["labels_mask"] = padded(masks, False)
+    if "teacher" in examples[0]:
+        batch["teacher"] = [str(e["teacher"]) for e in examples]
+    return batch
+
+
+def _of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:
+    """An example's ids and mask as tensors, without padding."""
+    rows = {n: torch.as_tensor(example[n], dtype=torch.long) for n in (*IDS, "input_ids") if example.get(n) is not None}
+    if example.get("labels_mask") is not None:
+        rows["labels_mask"] = torch.as_tensor(example["labels_mask"], dtype=torch.bool)
+        if "labels" not in rows or rows["labels_mask"].shape != rows["labels"].shape:
+            raise ValueError("labels_mask must have a bool for each of an example's labels")
+    text, labels = rows.pop("input_ids", None), rows.get("labels")
+    if "prompt_ids" not in rows and text is not None:
+        if example.get("attention_mask") is not None:
+            here = torch.as_tensor(example["attention_mask"], dtype=torch.bool)
+            text, labels = text[here], labels[here] if labels is not None and not encoder_decoder else labels
+        if labels is not None and not encoder_decoder:
+            return rows | _of_one_text(text, labels)
+        rows["prompt_ids"] = text
+    for name in set(IDS) & rows.keys():
+        kept = (rows[name] != IGNORE).nonzero().flatten()
+        inside = slice(int(kept[0]), int(kept[-1]) + 1) if len(kept) else slice(0)
+        if len(kept) < len(rows[name][inside]):
+            raise ValueError(f"{name} has −100 between its ids, and the text there is not known: give input_ids with "
+                             "labels, or labels whole and a labels_mask")  # fmt: skip
+        rows[name] = rows[name][inside]
+        if name == "labels" and "labels_mask" in rows:
+            rows["labels_mask"] = rows["labels_mask"][inside]
+    return rows
+
+
+def _of_one_text(text: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """A causal model's text, parted where its labels begin."""
+    if text.shape != labels.shape:
+        raise ValueError(f"input_ids and labels must be of one length, not {len(text)} and {len(labels)}")
+    counted = labels != IGNORE
+    if (labels != text)[counted].any():
+        raise ValueError("labels must be the input_ids, or −100: nothing is shifted")
+    at = counted.nonzero().flatten()
+    begin = max(1, int(at[0])) if len(at) else len(text)  # the first token is predicted by nothing
+    end = int(at[-1]) + 1 if len(at) else len(text)
+    return {"prompt_ids": text[:begin], "labels": text[begin:end], "labels_mask": counted[begin:end]}
+
+
+def columns_of(data: Any) -> list[str]:
+    """A dataset's columns; none of one that cannot be asked without being read."""
+    if getattr(data, "column_names", None):
+        return list(data.column_names)
+    return list(data[0]) if isinstance(data, (list, tuple)) and data else []
+
+
+def datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:
+    """A data set by its name; of several by their names, each."""
+    if isinstance(data, dict):
+        yield from ((f"{name}[{part!r}]", found) for part, found in data.items())
+    elif data is not None:
+        yield name, data
+
+
+def lengths(data: Any, column: str) -> np.ndarray | None:
+    """How many tokens each example's column has; None where the data would have to be read for it."""
+    if isinstance(data, (list, tuple)):
+        return np.array([len(e.get(column) or ()) for e in data])
+    if not (hasattr(data, "select_columns") and hasattr(data, "with_format") and hasattr(data, "__len__")):
+        return None
+    import pyarrow.compute
+
+    found = pyarrow.compute.list_value_length(data.select_columns([column]).with_format("arrow")[:].column(0))
+    return pyarrow.compute.fill_null(found, 0).to_numpy()
+
+
+def check_contexts(
+    name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, config: Any, virtual: int = 0
+) -> None:
+    """That a data set's prompts with their continuations fit a model.
+
+    Args:
+        prompt, column: columns of token ids; None: `new` tokens are drawn.
+        whose: the model's name in the error.
+        virtual: tokens that the model puts before its own.
+
+    Raises:
+        ValueError: they do not.
+    """
+    limit, columns = getattr(config.get_text_config(), "max_position_embeddings", None) or 0, columns_of(data)
+    if "prompt_ids" not in columns and prompt == "prompt_ids":
+        prompt = "input_ids"
+    one_text = prompt == "input_ids" and not config.is_encoder_decoder  # which holds its labels
+    if limit < 1 or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
+        return
+    prompts = lengths(data, prompt)
+    more = np.array(0 if one_text else new) if column is None or one_text else lengths(data, column)
+    if prompts is None or more is None or not len(prompts):
+        return
+    whole = np.maximum(prompts, more) if config.is_encoder_decoder else prompts + more + virtual
+    row = int(whole.argmax())
+    if whole[row] > limit:
+        beside = f"{new} new tokens" if column is None else f"its {column}"
+        raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {whole[row]} tokens, {whose} context {limit}")

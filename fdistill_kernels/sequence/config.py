@@ -1,0 +1,174 @@
+"""How to distil: the trainer's arguments, each used or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..own import resolve
+from .objectives import Half, method, mixture, with_cross_entropy
+from .ranks import join
+from .sampling import Sampling
+
+
+@dataclass
+class FDistillConfig(TrainingArguments):
+    """`TrainingArguments`, and how to distil.
+
+    Of `TrainingArguments`, label_smoothing_factor is of the cross-entropies.
+
+    Attributes:
+        method: seqkd, kl, engine, rkl, js, tvd, mle, or "predistill".
+        beta: weight of the student's half in js and tvd; js is to the mixture βq + (1 − β)p.
+        divergence, shares: instead of the method, a divergence ("js", "alpha=0.3", or an instance) and its sequences:
+            {"student": 0.7, "gold": 0.3}, by default gold; or a divergence of each source, {"teacher": "skew_kl=0.1",
+            "student": "skew_rkl=0.1"}, by default in equal shares that sum to 1. On a command line as JSON.
+        ce_weight: of −log q of the gold targets, added to the objective.
+        temperature: of both models' distributions in the loss, and temperature_squared: its square as a factor on the
+            divergences (Hinton et al. 2015).
+        max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training.
+        student_every: draw student samples every so many steps; in between the last ones are used again. They are in
+            the checkpoints.
+        normalize: "token", a mean over steps; or "sequence", the paper's sum over steps, a mean over sequences. The
+            mean is over all batches that are accumulated and all ranks, samples drawn during training among them, so
+            that they give the gradient of one large batch.
+        freeze_embeddings: leave the student's input embeddings (and a tied output embedding) as they are.
+        pack: give causal models a batch as one row of sequences, without padding.
+        memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`. With "minimal" no entropies are logged,
+            which would take another look at the rows.
+        on_nan: "stop" with the batch saved, or "skip" the batch.
+        hidden_weight, hidden_normalize, hidden_reduction: of "predistill"; see `predistillation_loss`, which takes
+            none of the loss's options above.
+
+    Raises:
+        ValueError: by name, what is out of range, unknown, or would not be used.
+    """
+
+    method: str = "tvd"
+    beta: float = 0.5
+    divergence: dict | str | None = None  # type: ignore[type-arg]
+    shares: dict | str | None = None  # type: ignore[type-arg]
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    temperature_squared: bool = False
+    max_new_tokens: int = 64
+    sample_temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    student_every: int = 1
+    normalize: str = "token"
+    freeze_embeddings: bool = False
+    pack: bool = False
+    memory: str = "chunks"
+    on_nan: str = "stop"
+    hidden_weight: float = 3.0
+    hidden_normalize: bool = True
+    hidden_reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.use_cpu:
+            join(self.ddp_timeout)
+        super().__post_init__()
+        self.remove_unused_columns = False  # the collator's columns are not the model's arguments
+        self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
+        for name, known in (("normalize", ("token", "sequence")), ("on_nan", ("stop", "skip")),
+                            ("memory", ("chunks", "minimal")), ("hidden_reduction", ("mean", "sum"))):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("student_every", "per_device_train_batch_size", "per_device_eval_batch_size",
+                     "gradient_accumulation_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive, not {self.temperature!r}")
+        halves, _ = self.halves(), self.sampling()
+        unused = {
+            "shares": self.shares and self.divergence is None and "without a divergence",
+            "method": self.divergence is not None and self.method != FDistillConfig.method and "beside a divergence",
+            "beta": self.divergence is not None and self.beta != FDistillConfig.beta and "beside a divergence",
+            "student_every": self.student_every > 1 and not any(h.source == "student" for h in halves)
+            and "without an objective on the student's samples",
+            "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)
+            and "without a cross-entropy, as mle, seqkd and ce_weight have",
+        }  # fmt: skip
+        if not halves:
+            unused |= {name: getattr(self, name) != getattr(FDistillConfig, name) and "by predistill"
+                       for name in NOT_IN_PREDISTILLATION}  # fmt: skip
+        for name, why in unused.items():
+            if why:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not used {why}")
+
+    def halves(self) -> tuple[Half, ...]:
+        """The objective; none for pre-distillation."""
+        if self.divergence is not None:
+            of = self.divergence if isinstance(self.divergence, Mapping) else resolve(self.divergence)
+            return with_cross_entropy(mixture(of, **(self.shares or {})), self.ce_weight)  # type: ignore[arg-type]
+        if self.method == "predistill":
+            return ()
+        return with_cross_entropy(method(self.method, self.beta), self.ce_weight)
+
+    def sampling(self) -> Sampling:
+        """How sequences are drawn during training."""
+        return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
+
+    def for_predistillation(self, **changes: Any) -> FDistillConfig:
+        """This configuration with the method "predistill", and as they were made the options that its loss has not."""
+        kept = {name: getattr(FDistillConfig, name) for name in NOT_IN_PREDISTILLATION}
+        return dataclasses.replace(self, **{**kept, "method": "predistill", **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: divergences as text."""
+        return {**super().to_dict(), "divergence": _as_text(self.divergence)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a checkpoint: divergences as text where their functions cannot be pickled."""
+        try:
+            pickle.dumps(self.divergence)
+        except Exception:  # pickle has many for it
+            return {**vars(self), "divergence": _as_text(self.divergence)}
+        return dict(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FDistillConfig:
+        made = object.__new__(type(self))
+        vars(made).update({name: value if name == "divergence" else copy.deepcopy(value, memo)
+                           for name, value in vars(self).items()})  # fmt: skip
+        return made
+
+
+#: Options of a loss that pre-distillation has not.
+NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
+                          "student_every", "normalize", "pack", "memory", "label_smoothing_factor")  # fmt: skip
+
+
+def _of_json(name: str, value: Any) -> Any:
+    """A mapping that is given as text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from error
+
+
+def _shares(value: Any) -> dict[str, float] | None:
+    """Shares by source, of a mapping or of text as in student=0.7,gold=0.3."""
+    value = _of_json("shares", value)
+    try:
+        pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else dict(value or {}).items()
+        return {source.strip(): float(share) for source, share in pairs} or None
+    except (TypeError, ValueError):
+        raise ValueError(f"shares must be as in student=0.7,gold=0.3, or a mapping, not {value!r}") from None
+
+
+def _as_text(divergence: Any) -> Any:
+    if isinstance(divergence, Mapping):
+        return {source: _as_text(of) for source, of in divergence.items()}
+    return divergence if divergence is None or isinstance(divergence, str) else str(resolve(divergence))

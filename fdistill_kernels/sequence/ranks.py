@@ -1,0 +1,41 @@
+"""Ranks of a training run: their process group, those that share rows, and what tells that one is lost."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+def join(seconds: float) -> None:
+    """Begins the process group that torchrun or accelerate launch has made this process one of, unless it has begun;
+    `transformers` leaves a CPU's without its ``ddp_timeout``.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(seconds=seconds))
+
+
+def row_group(model: Any) -> dist.ProcessGroup | None:
+    """The ranks that work on the same rows, each with a part of every layer (a mesh's "tp"); None: each has its own."""
+    for p in model.parameters():
+        if isinstance(p, DTensor) and "tp" in (p.device_mesh.mesh_dim_names or ()):
+            group: dist.ProcessGroup = p.device_mesh["tp"].get_group()
+            return group
+    return None
+
+
+def from_first(model: Any, value: Any) -> Any:
+    """The value of the first of a model's `row_group`, on all of them."""
+    held = [value]
+    if (group := row_group(model)) is not None:
+        dist.broadcast_object_list(held, group=group, group_src=0)
+    return held[0]
+
+
+def is_of_ranks(error: BaseException) -> bool:
+    """Whether an error is of what ranks send each other; gloo's have no class of their own."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in words or "Connection closed by peer" in words

@@ -1,0 +1,105 @@
+"""What a training step shows while it runs: both models' distributions, each half's loss, and where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..values import Metrics, SparseParts
+
+#: Of a loss's parts, those that are logged.
+OF_ROWS = ("student_entropy", "teacher_entropy", "agreement", "overlap")
+OF_LISTS = ("teacher_mass", "student_mass", "overlap")
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device, for sums."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Watch:
+    """Sums since the last log line. Nothing waits for a GPU until they are asked for.
+
+    Args:
+        sources: of the objective's halves, whose losses are logged each.
+        lists: whether the teacher is lists, of which there are no entropies.
+    """
+
+    def __init__(self, sources: list[str], lists: bool, device: torch.device):
+        self.sources, self.parts, self.device = sources, OF_LISTS if lists else OF_ROWS, device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins anew."""
+        # of each source: the loss and what it is a mean over, tokens beside a teacher, and their parts
+        self.sums = torch.zeros(len(self.sources), 3 + len(self.parts), dtype=wide(self.device), device=self.device)
+        self.tokens = 0
+        self.times: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.begin = time.perf_counter()
+
+    def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, number: int,
+            tokens: int) -> None:  # fmt: skip
+        """One half's loss of a batch, and its parts, sums over `items`; it has so many sequences or tokens that means
+        are over, and so many tokens.
+        """
+        found = self.sums[self.sources.index(source)]
+        found[:2] += torch.stack([loss.detach().to(found) * items, found.new_tensor(number)])
+        self.tokens += tokens
+        if parts is not None:
+            of_rows = torch.stack([getattr(parts, name) for name in self.parts]).to(found) * items
+            found[2:] += torch.cat([found.new_tensor([tokens]), of_rows])
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Counts what is done inside as `name`'s time."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self.times[name].append((begin, self._now()))
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside is no training."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.begin += time.perf_counter() - begin
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def line(self, accelerator: Any) -> dict[str, float]:
+        """What there is to log, over all ranks, which must all ask; begins anew."""
+        sums = accelerator.reduce(torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens])]), "sum").tolist()
+        seconds = time.perf_counter() - self.begin
+        logs = {"tokens_per_second": sums.pop() / seconds}
+        width = 3 + len(self.parts)
+        for i, source in enumerate(self.sources):
+            loss, number, tokens, *parts = sums[i * width : (i + 1) * width]
+            if number:
+                logs[f"loss_on_{source}"] = loss / number
+            if tokens:
+                logs |= {f"{n}_on_{source}": x / tokens for n, x in zip(self.parts, parts, strict=True)}
+        for name, spans in self.times.items():
+            logs[f"{name}_share"] = sum(_seconds(*span) for span in spans) / seconds
+        self.reset()
+        return logs
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

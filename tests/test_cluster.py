@@ -1,0 +1,385 @@
+"""The trainer on several ranks: every way to share out a model or a batch gives one process's curve and weights."""
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import DistributedType, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.distributed import DistributedConfig
+
+import fdistill_kernels as fk
+import fdistill_kernels.sequence.trainer
+from benchmarks import cluster_demo
+from fdistill_kernels import cli
+
+from .test_distributed import rows
+from .test_sequence import llama
+from .test_trainer import trainer
+
+CONFIGURATIONS = Path(__file__).parent.parent / "examples" / "cluster"
+METHODS = {"kl": dict(gradient_accumulation_steps=2), "tvd": {}, "js": dict(beta=0.3)}
+
+
+def processes(world, work, *arguments, join=True):
+    """work(rank, world, *arguments) in each of so many processes, forked of one that has imported all."""
+    mp.get_context("forkserver").set_forkserver_preload([__name__])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return mp.start_processes(
+        _process, (world, port, work, arguments), nprocs=world, join=join, start_method="forkserver"
+    )
+
+
+def _process(rank, world, port, work, arguments):
+    of_ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in of_ranks.items()} | {"OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    gc.freeze()  # what is shared with the other processes is not copied to be looked through
+    work(rank, world, *arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- the trainer, in float64
+
+
+def model(path, **sizes):
+    more = dict(distributed_config=DistributedConfig(**sizes)) if sizes else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **more)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def trained(folder, method, ranks, sampled_by=1, split=(), **sizes):
+    """The steps' losses and the weights of a student, of ranks that have each their own rows.
+
+    split: of "teacher", whether it is split as the student is.
+    """
+    accumulated = METHODS[method].get("gradient_accumulation_steps", 1)
+    student = model(folder / "student", **sizes)
+    teacher = model(folder / "teacher", **(sizes if "teacher" in split else {}))
+    run = trainer(folder / "run", student, teacher, rows(), method=method, optim="sgd", max_steps=2, learning_rate=0.1,
+                  top_k=sampled_by, logging_steps=1, per_device_train_batch_size=4 // ranks // accumulated,
+                  **METHODS[method])  # fmt: skip
+    run.train()
+    losses = [line["loss"] for line in run.state.log_history if "loss" in line]
+    return losses, [whole(p) for p in student.parameters()]
+
+
+#: Ways to train: ranks with rows of their own, and how `trained` shares out the model. Where all have the same rows they
+#: draw one process's samples; else top_k=1 makes them the same.
+WAYS = {
+    2: {"ddp": dict(ranks=2), "fsdp2": dict(ranks=2, fsdp_size=2), "tp": dict(ranks=1, tp_size=2, sampled_by=0),
+        "tp of both": dict(ranks=1, tp_size=2, split=["teacher"])},
+    4: {"tp and fsdp2": dict(ranks=2, tp_size=2, fsdp_size=2)},
+}  # fmt: skip
+
+
+def train_every_way(rank, world, folder):
+    ways = {f"one, {k}": dict(ranks=1, sampled_by=k) for k in (0, 1)} if world == 1 else WAYS[world]
+    for way, settings in ways.items():
+        for method in METHODS if world < 4 else ["js"]:
+            torch.save(trained(folder, method, **settings), folder / f"{way}, {method}, {rank}.pt")
+
+
+def check_every_way(folder, world):
+    for way, settings in WAYS[world].items():
+        for method in METHODS if world < 4 else ["js"]:
+            wanted, weights = torch.load(folder / f"one, {settings.get('sampled_by', 1)}, {method}, 0.pt")
+            for rank in range(world):
+                found, of_rank = torch.load(folder / f"{way}, {method}, {rank}.pt")
+                assert found == pytest.approx(wanted, rel=1e-6), (way, method)  # logged in float32
+                for a, b in zip(of_rank, weights, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=f"{way} {method}")
+
+
+# --- plain losses
+
+
+def parts(seed=0):
+    """Hidden states, labels of 9 and of 3 tokens, both heads and the teacher's states, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, theirs, head, their_head = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((16, 6), (16, 6), (20, 6), (20, 6))
+    )
+    labels = torch.randint(20, (16,), generator=generator)
+    labels[[2, 8, 9, 10, 12]] = -100
+    return hidden, theirs, head, their_head, labels
+
+
+def losses(hidden, theirs, head, their_head, labels, **keywords):
+    """Each of the losses that has a mean over tokens."""
+    logits, teacher = hidden @ head.T, theirs @ their_head.T
+    yield fk.f_divergence(logits, teacher, "js", labels=labels, ce_weight=0.5, **keywords)
+    yield fk.linear_f_divergence(hidden, head, theirs, their_head, "tvd", labels=labels, **keywords)
+    yield fk.cross_entropy(logits, labels, **keywords)
+    yield fk.linear_cross_entropy(hidden, head, labels, **keywords)
+
+
+def means_over_ranks(rank, world, folder):
+    """Rows of other ranks, of a batch or of a sequence: the mean is over all ranks' tokens."""
+    hidden, theirs, head, their_head, labels = parts()
+    for i, wanted in enumerate(losses(hidden, theirs, whole_head := head.clone().requires_grad_(), their_head, labels)):
+        (gradient,) = torch.autograd.grad(wanted, whole_head, retain_graph=True)
+        mine = slice(8 * rank, 8 * rank + 8)
+        count = (labels[mine] != -100).sum()
+        dist.all_reduce(count)
+        layer = torch.nn.Linear(6, 20, bias=False).double()  # its weight is the head
+        layer.weight.data.copy_(head)
+
+        class Loss(torch.nn.Module):
+            def __init__(self, layer=layer):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, number=i, count=count, mine=mine):
+                given = hidden[mine], theirs[mine], self.layer.weight, their_head, labels[mine]
+                return list(losses(*given, num_items=count))[number]
+
+        ddp = torch.nn.parallel.DistributedDataParallel(Loss())  # which averages gradients, as long as it is there
+        ours = ddp()
+        (world * ours).backward()
+        torch.testing.assert_close(layer.weight.grad, gradient, rtol=1e-12, atol=1e-14)
+        total = ours.detach()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, wanted.detach(), rtol=1e-12, atol=0.0)
+
+
+def sequence_parallel(rank, world, folder):
+    """Hidden states split over the sequence, a head over the vocabulary: gathered, and each rank's gradient its own."""
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    hidden, theirs, head, their_head, labels = parts()
+    inputs = [x.clone().requires_grad_() for x in (hidden, head)]
+    wanted = fk.linear_f_divergence(inputs[0], inputs[1], theirs, their_head, "js", labels=labels)
+    wanted.backward()
+    rows, part = slice(8 * rank, 8 * rank + 8), slice(10 * rank, 10 * rank + 10)
+    mine = hidden[rows].clone().requires_grad_(), head[part].clone().requires_grad_()
+    # a gather whose backward sums over ranks and scatters: Megatron's
+    shard = fk.vocab_shard(dist.group.WORLD, 10, sum_hidden=False)
+    states = all_gather_tensor_autograd(mine[0], 0, dist.group.WORLD)
+    found = fk.linear_f_divergence(states, mine[1], theirs, their_head, "js", labels=labels, shard=shard)
+    found.backward()
+    # DTensors: their gather's backward takes each rank's rows of a gradient that is whole
+    mesh = init_device_mesh("cpu", (world,))
+    split = [distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (hidden, head)]
+    states = split[0].redistribute(placements=[Replicate()])
+    again = fk.linear_f_divergence(states, split[1], theirs, their_head, "js", labels=labels)
+    again.backward()
+    for loss, gradients in ((found, [x.grad for x in mine]), (again, [x.grad.to_local() for x in split])):
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0.0)
+        for gradient, of_all, at in zip(gradients, inputs, (rows, part), strict=True):
+            torch.testing.assert_close(gradient, of_all.grad[at], rtol=1e-10, atol=1e-14)
+
+
+# --- `fdistill train`
+
+
+def make_files(folder):
+    """Four pairs to train on, so that every step has all of them in whatever order; and a held-out one."""
+    words = [chr(97 + i) for i in range(26)]
+    pairs = [
+        (f"{a} {b} c", f"{b} {a} {c}" if i % 2 else b)
+        for i, (a, b, c) in enumerate(zip(words[:5], words[5:10], words[9:14], strict=True))
+    ]
+    (folder / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in pairs))
+    tokens = Tokenizer(
+        models.WordLevel({"</s>": 0, "<s>": 1} | {w: i + 2 for i, w in enumerate(words)}, unk_token="</s>")
+    )
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="</s>", bos_token="<s>")
+    for seed, name in enumerate(("student", "teacher"), 1):
+        llama(len(tokenizer), seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def arguments(folder, out, ranks, *more):
+    return ["train", "--teacher", f"{folder}/teacher", "--student", f"{folder}/student", "--data", f"{folder}/pairs.tsv",
+            "--output_dir", f"{folder}/{out}", "--method", "tvd", "--max_steps", "2", "--max-new-tokens", "4", "--top-k", "1",
+            "--warmup-steps", "1", "--eval-pairs", "1", "--learning-rate", "0.01", "--per_device_train_batch_size", str(4 // ranks), *more]  # fmt: skip
+
+
+def environment(configuration):
+    """What `accelerate launch` sets for the processes of a configuration file."""
+    parser = launch_command_parser()
+    path = CONFIGURATIONS / f"{configuration}.yaml"
+    args, defaults, _ = _validate_launch_command(
+        parser.parse_args(["--config_file", str(path), "--main_process_port", "0", "x"])
+    )
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    made = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@contextlib.contextmanager
+def launched(configuration):
+    before = dict(os.environ)
+    os.environ |= environment(configuration)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def command(rank, world, folder):
+    """One process; or each configuration of so many."""
+    if world == 1:
+        assert cli.main(arguments(folder, "one", 1)) == 0
+        return
+    with launched("ddp"):
+        assert cli.main(arguments(folder, "ddp", 2)) == 0
+    with launched("fsdp2"):
+        assert cli.main(arguments(folder, "refused", 2)) == 2  # on a CPU, whose models would be left whole
+        with processes_of_cards():
+            assert cli.main(arguments(folder, "fsdp2", 2)) == 0
+    assert cli.main(arguments(folder, "tp", 1, "--tensor_parallel", "2")) == 0
+
+
+@contextlib.contextmanager
+def processes_of_cards():
+    """Has accelerate take gloo's processes for those of cards, on which alone it shards by FSDP."""
+    original = PartialState.__init__
+
+    def of_cards(state, *args, **keywords):
+        original(state, *args, **keywords)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = of_cards
+    try:
+        yield
+    finally:
+        PartialState.__init__ = original
+
+
+def check_commands(folder, names):
+    def of(name):
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        return [x["loss"] for x in lines if "loss" in x], load_file(folder / name / "student" / "model.safetensors")
+
+    wanted, weights = of("one")
+    assert len(wanted) == 2
+    for name in names:
+        found, of_run = of(name)
+        assert found == pytest.approx(wanted, rel=1e-5), name
+        assert of_run.keys() == weights.keys()
+        for key in weights:
+            torch.testing.assert_close(of_run[key], weights[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+
+
+def everything(rank, world, folder):
+    train_every_way(rank, world, folder / "float64")
+    if world > 1:
+        means_over_ranks(rank, world, folder)
+        sequence_parallel(rank, world, folder)
+    command(rank, world, folder / "command")
+
+
+def zero(rank, world, folder):
+    for name in ("zero2", "zero3") if world > 1 else ():
+        with launched(name):
+            assert cli.main(arguments(folder, name, 2)) == 0
+    if world == 1:
+        command(rank, world, folder)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
+def test_deepspeed(tmp_path):
+    make_files(tmp_path)
+    processes(1, zero, tmp_path)
+    processes(2, zero, tmp_path)
+    check_commands(tmp_path, ["zero2", "zero3"])
+
+
+def make_models(folder):
+    for seed, name in enumerate(("student", "teacher"), 1):
+        llama(seed=seed).save_pretrained(folder / name)
+
+
+def test_two_processes(tmp_path):
+    for name in ("float64", "command"):
+        (tmp_path / name).mkdir()
+    make_models(tmp_path / "float64")
+    make_files(tmp_path / "command")
+    processes(1, everything, tmp_path)
+    processes(2, everything, tmp_path)
+    check_every_way(tmp_path / "float64", 2)
+    check_commands(tmp_path / "command", ["ddp", "fsdp2", "tp"])
+
+
+# --- a rank that is lost
+
+
+def lost(rank, world, folder, how):
+    """Rank 1 dies, or sleeps, as its second step begins."""
+    original = fk.sequence.trainer.FDistillTrainer.compute_loss
+
+    began = []
+
+    def compute_loss(run, *args, **keywords):
+        began.append(time.monotonic())
+        if rank == 1 and run.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL) if how == "dies" else time.sleep(600)
+        return original(run, *args, **keywords)
+
+    fk.sequence.trainer.FDistillTrainer.compute_loss = compute_loss
+    with Path(folder, f"{how} {rank}.txt").open("w") as words, contextlib.redirect_stderr(words):
+        status = cli.main(arguments(folder, how, 2, "--ddp_timeout", "4"))
+    Path(folder, f"{how}.txt").write_text(str(time.monotonic() - began[-1]))
+    sys.exit(status)
+
+
+def four(rank, world, folder):
+    train_every_way(rank, world, folder)
+    cluster_demo.train(rank, world, folder / "demo", 3)
+
+
+def test_four_processes_and_the_demo(tmp_path):
+    (tmp_path / "demo").mkdir()
+    make_models(tmp_path)
+    tokens = torch.randint(1, 61, (500,), generator=torch.Generator().manual_seed(0))
+    teacher = cluster_demo.llama(61, 0, cluster_demo.SIZES["teacher"])
+    cluster_demo.prepare(tmp_path / "demo", tokens, 61, 3, teacher)
+    processes(1, four, tmp_path)
+    processes(4, four, tmp_path)
+    check_every_way(tmp_path, 4)
+    found = cluster_demo.compared(tmp_path / "demo", 4)
+    assert len(found["losses"]) == 3 and found["losses"][-1] < found["losses"][0]
+    for name, most in cluster_demo.HELD.items():
+        assert found["largest_difference"][name] <= most
+
+
+def test_a_lost_rank_ends_the_others(tmp_path):
+    make_files(tmp_path)
+    for how, of_rank in (("dies", -signal.SIGKILL), ("sleeps", None)):
+        first, second = processes(2, lost, tmp_path, how, join=False).processes
+        first.join(120)
+        if how == "sleeps":
+            second.kill()
+        assert first.exitcode == 2 and of_rank in (None, second.exitcode)
+        assert "fdistill: rank 0 of 2 lost another after step 1: it died" in (tmp_path / f"{how} 0.txt").read_text()
+        waited = float((tmp_path / f"{how}.txt").read_text())
+        assert waited < 12, f"{how}: {waited} s"

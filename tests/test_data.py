@@ -1,0 +1,268 @@
+"""Rows of data as token ids: text and messages, what counts, what is too long; and what is told of bad ones."""
+
+import gzip
+import json
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from fdistill_kernels.sequence.arguments import ask
+from fdistill_kernels.sequence.data import conversation, read_pairs, tokenize
+
+from .test_sequence import bart, llama
+
+TURN = "<|im_start|>{{ m['role'] }}\n"
+OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TOOLS = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}</s>\n{% endif %}"
+PLAIN = f"{{{{ bos_token }}}}{TOOLS}{{% for m in messages %}}{TURN}{{{{ m['content'] }}}}</s>\n{{% endfor %}}{OPEN}"
+MARKED = (
+    f"{{{{ bos_token }}}}{TOOLS}{{% for m in messages %}}{TURN}{{% if m['role'] == 'assistant' %}}{{% generation %}}"
+    f"{{{{ m['content'] }}}}</s>{{% endgeneration %}}{{% else %}}{{{{ m['content'] }}}}</s>{{% endif %}}{{{{ '\\n' }}}}{{% endfor %}}{OPEN}"
+)
+#: Answers that are no longer the last are shortened, as templates of models that think do.
+CHANGING = PLAIN.replace(
+    "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:2] }}"
+)
+TURNS = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "good day"},
+         {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "the end"}]  # fmt: skip
+
+
+def tokenizer_of(template=None, bos=True, end=False, words=None):
+    trained = ByteLevelBPETokenizer()
+    words = words or [t["content"] for t in TURNS] * 5 + ["user assistant system tools\n"]
+    special = ["</s>", "<s>", "<|im_start|>"]
+    trained.train_from_iterator(words, vocab_size=320, special_tokens=special)
+    made = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>", bos_token="<s>")
+    if bos or end:
+        around = f"{'<s> ' * bos}$A{' </s>' * end}"
+        made._tokenizer.post_processor = TemplateProcessing(around, special_tokens=[("<s>", 1), ("</s>", 0)])
+    made.chat_template = template
+    return made
+
+
+def ids_of(tokenizer, rows, tmp_path, model=None, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tokenize(read_pairs(path), tokenizer, (model or llama(320)).config, **{"name": "rows.jsonl", **options})
+
+
+def counted(tokenizer, row):
+    """The text that counts, and all that follows the prompt."""
+    mask = row.get("labels_mask") or [True] * len(row["labels"])
+    return [
+        tokenizer.decode(ids) for ids in ([i for i, m in zip(row["labels"], mask, strict=True) if m], row["labels"])
+    ]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by prefixes", "by marks"])
+def test_assistant_turns_count(template, tmp_path):
+    tokenizer = tokenizer_of(template)
+    several, one, tools = {"messages": TURNS}, {"messages": TURNS[:2]}, {"messages": TURNS, "tools": [{"name": "f"}]}
+    row = ids_of(tokenizer, [several], tmp_path)[0]
+    opened = "<|im_start|>assistant\n"
+    assert tokenizer.decode(row["prompt_ids"]) == "<s><|im_start|>user\nhello there</s>\n" + opened
+    text, whole = counted(tokenizer, row)
+    assert text == "good day</s>the end</s>" and row["reference"] == "good day"
+    assert whole == f"good day</s>\n<|im_start|>user\nand now?</s>\n{opened}the end</s>"  # nothing after the end token
+    assert row["length"] == len(row["prompt_ids"]) + len(row["labels"])
+    row = ids_of(tokenizer, [one], tmp_path)[0]
+    assert "labels_mask" not in row and counted(tokenizer, row)[0] == "good day</s>"
+    assert tokenizer.decode(ids_of(tokenizer, [tools], tmp_path)[0]["prompt_ids"]).startswith(
+        '<s><|im_start|>tools\n[{"name": "f"}]'
+    )
+    parts = [{"prompt": TURNS[:3], "completion": TURNS[3:]}, {"prompt": TURNS[:3], "completion": "the end"}]
+    for part in parts:  # an answer within the prompt is prompt
+        row = ids_of(tokenizer, [part], tmp_path)[0]
+        assert counted(tokenizer, row)[0] == "the end</s>" and "and now?" in tokenizer.decode(row["prompt_ids"])
+    alone = ids_of(tokenizer, [{"messages": TURNS[:3]}], tmp_path)  # the last turn asks: a prompt, to be answered
+    assert "labels" not in alone.column_names and tokenizer.decode(alone[0]["prompt_ids"]).endswith(opened)
+
+
+def test_the_teacher_s_own_prompts(tmp_path):
+    tokenizer = tokenizer_of(PLAIN)
+    system = [{"role": "system", "content": "be brief"}]
+    for row in (
+        {"messages": TURNS[:2]},
+        {"messages": system + TURNS[:2]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:2]},
+    ):
+        row = ids_of(tokenizer, [row], tmp_path, teacher_system="be kind")[0]
+        assert tokenizer.decode(row["teacher_prompt_ids"]).startswith(
+            "<s><|im_start|>system\nbe kind</s>\n<|im_start|>user\nhello"
+        )
+        assert "kind" not in tokenizer.decode(row["prompt_ids"])
+    row = ids_of(tokenizer, [{"messages": TURNS[:2], "teacher_prompt": system + TURNS[:1]}], tmp_path)[0]
+    assert "be brief" in tokenizer.decode(row["teacher_prompt_ids"]) and counted(tokenizer, row)[0] == "good day</s>"
+    with pytest.raises(ValueError, match=r"row 0: --teacher_system is of messages"):
+        ids_of(tokenizer, [{"prompt": "a", "target": "b"}], tmp_path, teacher_system="be kind")
+
+
+def test_templates_that_tell_no_answer_apart_are_refused(tmp_path):
+    assert conversation(tokenizer_of(CHANGING), TURNS[:2]).rest is not None  # of one answer they are right
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: the chat template renders turns otherwise"):
+        ids_of(tokenizer_of(CHANGING), [{"messages": TURNS[:2]}, {"messages": TURNS}], tmp_path)
+    strict = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + PLAIN
+    with pytest.raises(ValueError, match="row 0: the chat template refuses: no system"):
+        ids_of(tokenizer_of(strict), [{"messages": TURNS}], tmp_path, teacher_system="x")
+    with pytest.raises(ValueError, match="chat_template"):
+        ids_of(tokenizer_of(), [{"messages": TURNS}], tmp_path)
+    with pytest.raises(ValueError, match="messages are for causal models"):
+        ids_of(tokenizer_of(PLAIN), [{"messages": TURNS}], tmp_path, bart(320))
+
+
+def test_end_and_begin_tokens_are_there_once(tmp_path):
+    tokenizer = tokenizer_of(PLAIN, end=True)
+    said = ids_of(tokenizer, [{"prompt": "hello</s>there</s>", "completion": "day</s>"}], tmp_path)[0]
+    assert tokenizer.decode(said["prompt_ids"]) == "<s>hello</s>there</s>"  # an end token of the text's own stays
+    assert tokenizer.decode(said["labels"]) == "day</s>"
+    rendered = tokenizer.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
+    row = ids_of(tokenizer, [{"prompt": rendered, "target": "x"}], tmp_path)[0]
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    row = ids_of(tokenizer, [{"text": "hello there"}], tmp_path)[0]
+    assert tokenizer.decode(row["prompt_ids"]) == "<s>" and tokenizer.decode(row["labels"]) == "hello there</s>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "$A </s> <|im_start|>", special_tokens=[("</s>", 0), ("<|im_start|>", 2)]
+    )
+    row = ids_of(tokenizer, [{"prompt": "hello", "target": "day"}], tmp_path, bart(320))[0]  # a language's code follows
+    assert (
+        tokenizer.decode(row["prompt_ids"]) == "hello</s><|im_start|>" and tokenizer.decode(row["labels"]) == "day</s>"
+    )
+
+
+def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
+    tokenizer, told = tokenizer_of(), []
+    rows = [
+        {"prompt": "hello", "target": "there " * 40},
+        {"prompt": "now " * 200, "target": "the end"},
+        {"prompt": "a", "target": "b"},
+    ]
+    common = dict(new_tokens=8, tell=told.append)
+    made = ids_of(tokenizer, rows, tmp_path, max_target=9, long_prompts="cut", **common)
+    assert len(made[0]["labels"]) == 9 and made[0]["labels"][-1] != tokenizer.eos_token_id
+    assert len(made[1]["prompt_ids"]) == 64 - 8 and made[1]["prompt_ids"][0] == tokenizer.bos_token_id
+    assert made[1]["labels"][-1] == tokenizer.eos_token_id and made[0]["reference"] == rows[0]["target"]
+    assert told.pop() == "rows.jsonl: 1 of 3 prompts cut, 1 of 3 targets cut"
+    made = ids_of(tokenizer, rows, tmp_path, max_target=9, long_prompts="drop", long_targets="drop", **common)
+    assert made["reference"][:] == ["b"] and told.pop() == "rows.jsonl: 2 of 3 rows dropped"
+    for row, settings, words in ((rows[1], {}, "row 0: prompt has .* room for 56: see --long_prompts"),
+                                 (rows[0], dict(max_target=9, long_targets="refuse"), "target has .* room for 9"),
+                                 (rows[0], dict(max_target=9, long_targets="drop"), "no rows that are short enough")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            ids_of(tokenizer, [row], tmp_path, **common, **settings)
+    long = ids_of(
+        tokenizer,
+        [{"prompt": "hello", "target": "x" * 200}],
+        tmp_path,
+        teacher=LlamaConfig(max_position_embeddings=40),
+        **common,
+    )[0]
+    assert len(long["prompt_ids"]) + len(long["labels"]) == 40  # the shorter of both models' contexts
+
+
+def test_files_of_every_kind(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [("1", "null"), ("NA", 'say "so"')]  # what looks like a number or a null is a word
+    (tmp_path / "a.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in cells))
+    (tmp_path / "b.tsv").write_text("prompt\ttarget\n" + (tmp_path / "a.tsv").read_text())
+    (tmp_path / "c.csv").write_text('id,prompt,target\n7,1,null\n8,NA,"say ""so"""\n')
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress((tmp_path / "c.csv").read_bytes()))
+    rows = [dict(zip(("prompt", "target"), row, strict=True)) for row in cells]
+    (tmp_path / "e.json").write_text(json.dumps(rows))
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps({**row, "id": 3}) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "g.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert read_pairs(path).to_list() == rows, path
+    assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]
+    (tmp_path / "chat.csv").write_text('messages\n"' + json.dumps(TURNS[:2]).replace('"', '""') + '"\n')
+    tokenizer = tokenizer_of(PLAIN)
+    assert (
+        counted(tokenizer, tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, llama(320).config)[0])[0]
+        == "good day</s>"
+    )
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": "a", "x": x}, TURNS[1]]}) + "\n"
+                                                  for x in ({"q": 1}, {"r": "s"})))  # fmt: skip
+    tokenizer.chat_template = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.x | tojson if m.x }}")
+    told = [
+        tokenizer.decode(p)
+        for p in tokenize(read_pairs(tmp_path / "calls.jsonl"), tokenizer, llama(320).config)["prompt_ids"]
+    ]
+    assert '{"q": 1}' in told[0] and '{"r": "s"}' in told[1]  # without the nulls of a table's other rows
+
+
+def test_bad_rows_are_named(tmp_path):
+    good = b'{"prompt": "a", "target": "b"}\n'
+    for name, content, words in (
+        ("cut.jsonl", good + b'{"prompt": "a", "targ', "cut.jsonl, line 2: Unterminated string"),
+        ("latin.jsonl", good + '{"prompt": "é", "target": "b"}\n'.encode("latin-1"), "latin.jsonl, row 1: 'utf-8'"),
+        ("latin.tsv", b"a\tb\n" + "é\tb\n".encode("latin-1"), "latin.tsv, line 2: 'utf-8'"),
+        ("latin.csv", b"prompt,target\n" + "é,b\n".encode("latin-1"), "latin.csv, line 2: 'utf-8'"),
+        ("null.jsonl", good + b'{"prompt": "a", "target": null}\n', "row 1: target must be text, not None"),
+        ("ints.jsonl", b'{"prompt": "a", "target": 3}\n', "row 0: target must be text, not 3"),
+        ("odd.tsv", b"a\tb\nc\td\te\n", "odd.tsv: CSV parse error: Row #2: Expected 2 columns, got 3"),
+        ("none.tsv", b"", "none.tsv has no rows"), ("none.jsonl", b"", "none.jsonl has no rows"), ("none.csv", b"prompt,target\n", "no rows"),
+        ("lacks.jsonl", b'{"source": "a", "target": "b"}\n', "lacks the column 'prompt', and messages and text; it has source, target"),
+        ("kind.txt", b"a", "must be .jsonl, .json, .csv, .tsv or .parquet, not .txt"),
+        ("empty.jsonl", b'{"prompt": "", "target": "b"}\n', "row 0: the prompt is empty"),
+        ("turns.jsonl", b'{"messages": [{"content": "b"}]}\n', "row 0: messages must be a list of role and content"),
+        ("mixed.jsonl", json.dumps({"messages": TURNS[:2]}).encode() + b"\n" + json.dumps({"messages": TURNS[:1]}).encode(),
+         "some rows have no target"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as told:
+            tokenize(read_pairs(tmp_path / name), tokenizer_of(PLAIN, bos=False), llama(320).config, name=name)
+        assert words in str(told.value), str(told.value)
+    with pytest.raises(ValueError, match="lacks the column 'answer'"):
+        read_pairs(tmp_path / "null.jsonl", columns=("prompt", "answer"))
+
+
+QUANTO = '{"quant_method": "quanto", "weights": "int4"}'
+
+
+def test_options_and_what_they_were_called(tmp_path):
+    base = ["--teacher", "t", "--student", "s", "--data", "d"]
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nmax-steps: '7'\nbf16: false\nlr_scheduler_type: cosine\n"
+                                       "shares: {student: 0.5, gold: 0.5}\ndivergence: js\nlora_target_modules: [q, v]\nuse_peft: true\n")  # fmt: skip
+    found = ask(
+        "train", [*base, "--config", str(tmp_path / "run.yaml"), "--max_steps", "9", "--gradient_accumulation_steps=2"]
+    )
+    assert (
+        found.config.learning_rate == 1e-3
+        and found.config.max_steps == 9
+        and found.config.lr_scheduler_type == "cosine"
+    )
+    assert found.config.shares == {"student": 0.5, "gold": 0.5} and found.lora.lora_target_modules == ["q", "v"]
+    assert (
+        found.config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
+    )
+    assert ask("train", [*base, "--num-train-epochs", "2"]).config.max_steps == -1
+    (tmp_path / "bad.yaml").write_text("steps: 3\nstepz: 4\n")
+    for argv, words in {
+        ("--steps", "4", "--batch=2"): "--steps is --max_steps; --batch is --per_device_train_batch_size",
+        ("--out", "x"): "--out is --output_dir", ("--evaluate-every", "2"): "--eval_steps", ("--stepz", "4"): "unrecognized arguments: --stepz",
+        ("--model_name_or_path", "x"): "--model_name_or_path is --student",
+        ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
+        ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",
+        ("--student_layers", "1"): "--student_layers makes a student, and --student names another",
+        ("--shares", "gold=1"): "is not used without a divergence", ("--lora_r", "4"): "--lora_r: of an adapter, which --use_peft asks for",
+        ("--warmup_steps", "30", "--max_steps", "20"): "--warmup_steps 30 are more than --max_steps 20",
+        ("--warmup_steps", "30", "--predistill_steps", "5"): "more than --predistill_steps 5",
+        ("--per_device_train_batch_size", "0"): "must be at least 1, not 0", ("--limit", "-1"): "--limit must be at least 1",
+        ("--quantization", "4bit"): "train an adapter, --use_peft", ("--long_targets", "snip"): "invalid choice: 'snip'",
+        ("--dtype", "float17"): "--dtype must be auto or a dtype of torch", ("--method", "tv"): "unknown method 'tv'",
+        ("--resume_from_checkpoint", "x"): "--resume_from_checkpoint", ("--sample_temperature", "0"): "temperature must be positive",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError) as told:
+            ask("train", [*base, *argv])
+        assert words in str(told.value), (argv, str(told.value))
+    options = ask("train", [*base, "--teacher_quantization", QUANTO, "--teacher_revision", "main"]).model.options(
+        "teacher_"
+    )
+    assert (
+        options["quantization_config"].weights == "int4"
+        and options["revision"] == "main"
+        and not options["trust_remote_code"]
+    )

@@ -1,0 +1,63 @@
+"""Every command of the documents is one that the command line takes, and every row of docs/trainer.md one that data take."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fdistill_kernels.sequence.arguments import DEFAULTS, KINDS, ask
+from fdistill_kernels.sequence.data import read_pairs, tokenize
+
+from .test_data import PLAIN, tokenizer_of
+from .test_sequence import llama
+
+ROOT = Path(__file__).parent.parent
+PAGES = {p: (ROOT / p).read_text(encoding="utf-8") for p in ("docs/trainer.md", "docs/teachers.md", "README.md")}
+
+
+def blocks(page, kind):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [block for of, block in found if of == kind]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_taken(page, monkeypatch):
+    monkeypatch.setattr(
+        "fdistill_kernels.sequence.arguments._yaml",
+        lambda path, known: dict(teacher="t", student="s", data="d") if path else {},
+    )
+    lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [
+        re.split(r"fdistill |fdistill_kernels.cli ", line, maxsplit=1)[1]
+        for line in lines
+        if re.search(r"fdistill (train|evaluate|sample-teacher|teacher build)|cli train", line)
+    ]
+    assert commands
+    for command in commands:
+        name, *argv = shlex.split(command, comments=True)
+        if name == "teacher":
+            name, argv = f"teacher {argv[0]}", argv[1:]
+        assert ask(name, argv).given or "config" in command, command
+
+
+def test_files_are_taken_and_every_option_of_ours_is_on_the_page():
+    for block in blocks("docs/trainer.md", "yaml"):
+        assert ask("train", [], yaml.safe_load(block)).config.bf16
+    page = PAGES["docs/trainer.md"]
+    ours = {name for kind in ("model", "lora", "data", "run") for name in vars(KINDS[kind]())} - {"tokenizer"}
+    assert not {name for name in ours if not re.search(rf"--{name}\b", page)}
+    assert DEFAULTS["max_steps"] == 1000 and DEFAULTS["learning_rate"] == 1e-4 and DEFAULTS["eval_steps"] == 0.25
+
+
+def test_rows_are_taken(tmp_path):
+    tokenizer = tokenizer_of(PLAIN)
+    (rows,) = blocks("docs/trainer.md", "json")
+    for row in rows.splitlines():
+        path = tmp_path / "row.jsonl"
+        path.write_text(row + "\n")
+        made = tokenize(read_pairs(path), tokenizer, llama(320).config, long_prompts="cut")
+        last = json.loads(row).get("messages", [{"role": "assistant"}])[-1]
+        assert ("labels" in made.column_names) == (last["role"] == "assistant" and "alone" not in row), row
