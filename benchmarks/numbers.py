@@ -371,28 +371,28 @@ def stores(number: Numbers) -> str:
 
 
 def scaling_counts(number: Numbers) -> str:
-    """What runs do beside what the cost model says."""
-    cases = list(dict.fromkeys(r["case"] for r in number.file("scaling.json")["cases"]))
+    """What runs do, which is what the cost model says."""
+    found = number.file("scaling.json")
+    cases = list(dict.fromkeys(r["case"] for r in found["cases"]))
     shown = ("kl", "js", "lk", "renyi", "entropy_gated", "csd", "tail_aware", "dkd", "akl")
 
-    def pair(case: str, key: str) -> str:
-        what = {"case": case, "ranks": 4}
-        (entry,) = (r for r in number.file("scaling.json")["cases"] if all(r[k] == v for k, v in what.items()))
-        return f"{number.of('scaling.json', key, ',.0f', **what)} / {entry['modelled'][key]:,}"
-
     def line(case: str) -> tuple[str, ...]:
-        peaks = [number.of("scaling.json", "peak_over_model", case=case, ranks=ranks) for ranks in (1, 2, 4)]
-        return case, *(pair(case, key) for key in ("collectives", "sent_bytes", "flops")), ", ".join(peaks)
+        ranks = [r["ranks"] for r in found["cases"] if r["case"] == case]
+        peaks = [number.of("scaling.json", "peak_over_model", case=case, ranks=n) for n in ranks]
+        counts = [
+            number.of("scaling.json", k, ",.0f", case=case, ranks=4) for k in ("collectives", "sent_bytes", "flops")
+        ]
+        return case, *counts, ", ".join(["–"] * (3 - len(ranks)) + peaks)
 
-    checked = number.file("scaling.json")["checked"]
-    header = ("4 processes", "collectives", "bytes", "FLOP", "peak, on 1, 2, 4")
+    checked = found["checked"]
     return (
         f"From hidden states but where it says logits, N = {checked['tokens']} in three chunks, "
         f"V = {checked['vocabulary']}, D = {checked['width']}, D_t = {checked['teacher_width']}, float32:\n\n"
-        + table(header, [line(c) for c in cases if c in shown or " " in c])
-        + f"\n{len(number.file('scaling.json')['cases'])} runs, every divergence on 1, 2 and 4 processes, are in "
+        + table(("4 processes", "collectives", "bytes", "FLOP", "peak, on 1, 2, 4"),
+                [line(c) for c in cases if c in shown or " " in c])
+        + f"\n{len(found['cases'])} runs, every divergence on 1, 2 and 4 processes, are in "
         "[scaling.json](../benchmarks/results/scaling.json).\n"
-    )
+    )  # fmt: skip
 
 
 def scaling_rows(number: Numbers) -> str:
@@ -409,25 +409,17 @@ def scaling_rows(number: Numbers) -> str:
 
 def scaling_split(number: Numbers) -> str:
     """One loss over ranks, modelled."""
+    columns = {"flops": ("TFLOP a rank", ".1f", 1e12), "peak_bytes": ("peak, GB", ".1f", 1e9),
+               "products": ("products, ms", ".1f", 1), "rows": ("rows by the kernel, ms", ".1f", 1),
+               "torch": ("rows by torch, ms", ".1f", 1), "statistics": ("statistics, ms", ".1f", 1),
+               "hidden": ("∂hidden, ms", ".1f", 1)}  # fmt: skip
 
     def line(entry: dict[str, Any]) -> tuple[str, ...]:
-        def of(key: str, form: str, unit: float = 1) -> str:
-            return number.of("scaling.json", key, form, unit, ranks=entry["ranks"], chunks=entry["chunks"])
+        what = {"ranks": entry["ranks"], "chunks": entry["chunks"]}
+        return str(entry["ranks"]), *(number.of("scaling.json", k, f, u, **what) for k, (_, f, u) in columns.items())
 
-        times = [
-            of(key, ".1f") for key in ("products", "as it is", "larger pieces", "a kernel", "statistics", "hidden")
-        ]
-        return (
-            str(entry["ranks"]),
-            of("flops", ".1f", 1e12),
-            of("peak_bytes", ".1f", 1e9),
-            of("operators", ",.0f"),
-            *times,
-        )
-
-    header = ("R", "TFLOP a rank", "peak, GB", "operators", "products, ms", "rows as they are, ms",
-              "in larger pieces, ms", "by a kernel, ms", "statistics, ms", "∂hidden, ms")  # fmt: skip
     said = "kl, 8B from 70B (D = 4096 and 8192), V = 128256, N = 8192, bfloat16, H100 SXM; **modelled**:\n\n"
+    header = ("R", *(shown for shown, *_ in columns.values()))
     return said + table(header, [line(r) for r in number.file("scaling.json")["split"]])
 
 
@@ -467,26 +459,28 @@ def scaling_shares(number: Numbers) -> str:
             number.of("scaling.json", "share", ".1%", **what) if any(what.items() <= r.items() for r in found) else ""
         )
 
-    header = ("share of a step, **modelled**", *(f"{s} from {t}, {g} GPUs" for s, t in pairs for g in (64, 1024)))
-    where = [(pair, gpus) for pair in pairs for gpus in (64, 1024)]
+    header = ("share of a step, **modelled**", *(f"{s} from {t}, {g} GPUs" for s, t in pairs for g in (8, 64, 1024)))
+    where = [(pair, gpus) for pair in pairs for gpus in (8, 64, 1024)]
 
     def line(tensor: int, rows: str) -> tuple[str, ...]:
-        name = f"TP {tensor}" + (f", rows {rows}" if tensor > 1 else "")
-        return name.replace("as it is", "as they are"), *(cell(tensor, rows, *at) for at in where)
+        return f"TP {tensor}" + f", rows by {rows}" * (tensor > 1), *(cell(tensor, rows, *at) for at in where)
 
     return table(header, [line(*of) for of in lines])
 
 
 def scaling_heads(number: Numbers) -> str:
-    """Bytes sent for a head that FSDP has sharded, modelled."""
+    """Both ways to a head that FSDP has sharded, modelled."""
 
     def line(entry: dict[str, Any]) -> tuple[str, ...]:
         what = {"tokens": entry["tokens"], "ranks": entry["ranks"]}
-        sent = [number.of("scaling.json", way, ".2f", 1e9, **what) for way in ("gather", "tiles", "split")]
-        return str(what["ranks"]), str(what["tokens"]), *sent, entry["cheaper"], entry["without room"]
+        sent = [number.of("scaling.json", way, ".2f", 1e9, **what) for way in ("gathered", "in turns")]
+        times = [number.of("scaling.json", f"{way}, wire", ".1f", **what) for way in ("gathered", "in turns")]
+        products = number.of("scaling.json", "products", ".1f", **what)
+        return str(what["ranks"]), str(what["tokens"]), *sent, *times, products, entry["taken"]
 
-    header = ("R", "N of each rank", "gather, GB sent", "tiles, GB", "split, GB", "cheaper", "cheaper without room")
-    said = "8B from 70B, V = 128256, bfloat16:\n\n"
+    header = ("R", "N of each rank", "gathered, GB sent", "in turns, GB", "gathered, ms on the wire", "in turns, ms",
+              "products, ms", "`takes_turns`")  # fmt: skip
+    said = "8B from 70B, both heads sharded, V = 128256, bfloat16; **modelled**:\n\n"
     return said + table(header, [line(r) for r in number.file("scaling.json")["heads"]])
 
 

@@ -1,44 +1,49 @@
 """What the losses cost on 1 to 1024 GPUs: a model, whose counts are checked against runs on 1, 2 and 4 CPU processes.
 
-    python -m benchmarks.scaling            counts, models, draws docs/scaling.png
+    python -m benchmarks.scaling            counts, models
 
-Products, collectives and their bytes are those of a run, exactly; the peak of memory within MEMORY_WITHIN; operators
-and bytes of a split row's arithmetic are counted, and carried to larger shapes in proportion. Times are a model alone:
-no more than one GPU has run these losses. docs/scaling.md has the formulas.
+Products, collectives and their bytes are those of a run, exactly; the peak of memory within MEMORY_WITHIN; of split
+rows operators and bytes are counted, and carried to larger shapes. Times are a model: docs/scaling.md has the formulas.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fdistill_kernels as fk
-from fdistill_kernels import backends, chunks, linear, products
+from fdistill_kernels import backends, chunks, linear, products, scattered
 from fdistill_kernels.backends.chunked import CHUNK_ELEMENTS
-from fdistill_kernels.backends.sharded import HALVINGS
+from fdistill_kernels.backends.sharded import CARD_ELEMENTS, HALVINGS
 from fdistill_kernels.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
-PLOT = Path(__file__).parent.parent / "docs" / "scaling.png"
 #: How far the modelled peak of memory may be from a run's.
 MEMORY_WITHIN = 1.3
 #: Sums that a divergence asks of its rows, before those of D.
 STATISTICS = {"lk": 2, "renyi": 2, "akl": 2, "entropy_gated": 1, "csd": 1, "tail_aware": 5, "dkd": 5}
-#: The arithmetic's and a sum's bytes.
-WIDE, SUM = 4, 8
+#: The arithmetic's and a sum's bytes; and of what a call is, which ranks compare before it, and before that of tokens.
+WIDE, SUM, CALL, TOKENS_HERE = 4, 8, 12 * 8, 3 * 8
+#: A row's numbers in the arithmetic: its weight, both temperatures, and three terms' weights.
+OF_ROW = 6
+#: Whose heads the ranks have: rows of one for the same tokens; FSDP's, for tokens of their own, by `scattered`'s ways.
+SPLIT, GATHERED, IN_TURNS = "split", "gathered", "in turns"
+KINDS = "all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce"
 #: Temporaries of a piece's size that are alive at once where the vocabulary is split, and of the piece before.
 TEMPORARIES, BEFORE = 18, 10
 HEAD = 16  # tail_aware's K
@@ -51,15 +56,16 @@ def cut(rows: int, step: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and its gradients on each of `ranks` ranks that split the vocabulary evenly.
+    """A loss and its gradients on each of `ranks` ranks that split the vocabulary evenly; of FSDP's heads tokens are a
+    rank's own, as many on each.
 
     Attributes:
         tokens, vocabulary, width, teacher_width: N, V, D and D_t, of `linear_f_divergence`; width 0: of `f_divergence`,
             whose logits are given.
         listed: K where the teacher is a `TopK`, without hidden states.
         step: rows of a chunk that the budget holds; 0: a GPU's default.
-        piece: entries of a chunk's rows that a rank takes at a time where the vocabulary is split.
-        itemsize: bytes of an input's number.
+        piece: entries of a chunk's rows that a rank takes at a time where the vocabulary is split; 0: a kernel's, all.
+        heads: `SPLIT`, `GATHERED` or `IN_TURNS`; itemsize: bytes of an input's number.
         labels, smoothing, metrics: label terms, smoothed labels, and `return_parts="metrics"`.
     """
 
@@ -76,11 +82,27 @@ class Loss:
     labels: bool = False
     smoothing: bool = False
     metrics: bool = False
+    heads: str = SPLIT
+
+    @property
+    def shard(self) -> int:
+        """Entries of the vocabulary that a rank keeps."""
+        return -(-self.vocabulary // self.ranks)
 
     @property
     def here(self) -> int:
-        """Entries of the vocabulary on a rank."""
-        return -(-self.vocabulary // self.ranks)
+        """Entries of which a rank makes logits."""
+        return self.vocabulary if self.heads == GATHERED else self.shard
+
+    @property
+    def split(self) -> bool:
+        """Whether a row's entries are on several ranks."""
+        return self.ranks > 1 and self.heads != GATHERED
+
+    @property
+    def turns(self) -> int:
+        """How many ranks' tokens a rank makes logits of."""
+        return self.ranks if self.heads == IN_TURNS else 1
 
     @property
     def models(self) -> int:
@@ -99,27 +121,38 @@ class Loss:
 
     def pieces(self) -> list[list[int]]:
         """Rows of each piece of each chunk, in which the split rows' arithmetic runs."""
-        return [cut(n, max(1, self.piece // self.here)) for n in self.chunks()]
+        return [cut(n, max(1, (self.piece or n * self.here) // self.here)) for n in self.chunks()]
 
-    def flops(self) -> dict[str, int]:
-        """Of each of the four products, on a rank."""
-        one = 2 * self.tokens * self.here
-        theirs = 0 if self.listed or not self.width else one * self.teacher_width
-        return {"student": one * self.width, "teacher": theirs, "hidden": one * self.width, "weight": one * self.width}
+    def flops(self) -> int:
+        """Of a rank's products: student's logits, ∂hidden, ∂weight; teacher's logits."""
+        widths = 3 * self.width + (0 if self.listed or not self.width else self.teacher_width)
+        return 2 * self.turns * self.tokens * self.here * widths
 
     def sent(self) -> list[tuple[str, int]]:
-        """The collectives in order: which, and the bytes that a rank gives to it."""
+        """The collectives: which, and the bytes that a rank gives to it; in order, but for `IN_TURNS`."""
         if self.ranks == 1:
             return []
-        found = [("all_reduce", 8)] if self.width else []  # the rows of a chunk, agreed
-        for n in self.chunks():
-            of_rows = self._of_list() if self.listed else self._of_rows()
-            found += [(what, n * size) for what, size in of_rows]
-            found += [("all_reduce", n * self.width * WIDE)] if self.width else []
-        return found
+        n, size, first = self.tokens, self.itemsize, ("all_gather", TOKENS_HERE)
+        if self.heads == GATHERED:
+            heads = [("all_gather", self.shard * width * size) for width in (self.width, self.teacher_width)]
+            return [first, *heads, ("reduce_scatter", self.ranks * self.shard * self.width * WIDE)]
+        if self.heads == SPLIT:
+            return self._of_turn(("all_reduce", self.width * WIDE))
+        numbers = [self.width * size, self.teacher_width * size, OF_ROW * WIDE]
+        turn = [*(("broadcast", n * of) for of in numbers), *self._of_turn(), ("reduce", n * self.width * WIDE)]
+        return [first, ("all_gather", CALL), *turn * self.ranks, ("all_gather", WIDE)]
+
+    def _of_turn(self, *behind: tuple[str, int]) -> list[tuple[str, int]]:
+        """Of a call of which all ranks have all rows; behind: of a chunk's row from hidden states."""
+        of_row = [*self._of_rows(), *(behind if self.width else ())]
+        return [("all_gather", CALL), *((what, n * size) for n in self.chunks() for what, size in of_row)]
 
     def _of_rows(self) -> list[tuple[str, int]]:
         """Of each row; the teacher gets no gradient."""
+        if self.listed:
+            found = [("all_reduce", self.listed * WIDE), ("all_gather", 3 * WIDE)]
+            found += [("all_reduce", WIDE)] * (self.labels + self.smoothing)
+            return found + [("all_gather", self.listed * WIDE)] * self.metrics
         own = {"tail_aware": [("all_gather", HEAD * WIDE)], "renyi": [("all_reduce", WIDE)],
                "akl": [("all_reduce", SUM)] * HALVINGS + [("all_reduce", WIDE)]}.get(self.divergence, [])  # fmt: skip
         if self.divergence in STATISTICS:
@@ -128,25 +161,22 @@ class Loss:
         totals = [("all_reduce", (5 if self.metrics else 2) * SUM)]
         return [("all_gather", 8 * SUM), *own, *smoothed, *totals, *[("all_reduce", 2 * SUM)] * self.metrics]
 
-    def _of_list(self) -> list[tuple[str, int]]:
-        found = [("all_reduce", self.listed * WIDE), ("all_gather", 3 * WIDE)]
-        found += [("all_reduce", WIDE)] * (self.labels + self.smoothing)
-        return found + [("all_gather", self.listed * WIDE)] * self.metrics
-
     def memory(self) -> dict[str, int]:
         """Bytes alive at the peak, beside the inputs: the logits of a chunk (from logits: their gradient), the other
-        gradients in float32, ∂hidden of chunks whose sum over ranks is awaited, and of split rows the temporaries of a
-        piece and what the ranks have gathered.
+        gradients in float32 with two chunks' ∂hidden (one rank: a chunk's), of split rows the temporaries of a piece
+        and what the ranks have gathered; and of FSDP's heads what has come, and of ∂weight its sum and their mean.
         """
-        step, split = max(self.chunks()), self.ranks > 1 and not self.listed
+        step, split = max(self.chunks()), self.split and not self.listed
         pairs = (pair for rows in self.pieces() for pair in zip((0, *rows), rows, strict=False))
         temporaries = max(TEMPORARIES * rows + BEFORE * before for before, rows in pairs) * self.here
+        come = {SPLIT: 0, GATHERED: self.vocabulary, IN_TURNS: 2 * self.tokens}[self.heads]
         return {
             "logits": (self.models if self.width else 1) * step * self.here * self.itemsize,
-            "weight": self.here * self.width * WIDE,
-            "hidden": self.tokens * self.width * WIDE * (2 if self.ranks > 1 else 1),
-            "temporaries": temporaries * WIDE * split,
+            "weight": self.here * self.width * WIDE * (1 if self.heads == SPLIT else 2),
+            "hidden": (self.turns * self.tokens + step * (2 if self.ranks > 1 else 1)) * self.width * WIDE,
+            "temporaries": temporaries * WIDE * (split and self.piece > 0),
             "gathered": step * 8 * SUM * self.ranks * split,
+            "come": come * (self.width + self.teacher_width) * self.itemsize,
         }  # fmt: skip
 
 
@@ -154,10 +184,6 @@ class Counts(TorchDispatchMode):
     """What a run does: collectives and the bytes given to them, operators that are not views and the bytes of their
     arguments and results, and the most bytes alive at once of tensors made inside.
     """
-
-    #: By torch's own names: which it is, and which argument is given to it.
-    COLLECTIVES: ClassVar = {"allreduce_": ("all_reduce", 0), "_allgather_base_": ("all_gather", 1),
-                             "_reduce_scatter_base_": ("reduce_scatter", 1)}  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,47 +195,24 @@ class Counts(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(of) if isinstance(x, torch.Tensor)] for of in ((args, kwargs), out))
         name = func._schema.name.partition("::")[2]
-        if func.namespace == "c10d":
-            what, at = self.COLLECTIVES[name]
-            self.sent.append((what, sum(x.nbytes for x in tree_leaves(args[at]))))
-            return out
+        if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            what = next(kind for kind in KINDS if kind.replace("_", "") in name.replace("_", ""))
+            self.sent.append((what, sum(x.nbytes for x in tree_leaves(args["_base_" in name]))))
         if not func.is_view and not name.startswith(("empty", "new_empty", "_local_scalar")):
             self.operators += 1
             self.touched += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*given, *made))
         outside = {x.untyped_storage()._cdata for x in given}
         for storage in (x.untyped_storage() for x in made):
             if storage._cdata not in outside | self.known:
-                self._born(storage)
+                self.known.add(storage._cdata)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._dead, storage._cdata, storage.nbytes())
         return out
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        self.known.add(address)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-        def dead() -> None:
-            self.known.discard(address)
-            self.alive -= size
-
-        weakref.finalize(storage, dead)
-
-
-class Gathered(torch.autograd.Function):
-    """A tensor's parts on all ranks, (ranks·n, ...); its gradient is summed over them, each rank's part to it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        out = gradient.new_empty(gradient.shape[0] // ctx.group.size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(out, gradient.contiguous(), group=ctx.group)
-        return out, None
+    def _dead(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.alive -= size
 
 
 def counted(loss: Loss, rank: int = 0, group: Any = None) -> dict[str, Any]:
@@ -220,7 +223,9 @@ def counted(loss: Loss, rank: int = 0, group: Any = None) -> dict[str, Any]:
         return torch.randn(*shape, generator=generator).to({2: torch.bfloat16, 4: torch.float32}[loss.itemsize])
 
     def here(x: torch.Tensor) -> torch.Tensor:
-        return x[rank * loss.here : (rank + 1) * loss.here].clone()
+        if loss.heads != SPLIT:
+            return distribute_tensor(x, init_device_mesh("cpu", (loss.ranks,)), [Shard(0)])
+        return x[rank * loss.shard : (rank + 1) * loss.shard].clone()
 
     hidden, theirs = randn(loss.tokens, max(1, loss.width)), randn(loss.tokens, max(1, loss.teacher_width))
     weight, their_weight = randn(loss.vocabulary, hidden.shape[1]), randn(loss.vocabulary, theirs.shape[1])
@@ -228,14 +233,11 @@ def counted(loss: Loss, rank: int = 0, group: Any = None) -> dict[str, Any]:
     if loss.listed:
         teacher = [fk.top_k_of(theirs.float() @ their_weight.T.float(), loss.listed)]
     keywords: dict[str, Any] = {"divergence": loss.divergence}
-    if loss.ranks > 1:
+    if loss.split and loss.heads == SPLIT:
         keywords["shard"] = fk.vocab_shard(group, len(here(weight)))
+    keywords |= {"label_smoothing": 0.1 * loss.smoothing, "return_parts": "metrics" if loss.metrics else False}
     if loss.labels or loss.divergence == "dkd":
         keywords |= {"labels": torch.arange(loss.tokens) % loss.vocabulary, "ce_weight": 0.3 * loss.labels}
-    if loss.smoothing:
-        keywords["label_smoothing"] = 0.1
-    if loss.metrics:
-        keywords["return_parts"] = "metrics"
     if loss.width:
         function, given = fk.linear_f_divergence, [hidden.requires_grad_(), here(weight).requires_grad_(), *teacher]
         keywords["chunk_bytes"] = loss.step * loss.models * loss.here * loss.itemsize
@@ -244,98 +246,32 @@ def counted(loss: Loss, rank: int = 0, group: Any = None) -> dict[str, Any]:
         function, given = fk.f_divergence, [here(x.T).T.contiguous() for x in whole]
         given[0].requires_grad_()
 
-    def run() -> None:
-        found = function(*given, **keywords)
-        (found[0] if loss.metrics else found).backward()
-
-    return observed(run)
-
-
-def observed(run: Callable[[], Any]) -> dict[str, Any]:
-    """What a run does. The package's operators hide from modes what runs inside them, and so does its own tiling of the
-    products on a CPU: both are passed by.
-    """
     by_products = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which torch does not count
     flops, counts = FlopCounterMode(display=False, custom_mapping=by_products), Counts()
     with (
-        mock.patch.object(linear, "_rows", linear._run),
+        mock.patch.object(scattered, "takes_turns", lambda *_: loss.heads == IN_TURNS),
+        mock.patch.object(linear, "_rows", linear._run),  # operators hide from modes what runs inside them
         mock.patch.object(backends, "divergence_rows", backends._run),
-        mock.patch.object(products, "FOUND", None),
+        mock.patch.object(products, "FOUND", None),  # and so does the package's own tiling on a CPU
         flops,
         counts,
     ):
-        run()
-    return {
-        "flops": flops.get_total_flops(),
-        **{k: getattr(counts, k) for k in ("sent", "peak", "operators", "touched")},
+        found = function(*given, **keywords)
+        (found[0] if loss.metrics else found).backward()
+    return {"flops": flops.get_total_flops()} | {
+        k: getattr(counts, k) for k in ("sent", "peak", "operators", "touched")
     }
-
-
-#: Where the ranks of an FSDP head meet: at the head, or at the tokens.
-WAYS = ("gather", "tiles", "split")
-
-
-def fsdp(way: str, tokens: int, vocabulary: int, width: int, teacher_width: int, ranks: int,
-         itemsize: int = 2) -> list[tuple[str, int]]:  # fmt: skip
-    """What is sent for heads that FSDP has sharded, rows V/ranks here, by ranks with `tokens` of their own each:
-
-        gather    both heads, once; ∂weight is summed to its owners
-        tiles     both heads twice, a tile at a time: for the rows' statistics, and for their gradient
-        split     both models' hidden states (labels are not counted); each rank makes all tokens' logits of its rows
-                  of the heads, as a `VocabShard` with sum_hidden=False does; ∂hidden is summed to its owners
-
-    Source: of the first FSDP's own; of the last the vocabulary-parallel loss, Megatron-LM (1909.08053, §3).
-    """
-    here, every = -(-vocabulary // ranks), tokens * ranks
-    heads = [("all_gather", here * width * itemsize), ("all_gather", here * teacher_width * itemsize)]
-    if way != "split":
-        return heads * (1 + (way == "tiles")) + [("reduce_scatter", vocabulary * width * itemsize)]
-    states = [("all_gather", tokens * width * itemsize), ("all_gather", tokens * teacher_width * itemsize)]
-    rows = Loss(every, vocabulary, 0, 0, ranks, itemsize=itemsize).sent()
-    return [*states, ("all_reduce", 8), *rows, ("reduce_scatter", every * width * itemsize)]
 
 
 def on_the_wire(sent: list[tuple[str, int]], ranks: int) -> float:
     """Bytes that a rank sends, at the least, for what it gives to collectives (nccl-tests, doc/PERFORMANCE.md)."""
-    factor = {"all_gather": ranks - 1, "reduce_scatter": (ranks - 1) / ranks, "all_reduce": 2 * (ranks - 1) / ranks}
+    factor = {"all_gather": ranks - 1, "reduce_scatter": (ranks - 1) / ranks, "all_reduce": 2 * (ranks - 1) / ranks,
+              "broadcast": 1, "reduce": 1}  # fmt: skip
     return sum(factor[what] * given for what, given in sent)
-
-
-def cheaper(tokens: int, vocabulary: int, width: int, teacher_width: int, ranks: int, room: float,
-            itemsize: int = 2) -> str:  # fmt: skip
-    """The way that sends least, of `fsdp`'s; "gather" only where so many bytes of room hold both heads and ∂weight.
-
-    FLOPs of "gather" and "split" are the same, of "tiles" both models' logits twice.
-    """
-    heads = vocabulary * (itemsize * (width + teacher_width) + WIDE * width)
-    ways = [way for way in WAYS if way != "gather" or heads <= room]
-    return min(
-        ways, key=lambda way: on_the_wire(fsdp(way, tokens, vocabulary, width, teacher_width, ranks, itemsize), ranks)
-    )
-
-
-def counted_fsdp(way: str, tokens: int, vocabulary: int, width: int, teacher_width: int, rank: int, group: Any) -> Any:
-    """One run of "gather" or "split" on this rank, in float32: the counts, and the gradients of what is here."""
-    ranks, here = group.size(), vocabulary // group.size()
-    generator = torch.Generator().manual_seed(0)
-    shapes = (tokens * ranks, width), (vocabulary, width), (tokens * ranks, teacher_width), (vocabulary, teacher_width)
-    mine = [torch.randn(*shape, generator=generator).chunk(ranks)[rank].clone() for shape in shapes]
-    hidden, weight = mine[0].requires_grad_(), mine[1].requires_grad_()
-    shard = fk.vocab_shard(group, here, sum_hidden=False)
-
-    def run() -> None:
-        over = (1, 3) if way == "gather" else (0, 2)
-        given = [Gathered.apply(x, group) if i in over else x for i, x in enumerate(mine)]
-        keywords = {} if way == "gather" else {"shard": shard}
-        fk.linear_f_divergence(*given, divergence="kl", reduction="sum", **keywords).backward()
-
-    return observed(run), [hidden.grad, weight.grad]
 
 
 #: A shape of three chunks, and what is checked of it: every divergence and term, from hidden states and from logits.
 CHECKED = Loss(80, 8192, 32, 48, step=32, itemsize=4)
-#: Tokens of each rank, V, D and D_t of a head that FSDP has sharded.
-FSDP = 24, 512, 16, 32
 
 
 def cases(ranks: int) -> list[Loss]:
@@ -346,6 +282,7 @@ def cases(ranks: int) -> list[Loss]:
         {"listed": 5, "labels": True}, {"vocabulary": 8190},
         *({"divergence": name, "tokens": 300, "step": 128, "vocabulary": 16384} for name in ("kl", "js", "skew_rkl")),
         {"itemsize": 2}, {"width": 0}, {"width": 0, "divergence": "akl"},
+        *({"heads": way} | other for way in (GATHERED, IN_TURNS) if ranks > 1 for other in ({}, {"itemsize": 2})),
     ]  # fmt: skip
     return [replace(one, divergence=name) for name in fk.TABLE] + [replace(one, **some) for some in others]
 
@@ -353,54 +290,38 @@ def cases(ranks: int) -> list[Loss]:
 def _process(rank: int, ranks: int, folder: str, losses: list[Loss]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    group = dist.group.WORLD
-    try:
-        found = [counted(loss, rank, group) for loss in losses]
-        ways = [counted_fsdp(way, *FSDP, rank, group) for way in ("gather", "split")] if ranks > 1 else []
-        for one, other in zip(*(gradients for _, gradients in ways), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        if rank == 0:
-            Path(folder, "found.json").write_text(json.dumps([found, [counts for counts, _ in ways]]))
-    finally:
-        dist.destroy_process_group()
+    found = [counted(loss, rank, dist.group.WORLD) for loss in losses]
+    if rank == 0:
+        torch.save(found, f"{folder}/found")
+    dist.destroy_process_group()
 
 
-def runs(losses: list[Loss]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The counts of the first of their ranks, and of both ways to a head that FSDP has sharded."""
-    (ranks,) = {loss.ranks for loss in losses}
+def runs(losses: list[Loss]) -> list[dict[str, Any]]:
+    """The counts of the first of their ranks."""
+    ranks = losses[0].ranks
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, (ranks, folder, losses), nprocs=ranks)
-        found, ways = json.loads(Path(folder, "found.json").read_text())
-    for counts in (*found, *ways):
-        counts["sent"] = [tuple(x) for x in counts["sent"]]
-    return found, ways
+        return torch.load(f"{folder}/found")
 
 
 def checked(losses: list[Loss]) -> list[dict[str, Any]]:
-    """The counts beside the model's.
+    """The counts, which are the model's.
 
     Raises:
         AssertionError: collectives, bytes or FLOPs that are not the model's, or a peak of memory too far from it.
     """
-    found, ways = runs(losses)
     rows = []
-    for loss, counts in zip(losses, found, strict=True):
-        peak, flops, sent = sum(loss.memory().values()), sum(loss.flops().values()), loss.sent()
+    for loss, counts in zip(losses, runs(losses), strict=True):
+        peak, flops, sent = sum(loss.memory().values()), loss.flops(), loss.sent()
         if loss.itemsize == 2 and loss.width:  # a CPU's products of 16 bits are of the gradient widened
             peak += max(loss.chunks()) * loss.here * WIDE
-        assert counts["sent"] == sent, (loss, counts["sent"], sent)
+        in_order = sorted if loss.heads == IN_TURNS else list  # of which the next is sent under this one's products
+        assert in_order(counts["sent"]) == in_order(sent), (loss, counts["sent"], sent)
         assert counts["flops"] == flops, (loss, counts["flops"], flops)
         assert max(counts["peak"] / peak, peak / counts["peak"]) < MEMORY_WITHIN, (loss, counts["peak"], loss.memory())
-        rows.append({
-            "case": name_of(loss), "ranks": loss.ranks,
-            "collectives": len(counts["sent"]), "sent_bytes": sum(size for _, size in counts["sent"]),
-            "flops": counts["flops"], "peak_bytes": counts["peak"], "peak_over_model": counts["peak"] / peak,
-            "modelled": {"collectives": len(sent), "sent_bytes": sum(size for _, size in sent), "flops": flops,
-                         "peak_bytes": peak},
-        })  # fmt: skip
-    for way, counts in zip(("gather", "split"), ways, strict=False):
-        sent = fsdp(way, *FSDP, losses[0].ranks, itemsize=4)
-        assert sorted(counts["sent"]) == sorted(sent), (way, counts["sent"], sent)
+        found = {"collectives": len(sent), "sent_bytes": sum(size for _, size in sent), "flops": flops}
+        rows.append({"case": name_of(loss), "ranks": loss.ranks, **found, "peak_bytes": counts["peak"],
+                     "modelled_peak": peak, "peak_over_model": counts["peak"] / peak})  # fmt: skip
     return rows
 
 
@@ -409,35 +330,26 @@ def name_of(loss: Loss) -> str:
     of = [loss.divergence if not loss.listed else f"{loss.divergence} to a list of {loss.listed}"]
     of += [name for name in ("labels", "smoothing", "metrics") if getattr(loss, name)]
     of += ["bfloat16"] * (loss.itemsize == 2) + ["from logits"] * (not loss.width)
+    of += [f"FSDP's heads {loss.heads}"] * (loss.heads != SPLIT)
     of += [f"N = {loss.tokens}"] * (loss.tokens != CHECKED.tokens)
     return ", ".join(of + [f"V = {loss.vocabulary}"] * (loss.vocabulary != CHECKED.vocabulary))
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """Of split rows: operators a piece, and the bytes of their arguments and results an entry, in float32."""
-
-    operators: float
-    touched: float
-
-
-def arithmetic(names: list[str]) -> dict[str, Arithmetic]:
-    """Counted, by what two more pieces add."""
+def arithmetic(names: list[str]) -> dict[str, dict[str, float]]:
+    """Of split rows: operators a piece, and the bytes of their arguments and results an entry, in float32; counted, by
+    what two more pieces add.
+    """
     rows, here = 32, CHUNK_ELEMENTS // 32
-    few, many = (
-        [Loss(count * rows, 2 * here, 0, 8, 2, name, itemsize=4) for name in names] for count in (2, 4)
-    )  # fmt: skip
-    found, _ = runs([*few, *many])
-    pairs = zip(names, found[: len(names)], found[len(names) :], strict=True)
-    return {
-        name: Arithmetic((b["operators"] - a["operators"]) / 2, (b["touched"] - a["touched"]) / (2 * rows * here))
-        for name, a, b in pairs
-    }
+    of = {"operators": 2, "touched": 2 * rows * here}
+    found = runs([Loss(n * rows, 2 * here, 0, 8, 2, name, itemsize=4) for n in (2, 4) for name in names])
+    few, many = found[: len(names)], found[len(names) :]
+    return {n: {k: (b[k] - a[k]) / of[k] for k in of} for n, a, b in zip(names, few, many, strict=True)}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU and its wires, by its maker's figures; what is reached of them; and what is assumed.
+    """An H100 SXM and its wires, by NVIDIA's data sheet (HBM3, dense bfloat16; NVLink 4, 900 GB/s both ways; of a DGX
+    one ConnectX-7 of 400 Gb/s a GPU); what is reached of them; and what is assumed.
 
     Attributes:
         matrix: FLOP a second, bfloat16, dense; memory: bytes a second; capacity: bytes.
@@ -448,16 +360,15 @@ class Device:
             operator.
     """
 
-    name: str
-    matrix: float
-    memory: float
-    capacity: float
-    node: int
-    near: float
-    far: float
     matrix_share: float
     memory_share: float
     row_over_floor: float
+    matrix: float = 989.4e12
+    memory: float = 3.35e12
+    capacity: float = 80e9
+    node: int = 8
+    near: float = 450e9
+    far: float = 50e9
     wire_share: float = 0.8
     near_latency: float = 15e-6
     far_latency: float = 40e-6
@@ -471,34 +382,30 @@ class Device:
 
 
 def h100() -> Device:
-    """H100 SXM: NVIDIA's data sheet (HBM3, dense bfloat16; NVLink 4, 900 GB/s both ways), and of the DGX H100 one
-    ConnectX-7 of 400 Gb/s (NDR) a GPU. Shares: measured on an H200, its die with 4.8 TB/s.
-    """
+    """Of what was measured on an H200, the same die with 4.8 TB/s."""
     ours, rows = (json.loads((RESULT.parent / name).read_text()) for name in ("linear_ours.json", "rows_cuda.json"))
     what = {"divergence": "kl", "shape": [8192, 128256], "alike": False}
-    (kernel,) = (r["over_floor"] for r in rows["results"] if all(r[k] == v for k, v in what.items()))
-    reached = ours["matrix_flop_per_second"] / 989.4e12, ours["copy_bytes_per_second"] / 4.8e12
-    return Device("H100 SXM", 989.4e12, 3.35e12, 80e9, 8, 450e9, 50e9, *reached, kernel)
+    (kernel,) = (r["over_floor"] for r in rows["results"] if what.items() <= r.items())
+    return Device(ours["matrix_flop_per_second"] / 989.4e12, ours["copy_bytes_per_second"] / 4.8e12, kernel)
 
 
-#: Entries of a piece of split rows: as it is; so many that operators take longer than their launch; and for a kernel,
-#: which reads both models three times and writes once, all of them.
-ROWS = {"as it is": CHUNK_ELEMENTS, "larger pieces": 1 << 22, "a kernel": 0}
+#: How a GPU makes split rows: Triton's kernel, which reads both models three times and writes once; or torch, of
+#: divergences with statistics, metrics and what is of every class.
+ROWS = {"the kernel": 0, "torch": CARD_ELEMENTS}
 
 
-def seconds(loss: Loss, device: Device, of_rows: Arithmetic, how: str = "as it is") -> dict[str, float]:
+def seconds(loss: Loss, device: Device, of_rows: dict[str, float]) -> dict[str, float]:
     """Modelled, of a rank: the products, the rows, their statistics on the wire, and what of ∂hidden's sum the next
     chunk's products do not hide.
     """
     rate, copy = device.matrix * device.matrix_share, device.memory * device.memory_share
-    parts, entries = loss.chunks(), loss.tokens * loss.here
+    parts, entries = loss.chunks(), loss.turns * loss.tokens * loss.here
     weights = loss.here * ((2 * loss.width + loss.teacher_width) * loss.itemsize + 2 * loss.width * WIDE)
-    made = max(sum(loss.flops().values()) / rate, len(parts) * weights / copy)
-    passes = 3 * device.row_over_floor if loss.ranks == 1 else 7
-    rows = passes * entries * loss.itemsize / copy
-    if loss.ranks > 1 and how != "a kernel":
-        pieces = replace(loss, piece=ROWS[how]).pieces()
-        rows = max(sum(map(len, pieces)) * of_rows.operators * device.launch, entries * of_rows.touched / copy)
+    made = max(loss.flops() / rate, len(parts) * weights / copy)
+    rows = (7 if loss.split else 3 * device.row_over_floor) * entries * loss.itemsize / copy
+    if loss.split and loss.piece:
+        launches = loss.turns * sum(map(len, loss.pieces())) * of_rows["operators"]
+        rows = max(launches * device.launch, entries * of_rows["touched"] / copy)
     of_hidden = [("all_reduce", n * loss.width * WIDE) for n in parts]
     statistics = [x for x in loss.sent() if x not in of_hidden]
     each = device.wire(of_hidden, loss.ranks) / len(parts)
@@ -533,44 +440,38 @@ PAIRS = ("1B", "8B"), ("8B", "70B"), ("70B", "405B")
 TOKENS = 8192
 
 
-def step_seconds(student: Model, teacher: Model, tensor: int, data: int, device: Device) -> tuple[float, float]:
-    """Of a training step without its loss, modelled: compute, and data parallelism's wire.
+def share(
+    pair: tuple[str, str], tensor: int, data: int, device: Device, of_rows: dict[str, float], how: str
+) -> float | None:
+    """The loss's share of a training step, modelled; None where the models do not fit: weights, gradients and Adam's
+    moments are 16 bytes a parameter, the teacher's weights 2, and a third of a GPU is left for all else.
 
-    The student's forward and backward, the teacher's forward, of a causal sequence of TOKENS a replica; Megatron's
-    sums, 4 and 2 a layer, are not hidden. FSDP gathers the student's weights twice and the teacher's once, and scatters
-    gradients.
-    """
-    passes = {student: 3, teacher: 1}
-    flops = sum(TOKENS * count * (2 * m.body + 2 * TOKENS * m.layers * m.width) for m, count in passes.items())
-    sums = [("all_reduce", TOKENS * m.width * 2) for m, count in ((student, 4), (teacher, 2))
-            for _ in range(count * m.layers)]  # fmt: skip
-    compute = flops / tensor / (device.matrix * device.matrix_share) + device.wire(sums, tensor)
-    size = {m: 2 * m.parameters // tensor for m in (student, teacher)}
-    sent = [("all_gather", size[m] // data) for m in (student, student, teacher)] + [("reduce_scatter", size[student])]
-    return compute, device.wire(sent, data, tensor)
-
-
-def share(pair: tuple[str, str], tensor: int, data: int, device: Device, of_rows: Arithmetic, how: str) -> float | None:
-    """The loss's share of a step, whose compute hides data parallelism's wire; None where the models do not fit.
-
-    Weights, gradients and Adam's moments are 16 bytes a parameter, the teacher's weights 2; a third of a GPU is left
-    for all else.
+    A step is the student's forward and backward and the teacher's forward, of a causal sequence of TOKENS a replica,
+    with Megatron's sums, 4 and 2 a layer, not hidden; beneath it FSDP gathers the student's weights twice and the
+    teacher's once, and scatters gradients.
     """
     student, teacher = (MODELS[name] for name in pair)
     if (16 * student.parameters + 2 * teacher.parameters) / (tensor * data) > 2 / 3 * device.capacity:
         return None
-    loss = Loss(TOKENS, student.vocabulary, student.width, teacher.width, tensor)
-    own = sum(seconds(loss, device, of_rows, how).values())
-    compute, wire = step_seconds(student, teacher, tensor, data, device)
-    return own / max(compute + own, wire)
+    loss = Loss(TOKENS, student.vocabulary, student.width, teacher.width, tensor, piece=ROWS[how])
+    own, passes, layers = (
+        sum(seconds(loss, device, of_rows).values()),
+        {student: 3, teacher: 1},
+        {student: 4, teacher: 2},
+    )
+    flops = sum(TOKENS * count * (2 * m.body + 2 * TOKENS * m.layers * m.width) for m, count in passes.items())
+    sums = [("all_reduce", TOKENS * m.width * 2) for m, count in layers.items() for _ in range(count * m.layers)]
+    compute = flops / tensor / (device.matrix * device.matrix_share) + device.wire(sums, tensor)
+    size = {m: 2 * m.parameters // tensor for m in passes}
+    sent = [("all_gather", size[m] // data) for m in (student, student, teacher)] + [("reduce_scatter", size[student])]
+    return own / max(compute + own, device.wire(sent, data, tensor))
 
 
-GPUS = tuple(2**i for i in range(11))
-LINES = {(1, "as it is"): "TP 1", (8, "as it is"): "TP 8, as it is", (8, "larger pieces"): "TP 8, larger pieces",
-         (8, "a kernel"): "TP 8, a kernel", (64, "a kernel"): "TP 64, a kernel"}  # fmt: skip
+GPUS = 8, 64, 1024
+LINES = (1, "the kernel"), (8, "the kernel"), (64, "the kernel"), (8, "torch"), (64, "torch")
 
 
-def modelled(device: Device, of_rows: Arithmetic) -> dict[str, list[dict[str, Any]]]:
+def modelled(device: Device, of_rows: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
     """Shares over GPUs; one loss over ranks that split it; and which way to FSDP's head is cheaper."""
     shares = [
         {"student": pair[0], "teacher": pair[1], "tensor": tensor, "rows": how, "gpus": gpus, "share": found}
@@ -578,60 +479,40 @@ def modelled(device: Device, of_rows: Arithmetic) -> dict[str, list[dict[str, An
         if gpus >= tensor and (found := share(pair, tensor, gpus // tensor, device, of_rows, how)) is not None
     ]  # fmt: skip
     student, teacher = (MODELS[name] for name in PAIRS[1])
-    split = []
+    split, heads = [], []
     for ranks in (1, 2, 4, 8, 16, 64):
-        loss = Loss(TOKENS, student.vocabulary, student.width, teacher.width, ranks)
-        times = {how: seconds(loss, device, of_rows, how) for how in ROWS}
+        loss = Loss(TOKENS, student.vocabulary, student.width, teacher.width, ranks, piece=0)
+        times, torchs = seconds(loss, device, of_rows), replace(loss, piece=CARD_ELEMENTS)
         split.append({
-            "ranks": ranks, "flops": sum(loss.flops().values()), "chunks": len(loss.chunks()),
+            "ranks": ranks, "flops": loss.flops(), "chunks": len(loss.chunks()),
             "collectives": len(loss.sent()), "wire_bytes": on_the_wire(loss.sent(), ranks),
             "peak_bytes": sum(loss.memory().values()),
-            "operators": sum(map(len, loss.pieces())) * of_rows.operators if ranks > 1 else 0,
-            **{name: 1e3 * value for name, value in times["a kernel"].items() if name != "rows"},
-            **{how: 1e3 * times[how]["rows"] for how in ROWS},
+            **{name: 1e3 * value for name, value in times.items()},
+            "torch": 1e3 * seconds(torchs, device, of_rows)["rows"],
         })  # fmt: skip
-    heads = []
-    for tokens in (TOKENS, TOKENS // 8):
-        for ranks in (2, 8, 16, 64, 256, 1024):
-            of = tokens, student.vocabulary, student.width, teacher.width, ranks
-            sent = {way: on_the_wire(fsdp(way, *of), ranks) for way in WAYS}
-            heads.append({"tokens": tokens, "ranks": ranks, **sent, "cheaper": cheaper(*of, room=20e9),
-                          "without room": cheaper(*of, room=0)})  # fmt: skip
+    for tokens, ranks in itertools.product((TOKENS, TOKENS // 8, TOKENS // 128), (2, 8, 16, 64, 256, 1024)):
+        one = Loss(tokens, student.vocabulary, student.width, teacher.width, ranks, piece=0)
+        ways = {way: replace(one, heads=way) for way in (GATHERED, IN_TURNS)}
+        turns = scattered.takes_turns(tokens * ranks, one.vocabulary, one.width, one.teacher_width, one.itemsize, True)
+        heads.append({
+            "tokens": tokens, "ranks": ranks, "taken": IN_TURNS if turns else GATHERED,
+            **{way: on_the_wire(x.sent(), ranks) for way, x in ways.items()},
+            **{f"{way}, wire": 1e3 * device.wire(x.sent(), ranks) for way, x in ways.items()},
+            **{f"{way}, rows": 1e3 * seconds(x, device, of_rows)["rows"] for way, x in ways.items()},
+            "products": 1e3 * seconds(ways[GATHERED], device, of_rows)["products"],
+        })  # fmt: skip
     return {"shares": shares, "split": split, "heads": heads}
 
 
-def draw(shares: list[dict[str, Any]]) -> None:
-    """A picture a pair of models, a line a split of the vocabulary."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(PAIRS), figsize=(13, 3.8), sharey=True, layout="constrained")
-    for ax, pair in zip(axes, PAIRS, strict=True):
-        for i, ((tensor, how), label) in enumerate(LINES.items()):
-            at = {"student": pair[0], "teacher": pair[1], "tensor": tensor, "rows": how}
-            found = [(r["gpus"], 100 * r["share"]) for r in shares if all(r[k] == v for k, v in at.items())]
-            ax.plot([x for x, _ in found], [y for _, y in found], marker=".", label=label, color=f"C{i}")
-        ax.set(xscale="log", yscale="log", title=f"{pair[0]} from {pair[1]}", xlabel="GPUs")
-        ax.set_xticks(GPUS, GPUS, rotation=45)
-        ax.set_yticks(*[[0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]] * 2)
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("loss, % of a training step (a model)")
-    axes[0].legend(fontsize=8)
-    figure.savefig(PLOT, dpi=110)
-
-
 def main() -> None:
-    """Counts, models, draws."""
-    device, found = h100(), [row for ranks in (1, 2, 4) for row in checked(cases(ranks))]
-    of_rows = arithmetic(list(fk.TABLE))
-    of_models = modelled(device, of_rows["kl"])
+    """Counts, models."""
+    device, of_rows = h100(), arithmetic(list(fk.TABLE))
     content = {
         "run": provenance("python -m benchmarks.scaling"), "device": asdict(device), "checked": asdict(CHECKED),
-        "memory_within": MEMORY_WITHIN,
-        "arithmetic": {name: asdict(x) for name, x in of_rows.items()}, "cases": found, **of_models,
+        "memory_within": MEMORY_WITHIN, "arithmetic": of_rows,
+        "cases": [row for ranks in (1, 2, 4) for row in checked(cases(ranks))], **modelled(device, of_rows["kl"]),
     }  # fmt: skip
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
-    draw(of_models["shares"])
 
 
 if __name__ == "__main__":
