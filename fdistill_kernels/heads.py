@@ -96,8 +96,10 @@ def head_here(
         weight, shard = parallel.local_rows(names[1], head.weight, shard)
         bias, _ = parallel.local_rows(names[2], head.bias, None)
         states, _ = parallel.local_rows(names[0], hidden, None)
+        if shard is not None and bias is not None and bias.shape != weight.shape[:1]:
+            bias = parallel.part_of(names[2], bias, shard, weight.shape[0])
         head = head._replace(weight=weight, bias=bias)
-    elif parallel.is_dtensor(head.weight):
+    else:
         head, shard = scattered.head_here(hidden, head, teacher, teacher_weight, vocab_size)
     weight = head.weight
     if shard is None:
@@ -159,13 +161,18 @@ def teacher_of(
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
         head = Head(head.weight, head.bias, scale, head.softcap)
+    if parallel.is_dtensor(head.weight) and not torch.is_autocast_enabled(teacher.device.type):
+        bias = None if head.bias is None else head.bias.to(teacher.dtype)
+        head = head._replace(weight=head.weight.to(teacher.dtype), bias=bias)  # as FSDP's mixed precision does
     if shard is None and own is None:
         head = head._replace(weight=scattered.whole(head.weight), bias=scattered.whole(head.bias))
     if shard is not None:
         rows, own = parallel.local_rows("teacher_weight", head.weight, own)
-        bias, _ = parallel.local_rows("teacher_bias", head.bias, None)
-        part = [None if x is None else parallel.teacher_part(n, x, 0, vocabulary, padded, shard, own)
-                for n, x in zip(names[1:], (rows, bias), strict=True)]  # fmt: skip
+        bias, of_bias = parallel.local_rows("teacher_bias", head.bias, None)
+        if bias is not None and of_bias is None and bias.shape == rows.shape[:1]:
+            of_bias = own  # else it is whole beside a weight that is not
+        part = [None if x is None else parallel.teacher_part(n, x, 0, vocabulary, padded, shard, of)
+                for n, x, of in zip(names[1:], (rows, bias), (own, of_bias), strict=True)]  # fmt: skip
         assert part[0] is not None
         head = head._replace(weight=part[0], bias=part[1])
     elif own is not None:

@@ -134,6 +134,19 @@ def teacher_part(
     return values.narrow(dim, student.begin - begin, local)
 
 
+def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
+    """The rows here of a bias that is whole, beside a weight that is not.
+
+    Raises:
+        ValueError: it has neither the rows here nor all.
+    """
+    if values.dim() != 1 or values.shape[0] < min(shard.size, shard.begin + rows):
+        raise ValueError(
+            f"{name} has {tuple(values.shape)} entries, neither the head's {rows} here nor all {shard.size}"
+        )
+    return values[shard.begin : shard.begin + rows]
+
+
 def local_head(name: str, head: Head, shard: VocabShard) -> Head:
     """A head's rows here, without padding."""
     bias = None if head.bias is None else valid(name, head.bias, shard, 0)

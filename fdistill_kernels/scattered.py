@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .backends import sharded
 from .backends.collectives import Collectives
 from .backends.rows import LinearCall
@@ -57,34 +58,50 @@ def head_here(
     """
     weight: Any = head.weight
     bias: Any = head.bias
-    if not is_dtensor(weight):
+    if not (is_dtensor(weight) or is_dtensor(bias)):
         return head, None
-    if bias is not None and (not is_dtensor(bias) or bias.placements != weight.placements):
-        raise ValueError("the bias of a head that is a DTensor must be one of the same placements")
-    size = weight.shape[0] if vocab_size is None else min(vocab_size, weight.shape[0])
-    shard = scattered_shard(weight, size)
+    checks.check_hidden("hidden states", hidden)
+    if (
+        not is_dtensor(weight)
+        or (bias is not None and not is_dtensor(bias))
+        or (bias is not None and bias.placements != weight.placements)
+    ):
+        raise ValueError("of a head's weight and bias both must be DTensors, of the same placements, or neither")
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if not autocast:  # as FSDP's mixed precision; under autocast the heads are cast later
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    itemsize = (torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype).itemsize
+    size = weight.shape[0] if vocab_size is None else vocab_size
+    shard = scattered_shard(weight, size) if size <= weight.shape[0] else None
     if isinstance(teacher, Hidden):
         teacher, teacher_weight = teacher
     if isinstance(teacher_weight, Head):
         teacher_weight = teacher_weight.weight
-    if shard is not None and _can_be_split(teacher, teacher_weight, weight):
-        of_teacher = teacher.shape[-1] if teacher_weight is not None else 0
+    if shard is not None:
+        of_teacher = _teacher_width(teacher, teacher_weight, weight)
+        states = f"{hidden.shape[-1]} of {weight.dtype}, beside a teacher of {of_teacher}"
         wire = Collectives(shard.group.group_name)
-        rows = sum(wire.agree(hidden.device, hidden.shape[:-1].numel(), teacher_width=of_teacher, vocabulary=size))
-        if takes_turns(rows, size, weight.shape[1], of_teacher, weight.element_size(), is_dtensor(teacher_weight)):
+        rows = sum(wire.agree(hidden.device, hidden.shape[:-1].numel(), hidden_states=states, vocabulary=size))
+        if of_teacher >= 0 and takes_turns(
+            rows, size, weight.shape[1], of_teacher, itemsize, is_dtensor(teacher_weight)
+        ):
             return head._replace(weight=weight.to_local(), bias=None if bias is None else bias.to_local()), shard
     return head._replace(weight=whole(weight), bias=None if bias is None else whole(bias)), None
 
 
-def _can_be_split(teacher: Any, teacher_weight: Any, weight: Any) -> bool:
-    """Whether a teacher has its part of the vocabulary on each rank; logits, of which a rank has its own rows, have
-    not.
+def _teacher_width(teacher: Any, teacher_weight: Any, weight: Any) -> int:
+    """Of a teacher's hidden states, 0: it has none; −1: of one that has no part of the vocabulary on each rank: logits,
+    of which a rank has its own rows, or a head that is split otherwise.
     """
     if teacher_weight is None:
-        return teacher is None or isinstance(teacher, TopK)
-    return not is_dtensor(teacher_weight) or (
-        teacher_weight.device_mesh == weight.device_mesh and teacher_weight.placements == weight.placements
-    )
+        return 0 if teacher is None or isinstance(teacher, TopK) else -1
+    if is_dtensor(teacher_weight) and (
+        teacher_weight.device_mesh != weight.device_mesh
+        or teacher_weight.placements != weight.placements
+        or teacher_weight.shape[0] != weight.shape[0]
+    ):
+        return -1
+    return int(teacher.shape[-1])
 
 
 def whole(value: Any) -> Any:
@@ -96,7 +113,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Any) -> Tensor:
         ctx.layout = value.device_mesh, value.placements, value.dtype
-        return value.detach().full_tensor()
+        return value.full_tensor()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -115,26 +132,36 @@ def rows_in_turns(call: LinearCall, run: Any) -> tuple[Tensor, Tensor, Tensor, T
     run: makes them of a call whose rows are the same on all ranks.
     """
     wire = Collectives(call.shard.group)
-    counts = sharded.agree(call, len(call.hidden), width=call.hidden.shape[1])
+    of_teacher = call.teacher.rows.dtype if isinstance(call.teacher.rows, Tensor) else None
+    states = f"{call.hidden.shape[1]} of {call.hidden.dtype}, beside {of_teacher}"
+    counts = sharded.agree(call, len(call.hidden), hidden_states=states)
     turns = [rank for rank in range(wire.ranks) if counts[rank]]
     parts, of_hidden, of_weight, of_bias = (x.zero_() for x in _results(call))
     coming = _begin(call, wire, turns[0], counts) if turns else None
-    sums: list[Any] = []
+    under_way: tuple[Any, int, Tensor] | None = None  # a turn's ∂hidden, while the next one's products are made
     for i, rank in enumerate(turns):
         assert coming is not None
         of_rank = _end(call, wire, coming)
         coming = _begin(call, wire, turns[i + 1], counts) if i + 1 < len(turns) else None  # under this turn's products
-        some_parts, states, weight, bias = run(of_rank)
+        some_parts, of_states, weight, bias = run(of_rank)
         if rank == wire.rank:
             parts = some_parts
         if call.wants.hidden:
-            sums.append((wire.begin_sum_at(states, rank), rank, states))
+            of_hidden = _ended(wire, under_way, of_hidden)
+            under_way = wire.begin_sum_at(of_states, rank), rank, of_states
         of_weight += weight
         of_bias += bias
-    for work, rank, states in sums:
-        wire.end(work)
-        of_hidden = states if rank == wire.rank else of_hidden
+    of_hidden = _ended(wire, under_way, of_hidden)
     return parts, of_hidden, of_weight / wire.ranks, of_bias / wire.ranks
+
+
+def _ended(wire: Collectives, under_way: tuple[Any, int, Tensor] | None, of_hidden: Tensor) -> Tensor:
+    """This rank's ∂hidden, once the sum under way has ended; the others' are dropped."""
+    if under_way is None:
+        return of_hidden
+    work, rank, of_states = under_way
+    wire.end(work)
+    return of_states if rank == wire.rank else of_hidden
 
 
 def _results(call: LinearCall) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """One vocabulary over 1 to 4 processes: loss and gradients are one process's, and what is sent is what is stated."""
 
+import contextlib
 import os
 import time
 import traceback
@@ -329,6 +330,10 @@ def dtensors(rank, world):
     same(found, wanted)
     same(states.grad.full_tensor(), pair[0].grad)
     same(head.grad.full_tensor(), pair[1].grad)
+    shift = randn(V, seed=19)  # whole, beside a head that is not; the student's, and a teacher's
+    for beside in (dict(student_bias=shift), dict(teacher_bias=shift)):
+        found = fk.linear_f_divergence(states, head, hidden, head.detach(), divergence="kl", **beside)
+        same(found, fk.linear_f_divergence(hidden, weight, hidden, weight, divergence="kl", **beside))
     rows = distribute_tensor(student, mesh, [Replicate()])
     same(fk.f_divergence(rows, teacher, "js"), fk.f_divergence(student, teacher, "js"))
     with pytest.raises(ValueError, match="shard is given beside student_logits, a DTensor"):
@@ -427,6 +432,61 @@ def scattered_heads(rank, world):
                     same(head.grad.full_tensor(), whole[1].grad / world)
                     if bias_of:
                         same(shift.grad.full_tensor(), whole[2].grad / world)
+    mesh = init_device_mesh("cpu", (world,))
+    wide = distribute_tensor(weight.float(), mesh, [Shard(0)]).requires_grad_()  # a master head beside narrow states
+    theirs_split = distribute_tensor(their_weight.float(), mesh, [Shard(0)])
+    narrow, narrow_theirs = hidden[mine].bfloat16(), theirs[mine].bfloat16()
+    for turns in (True, False):
+        scattered.takes_turns = lambda *_, turns=turns: turns
+        wide.grad = None
+        loss = fk.linear_f_divergence(narrow, wide, narrow_theirs, theirs_split, divergence="js", labels=labels[mine])
+        loss.backward()
+        one = fk.linear_f_divergence(
+            narrow, weight.bfloat16(), narrow_theirs, their_weight.bfloat16(), divergence="js", labels=labels[mine]
+        )
+        same(loss, one, 1e-2)
+        assert wide.grad.dtype == torch.float32
+        with torch.inference_mode():
+            same(
+                fk.linear_cross_entropy(narrow, wide, labels[mine]),
+                fk.linear_cross_entropy(narrow, weight.bfloat16(), labels[mine]),
+                1e-2,
+            )
+        # a whole bias beside a scattered teacher's head; heads of other sizes, of which the first entries are compared
+        shift = randn(V, seed=25)
+        split = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        teacher_split = distribute_tensor(their_weight, mesh, [Shard(0)])
+        found = fk.linear_f_divergence(
+            hidden[mine], split, theirs[mine], teacher_split, "kl", teacher_bias=shift, labels=labels[mine]
+        )
+        same(
+            found,
+            fk.linear_f_divergence(
+                hidden[mine], weight, theirs[mine], their_weight, "kl", teacher_bias=shift, labels=labels[mine]
+            ),
+        )
+        longer = distribute_tensor(torch.cat((their_weight, their_weight[:9])), mesh, [Shard(0)])
+        found = fk.linear_f_divergence(
+            hidden[mine], split, theirs[mine], longer, "kl", vocab_size=V - 5, labels=labels[mine].clamp_max(V - 6)
+        )
+        same(
+            found,
+            fk.linear_f_divergence(
+                hidden[mine],
+                weight[: V - 5],
+                theirs[mine],
+                their_weight[: V - 5],
+                "kl",
+                labels=labels[mine].clamp_max(V - 6),
+            ),
+        )
+        with pytest.raises(ValueError, match="vocab_size"):
+            fk.linear_cross_entropy(hidden[mine], split, labels[mine], vocab_size=V + 3)
+        with pytest.raises(ValueError, match="both must be DTensors"):
+            fk.linear_cross_entropy(hidden[mine], split, labels[mine], linear_bias=shift)
+        with pytest.raises(ValueError, match="other hidden_states") if world > 1 else contextlib.nullcontext():
+            states = hidden[mine].float() if rank == 0 else hidden[mine].half()
+            fk.linear_cross_entropy(states, distribute_tensor(weight.float(), mesh, [Shard(0)]), labels[mine])
     scattered.takes_turns = decisions
     assert decisions(1000, 32000, 64, 64, 2, True) and not decisions(64000, 32000, 64, 64, 2, True)
 
