@@ -32,6 +32,7 @@ from fdistill_kernels.backends.chunked import CHUNK_ELEMENTS
 from fdistill_kernels.backends.sharded import CARD_ELEMENTS, HALVINGS
 from fdistill_kernels.provenance import provenance
 
+PLOT = Path(__file__).parent.parent / "docs" / "scaling.png"
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 #: How far the modelled peak of memory may be from a run's.
 MEMORY_WITHIN = 1.3
@@ -467,7 +468,7 @@ def share(
     return own / max(compute + own, device.wire(sent, data, tensor))
 
 
-GPUS = 8, 64, 1024
+GPUS = tuple(2**i for i in range(11))
 LINES = (1, "the kernel"), (8, "the kernel"), (64, "the kernel"), (8, "torch"), (64, "torch")
 
 
@@ -504,8 +505,29 @@ def modelled(device: Device, of_rows: dict[str, float]) -> dict[str, list[dict[s
     return {"shares": shares, "split": split, "heads": heads}
 
 
+def draw(shares: list[dict[str, Any]]) -> None:
+    """A picture a pair of models, a line a split of the vocabulary."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PAIRS), figsize=(13, 3.8), sharey=True, layout="constrained")
+    for ax, pair in zip(axes, PAIRS, strict=True):
+        for tensor, how in LINES:
+            at = {"student": pair[0], "teacher": pair[1], "tensor": tensor, "rows": how}
+            found = [(r["gpus"], 100 * r["share"]) for r in shares if all(r[k] == v for k, v in at.items())]
+            if found:
+                ax.plot(*zip(*found, strict=True), marker=".", label=f"TP {tensor}, {how}")
+        ax.set(xscale="log", yscale="log", title=f"{pair[0]} from {pair[1]}", xlabel="GPUs")
+        ax.set_xticks(GPUS, GPUS, rotation=45)
+        ax.set_yticks(*[[0.2, 0.5, 1, 2, 5, 10, 20, 50]] * 2)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("loss, % of a training step (a model)")
+    axes[0].legend(fontsize=8)
+    figure.savefig(PLOT, dpi=110)
+
+
 def main() -> None:
-    """Counts, models."""
+    """Counts, models, draws."""
     device, of_rows = h100(), arithmetic(list(fk.TABLE))
     content = {
         "run": provenance("python -m benchmarks.scaling"), "device": asdict(device), "checked": asdict(CHECKED),
@@ -513,6 +535,7 @@ def main() -> None:
         "cases": [row for ranks in (1, 2, 4) for row in checked(cases(ranks))], **modelled(device, of_rows["kl"]),
     }  # fmt: skip
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    draw(content["shares"])
 
 
 if __name__ == "__main__":
