@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo cluster-demo test test-all test-matrix peers sanitize aot release lint bench clean
+.PHONY: demo cluster-demo test test-all test-matrix peers sanitize aot release lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
@@ -64,6 +64,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, into build/site, from an environment of its own that has no torch
+docs: build/docs-env/installed
+	NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict
+
+build/docs-env/installed: pyproject.toml
+	test -x build/docs-env/bin/python || $(PYTHON) -m venv build/docs-env
+	sed -n 's/^docs = //p' pyproject.toml | $(PYTHON) -c "import ast; print(*ast.literal_eval(input()), sep='\n')" \
+		> build/docs-env/requirements.txt
+	build/docs-env/bin/pip install --quiet --requirement build/docs-env/requirements.txt
+	touch $@
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks/test_rows.py -p no:xdist --benchmark-json=benchmarks/results/cpu_rows.json $(ARGS)

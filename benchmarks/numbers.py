@@ -333,6 +333,27 @@ def tails(number: Numbers) -> str:
     return table(header, lines) + f"\nOf the teacher's mass the lists hold {mass}.\n"
 
 
+def modes(number: Numbers) -> str:
+    """The single bell that each divergence makes of two modes."""
+
+    def line(name: str) -> tuple[str, ...]:
+        def of(key: str, form: str) -> str:
+            return number.of("pictures_cpu.json", key, form, divergence=name)
+
+        return name, of("mean", ".1f"), of("deviation", ".1f"), of("lesser", ".0%")
+
+    lesser = number("pictures_cpu.json", "lesser", form=".0%")
+    header = ("", "mean", "deviation", f"mass at the lesser mode, of which the teacher has {lesser}")
+    return table(header, [line(name) for name in ("kl", "rkl", "js", "tvd", "gjs(0.9)", "skew_kl(0.5)", "alpha(0.5)")])
+
+
+def tail_shares(number: Numbers) -> str:
+    """Where kl's gradient is at each temperature."""
+    shares = number.file("pictures_cpu.json")["tail_shares"]
+    cells = [number("pictures_cpu.json", "tail_shares", t, form=".1%") for t in shares]
+    return table(("T", *shares), [("of kl's gradient outside the teacher's ten largest", *cells)])
+
+
 def stored_states(number: Numbers) -> str:
     """What the precision of stored states costs the loss."""
     content = number.file("lists_errors_cpu.json")
@@ -501,6 +522,8 @@ BLOCKS = {
         vocabularies,
         lists_cost,
         tails,
+        modes,
+        tail_shares,
         stored_states,
         stores,
         scaling_counts,

@@ -83,12 +83,13 @@ class LossParts(NamedTuple):
 class Metrics(NamedTuple):
     """`LossParts`, and behind them what is worth a look while a loss falls, reduced like it, detached.
 
+    Without a teacher those that need one are 0.
+
     Attributes:
         student_entropy, teacher_entropy: of the tempered distributions, in nats.
         agreement: 1 where both models' first largest entries are the same, else 0.
         overlap: ``Σ min(p, q)``, 1 less the total variation distance.
         log_sum_exp, label_log_prob: of the student at temperature 1; of the label 0 without labels.
-        Without a teacher those that need one are 0.
     """
 
     divergence: Tensor
