@@ -141,4 +141,4 @@ def test_every_tail_is_on_the_page():
 
 def test_the_apis_page_has_every_public_name():
     of_page = re.findall(r"^::: fdistill_kernels\.(\w+)$", PAGES["api"], re.MULTILINE)
-    assert sorted(of_page) == sorted(fk.__all__)
+    assert sorted(of_page) == sorted([*fk.__all__, "Endpoint", "TeacherStore"])  # the two that need an extra

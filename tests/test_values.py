@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -158,3 +159,12 @@ def test_leaves_travel_by_name(kind):
     operator = {RowCall: "divergence_rows", LinearCall: "linear_rows"}[kind]
     arguments = getattr(torch.ops.fdistill_kernels, operator).default._schema.arguments
     assert [a.name for a in arguments] == [*names, "backend"]
+
+
+def test_a_star_import_needs_no_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fdistill_kernels.teachers", None)
+    names = {}
+    exec("from fdistill_kernels import *", names)
+    assert names["f_divergence"] is fk.f_divergence
+    with pytest.raises(ImportError, match="fdistill_kernels"):
+        fk.TeacherStore  # noqa: B018
