@@ -79,6 +79,7 @@ build/docs-env/installed: pyproject.toml
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks/test_rows.py -p no:xdist --benchmark-json=benchmarks/results/cpu_rows.json $(ARGS)
 	$(BIN)/python -m pytest benchmarks/test_linear.py -p no:xdist --benchmark-json=benchmarks/results/cpu_linear.json $(ARGS)
+	$(BIN)/python -m benchmarks.peers --out benchmarks/results/peers_cpu.json
 
 # torch first and alone, so that its pin holds; triton only where torch brought none
 $(VENV)/installed: $(SOURCES)

@@ -130,19 +130,17 @@ def measured(step: Callable[[], object], clear: Callable[[], object], device: De
     return found
 
 
-def loss_measured(step: Callable[[], object], clear: Callable[[], object], error: Callable[[], float] | None,
+def loss_measured(step: Callable[[], object], clear: Callable[[], object], error: Callable[[], float],
                   device: Device, floor: float, seconds: float) -> dict[str, Any]:  # fmt: skip
-    """See `measured`; with the ratio to the floor, and of ours, which give an `error`, whether they are right.
+    """See `measured`; with the ratio to the floor, the `error`, and whether that is right.
 
     floor: in seconds. error: after a step, of its gradient by norm.
     """
     torch._dynamo.reset()
-    found: dict[str, Any] = {}
-    if error is not None:
-        step()
-        found["gradient_error"] = error()
-        found["right"] = found["gradient_error"] < WRONG
-        clear()
+    step()
+    found: dict[str, Any] = {"gradient_error": error()}
+    found["right"] = found["gradient_error"] < WRONG
+    clear()
     found |= measured(step, clear, device, seconds)
     return {**found, "over_floor": found["milliseconds"] / (1e3 * floor)}
 

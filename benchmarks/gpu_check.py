@@ -65,6 +65,12 @@ def steps(out: Path, dry: bool, first: bool) -> list[Step]:
     def linear(who: str) -> list[str]:
         return [*python, "benchmarks.gpu_linear", "--who", who, "--out", str(out / f"linear_{who}.json"), *flags]
 
+    def peers() -> list[str]:
+        size = ["cuda", "--dtype", "bfloat16", "--shape", "8192,128256", "--seconds", "0.3"]
+        small = ["cpu", "--shape", "5,130", "--seconds", "0.02", "--divergence", "labels"]
+        device = small if dry else size
+        return [*python, "benchmarks.peers", "--out", str(out / "peers_cuda.json"), "--device", *device]
+
     def tests(backend: str) -> list[str]:
         spread = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
         chosen = f"{backend} or card" if backend == "triton" else backend
@@ -87,6 +93,7 @@ def steps(out: Path, dry: bool, first: bool) -> list[Step]:
         Step("tests triton", tests("triton"), 120),
         Step("rows peers", rows("peers"), 90),
         Step("linear peers", linear("peers"), 90),
+        Step("peers", peers(), 120, first=False),
         Step("memcheck", sanitizer("memcheck"), 90, first=False),
         Step("racecheck", sanitizer("racecheck"), 90, first=False),
     ]

@@ -3,14 +3,13 @@
     python -m benchmarks.gpu_linear --who ours|peers --out results.json [--first] [--dry]
 
 The floor is 2·N·V·(3·D_s + D_t) FLOP at the matrix rate measured first; "products" are those four alone, in chunks as
-ours. Memory is the peak above inputs and gradients, the float32 accumulator of ∂weight included. Of ours the hidden
+ours. Memory is the peak above inputs and gradients, the float32 accumulator of ∂weight included. The hidden
 states' gradient is held beside float64 on a few rows. --first takes the two shapes that matter most; --dry toy shapes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from benchmarks.gpu import Device, Results, arguments, error_of_mean, few_rows, loss_measured, measured, rates
 from benchmarks.gpu_rows import emulate
-from benchmarks.peers import linear_losses
+from benchmarks.peers import Loss, running
 from fdistill_kernels import linear_f_divergence, products
 from fdistill_kernels.backends import BACKENDS
-from fdistill_kernels.bench import eager_loss
-from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.values import Head
 
@@ -34,7 +31,6 @@ FULL = [
     (4096, 50257, 768, 1600),
 ]
 PRODUCTS_ROWS = 1024
-Loss = Callable[..., Tensor]
 
 
 def problem(n: int, v: int, d_s: int, d_t: int, device: str) -> tuple[Tensor, ...]:
@@ -56,16 +52,6 @@ def our_losses(name: str, device: Device, first: bool) -> dict[str, Loss]:
     if not first:
         losses["fdistill minimal, all tiles"] = functools.partial(minimal, skip_tiles=False)
     return losses
-
-
-def peers(name: str) -> dict[str, Loss]:
-    """Eager, compiled, and the installed libraries that have this divergence; what compiles comes last."""
-    row_loss = eager_loss(TABLE[name])
-
-    def eager(h: Tensor, w: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return row_loss(h @ w.T, t @ u.T)
-
-    return {**linear_losses(name), "eager": eager, "torch.compile": torch.compile(eager)}
 
 
 def four_products(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> None:
@@ -91,7 +77,7 @@ def gradient_error(name: str, hidden: Tensor, weight: Tensor, teacher: Tensor, t
     return error_of_mean(hidden.grad, rows, wanted)
 
 
-def measure(name: str, loss: Loss, inputs: tuple[Tensor, ...], device: Device, floor: float, ours: bool,
+def measure(name: str, loss: Loss, inputs: tuple[Tensor, ...], device: Device, floor: float,
             seconds: float) -> dict[str, Any]:  # fmt: skip
     """See `loss_measured`; memory above the gradients too."""
     hidden, weight, *_ = inputs
@@ -103,7 +89,7 @@ def measure(name: str, loss: Loss, inputs: tuple[Tensor, ...], device: Device, f
         clear()
         loss(*inputs).backward()
 
-    error = functools.partial(gradient_error, name, *inputs) if ours else None
+    error = functools.partial(gradient_error, name, *inputs)
     found = loss_measured(step, clear, error, device, floor, seconds)
     return {**found, "peak_bytes": max(0, found["peak_bytes"] - hidden.nbytes - weight.nbytes)}
 
@@ -126,8 +112,10 @@ def main() -> None:
             )
             results.add(alone, ours, what="products", shape=shape)
         for name in ("js",) if args.first else ("js", "kl"):
-            for what, loss in (our_losses(name, device, args.first) if ours else peers(name)).items():
-                found = functools.partial(measure, name, loss, inputs, device, floor, ours, seconds)
+            for what, loss in (
+                our_losses(name, device, args.first) if ours else running("linear", name, device.type)
+            ).items():
+                found = functools.partial(measure, name, loss, inputs, device, floor, seconds)
                 results.add(found, ours, what=what, divergence=name, shape=shape)
                 inputs[0].grad = inputs[1].grad = None
         del inputs

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_rows --who triton|cuda|peers --out results.json [--first] [--dry]
 
-The floor is three passes over N·V at the copy rate measured first; two for labels alone, which have no teacher. Ours
+The floor is three passes over N·V at the copy rate measured first; two for labels alone, which have no teacher. All
 are held beside float64 on a few rows as they are measured: `gradient_error` is the difference's norm over the norm.
 Models are independent, or `alike`, as a trained student's is to its teacher. --first takes the shapes and losses that
 matter most; --dry toy shapes, Triton in its interpreter and CUDA emulated.
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import Device, Results, arguments, error_of_mean, few_rows, loss_measured, rates
-from benchmarks.peers import labels_of, row_losses
-from fdistill_kernels import cross_entropy, f_divergence
+from benchmarks.peers import Loss, ours, running
 from fdistill_kernels.backends import BACKENDS, cuda
 from fdistill_kernels.bench import make_logits, training_step
 from fdistill_kernels.reference import f_divergence_rows
@@ -34,39 +32,27 @@ FULL = {"js": [LARGE, SMALL, ODD, *MORE], "kl": [LARGE, SMALL, ODD, *MORE], "tvd
 PEERS_TOO = (LARGE, SMALL, ODD)
 #: Of ours also with a teacher that a trained student has come near to: rows about p = q take other formulas.
 ALIKE_TOO, NOISE = ("js", "kl", "tvd"), 0.4
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def our_losses(name: str, backend: str) -> dict[str, Loss]:
-    """The loss by a backend, of logits of student and teacher."""
-
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        if name == "labels":
-            return cross_entropy(student, labels_of(student), backend=backend)
-        return f_divergence(student, teacher, name, backend=backend)
-
-    return {f"fdistill {backend}": loss}
 
 
 def gradient_error(name: str, student: Tensor, teacher: Tensor) -> float:
     """Of the gradient in student.grad, on a few rows, from the float64 reference."""
     rows = few_rows(student)
-    exact, assumed = student.detach()[rows].double().requires_grad_(), teacher[rows].double()
+    exact = student.detach()[rows].double().requires_grad_()
     if name == "labels":
-        loss = torch.nn.functional.cross_entropy(exact, labels_of(student)[rows], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(exact, teacher[rows], reduction="sum")
     else:
-        loss = f_divergence_rows(exact, assumed, name).sum()
+        loss = f_divergence_rows(exact, teacher[rows].double(), name).sum()
     return error_of_mean(student.grad, rows, torch.autograd.grad(loss, exact)[0])
 
 
-def measure(name: str, loss: Loss, student: Tensor, teacher: Tensor, device: Device, floor: float, ours: bool,
+def measure(name: str, loss: Loss, student: Tensor, teacher: Tensor, device: Device, floor: float,
             seconds: float) -> dict[str, Any]:  # fmt: skip
     """See `loss_measured`."""
 
     def clear() -> None:
         student.grad = None
 
-    error = functools.partial(gradient_error, name, student, teacher) if ours else None
+    error = functools.partial(gradient_error, name, student, teacher)
     return loss_measured(training_step(loss, student, teacher), clear, error, device, floor, seconds)
 
 
@@ -80,25 +66,28 @@ def emulate() -> None:
 def main() -> None:
     """Measures, writes the file after each, and fails if one of ours did."""
     args = arguments(__doc__, ["triton", "cuda", "peers"])
-    device, ours, seconds = Device(args.dry), args.who != "peers", 0.02 if args.dry else 0.3
+    device, is_ours, seconds = Device(args.dry), args.who != "peers", 0.02 if args.dry else 0.3
     if args.dry and args.who == "cuda":
         emulate()
-    if ours and (reason := BACKENDS[args.who].why_not(torch.device(device.type), torch.bfloat16, None)):
+    if is_ours and (reason := BACKENDS[args.who].why_not(torch.device(device.type), torch.bfloat16, None)):
         raise SystemExit(f"the {args.who} backend does not run: {reason}")
     measured_first = rates(device)
     results = Results(args.out, device, **measured_first)
     for name, shapes in (FIRST if args.first else FULL).items():
         for shape, alike in itertools.product([(2, 500)] if args.dry else shapes, (False, True)):
-            if not (ours or args.dry or shape in PEERS_TOO) or (alike and not (ours and name in ALIKE_TOO)):
+            if not (is_ours or args.dry or shape in PEERS_TOO) or (alike and not (is_ours and name in ALIKE_TOO)):
                 continue
             student, teacher = make_logits(shape, torch.bfloat16, device.type)
             if alike:
                 teacher = student.detach() + NOISE * torch.randn_like(student)
-            floor = (2 if name == "labels" else 3) * teacher.nbytes / measured_first["copy_bytes_per_second"]
-            losses = our_losses(name, args.who) if ours else row_losses(name)
+            if name == "labels":
+                teacher = torch.arange(shape[0], device=device.type) % shape[1]
+            floor = (2 if name == "labels" else 3) * student.nbytes / measured_first["copy_bytes_per_second"]
+            mine = {f"fdistill {args.who}": ours("rows", name, backend=args.who)}
+            losses = mine if is_ours else running("rows", name, device.type)
             for what, loss in losses.items():
-                found = functools.partial(measure, name, loss, student, teacher, device, floor, ours, seconds)
-                results.add(found, ours, what=what, divergence=name, shape=list(shape), alike=alike)
+                found = functools.partial(measure, name, loss, student, teacher, device, floor, seconds)
+                results.add(found, is_ours, what=what, divergence=name, shape=list(shape), alike=alike)
                 student.grad = None
             del student, teacher
     raise SystemExit(results.failed)

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from fdistill_kernels import linear_cross_entropy, linear_f_divergence
-from fdistill_kernels.bench import eager_loss, median_seconds
-from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.bench import median_seconds
 
-from .peers import linear_losses
+from .peers import running
 
 N, D, V = 2048, 512, 32000
 
@@ -52,14 +51,8 @@ def steps(hidden, weight, teacher, teacher_weight):
 
         return call
 
-    js = eager_loss(TABLE["js"])
-
-    def eager(h, w, t, u):
-        return js(h @ w.T, t @ u.T)
-
-    losses = {"fdistill": lambda *x: linear_f_divergence(*x, "js"), "eager": eager}
-    losses["torch.compile"] = torch.compile(eager)
-    return {name: step(loss) for name, loss in {**losses, **linear_losses()}.items()}
+    losses = {"fdistill": lambda *x: linear_f_divergence(*x, "js"), **running("linear", "js", "cpu")}
+    return {name: step(loss) for name, loss in losses.items()}
 
 
 @pytest.fixture
@@ -73,7 +66,7 @@ def floor():
     return 2 * one + two + three
 
 
-@pytest.mark.parametrize("what", ["fdistill", "eager", "torch.compile", *linear_losses()])
+@pytest.mark.parametrize("what", ["fdistill", *running("linear", "js", "cpu")])
 def test_linear_js(benchmark, what, floor):
     torch.set_num_threads(2)
     benchmark.pedantic(steps(*problem())[what], rounds=5, warmup_rounds=1)

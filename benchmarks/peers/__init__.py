@@ -1,0 +1,119 @@
+"""The losses people use today, an adapter a file, each beside the call of ours that means the same.
+
+    for peer in found("rows", "kl"):
+        print(peer.name, peer.call, peer.why_not("cpu") or peer.loss(student_logits, teacher_logits))
+
+An adapter makes up for what its library does otherwise (scale, reduction, clamps), so that each loss here is a mean
+over rows. `measure` shows that it is the same loss before anything is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill_kernels import Logits, cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
+from fdistill_kernels.reference import f_divergence_rows
+
+Loss = Callable[..., Tensor]
+#: What losses of a form take; of "labels", in the teacher's place, labels (N,).
+FORMS = {
+    "rows": ("student_logits", "teacher_logits"),
+    "linear": ("hidden", "weight", "teacher_hidden", "teacher_weight"),
+    "beside": ("hidden", "weight", "teacher_logits"),
+}
+ADAPTERS = ("pytorch", "liger", "orda", "trl", "cce", "quack", "modelopt", "distillkit")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One loss of another library.
+
+    Attributes:
+        name: the library; with more where it has several of one meaning, or where a formula is written for it here.
+        form: a key of `FORMS`: logits (N, V), or hidden states (N, D) and a weight (V, D), of student and teacher.
+        divergence: what it computes, by our name; "labels" is the cross-entropy to labels.
+        make: imports the library; its loss, as a mean over rows.
+        where: "any" device, "triton" kernels (a card, or a CPU in Triton's interpreter), or a "card".
+    """
+
+    name: str
+    form: str
+    divergence: str
+    make: Callable[[], Loss]
+    where: str = "any"
+
+    @property
+    def call(self) -> str:
+        """Our call that means the same."""
+        given, name = list(FORMS[self.form]), "linear_" if self.form != "rows" else ""
+        if self.divergence == "labels":
+            return f"{name}cross_entropy({', '.join(given[: 1 + bool(name)])}, labels)"
+        if self.form == "beside":
+            given[2] = "Logits(teacher_logits)"
+        return f"{name}f_divergence({', '.join(given)}, divergence={self.divergence!r})"
+
+    @functools.cached_property
+    def loss(self) -> Loss:
+        """Of the form's tensors: the mean over rows, ()."""
+        return self.make()
+
+    def why_not(self, device: str) -> str | None:
+        """Why it cannot run on a device; None where it can."""
+        interpreted = self.where == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if self.where != "any" and not (interpreted or device.startswith("cuda")):
+            return "its kernels need a card"
+        try:
+            _ = self.loss
+        except Exception as error:  # whatever a library that is not there, or that lacks a part, ends its import with
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
+        return None
+
+
+@functools.cache
+def every() -> tuple[Peer, ...]:
+    """All adapters' losses; those that compile come last."""
+    modules = [importlib.import_module(f".{adapter}", __name__) for adapter in ADAPTERS]
+    peers = [peer for module in modules for peer in module.PEERS]
+    return tuple(sorted(peers, key=lambda peer: peer.name == "torch.compile"))
+
+
+def found(form: str, divergence: str) -> list[Peer]:
+    """A form's peers of one meaning, whether they can run or not."""
+    return [peer for peer in every() if (peer.form, peer.divergence) == (form, divergence)]
+
+
+def running(form: str, divergence: str, device: str) -> dict[str, Loss]:
+    """Those that can run on a device, by name."""
+    return {peer.name: peer.loss for peer in found(form, divergence) if peer.why_not(device) is None}
+
+
+def ours(form: str, divergence: str, **keywords: Any) -> Loss:
+    """Our loss of a form's tensors."""
+    if divergence == "labels":
+        return functools.partial(cross_entropy if form == "rows" else linear_cross_entropy, **keywords)
+    if form == "rows":
+        return functools.partial(f_divergence, divergence=divergence, **keywords)
+    if form == "linear":
+        return functools.partial(linear_f_divergence, divergence=divergence, **keywords)
+    return lambda h, w, teacher: linear_f_divergence(h, w, Logits(teacher), divergence=divergence, **keywords)
+
+
+def truth(form: str, divergence: str) -> Loss:
+    """The definition in plain torch, for float64 tensors."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        student, *teacher = inputs if form == "rows" else (inputs[0] @ inputs[1].T, *inputs[2:])
+        if divergence == "labels":
+            return torch.nn.functional.cross_entropy(student, teacher[0])
+        logits = teacher[0] if len(teacher) == 1 else teacher[0] @ teacher[1].T
+        return f_divergence_rows(student, logits, divergence).mean()
+
+    return loss

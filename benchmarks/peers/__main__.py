@@ -1,0 +1,80 @@
+"""Peers and ours in one run: time, peak memory, errors by the scale of the logits. A result file, written as it goes.
+
+    python -m benchmarks.peers --out benchmarks/results/peers_cpu.json [--device cuda] [--shape 1024,32000]
+
+A peer is timed after it has been shown to mean the same; the file says of the others why they are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdistill_kernels.cli import DTYPES, _shape
+from fdistill_kernels.provenance import provenance
+
+from . import FORMS, every, found
+from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
+
+PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
+            "distillkit")  # fmt: skip
+FEW = 8  # rows, of the errors
+
+
+def versions() -> dict[str, str]:
+    """Of the peers' packages that are here."""
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def main() -> None:
+    """Measures, and writes the file after each loss."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V")
+    parser.add_argument("--depth", type=int, default=512, help="of hidden states")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=DIVERGENCES)
+    parser.add_argument("--seconds", type=float, default=1.0, help="to time each loss for")
+    args = parser.parse_args()
+    dtype = DTYPES[args.dtype]
+    content: dict[str, Any] = {
+        **provenance(f"python -m benchmarks.peers --device {args.device} --dtype {args.dtype}", args.device),
+        "versions": versions(), "shape": args.shape, "depth": args.depth, "dtype": args.dtype, "results": [],
+    }  # fmt: skip
+
+    def save() -> None:
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+    beside = [compare(peer, args.device, dtype, (4, 300)) for peer in every() if peer.divergence in args.divergence]
+    content["left_out"] = [
+        {"what": c.what, "form": c.form, "divergence": c.divergence, "why": c.reason or f"another loss: {c.error}"}
+        for c in beside if c.reason or not c.ok
+    ]  # fmt: skip
+    save()
+    for form, name in itertools.product(args.form, args.divergence):
+        if not found(form, name):
+            continue
+        chosen = losses(form, name, args.device, dtype)
+        few = (min(FEW, args.shape[0]), args.shape[1])
+        of_scales = list(errors_by_scale(form, name, chosen, few, dtype, args.device))
+        for what, loss in chosen.items():
+            torch._dynamo.reset()
+            entry = measured(form, name, loss, args.shape, dtype, args.device, args.seconds, args.depth)
+            entry["errors"] = [e for e in of_scales if e["what"] == what]
+            content["results"].append({"what": what, "form": form, "divergence": name, **entry})
+            save()
+            print(f"{form:7s}{name:7s}{what:22s}{1e3 * entry['seconds']:10.1f} ms{entry['peak_bytes'] / 1e6:10.1f} MB",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Liger-Kernel. Its row losses take log-probabilities (kl, js) or probabilities (tvd), so that the softmax is counted
+here as in a training step, and sum where "batchmean" divides by rows; β is the teacher's share, 0 kl and 1 rkl.
+
+The chunked JSD compiles torch's operators, and weighs a cross-entropy beside it, which is given no weight. The fused
+KL takes the teacher's probabilities, and clamps them at 1e-10 before the logarithm: entries below have a part of their
+loss only.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import Loss, Peer
+
+BETAS = {"kl": 0.0, "js": 0.5, "rkl": 1.0}
+
+
+def kl() -> Loss:
+    """With log_target, which clamps nothing."""
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    return lambda student, teacher: loss(student.log_softmax(-1), teacher.log_softmax(-1))
+
+
+def jsd(divergence: str) -> Loss:
+    """The generalised one, of GKD."""
+    from liger_kernel.transformers.jsd import LigerJSD
+
+    loss = LigerJSD(BETAS[divergence])
+    return lambda student, teacher: loss(student.log_softmax(-1), teacher.log_softmax(-1))
+
+
+def tvd() -> Loss:
+    """Half the L1 distance, as ours."""
+    from liger_kernel.transformers.tvd import LigerTVDLoss
+
+    loss = LigerTVDLoss(reduction="batchmean")
+    return lambda student, teacher: loss(student.softmax(-1), teacher.softmax(-1))
+
+
+def labels() -> Loss:
+    """The cross-entropy."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return LigerCrossEntropyLoss()
+
+
+def chunked(divergence: str) -> Loss:
+    """The chunked JSD's soft part alone."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[divergence])
+    return lambda hidden, *rest: loss(hidden, *rest, torch.zeros(len(hidden), dtype=torch.long, device=hidden.device))
+
+
+def fused(divergence: str) -> Loss:
+    """The Triton kernel."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=BETAS[divergence])
+    return lambda *inputs: loss(*inputs, None)
+
+
+def fused_labels() -> Loss:
+    """The fused linear cross-entropy, which has the weight first."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, labels: loss(weight, hidden, labels)
+
+
+def fused_kl() -> Loss:
+    """To a teacher's logits, whose softmax is counted."""
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    loss = LigerFusedLinearKLDivLoss()
+
+    def beside(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+        return loss(hidden, weight, teacher.softmax(-1))
+
+    return beside
+
+
+NAME = "liger-kernel"
+PEERS = [
+    Peer(NAME, "rows", "kl", kl, "card"),
+    *(Peer(NAME, "rows", name, partial(jsd, name), "triton") for name in ("js", "rkl")),
+    Peer(NAME, "rows", "tvd", tvd, "card"),
+    Peer(NAME, "rows", "labels", labels, "triton"),
+    *(Peer(NAME, "linear", name, partial(chunked, name)) for name in BETAS),
+    *(Peer(f"{NAME} fused", "linear", name, partial(fused, name), "triton") for name in BETAS),
+    Peer(NAME, "linear", "labels", fused_labels, "triton"),
+    Peer(NAME, "beside", "kl", fused_kl, "triton"),
+]

@@ -1,0 +1,154 @@
+"""A peer's loss and ours: first that they mean the same, then errors by the scale of the logits, time and memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fdistill_kernels.bench import median_seconds
+
+from . import FORMS, Loss, Peer, found, ours, truth
+
+#: What people compare, of all that the adapters have.
+DIVERGENCES = ("kl", "rkl", "js", "tvd", "labels")
+DEPTH = 64
+#: Of standard deviations of logits.
+SCALES = (1.0, 4.0, 15.0, 30.0)
+#: Largest error, of the loss and of a gradient's largest entry, of what means the same at scale 1: a narrow softmax
+#: costs a digit or two, and another scale, reduction or divergence all of them.
+SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+Step = Callable[[], None]
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr when it starts and stops
+
+
+def inputs(form: str, divergence: str, shape: tuple[int, int], dtype: torch.dtype, device: str,
+           scale: float = 1.0, depth: int = DEPTH) -> tuple[Tensor, ...]:  # fmt: skip
+    """What a loss of the form takes, with logits of that scale; the student's require grad, hidden states have `depth`
+    features."""  # fmt: skip
+    torch.manual_seed(0)
+    (n, v), d = shape, depth
+    sizes = {"student_logits": (n, v), "teacher_logits": (n, v), "hidden": (n, d), "weight": (v, d),
+             "teacher_hidden": (n, d), "teacher_weight": (v, d)}  # fmt: skip
+    made = []
+    for name in FORMS[form]:
+        factor = scale if "logits" in name else scale / d**0.5 if "weight" in name else 1.0
+        made.append((factor * torch.randn(sizes[name])).to(device, dtype))
+        made[-1].requires_grad_(name in ("student_logits", "hidden", "weight"))
+    if divergence == "labels":
+        made[1 if form == "rows" else 2 :] = [(torch.arange(n) % v).to(device)]
+    return tuple(made)
+
+
+def results(loss: Loss, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """The loss, and the gradients of what requires grad, in float64."""
+    trained = [x for x in given if x.requires_grad]
+    value = loss(*given)
+    return [x.detach().double() for x in (value, *torch.autograd.grad(value, trained))]
+
+
+def errors(loss: Loss, wanted: list[Tensor], given: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Of the loss, relative; and of a gradient, of its largest entry."""
+    sizes = [float(((x - y).abs().max() / y.abs().max()).nan_to_num(torch.inf))
+             for x, y in zip(results(loss, given), wanted, strict=True)]  # fmt: skip
+    return sizes[0], max(sizes[1:])
+
+
+def exact(form: str, divergence: str, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """`results` of the definition in float64, of the same entries."""
+    wide = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in given]
+    return results(truth(form, divergence), tuple(wide))
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """The most that torch's allocator held at once during a call, above what it held before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A loss beside the definition: `error` of the loss and of the gradients; or `reason`, why there is none."""
+
+    what: str
+    form: str
+    divergence: str
+    call: str
+    error: tuple[float, float] | None
+    reason: str | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Means the same, or cannot run here."""
+        return self.error is None or max(self.error) <= self.tolerance
+
+
+def compare(peer: Peer, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> Compared:
+    """A peer beside the definition; a failure of one that could run is an infinite error."""
+    error, reason = None, peer.why_not(device)
+    if reason is None:
+        given = inputs(peer.form, peer.divergence, shape, dtype, device)
+        wanted = exact(peer.form, peer.divergence, given)
+        try:
+            error = errors(peer.loss, wanted, given)
+        except Exception as failure:  # others' code, at its first call
+            error, reason = (torch.inf, torch.inf), f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
+    return Compared(peer.name, peer.form, peer.divergence, peer.call, error, reason, SAME[dtype])
+
+
+def measured(form: str, divergence: str, loss: Loss, shape: tuple[int, int], dtype: torch.dtype, device: str,
+             seconds: float, depth: int = DEPTH) -> dict[str, Any]:  # fmt: skip
+    """`seconds`, the median of a forward and backward pass, measured for about `seconds`; and its `peak_bytes`, the
+    gradients included."""  # fmt: skip
+    given = inputs(form, divergence, shape, dtype, device, depth=depth)
+
+    def step() -> None:
+        for x in given:
+            x.grad = None
+        loss(*given).backward()
+
+    step()
+    for x in given:
+        x.grad = None
+    return {"peak_bytes": peak_bytes(step, device), "seconds": median_seconds(step, seconds)}
+
+
+def errors_by_scale(form: str, divergence: str, losses: dict[str, Loss], shape: tuple[int, int], dtype: torch.dtype,
+                    device: str) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Of each loss at each of `SCALES`: `loss_error` and `gradient_error`."""
+    for scale in SCALES:
+        given = inputs(form, divergence, shape, dtype, device, scale)
+        wanted = exact(form, divergence, given)
+        for what, loss in losses.items():
+            of_loss, of_gradient = errors(loss, wanted, given)
+            yield {"what": what, "scale": scale, "loss_error": of_loss, "gradient_error": of_gradient}
+
+
+def losses(form: str, divergence: str, device: str, dtype: torch.dtype, backend: str = "auto",
+           compiled: bool = True) -> dict[str, Loss]:  # fmt: skip
+    """Ours, and of the peers those that run here and mean the same."""
+    chosen = {"fdistill": ours(form, divergence, backend=backend)}
+    for peer in found(form, divergence):
+        if compiled or peer.name != "torch.compile":
+            beside = compare(peer, device, dtype, (4, 300))
+            if beside.error is not None and beside.ok:
+                chosen[peer.name] = peer.loss
+    return chosen

@@ -1,0 +1,36 @@
+"""PyTorch: the loss as one writes it, eager and compiled, and `linear_cross_entropy` of the releases that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fdistill_kernels.bench import eager_loss
+from fdistill_kernels.divergences import TABLE
+
+from . import Loss, Peer
+
+
+def written(compiler: Callable[[Loss], Loss] | None, form: str, divergence: str) -> Loss:
+    """Of logits, which hidden states are made to first."""
+    of_logits: Loss = F.cross_entropy if divergence == "labels" else eager_loss(TABLE[divergence])
+
+    def of_hidden(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor | None = None) -> Tensor:
+        return of_logits(hidden @ weight.T, teacher if teacher_weight is None else teacher @ teacher_weight.T)
+
+    loss = of_logits if form == "rows" else of_hidden
+    return compiler(loss) if compiler else loss
+
+
+PEERS = [
+    Peer(name, form, divergence, partial(written, compiler, form, divergence))
+    for form in ("rows", "linear", "beside")
+    for divergence in (*TABLE, "labels")
+    if form != "beside" or divergence == "kl"
+    for name, compiler in (("eager", None), ("torch.compile", torch.compile))
+]
+PEERS.append(Peer("torch.nn.functional", "linear", "labels", lambda: F.linear_cross_entropy))

@@ -1,0 +1,124 @@
+"""Adapters of other libraries' losses: what each computes, and what is said of those that cannot run."""
+
+import functools
+import json
+import sys
+
+import pytest
+import torch
+
+from fdistill_kernels.peers import FORMS, Peer, __main__, distillkit, every, found, ours, pytorch, trl
+from fdistill_kernels.peers.measure import DIVERGENCES, compare, errors, exact, inputs, losses, peak_bytes
+
+CHOSEN = [peer for peer in every() if peer.divergence in DIVERGENCES]
+COMPARE = functools.partial(compare, device="cpu", dtype=torch.float32, shape=(5, 300))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled():
+    """What torch.compile makes of a peer takes seconds each, and means what the peer does."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("peer", CHOSEN, ids=lambda p: f"{p.name}-{p.form}-{p.divergence}")
+def test_means_the_same_as_ours(peer):
+    """Value and gradients are the float64 definition's, as ours are; or it is said why it does not run here."""
+    beside = COMPARE(peer)
+    if beside.error is None:
+        assert (
+            beside.ok
+            and beside.reason
+            and any(
+                why in beside.reason
+                for why in ("need a card", "No module named", "no attribute 'linear_cross_entropy'")
+            )
+        )
+    else:
+        assert max(beside.error) < 2e-6, beside
+        given = inputs(peer.form, peer.divergence, (5, 300), torch.float32, "cpu")
+        assert max(errors(ours(peer.form, peer.divergence), exact(peer.form, peer.divergence, given), given)) < 2e-6
+
+
+def test_most_run_here():
+    """So that the test above is of something: every form and meaning, and Liger's kernels in the interpreter."""
+    run = {(p.name, p.form, p.divergence) for p in CHOSEN if p.why_not("cpu") is None}
+    assert {(form, name) for _, form, name in run} == {(p.form, p.divergence) for p in CHOSEN}
+    assert {("liger-kernel", "rows", "js"), ("liger-kernel", "linear", "labels"), ("liger-kernel", "beside", "kl"),
+            ("liger-kernel fused", "linear", "kl")} <= run  # fmt: skip
+
+
+def changed(how):
+    """Eager kl, but for `how`."""
+
+    def make():
+        loss = pytorch.written(None, "rows", "kl")
+        return lambda student, teacher: how(loss, student, teacher)
+
+    return Peer("changed", "rows", "kl", make)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda loss, s, t: 2 * loss(s, t), lambda loss, s, t: loss(t, s), lambda loss, s, t: loss(s, t) * len(s),
+     lambda loss, s, t: loss(s, t).detach() + 0 * s.sum(), lambda loss, s, t: loss(s, t) * torch.nan,
+     lambda loss, s, t: loss(s, t[:, :-1])],
+    ids=["scale", "direction", "sum", "no gradient", "nan", "raises"],
+)  # fmt: skip
+def test_another_meaning_is_found(how, monkeypatch):
+    peer = changed(how)
+    beside = COMPARE(peer)
+    assert not beside.ok and (beside.reason is None or "size" in beside.reason)
+    monkeypatch.setattr("fdistill_kernels.peers.measure.found", lambda *_: [peer])
+    assert list(losses("rows", "kl", "cpu", torch.float32)) == ["fdistill"], "it is not timed"
+
+
+def test_the_call_is_ours():
+    """`call`, read as Python, is the loss."""
+    import fdistill_kernels as fk
+
+    for peer in CHOSEN:
+        given = inputs(peer.form, peer.divergence, (5, 300), torch.float32, "cpu")
+        names = dict(zip(FORMS[peer.form], given, strict=False), labels=given[-1])
+        assert eval(peer.call, {**vars(fk), **names}) == ours(peer.form, peer.divergence)(*given), peer.call
+
+
+def test_reasons():
+    def nowhere():
+        import nosuch  # noqa: F401
+
+    assert Peer("nosuch", "rows", "kl", nowhere).why_not("cpu") == "ModuleNotFoundError: No module named 'nosuch'"
+    (quack,) = (peer for peer in found("rows", "labels") if peer.name == "quack")
+    assert quack.why_not("cpu") == "its kernels need a card"
+
+
+@pytest.mark.parametrize(
+    "library, divergence", [*(("trl", n) for n in trl.BETAS), *(("DistillKit", n) for n in distillkit.FUNCTIONS)]
+)
+def test_formulas_in_place_of_libraries(library, divergence, monkeypatch):
+    monkeypatch.setattr(distillkit, "INSTALLED", False)
+    make = {"trl": trl.formula, "DistillKit": distillkit.mean}[library]
+    assert max(COMPARE(Peer("formula", "rows", divergence, functools.partial(make, divergence))).error) < 2e-6
+
+
+def test_peak_bytes():
+    def step():
+        first = torch.empty(100_000, dtype=torch.uint8)
+        del first
+        second, third = torch.empty(30_000, dtype=torch.uint8), torch.empty(90_000, dtype=torch.uint8)
+        del second, third
+
+    assert peak_bytes(step, "cpu") == 120_000
+
+
+def test_the_benchmark_writes_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "peers.json"
+    monkeypatch.setattr(sys, "argv", ["peers", "--out", str(path), "--shape", "4,200", "--seconds", "0.001", "--depth",
+                                      "16", "--divergence", "labels", "--form", "rows", "linear"])  # fmt: skip
+    __main__.main()
+    content = json.loads(path.read_text())
+    assert {"device", "commit", "dirty", "command", "versions", "torch"} <= set(content)
+    assert {(r["what"], r["form"]) for r in content["results"]} >= {("fdistill", "rows"), ("eager", "linear")}
+    assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 and len(r["errors"]) == 4 for r in content["results"])
+    assert any(left["what"] == "quack" and "card" in left["why"] for left in content["left_out"])
