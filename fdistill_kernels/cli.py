@@ -145,8 +145,10 @@ def _remedy(library: str) -> list[str]:
 def _verify(args: argparse.Namespace) -> int:
     from .verify import verify
 
-    if args.precision:
-        return _precision(args)
+    if args.precision and args.peers:
+        raise ValueError("--precision and --peers are two reports: give one")
+    if args.precision or args.peers:
+        return (_peers if args.peers else _precision)(args)
     device = args.device
     default = ["float32", "bfloat16", "float16"] + (["float64"] if device == "cpu" else [])
     dtypes = [DTYPES[name] for name in args.dtype or default]
@@ -161,6 +163,32 @@ def _verify(args: argparse.Namespace) -> int:
         _table(("divergence", "dtype", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows)
         print(f"{len(outcomes) - len(missed)} of {len(outcomes)} within tolerance of the float64 reference")
     return 1 if missed else 0
+
+
+def _peers(args: argparse.Namespace) -> int:
+    from . import peers
+    from .peers.measure import DIVERGENCES, compare
+
+    asked = args.divergence or DIVERGENCES
+    chosen = [peer for d in asked for peer in peers.found(None, d) if peer.name != "torch.compile"]  # which is eager
+    if not chosen:
+        raise ValueError(f"--divergence: no peer computes {', '.join(map(str, asked))}")
+    rows = [{"dtype": dtype, **dataclasses.asdict(found), "ok": found.ok} for dtype in args.dtype or ["float32"]
+            for peer in chosen for found in [compare(peer, args.device, DTYPES[dtype], args.shape)]]  # fmt: skip
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        lines = []
+        for row in rows:
+            errors = [f"{e:.0e} ({o:.0e})" for e, o in zip(row["error"] or (), row["ours"] or (), strict=True)]
+            verdict = "MISS" if not row["ok"] else "not run" if row["reason"] else "ok"
+            shown = (row["what"], row["form"], row["divergence"], row["dtype"])
+            lines.append((*shown, *(errors or ("", "")), verdict, row["reason"] or row["call"]))
+        _table(("peer", "form", "loss", "dtype", "loss (ours)", "gradients (ours)", "", "our call"), lines)
+        print(f"{sum(row['ok'] and not row['reason'] for row in rows)} mean the same, "
+              f"{sum(not row['ok'] for row in rows)} do not, {sum(row['ok'] and bool(row['reason']) for row in rows)} "
+              "cannot run here")  # fmt: skip
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 def _precision(args: argparse.Namespace) -> int:
@@ -193,8 +221,17 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.tune and args.report:
+        raise ValueError("--tune and --report are two runs: give one")
     if args.tune:
         return _tune(args)
+    if args.report:
+        from .report import write
+
+        divergences = args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]
+        found = write(args.report, divergences, args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile)
+        print(json.dumps(found, indent=1) if args.json else f"the page is {args.report}")
+        return 0
     results = []
     for divergence in args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]:
         for timing in measure(divergence, args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile):
@@ -356,6 +393,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
     verify.add_argument("--divergence", **several)
     verify.add_argument("--precision", action="store_true", help="digits kept in hard rows, beside eager PyTorch's")
+    verify.add_argument("--peers", action="store_true", help="other libraries' losses beside ours and the definition")
     verify.add_argument(
         "--backend", default="auto", choices=["auto", *backends.BACKENDS], help="of --precision; default: all"
     )
@@ -368,6 +406,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_count, metavar="N", help="default: torch's")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
     bench.add_argument("--divergence", **several)
+    bench.add_argument("--report", metavar="FILE", help="a page with charts: times, memory, roofline, errors, peers'")
     bench.add_argument(
         "--tune",
         action="store_true",

@@ -14,13 +14,15 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdistill_kernels import Logits, cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
-from fdistill_kernels.reference import f_divergence_rows
+from fdistill_kernels import Divergence, Logits, cross_entropy, linear_cross_entropy, linear_f_divergence
+from fdistill_kernels.bench import our_loss
+from fdistill_kernels.divergences import TABLE
+from fdistill_kernels.own import resolve
+from fdistill_kernels.reference import example_labels, f_divergence_rows
 
 Loss = Callable[..., Tensor]
 #: What losses of a form take; of "labels", in the teacher's place, labels (N,).
@@ -85,9 +87,10 @@ def every() -> tuple[Peer, ...]:
     return tuple(sorted(peers, key=lambda peer: peer.name == "torch.compile"))
 
 
-def found(form: str, divergence: str) -> list[Peer]:
-    """A form's peers of one meaning, whether they can run or not."""
-    return [peer for peer in every() if (peer.form, peer.divergence) == (form, divergence)]
+def found(form: str | None, divergence: str | Divergence) -> list[Peer]:
+    """A form's peers of one meaning, or every form's, whether they can run or not."""
+    name = next((name for name, its in TABLE.items() if its == divergence), str(divergence))
+    return [peer for peer in every() if peer.divergence == name and form in (None, peer.form)]
 
 
 def running(form: str, divergence: str, device: str) -> dict[str, Loss]:
@@ -95,18 +98,17 @@ def running(form: str, divergence: str, device: str) -> dict[str, Loss]:
     return {peer.name: peer.loss for peer in found(form, divergence) if peer.why_not(device) is None}
 
 
-def ours(form: str, divergence: str, **keywords: Any) -> Loss:
-    """Our loss of a form's tensors."""
+def ours(form: str, divergence: str | Divergence, backend: str = "auto") -> Loss:
+    """Our loss of a form's tensors; of a divergence that needs labels, rows with those of `example_labels` alone."""
     if divergence == "labels":
-        return functools.partial(cross_entropy if form == "rows" else linear_cross_entropy, **keywords)
+        return functools.partial(cross_entropy if form == "rows" else linear_cross_entropy, backend=backend)
     if form == "rows":
-        return functools.partial(f_divergence, divergence=divergence, **keywords)
-    if form == "linear":
-        return functools.partial(linear_f_divergence, divergence=divergence, **keywords)
-    return lambda h, w, teacher: linear_f_divergence(h, w, Logits(teacher), divergence=divergence, **keywords)
+        return our_loss(resolve(divergence), backend)
+    linear = functools.partial(linear_f_divergence, divergence=divergence, backend=backend)
+    return linear if form == "linear" else lambda hidden, weight, teacher: linear(hidden, weight, Logits(teacher))
 
 
-def truth(form: str, divergence: str) -> Loss:
+def truth(form: str, divergence: str | Divergence) -> Loss:
     """The definition in plain torch, for float64 tensors."""
 
     def loss(*inputs: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ def truth(form: str, divergence: str) -> Loss:
         if divergence == "labels":
             return torch.nn.functional.cross_entropy(student, teacher[0])
         logits = teacher[0] if len(teacher) == 1 else teacher[0] @ teacher[1].T
-        return f_divergence_rows(student, logits, divergence).mean()
+        labels = example_labels(resolve(divergence), student)
+        return f_divergence_rows(student, logits, divergence, labels=labels).mean()
 
     return loss

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fdistill_kernels.bench import median_seconds
+from fdistill_kernels.divergences import Divergence
 
 from . import FORMS, Loss, Peer, found, ours, truth
 
@@ -27,7 +28,7 @@ Step = Callable[[], None]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr when it starts and stops
 
 
-def inputs(form: str, divergence: str, shape: tuple[int, int], dtype: torch.dtype, device: str,
+def inputs(form: str, divergence: str | Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str,
            scale: float = 1.0, depth: int = DEPTH) -> tuple[Tensor, ...]:  # fmt: skip
     """What a loss of the form takes, with logits of that scale; the student's require grad, hidden states have `depth`
     features."""  # fmt: skip
@@ -59,7 +60,7 @@ def errors(loss: Loss, wanted: list[Tensor], given: tuple[Tensor, ...]) -> tuple
     return sizes[0], max(sizes[1:])
 
 
-def exact(form: str, divergence: str, given: tuple[Tensor, ...]) -> list[Tensor]:
+def exact(form: str, divergence: str | Divergence, given: tuple[Tensor, ...]) -> list[Tensor]:
     """`results` of the definition in float64, of the same entries."""
     wide = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in given]
     return results(truth(form, divergence), tuple(wide))
@@ -85,13 +86,14 @@ def peak_bytes(step: Step, device: str) -> int:
 
 @dataclass(frozen=True)
 class Compared:
-    """A loss beside the definition: `error` of the loss and of the gradients; or `reason`, why there is none."""
+    """A loss beside the definition: `error` of the loss and of the gradients, and `ours`; or why there is none."""
 
     what: str
     form: str
     divergence: str
     call: str
     error: tuple[float, float] | None
+    ours: tuple[float, float] | None
     reason: str | None
     tolerance: float
 
@@ -103,19 +105,20 @@ class Compared:
 
 def compare(peer: Peer, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> Compared:
     """A peer beside the definition; a failure of one that could run is an infinite error."""
-    error, reason = None, peer.why_not(device)
+    error, our_error, reason = None, None, peer.why_not(device)
     if reason is None:
         given = inputs(peer.form, peer.divergence, shape, dtype, device)
         wanted = exact(peer.form, peer.divergence, given)
+        our_error = errors(ours(peer.form, peer.divergence), wanted, given)
         try:
             error = errors(peer.loss, wanted, given)
         except Exception as failure:  # others' code, at its first call
             error, reason = (torch.inf, torch.inf), f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
-    return Compared(peer.name, peer.form, peer.divergence, peer.call, error, reason, SAME[dtype])
+    return Compared(peer.name, peer.form, peer.divergence, peer.call, error, our_error, reason, SAME[dtype])
 
 
-def measured(form: str, divergence: str, loss: Loss, shape: tuple[int, int], dtype: torch.dtype, device: str,
-             seconds: float, depth: int = DEPTH) -> dict[str, Any]:  # fmt: skip
+def measured(form: str, divergence: str | Divergence, loss: Loss, shape: tuple[int, int], dtype: torch.dtype,
+             device: str, seconds: float, depth: int = DEPTH) -> dict[str, Any]:  # fmt: skip
     """`seconds`, the median of a forward and backward pass, measured for about `seconds`; and its `peak_bytes`, the
     gradients included."""  # fmt: skip
     given = inputs(form, divergence, shape, dtype, device, depth=depth)
@@ -131,8 +134,8 @@ def measured(form: str, divergence: str, loss: Loss, shape: tuple[int, int], dty
     return {"peak_bytes": peak_bytes(step, device), "seconds": median_seconds(step, seconds)}
 
 
-def errors_by_scale(form: str, divergence: str, losses: dict[str, Loss], shape: tuple[int, int], dtype: torch.dtype,
-                    device: str) -> Iterator[dict[str, Any]]:  # fmt: skip
+def errors_by_scale(form: str, divergence: str | Divergence, losses: dict[str, Loss], shape: tuple[int, int],
+                    dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Of each loss at each of `SCALES`: `loss_error` and `gradient_error`."""
     for scale in SCALES:
         given = inputs(form, divergence, shape, dtype, device, scale)
@@ -142,10 +145,10 @@ def errors_by_scale(form: str, divergence: str, losses: dict[str, Loss], shape: 
             yield {"what": what, "scale": scale, "loss_error": of_loss, "gradient_error": of_gradient}
 
 
-def losses(form: str, divergence: str, device: str, dtype: torch.dtype, backend: str = "auto",
+def losses(form: str, divergence: str | Divergence, device: str, dtype: torch.dtype, backend: str = "auto",
            compiled: bool = True) -> dict[str, Loss]:  # fmt: skip
     """Ours, and of the peers those that run here and mean the same."""
-    chosen = {"fdistill": ours(form, divergence, backend=backend)}
+    chosen = {"fdistill": ours(form, divergence, backend)}
     for peer in found(form, divergence):
         if compiled or peer.name != "torch.compile":
             beside = compare(peer, device, dtype, (4, 300))

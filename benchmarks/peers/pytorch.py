@@ -26,11 +26,11 @@ def written(compiler: Callable[[Loss], Loss] | None, form: str, divergence: str)
     return compiler(loss) if compiler else loss
 
 
+LINEAR = ("labels", *(name for name, divergence in TABLE.items() if not divergence.needs_labels))
 PEERS = [
     Peer(name, form, divergence, partial(written, compiler, form, divergence))
-    for form in ("rows", "linear", "beside")
-    for divergence in (*TABLE, "labels")
-    if form != "beside" or divergence == "kl"
+    for form, divergences in {"rows": (*TABLE, "labels"), "linear": LINEAR, "beside": ("kl",)}.items()
+    for divergence in divergences
     for name, compiler in (("eager", None), ("torch.compile", torch.compile))
 ]
 PEERS.append(Peer("torch.nn.functional", "linear", "labels", lambda: F.linear_cross_entropy))

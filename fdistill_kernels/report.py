@@ -1,0 +1,178 @@
+"""`fdistill bench --report`: what a loss costs at the user's own sizes, beside the peers installed, as one HTML file.
+
+The page needs nothing else: its charts are SVG, drawn by matplotlib, and its numbers stand in it as JSON too.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bench import eager_loss, median_seconds
+from .divergences import Divergence
+from .provenance import provenance
+
+#: To time a loss for, at each size.
+SECONDS = 0.2
+FEW = 8  # rows, of the errors
+LEAST = 1e-9  # an error of 0 has no place on a logarithm's axis
+CHARTS = ("time-N", "memory-N", "roofline", "time-V", "memory-V", "error")
+STYLE = """
+body {font: 15px sans-serif; max-width: 78em; margin: 2em auto}
+td {padding: .2em .8em; text-align: right}
+svg {width: 100%; height: auto}
+"""
+
+
+def sizes(shape: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
+    """Sixteenth, quarter and whole of N, and of V, the other as given."""
+    n, v = shape
+    parts = (16, 4, 1)
+    return {
+        "N": sorted({(max(1, n // part), v) for part in parts}),
+        "V": sorted({(n, max(2, v // part)) for part in parts}),
+    }
+
+
+def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str, backend: str,
+            compiled: bool) -> dict[str, Any]:  # fmt: skip
+    """`sizes`: of each loss and size seconds, bytes at the worst moment, and the seconds of `floor`. `errors`: by the
+    scale of the logits, beside float64."""  # fmt: skip
+    from .peers.measure import errors_by_scale, losses, measured
+
+    data: dict[str, Any] = {**provenance("fdistill bench --report", device), "shape": shape,
+                            "dtype": str(dtype).removeprefix("torch."), "sizes": [], "errors": []}  # fmt: skip
+    every = sorted({size for axis in sizes(shape).values() for size in axis})
+    floors = {size: floor(size, dtype, device) for size in every}
+    for divergence in divergences:
+        name = {"divergence": str(divergence)}
+        calls = losses("rows", divergence, device, dtype, backend, compiled)
+        calls.setdefault("eager", eager_loss(divergence))  # of a parameter that no peer has
+        few = (min(FEW, shape[0]), shape[1])
+        data["errors"] += [{**name, **e} for e in errors_by_scale("rows", divergence, calls, few, dtype, device)]
+        for (what, loss), size in itertools.product(calls.items(), every):
+            entry = measured("rows", divergence, loss, size, dtype, device, SECONDS)
+            data["sizes"].append({**name, "what": what, "shape": size, "floor": floors[size], **entry})
+    return data
+
+
+def floor(shape: tuple[int, int], dtype: torch.dtype, device: str) -> float:
+    """Seconds of three passes over N·V, at the rate of a copy (two passes) of this size."""
+    source = torch.zeros(shape, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    return 1.5 * median_seconds(lambda: target.copy_(source), SECONDS)
+
+
+def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:
+    """One of `CHARTS`: a line a loss, its `gid` divergence/chart/loss."""
+    kind, _, axis = name.partition("-")
+    rows = [r for r in data["errors" if kind == "error" else "sizes"] if r["divergence"] == divergence]
+    shape = data["shape"]
+    if axis:
+        kept = sizes((shape[0], shape[1]))[axis]
+        rows = [r for r in rows if tuple(r["shape"]) in kept]
+    itemsize = getattr(torch, data["dtype"]).itemsize
+
+    def matrix(row: dict[str, Any]) -> float:
+        return row["shape"][0] * row["shape"][1] * itemsize / 1e6
+
+    values: dict[str, tuple[str, str, Callable[..., float], Callable[..., float]]] = {
+        "time": (axis, "ms", lambda r: r["shape"]["NV".index(axis)], lambda r: 1e3 * r["seconds"]),
+        "memory": (axis, "MB above inputs", lambda r: r["shape"]["NV".index(axis)], lambda r: r["peak_bytes"] / 1e6),
+        "roofline": ("MB of a logit matrix", "GB/s of 3·N·V", matrix, lambda r: 3e-3 * matrix(r) / r["seconds"]),
+        "error": ("standard deviation of logits", "gradient's error, of its largest entry", lambda r: r["scale"],
+                  lambda r: min(max(LEAST, r["gradient_error"]), 1e3)),
+    }  # fmt: skip
+    x_label, y_label, x, y = values[kind]
+    lines = {what: sorted((x(r), y(r)) for r in rows if r["what"] == what) for what in {r["what"]: 0 for r in rows}}
+    if kind == "roofline":
+        roof = sorted({(matrix(r), 3e-3 * matrix(r) / r["floor"]) for r in rows})
+        axes.plot(
+            *zip(*roof, strict=True), color="grey", linestyle=":", label="a copy", gid=f"{divergence}/{name}/a copy"
+        )
+    for what, line in lines.items():
+        joined = "" if kind == "roofline" else "-"  # where two shapes may have one size
+        axes.plot(*zip(*line, strict=True), marker="o", linestyle=joined, label=what, gid=f"{divergence}/{name}/{what}")
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=name.replace("-", " against "))
+    axes.set_gid(f"{divergence}/{name}")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 2, high * 2)  # so that at least two marks are on it
+    _marks(axes, sorted({point[0] for line in lines.values() for point in line}))
+
+
+def _marks(axes: Any, places: list[float]) -> None:
+    """Of plain numbers: at the sizes measured, and at 1, 2 and 5 of each decade, or at decades where there are many."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(StrMethodFormatter("{x:g}" if axis is axes.yaxis else "{x:.4g}"))
+
+
+def charts(data: dict[str, Any]) -> str:
+    """The charts of every divergence, as one SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["divergence"] for row in data["sizes"]))
+    figure = Figure(figsize=(15, 8 * len(names)), layout="constrained")
+    for name, part in zip(names, figure.subfigures(len(names), squeeze=False)[:, 0], strict=True):
+        part.suptitle(name, fontsize="x-large")
+        for axes, kind in zip(part.subplots(2, 3).flat, CHARTS, strict=True):
+            chart(axes, kind, data, name)
+        part.legend(*part.axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    drawn = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fdistill"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+
+
+def page(data: dict[str, Any]) -> str:
+    """The HTML."""
+    whole = [r for r in data["sizes"] if tuple(r["shape"]) == tuple(data["shape"])]
+    ours = {r["divergence"]: r["seconds"] for r in whole if r["what"] == "fdistill"}
+    cells = [
+        (r["divergence"], r["what"], f"{1e3 * r['seconds']:.2f}", f"{r['seconds'] / r['floor']:.2f}",
+         f"{r['seconds'] / ours[r['divergence']]:.2f}", f"{r['peak_bytes'] / 1e6:.1f}")
+        for r in whole
+    ]  # fmt: skip
+    head = ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB above inputs")
+    table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in (head, *cells))
+    origin = ", ".join(f"{k}: {v}" for k, v in data.items() if not isinstance(v, list))
+    numbers = json.dumps(data).replace("</", "<\\/")
+    return (
+        f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>fdistill bench</title><style>{STYLE}</style>\n'
+        f"<h1>Forward and backward, N, V = {data['shape'][0]}, {data['shape'][1]}, {data['dtype']}</h1>\n"
+        f"<p>{html.escape(origin)}</p>\n<table>{table}</table>\n"
+        "<p>Memory is what torch's allocator held at the worst moment above the inputs, the gradient included. The "
+        "floor is three passes over N·V at the rate of a copy. An error is the student's gradient's largest, over its "
+        f"largest entry, beside float64.</p>\n{charts(data)}\n"
+        f'<script type="application/json" id="data">{numbers}</script>\n</html>\n'
+    )
+
+
+def write(path: str, divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str,
+          backend: str, compiled: bool) -> dict[str, Any]:  # fmt: skip
+    """Measures, writes the page, and returns its numbers.
+
+    Raises:
+        ValueError: matplotlib is missing.
+        OSError: the file cannot be written, before anything is measured.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--report needs matplotlib: pip install 'fdistill_kernels[demo]'")
+    Path(path).open("a").close()
+    data = measure(divergences, shape, dtype, device, backend, compiled)
+    Path(path).write_text(page(data), encoding="utf-8")
+    return data
