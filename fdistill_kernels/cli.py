@@ -20,6 +20,7 @@ import torch
 from . import __version__, backends
 from .backends import cuda, native
 from .divergences import PARAMETERS, TABLE, Divergence
+from .doctor import details, lines
 from .own import resolve
 
 STUDENTS = ("kl", "js", "tvd")  # of the demo
@@ -112,6 +113,8 @@ def _doctor(args: argparse.Namespace) -> int:
         "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
         "remedies": remedies,
     }
+    more = details() if args.report else {}
+    report |= more
     if args.json:
         print(json.dumps(report, indent=1))
         return 0
@@ -122,7 +125,7 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"backend {name} on {device}: {state}")
     for device, name in report["auto"].items():
         print(f"auto on {device} logits: {name}")
-    for line in remedies:
+    for line in (*remedies, *(lines(more) if more else ())):
         print(line)
     return 0
 
@@ -420,7 +423,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("teacher", _teacher, "Keep what a teacher says: build, inspect, verify or serve." + needs)
     if not missing:
         _teacher_arguments(sub)
-    command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
+    doctor = command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
+    doctor.add_argument("--report", action="store_true", help="with all that a bug report needs")
     command("list", _list, "List the divergences and their parameters.")
     return top
 

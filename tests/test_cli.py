@@ -1,5 +1,6 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -40,6 +41,34 @@ def test_doctor_without_the_native_backend(capsys, monkeypatch):
     monkeypatch.setattr(cpu, "NOT_LOADED", "the cpu library is not built")
     out = run(capsys, "doctor")[1]
     assert "backend cpu on cpu: the cpu library is not built" in out and "auto on cpu logits: torch" in out
+
+
+def test_doctor_report_is_one_screen(capsys, monkeypatch, tmp_path):
+    """All that a bug report needs, whatever the length of logs and variables; and no more of the environment."""
+    from fdistill_kernels.backends import native
+
+    monkeypatch.setattr(native, "log_of", lambda name: tmp_path / f"{name}.log")
+    (tmp_path / "cpu.log").write_text("".join(f"line {i}\n\n" for i in range(500)) + "rows.cpp:7: " + "error " * 99)
+    (tmp_path / "cuda.log").write_bytes(b"nvcc fatal: \xff\n")
+    card = tmp_path / "nvidia-smi"
+    card.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0, 143771 MiB, 580.159.04'\n")
+    card.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {"FDISTILL_CACHE": "x" * 500, "TORCH_TOKEN": "hidden", "MY_OWN": "hidden"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    status, out = run(capsys, "doctor", "--report")
+    screen = out.splitlines()
+    assert status == 0 and len(screen) <= 48 and max(map(len, screen)) <= 200
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    for needed in (*versions, "system: ", "commit: ", "device: NVIDIA H200, 9.0",
+                   "backend cpu on cpu: ", "auto on cpu logits: ", "the cpu library's build said last:", "    line 499",
+                   "rows.cpp:7: error", "nvcc fatal: \ufffd", "FDISTILL_CACHE=xxx", "TRITON_INTERPRET=1"):  # fmt: skip
+        assert needed in out, needed
+    assert "hidden" not in out and "line 494" not in out and "x" * 120 not in out
+    report = json.loads(run(capsys, "doctor", "--report", "--json")[1])
+    assert report["environment"]["FDISTILL_CACHE"] == "x" * 500 and len(report["build_logs"]["cpu"]) == 6
+    assert "build_logs" not in json.loads(run(capsys, "doctor", "--json")[1])
 
 
 def test_verify_passes_and_prints_json(capsys):
