@@ -1,6 +1,7 @@
 """Adapters of other libraries' losses: what each computes, and what is said of those that cannot run."""
 
 import functools
+import importlib.util
 import json
 import sys
 
@@ -44,8 +45,10 @@ def test_most_run_here():
     """So that the test above is of something: every form and meaning, and Liger's kernels in the interpreter."""
     run = {(p.name, p.form, p.divergence) for p in CHOSEN if p.why_not("cpu") is None}
     assert {(form, name) for _, form, name in run} == {(p.form, p.divergence) for p in CHOSEN}
-    assert {("liger-kernel", "rows", "js"), ("liger-kernel", "linear", "labels"), ("liger-kernel", "beside", "kl"),
-            ("liger-kernel fused", "linear", "kl")} <= run  # fmt: skip
+    assert any(name.startswith("DistillKit") for name, *_ in run) and any(name.startswith("trl") for name, *_ in run)
+    if importlib.util.find_spec("liger_kernel"):
+        assert {("liger-kernel", "rows", "js"), ("liger-kernel", "linear", "labels"), ("liger-kernel", "beside", "kl"),
+                ("liger-kernel fused", "linear", "kl")} <= run  # fmt: skip
 
 
 def changed(how):

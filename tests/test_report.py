@@ -65,7 +65,7 @@ def whole(page, divergence, what):
 def test_every_chart_is_drawn(page):
     names = list(dict.fromkeys((r["divergence"], r["what"]) for r in page.data["sizes"]))
     assert [n for n in names if n[0] == "kl"][:2] == [("kl", "fdistill"), ("kl", "eager")] and len(names) >= 6
-    assert {("alpha(0.3)", "eager"), ("kl", "DistillKit's formula")} <= set(names)
+    assert ("alpha(0.3)", "eager") in names and any(what.startswith("DistillKit") for _, what in names)
     for divergence, what in names:
         for chart in report.CHARTS:
             page.read(divergence, chart, what)
