@@ -99,6 +99,37 @@ def test_the_teacher_s_own_prompts(tmp_path):
         ids_of(tokenizer, [{"prompt": "a", "target": "b"}], tmp_path, teacher_system="be kind")
 
 
+def test_conversations_that_begin_with_an_answer_or_end_in_none(tmp_path):
+    """What opens a conversation is to nothing, and read alone; bad ends are refused by their row."""
+    tokenizer = tokenizer_of(PLAIN)
+    row = ids_of(tokenizer, [{"messages": [TURNS[1], *TURNS[:2]]}], tmp_path)[0]
+    assert tokenizer.decode(row["prompt_ids"]).count("good day") == 1 and row["reference"] == "good day"
+    assert counted(tokenizer, row)[0] == "good day</s>"
+    empty = [TURNS[0], {"role": "assistant", "content": ""}]
+    assert counted(tokenizer, ids_of(tokenizer, [{"messages": empty}], tmp_path)[0])[0] == "</s>"
+    for rows, words in (([{"messages": TURNS[1:2]}], "row 0: an answer alone has no prompt"),
+                        ([{"prompt": [], "completion": TURNS[1:2]}], "row 0: an answer alone has no prompt"),
+                        ([{"messages": t} for t in (TURNS, TURNS[:3], TURNS[:2])], "row 1 ends in no answer")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            ids_of(tokenizer, rows, tmp_path)
+
+
+def test_prompts_of_the_teacher_s_own_are_text_or_messages_beside_either(tmp_path):
+    tokenizer = tokenizer_of(PLAIN)
+    text, chat = {"prompt": "hello", "target": "day"}, {"messages": TURNS[:2]}
+    for row in (text, chat):
+        kept = ids_of(tokenizer, [row], tmp_path)[0]["prompt_ids"]
+        for own, told in (
+            ("now?", "<s>now?"),
+            (TURNS[2:3], "<s><|im_start|>user\nand now?</s>\n<|im_start|>assistant\n"),
+        ):
+            made = ids_of(tokenizer, [{**row, "teacher_prompt": own}, {**row, "teacher_prompt": own[:0]}], tmp_path)
+            assert tokenizer.decode(made[0]["teacher_prompt_ids"]) == told
+            assert made[1]["teacher_prompt_ids"] == kept == made[0]["prompt_ids"]  # an empty one is none
+    with pytest.raises(ValueError, match="row 0: --teacher_system is of messages, and teacher_prompt is text"):
+        ids_of(tokenizer, [{**chat, "teacher_prompt": "now?"}], tmp_path, teacher_system="x")
+
+
 def test_templates_that_tell_no_answer_apart_are_refused(tmp_path):
     assert conversation(tokenizer_of(CHANGING), TURNS[:2]).rest is not None  # of one answer they are right
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1: the chat template renders turns otherwise"):
@@ -108,6 +139,8 @@ def test_templates_that_tell_no_answer_apart_are_refused(tmp_path):
         ids_of(tokenizer_of(strict), [{"messages": TURNS}], tmp_path, teacher_system="x")
     with pytest.raises(ValueError, match="chat_template"):
         ids_of(tokenizer_of(), [{"messages": TURNS}], tmp_path)
+    with pytest.raises(ValueError, match="row 0: the chat template refuses: can only concatenate"):
+        ids_of(tokenizer_of("{{ messages[0]['content'] + 3 }}"), [{"messages": TURNS}], tmp_path)
     with pytest.raises(ValueError, match="messages are for causal models"):
         ids_of(tokenizer_of(PLAIN), [{"messages": TURNS}], tmp_path, bart(320))
 
@@ -174,10 +207,13 @@ def test_files_of_every_kind(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps(rows))
     (tmp_path / "f.jsonl").write_text("".join(json.dumps({**row, "id": 3}) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "g.parquet")
+    for name in "bcef":  # as Excel begins a file
+        path = next(p for p in tmp_path.iterdir() if p.name.startswith(name))
+        path.with_name("marked_" + path.name).write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     for path in sorted(tmp_path.iterdir()):
         assert read_pairs(path).to_list() == rows, path
     assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]
-    (tmp_path / "chat.csv").write_text('messages\n"' + json.dumps(TURNS[:2]).replace('"', '""') + '"\n')
+    (tmp_path / "chat.csv").write_text('messages,tools\n"' + json.dumps(TURNS[:2]).replace('"', '""') + '",\n')
     tokenizer = tokenizer_of(PLAIN)
     assert (
         counted(tokenizer, tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, llama(320).config)[0])[0]
@@ -206,6 +242,7 @@ def test_bad_rows_are_named(tmp_path):
         ("none.tsv", b"", "none.tsv has no rows"), ("none.jsonl", b"", "none.jsonl has no rows"), ("none.csv", b"prompt,target\n", "no rows"),
         ("lacks.jsonl", b'{"source": "a", "target": "b"}\n', "lacks the column 'prompt', and messages and text; it has source, target"),
         ("kind.txt", b"a", "must be .jsonl, .json, .csv, .tsv or .parquet, not .txt"),
+        ("twice.csv", b"prompt,prompt,target\na,b,c\n", "twice.csv: two columns have one name, among prompt, prompt"),
         ("empty.jsonl", b'{"prompt": "", "target": "b"}\n', "row 0: the prompt is empty"),
         ("turns.jsonl", b'{"messages": [{"content": "b"}]}\n', "row 0: messages must be a list of role and content"),
         ("mixed.jsonl", json.dumps({"messages": TURNS[:2]}).encode() + b"\n" + json.dumps({"messages": TURNS[:1]}).encode(),
@@ -239,12 +276,19 @@ def test_options_and_what_they_were_called(tmp_path):
         found.config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
     )
     assert ask("train", [*base, "--num-train-epochs", "2"]).config.max_steps == -1
+    (tmp_path / "no.yaml").write_text("save_strategy: no\neval_strategy: no\nreport_to: []\nlr_scheduler_type: cosine_with_min_lr\n"
+                                      "lr_scheduler_kwargs: {min_lr: 1e-6}\n")  # fmt: skip
+    config = ask("train", [*base, "--config", str(tmp_path / "no.yaml")]).config
+    assert config.save_strategy == config.eval_strategy == "no" and config.report_to == []
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert ask("train", [*base, "--report_to", "wandb", "tensorboard"]).config.report_to == ["wandb", "tensorboard"]
     (tmp_path / "bad.yaml").write_text("steps: 3\nstepz: 4\n")
     for argv, words in {
         ("--steps", "4", "--batch=2"): "--steps is --max_steps; --batch is --per_device_train_batch_size",
         ("--out", "x"): "--out is --output_dir", ("--evaluate-every", "2"): "--eval_steps", ("--stepz", "4"): "unrecognized arguments: --stepz",
         ("--model_name_or_path", "x"): "--model_name_or_path is --student",
         ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
+        ("--torch_dtype", "auto"): "--torch_dtype is --dtype", ("--num_train_epochs", "0"): "--num_train_epochs must be positive",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",
         ("--student_layers", "1"): "--student_layers makes a student, and --student names another",
         ("--shares", "gold=1"): "is not used without a divergence", ("--lora_r", "4"): "--lora_r: of an adapter, which --use_peft asks for",

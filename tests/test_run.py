@@ -219,8 +219,9 @@ def test_measures_of_few_and_empty_outputs(files):
 
 
 def test_sample_teacher_and_seqkd(files, capsys):
-    common = arguments(files, "--method", "seqkd", "--predistill-steps", "0")[1:]
-    assert cli.main(["sample-teacher", *common]) == 0 and (files / "run" / "teacher_beams" / "manifest.json").exists()
+    common = arguments(files, "--method", "seqkd", "--predistill-steps", "0", "--samples", f"{files}/kept")[1:]
+    assert cli.main(["sample-teacher", *common]) == 0 and (files / "kept" / "teacher_beams" / "manifest.json").exists()
+    assert json.loads(capsys.readouterr().out)["folder"] == f"{files}/kept"
     assert cli.main(["train", *common]) == 0
 
 
@@ -321,6 +322,10 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--teacher is needed": of(causal, "train", None, "student", "pairs.jsonl", *out),
         "there is no folder": of(causal, "train", "nosuch", "student", "pairs.jsonl", *out),
         "bitsandbytes": of(causal, "train", "teacher", "student", "pairs.jsonl", "--teacher_quantization", "4bit", *out),
+        "lr_scheduler_kwargs=None: ": of(causal, "train", "teacher", "student", "pairs.jsonl", "--lr_scheduler_type", "warmup_stable_decay", *out),
+        "lomo": of(causal, "train", "teacher", "student", "pairs.jsonl", "--optim", "lomo", *out),
+        "--dataset_train_split is of a hub dataset": of(causal, "train", "teacher", "student", "pairs.jsonl", "--dataset_train_split", "x", *out),
+        "--dataset_test_split is of a hub": of(causal, "train", "teacher", "student", "pairs.jsonl", "--dataset_test_split", "x", *out),
         "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
     }.items():  # fmt: skip
         assert cli.main(call) == 2, call
@@ -349,6 +354,28 @@ def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp
     chats.write_text(chats.read_text().replace("say 3", "tell 3"))
     assert cli.main(call) == 2
     assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
+
+
+def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
+    """What nothing foresees, here the weights' end, leaves the folder free for other settings; a checkpoint binds."""
+    call = of(causal, "train", "teacher", "padded", "pairs.jsonl", "--method", "rkl", "--eval_pairs", "4", "--use_peft",
+              "--lora_target_modules", "all-linear", "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    assert (
+        cli.main(
+            [*call, "--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "no", "--learning_rate", "1e30"]
+        )
+        == 2
+    )
+    assert "has logits that are not finite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert cli.main([*call, "--max_steps", "2"]) == 0
+    adapter = json.loads((tmp_path / "run" / "student" / "adapter_config.json").read_text())
+    linear = {name.rpartition(".")[2] for name in adapter["target_modules"]}
+    assert {"q_proj", "down_proj"} <= linear and "lm_head" not in linear
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == 2
+    assert cli.main([*call, "--max_steps", "2", "--learning_rate", "1e-5"]) == 2
+    assert "holds another run: learning_rate was" in capsys.readouterr().err
 
 
 def test_padded_heads_prompts_alone_and_both_of_the_teacher_s_kinds(causal, tmp_path, capsys):

@@ -522,6 +522,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence={"gold": "kl"}, shares={"student": 1.0}), "divergences of gold, and shares of student"),
     (dict(divergence={"silver": "kl"}), "unknown sources"),
     (dict(divergence="{no"), "divergence is no JSON"),
+    (dict(divergence='{"gold": 3}'), "divergence must name each source's"),
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
     (dict(temperature=0.0), "temperature must be positive"),
@@ -548,6 +549,10 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, None, teacher)
     with pytest.raises(ValueError, match="student and teacher share weights"):
         trainer(tmp_path, student, student)
+    with pytest.raises(ValueError, match="pack puts a causal model's batch in one row"):
+        trainer(tmp_path, bart(60), bart(60), pack=True)
+    with pytest.raises(ValueError, match="unexpected keyword argument 'foo'"):
+        trainer(tmp_path, student, teacher, lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1})
     base = gpt2(60, seed=1)
     adapted = get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     with pytest.raises(ValueError, match="student and teacher share weights"):

@@ -227,7 +227,10 @@ CALLED = {
     "steps": "max_steps", "batch": "per_device_train_batch_size (of `teacher build` per_device_eval_batch_size)",
     "out": "output_dir", "evaluate_every": "eval_steps, with --eval_measures", "model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher", "dataset_name": "data", "load_in_4bit": "quantization 4bit",
-    "load_in_8bit": "quantization 8bit",
+    "load_in_8bit": "quantization 8bit", "torch_dtype": "dtype", "model_revision": "revision",
+    "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps, of which a number below 1 is a share of all steps",
+    "group_by_length": "train_sampling_strategy group_by_length",
 }  # fmt: skip
 
 
@@ -296,12 +299,16 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     names, used = {a.dest: a.default for a in parser._actions}, USED.get(command)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
+        if action.dest == "report_to":  # its type is a text or a list, of which HfArgumentParser takes the text alone
+            action.nargs = "*"
         if action.dest in UNUSED or (used and action.dest not in used | {"help", "config", "json"}):
             action.help = argparse.SUPPRESS
     absent = object()
     blank = argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
     path = parser.parse_known_args(argv, argparse.Namespace())[0].config
     said = {**(settings or {}), **_yaml(path, set(names))}
+    no = {a.dest for a in parser._actions if "no" in (a.choices or ())}
+    said = {name: "no" if value is False and name in no else value for name, value in said.items()}  # YAML's no
     found = vars(parser.parse_args([*_arguments(said), *argv], blank))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
@@ -320,10 +327,18 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     return asked
 
 
+class _Loader(yaml.SafeLoader):
+    """One that takes 1e-4 for a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE),
+                              list("-+.0123456789"))  # fmt: skip
+
+
 def _yaml(path: str | None, known: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be options and their values, not {type(settings).__name__}")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
@@ -350,10 +365,19 @@ def _check(asked: Asked) -> None:
         value = given.get(name)
         if value is not None and value < least and not (name == "max_steps" and "num_train_epochs" in given):
             raise ValueError(f"--{name} must be at least {least}, not {value}")
+    if (epochs := given.get("num_train_epochs")) is not None and epochs <= 0:
+        raise ValueError(f"--num_train_epochs must be positive, not {epochs:g}")
     if not model.teacher:
         raise ValueError("--teacher is needed")
     if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):
         raise ValueError("--data is needed")
+    train, test = (
+        bool(path) and not Path(path).is_file() for path in (asked.data.data or "", asked.data.eval_data or "")
+    )
+    hub = {"dataset_config": train or test, "dataset_train_split": train, "dataset_test_split": test}
+    for name, used in hub.items():
+        if given.get(name) and not used:
+            raise ValueError(f"--{name} is of a hub dataset, and none is there to take it")
     if model.student and model.student_layers:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):

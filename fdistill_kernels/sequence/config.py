@@ -153,9 +153,12 @@ def _of_json(name: str, value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}") from error
+    if name == "divergence" and not all(isinstance(of, str) for of in found.values()):
+        raise ValueError(f"divergence must name each source's, not {value}")
+    return found
 
 
 def _shares(value: Any) -> dict[str, float] | None:

@@ -97,11 +97,13 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
     from pyarrow import csv as arrow
 
     tabs = separator == "\t"
-    with _open(path, "rt", encoding="utf-8", newline="") as file:
+    with _open(path, "rt", encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark, which arrow skips
         quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
         first = next(csv.reader(file, delimiter=separator, quoting=quoting))
     header = not tabs or bool({*columns, "messages", "text"} & set(first))
     names = first if header else list(columns)
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have one name, among {', '.join(names)}")
     table = arrow.read_csv(
         path, arrow.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
         arrow.ParseOptions(delimiter=separator, quote_char=False if tabs else '"', newlines_in_values=not tabs),
@@ -140,7 +142,10 @@ def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, to
     def ids(count: int, ask: bool = False) -> list[int]:
         return list(_rendered(tokenizer, turns[:count], tools, add_generation_prompt=ask)["input_ids"])
 
-    answers = [i for i in range(begin, len(turns)) if turns[i]["role"] == "assistant"]
+    if len(turns) == 1 and turns[0]["role"] == "assistant":
+        raise ValueError("an answer alone has no prompt")
+    # an answer that opens a conversation is to nothing, and read alone
+    answers = [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
     if not answers or answers[-1] != len(turns) - 1:
         return Ids(ids(len(turns), True), None, None)
     prompt, end = ids(answers[0], True), tokenizer.eos_token_id
@@ -159,7 +164,8 @@ def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, to
             counted[len(before) : stop] = [True] * (stop - len(before))
     if not agrees:
         raise ValueError("the chat template renders turns otherwise when an answer follows, so that its tokens are not "
-                         "told apart: give --chat_template_path one with {% generation %} that only adds")  # fmt: skip
+                         "told apart: give --chat_template_path one with {% generation %} that only adds, or "
+                         "prompt and completion, the last answer alone")  # fmt: skip
     counted = counted[: len(whole)]
     last = len(whole) - counted[::-1].index(True)
     return Ids(prompt, whole[len(prompt) : last], counted[len(prompt) : last])
@@ -170,7 +176,7 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options
 
     try:
         return tokenizer.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=True, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses: {error}") from error
 
 
@@ -192,7 +198,8 @@ class Encoder:
         Raises:
             ValueError: the row has something else than text or messages.
         """
-        row = {k: json.loads(v) if k in ("messages", "tools") and isinstance(v, str) else v for k, v in row.items()}
+        row = {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v
+               for k, v in row.items()}  # fmt: skip
         if "messages" in row or isinstance(row.get("prompt"), list):
             return self._chat(row)
         if self.teacher_system:
@@ -203,7 +210,7 @@ class Encoder:
             whole = self._prompt(_text(row, "text"))
             begin = max(len(self.before), 1)
             return Ids(whole[:begin], self._ended(whole[begin:]), None), None, row["text"]
-        own = self._prompt(row["teacher_prompt"]) if row.get("teacher_prompt") else None
+        own = self._teacher_prompt(row)
         rest = self._target(_text(row, "target")) if "target" in row else None
         return Ids(self._prompt(_text(row, "prompt")), rest, None), own, row.get("target", "")
 
@@ -220,15 +227,22 @@ class Encoder:
         found = conversation(self.tokenizer, turns, begin, tools)
         asked = len(turns)
         if found.rest is not None:
-            asked = next(i for i in range(begin, asked) if turns[i]["role"] == "assistant")
-        own = plain(row.get("teacher_prompt"))
+            asked = next(i for i in range(max(begin, 1), asked) if turns[i]["role"] == "assistant")
         if self.teacher_system:
-            shown = [t for t in own or turns[:asked] if t["role"] != "system"]
-            own = [{"role": "system", "content": self.teacher_system}, *shown]
-        teacher = (
-            None if own is None else _rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"]
-        )
-        return found, teacher, str(turns[asked].get("content") or "") if found.rest is not None else ""
+            if isinstance(row.get("teacher_prompt"), str) and row["teacher_prompt"]:
+                raise ValueError("--teacher_system is of messages, and teacher_prompt is text")
+            shown = [t for t in plain(row.get("teacher_prompt")) or turns[:asked] if t["role"] != "system"]
+            row = {**row, "teacher_prompt": [{"role": "system", "content": self.teacher_system}, *shown]}
+        said = str(turns[asked].get("content") or "") if found.rest is not None else ""
+        return found, self._teacher_prompt(row), said
+
+    def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
+        """The ids of a prompt of the teacher's own, text or messages, whichever the row's is; None: there is none."""
+        own = plain(row.get("teacher_prompt"))
+        if not own or isinstance(own, str):
+            return self._prompt(own) if own else None
+        tools = plain(row.get("tools")) or None
+        return list(_rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"])
 
     def _prompt(self, text: str) -> list[int]:
         """As the model reads it; a causal one goes on from it, so that only an end token of the text's own stays."""
@@ -320,6 +334,11 @@ def tokenize(
     made = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
                     desc="tokenizing")  # fmt: skip
     fates = collections.Counter(f for found in made["fate"] for f in found)
+    kept = [(row, labels is None) for row, (labels, fate) in enumerate(zip(made["labels"], made["fate"], strict=True))
+            if "rows dropped" not in fate]  # fmt: skip
+    bare = [row for row, lacks in kept if lacks]
+    if 0 < len(bare) < len(kept):
+        raise ValueError(f"{name}: some rows have no target, and others have one: row {bare[0]} ends in no answer")
     if fates and tell is not None:
         tell(f"{name}: " + ", ".join(f"{count} of {len(made)} {fate}" for fate, count in sorted(fates.items())))
     if fates["rows dropped"]:
@@ -327,9 +346,7 @@ def tokenize(
     if not len(made):
         raise ValueError(f"{name} has no rows that are short enough")
     dull = ["fate"]
-    masks = [mask for mask in made["labels_mask"] if mask is not None]
-    if len(masks) < len(made):
-        if masks:
-            raise ValueError(f"{name}: some rows have no target, and others have one")
+    if bare:
         dull += ["labels", "reference"]
-    return made.remove_columns(dull if any(not all(m) for m in masks) else [*dull, "labels_mask"])
+    some = not bare and any(not all(mask) for mask in made["labels_mask"])
+    return made.remove_columns(dull if some else [*dull, "labels_mask"])

@@ -206,10 +206,13 @@ class Run:
             raise ValueError(f"{self.folder} is a store: give a run another --output_dir")
         path, of_data = self.folder / "config.yaml", self.folder / "data.json"
         asked = {k: v for k, v in self.asked.given.items() if not k.endswith("_token")}  # secrets stay out of files
-        known = ("prompt_ids", "labels", "teacher_prompt_ids")
+        known = ("prompt_ids", "labels", "labels_mask", "teacher_prompt_ids")
         read = {name: data_hash([ids for column in known if column in rows.column_names for ids in rows[column]])
                 for name, rows in (("data", self.pairs), ("eval_data", self.held_out))}  # fmt: skip
-        if path.exists():
+        made = [*self.folder.glob("trainer-*/checkpoint-*"), self.folder / "predistilled", self.folder / "student"]
+        if not any(map(Path.exists, made)):  # a start that came to nothing binds nobody
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        elif path.exists():
             self._check_same(yaml.safe_load(path.read_text()), asked)
             kept = json.loads(of_data.read_text()) if of_data.exists() else {}
             if changed := [name for name, mark in kept.items() if mark != read[name]]:
@@ -319,6 +322,8 @@ class Run:
         asked = vars(self.asked.lora)
         named = {n.removeprefix("lora_") if n in ("lora_r", "lora_target_modules", "lora_modules_to_save") else n: v
                  for n, v in asked.items() if n != "use_peft"}  # fmt: skip
+        if named["target_modules"] == ["all-linear"]:  # PEFT's word for what it is not in a list
+            named["target_modules"] = "all-linear"
         kind = "SEQ_2_SEQ_LM" if student.config.is_encoder_decoder else "CAUSAL_LM"
         return get_peft_model(student, LoraConfig(task_type=kind, **named))
 
@@ -473,7 +478,7 @@ def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
     run = Run(asked, console)
     if not run.sources():
         raise ValueError(f"{name_of(run.config)} asks for no sequences of the teacher: there is nothing to draw")
-    return {"prompts": len(run.samples()), "folder": str(run.folder)}
+    return {"prompts": len(run.samples()), "folder": str(run.asked.run.samples or run.folder)}
 
 
 def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:

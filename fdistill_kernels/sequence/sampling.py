@@ -108,6 +108,7 @@ def draw(
 
     Raises:
         ValueError: prompt and new tokens exceed the model's context; beams, where they cannot be searched for.
+        FloatingPointError: the model's logits are not finite.
     """
     pad, ends = special_tokens(model)
     device, new = next(model.parameters()).device, sampling.max_new_tokens
@@ -134,6 +135,10 @@ def draw(
             for module, own in owners.items() if sampling.beams else ():
                 module.generation_config = own
             made = model.generate(**_left_padded(model, prompts, pad, device), **settings, **sampling.keywords())
+    except RuntimeError as error:  # of torch.multinomial
+        if "probability tensor" not in str(error):
+            raise
+        raise FloatingPointError(f"{type(model).__name__} has logits that are not finite: it draws nothing") from error
     finally:
         model.train(training)
         for module, own in owners.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 
 from ..own import resolve
 from .batches import Sequences, check_contexts, collate, column_of, columns_of, datasets_of, given_sequences
@@ -118,6 +119,8 @@ class FDistillTrainer(Trainer):
             self.teacher.bind(model)
         if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
+        if args.pack and model.config.is_encoder_decoder:
+            raise ValueError("pack puts a causal model's batch in one row; the student is an encoder–decoder")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         self.halves, self.sampling = args.halves(), args.sampling()
         self.sources = list(dict.fromkeys(half.source for half in self.halves))
@@ -150,6 +153,7 @@ class FDistillTrainer(Trainer):
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
             raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
                              "the model with a DistributedConfig")  # fmt: skip
+        self._check_optimizer()
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         if isinstance(self.teacher, InRoom):
@@ -165,6 +169,21 @@ class FDistillTrainer(Trainer):
             found["parallelism_config"] = copy.copy(found["parallelism_config"])
             found["parallelism_config"]._validate_accelerator = lambda _: None
         return found
+
+    def _check_optimizer(self) -> None:
+        """Before any work, that optimizer and schedule can be made; the latter of a plain optimizer.
+
+        Raises:
+            ValueError: options that they have not. ImportError: a package that is not there.
+        """
+        if self.train_dataset is None or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return
+        self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+        plain, name = torch.optim.SGD([torch.zeros(1)], self.args.learning_rate), self.args.lr_scheduler_type
+        try:
+            get_scheduler(name, plain, 1, sys.maxsize, dict(self.args.lr_scheduler_kwargs or {}))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r}: {error}") from error
 
     def _compared(self) -> list[str]:
         """The sources whose sequences the teacher is asked about, of those that data have."""
