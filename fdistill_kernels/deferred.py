@@ -46,7 +46,8 @@ class Deferral:
     def __init__(self, head: Any, keywords: dict[str, Any] | None = None, other_heads: bool = False):
         self.head, self.keywords, self.other_heads = head, keywords or {}, other_heads
         self.fused, self.reason = False, ""
-        self.given: Tensor | None = None  # to a head that has a probe row in its place
+        self.split = False  # whether the head's rows are over ranks in its own forward
+        self.given: Hidden | None = None  # to a head that has a probe row in its place
 
     def __enter__(self) -> Any:
         self.before = active()
@@ -80,8 +81,14 @@ def is_plain(head: Any) -> bool:
         return all(map(is_plain, (head.original_module, *head.modules_to_save.values())))
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return False
-    weight: Any = head.weight  # FSDP's DTensor is whole in the forward; other subclasses are quantised
+    weight: Any = head.weight  # a DTensor is FSDP's, or `is_split`; other subclasses are quantised
     return (type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor") and weight.is_floating_point()
+
+
+def is_split(head: Any) -> bool:
+    """Whether tensor parallelism has a head's rows over ranks; to be asked in its forward, where FSDP's are whole."""
+    weight: Any = getattr(head, "weight", None)
+    return type(weight).__name__ == "DTensor" and not all(p.is_replicate() for p in weight.placements)
 
 
 def watch(head: nn.Module) -> None:
@@ -109,24 +116,44 @@ def hook(module: nn.Module, function: Callable[[Any, Any, Any], Any]) -> None:
 def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
     given = args[0] if args else None
     if isinstance(given, Hidden):
-        return None if is_plain(head) else (given.tensor, *args[1:])
+        if is_plain(head) and not given.deferral.split:
+            return None
+        if given.then in (None, nn.functional.linear):
+            return (given.tensor, *args[1:])
+        return _probed(given, args)  # a split head, whose own forward knows no function of hidden states
     deferral = active()
     if deferral is None or head is not deferral.head or not isinstance(given, Tensor):
         return None
-    if is_plain(head):
+    deferral.split = is_split(head)
+    if is_plain(head) and not deferral.split:
         return (Hidden(given, deferral), *args[1:])
     if not deferral.other_heads or not given.is_floating_point():  # an embedding that is both is given ids as well
         return None
-    deferral.given = given
-    return (given.reshape(-1, given.shape[-1])[:1], *args[1:])
+    return _probed(Hidden(given, deferral), args)
 
 
-def _after(head: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _probed(given: Hidden, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One row in the place of hidden states, which `_after` goes on with."""
+    given.deferral.given = given
+    return (given.tensor.reshape(-1, given.tensor.shape[-1])[:1], *args[1:])
+
+
+def _after(head: Any, args: tuple[Any, ...], output: Any) -> Any:
     deferral = active()
     if deferral is None or head is not deferral.head or deferral.given is None:
         return None
     given, deferral.given = deferral.given, None
-    return Logits(deferral, given, output.shape[-1], output.dtype, given.device, _autocast_dtype(given))
+    if given.then is not None:
+        return given.then(_on_all(given.tensor, head.weight.device_mesh), head.weight, head.bias)
+    size = head.weight.shape[0] if deferral.split else output.shape[-1]
+    return Logits(deferral, given.tensor, size, output.dtype, given.tensor.device, _autocast_dtype(given.tensor))
+
+
+def _on_all(hidden: Tensor, mesh: Any) -> Tensor:
+    """Hidden states that are the same on all ranks of a mesh, as a DTensor that says so."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

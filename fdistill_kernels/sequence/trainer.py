@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -191,6 +192,14 @@ class FDistillTrainer(Trainer):
             self.teacher.to(self.args.device)
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
+
+    def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
+        """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
+        found: dict[str, Any] = super()._build_accelerator_args(**known)
+        if found.get("parallelism_config") is not None and self.args.device.type == "cpu":
+            found["parallelism_config"] = copy.copy(found["parallelism_config"])
+            found["parallelism_config"]._validate_accelerator = lambda _: None
+        return found
 
     def _compared(self) -> set[str]:
         """The columns whose sequences the teacher is asked about."""
