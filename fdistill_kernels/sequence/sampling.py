@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -84,6 +85,23 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
     return (ends[0] if pad is None else pad), ends
 
 
+def row_group(model: Any) -> dist.ProcessGroup | None:
+    """The ranks that work on the same rows, each with a part of every layer (a mesh's "tp"); None: each has its own."""
+    for p in model.parameters():
+        if isinstance(p, DTensor) and "tp" in (p.device_mesh.mesh_dim_names or ()):
+            group: dist.ProcessGroup = p.device_mesh["tp"].get_group()
+            return group
+    return None
+
+
+def from_first(model: Any, value: Any) -> Any:
+    """The value of the first of a model's `row_group`, on all of them."""
+    held = [value]
+    if (group := row_group(model)) is not None:
+        dist.broadcast_object_list(held, group=group, group_src=0)
+    return held[0]
+
+
 @torch.no_grad()
 def draw(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None, vocabulary: int | None = None
@@ -130,11 +148,16 @@ def draw(
 
 @contextlib.contextmanager
 def _seeded(model: Any, seed: int | None) -> Iterator[None]:
-    """The seed alone decides, and torch's generators stay where they were; no seed: they go on."""
+    """The seed alone decides, and torch's generators stay where they were; no seed: they go on, on the ranks of a
+    `row_group` from where the first one's is.
+    """
     device = next(model.parameters()).device
+    generators: Any = torch.cuda if device.type == "cuda" else torch
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        else:
+            generators.set_rng_state(from_first(model, generators.get_rng_state()))
         yield
 
 

@@ -18,7 +18,7 @@ from ..own import resolve
 from .models import IGNORE, Rows, forward_to_head, padded, step_loss, unpadded, virtual_tokens
 from .objectives import Half, method, mixture
 from .predistill import predistillation_loss
-from .sampling import Sampling, draw, special_tokens
+from .sampling import Sampling, draw, from_first, row_group, special_tokens
 from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, teacher_of
 
 #: Which column has a source's sequences.
@@ -38,7 +38,7 @@ class FDistillConfig(TrainingArguments):
         student_every: draw student samples every so many steps; in between the last ones are used again.
         normalize: "token", a mean over steps; or "sequence", the paper's sum over steps, a mean over sequences. The
             mean is over all batches that are accumulated and all ranks, so that they give the gradient of one large
-            batch; of sequences drawn during training, whose lengths are not known before, over each batch.
+            batch; of sequences drawn during training, whose lengths are not known before, over each batch of all ranks.
         freeze_embeddings: leave the student's input embeddings (and a tied output embedding) as they are.
         pack: give causal models a batch as one row of sequences, without padding.
         memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`.
@@ -164,6 +164,10 @@ class FDistillTrainer(Trainer):
             self.teacher.bind(model)
         if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
+        of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
+        if of_teacher is not None and row_group(of_teacher) is not None and row_group(model) is None:
+            raise ValueError("the teacher is split over ranks with the same rows, and the student is not: the student's "
+                             "ranks have each their own")  # fmt: skip
         for name in ("train_dataset", "eval_dataset"):
             data = trainer.get(name)
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
@@ -175,7 +179,6 @@ class FDistillTrainer(Trainer):
         self._draws = True
         self._by_token = args.normalize == "token" or not self.halves
         self._items: dict[str, Tensor] = {}  # of a column, what an update's batches have on average
-        of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
         if not self.halves and (virtual_tokens(model) or virtual_tokens(of_teacher)):
             raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
                              "the other side: pre-distil the model before it gets them")  # fmt: skip
@@ -283,9 +286,13 @@ class FDistillTrainer(Trainer):
         for name in ("prompt_ids", "labels", "sample_ids"):
             if batches and name in batches[0]:
                 counts = [(b[name] != IGNORE).sum() if self._by_token else torch.tensor(len(b[name])) for b in batches]
-                total = torch.stack(counts).float().mean().to(self.args.device)
-                self._items[name] = self.accelerator.reduce(total, "mean")
+                self._items[name] = self._on_ranks(torch.stack(counts).float().mean())
         return batches, number
+
+    def _on_ranks(self, count: Tensor) -> Tensor:
+        """Its mean over the ranks, whose losses' gradients are averaged in turn."""
+        mean: Tensor = self.accelerator.reduce(count.to(self.args.device), "mean")
+        return mean
 
     def _sequences(
         self, source: str, student: Any, inputs: dict[str, Tensor], prompts: list[Tensor],
@@ -307,7 +314,7 @@ class FDistillTrainer(Trainer):
             return prompts, teacher_prompts, unpadded(inputs["sample_ids"])
         beams = Sampling(self.sampling.max_new_tokens, beams=4)
         made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
-        return prompts, teacher_prompts, [row.to(prompts[0].device) for row in made]
+        return prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)]
 
     def _half(
         self, half: Half, model: Any, prompts: list[Tensor], teacher_prompts: list[Tensor], continuations: list[Tensor]
@@ -318,8 +325,11 @@ class FDistillTrainer(Trainer):
         if half.divergence is not None:
             device = next(student.parameters()).device
             teacher = self.teacher.rows(teacher_prompts, continuations, device, **options)
-        items = self._items.get(COLUMNS.get(half.source, "") if self._by_token else "prompt_ids")
-        items = items if model.training else None  # in evaluation, and where no count is known, of this batch
+        items: Tensor | None = None  # in evaluation, of this batch
+        if model.training:
+            items = self._items.get(COLUMNS.get(half.source, "") if self._by_token else "prompt_ids")
+            if items is None:  # drawn just now: of this batch on all ranks
+                items = self._on_ranks(torch.tensor(float(sum(map(len, continuations)))))
 
         def loss(rows: Rows) -> Tensor:
             with self.compute_loss_context_manager():
