@@ -1,83 +1,247 @@
-"""The trainer on several ranks: every way to share a model or a batch gives one process's curve and weights."""
+"""The trainer on several ranks: every way to share out a model or a batch gives one process's curve and weights."""
 
+import contextlib
 import gc
+import json
 import os
+import signal
 import socket
+import time
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-from transformers import AutoModelForCausalLM
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import DistributedType, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.distributed import DistributedConfig
+
+import fdistill_kernels as fk
+import fdistill_kernels.sequence.trainer
+from fdistill_kernels import cli
 
 from .test_distributed import rows
 from .test_sequence import llama
 from .test_trainer import trainer
 
+CONFIGURATIONS = Path(__file__).parent.parent / "examples" / "cluster"
 METHODS = {"kl": dict(gradient_accumulation_steps=2), "tvd": {}, "js": dict(beta=0.3)}
 
 
-def processes(folder, world, work, *arguments):
+def processes(world, work, *arguments):
     """work(rank, world, *arguments) in each of so many processes, forked of one that has imported all."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    mp.get_context("forkserver").set_forkserver_preload([__name__])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    mp.start_processes(_process, (world, port, work, arguments), nprocs=world, start_method="forkserver")
+    return mp.start_processes(_process, (world, port, work, arguments), nprocs=world, start_method="forkserver")
 
 
 def _process(rank, world, port, work, arguments):
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
-                       MASTER_PORT=port, OMP_NUM_THREADS="1")
+    of_ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in of_ranks.items()} | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     gc.freeze()  # what is shared with the other processes is not copied to be looked through
     work(rank, world, *arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
 
-def trained(folder, method, student, ranks, **settings):
-    """(losses of the steps, weights) of a student trained so."""
+
+# --- the trainer, in float64
+
+
+def model(path, **sizes):
+    more = dict(distributed_config=DistributedConfig(**sizes)) if sizes else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **more)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def trained(folder, method, ranks, sampled_by=1, split=(), **sizes):
+    """The steps' losses and the weights of a student, of ranks that have each their own rows.
+
+    split: of "teacher", whether it is split as the student is.
+    """
     accumulated = METHODS[method].get("gradient_accumulation_steps", 1)
-    run = trainer(folder, student, llama(seed=2).double(), rows(), method=method, optim="sgd", max_steps=2, learning_rate=0.1, top_k=1, logging_steps=1,
-                  per_device_train_batch_size=4 // ranks // accumulated, **METHODS[method], **settings)
+    student = model(folder / "student", **sizes)
+    teacher = model(folder / "teacher", **(sizes if "teacher" in split else {}))
+    run = trainer(folder / "run", student, teacher, rows(), method=method, optim="sgd", max_steps=2, learning_rate=0.1,
+                  top_k=sampled_by, logging_steps=1, per_device_train_batch_size=4 // ranks // accumulated,
+                  **METHODS[method])  # fmt: skip
     run.train()
     losses = [line["loss"] for line in run.state.log_history if "loss" in line]
-    weights = [getattr(p, "full_tensor", lambda: p)().detach() for p in student.parameters()]
-    return losses, weights
+    return losses, [whole(p) for p in student.parameters()]
 
-def of(folder, **sizes):
-    more = {}
-    if sizes:
-        from transformers.distributed import DistributedConfig
-        more = dict(distributed_config=DistributedConfig(**sizes))
-    return AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float64, **more)
 
-import time
-def two(rank, world, folder):
-    found = {}
-    dist.init_process_group("gloo")
-    for method in METHODS:
+#: Ways to train: ranks with rows of their own, and how `trained` shares out the model. Where all have the same rows they
+#: draw one process's samples; else top_k=1 makes them the same.
+WAYS = {
+    2: {"ddp": dict(ranks=2), "fsdp2": dict(ranks=2, fsdp_size=2), "tp": dict(ranks=1, tp_size=2, sampled_by=0),
+        "tp of both": dict(ranks=1, tp_size=2, split=["teacher"])},
+    4: {"tp and fsdp2": dict(ranks=2, tp_size=2, fsdp_size=2)},
+}  # fmt: skip
+
+
+def train_every_way(rank, world, folder):
+    ways = {f"one, {k}": dict(ranks=1, sampled_by=k) for k in (0, 1)} if world == 1 else WAYS[world]
+    for way, settings in ways.items():
+        for method in METHODS if world < 4 else ["js"]:
+            torch.save(trained(folder, method, **settings), folder / f"{way}, {method}, {rank}.pt")
+
+
+def check_every_way(folder, world):
+    for way, settings in WAYS[world].items():
+        for method in METHODS if world < 4 else ["js"]:
+            wanted, weights = torch.load(folder / f"one, {settings.get('sampled_by', 1)}, {method}, 0.pt")
+            for rank in range(world):
+                found, of_rank = torch.load(folder / f"{way}, {method}, {rank}.pt")
+                assert found == pytest.approx(wanted, rel=1e-6), (way, method)  # logged in float32
+                for a, b in zip(of_rank, weights, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=f"{way} {method}")
+
+
+# --- `fdistill train`
+
+
+def make_files(folder):
+    """Four pairs to train on, so that every step has all of them in whatever order; and a held-out one."""
+    words = [chr(97 + i) for i in range(26)]
+    pairs = [(f"{a} {b} c", f"{b} {a} {c}" if i % 2 else b) for i, (a, b, c) in enumerate(zip(words, words[5:], words[9:10] * 5))]
+    (folder / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in pairs))
+    tokens = Tokenizer(models.WordLevel({"</s>": 0, "<s>": 1} | {w: i + 2 for i, w in enumerate(words)}, unk_token="</s>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="</s>", bos_token="<s>")
+    for seed, name in enumerate(("student", "teacher"), 1):
+        llama(len(tokenizer), seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def arguments(folder, out, ranks, *more):
+    return ["train", "--teacher", f"{folder}/teacher", "--student", f"{folder}/student", "--data", f"{folder}/pairs.tsv",
+            "--out", f"{folder}/{out}", "--method", "tvd", "--steps", "2", "--max-new-tokens", "4", "--top-k", "1",
+            "--warmup-steps", "1", "--eval-pairs", "1", "--learning-rate", "0.01", "--batch", str(4 // ranks), *more]  # fmt: skip
+
+
+def environment(configuration):
+    """What `accelerate launch` sets for the processes of a configuration file."""
+    parser = launch_command_parser()
+    path = CONFIGURATIONS / f"{configuration}.yaml"
+    args, defaults, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "--main_process_port", "0", "x"]))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    made = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@contextlib.contextmanager
+def launched(configuration):
+    before = dict(os.environ)
+    os.environ |= environment(configuration)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def command(rank, world, folder):
+    """One process; or each configuration of so many."""
+    if world == 1:
+        assert cli.main(arguments(folder, "one", 1)) == 0
+        return
+    with launched("ddp"):
+        assert cli.main(arguments(folder, "ddp", 2)) == 0
+    with launched("fsdp2"):
+        assert cli.main(arguments(folder, "refused", 2)) == 2  # on a CPU, whose models would be left whole
+        with processes_of_cards():
+            assert cli.main(arguments(folder, "fsdp2", 2)) == 0
+    assert cli.main(arguments(folder, "tp", 1, "--tensor-parallel", "2")) == 0
+
+
+@contextlib.contextmanager
+def processes_of_cards():
+    """Has accelerate take gloo's processes for those of cards, on which alone it shards by FSDP."""
+    original = PartialState.__init__
+
+    def of_cards(state, *args, **keywords):
+        original(state, *args, **keywords)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = of_cards
+    try:
+        yield
+    finally:
+        PartialState.__init__ = original
+
+
+def check_commands(folder, names):
+    def of(name):
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        return [x["loss"] for x in lines if "loss" in x], load_file(folder / name / "student" / "model.safetensors")
+
+    wanted, weights = of("one")
+    assert len(wanted) == 2
+    for name in names:
+        found, of_run = of(name)
+        assert found == pytest.approx(wanted, rel=1e-5), name
+        assert of_run.keys() == weights.keys()
+        for key in weights:
+            torch.testing.assert_close(of_run[key], weights[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+
+
+def everything(rank, world, folder):
+    for name, work in (("float64", train_every_way), ("command", command)):
         t = time.process_time()
-        found["ddp", method] = trained(folder / "ddp", method, of(folder), 2)
-        print("ddp", method, time.process_time()-t); t = time.process_time()
-        found["tp", method] = trained(folder / "tp", method, of(folder, tp_size=2), 1, )
-        print("tp", method, time.process_time()-t); t = time.process_time()
-        found["fsdp", method] = trained(folder / "fsdp", method, of(folder, fsdp_size=2), 2)
-        print("fsdp", method, time.process_time()-t); t = time.process_time()
-    torch.save(found, folder / f"{rank}.pt")
+        (folder / name).mkdir(exist_ok=True)
+        work(rank, world, folder / name)
+        print(name, time.process_time() - t)
 
-def one(rank, world, folder):
-    t = time.process_time()
-    torch.save({m: trained(folder / "one", m, of(folder), 1) for m in METHODS}, folder / "one.pt")
-    print("one", time.process_time() - t)
 
-def test_two(tmp_path):
-    llama(seed=1).save_pretrained(tmp_path / "student")
-    processes(tmp_path, 1, one, tmp_path)
-    processes(tmp_path, 2, two, tmp_path)
-    want = torch.load(tmp_path / "one.pt")
-    for r in range(2):
-        for (way, method), (losses, weights) in torch.load(tmp_path / f"{r}.pt").items():
-            print(way, method, max(abs(a-b) for a, b in zip(losses, want[method][0])), max(float((a-b).abs().max()) for a, b in zip(weights, want[method][1])))
+def test_two_processes(tmp_path):
+    for name in ("float64", "command"):
+        (tmp_path / name).mkdir()
+    for seed, name in enumerate(("student", "teacher"), 1):
+        llama(seed=seed).save_pretrained(tmp_path / "float64" / name)
+    make_files(tmp_path / "command")
+    processes(1, everything, tmp_path)
+    processes(2, everything, tmp_path)
+    check_every_way(tmp_path / "float64", 2)
+    check_commands(tmp_path / "command", ["ddp", "fsdp2", "tp"])
+
+
+# --- a rank that is lost
+
+
+def lost(rank, world, folder, how):
+    """Rank 1 dies, or sleeps, as its second step begins."""
+    original = fk.sequence.trainer.FDistillTrainer.compute_loss
+
+    def compute_loss(run, *args, **keywords):
+        if rank == 1 and run.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL) if how == "dies" else time.sleep(60)
+        return original(run, *args, **keywords)
+
+    fk.sequence.trainer.FDistillTrainer.compute_loss = compute_loss
+    started = time.monotonic()
+    status = cli.main(arguments(folder, how, 2, "--ddp-timeout", "4"))
+    Path(folder, f"{how}.json").write_text(json.dumps([status, time.monotonic() - started]))
+    os._exit(status)  # what the other rank would have done in the end is not waited for
+
+
+def test_a_lost_rank_ends_the_others(tmp_path, capfd):
+    make_files(tmp_path)
+    for how in ("dies", "sleeps"):
+        with pytest.raises(mp.ProcessExitedException):
+            processes(2, lost, tmp_path, how)
+        status, seconds = json.loads((tmp_path / f"{how}.json").read_text())
+        assert status == 2 and seconds < 30
+        assert "fdistill: rank 0 of 2 lost another after step 1: it died, or did not come within ddp_timeout=4 s" in capfd.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +43,16 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
-def load_model(path: str | Path) -> Any:
-    """A causal or encoder–decoder model, by its configuration; of a PEFT adapter's folder, by its base model's."""
+def load_model(path: str | Path, split: int = 1) -> Any:
+    """A causal or encoder–decoder model, by its configuration; of a PEFT adapter's folder, by its base model's.
+
+    Args:
+        split: ranks that share each layer and the head (tensor parallelism, by the model's own plan); such groups share
+            what is left by FSDP2.
+
+    Raises:
+        ValueError: no such model, one without a plan, or ranks that are no multiple of `split`.
+    """
     base = path
     if (adapter := Path(path) / "adapter_config.json").exists():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
@@ -55,7 +64,18 @@ def load_model(path: str | Path) -> Any:
         words = str(error).splitlines()[0]
         raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path)
+    if split == 1:
+        return kind.from_pretrained(path)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks % split:
+        raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        sizes = DistributedConfig(tp_size=split, fsdp_size=ranks // split)
+    except (ImportError, TypeError) as error:
+        raise ValueError("this version of transformers does not split models as it loads them") from error
+    return kind.from_pretrained(path, distributed_config=sizes, dtype=torch.float32)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:

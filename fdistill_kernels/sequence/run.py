@@ -39,7 +39,7 @@ from .predistill import copy_layers
 from .report import logged, plot, write_report
 from .sampling import Sampling, Server, TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
 from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
-from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
+from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies, join
 
 #: Batches of like lengths, which are little padded; transformers 5 has another name for it.
 BY_LENGTH: dict[str, Any] = (
@@ -83,6 +83,8 @@ class Job:
     tail: str = "bucket"
     freeze_embeddings: bool = False
     bf16: bool = False
+    tensor_parallel: int = 1
+    ddp_timeout: int = 1800
     prompt_column: str = "prompt"
     target_column: str = "target"
     seed: int = 0
@@ -128,6 +130,9 @@ HELP = {
     "predistill_steps": "steps of pre-distillation first", "evaluate_every": "steps; 0: at the end",
     "limit": "use the first pairs of the data alone", "online_teacher": "draw teacher samples anew at every step",
     "batch": "pairs a step, in each process",
+    "tensor_parallel": "ranks that share each of the student's layers and its head; such groups share the weights by "
+    "FSDP2; a run that is killed begins anew",
+    "ddp_timeout": "seconds that a rank waits for the others before it gives up",
     "samples": "folder of the teacher's samples, for several runs to share; default: inside the run's folder",
     "vllm_url": "a vLLM server of the teacher, to draw its samples from", "beams": "of the teacher's outputs for seqkd",
 }  # fmt: skip
@@ -181,7 +186,7 @@ def job_of(args: argparse.Namespace, kind: type[JobKind] = Job) -> JobKind:  # t
 #: The least value of each of a job's numbers.
 LEAST = {
     "steps": 1, "predistill_steps": 0, "batch": 1, "warmup_steps": 0, "evaluate_every": 0, "eval_pairs": 1, "limit": 1,
-    "max_new_tokens": 1, "top_k": 0, "beams": 1, "k": 1,
+    "max_new_tokens": 1, "top_k": 0, "beams": 1, "k": 1, "tensor_parallel": 1, "ddp_timeout": 1,
 }  # fmt: skip
 
 
@@ -335,21 +340,25 @@ class Run:
 
     def student(self) -> Any:
         """The student to start from, pre-distilled if asked."""
-        job, made = self.job, self.folder / "predistilled"
+        job, made, split = self.job, self.folder / "predistilled", self.job.tensor_parallel
+        if split > 1:
+            join(job.ddp_timeout)
         if (made / "config.json").exists():
-            return load_model(str(made))
+            return load_model(made, split)
         if self.model is None and (job.student_layers or job.predistill_steps):
             raise ValueError("--student-layers and --predistill-steps need the teacher's own weights: give its folder")
+        if job.student_layers and split > 1:
+            raise ValueError("--tensor-parallel splits a student as it is loaded: give its folder as --student")
         if job.student_layers:
             student = copy_layers(self.model, *(int(n) for n in job.student_layers.split(",")))
         elif job.student:
-            student = load_model(job.student).float()  # what the optimizer adds to is float32, also with --bf16
+            student = load_model(job.student, split).float()  # what the optimizer adds to is float32, also with --bf16
             check_vocabularies(AutoTokenizer.from_pretrained(job.student), self.tokenizer)
         else:
             raise ValueError("--student or --student-layers is needed")
         if job.predistill_steps:
             self.train(student, self.pairs, "predistill", job.predistill_steps, made)
-            student = load_model(made)
+            student = load_model(made, split)
         return student
 
     def train(self, student: Any, pairs: Any, stage: str, steps: int, into: Path) -> None:
@@ -362,11 +371,14 @@ class Run:
             shares=job.shares_by_source() if job.divergence else None, max_steps=steps,
             per_device_train_batch_size=job.batch, per_device_eval_batch_size=32, learning_rate=job.learning_rate,
             warmup_steps=min(job.warmup_steps, steps // 4),
-            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=min(every, max(1, steps // 4)),
+            eval_strategy="steps", eval_steps=every,
+            save_strategy="steps" if job.tensor_parallel == 1 else "no",  # which transformers saves without its optimizer
+            save_steps=min(every, max(1, steps // 4)),
             save_total_limit=1, logging_steps=max(1, steps // 50), report_to=[], seed=job.seed, bf16=job.bf16,
             max_new_tokens=job.max_new_tokens, sample_temperature=job.sample_temperature, top_k=job.top_k,
             top_p=job.top_p, freeze_embeddings=job.freeze_embeddings, weight_decay=0.0,
             use_cpu=not torch.accelerator.is_available(),  # else ranks without a card would train apart
+            ddp_timeout=job.ddp_timeout,
             **BY_LENGTH,
         )  # fmt: skip
         trainer = FDistillTrainer(student, self.teacher, config, train_dataset=pairs, eval_dataset=self.held_out,
@@ -377,8 +389,9 @@ class Run:
                                           trainer.log))  # fmt: skip
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         weights = trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model, gathered
-        if rank()[0] == 0:
-            _save(trainer.accelerator.unwrap_model(trainer.model), into, self.tokenizer, weights)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if rank()[0] == 0 or getattr(model, "is_distributed_loading_by_transformers", False):  # which all ranks gather
+            _save(model, into, self.tokenizer, weights)
         trainer.accelerator.wait_for_everyone()
 
     def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[str]]:
@@ -426,16 +439,17 @@ class _Log(TrainerCallback):
                 file.write(json.dumps({"stage": self.stage, **(logs or {}), "step": state.global_step}) + "\n")
 
 
-def _save(model: Any, folder: Path, tokenizer: Any = None, weights: Any = None) -> None:
+def _save(model: Any, folder: Path, tokenizer: Any, weights: Any) -> None:
     """A model's folder, whole or not there."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial, first = folder.with_name(folder.name + ".partial"), rank()[0] == 0
     try:
-        model.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
+        model.save_pretrained(partial, state_dict=weights, is_main_process=first)
+        if first:
             tokenizer.save_pretrained(partial)
-        partial.replace(folder)
+            partial.replace(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def train(job: Job, console: Console) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import collections
 import copy
+import datetime
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -23,6 +26,14 @@ from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, teach
 
 #: Which column has a source's sequences.
 COLUMNS = {"gold": "labels", "teacher": "sample_ids", "beam": "sample_ids"}
+
+
+def join(seconds: float) -> None:
+    """Begins the process group that torchrun or accelerate launch has made this process one of, unless it has begun;
+    `transformers` leaves a CPU's without its ``ddp_timeout``.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(seconds=seconds))
 
 
 @dataclass
@@ -62,6 +73,8 @@ class FDistillConfig(TrainingArguments):
     on_nan: str = "stop"
 
     def __post_init__(self) -> None:
+        if self.use_cpu:
+            join(self.ddp_timeout)
         super().__post_init__()
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
         for name, value, known in (("normalize", self.normalize, ("token", "sequence")),
@@ -136,6 +149,12 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
         )
 
 
+def _is_of_ranks(error: BaseException) -> bool:
+    """Whether an error is of what ranks send each other; gloo's have no class of their own."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in words or "Connection closed by peer" in words
+
+
 class FDistillTrainer(Trainer):
     """Distils `teacher` into `model` by `args.method`.
 
@@ -189,6 +208,9 @@ class FDistillTrainer(Trainer):
         ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
+            raise ValueError("accelerate's FSDP is for cards, and it would leave a CPU's models whole: take DDP, or load "
+                             "the model with a DistributedConfig")  # fmt: skip
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         if isinstance(self.teacher, InRoom):
@@ -271,6 +293,22 @@ class FDistillTrainer(Trainer):
                 loss = loss + half.weight * self._half(half, model, *batch)
         loss = self._checked(loss, inputs, student) if model.training else loss
         return (loss, {}) if return_outputs else loss
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s.
+
+        Raises:
+            ConnectionError: another rank has died, or not come within ``ddp_timeout``.
+        """
+        try:
+            return super().train(*args, **keywords)
+        except RuntimeError as error:
+            if self.args.world_size == 1 or not _is_of_ranks(error):
+                raise
+            raise ConnectionError(
+                f"rank {self.args.process_index} of {self.args.world_size} lost another after step "
+                f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s ({error})"
+            ) from error
 
     def _unwrapped(self, model: Any) -> Any:
         """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
