@@ -6,10 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-matrix peers sanitize aot release lint bench clean
+.PHONY: demo cluster-demo test test-all test-matrix peers sanitize aot release lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
+
+# two tensor-parallel by two data-parallel processes on the CPU, and one process, to the same curve
+cluster-demo: $(VENV)/installed
+	$(BIN)/python -m benchmarks.cluster_demo --out benchmarks/results/cluster_demo.json $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 16 $(ARGS)
