@@ -2,9 +2,9 @@
 
 python -m benchmarks.cluster_demo --out benchmarks/results/cluster_demo.json
 
-A teacher learns Python's language reference (`fdistill_kernels.demo`); a Llama student, its head's vocabulary split over
-"tp" and its rows over "fsdp", is distilled by js on gold text, in float64. Exit status 1 where a loss or a weight differs
-from one process's by more than `HELD`.
+A teacher learns Python's language reference (`fdistill_kernels.demo`); a Llama student, its head's vocabulary split
+over "tp" and its rows over "fsdp", is distilled by js on gold text, in float64. Exit status 1 where a loss or a weight
+differs from one process's by more than `HELD`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def train(rank: int, world: int, folder: Path, steps: int) -> None:
 
     from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, join
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    torch.set_num_threads(1)  # the ranks' own cores
     join(600)
     more = dict(distributed_config=DistributedConfig(**SPLIT)) if world > 1 else {}
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, **given)
@@ -128,8 +128,8 @@ def main() -> int:
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     differ = found["largest_difference"]
-    print(f"js from {found['losses'][0]:.4f} to {found['losses'][-1]:.4f} nats in {args.steps} steps; the largest differences "
-          f"from one process: {differ['loss']:.1e} of a loss, {differ['weight']:.1e} of a weight")  # fmt: skip
+    print(f"js from {found['losses'][0]:.4f} to {found['losses'][-1]:.4f} nats in {args.steps} steps; the largest "
+          f"differences from one process: {differ['loss']:.1e} of a loss, {differ['weight']:.1e} of a weight")  # fmt: skip
     return int(any(differ[name] > most for name, most in HELD.items()))
 
 

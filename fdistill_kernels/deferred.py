@@ -25,6 +25,8 @@ from .values import Head
 AtHead = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 _ACTIVE = threading.local()
+#: torch's own: DeepSpeed's ZeRO-3 puts another in the place of ``F.linear``.
+LINEAR = torch._C._nn.linear  # type: ignore[attr-defined]
 
 
 class Deferral:
@@ -46,7 +48,7 @@ class Deferral:
     def __init__(self, head: Any, keywords: dict[str, Any] | None = None, other_heads: bool = False):
         self.head, self.keywords, self.other_heads = head, keywords or {}, other_heads
         self.fused, self.reason = False, ""
-        self.split = False  # whether the head's rows are over ranks in its own forward
+        self.beside = False  # whether the head's own forward takes no `Hidden`: losses are made in its hook
         self.given: Hidden | None = None  # to a head that has a probe row in its place
 
     def __enter__(self) -> Any:
@@ -87,7 +89,7 @@ def is_plain(head: Any) -> bool:
 
 def is_split(head: Any) -> bool:
     """Whether tensor parallelism has a head's rows over ranks; to be asked in its forward, where FSDP's are whole."""
-    weight: Any = getattr(head, "weight", None)
+    weight: Any = head.weight
     return type(weight).__name__ == "DTensor" and not all(p.is_replicate() for p in weight.placements)
 
 
@@ -116,16 +118,16 @@ def hook(module: nn.Module, function: Callable[[Any, Any, Any], Any]) -> None:
 def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
     given = args[0] if args else None
     if isinstance(given, Hidden):
-        if is_plain(head) and not given.deferral.split:
+        if is_plain(head) and not given.deferral.beside:
             return None
         if given.then in (None, nn.functional.linear):
             return (given.tensor, *args[1:])
-        return _probed(given, args)  # a split head, whose own forward knows no function of hidden states
+        return _probed(given, args)
     deferral = active()
     if deferral is None or head is not deferral.head or not isinstance(given, Tensor):
         return None
-    deferral.split = is_split(head)
-    if is_plain(head) and not deferral.split:
+    deferral.beside = is_plain(head) and (is_split(head) or nn.functional.linear is not LINEAR)
+    if is_plain(head) and not deferral.beside:
         return (Hidden(given, deferral), *args[1:])
     if not deferral.other_heads or not given.is_floating_point():  # an embedding that is both is given ids as well
         return None
@@ -143,9 +145,11 @@ def _after(head: Any, args: tuple[Any, ...], output: Any) -> Any:
     if deferral is None or head is not deferral.head or deferral.given is None:
         return None
     given, deferral.given = deferral.given, None
+    split = deferral.beside and is_split(head)
     if given.then is not None:
-        return given.then(_on_all(given.tensor, head.weight.device_mesh), head.weight, head.bias)
-    size = head.weight.shape[0] if deferral.split else output.shape[-1]
+        hidden = _on_all(given.tensor, head.weight.device_mesh) if split else given.tensor
+        return given.then(hidden, head.weight, head.bias)
+    size = head.weight.shape[0] if split else output.shape[-1]
     return Logits(deferral, given.tensor, size, output.dtype, given.tensor.device, _autocast_dtype(given.tensor))
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,8 @@ from transformers.distributed import DistributedConfig
 
 import fdistill_kernels as fk
 import fdistill_kernels.sequence.trainer
-from fdistill_kernels import cli
-
 from benchmarks import cluster_demo
+from fdistill_kernels import cli
 
 from .test_distributed import rows
 from .test_sequence import llama
@@ -42,7 +42,9 @@ def processes(world, work, *arguments, join=True):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return mp.start_processes(_process, (world, port, work, arguments), nprocs=world, join=join, start_method="forkserver")
+    return mp.start_processes(
+        _process, (world, port, work, arguments), nprocs=world, join=join, start_method="forkserver"
+    )
 
 
 def _process(rank, world, port, work, arguments):
@@ -110,15 +112,101 @@ def check_every_way(folder, world):
                     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=f"{way} {method}")
 
 
+# --- plain losses
+
+
+def parts(seed=0):
+    """Hidden states, labels of 9 and of 3 tokens, both heads and the teacher's states, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, theirs, head, their_head = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((16, 6), (16, 6), (20, 6), (20, 6))
+    )
+    labels = torch.randint(20, (16,), generator=generator)
+    labels[[2, 8, 9, 10, 12]] = -100
+    return hidden, theirs, head, their_head, labels
+
+
+def losses(hidden, theirs, head, their_head, labels, **keywords):
+    """Each of the losses that has a mean over tokens."""
+    logits, teacher = hidden @ head.T, theirs @ their_head.T
+    yield fk.f_divergence(logits, teacher, "js", labels=labels, ce_weight=0.5, **keywords)
+    yield fk.linear_f_divergence(hidden, head, theirs, their_head, "tvd", labels=labels, **keywords)
+    yield fk.cross_entropy(logits, labels, **keywords)
+    yield fk.linear_cross_entropy(hidden, head, labels, **keywords)
+
+
+def means_over_ranks(rank, world, folder):
+    """Rows of other ranks, of a batch or of a sequence: the mean is over all ranks' tokens."""
+    hidden, theirs, head, their_head, labels = parts()
+    for i, wanted in enumerate(losses(hidden, theirs, whole_head := head.clone().requires_grad_(), their_head, labels)):
+        (gradient,) = torch.autograd.grad(wanted, whole_head, retain_graph=True)
+        mine = slice(8 * rank, 8 * rank + 8)
+        count = (labels[mine] != -100).sum()
+        dist.all_reduce(count)
+        layer = torch.nn.Linear(6, 20, bias=False).double()  # its weight is the head
+        layer.weight.data.copy_(head)
+
+        class Loss(torch.nn.Module):
+            def __init__(self, layer=layer):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, number=i, count=count, mine=mine):
+                given = hidden[mine], theirs[mine], self.layer.weight, their_head, labels[mine]
+                return list(losses(*given, num_items=count))[number]
+
+        ddp = torch.nn.parallel.DistributedDataParallel(Loss())  # which averages gradients, as long as it is there
+        ours = ddp()
+        (world * ours).backward()
+        torch.testing.assert_close(layer.weight.grad, gradient, rtol=1e-12, atol=1e-14)
+        total = ours.detach()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, wanted.detach(), rtol=1e-12, atol=0.0)
+
+
+def sequence_parallel(rank, world, folder):
+    """Hidden states split over the sequence, a head over the vocabulary: gathered, and each rank's gradient its own."""
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    hidden, theirs, head, their_head, labels = parts()
+    inputs = [x.clone().requires_grad_() for x in (hidden, head)]
+    wanted = fk.linear_f_divergence(inputs[0], inputs[1], theirs, their_head, "js", labels=labels)
+    wanted.backward()
+    rows, part = slice(8 * rank, 8 * rank + 8), slice(10 * rank, 10 * rank + 10)
+    mine = hidden[rows].clone().requires_grad_(), head[part].clone().requires_grad_()
+    # a gather whose backward sums over ranks and scatters: Megatron's
+    shard = fk.vocab_shard(dist.group.WORLD, 10, sum_hidden=False)
+    states = all_gather_tensor_autograd(mine[0], 0, dist.group.WORLD)
+    found = fk.linear_f_divergence(states, mine[1], theirs, their_head, "js", labels=labels, shard=shard)
+    found.backward()
+    # DTensors: their gather's backward takes each rank's rows of a gradient that is whole
+    mesh = init_device_mesh("cpu", (world,))
+    split = [distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (hidden, head)]
+    states = split[0].redistribute(placements=[Replicate()])
+    again = fk.linear_f_divergence(states, split[1], theirs, their_head, "js", labels=labels)
+    again.backward()
+    for loss, gradients in ((found, [x.grad for x in mine]), (again, [x.grad.to_local() for x in split])):
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0.0)
+        for gradient, of_all, at in zip(gradients, inputs, (rows, part), strict=True):
+            torch.testing.assert_close(gradient, of_all.grad[at], rtol=1e-10, atol=1e-14)
+
+
 # --- `fdistill train`
 
 
 def make_files(folder):
     """Four pairs to train on, so that every step has all of them in whatever order; and a held-out one."""
     words = [chr(97 + i) for i in range(26)]
-    pairs = [(f"{a} {b} c", f"{b} {a} {c}" if i % 2 else b) for i, (a, b, c) in enumerate(zip(words, words[5:], words[9:10] * 5))]
+    pairs = [
+        (f"{a} {b} c", f"{b} {a} {c}" if i % 2 else b)
+        for i, (a, b, c) in enumerate(zip(words[:5], words[5:10], words[9:14], strict=True))
+    ]
     (folder / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in pairs))
-    tokens = Tokenizer(models.WordLevel({"</s>": 0, "<s>": 1} | {w: i + 2 for i, w in enumerate(words)}, unk_token="</s>"))
+    tokens = Tokenizer(
+        models.WordLevel({"</s>": 0, "<s>": 1} | {w: i + 2 for i, w in enumerate(words)}, unk_token="</s>")
+    )
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="</s>", bos_token="<s>")
     for seed, name in enumerate(("student", "teacher"), 1):
@@ -136,7 +224,9 @@ def environment(configuration):
     """What `accelerate launch` sets for the processes of a configuration file."""
     parser = launch_command_parser()
     path = CONFIGURATIONS / f"{configuration}.yaml"
-    args, defaults, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "--main_process_port", "0", "x"]))
+    args, defaults, _ = _validate_launch_command(
+        parser.parse_args(["--config_file", str(path), "--main_process_port", "0", "x"])
+    )
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     made = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
@@ -201,11 +291,27 @@ def check_commands(folder, names):
 
 
 def everything(rank, world, folder):
-    for name, work in (("float64", train_every_way), ("command", command)):
-        t = time.process_time()
-        (folder / name).mkdir(exist_ok=True)
-        work(rank, world, folder / name)
-        print(name, time.process_time() - t)
+    train_every_way(rank, world, folder / "float64")
+    if world > 1:
+        means_over_ranks(rank, world, folder)
+        sequence_parallel(rank, world, folder)
+    command(rank, world, folder / "command")
+
+
+def zero(rank, world, folder):
+    for name in ("zero2", "zero3") if world > 1 else ():
+        with launched(name):
+            assert cli.main(arguments(folder, name, 2)) == 0
+    if world == 1:
+        command(rank, world, folder)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
+def test_deepspeed(tmp_path):
+    make_files(tmp_path)
+    processes(1, zero, tmp_path)
+    processes(2, zero, tmp_path)
+    check_commands(tmp_path, ["zero2", "zero3"])
 
 
 def make_models(folder):

@@ -251,7 +251,7 @@ class _ToRows(Deferral):
         def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.call(Rows(hidden, tokens, logits.head(weight, bias), logits.vocabulary, made))
 
-        if self.split or is_plain(self.head):
+        if self.beside or is_plain(self.head):
             self.made = logits.of(hidden).at_head(with_head)
         else:
             self.made = self.call(Rows(hidden, tokens, None, logits.vocabulary, made))

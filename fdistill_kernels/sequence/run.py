@@ -28,6 +28,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..sparse import TAILS
 from ..teachers import Endpoint, TeacherStore
@@ -372,7 +373,7 @@ class Run:
             per_device_train_batch_size=job.batch, per_device_eval_batch_size=32, learning_rate=job.learning_rate,
             warmup_steps=min(job.warmup_steps, steps // 4),
             eval_strategy="steps", eval_steps=every,
-            save_strategy="steps" if job.tensor_parallel == 1 else "no",  # which transformers saves without its optimizer
+            save_strategy="steps" if job.tensor_parallel == 1 else "no",  # else no optimizer is saved
             save_steps=min(every, max(1, steps // 4)),
             save_total_limit=1, logging_steps=max(1, steps // 50), report_to=[], seed=job.seed, bf16=job.bf16,
             max_new_tokens=job.max_new_tokens, sample_temperature=job.sample_temperature, top_k=job.top_k,
@@ -388,7 +389,7 @@ class Run:
             trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, job.sampling(),
                                           trainer.log))  # fmt: skip
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        weights = trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model, gathered
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, gathered
         model = trainer.accelerator.unwrap_model(trainer.model)
         if rank()[0] == 0 or getattr(model, "is_distributed_loading_by_transformers", False):  # which all ranks gather
             _save(model, into, self.tokenizer, weights)
@@ -465,6 +466,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         run.train(student, run.samples(), job.divergence or job.method, job.steps, folder)
     if rank()[0]:
         return {}
+    unset_hf_deepspeed_config()  # the first rank alone reads the student, whole
     student = load_model(folder).to(run.device)
     results = {"method": job.name(), "parameters": student.num_parameters()}
     if run.model is not None:

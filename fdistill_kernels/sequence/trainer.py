@@ -185,8 +185,8 @@ class FDistillTrainer(Trainer):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
         of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
         if of_teacher is not None and row_group(of_teacher) is not None and row_group(model) is None:
-            raise ValueError("the teacher is split over ranks with the same rows, and the student is not: the student's "
-                             "ranks have each their own")  # fmt: skip
+            raise ValueError("the teacher is split over ranks with the same rows, and the student is not, whose ranks "
+                             "have each their own")  # fmt: skip
         for name in ("train_dataset", "eval_dataset"):
             data = trainer.get(name)
             if data is not None and hasattr(data, "__len__") and len(data) == 0:
@@ -209,7 +209,7 @@ class FDistillTrainer(Trainer):
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
-            raise ValueError("accelerate's FSDP is for cards, and it would leave a CPU's models whole: take DDP, or load "
+            raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
                              "the model with a DistributedConfig")  # fmt: skip
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
@@ -307,7 +307,8 @@ class FDistillTrainer(Trainer):
                 raise
             raise ConnectionError(
                 f"rank {self.args.process_index} of {self.args.world_size} lost another after step "
-                f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s ({error})"
+                f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
+                f"({error})"
             ) from error
 
     def _unwrapped(self, model: Any) -> Any:
