@@ -128,8 +128,8 @@ def main() -> int:
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     differ = found["largest_difference"]
-    print(f"js from {found['losses'][0]:.4f} to {found['losses'][-1]:.4f} nats in {args.steps} steps; the "
-          f"largest differences from one process: {differ['loss']:.1e} of a loss, {differ['weight']:.1e} of a weight")  # fmt: skip
+    print(f"js from {found['losses'][0]:.4f} to {found['losses'][-1]:.4f} nats in {args.steps} steps; the largest")
+    print(f"differences from one process: {differ['loss']:.1e} of a loss, {differ['weight']:.1e} of a weight")
     return int(any(differ[name] > most for name, most in HELD.items()))
 
 
