@@ -583,3 +583,46 @@ def test_paths_in_place_of_models(tmp_path):
     run = trainer(tmp_path / "run", str(tmp_path / "student"), tmp_path / "teacher", method="kl")
     run.train()
     assert run.model.dtype == torch.float32
+
+
+def test_experts_own_loss_and_a_base_model_as_teacher(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from fdistill_kernels.sequence.teachers import Itself
+
+    def make(seed, **settings):
+        torch.manual_seed(seed)
+        return MixtralForCausalLM(MixtralConfig(
+            vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS,
+            max_position_embeddings=64, **settings)).eval()  # fmt: skip
+
+    rows = data(6, sample_ids=[[3, 4, 5, EOS]] * 6)
+    plain = training_loss(trainer(tmp_path, make(1), make(2), rows, divergence={"gold": "kl", "teacher": "rkl"}), rows)
+    student, aux = make(1, output_router_logits=True, router_aux_loss_coef=0.5), []
+    for column in ("labels", "sample_ids"):
+        texts = [[*row["prompt_ids"], *row[column]] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(t) for t in texts])[:, None]
+        aux.append(student(ids, attention_mask=mask.long()).aux_loss.item())
+    run = trainer(tmp_path, student, make(2), rows, divergence={"gold": "kl", "teacher": "rkl"})
+    assert training_loss(run, rows) == pytest.approx(plain + 0.5 * sum(aux) / 2, rel=1e-5)
+
+    adapted = get_peft_model(llama(seed=1), LoraConfig(target_modules=["q_proj"]))
+    run = trainer(tmp_path, adapted, Itself(adapter=False), rows, divergence="kl", ce_weight=1.0, logging_steps=1)
+    run.train()
+    first, last = [line["overlap_on_gold"] for line in run.state.log_history if "loss" in line]
+    assert first == pytest.approx(1) and last < 0.9999  # the adapter is 0 at first
+
+
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_batches_without_a_token(make, tmp_path):
+    rows = [{"prompt_ids": [5], "labels": []}] * 8
+    student = make(60, seed=1)
+    before = [p.clone() for p in student.parameters()]
+    for settings in (dict(divergence="kl"), dict(method="mle")):
+        run = trainer(tmp_path, student, make(60, seed=2), rows, **settings)
+        run.train()
+        assert run.evaluate(rows)["eval_loss"] == 0
+    assert all(map(torch.equal, before, student.parameters()))
