@@ -610,7 +610,16 @@ def test_experts_own_loss_and_a_base_model_as_teacher(tmp_path):
     assert training_loss(run, rows) == pytest.approx(plain + 0.5 * sum(aux) / 2, rel=1e-5)
 
     adapted = get_peft_model(llama(seed=1), LoraConfig(target_modules=["q_proj"]))
-    run = trainer(tmp_path, adapted, Itself(adapter=False), rows, divergence="kl", ce_weight=1.0, logging_steps=1)
+    run = trainer(
+        tmp_path,
+        adapted,
+        Itself(adapter=False),
+        rows,
+        divergence="kl",
+        ce_weight=1.0,
+        logging_steps=1,
+        learning_rate=0.3,
+    )
     run.train()
     first, last = [line["overlap_on_gold"] for line in run.state.log_history if "loss" in line]
     assert first == pytest.approx(1) and last < 0.9999  # the adapter is 0 at first
