@@ -625,6 +625,25 @@ def test_experts_own_loss_and_a_base_model_as_teacher(tmp_path):
     assert first == pytest.approx(1) and last < 0.9999  # the adapter is 0 at first
 
 
+def test_a_forced_first_token_does_not_count(tmp_path):
+    student, teacher, rows = bart(seed=1), bart(seed=2), data(6)
+    student.generation_config.forced_bos_token_id = 7
+    rows = [{**row, "labels": [7, *row["labels"]]} for row in rows]
+    steps = []
+    for row in rows:
+        given = dict(input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=torch.tensor([[EOS, *row["labels"][:-1]]]))
+        with torch.no_grad():
+            log_q, log_p = (m.eval()(**given).logits[0, 1:].double().log_softmax(-1) for m in (student, teacher))
+        steps.append(table(log_q, log_p)["kl"])
+    want = pytest.approx(torch.cat(steps).mean().item(), rel=1e-4)
+    run = trainer(tmp_path, student, teacher, rows, divergence="kl", learning_rate=0.0, logging_steps=1, max_steps=1,
+                  per_device_train_batch_size=3, gradient_accumulation_steps=2)  # fmt: skip
+    assert run.evaluate(rows)["eval_loss"] == want
+    run.train()
+    (line,) = [line for line in run.state.log_history if "loss" in line]
+    assert line["loss"] == want and line["loss_on_gold"] == want
+
+
 @pytest.mark.parametrize("make", [gpt2, bart])
 def test_batches_without_a_token(make, tmp_path):
     rows = [{"prompt_ids": [5], "labels": []}] * 8
