@@ -210,9 +210,10 @@ class Run:
         read = {name: data_hash([ids for column in known if column in rows.column_names for ids in rows[column]])
                 for name, rows in (("data", self.pairs), ("eval_data", self.held_out))}  # fmt: skip
         made = [*self.folder.glob("trainer-*/checkpoint-*"), self.folder / "predistilled", self.folder / "student"]
-        if not any(map(Path.exists, made)):  # a start that came to nothing binds nobody
+        binds = any(map(Path.exists, made))  # a start that came to nothing does not
+        if not binds and rank()[0] == 0:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        elif path.exists():
+        if binds and path.exists():
             self._check_same(yaml.safe_load(path.read_text()), asked)
             kept = json.loads(of_data.read_text()) if of_data.exists() else {}
             if changed := [name for name, mark in kept.items() if mark != read[name]]:
