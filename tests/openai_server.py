@@ -76,7 +76,7 @@ class Server:
                 _send(self, {"data": outer.reply_models} if known else {"detail": "Not Found"}, 200 if known else 404)
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
                 with contextlib.suppress(OSError):
                     outer.reply(self, body)
 
@@ -176,7 +176,7 @@ class Server:
         choice = {"index": 0, "text": "x", "finish_reason": "length"}
         if body.get("return_token_ids") and self.echo:
             choice["prompt_token_ids"] = [*ids[:-1], ids[-1] ^ 1] if fault == "other_ids" else ids
-            choice["token_ids"] = self.sample(ids, body["max_tokens"], body.get("seed", 0))
+            choice["token_ids"] = self.sample(ids, body["max_tokens"], body.get("seed", 0), body)
         reply = {"object": "text_completion", "model": "tiny", "choices": [choice]}
         if self.folder is not None and fault != "no_rows":
             reply["kv_transfer_params"] = {"hidden_states_path": self.write_states(ids, fault)}
@@ -196,9 +196,8 @@ class Server:
 
     def sglang(self, body, ids, fault):
         meta = {"prompt_tokens": len(ids) - (fault == "other_ids"), "finish_reason": {"type": "length"}}
-        made = self.sample(
-            ids, body["sampling_params"]["max_new_tokens"], body["sampling_params"].get("sampling_seed", 0)
-        )
+        how = body["sampling_params"]
+        made = self.sample(ids, how["max_new_tokens"], how.get("sampling_seed", 0), how)
         if body.get("return_logprob") and fault != "no_rows":
             begin = body["logprob_start_len"]
             found = self.rows(ids, begin + 1, body["top_logprobs_num"], fault)
@@ -232,7 +231,7 @@ class Server:
         threading.Thread(target=write, daemon=True).start()
         return path
 
-    def sample(self, ids, new, seed):
+    def sample(self, ids, new, seed, how=None):
         generator, made = torch.Generator().manual_seed(seed), list(ids)
         for _ in range(new):
             made.append(int(torch.multinomial(self.model.log_probs(made)[-1].exp(), 1, generator=generator)))

@@ -15,6 +15,7 @@ from fdistill_kernels.sequence.sampling import Sampling, draw
 
 from .test_run import arguments, make_files
 from .test_sequence import EOS, bart, batch, gpt2
+from .test_student_server import served, trained
 from .test_trainer import trainer
 
 #: Student samples by top_k=1 are the same in one process as in two.
@@ -68,13 +69,21 @@ def kl(student, teacher, prompts, continuations):
                            lambda ours: step_loss(ours, theirs, TABLE["kl"]))[0]  # fmt: skip
 
 
-def worker(rank, folder, port):
+def drawn_by_a_server(folder, where):
+    """A student's weights after training on what a server draws, here for all ranks; and what a lost server is told by."""
+    student, sgd = (lambda: gpt2(64, seed=1)), dict(optim="sgd", learning_rate=0.1, per_device_train_batch_size=2)
+    with pytest.raises(ConnectionError) as error:  # on both ranks, and none of them waits
+        trained(folder / "lost", student, {**where, "student_server": "http://127.0.0.1:9"}, **sgd)
+    return trained(folder / "served", student, where, **sgd)[0], str(error.value)
+
+
+def worker(rank, folder, port, where):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     torch.set_num_threads(1)
     found = {
         (name, method): weights_after(method, make, folder, 2) for name, make in MODELS.items() for method in CASES
     }
-    found["fsdp"] = sharded(rank)
+    found["fsdp"], found["served"] = sharded(rank), drawn_by_a_server(folder, where)
     assert cli.main(arguments(folder, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -85,7 +94,8 @@ def test_two_processes_do_what_one_does(tmp_path):  # one test, so that they are
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    mp.spawn(worker, (tmp_path, port), nprocs=2)
+    with served(tmp_path, gpt2(64, seed=1)) as (where, server):
+        mp.spawn(worker, (tmp_path, port, where), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, make in MODELS.items():
         for method in CASES:
@@ -100,6 +110,12 @@ def test_two_processes_do_what_one_does(tmp_path):  # one test, so that they are
     (sum(kl(student, teacher, prompts[i : i + 3], continuations[i : i + 3]) for i in (0, 3)) / 2).backward()
     for got, parameter in zip(found[0]["fsdp"], student.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-4)
+
+    want, _ = trained(tmp_path / "own", lambda: gpt2(64, seed=1), dict(optim="sgd", learning_rate=0.1))
+    for got, words in (of_rank["served"] for of_rank in found):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+        assert "does not answer to /collective_rpc" in words
+    assert len(server.told) == 2 * 3  # by one process alone
 
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -18,9 +18,11 @@ from fdistill_kernels.sequence import metrics, report, run
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.sampling import Sampling
 
+from .openai_server import Server
 from .test_data import PLAIN
 from .test_data import tokenizer_of as chat_tokenizer
 from .test_sequence import bart, llama
+from .test_student_server import Student, StudentServer
 
 PAIRS = [(f"the number {i} and {i + 1}", f"numărul {i} și {i + 1}") for i in range(60)]
 
@@ -394,3 +396,16 @@ def test_padded_heads_prompts_alone_and_both_of_the_teacher_s_kinds(causal, tmp_
     )
     assert cli.main(one) == 0  # the student need not be known yet
     assert cli.main(["train", *one[1:], "--student", f"{causal}/student", "--max_steps", "1"]) == 0
+
+
+def test_servers_of_both_models(causal, tmp_path):
+    """The teacher's samples are drawn by one, each with a seed of its own, the student's by others."""
+    call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "js", "--output_dir", f"{tmp_path}/run")
+    with Server(Student(f"{causal}/teacher")) as theirs:
+        for steps in (1, 2):  # a run may go on with another server
+            with StudentServer(f"{causal}/student") as ours:
+                where = ("--student_server", ours.url, "--student_server_path", f"{tmp_path}/{steps}")
+                assert cli.main([*call, "--vllm_url", theirs.url, *where, "--max_steps", str(steps)]) == 0
+            assert len(ours.told) == 2 and ours.bodies
+    assert {body["model"] for body in theirs.bodies} == {f"{causal}/teacher"}
+    assert len({body["seed"] for body in theirs.bodies}) == len(theirs.bodies) > 8

@@ -2,9 +2,6 @@
 
 import copy
 import itertools
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -26,7 +23,7 @@ from fdistill_kernels.sequence import METHODS, Sampling, TeacherSamples, copy_la
 from fdistill_kernels.sequence.metrics import risk, teacher_dist, translation_scores
 from fdistill_kernels.sequence.models import forward_to_head, rows_of, step_loss, teacher_forced
 from fdistill_kernels.sequence.predistill import PUBLISHED, chosen_layers, predistillation_loss
-from fdistill_kernels.sequence.sampling import Server, draw, fingerprint
+from fdistill_kernels.sequence.sampling import draw, fingerprint
 
 BOS, EOS, V, LENGTH = 1, 0, 4, 3
 TOKENS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
@@ -386,28 +383,6 @@ def test_full_disk_leaves_whole_files(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not be written"):
         module.write_whole(tmp_path / "x.parquet", b"1")
     assert not list(tmp_path.iterdir())
-
-
-def test_vllm_server():
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            choices = [{"index": i, "token_ids": [*p, 0]} for i, p in enumerate(body["prompt"])][::-1]
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": choices}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    asked = Server(f"http://127.0.0.1:{server.server_port}", "m")
-    made = asked.draw([torch.tensor([3, 4]), torch.tensor([5])], Sampling(), 0)
-    assert [m.tolist() for m in made] == [[3, 4, 0], [5, 0]]
-    server.shutdown()
-    with pytest.raises(ValueError, match="did not answer"):
-        Server("http://127.0.0.1:9", "m").draw([torch.tensor([3])], Sampling(), 0)
 
 
 # --- students from layers

@@ -192,6 +192,8 @@ HELP = {
     "shares": "of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
     "ce_weight": "of cross-entropy on gold targets beside", "temperature": "of both models in the loss",
     "temperature_squared": "times its square", "student_every": "steps between new samples of the student",
+    "student_server": "a vLLM server of the student, to draw its samples from",
+    "student_server_path": "a folder that it sees too, for the weights",
     "normalize": "token or sequence: what the loss is a mean over", "pack": "a batch in one row, of causal models",
     "freeze_embeddings": "leave the student's input embeddings as they are", "memory": "of the loss: chunks or minimal",
     "on_nan": "stop or skip the batch", "max_new_tokens": "of a sample", "sample_temperature": "of samples",

@@ -37,6 +37,8 @@ class FDistillConfig(TrainingArguments):
         max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training.
         student_every: draw student samples every so many steps; in between the last ones are used again. They are in
             the checkpoints.
+        student_server, student_server_path: the URL of a vLLM server that draws them, and a folder of this run alone
+            that it and the trainer see under this path, for the weights; see `student_server.StudentServer`.
         normalize: "token", a mean over steps; or "sequence", the paper's sum over steps, a mean over sequences. The
             mean is over all batches that are accumulated and all ranks, samples drawn during training among them, so
             that they give the gradient of one large batch.
@@ -64,6 +66,8 @@ class FDistillConfig(TrainingArguments):
     top_k: int = 0
     top_p: float = 1.0
     student_every: int = 1
+    student_server: str | None = None
+    student_server_path: str | None = None
     normalize: str = "token"
     freeze_embeddings: bool = False
     pack: bool = False
@@ -89,13 +93,17 @@ class FDistillConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, not {self.temperature!r}")
+        if bool(self.student_server) != bool(self.student_server_path):
+            raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
+                             "where it finds the weights")  # fmt: skip
         halves, _ = self.halves(), self.sampling()
+        draws = any(h.source == "student" for h in halves)
         unused = {
             "shares": self.shares and self.divergence is None and "without a divergence",
             "method": self.divergence is not None and self.method != FDistillConfig.method and "beside a divergence",
             "beta": self.divergence is not None and self.beta != FDistillConfig.beta and "beside a divergence",
-            "student_every": self.student_every > 1 and not any(h.source == "student" for h in halves)
-            and "without an objective on the student's samples",
+            "student_every": self.student_every > 1 and not draws and "without an objective on the student's samples",
+            "student_server": self.student_server and not draws and "without an objective on the student's samples",
             "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)
             and "without a cross-entropy, as mle, seqkd and ce_weight have",
         }  # fmt: skip
@@ -145,7 +153,8 @@ class FDistillConfig(TrainingArguments):
 
 #: Options of a loss that pre-distillation has not.
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
-                          "student_every", "normalize", "pack", "memory", "label_smoothing_factor")  # fmt: skip
+                          "student_every", "student_server", "student_server_path", "normalize", "pack", "memory",
+                          "label_smoothing_factor")  # fmt: skip
 
 
 def _of_json(name: str, value: Any) -> Any:

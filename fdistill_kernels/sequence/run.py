@@ -39,7 +39,7 @@ from .models import load_config, load_model
 from .predistill import copy_layers
 from .ranks import join
 from .report import logged, name_of, plot, write_report
-from .sampling import Server, TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
+from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
 from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
@@ -228,7 +228,8 @@ class Run:
     def _check_same(self, known: dict[str, Any], asked: dict[str, Any]) -> None:
         """Settings must be the same, but for more steps, for which a finished student is trained on."""
         before, now = ({**self.asked.defaults, "num_train_epochs": None, **s} for s in (known, asked))
-        differ = {n for n in {*known, *asked} if before.get(n) != now.get(n)} - {"output_dir"}
+        elsewhere = {"output_dir", "student_server", "student_server_path"}
+        differ = {n for n in {*known, *asked} - elsewhere if before.get(n) != now.get(n)}
         more = {n for n in differ & {"max_steps", "num_train_epochs"} if before[n] and now[n] and now[n] > before[n]}
         if differ - more:
             told = "; ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in sorted(differ - more))
@@ -262,7 +263,9 @@ class Run:
         if isinstance(self.teacher, Stored):
             kept, made = self.teacher.store.folder / f"{name}-{data_hash(prompts)}", self.teacher.store.extra
             return TeacherSamples.kept(kept, prompts, made.get("job", {}))
-        source: Any = Server(run.vllm_url, teacher) if run.vllm_url else self.model
+        source: Any = self.model
+        if run.vllm_url:
+            source = Endpoint(run.vllm_url, model=teacher, vocabulary=self.teacher.vocabulary, concurrency=32)
         mark, settings = teacher, {}
         if self.model is not None:
             mark, settings = fingerprint(self.model), generation_settings(self.model, sampling)

@@ -12,8 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -235,30 +233,6 @@ def _until_end(row: Tensor, ends: list[int]) -> Tensor:
     return row[: int(stops[0]) + 1] if len(stops) else row
 
 
-class Server:
-    """A vLLM server's OpenAI completions, by token ids (vllm serve MODEL)."""
-
-    def __init__(self, url: str, model: str):
-        self.url, self.model = url.rstrip("/") + "/v1/completions", model
-
-    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, seed: int) -> list[Tensor]:
-        """As `draw`."""
-        if sampling.beams:
-            raise ValueError("a vLLM server is asked for samples, not for beams")
-        body = {
-            "model": self.model, "prompt": [p.tolist() for p in prompts], "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature, "top_k": sampling.top_k or -1, "top_p": sampling.top_p, "seed": seed,
-            "return_token_ids": True,
-        }  # fmt: skip
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=600) as reply:
-                choices = json.load(reply)["choices"]
-        except (urllib.error.URLError, KeyError, ValueError) as error:
-            raise ValueError(f"the vLLM server at {self.url} did not answer with completions: {error}") from error
-        return [torch.tensor(c["token_ids"]) for c in sorted(choices, key=lambda c: c["index"])]
-
-
 def fingerprint(model: Any) -> str:
     """Sixteen hex digits of a model's configuration and weights: names, dtypes, shapes and every byte, on any device.
 
@@ -361,7 +335,7 @@ class TeacherSamples:
     def fill(
         self, source: Any, rank: int = 0, ranks: int = 1, *, batch: int = 32, vocabulary: int | None = None
     ) -> Iterator[int]:
-        """Draws what is missing from a model, a `Server` or an `Endpoint`; yields the prompts done after each batch.
+        """Draws what is missing from a model or an `Endpoint`; yields the prompts done after each batch.
 
         Of several ranks each draws its share of the shards. vocabulary: as in `draw`.
         """

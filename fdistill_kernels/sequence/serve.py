@@ -82,6 +82,8 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     return ThreadingHTTPServer((host, port), Handler)
 
 
+#: What it may say so alone, which changes nothing.
+OFF = {"min_p": 0, "repetition_penalty": 1}
 #: What a request may say.
 FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "prompt_logprobs",
           "return_token_ids", "stream", "echo", "n", "logprobs", "add_special_tokens",
@@ -102,7 +104,8 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
         raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
     if k is not None and not 0 <= int(k) <= most:
         raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
-    if (beyond := set(body) - FIELDS) or body.get("stream") or body.get("n", 1) != 1:
+    beyond = {name for name in set(body) - FIELDS if name not in OFF or body[name] != OFF[name]}
+    if beyond or body.get("stream") or body.get("n", 1) != 1:
         raise ValueError(f"only n = 1 without stream is served, and no {', '.join(sorted(beyond)) or 'other'}")
     tokens = int(body.get("max_tokens", 16))
     sampling = Sampling(max(1, tokens), float(body.get("temperature", 1.0)) or 1e-4,

@@ -23,6 +23,7 @@ from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
 from .sampling import Sampling, draw, special_tokens
+from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, teacher_of
 from .watch import Watch, wide
 
@@ -161,6 +162,12 @@ class FDistillTrainer(Trainer):
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
+        self.server: StudentServer | None = None
+        if args.student_server and args.student_server_path:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
+            self.server = StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model),
+                                        self.vocabulary)  # fmt: skip
 
     def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
         """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
@@ -299,15 +306,17 @@ class FDistillTrainer(Trainer):
                 found[source] = given
             else:
                 with self.watch.timed("sampling"):
-                    found[source] = self._draw(source, student, batch)
+                    found[source] = self._draw(source, student, batch, number)
             found[source].counted = chosen(student, found[source].continuations, found[source].counted)
         return found
 
-    def _draw(self, source: str, student: Any, batch: dict[str, Any]) -> Sequences:
-        """New sequences for a batch's prompts."""
+    def _draw(self, source: str, student: Any, batch: dict[str, Any], number: int) -> Sequences:
+        """New sequences for the prompts of an update's batch, by its number."""
         prompts, teachers = unpadded(batch["prompt_ids"]), batch.get("teacher", [])
         teacher_prompts = unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
-        if source == "student":
+        if source == "student" and self.server is not None:
+            made = self.server.draw(student, prompts, self.sampling, self.state.global_step, fresh=number == 0)
+        elif source == "student":
             made = draw(student, prompts, self.sampling, None, self.vocabulary)
         else:
             beams = Sampling(self.sampling.max_new_tokens, beams=4)

@@ -192,8 +192,10 @@ class Endpoint:
             for _, future in on_the_way:
                 future.cancel()
 
-    def draw(self, prompts: Sequence[Ids], sampling: Sampling, seed: int) -> list[Tensor]:
+    def draw(self, prompts: Sequence[Ids], sampling: Sampling, seed: int, **more: Any) -> list[Tensor]:
         """One continuation for each prompt, its end token included, as `sampling.draw`; prompt i has seed + i.
+
+        more: of the server's sampling parameters.
 
         Raises:
             ValueError: beams, or ids outside the vocabulary.
@@ -204,7 +206,7 @@ class Endpoint:
 
         async def all_of_them() -> list[Tensor]:
             await self._open()
-            return await _all(self._drawn(p, sampling, seed + i, i) for i, (p, _) in enumerate(pairs))
+            return await _all(self._drawn(p, sampling, seed + i, i, more) for i, (p, _) in enumerate(pairs))
 
         return self._wait(self._submit(all_of_them()))
 
@@ -580,13 +582,14 @@ class Endpoint:
             raise Misfit(f"{path} has states that are not finite")
         return normed
 
-    async def _drawn(self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int) -> Tensor:
+    async def _drawn(
+        self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int, more: dict[str, Any]
+    ) -> Tensor:
         ids, new = list(prompt), sampling.max_new_tokens
-        how: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k or -1,
-            "top_p": sampling.top_p,
-        }
+        how: dict[str, Any] = {  # of p itself, whatever the generation configuration at the server says
+            "temperature": sampling.temperature, "top_k": sampling.top_k or -1, "top_p": sampling.top_p, "min_p": 0.0,
+            "repetition_penalty": 1.0, **more,
+        }  # fmt: skip
 
         async def once() -> Tensor:
             body: dict[str, Any]

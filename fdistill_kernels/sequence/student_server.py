@@ -1,0 +1,202 @@
+"""The student's samples, drawn by a vLLM server that is given the student's weights before.
+
+    all weights   POST /collective_rpc reload_weights and /reset_prefix_cache; started with VLLM_SERVER_DEV_MODE=1
+    LoRA adapter  POST /v1/load_lora_adapter; started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
+
+The weights go through a folder that both see, all else over HTTP. That a server has taken them is not believed: it is
+asked for log-probabilities, which must be the student's own, and must have moved where those have.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..teachers.endpoint import Endpoint, EndpointError, _message
+from .models import rows_of
+from .sampling import Sampling, special_tokens
+
+#: Tokens of the sequence that the server is asked about, and how many ids of each; 20 are vLLM's default at most.
+PROBE, LISTED = 8, 8
+#: Nats that its log-probabilities may be off on average: half precision is by some hundredths.
+AGREES = 0.1
+#: Nats by which the student has moved when the server must have; those by which one that stood still is off.
+MOVED, STILL = 1e-3, 1e-6
+#: What folders of weights are called, before their step.
+WEIGHTS = "student-weights-"
+LORA = "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+#: Requests at a time, and seconds for one that takes weights.
+CONCURRENCY, TIMEOUT = 128, 600.0
+
+
+class StudentServer:
+    """A vLLM server as the one that draws from a student in training.
+
+    Args:
+        url: the server's, with or without /v1. It serves the student, or the base model below its LoRA adapter, and
+            nothing else is to change its weights.
+        folder: that trainer and server both see under this path, of this run alone. It has the weights of one step.
+        student: a causal model, whole on each rank.
+        vocabulary: ids from here on are not drawn, as in `draw`.
+
+    Raises:
+        ValueError: a student that the server cannot be given.
+    """
+
+    def __init__(self, url: str, folder: str | Path, student: Any, vocabulary: int):
+        self.folder, self.adapter = Path(folder).absolute(), _adapter_of(student)
+        size, (self.pad, ends) = student.config.get_text_config().vocab_size, special_tokens(student)
+        self.endpoint = Endpoint(url, model="", vocabulary=vocabulary, concurrency=CONCURRENCY)  # "": no adapter
+        self.name = f"the student's server at {self.endpoint.url}"
+        beyond = {i: -100 for i in range(vocabulary, size)}
+        self.how = {"ignore_eos": True, "stop_token_ids": ends, "logit_bias": beyond}
+        self.probe = torch.linspace(0, vocabulary - 1, PROBE).long()
+        self.mark = ""  # of these weights alone: the adapter's name, and the salt of what the server caches
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # ids, their log-probabilities here and there
+
+    def draw(
+        self, student: Any, prompts: Sequence[Tensor], sampling: Sampling, step: int, fresh: bool = True
+    ) -> list[Tensor]:
+        """As `sampling.draw`, on all ranks at once. The first asks for everybody, with seeds of torch's generator; what
+        fails there fails everywhere.
+
+        Args:
+            fresh: the weights may be other ones than at the last call.
+
+        Raises:
+            ConnectionError: the server is gone, refuses, has no such endpoint, or does not speak with these weights.
+        """
+        state = PartialState()
+        of_ranks = gather_object([[p.tolist() for p in prompts]])
+        made: list[Any] = [None]
+        if state.is_main_process:
+            try:
+                if fresh:
+                    self.take(student, step)
+                every = [torch.tensor(p) for of_rank in of_ranks for p in of_rank]
+                seed = int(torch.randint(2**31, ()))
+                rows = iter(self.endpoint.draw(every, sampling, seed, cache_salt=self.mark, **self.how))
+                made = [[[next(rows).tolist() for _ in of_rank] for of_rank in of_ranks]]
+            except (ValueError, OSError) as error:
+                made = [str(error)]
+        broadcast_object_list(made)
+        if isinstance(made[0], str):
+            raise EndpointError(f"no samples of the student at step {step}: {made[0]}")
+        return [torch.tensor(row) for row in made[0][state.process_index]]
+
+    def take(self, student: Any, step: int) -> None:
+        """Gives the server the student's weights.
+
+        Raises:
+            EndpointError: a ConnectionError: what it says against it, or that it does not speak with them.
+        """
+        path, before, self.mark = self._written(student, step), self.mark, uuid.uuid4().hex
+        if self.adapter is None:
+            self._tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
+            self._tell("/reset_prefix_cache")
+        else:  # under a new name, so that no old one is meant
+            self._tell("/v1/load_lora_adapter", {"lora_name": self.mark, "lora_path": str(path)})
+            self.endpoint.model = self.mark
+            if before:
+                self._tell("/v1/unload_lora_adapter", {"lora_name": before})
+        self._check(student, step)
+
+    def _written(self, student: Any, step: int) -> Path:
+        """Where the weights are, whole; older ones are gone."""
+        path, partial = self.folder / f"{WEIGHTS}{step}", self.folder / f"{WEIGHTS}{step}.partial"
+        for old in self.folder.glob(WEIGHTS + "*"):
+            shutil.rmtree(old)
+        adapter: dict[str, Any] = {"selected_adapters": [self.adapter], "save_embedding_layers": False}
+        student.save_pretrained(partial, **(adapter if self.adapter else {}))
+        partial.rename(path)
+        return path if self.adapter in (None, "default") else path / self.adapter
+
+    def _tell(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The server's reply to a request that only the way it was started can make it refuse."""
+        import httpx
+
+        try:
+            reply = httpx.post(self.endpoint.url + path, json=body, timeout=TIMEOUT)
+        except httpx.TransportError as error:
+            raise EndpointError(f"{self.name} does not answer to {path}: {error!r}") from error
+        if reply.status_code != 200:
+            started = "VLLM_SERVER_DEV_MODE=1" if self.adapter is None else LORA
+            raise EndpointError(f"{self.name} refuses {path} with status {reply.status_code}: {_message(reply)} "
+                                f"(it must be started with {started}, and see {self.folder})",
+                                reply.status_code)  # fmt: skip
+        return reply
+
+    def _check(self, student: Any, step: int) -> None:
+        """Raises EndpointError where the server's log-probabilities are not the student's, or stood still."""
+        own, (ids, said) = self._own(student), self._said()
+        here = own.gather(1, ids)
+        apart = float((said.exp() * (here - said).abs()).sum() / said.exp().sum())
+        if not apart <= AGREES:
+            raise EndpointError(f"{self.name} does not speak with the weights of step {step}: its log-probabilities "
+                                f"are off by {apart:.3g} nats on average, more than {AGREES}")  # fmt: skip
+        if self._seen is not None:
+            known, before, then = self._seen
+            moved = float((own.gather(1, known) - before).abs().max())
+            if moved <= MOVED:
+                return
+            if torch.equal(ids, known) and float((said - then).abs().max()) <= STILL:
+                raise EndpointError(f"{self.name} does not speak with the weights of step {step}: they have moved a "
+                                    f"log-probability by {moved:.3g} nats, and none of the server's")  # fmt: skip
+        self._seen = ids, here, said
+
+    def _said(self) -> tuple[Tensor, Tensor]:
+        """(T, K) ids and log-probabilities, the server's largest after each prefix of the probe."""
+        body = {"prompt": [self.probe[: i + 1].tolist() for i in range(PROBE)], "max_tokens": 1, "temperature": 1.0,
+                "logprobs": LISTED, "return_tokens_as_token_ids": True, "cache_salt": self.mark,
+                "model": self.endpoint.model}  # fmt: skip
+        reply = self._tell("/v1/completions", body)
+        try:
+            choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+            listed = [choice["logprobs"]["top_logprobs"][0].items() for choice in choices]
+            rows = [sorted(items, key=lambda item: -item[1])[:LISTED] for items in listed]  # without a drawn one's more
+            ids = torch.tensor([[int(name.removeprefix("token_id:")) for name, _ in row] for row in rows])
+            return ids, torch.tensor([[value for _, value in row] for row in rows])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EndpointError(f"{self.name} gives no log-probabilities by token ids ({error!r}): vLLM's completions "
+                                "are needed") from error  # fmt: skip
+
+    @torch.no_grad()
+    def _own(self, student: Any) -> Tensor:
+        """(T, V), what the student itself says of the probe."""
+        device, training = next(student.parameters()).device, student.training
+        student.eval()
+        try:
+            probe = self.probe.to(device)
+            rows, _ = rows_of(student, [probe[:1]], [torch.cat((probe[1:], probe[:1]))], self.pad)
+            return rows.logits(rows.hidden).float().log_softmax(-1).cpu()
+        finally:
+            student.train(training)
+
+
+def _adapter_of(student: Any) -> str | None:
+    """The name of a student's LoRA adapter; None: all its weights are its own.
+
+    Raises:
+        ValueError: what vLLM does not take this way.
+    """
+    if student.config.is_encoder_decoder:
+        raise ValueError("student_server: vLLM draws from causal students alone, not from an encoder–decoder")
+    if any(isinstance(p, DTensor) for p in student.parameters()):
+        raise ValueError("student_server takes a student that is whole on each rank, and this one is split over ranks")
+    if not hasattr(student, "peft_config"):
+        return None
+    active = student.active_adapters
+    active = active if isinstance(active, list) else active()
+    kinds = [getattr(student.peft_config[name].peft_type, "value", "") for name in active]
+    if kinds != ["LORA"]:
+        raise ValueError(f"student_server: vLLM takes one LoRA adapter, and the student's are {kinds}")
+    return str(active[0])
