@@ -48,7 +48,8 @@ def train(rank: int, world: int, folder: Path, steps: int) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, join
+    from fdistill_kernels.sequence.ranks import join
+    from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
     torch.set_num_threads(1)  # the ranks' own cores
     join(600)

@@ -162,6 +162,7 @@ def test_leaves_travel_by_name(kind):
 
 
 def test_a_star_import_needs_no_extra(monkeypatch):
+    monkeypatch.delattr(fk, "teachers", raising=False)
     monkeypatch.setitem(sys.modules, "fdistill_kernels.teachers", None)
     names = {}
     exec("from fdistill_kernels import *", names)
