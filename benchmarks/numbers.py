@@ -207,6 +207,22 @@ def paper_steps(number: Numbers) -> str:
     )
 
 
+def trainers(number: Numbers) -> str:
+    """A step and the memory of both trainers."""
+    lines = []
+    for sequences in ("gold", "student"):
+        for who, name in (
+            ("ours", "FDistillTrainer"),
+            ("trl", f"TRL {number.file('trainers_cpu.json')['run']['trl']}"),
+        ):
+            of = {"who": who, "sequences": sequences}
+            row = next(r for r in number.file("trainers_cpu.json")["rows"] if of.items() <= r.items())
+            shown = ("step_seconds", 1, ".2f"), ("peak_bytes_above_start", 1e6, ".0f")
+            read = [number._read("trainers_cpu.json", k, of, format(row[k] / unit, form)) for k, unit, form in shown]
+            lines.append((f"{name}, {sequences} sequences", *read))
+    return table(("", "s a step", "MB at the peak, above the start"), lines)
+
+
 def versions(number: Numbers) -> str:
     """The versions that were tested together."""
     lines = [line for line in (ROOT / "tests/MATRIX.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
@@ -532,6 +548,7 @@ BLOCKS = {
         scaling_device,
         scaling_shares,
         scaling_heads,
+        trainers,
     )
 }
 
