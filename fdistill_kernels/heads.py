@@ -161,11 +161,9 @@ def teacher_of(
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
         head = Head(head.weight, head.bias, scale, head.softcap)
-    if parallel.is_dtensor(head.weight) and not torch.is_autocast_enabled(teacher.device.type):
-        bias = None if head.bias is None else head.bias.to(teacher.dtype)
-        head = head._replace(weight=head.weight.to(teacher.dtype), bias=bias)  # as FSDP's mixed precision does
+    head = scattered.cast(head, teacher)
     if shard is None and own is None:
-        head = head._replace(weight=scattered.whole(head.weight), bias=scattered.whole(head.bias))
+        head = scattered.whole(head)
     if shard is not None:
         rows, own = parallel.local_rows("teacher_weight", head.weight, own)
         bias, of_bias = parallel.local_rows("teacher_bias", head.bias, None)

@@ -74,7 +74,7 @@ def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor
 
         return cut.linear_rows(call)
     if call.shard.own_rows:
-        return scattered.rows_in_turns(call, lambda turn: chunks.linear_rows(turn, backend))
+        return scattered.rows_in_turns(call, lambda turn: chunks.linear_rows(turn, backend), _like(call))
     return chunks.linear_rows(call, backend)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.chunked import CHUNK_ELEMENTS
 from .backends.collectives import Collectives
 from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
+from .backends.sharded import rows_at_once
 from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
 from .divergences import KL
 from .own import FDivergence
@@ -173,7 +173,7 @@ def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str, shard: S
 
 
 class _SplitLogSumExp(torch.autograd.Function):
-    """That of rows split over ranks, of which each sends its largest entry and its sum."""
+    """That of rows split over ranks, of which each sends that of its entries."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, cap: float | None, shard: Shard) -> Tensor:
@@ -199,7 +199,7 @@ class _SplitLogSumExp(torch.autograd.Function):
 def _in_pieces(logits: Tensor) -> tuple[Tensor, ...]:
     """(..., V) as rows, so many at a time that what is made of them stays small."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
-    return rows.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])) if len(rows) else ()
+    return rows.split(rows_at_once(logits, logits.shape[-1])) if len(rows) else ()
 
 
 class _LogSumExp(torch.autograd.Function):

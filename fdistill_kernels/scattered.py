@@ -12,6 +12,7 @@ A rank's loss is of its own tokens. The head's gradient is the mean over the mes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .parallel import VocabShard, is_dtensor, scattered_shard
 from .sparse import TopK
 from .values import Head, Hidden
 
+#: Parts, and the gradients of hidden states, weight and bias.
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
 #: Tensors of a call that are the same for all of its rows.
 OF_ALL = ("head_weight", "head_bias", "teacher_weight", "teacher_bias", "terms_class_weight")
 
@@ -56,21 +59,17 @@ def head_here(
     Raises:
         ValueError: another layout of the bias than of the weight.
     """
-    weight: Any = head.weight
-    bias: Any = head.bias
-    if not (is_dtensor(weight) or is_dtensor(bias)):
+    tensors: tuple[Any, ...] = (head.weight, head.bias)
+    layouts = {x.placements if is_dtensor(x) else None for x in tensors if x is not None}
+    if layouts <= {None}:
         return head, None
     checks.check_hidden("hidden states", hidden)
-    if (
-        not is_dtensor(weight)
-        or (bias is not None and not is_dtensor(bias))
-        or (bias is not None and bias.placements != weight.placements)
-    ):
+    if len(layouts) > 1:
         raise ValueError("of a head's weight and bias both must be DTensors, of the same placements, or neither")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if not autocast:  # as FSDP's mixed precision; under autocast the heads are cast later
-        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    itemsize = (torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype).itemsize
+    head, device = cast(head, hidden), hidden.device.type
+    weight: Any = head.weight
+    bias: Any = head.bias
+    itemsize = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype).itemsize
     size = weight.shape[0] if vocab_size is None else vocab_size
     shard = scattered_shard(weight, size) if size <= weight.shape[0] else None
     if isinstance(teacher, Hidden):
@@ -86,7 +85,15 @@ def head_here(
             rows, size, weight.shape[1], of_teacher, itemsize, is_dtensor(teacher_weight)
         ):
             return head._replace(weight=weight.to_local(), bias=None if bias is None else bias.to_local()), shard
-    return head._replace(weight=whole(weight), bias=None if bias is None else whole(bias)), None
+    return whole(head), None
+
+
+def cast(head: Head, states: Tensor) -> Head:
+    """A head that is a DTensor in the dtype of hidden states, as FSDP's mixed precision does; autocast casts later."""
+    if not is_dtensor(head.weight) or torch.is_autocast_enabled(states.device.type):
+        return head
+    bias = None if head.bias is None else head.bias.to(states.dtype)
+    return head._replace(weight=head.weight.to(states.dtype), bias=bias)
 
 
 def _teacher_width(teacher: Any, teacher_weight: Any, weight: Any) -> int:
@@ -104,9 +111,11 @@ def _teacher_width(teacher: Any, teacher_weight: Any, weight: Any) -> int:
     return int(teacher.shape[-1])
 
 
-def whole(value: Any) -> Any:
-    """All of a DTensor, differentiable: its gradient is the mean of the ranks'. Another tensor is as it is."""
-    return _Whole.apply(value) if is_dtensor(value) else value
+def whole(head: Head) -> Head:
+    """All of a head that is a DTensor, differentiable: its gradient is the mean of the ranks'. Another is as it is."""
+    tensors: tuple[Any, ...] = (head.weight, head.bias)
+    weight, bias = (_Whole.apply(x) if is_dtensor(x) else x for x in tensors)
+    return head._replace(weight=weight, bias=bias)
 
 
 class _Whole(torch.autograd.Function):
@@ -125,18 +134,20 @@ class _Whole(torch.autograd.Function):
         return partial.redistribute(placements=placements).to(dtype)
 
 
-def rows_in_turns(call: LinearCall, run: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows_in_turns(call: LinearCall, run: Callable[[LinearCall], Results], results: Results) -> Results:
     """Parts (3 or more, N) and ∂hidden of this rank's rows; the gradients of the weight and bias here, of the mean of
     all ranks' losses.
 
-    run: makes them of a call whose rows are the same on all ranks.
+    Args:
+        run: makes them of a call whose rows are the same on all ranks.
+        results: of their shapes and dtypes, their values not set.
     """
     wire = Collectives(call.shard.group)
     of_teacher = call.teacher.rows.dtype if isinstance(call.teacher.rows, Tensor) else None
     states = f"{call.hidden.shape[1]} of {call.hidden.dtype}, beside {of_teacher}"
     counts = sharded.agree(call, len(call.hidden), hidden_states=states)
     turns = [rank for rank in range(wire.ranks) if counts[rank]]
-    parts, of_hidden, of_weight, of_bias = (x.zero_() for x in _results(call))
+    parts, of_hidden, of_weight, of_bias = (x.zero_() for x in results)
     coming = _begin(call, wire, turns[0], counts) if turns else None
     under_way: tuple[Any, int, Tensor] | None = None  # a turn's ∂hidden, while the next one's products are made
     for i, rank in enumerate(turns):
@@ -162,13 +173,6 @@ def _ended(wire: Collectives, under_way: tuple[Any, int, Tensor] | None, of_hidd
     work, rank, of_states = under_way
     wire.end(work)
     return of_states if rank == wire.rank else of_hidden
-
-
-def _results(call: LinearCall) -> list[Tensor]:
-    (hidden, weight, bias), wide = call.wants, call.terms.row_scale
-    rows, (entries, width) = len(call.hidden), call.head.weight.shape
-    return [wide.new_empty(call.parts, rows), wide.new_empty((rows, width) if hidden else 0),
-            wide.new_empty((entries, width) if weight else 0), wide.new_empty(entries if bias else 0)]  # fmt: skip
 
 
 def _begin(call: LinearCall, wire: Collectives, rank: int, counts: list[int]) -> tuple[list[Any], list[Any]]:

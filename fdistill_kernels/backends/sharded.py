@@ -72,6 +72,11 @@ def agree(call: RowCall | LinearCall, number: int | None = None, **more: Any) ->
     )  # fmt: skip
 
 
+def rows_at_once(logits: Tensor, entries: int) -> int:
+    """Rows of so many entries whose temporaries, of torch's operations, stay small."""
+    return max(1, (CARD_ELEMENTS if logits.is_cuda else CHUNK_ELEMENTS) // max(1, entries))
+
+
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`; the rows' numbers and all they are made of must be the same on every rank."""
     return _Rows(call).run()
@@ -84,8 +89,7 @@ class _Rows:
         self.call, self.terms, self.shard = call, call.terms, call.shard
         self.wire = Collectives(call.shard.group)
         self.rows, self.dtype = len(call.terms.row_scale), call.terms.row_scale.dtype
-        piece = CARD_ELEMENTS if call.student.is_cuda else CHUNK_ELEMENTS
-        self.step = max(1, piece // max(1, -(-call.shard.size // self.wire.ranks)))
+        self.step = rows_at_once(call.student, -(-call.shard.size // self.wire.ranks))
         self.live = (call.terms.row_scale != 0).unsqueeze(1)
         self.rates = [
             x.unsqueeze(1) for x in (call.terms.student_inverse_temperature, call.terms.teacher_inverse_temperature)
