@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import statistics
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fdistill_kernels.bench import floor_seconds
-from fdistill_kernels.provenance import provenance
+from fdistill_kernels.provenance import provenance, versions
 
 PEERS = ("triton", "liger-kernel", "orda-kernel", "quack-kernels", "trl", "numpy")
 CARD = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "memory.total")
@@ -181,15 +180,11 @@ class Results:
     """A result file, written anew after each entry: a run that is stopped leaves what it has."""
 
     def __init__(self, path: Path, device: Device, **rates: float):
-        versions = {}
         command = ["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        for name in PEERS:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
         self.path, self.failed = path, False
         self.content: dict[str, Any] = {
             **provenance(" ".join(x for x in command if x not in ("--out", str(path))), device.type),
-            **device.facts(), "versions": versions,
+            **device.facts(), "versions": versions(PEERS),
             "dtype": "bfloat16", **rates, "results": [],
         }  # fmt: skip
         self.save()

@@ -8,7 +8,6 @@ process of its own, one after the other. "gold" compares by js on given sequence
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import resource
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
 
-from fdistill_kernels.provenance import provenance
+from fdistill_kernels.provenance import provenance, versions
 
 RESULTS = Path(__file__).parent / "results" / "trainers_cpu.json"
 VOCABULARY, PROMPT, NEW, BATCH, END = 32000, 32, 64, 8, 0
@@ -122,8 +121,8 @@ def main() -> None:
     print(f"the curves on gold are apart by {apart:.1e} of the loss at most")
     if args.write:
         torch.set_num_threads(1)
-        versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
-        about = {**provenance(f"python -m benchmarks.trainers --steps {args.steps} --write"), **versions}
+        about = {**provenance(f"python -m benchmarks.trainers --steps {args.steps} --write"),
+                 **versions(("trl", "transformers"))}  # fmt: skip
         rows = {"run": about, "shape": {"vocabulary": VOCABULARY, "batch": BATCH, "prompt": PROMPT, "new": NEW},
                 "gold_curves_apart": apart, "rows": found}  # fmt: skip
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from .backends import native
-from .provenance import provenance
+from .provenance import provenance, versions
 
 WIDTH, LOG_LINES = 118, 6
 PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "tokenizers", "datasets", "peft", "trl",
@@ -26,11 +24,10 @@ SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 def details() -> dict[str, Any]:
     """`system`, `versions`, `devices`, `build_logs` (the last lines of a build that failed) and `environment`."""
     origin = provenance("fdistill doctor --report")
-    of_its_own = (Path(__file__).parents[1] / ".git").exists()  # not of a project in which it is installed
     return {
         "system": f"{platform.platform()}, {platform.python_implementation()} {platform.python_version()}",
-        "commit": origin["commit"] + (", changed" if origin["dirty"] else "") if of_its_own else None,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": origin["commit"] and origin["commit"] + ", changed" * bool(origin["dirty"]),
+        "versions": versions(PACKAGES),
         "devices": [f"{origin['device']}, {os.cpu_count()} cores", *_cards()],
         "build_logs": {name: _last_lines(name) for name in ("cpu", "cuda") if native.log_of(name).exists()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
@@ -39,21 +36,14 @@ def details() -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """`details` for a reader, each line within WIDTH."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    installed = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     shown = [f"system: {found['system']}", f"commit: {found['commit']}"]
-    shown += textwrap.wrap(f"versions: {versions}", WIDTH, subsequent_indent="    ")
+    shown += textwrap.wrap(f"versions: {installed}", WIDTH, subsequent_indent="    ")
     shown += [f"device: {device}" for device in found["devices"]]
     for name, log in found["build_logs"].items():
         shown += [f"the {name} library's build said last:", *(f"    {line}" for line in log)]
     shown += [f"{name}={value}" for name, value in found["environment"].items()]
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in shown]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cards() -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,14 @@ import torch
 
 from . import __version__
 
+ROOT = Path(__file__).parents[1]
+
 
 def _git(*arguments: str) -> str | None:
-    """git's answer about the checkout that this package is in; None in none."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """git's answer about the checkout that this is; None where it is none, or git is missing or refuses."""
+    if not (ROOT / ".git").exists():  # installed, and perhaps inside of somebody's repository
+        return None
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -26,6 +33,15 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def provenance(command: str, device: str = "cpu") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fdistill_kernels import TABLE, cli, demo, verify
+from fdistill_kernels import TABLE, cli, demo, provenance, verify
 
 COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
 
@@ -69,6 +69,23 @@ def test_doctor_report_is_one_screen(capsys, monkeypatch, tmp_path):
     report = json.loads(run(capsys, "doctor", "--report", "--json")[1])
     assert report["environment"]["FDISTILL_CACHE"] == "x" * 500 and len(report["build_logs"]["cpu"]) == 6
     assert "build_logs" not in json.loads(run(capsys, "doctor", "--json")[1])
+
+
+def test_a_commit_is_this_checkouts_or_none(capsys, monkeypatch, tmp_path):
+    """Installed inside of somebody's repository, and where git is missing or refuses the folder."""
+    monkeypatch.delenv("FDISTILL_COMMIT", raising=False)
+    theirs = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*theirs, "init", "-q"], check=True)
+    subprocess.run([*theirs, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "ROOT", tmp_path / "site-packages")
+        found = provenance.provenance("installed")
+        assert found["commit"] is None and found["dirty"] is None
+    (tmp_path / "git").write_text("#!/bin/sh\nexit 128\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, out = run(capsys, "doctor", "--report")
+    assert status == 0 and "commit: None" in out
 
 
 def test_verify_passes_and_prints_json(capsys):

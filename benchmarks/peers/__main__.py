@@ -8,7 +8,6 @@ A peer is timed after it has been shown to mean the same; the file says of the o
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from fdistill_kernels.cli import DTYPES, _shape
-from fdistill_kernels.provenance import provenance
+from fdistill_kernels.provenance import provenance, versions
 
 from . import FORMS, every, found
 from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
@@ -25,12 +24,6 @@ from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
 PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
             "distillkit")  # fmt: skip
 FEW = 8  # rows, of the errors
-
-
-def versions() -> dict[str, str]:
-    """Of the peers' packages that are here."""
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    return {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def main() -> None:
@@ -48,7 +41,7 @@ def main() -> None:
     dtype = DTYPES[args.dtype]
     content: dict[str, Any] = {
         **provenance(f"python -m benchmarks.peers --device {args.device} --dtype {args.dtype}", args.device),
-        "versions": versions(), "shape": args.shape, "depth": args.depth, "dtype": args.dtype, "results": [],
+        "versions": versions(PACKAGES), "shape": args.shape, "depth": args.depth, "dtype": args.dtype, "results": [],
     }  # fmt: skip
 
     def save() -> None:
