@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/"
 OLDER = ("paper_pilot_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
 DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
-ENTRIES = "results", "cases", "lists", "states", "split", "heads", "shares"  # lists of a result file
+ENTRIES = "results", "cases", "rows", "lists", "states", "split", "heads", "shares"  # lists of a result file
 BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 WITH_UNIT = re.compile(r"\d[\d.,]*\s?(?:%|×|ms\b|µs\b|ns\b|s\b|MB\b|MiB\b|GB\b|GiB\b|times\b|tokens/s|seconds\b)")
 
@@ -34,19 +34,21 @@ class Numbers:
         self.files: dict[str, Any] = {}
 
     def file(self, name: str) -> Any:
-        """A result file's content; it must say of which commit it is, and that the tree was clean."""
+        """A result file's content; it must say of which device and commit it is, and that the tree was clean."""
         if name not in self.files:
             self.files[name] = self._checked(name)
         return self.files[name]
 
     def _checked(self, name: str) -> Any:
         content = json.loads((ROOT / RESULTS / name).read_text())
-        commit = content.get("commit_info") or content.get("run") or content
-        if not (commit.get("id") or commit.get("commit")) or (commit.get("dirty", True) and name not in OLDER):
-            raise SystemExit(f"{name} does not say that it is of a clean tree, and of which commit")
+        run = content.get("run") or content
+        origin = {**run, **content.get("machine_info", {}), **content.get("commit_info", {})}  # of pytest-benchmark
+        said = origin.get("device") and (origin.get("id") or origin.get("commit"))
+        if not said or (origin.get("dirty", True) and name not in OLDER):
+            raise SystemExit(f"{name} does not say that it is of a clean tree, and of which device and commit")
         return content
 
-    def __call__(self, name: str, *keys: str, form: str = ".1f") -> str:
+    def __call__(self, name: str, *keys: str | int, form: str = ".1f") -> str:
         """One number, formatted. Of a benchmark's file the first key is the benchmark's name."""
         value = self.file(name)
         if "benchmarks" in value:
@@ -55,7 +57,7 @@ class Numbers:
         for key in keys:
             value = value[key]
         text = format(value, form)
-        self.read.append((text, RESULTS + name, " / ".join(keys)))
+        self.read.append((text, RESULTS + name, " / ".join(map(str, keys))))
         return text
 
     def of(self, name: str, key: str, form: str = ".2f", unit: float = 1, **what: Any) -> str:
@@ -209,18 +211,27 @@ def paper_steps(number: Numbers) -> str:
 
 def trainers(number: Numbers) -> str:
     """A step and the memory of both trainers."""
-    lines = []
-    for sequences in ("gold", "student"):
-        for who, name in (
-            ("ours", "FDistillTrainer"),
-            ("trl", f"TRL {number.file('trainers_cpu.json')['run']['trl']}"),
-        ):
-            of = {"who": who, "sequences": sequences}
-            row = next(r for r in number.file("trainers_cpu.json")["rows"] if of.items() <= r.items())
-            shown = ("step_seconds", 1, ".2f"), ("peak_bytes_above_start", 1e6, ".0f")
-            read = [number._read("trainers_cpu.json", k, of, format(row[k] / unit, form)) for k, unit, form in shown]
-            lines.append((f"{name}, {sequences} sequences", *read))
+    file = "trainers_cpu.json"
+    names = {"ours": "FDistillTrainer", "trl": f"TRL {number.file(file)['run']['trl']}"}
+    lines = [
+        (f"{names[who]}, {sequences} sequences",
+         number.of(file, "step_seconds", who=who, sequences=sequences),
+         number.of(file, "peak_bytes_above_start", ".0f", 1e6, who=who, sequences=sequences))
+        for sequences in ("gold", "student") for who in names
+    ]  # fmt: skip
     return table(("", "s a step", "MB at the peak, above the start"), lines)
+
+
+def cluster_demo(number: Numbers) -> str:
+    """How far four processes are from one."""
+
+    first, last = (number("cluster_demo.json", "losses", i, form=".3f") for i in (0, -1))
+    loss, weight = (number("cluster_demo.json", "largest_difference", of, form=".1e") for of in ("loss", "weight"))
+    steps = number("cluster_demo.json", "steps", form="d")
+    return (
+        f"js falls from {first} to {last} nats in {steps} steps. The largest difference from one process's is {loss}\n"
+        f"of a loss, and {weight} in a weight.\n"
+    )
 
 
 def versions(number: Numbers) -> str:
@@ -464,14 +475,14 @@ def scaling_device(number: Numbers) -> str:
     """The figures that times are modelled with."""
 
     def of(key: str, form: str = ".2f", unit: float = 1) -> str:
-        value = number.file("scaling.json")["device"][key]
-        return number._read("scaling.json", key, {"": "device"}, format(value / unit if unit != 1 else value, form))
+        value = number.file("scaling.json")["device"][key] / unit
+        return number._read("scaling.json", key, {"": "device"}, format(value, form))
 
     lines = [
         ("matrix products", of("matrix", ".1f", 1e12) + " TFLOP/s", of("matrix_share"), ""),
         ("memory", of("memory", unit=1e12) + " TB/s", of("memory_share"), ""),
         ("kl's kernel ÷ three passes", "", of("row_over_floor"), ""),
-        (f"wire among {of('node', 'd')} GPUs of a node", of("near", ".0f", 1e9) + " GB/s", "", of("wire_share")),
+        (f"wire among {of('node', '.0f')} GPUs of a node", of("near", ".0f", 1e9) + " GB/s", "", of("wire_share")),
         ("wire beyond", of("far", ".0f", 1e9) + " GB/s", "", of("wire_share")),
         (
             "a collective's latency",
@@ -549,6 +560,7 @@ BLOCKS = {
         scaling_shares,
         scaling_heads,
         trainers,
+        cluster_demo,
     )
 }
 

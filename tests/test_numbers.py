@@ -1,5 +1,9 @@
 """The documents' measured numbers are those of the result files, and no other number with a unit stands in them."""
 
+import json
+
+import pytest
+
 from benchmarks import numbers
 
 
@@ -23,3 +27,22 @@ def test_what_is_found(monkeypatch, tmp_path, capsys):
     assert numbers.main(["--check"]) == 1
     said = capsys.readouterr().err
     assert all(x in said for x in ("'3.5×'", "'40 MB'", "'12%'", "README.md is not what")) and "16 MB" not in said
+
+
+@pytest.mark.parametrize("missing", [None, "device", "commit", "dirty"])
+@pytest.mark.parametrize("kind", ["flat", "run", "pytest-benchmark"])
+def test_a_file_says_where_it_is_from(kind, missing, monkeypatch, tmp_path):
+    said = {"device": "a card", "commit": "c0ffee", "dirty": False}
+    said.pop(missing, None)
+    commit = {name: said[of] for name, of in (("id", "commit"), ("dirty", "dirty")) if of in said}
+    machine = {"device": said["device"]} if "device" in said else {}
+    content = {"flat": said, "run": {"run": said},
+               "pytest-benchmark": {"machine_info": machine, "commit_info": commit}}[kind]  # fmt: skip
+    (tmp_path / numbers.RESULTS).mkdir(parents=True)
+    (tmp_path / numbers.RESULTS / "a.json").write_text(json.dumps(content))
+    monkeypatch.setattr(numbers, "ROOT", tmp_path)
+    if missing is None:
+        assert numbers.Numbers().file("a.json") == content
+    else:
+        with pytest.raises(SystemExit, match=r"a\.json does not say"):
+            numbers.Numbers().file("a.json")
