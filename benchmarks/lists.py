@@ -10,9 +10,7 @@ over that of the whole teacher's, a mean over tokens. It draws docs/tails.png.
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import torch
 
 import fdistill_kernels as fk
 from fdistill_kernels import demo
+from fdistill_kernels.bench import median_seconds
 from fdistill_kernels.provenance import provenance
 from fdistill_kernels.teachers import TeacherStore
 
@@ -31,16 +30,6 @@ TAILS = ("bucket", "uniform", "renormalize", "within", "ignore", "sampled")
 STATES = {"float32": {}, "bfloat16": {"states": "bfloat16"}, "int8": {"states": "int8"},
           **{f"rank {r}": {"states": "float32", "rank": r} for r in (64, 128, 192, 224)}}  # fmt: skip
 TOKENS = 2000
-
-
-def median_seconds(step, rounds: int = 15) -> float:
-    """After two steps that do not count."""
-    times = []
-    for _ in range(rounds + 2):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
 
 
 SHAPES = [(n, v, 512, dtype) for n, v in ((1024, 32000), (256, 128256)) for dtype in (torch.float32, torch.bfloat16)]
@@ -58,7 +47,7 @@ def cost(n: int, vocabulary: int, width: int, dtype: torch.dtype) -> list[dict]:
             hidden.grad = weight.grad = logits.grad = None
             loss().backward()
 
-        return median_seconds(step)
+        return median_seconds(step, 5.0)
 
     base = (timed(lambda: fk.cross_entropy(logits, labels)),
             timed(lambda: fk.linear_cross_entropy(hidden, weight, labels)))  # fmt: skip

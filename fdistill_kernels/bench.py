@@ -33,10 +33,10 @@ def median_seconds(call: Callable[[], object], min_run_time: float = 1.0) -> flo
     return timer.blocked_autorange(min_run_time=min_run_time).median
 
 
-def floor_seconds(like: Tensor) -> float:
+def floor_seconds(like: Tensor, min_run_time: float = 0.5) -> float:
     """Time to read two and write one matrix of this size: 3 N V bytes at the measured copy rate (a copy is 2)."""
     target = torch.empty_like(like)
-    return 1.5 * median_seconds(lambda: target.copy_(like), 0.5)
+    return 1.5 * median_seconds(lambda: target.copy_(like), min_run_time)
 
 
 def make_logits(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:

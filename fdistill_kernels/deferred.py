@@ -126,8 +126,9 @@ def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
     deferral = active()
     if deferral is None or head is not deferral.head or not isinstance(given, Tensor):
         return None
-    deferral.beside = is_plain(head) and (is_split(head) or nn.functional.linear is not LINEAR)
-    if is_plain(head) and not deferral.beside:
+    plain = is_plain(head)
+    deferral.beside = plain and (is_split(head) or nn.functional.linear is not LINEAR)
+    if plain and not deferral.beside:
         return (Hidden(given, deferral), *args[1:])
     if not deferral.other_heads or not given.is_floating_point():  # an embedding that is both is given ids as well
         return None

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from .bench import eager_loss, median_seconds
+from .bench import eager_loss, floor_seconds
 from .divergences import Divergence
 from .provenance import provenance
 
 #: To time a loss for, at each size.
 SECONDS = 0.2
-FEW = 8  # rows, of the errors
 LEAST = 1e-9  # an error of 0 has no place on a logarithm's axis
 CHARTS = ("time-N", "memory-N", "roofline", "time-V", "memory-V", "error")
 STYLE = """
@@ -44,31 +43,23 @@ def sizes(shape: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
 
 def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str, backend: str,
             compiled: bool) -> dict[str, Any]:  # fmt: skip
-    """`sizes`: of each loss and size seconds, bytes at the worst moment, and the seconds of `floor`. `errors`: by the
+    """`sizes`: of each loss and size seconds, bytes at the worst moment, and the `floor_seconds`. `errors`: by the
     scale of the logits, beside float64."""  # fmt: skip
     from .peers.measure import errors_by_scale, losses, measured
 
     data: dict[str, Any] = {**provenance("fdistill bench --report", device), "shape": shape,
                             "dtype": str(dtype).removeprefix("torch."), "sizes": [], "errors": []}  # fmt: skip
     every = sorted({size for axis in sizes(shape).values() for size in axis})
-    floors = {size: floor(size, dtype, device) for size in every}
+    floors = {size: floor_seconds(torch.zeros(size, dtype=dtype, device=device), SECONDS) for size in every}
     for divergence in divergences:
         name = {"divergence": str(divergence)}
         calls = losses("rows", divergence, device, dtype, backend, compiled)
         calls.setdefault("eager", eager_loss(divergence))  # of a parameter that no peer has
-        few = (min(FEW, shape[0]), shape[1])
-        data["errors"] += [{**name, **e} for e in errors_by_scale("rows", divergence, calls, few, dtype, device)]
+        data["errors"] += [{**name, **e} for e in errors_by_scale("rows", divergence, calls, shape, dtype, device)]
         for (what, loss), size in itertools.product(calls.items(), every):
             entry = measured("rows", divergence, loss, size, dtype, device, SECONDS)
             data["sizes"].append({**name, "what": what, "shape": size, "floor": floors[size], **entry})
     return data
-
-
-def floor(shape: tuple[int, int], dtype: torch.dtype, device: str) -> float:
-    """Seconds of three passes over N·V, at the rate of a copy (two passes) of this size."""
-    source = torch.zeros(shape, dtype=dtype, device=device)
-    target = torch.empty_like(source)
-    return 1.5 * median_seconds(lambda: target.copy_(source), SECONDS)
 
 
 def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:

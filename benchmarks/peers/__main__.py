@@ -23,7 +23,6 @@ from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
 
 PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
             "distillkit")  # fmt: skip
-FEW = 8  # rows, of the errors
 
 
 def main() -> None:
@@ -57,8 +56,7 @@ def main() -> None:
         if not found(form, name):
             continue
         chosen = losses(form, name, args.device, dtype)
-        few = (min(FEW, args.shape[0]), args.shape[1])
-        of_scales = list(errors_by_scale(form, name, chosen, few, dtype, args.device))
+        of_scales = list(errors_by_scale(form, name, chosen, args.shape, dtype, args.device))
         for what, loss in chosen.items():
             torch._dynamo.reset()
             entry = measured(form, name, loss, args.shape, dtype, args.device, args.seconds, args.depth)
