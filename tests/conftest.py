@@ -28,8 +28,8 @@ LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_faul
 
 
 def patch_once(patch):
-    """Triton's interpreter patches its whole language at each call of a helper, which would take half of all tests'
-    time; within a launch it is patched, and stays so."""  # fmt: skip
+    """Triton's interpreter patches its whole language again at each call of a helper; within a launch it is patched, and
+    stays so."""  # fmt: skip
 
     @functools.cache
     def languages(function):

@@ -74,7 +74,7 @@ def work(arguments: Arguments, parent: int | None = None) -> None:
     """Makes stages until none is missing: each time the first that nobody is at and whose needs are there."""
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    gc.freeze()  # trainers collect garbage, a fourth of a small stage's time among all that was imported
+    gc.freeze()  # trainers collect garbage, which would go through all that was imported
     torch.set_num_threads(1)  # two threads wait for each other wherever others are at work
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
