@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import IGNORE, padded, unpadded
+from .models import IGNORE, padded, tokens_counted, unpadded
 
 #: Columns of token ids.
 IDS = ("prompt_ids", "labels", "sample_ids", "beam_ids", "teacher_prompt_ids")
@@ -40,7 +40,7 @@ class Sequences:
 
     def tokens(self) -> list[int]:
         """How many tokens of each continuation count."""
-        return [len(c) for c in self.continuations] if self.counted is None else [int(m.sum()) for m in self.counted]
+        return tokens_counted(self.continuations, self.counted)
 
     def number(self, of_tokens: bool) -> int:
         """How many tokens count, or how many sequences there are."""

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import IGNORE, Rows, chosen, forward_to_head, rows_of, step_loss, teacher_forced
+from .models import Rows, chosen, forward_to_head, rows_of, step_loss, tokens_counted
 from .sampling import Sampling, draw, special_tokens, write_whole
 
 BATCH = 32
@@ -94,8 +94,7 @@ def sentence_sums(
                 beside = rows_of(teacher, next(asked), next(asked), special_tokens(teacher)[0], counted=counted)[0]
             call = functools.partial(_steps, teacher=beside, names=divergences)
             steps, _ = forward_to_head(model, moved, continued, pad, call, counted=counted)
-            labels = teacher_forced(model, moved, continued, pad, counted=counted)[1]
-            count = (labels != IGNORE).sum(1)  # rows come sentence by sentence
+            count = torch.tensor(tokens_counted(continued, counted), device=device)  # rows come sentence by sentence
             index = torch.arange(len(count), device=device).repeat_interleave(count)
             sums.append(steps.new_zeros(len(count), steps.shape[1]).index_add_(0, index, steps).cpu())
             counts.append(count.cpu())

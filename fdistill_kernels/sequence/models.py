@@ -122,6 +122,11 @@ def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) ->
     return [c.masked_fill(~m.to(c.device), IGNORE) for c, m in zip(continuations, counted, strict=True)]
 
 
+def tokens_counted(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[int]:
+    """How many tokens of each continuation count; counted: as in `teacher_forced`."""
+    return [len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted]
+
+
 def token_id(model: Any, name: str) -> Any:
     """A special token of a model's generation configuration, or of its configuration; CodeGen's lacks some."""
     configs = (getattr(model, "generation_config", None), model.config)

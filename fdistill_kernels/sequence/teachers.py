@@ -24,7 +24,7 @@ from ..backends.rows import capped
 from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
-from .models import TeacherRows, load_model, of_model, rows_of
+from .models import TeacherRows, load_model, of_model, rows_of, tokens_counted
 from .sampling import Sampling, draw, special_tokens
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
@@ -284,7 +284,7 @@ class OfRows:
         """As `Teacher.rows`: each teacher's own are made at once, and put where its examples are."""
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
-        lengths = torch.tensor([len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted])
+        lengths = torch.tensor(tokens_counted(continuations, counted))
         owner = torch.empty(int(lengths.sum()), dtype=torch.long)
         place, functions = torch.empty_like(owner), []
         starts = lengths.cumsum(0) - lengths

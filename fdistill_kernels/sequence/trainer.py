@@ -470,9 +470,7 @@ class FDistillTrainer(Trainer):
             return self.step_loss(rows, teacher, resolve("kl"), self.args.temperature, reduction="none").reshape(-1)
 
         of_rows = self._at_head(Half("gold", resolve("kl")), model, found, losses).detach()
-        counts = (
-            [len(c) for c in found.continuations] if found.counted is None else [int(m.sum()) for m in found.counted]
-        )
+        counts = found.tokens()
         of_rows = of_rows[: sum(counts)].to(wide(of_rows.device))
         return torch.stack([torch.stack([x.sum() for x in of_rows.split(counts)]), of_rows.new_tensor(counts)], 1)
 
