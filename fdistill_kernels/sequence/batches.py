@@ -6,6 +6,7 @@ An example is {prompt_ids, labels}, or one text as tokenizers and chat collators
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import IGNORE, padded, tokens_counted, unpadded
+from .models import IGNORE, context, padded, tokens_counted, unpadded
 
 #: Columns of token ids.
 IDS = ("prompt_ids", "labels", "sample_ids", "beam_ids", "teacher_prompt_ids")
@@ -192,11 +193,11 @@ def check_contexts(
     Raises:
         ValueError: they do not.
     """
-    limit, columns = getattr(config.get_text_config(), "max_position_embeddings", None) or 0, columns_of(data)
+    limit, columns = context(config), columns_of(data)
     if "prompt_ids" not in columns and prompt == "prompt_ids":
         prompt = "input_ids"
     one_text = prompt == "input_ids" and not config.is_encoder_decoder  # which holds its labels
-    if limit < 1 or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
+    if limit == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
         return
     prompts = lengths(data, prompt)
     more = np.array(0 if one_text else new) if column is None or one_text else lengths(data, column)

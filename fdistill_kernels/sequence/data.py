@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .models import context
+
 COLUMNS = ("prompt", "target")
 #: What rows may have beside.
 OTHERS = ("teacher_prompt", "messages", "tools", "text")
@@ -268,12 +270,6 @@ def _text(row: dict[str, Any], name: str) -> str:
     if not isinstance(row[name], str):
         raise ValueError(f"{name} must be text, not {row[name]!r}")
     return str(row[name])
-
-
-def context(config: Any) -> float:
-    """How many tokens a model can read, or infinity."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if found and found > 0 else float("inf")  # XLNet's is −1
 
 
 def tokenize(

@@ -170,14 +170,20 @@ def chosen(
     return free if counted is None else [m.to(f.device) & f for m, f in zip(counted, free, strict=True)]
 
 
+def context(config: Any) -> float:
+    """How many tokens a model can read, or infinity."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else float("inf")  # XLNet's is −1
+
+
 def check_context(model: Any, tokens: int) -> None:
     """That a model has positions for so many tokens of a sequence; an encoder–decoder model's prompt is one for itself.
 
     Raises:
         ValueError: it has not.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and 0 < limit < tokens:  # XLNet's is −1: none
+    limit = context(model.config)
+    if limit < tokens:
         raise ValueError(f"a prompt with its continuation has {tokens} tokens, the model's context {limit}")
 
 
