@@ -53,6 +53,17 @@ def column_of(source: str, columns: Collection[str]) -> str | None:
     return next((name for name in COLUMNS[source] if name in columns), None)
 
 
+def prompts_of_teacher(columns: Collection[str]) -> str:
+    """The column of the prompts that the teacher sees."""
+    return "teacher_prompt_ids" if "teacher_prompt_ids" in columns else "prompt_ids"
+
+
+def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """A batch's prompts, and those that the teacher sees."""
+    prompts = unpadded(batch["prompt_ids"])
+    return prompts, unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
+
+
 def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
     """A source's sequences, of a batch that has them: gold targets, or the teacher's stored samples; None: to be drawn.
 
@@ -64,10 +75,9 @@ def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
         if source == "gold":
             raise ValueError("the objective or the evaluation is on gold targets: the data needs the column labels")
         return None
-    prompts, continuations = unpadded(batch["prompt_ids"]), unpadded(batch[column])
+    (prompts, teacher_prompts), continuations = prompts_of(batch), unpadded(batch[column])
     masks = batch.get("labels_mask") if column == "labels" else None
     counted = None if masks is None else [m[: len(c)] for m, c in zip(masks, continuations, strict=True)]
-    teacher_prompts = unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
     return Sequences(prompts, teacher_prompts, continuations, counted, batch.get("teacher", []))
 
 

@@ -33,6 +33,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import Asked, ask
+from .batches import prompts_of_teacher
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured, write_table
 from .models import load_config, load_model
@@ -390,7 +391,7 @@ class Run:
 
     def teacher_prompts(self) -> str:
         """The column of the prompts that the teacher sees."""
-        return "teacher_prompt_ids" if "teacher_prompt_ids" in self.held_out.column_names else "prompt_ids"
+        return prompts_of_teacher(self.held_out.column_names)
 
     def measure(self, model: Any, into: Path | None = None) -> dict[str, float]:
         """`metrics.measured` on the held-out rows: its summary; its table, sentence by sentence, goes into a file."""

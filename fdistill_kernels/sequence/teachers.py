@@ -24,6 +24,7 @@ from ..backends.rows import capped
 from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
+from .batches import prompts_of_teacher
 from .models import TeacherRows, load_model, of_model, rows_of, tokens_counted
 from .sampling import Sampling, draw, special_tokens
 
@@ -151,7 +152,7 @@ class Stored:
         Raises:
             ValueError: some are not; which, and what the store was built of.
         """
-        prompts = rows["teacher_prompt_ids" if "teacher_prompt_ids" in rows.column_names else "prompt_ids"][:]
+        prompts = rows[prompts_of_teacher(rows.column_names)][:]
         for column in columns:
             pairs = list(zip(prompts, rows[column][:], strict=True))
             there = [i for i, (_, c) in enumerate(pairs) if len(c)]
