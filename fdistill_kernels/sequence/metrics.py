@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -21,7 +19,7 @@ from transformers import TrainerCallback
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
 from .models import Rows, chosen, forward_to_head, rows_of, step_loss, tokens_counted
-from .sampling import Sampling, draw, special_tokens, write_whole
+from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
 #: A greedy output loops where fewer of its bigrams are distinct.
@@ -226,13 +224,6 @@ def summary(table: pyarrow.Table) -> dict[str, float]:
             "without_end": 1 - sum(values["output_ended"]) / max(len(table), 1),
             "looping": sum(values["output_loops"]) / max(len(table), 1),
             **translation_scores(values["output"], values["reference"])}  # fmt: skip
-
-
-def write_table(table: pyarrow.Table, path: str | Path) -> None:
-    """A table as a Parquet file, whole or not there."""
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
-    write_whole(Path(path), sink.getvalue().to_pybytes())
 
 
 def evaluate(

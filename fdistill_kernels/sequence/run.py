@@ -35,12 +35,12 @@ from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a tr
 from .arguments import Asked, ask
 from .batches import prompts_of_teacher
 from .data import read_pairs, tokenize
-from .metrics import Measures, measured, write_table
+from .metrics import Measures, measured
 from .models import load_config, load_model
 from .predistill import copy_layers
 from .ranks import join
 from .report import logged, name_of, plot, write_report
-from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
+from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_table, write_whole
 from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 

@@ -340,7 +340,6 @@ class TeacherSamples:
         Of several ranks each draws its share of the shards. vocabulary: as in `draw`.
         """
         import pyarrow
-        import pyarrow.parquet
 
         ask = source.draw if hasattr(source, "draw") else functools.partial(draw, source, vocabulary=vocabulary)
         for number in [n for n in self.missing() if n % ranks == rank]:
@@ -353,9 +352,7 @@ class TeacherSamples:
                 made += [row.tolist() for row in ask(prompts, self.sampling, self.seed * 1_000_003 + some[0])]
                 done += len(some)
                 yield done
-            sink = pyarrow.BufferOutputStream()
-            pyarrow.parquet.write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), sink)
-            write_whole(self.shards()[number], sink.getvalue().to_pybytes())
+            write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), self.shards()[number])
 
     def _range(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
@@ -390,3 +387,13 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(
             error.errno, f"{path} could not be written ({error.strerror}); what was there is whole"
         ) from error
+
+
+def write_table(table: Any, path: str | Path) -> None:
+    """A `pyarrow.Table` as a Parquet file, whole or not there."""
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    write_whole(Path(path), sink.getvalue().to_pybytes())
