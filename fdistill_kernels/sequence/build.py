@@ -95,7 +95,7 @@ def _checked(asked: Asked) -> list[str]:
 def _created(run: Run, teacher: InRoom) -> TeacherStore:
     """The store, with the tokenizer and the configurations beside it."""
     asked, job = run.asked, run.asked.build
-    key = {"teacher": fingerprint(teacher.model), "tokenizer": tokenizer_hash(run.tokenizer)}
+    key = {"teacher": run.teacher_fingerprint, "tokenizer": tokenizer_hash(run.tokenizer)}
     told = {**vars(asked.data), **vars(job), "max_new_tokens": run.config.max_new_tokens}
     made: dict[str, Any] = dict(kind=job.kind, vocabulary=teacher.vocabulary, key=key,
                                 extra={"encoder_decoder": teacher.encoder_decoder, "job": told})  # fmt: skip

@@ -10,6 +10,7 @@ launch the ranks share the teacher's sampling and the training; the first one wr
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -269,7 +270,7 @@ class Run:
             source = Endpoint(run.vllm_url, model=teacher, vocabulary=self.teacher.vocabulary, concurrency=32)
         mark, settings = teacher, {}
         if self.model is not None:
-            mark, settings = fingerprint(self.model), generation_settings(self.model, sampling)
+            mark, settings = self.teacher_fingerprint, generation_settings(self.model, sampling)
         elif source is None:
             assert isinstance(self.teacher, Served)
             source, mark = self.teacher.endpoint, self.teacher.endpoint.fingerprint or mark
@@ -282,6 +283,11 @@ class Run:
             while store.missing():  # other ranks draw; no collective waits for hours
                 time.sleep(1)
         return store
+
+    @functools.cached_property
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's model, whose every byte is read for it once."""
+        return fingerprint(self.model)
 
     def to_make(self) -> bool:
         """Whether the student is still to be pre-distilled, or kept as the base of an adapter that is to come."""
