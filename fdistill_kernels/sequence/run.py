@@ -42,7 +42,7 @@ from .predistill import copy_layers
 from .ranks import join
 from .report import logged, name_of, plot, write_report
 from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_table, write_whole
-from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
+from .teachers import InRoom, Served, Stored, Teacher, is_store
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 
@@ -89,8 +89,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         return _stored_teacher(asked)
     if asked.command != "teacher build" and {"tail", "k"} & asked.given.keys():
         raise ValueError("--tail and --k are of lists, which the teacher's own weights need none of")
-    teacher = teacher_of(load_model(model.teacher, **model.options("teacher_")))
-    assert isinstance(teacher, InRoom)
+    teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
     tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, model.teacher_revision)
     return teacher, tokenizer, teacher.model.config
 
@@ -108,7 +107,8 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     if source is None:
         raise ValueError(f"{folder} has no tokenizer: give --tokenizer, or a --student that has it")
     tokenizer = tokenizer_of(asked, source)
-    if tokenizer_hash(tokenizer) != teacher.store.key.get("tokenizer", tokenizer_hash(tokenizer)):
+    mark = tokenizer_hash(tokenizer)
+    if mark != teacher.store.key.get("tokenizer", mark):
         raise ValueError(f"{source} is not the tokenizer that {model.teacher} was made with")
     configured = folder if (folder / "config.json").exists() else model.student
     if configured is None:
