@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..divergences import Divergence
 from ..functional import linear_cross_entropy, linear_f_divergence
 from ..sparse import TopK
 from ..values import Head, Hidden, RowFunction
+from .ranks import rank
 
 IGNORE = -100
 
@@ -80,7 +80,7 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
             )
     if split == 1:
         return kind.from_pretrained(path, **options)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = rank()[1]
     if ranks % split:
         raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")
     try:

@@ -39,7 +39,7 @@ from .data import read_pairs, tokenize
 from .metrics import Measures, measured
 from .models import load_config, load_model
 from .predistill import copy_layers
-from .ranks import join
+from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
 from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_table, write_whole
 from .teachers import InRoom, Served, Stored, Teacher, is_store
@@ -114,11 +114,6 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     if configured is None:
         raise ValueError(f"{folder} has no config.json: give --student, whose configuration is then taken")
     return teacher, tokenizer, AutoConfig.from_pretrained(configured)
-
-
-def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun and accelerate launch say."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def stage_of(config: FDistillConfig) -> str:
