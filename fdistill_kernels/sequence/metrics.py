@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import Rows, chosen, forward_to_head, rows_of, step_loss, tokens_counted
+from .models import Rows, chosen, evaluating, forward_to_head, rows_of, step_loss, tokens_counted
 from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
@@ -78,11 +78,8 @@ def sentence_sums(
     Returns:
         (n, 1 + divergences) float64 in nats (tvd: in its own unit): Σ_t −log q(y_t), then Σ_t D_t; and (n,) int64.
     """
-    training = [(m, m.training) for m in (model, teacher) if m is not None]
     device, pad, sums, counts = next(model.parameters()).device, special_tokens(model)[0], [], []
-    for m, _ in training:
-        m.eval()
-    try:
+    with evaluating(*(m for m in (model, teacher) if m is not None)):
         whose = teacher_prompts if teacher is not None else prompts
         for some, of_teacher, theirs in zip(*map(_batches, (prompts, whose, continuations)), strict=True):
             moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
@@ -96,9 +93,6 @@ def sentence_sums(
             index = torch.arange(len(count), device=device).repeat_interleave(count)
             sums.append(steps.new_zeros(len(count), steps.shape[1]).index_add_(0, index, steps).cpu())
             counts.append(count.cpu())
-    finally:
-        for m, was in training:
-            m.train(was)
     return torch.cat(sums), torch.cat(counts)
 
 

@@ -5,10 +5,11 @@ A model's forward runs on deferred logits, and the loss is made in the output em
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,19 @@ def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) ->
 def tokens_counted(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[int]:
     """How many tokens of each continuation count; counted: as in `teacher_forced`."""
     return [len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted]
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Models without dropout, and afterwards as they were."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
 
 
 def token_id(model: Any, name: str) -> Any:
@@ -323,7 +337,7 @@ def _keeps_apart(model: Any, wrapped: Any) -> bool:
 
     All rows are of one shape: what is compared differs by rounding at most, and by none behind other sequences.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, 9, device=device).long()
     positions = torch.arange(3, device=device).repeat(2)[None]
 
@@ -332,13 +346,9 @@ def _keeps_apart(model: Any, wrapped: Any) -> bool:
         return wrapped(**accepted(model, row)).logits[0].double()
 
     a, b, c = ids.split(3)
-    model.eval()
-    try:
-        with torch.autocast(device.type, enabled=False):
-            one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
-            packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
-    finally:
-        model.train(training)
+    with evaluating(model), torch.autocast(device.type, enabled=False):
+        one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
+        packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
     rounding = torch.finfo(next(model.parameters()).dtype).eps
     return bool((one - other).norm() <= max(1e-4, 2 * rounding) * one.norm()) and all(
         (one - x).norm() <= max(1e-2, 8 * rounding) * one.norm() for x in (packed, alone))  # fmt: skip

@@ -25,7 +25,7 @@ from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
-from .models import TeacherRows, load_model, of_model, rows_of, tokens_counted
+from .models import TeacherRows, evaluating, load_model, of_model, rows_of, tokens_counted
 from .sampling import Sampling, draw, special_tokens
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
@@ -368,13 +368,9 @@ class Itself:
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[Any]:
         """The model as the teacher: without dropout, and with the adapter off if so asked."""
-        model, training = self.model, self.model.training
-        model.eval()
-        try:
-            with contextlib.nullcontext() if self.adapter else model.disable_adapter():
-                yield model
-        finally:
-            model.train(training)
+        model = self.model
+        with evaluating(model), contextlib.nullcontext() if self.adapter else model.disable_adapter():
+            yield model
 
     @property
     def model(self) -> Any:
