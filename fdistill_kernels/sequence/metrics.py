@@ -116,8 +116,12 @@ def distinct_bigrams(rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) ->
 
 def teacher_dist(samples: Sequence[Sequence[Sequence[int]]], ends: Sequence[int] = ()) -> float:
     """Share of distinct bigrams among several samples of an input, averaged over inputs: how multi-modal a task is."""
-    shares = [share for group in samples if (share := distinct_bigrams(group, ends)) is not None]
-    return sum(shares) / max(len(shares), 1)
+    return _mean_share([distinct_bigrams(group, ends) for group in samples])
+
+
+def _mean_share(shares: Sequence[float | None]) -> float:
+    known = [share for share in shares if share is not None]
+    return sum(known) / max(len(known), 1)
 
 
 def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -175,7 +179,7 @@ def measured(
     columns = {"reference": list(references), **outputs,
                "gold_nats": nats[:, 0].tolist(), "gold_tokens": tokens.tolist()}  # fmt: skip
     if teacher is not None:
-        ends = special_tokens(teacher)[1]
+        ends, of_teacher = (special_tokens(m)[1] for m in (student, teacher))
         own = draw_all(student, prompts, sampling, seed, shared)
         theirs = [draw_all(teacher, teacher_prompts, sampling, seed + 1_000_003 * i, shared)
                   for i in range(teacher_draws)]  # fmt: skip
@@ -184,9 +188,9 @@ def measured(
         for names, (nats, tokens) in ((("likelihood", "rkl"), judged), (("coverage", "kl", "tvd"), covered)):
             columns |= {f"{names[0]}_nats": nats[:, 0].tolist(), f"{names[0]}_tokens": tokens.tolist()}
             columns |= {name: nats[:, i].tolist() for i, name in enumerate(names[1:], 1)}
-        columns["likelihood_ended"] = [bool(len(y)) and int(y[-1]) in special_tokens(student)[1] for y in own]
+        columns["likelihood_ended"] = [bool(len(y)) and int(y[-1]) in ends for y in own]
         if teacher_draws > 1:
-            columns["teacher_dist"] = [distinct_bigrams([y.tolist() for y in group], ends)
+            columns["teacher_dist"] = [distinct_bigrams([y.tolist() for y in group], of_teacher)
                                        for group in zip(*theirs, strict=True)]  # fmt: skip
     table = pyarrow.table(columns)
     return table, summary(table)
@@ -211,8 +215,7 @@ def summary(table: pyarrow.Table) -> dict[str, float]:
         found |= {name: of(name, f"{whose}_tokens")
                   for name, whose in (("kl", "coverage"), ("tvd", "coverage"), ("rkl", "likelihood"))}  # fmt: skip
     if "teacher_dist" in values:
-        shares = [x for x in values["teacher_dist"] if x is not None]
-        found["teacher_dist"] = sum(shares) / max(len(shares), 1)
+        found["teacher_dist"] = _mean_share(values["teacher_dist"])
     words, of_reference = (sum(len(x.split()) for x in values[name]) for name in ("output", "reference"))
     return {**found, "length_ratio": words / max(of_reference, 1),
             "without_end": 1 - sum(values["output_ended"]) / max(len(table), 1),
