@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence import Sampling, metrics
-from fdistill_kernels.sequence.metrics import distinct_bigrams, measured, risk, sentence_sums, teacher_dist, write_table
-from fdistill_kernels.sequence.sampling import draw
+from fdistill_kernels.sequence.metrics import distinct_bigrams, measured, risk, sentence_sums, teacher_dist
+from fdistill_kernels.sequence.sampling import draw, write_table
 
 from .test_sequence import EOS, bart, llama
 

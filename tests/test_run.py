@@ -240,10 +240,10 @@ LOGGED = ("loss_on_teacher", "loss_on_student", "student_entropy_on_teacher", "t
 
 
 def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     lines = [{"stage": stage, "step": i, key: 1.0} for stage in ("predistill", "x") for i in (1, 2)
              for key in ("loss", "eval_loss", *(LOGGED if stage == "x" else ()))]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage"')

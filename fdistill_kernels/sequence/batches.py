@@ -6,6 +6,7 @@ An example is {prompt_ids, labels}, or one text as tokenizers and chat collators
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import IGNORE, padded, unpadded
+from .models import IGNORE, context, padded, tokens_counted, unpadded
 
 #: Columns of token ids.
 IDS = ("prompt_ids", "labels", "sample_ids", "beam_ids", "teacher_prompt_ids")
@@ -40,7 +41,7 @@ class Sequences:
 
     def tokens(self) -> list[int]:
         """How many tokens of each continuation count."""
-        return [len(c) for c in self.continuations] if self.counted is None else [int(m.sum()) for m in self.counted]
+        return tokens_counted(self.continuations, self.counted)
 
     def number(self, of_tokens: bool) -> int:
         """How many tokens count, or how many sequences there are."""
@@ -50,6 +51,17 @@ class Sequences:
 def column_of(source: str, columns: Collection[str]) -> str | None:
     """The column that has a source's sequences, if there is one."""
     return next((name for name in COLUMNS[source] if name in columns), None)
+
+
+def prompts_of_teacher(columns: Collection[str]) -> str:
+    """The column of the prompts that the teacher sees."""
+    return "teacher_prompt_ids" if "teacher_prompt_ids" in columns else "prompt_ids"
+
+
+def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """A batch's prompts, and those that the teacher sees."""
+    prompts = unpadded(batch["prompt_ids"])
+    return prompts, unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
 
 
 def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
@@ -63,10 +75,9 @@ def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
         if source == "gold":
             raise ValueError("the objective or the evaluation is on gold targets: the data needs the column labels")
         return None
-    prompts, continuations = unpadded(batch["prompt_ids"]), unpadded(batch[column])
+    (prompts, teacher_prompts), continuations = prompts_of(batch), unpadded(batch[column])
     masks = batch.get("labels_mask") if column == "labels" else None
     counted = None if masks is None else [m[: len(c)] for m, c in zip(masks, continuations, strict=True)]
-    teacher_prompts = unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
     return Sequences(prompts, teacher_prompts, continuations, counted, batch.get("teacher", []))
 
 
@@ -192,11 +203,11 @@ def check_contexts(
     Raises:
         ValueError: they do not.
     """
-    limit, columns = getattr(config.get_text_config(), "max_position_embeddings", None) or 0, columns_of(data)
+    limit, columns = context(config), columns_of(data)
     if "prompt_ids" not in columns and prompt == "prompt_ids":
         prompt = "input_ids"
     one_text = prompt == "input_ids" and not config.is_encoder_decoder  # which holds its labels
-    if limit < 1 or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
+    if limit == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
         return
     prompts = lengths(data, prompt)
     more = np.array(0 if one_text else new) if column is None or one_text else lengths(data, column)

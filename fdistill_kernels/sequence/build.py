@@ -20,10 +20,10 @@ from ..lists import top_k_of
 from ..sparse import TopK
 from ..teachers import TeacherStore
 from ..values import Hidden
-from . import run as runs
 from .arguments import Asked
 from .models import TeacherRows, load_model
-from .run import Run, tokenizer_hash
+from .ranks import rank
+from .run import Run, device, tokenizer_hash
 from .sampling import fingerprint
 from .teachers import InRoom, is_store, logits_function
 
@@ -40,10 +40,10 @@ def build(asked: Asked, console: Console) -> dict[str, Any]:
     assert isinstance(teacher, InRoom)
     store = _created(run, teacher)
     store.verify()  # what is damaged counts as missing, and is asked for again
-    pairs, (rank, ranks) = _pairs(run, sources), runs.rank()
+    pairs = _pairs(run, sources)
     with Progress(console=console) as bar:
         task = bar.add_task("the teacher's word", total=len(pairs))
-        for done in fill(store, teacher, pairs, run.config.per_device_eval_batch_size, rank, ranks):
+        for done in fill(store, teacher, pairs, run.config.per_device_eval_batch_size, *rank()):
             bar.update(task, advance=done)
     return {"folder": str(store.folder), **_shown(TeacherStore(store.folder))}
 
@@ -95,7 +95,7 @@ def _checked(asked: Asked) -> list[str]:
 def _created(run: Run, teacher: InRoom) -> TeacherStore:
     """The store, with the tokenizer and the configurations beside it."""
     asked, job = run.asked, run.asked.build
-    key = {"teacher": fingerprint(teacher.model), "tokenizer": tokenizer_hash(run.tokenizer)}
+    key = {"teacher": run.teacher_fingerprint, "tokenizer": tokenizer_hash(run.tokenizer)}
     told = {**vars(asked.data), **vars(job), "max_new_tokens": run.config.max_new_tokens}
     made: dict[str, Any] = dict(kind=job.kind, vocabulary=teacher.vocabulary, key=key,
                                 extra={"encoder_decoder": teacher.encoder_decoder, "job": told})  # fmt: skip
@@ -196,7 +196,7 @@ def verify(folder: str, teacher: str | None = None, sequences: int = 16, seed: i
     if teacher is None or not len(store):
         return found
     model = InRoom(load_model(teacher))
-    model.to(runs.device())
+    model.to(device())
     if (mark := fingerprint(model.model)) != store.key.get("teacher"):
         raise ValueError(f"{teacher} has the fingerprint {mark}, and {folder} is of {store.key.get('teacher')}")
     everything = list(store.sequences())

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .models import context
+
 COLUMNS = ("prompt", "target")
 #: What rows may have beside.
 OTHERS = ("teacher_prompt", "messages", "tools", "text")
@@ -129,6 +131,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _answers(turns: list[dict[str, Any]], begin: int) -> list[int]:
+    """The answers from turn `begin` on; one that opens a conversation is to nothing, and read alone."""
+    return [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
+
+
 def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, tools: Any = None) -> Ids:
     """Turns by the tokenizer's chat template: the answers from turn `begin` on count, up to their end token.
 
@@ -144,8 +151,7 @@ def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, to
 
     if len(turns) == 1 and turns[0]["role"] == "assistant":
         raise ValueError("an answer alone has no prompt")
-    # an answer that opens a conversation is to nothing, and read alone
-    answers = [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
+    answers = _answers(turns, begin)
     if not answers or answers[-1] != len(turns) - 1:
         return Ids(ids(len(turns), True), None, None)
     prompt, end = ids(answers[0], True), tokenizer.eos_token_id
@@ -225,9 +231,7 @@ class Encoder:
         if self.encoder_decoder:
             raise ValueError("messages are for causal models: give an encoder–decoder model text")
         found = conversation(self.tokenizer, turns, begin, tools)
-        asked = len(turns)
-        if found.rest is not None:
-            asked = next(i for i in range(max(begin, 1), asked) if turns[i]["role"] == "assistant")
+        asked = len(turns) if found.rest is None else _answers(turns, begin)[0]
         if self.teacher_system:
             if isinstance(row.get("teacher_prompt"), str) and row["teacher_prompt"]:
                 raise ValueError("--teacher_system is of messages, and teacher_prompt is text")
@@ -268,12 +272,6 @@ def _text(row: dict[str, Any], name: str) -> str:
     if not isinstance(row[name], str):
         raise ValueError(f"{name} must be text, not {row[name]!r}")
     return str(row[name])
-
-
-def context(config: Any) -> float:
-    """How many tokens a model can read, or infinity."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if found and found > 0 else float("inf")  # XLNet's is −1
 
 
 def tokenize(
@@ -342,7 +340,7 @@ def tokenize(
     if fates and tell is not None:
         tell(f"{name}: " + ", ".join(f"{count} of {len(made)} {fate}" for fate, count in sorted(fates.items())))
     if fates["rows dropped"]:
-        made = made.filter(lambda row: "rows dropped" not in row["fate"])
+        made = made.select([row for row, _ in kept])
     if not len(made):
         raise ValueError(f"{name} has no rows that are short enough")
     dull = ["fate"]

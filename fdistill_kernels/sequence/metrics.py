@@ -9,19 +9,17 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import IGNORE, Rows, chosen, forward_to_head, rows_of, step_loss, teacher_forced
-from .sampling import Sampling, draw, special_tokens, write_whole
+from .models import Rows, chosen, evaluating, forward_to_head, rows_of, step_loss, tokens_counted
+from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
 #: A greedy output loops where fewer of its bigrams are distinct.
@@ -80,11 +78,8 @@ def sentence_sums(
     Returns:
         (n, 1 + divergences) float64 in nats (tvd: in its own unit): Σ_t −log q(y_t), then Σ_t D_t; and (n,) int64.
     """
-    training = [(m, m.training) for m in (model, teacher) if m is not None]
     device, pad, sums, counts = next(model.parameters()).device, special_tokens(model)[0], [], []
-    for m, _ in training:
-        m.eval()
-    try:
+    with evaluating(*(m for m in (model, teacher) if m is not None)):
         whose = teacher_prompts if teacher is not None else prompts
         for some, of_teacher, theirs in zip(*map(_batches, (prompts, whose, continuations)), strict=True):
             moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
@@ -94,14 +89,10 @@ def sentence_sums(
                 beside = rows_of(teacher, next(asked), next(asked), special_tokens(teacher)[0], counted=counted)[0]
             call = functools.partial(_steps, teacher=beside, names=divergences)
             steps, _ = forward_to_head(model, moved, continued, pad, call, counted=counted)
-            labels = teacher_forced(model, moved, continued, pad, counted=counted)[1]
-            count = (labels != IGNORE).sum(1)  # rows come sentence by sentence
+            count = torch.tensor(tokens_counted(continued, counted), device=device)  # rows come sentence by sentence
             index = torch.arange(len(count), device=device).repeat_interleave(count)
             sums.append(steps.new_zeros(len(count), steps.shape[1]).index_add_(0, index, steps).cpu())
             counts.append(count.cpu())
-    finally:
-        for m, was in training:
-            m.train(was)
     return torch.cat(sums), torch.cat(counts)
 
 
@@ -125,8 +116,12 @@ def distinct_bigrams(rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) ->
 
 def teacher_dist(samples: Sequence[Sequence[Sequence[int]]], ends: Sequence[int] = ()) -> float:
     """Share of distinct bigrams among several samples of an input, averaged over inputs: how multi-modal a task is."""
-    shares = [share for group in samples if (share := distinct_bigrams(group, ends)) is not None]
-    return sum(shares) / max(len(shares), 1)
+    return _mean_share([distinct_bigrams(group, ends) for group in samples])
+
+
+def _mean_share(shares: Sequence[float | None]) -> float:
+    known = [share for share in shares if share is not None]
+    return sum(known) / max(len(known), 1)
 
 
 def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -184,7 +179,7 @@ def measured(
     columns = {"reference": list(references), **outputs,
                "gold_nats": nats[:, 0].tolist(), "gold_tokens": tokens.tolist()}  # fmt: skip
     if teacher is not None:
-        ends = special_tokens(teacher)[1]
+        ends, of_teacher = (special_tokens(m)[1] for m in (student, teacher))
         own = draw_all(student, prompts, sampling, seed, shared)
         theirs = [draw_all(teacher, teacher_prompts, sampling, seed + 1_000_003 * i, shared)
                   for i in range(teacher_draws)]  # fmt: skip
@@ -193,9 +188,9 @@ def measured(
         for names, (nats, tokens) in ((("likelihood", "rkl"), judged), (("coverage", "kl", "tvd"), covered)):
             columns |= {f"{names[0]}_nats": nats[:, 0].tolist(), f"{names[0]}_tokens": tokens.tolist()}
             columns |= {name: nats[:, i].tolist() for i, name in enumerate(names[1:], 1)}
-        columns["likelihood_ended"] = [bool(len(y)) and int(y[-1]) in special_tokens(student)[1] for y in own]
+        columns["likelihood_ended"] = [bool(len(y)) and int(y[-1]) in ends for y in own]
         if teacher_draws > 1:
-            columns["teacher_dist"] = [distinct_bigrams([y.tolist() for y in group], ends)
+            columns["teacher_dist"] = [distinct_bigrams([y.tolist() for y in group], of_teacher)
                                        for group in zip(*theirs, strict=True)]  # fmt: skip
     table = pyarrow.table(columns)
     return table, summary(table)
@@ -220,20 +215,12 @@ def summary(table: pyarrow.Table) -> dict[str, float]:
         found |= {name: of(name, f"{whose}_tokens")
                   for name, whose in (("kl", "coverage"), ("tvd", "coverage"), ("rkl", "likelihood"))}  # fmt: skip
     if "teacher_dist" in values:
-        shares = [x for x in values["teacher_dist"] if x is not None]
-        found["teacher_dist"] = sum(shares) / max(len(shares), 1)
+        found["teacher_dist"] = _mean_share(values["teacher_dist"])
     words, of_reference = (sum(len(x.split()) for x in values[name]) for name in ("output", "reference"))
     return {**found, "length_ratio": words / max(of_reference, 1),
             "without_end": 1 - sum(values["output_ended"]) / max(len(table), 1),
             "looping": sum(values["output_loops"]) / max(len(table), 1),
             **translation_scores(values["output"], values["reference"])}  # fmt: skip
-
-
-def write_table(table: pyarrow.Table, path: str | Path) -> None:
-    """A table as a Parquet file, whole or not there."""
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
-    write_whole(Path(path), sink.getvalue().to_pybytes())
 
 
 def evaluate(

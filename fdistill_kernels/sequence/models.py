@@ -5,11 +5,11 @@ A model's forward runs on deferred logits, and the loss is made in the output em
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from ..divergences import Divergence
 from ..functional import linear_cross_entropy, linear_f_divergence
 from ..sparse import TopK
 from ..values import Head, Hidden, RowFunction
+from .ranks import rank
 
 IGNORE = -100
 
@@ -80,7 +81,7 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
             )
     if split == 1:
         return kind.from_pretrained(path, **options)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = rank()[1]
     if ranks % split:
         raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")
     try:
@@ -120,6 +121,24 @@ def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) ->
     if [(len(m), m.dtype) for m in counted] != [(len(c), torch.bool) for c in continuations]:
         raise ValueError("counted must have a bool for each token of each continuation")
     return [c.masked_fill(~m.to(c.device), IGNORE) for c, m in zip(continuations, counted, strict=True)]
+
+
+def tokens_counted(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[int]:
+    """How many tokens of each continuation count; counted: as in `teacher_forced`."""
+    return [len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted]
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Models without dropout, and afterwards as they were."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
 
 
 def token_id(model: Any, name: str) -> Any:
@@ -165,14 +184,20 @@ def chosen(
     return free if counted is None else [m.to(f.device) & f for m, f in zip(counted, free, strict=True)]
 
 
+def context(config: Any) -> float:
+    """How many tokens a model can read, or infinity."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else float("inf")  # XLNet's is −1
+
+
 def check_context(model: Any, tokens: int) -> None:
     """That a model has positions for so many tokens of a sequence; an encoder–decoder model's prompt is one for itself.
 
     Raises:
         ValueError: it has not.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and 0 < limit < tokens:  # XLNet's is −1: none
+    limit = context(model.config)
+    if limit < tokens:
         raise ValueError(f"a prompt with its continuation has {tokens} tokens, the model's context {limit}")
 
 
@@ -312,7 +337,7 @@ def _keeps_apart(model: Any, wrapped: Any) -> bool:
 
     All rows are of one shape: what is compared differs by rounding at most, and by none behind other sequences.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, 9, device=device).long()
     positions = torch.arange(3, device=device).repeat(2)[None]
 
@@ -321,13 +346,9 @@ def _keeps_apart(model: Any, wrapped: Any) -> bool:
         return wrapped(**accepted(model, row)).logits[0].double()
 
     a, b, c = ids.split(3)
-    model.eval()
-    try:
-        with torch.autocast(device.type, enabled=False):
-            one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
-            packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
-    finally:
-        model.train(training)
+    with evaluating(model), torch.autocast(device.type, enabled=False):
+        one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
+        packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
     rounding = torch.finfo(next(model.parameters()).dtype).eps
     return bool((one - other).norm() <= max(1e-4, 2 * rounding) * one.norm()) and all(
         (one - x).norm() <= max(1e-2, 8 * rounding) * one.norm() for x in (packed, alone))  # fmt: skip

@@ -10,11 +10,16 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun and accelerate launch say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join(seconds: float) -> None:
     """Begins the process group that torchrun or accelerate launch has made this process one of, unless it has begun;
     `transformers` leaves a CPU's without its ``ddp_timeout``.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
+    if rank()[1] > 1 and dist.is_available() and not dist.is_initialized():
         dist.init_process_group(timeout=datetime.timedelta(seconds=seconds))
 
 

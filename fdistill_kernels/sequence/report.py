@@ -60,10 +60,7 @@ def name_of(config: FDistillConfig) -> str:
 
 def plot(folder: Path, config: FDistillConfig) -> None:
     """curves.png of metrics.jsonl against the step: each stage's training loss, the held-out KL, and `PANELS`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = logged(folder / "metrics.jsonl")
     stages = list(dict.fromkeys(line["stage"] for line in lines))
@@ -79,9 +76,9 @@ def plot(folder: Path, config: FDistillConfig) -> None:
     nats = all(half.divergence is None or half.divergence.name in IN_NATS for half in config.halves())
     count = len(stages) + 1 + len(panels)
     width = min(count, 4)
-    figure, grid = plt.subplots(-(-count // width), width, squeeze=False, layout="constrained",
-                                figsize=(4.5 * width, 3.6 * -(-count // width)))  # fmt: skip
-    axes = list(grid.flat)
+    height = -(-count // width)
+    figure = Figure(figsize=(4.5 * width, 3.6 * height), layout="constrained")
+    axes = list(figure.subplots(height, width, squeeze=False).flat)
     for axis in axes[count:]:
         axis.remove()
     for axis, stage in zip(axes, stages, strict=False):
@@ -102,7 +99,6 @@ def plot(folder: Path, config: FDistillConfig) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 def write_report(folder: Path, asked: Asked, results: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ launch the ranks share the teacher's sampling and the training; the first one wr
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -33,14 +34,15 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import Asked, ask
+from .batches import prompts_of_teacher
 from .data import read_pairs, tokenize
-from .metrics import Measures, measured, write_table
+from .metrics import Measures, measured
 from .models import load_config, load_model
 from .predistill import copy_layers
-from .ranks import join
+from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
-from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_whole
-from .teachers import InRoom, Served, Stored, Teacher, is_store, teacher_of
+from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_table, write_whole
+from .teachers import InRoom, Served, Stored, Teacher, is_store
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 
@@ -87,8 +89,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         return _stored_teacher(asked)
     if asked.command != "teacher build" and {"tail", "k"} & asked.given.keys():
         raise ValueError("--tail and --k are of lists, which the teacher's own weights need none of")
-    teacher = teacher_of(load_model(model.teacher, **model.options("teacher_")))
-    assert isinstance(teacher, InRoom)
+    teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
     tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, model.teacher_revision)
     return teacher, tokenizer, teacher.model.config
 
@@ -106,17 +107,13 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     if source is None:
         raise ValueError(f"{folder} has no tokenizer: give --tokenizer, or a --student that has it")
     tokenizer = tokenizer_of(asked, source)
-    if tokenizer_hash(tokenizer) != teacher.store.key.get("tokenizer", tokenizer_hash(tokenizer)):
+    mark = tokenizer_hash(tokenizer)
+    if mark != teacher.store.key.get("tokenizer", mark):
         raise ValueError(f"{source} is not the tokenizer that {model.teacher} was made with")
     configured = folder if (folder / "config.json").exists() else model.student
     if configured is None:
         raise ValueError(f"{folder} has no config.json: give --student, whose configuration is then taken")
     return teacher, tokenizer, AutoConfig.from_pretrained(configured)
-
-
-def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun and accelerate launch say."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def stage_of(config: FDistillConfig) -> str:
@@ -268,7 +265,7 @@ class Run:
             source = Endpoint(run.vllm_url, model=teacher, vocabulary=self.teacher.vocabulary, concurrency=32)
         mark, settings = teacher, {}
         if self.model is not None:
-            mark, settings = fingerprint(self.model), generation_settings(self.model, sampling)
+            mark, settings = self.teacher_fingerprint, generation_settings(self.model, sampling)
         elif source is None:
             assert isinstance(self.teacher, Served)
             source, mark = self.teacher.endpoint, self.teacher.endpoint.fingerprint or mark
@@ -281,6 +278,11 @@ class Run:
             while store.missing():  # other ranks draw; no collective waits for hours
                 time.sleep(1)
         return store
+
+    @functools.cached_property
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's model, whose every byte is read for it once."""
+        return fingerprint(self.model)
 
     def to_make(self) -> bool:
         """Whether the student is still to be pre-distilled, or kept as the base of an adapter that is to come."""
@@ -390,7 +392,7 @@ class Run:
 
     def teacher_prompts(self) -> str:
         """The column of the prompts that the teacher sees."""
-        return "teacher_prompt_ids" if "teacher_prompt_ids" in self.held_out.column_names else "prompt_ids"
+        return prompts_of_teacher(self.held_out.column_names)
 
     def measure(self, model: Any, into: Path | None = None) -> dict[str, float]:
         """`metrics.measured` on the held-out rows: its summary; its table, sentence by sentence, goes into a file."""

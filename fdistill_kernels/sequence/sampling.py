@@ -32,6 +32,7 @@ from .models import (
     accepted,
     beginning,
     check_context,
+    evaluating,
     padded,
     rows_of,
     teacher_forced,
@@ -112,7 +113,7 @@ def draw(
     device, new = next(model.parameters()).device, sampling.max_new_tokens
     encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
     check_context(model, max(longest, new) if encoder_decoder else longest + new + virtual_tokens(model))
-    training, config = model.training, model.config.get_text_config()
+    config = model.config.get_text_config()
     size, routers = config.vocab_size, getattr(config, "output_router_logits", None)
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
@@ -120,14 +121,13 @@ def draw(
                     synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
     if encoder_decoder:
         settings |= dict(zip(("decoder_start_token_id", "forced_bos_token_id"), beginning(model), strict=True))
-    model.eval()
     try:
         for module, own in owners.items():  # samples are of p itself: no repetition penalty the model came with
             kept = {name: getattr(own, name, None) for name in TOKENS} if encoder_decoder else {}
             module.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends, **kept)
         if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
             config.output_router_logits = False
-        with _seeded(model, seed):
+        with evaluating(model), _seeded(model, seed):
             if not _generates_itself(model, pad, settings):
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
             for module, own in owners.items() if sampling.beams else ():
@@ -138,7 +138,6 @@ def draw(
             raise
         raise FloatingPointError(f"{type(model).__name__} has logits that are not finite: it draws nothing") from error
     finally:
-        model.train(training)
         for module, own in owners.items():
             module.generation_config = own
         if routers:
@@ -211,9 +210,8 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
     drawn = sampling.keywords()["do_sample"]
     forced = beginning(model)[1] if model.config.is_encoder_decoder else None
     made = prompts[0].new_full((len(prompts), int(forced is not None)), forced or 0)
-    stops, training, sharded = made.new_tensor(ends), model.training, isinstance(model, FSDPModule)
-    model.eval()
-    try:
+    stops, sharded = made.new_tensor(ends), isinstance(model, FSDPModule)
+    with evaluating(model):
         while made.shape[1] < sampling.max_new_tokens:
             rows, _ = rows_of(model, prompts, [*nn.functional.pad(made, (0, 1), value=pad)], pad)
             scores = rows.logits(rows.hidden.unflatten(0, (len(prompts), -1))[:, -1])[:, :vocabulary].float()
@@ -223,8 +221,6 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
             made = torch.cat((made, step.to(made.device)), 1)
             if not sharded and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
                 break
-    finally:
-        model.train(training)
     return [_until_end(row, ends) for row in made]
 
 
@@ -340,7 +336,6 @@ class TeacherSamples:
         Of several ranks each draws its share of the shards. vocabulary: as in `draw`.
         """
         import pyarrow
-        import pyarrow.parquet
 
         ask = source.draw if hasattr(source, "draw") else functools.partial(draw, source, vocabulary=vocabulary)
         for number in [n for n in self.missing() if n % ranks == rank]:
@@ -353,9 +348,7 @@ class TeacherSamples:
                 made += [row.tolist() for row in ask(prompts, self.sampling, self.seed * 1_000_003 + some[0])]
                 done += len(some)
                 yield done
-            sink = pyarrow.BufferOutputStream()
-            pyarrow.parquet.write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), sink)
-            write_whole(self.shards()[number], sink.getvalue().to_pybytes())
+            write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), self.shards()[number])
 
     def _range(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
@@ -390,3 +383,13 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(
             error.errno, f"{path} could not be written ({error.strerror}); what was there is whole"
         ) from error
+
+
+def write_table(table: Any, path: str | Path) -> None:
+    """A `pyarrow.Table` as a Parquet file, whole or not there."""
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    write_whole(Path(path), sink.getvalue().to_pybytes())

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..teachers.endpoint import Endpoint, EndpointError, _message
-from .models import rows_of
+from .models import evaluating, rows_of
 from .sampling import Sampling, special_tokens
 
 #: Tokens of the sequence that the server is asked about, and how many ids of each; 20 are vLLM's default at most.
@@ -172,14 +172,10 @@ class StudentServer:
     @torch.no_grad()
     def _own(self, student: Any) -> Tensor:
         """(T, V), what the student itself says of the probe."""
-        device, training = next(student.parameters()).device, student.training
-        student.eval()
-        try:
-            probe = self.probe.to(device)
+        probe = self.probe.to(next(student.parameters()).device)
+        with evaluating(student):
             rows, _ = rows_of(student, [probe[:1]], [torch.cat((probe[1:], probe[:1]))], self.pad)
             return rows.logits(rows.hidden).float().log_softmax(-1).cpu()
-        finally:
-            student.train(training)
 
 
 def _adapter_of(student: Any) -> str | None:

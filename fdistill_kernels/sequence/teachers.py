@@ -24,7 +24,8 @@ from ..backends.rows import capped
 from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
-from .models import TeacherRows, load_model, of_model, rows_of
+from .batches import prompts_of_teacher
+from .models import TeacherRows, evaluating, load_model, of_model, rows_of, tokens_counted
 from .sampling import Sampling, draw, special_tokens
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
@@ -151,7 +152,7 @@ class Stored:
         Raises:
             ValueError: some are not; which, and what the store was built of.
         """
-        prompts = rows["teacher_prompt_ids" if "teacher_prompt_ids" in rows.column_names else "prompt_ids"][:]
+        prompts = rows[prompts_of_teacher(rows.column_names)][:]
         for column in columns:
             pairs = list(zip(prompts, rows[column][:], strict=True))
             there = [i for i, (_, c) in enumerate(pairs) if len(c)]
@@ -284,7 +285,7 @@ class OfRows:
         """As `Teacher.rows`: each teacher's own are made at once, and put where its examples are."""
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
-        lengths = torch.tensor([len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted])
+        lengths = torch.tensor(tokens_counted(continuations, counted))
         owner = torch.empty(int(lengths.sum()), dtype=torch.long)
         place, functions = torch.empty_like(owner), []
         starts = lengths.cumsum(0) - lengths
@@ -367,13 +368,9 @@ class Itself:
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[Any]:
         """The model as the teacher: without dropout, and with the adapter off if so asked."""
-        model, training = self.model, self.model.training
-        model.eval()
-        try:
-            with contextlib.nullcontext() if self.adapter else model.disable_adapter():
-                yield model
-        finally:
-            model.train(training)
+        model = self.model
+        with evaluating(model), contextlib.nullcontext() if self.adapter else model.disable_adapter():
+            yield model
 
     @property
     def model(self) -> Any:

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 
 from ..own import resolve
-from .batches import Sequences, check_contexts, collate, column_of, columns_of, datasets_of, given_sequences
+from .batches import (
+    Sequences,
+    check_contexts,
+    collate,
+    column_of,
+    columns_of,
+    datasets_of,
+    given_sequences,
+    prompts_of,
+    prompts_of_teacher,
+)
 from .config import FDistillConfig
-from .models import Rows, chosen, forward_to_head, load_model, step_loss, unpadded, virtual_tokens
+from .models import Rows, chosen, forward_to_head, load_model, step_loss, virtual_tokens
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
@@ -251,7 +261,7 @@ class FDistillTrainer(Trainer):
         if same and "teacher_prompt_ids" not in columns:
             raise ValueError("Itself() is the student with another prompt: give the data the column "
                              "teacher_prompt_ids, or Itself(decay=...), or Itself(adapter=False)")  # fmt: skip
-        theirs = "teacher_prompt_ids" if "teacher_prompt_ids" in columns else "prompt_ids"
+        theirs = prompts_of_teacher(columns)
         for source in sources:
             column = column_of(source, columns)
             new = 0 if column else self.sampling.max_new_tokens
@@ -312,8 +322,7 @@ class FDistillTrainer(Trainer):
 
     def _draw(self, source: str, student: Any, batch: dict[str, Any], number: int) -> Sequences:
         """New sequences for the prompts of an update's batch, by its number."""
-        prompts, teachers = unpadded(batch["prompt_ids"]), batch.get("teacher", [])
-        teacher_prompts = unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
+        (prompts, teacher_prompts), teachers = prompts_of(batch), batch.get("teacher", [])
         if source == "student" and self.server is not None:
             made = self.server.draw(student, prompts, self.sampling, self.state.global_step, fresh=number == 0)
         elif source == "student":
@@ -470,9 +479,7 @@ class FDistillTrainer(Trainer):
             return self.step_loss(rows, teacher, resolve("kl"), self.args.temperature, reduction="none").reshape(-1)
 
         of_rows = self._at_head(Half("gold", resolve("kl")), model, found, losses).detach()
-        counts = (
-            [len(c) for c in found.continuations] if found.counted is None else [int(m.sum()) for m in found.counted]
-        )
+        counts = found.tokens()
         of_rows = of_rows[: sum(counts)].to(wide(of_rows.device))
         return torch.stack([torch.stack([x.sum() for x in of_rows.split(counts)]), of_rows.new_tensor(counts)], 1)
 
