@@ -3,14 +3,17 @@
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import serve
+from fdistill_kernels.sequence import run, serve
+from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
@@ -451,6 +454,25 @@ def test_a_read_only_store_and_one_that_was_poured(causal_files, tmp_path, capsy
             path.chmod(0o755)
     assert not list(store.rglob("arrow"))
     capsys.readouterr()
+    adapter = tmp_path / "adapter"  # whose configuration is its base model's
+    base = AutoModelForCausalLM.from_pretrained(causal_files / "student")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
+    words = [
+        "--teacher",
+        store,
+        "--student",
+        adapter,
+        "--tokenizer",
+        causal_files / "student",
+        "--data",
+        "x",
+        "--tensor_parallel",
+        "2",
+    ]
+    asked = ask("train", [str(word) for word in words])
+    assert run.teacher_for(asked)[2].vocab_size == base.config.vocab_size
+    with pytest.raises(ValueError, match="--tensor_parallel splits whole weights"):
+        run.Run._loaded(SimpleNamespace(asked=asked), adapter)
 
 
 def test_padded_heads_of_either_model(tmp_path):

@@ -28,7 +28,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
@@ -113,7 +113,7 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     configured = folder if (folder / "config.json").exists() else model.student
     if configured is None:
         raise ValueError(f"{folder} has no config.json: give --student, whose configuration is then taken")
-    return teacher, tokenizer, AutoConfig.from_pretrained(configured)
+    return teacher, tokenizer, load_config(configured, **model.source())
 
 
 def stage_of(config: FDistillConfig) -> str:
@@ -315,6 +315,9 @@ class Run:
         options = self.asked.model.options()
         if not (path / "adapter_config.json").exists():
             return load_model(str(path), self.asked.run.tensor_parallel, **options)
+        if self.asked.run.tensor_parallel > 1:
+            raise ValueError(f"--tensor_parallel splits whole weights as they are loaded, and {path} is an adapter: "
+                             "merge it into its base model first")  # fmt: skip
         from peft import PeftConfig, PeftModel
 
         base = load_model(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, **options)
