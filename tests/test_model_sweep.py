@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -362,7 +363,7 @@ NO_TEXT = {
     "VoxtralRealtimeForConditionalGeneration": "needs sound",
 }  # fmt: skip
 #: Architectures that must be compared at least, sample and whole; and those that must be fused.
-LEAST = {compare_patched: (27, 350), compare_distilled: (21, 210)}
+LEAST = {compare_patched: (27, 350), compare_distilled: (21, 205)}
 
 
 @pytest.fixture
@@ -439,20 +440,18 @@ def generates(name, kind, mapping):
         except Exception:
             continue
         model.generation_config.eos_token_id = [97]
-        try:
-            model.generate(
-                **sampling._left_padded(model, PROMPTS, 2, PROMPTS[0].device), max_new_tokens=3, pad_token_id=2
-            )
-        except Exception as error:  # a small model's own, such as one without a layer of attention
-            return short(error)
-        drawn = draw(model, PROMPTS, Sampling(4, beams=1))
+        with patch.object(sampling, "drawn_by_forward", wraps=sampling.drawn_by_forward) as by_forward:
+            try:
+                drawn = draw(model, PROMPTS, Sampling(4, beams=1))
+            except IndexError as error:  # a small model whose logits have more tokens than its embedding
+                return short(error)
         for prompt, made in zip(PROMPTS, drawn, strict=True):
             rows, _ = rows_of(model, [prompt], [made], 2, counted=chosen(model, [made]))
             scores = rows.logits(rows.hidden)
             best, given = scores.amax(1), scores.gather(1, rows.tokens[:, None])[:, 0]
             if (best - given).max() > 1e-4 * scores.abs().max():  # what ties may be either
                 return False
-        return "by generate" if sampling._ITSELF[model][1] else "by forward"
+        return "by forward" if by_forward.called else "by generate"
     return None
 
 
@@ -462,5 +461,5 @@ def test_what_is_drawn_is_what_teacher_forcing_says():
     found = {name: of for name, of in found.items() if name not in LEFT.keys() | NO_TEXT.keys()}
     names = found if os.environ.get("FDISTILL_WHOLE") else [n for n in SAMPLE if n in found]
     results = {name: generates(name, *found[name]) for name in names}
-    assert False not in results.values(), results
+    assert not [name for name, result in results.items() if result is False]
     assert list(results.values()).count("by generate") > 0.8 * len(results)

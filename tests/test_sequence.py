@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     GPT2Config,
@@ -244,6 +246,7 @@ def test_no_logits_are_made_and_the_model_is_what_it_was(make):
     prompts, continuations = batch()
     inputs, _ = teacher_forced(model, prompts, continuations, EOS)
     want, shapes = model(**inputs).logits, []
+    rows_of(model, prompts, continuations, EOS)  # a model's first batch is not its only one: it is asked for its steps
 
     class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -268,6 +271,29 @@ def test_logits_of_another_form_are_refused_by_name():
     prompts, continuations = batch()
     with pytest.raises(ValueError, match=r"Squared's logits are not .* go through square"):
         rows_of(Squared(gpt2(60).config), prompts, continuations, EOS)
+
+
+def test_models_that_look_ahead_or_at_padding_are_refused():
+    """Their losses would be of predictions that know the answer, or of other sequences than the given ones."""
+    small = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                 initializer_range=0.4)  # fmt: skip
+    attending = dict(vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, embed_init_std=0.4, init_std=0.4)
+    left_padded = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=32,
+                       num_hidden_layers=2, prompt_types=4, prompt_length=2, init_std=0.4)  # fmt: skip
+    prompts, continuations = batch()
+
+    def rows(kind, **fields):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).train()
+        found = rows_of(model, prompts, continuations, EOS)
+        assert model.training
+        return found
+
+    for kind, fields in (("bert", small), ("electra", small), ("xlm", attending), ("cpmant", left_padded)):
+        with pytest.raises(ValueError, match="looks at later tokens or at padding"):
+            rows(kind, **fields)
+    for kind, fields in (("bert", small), ("electra", small), ("xlm", {**attending, "causal": True})):
+        rows(kind, **{"is_decoder": True, **fields})
 
 
 @pytest.mark.parametrize("make", [llama, bart])

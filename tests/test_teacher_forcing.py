@@ -164,7 +164,7 @@ def test_models_whose_generate_says_otherwise_are_drawn_by_their_forward(monkeyp
             for i, token in enumerate(row):
                 assert model(input_ids=torch.cat((prompt, row[:i]))[None]).logits[0, -1].argmax() == token
     assert by_forward == [models[0]] * 2 + [models[1]] * 2
-    with pytest.raises(ValueError, match="RobertaForCausalLM says otherwise"):
+    with pytest.raises(ValueError, match="RobertaForCausalLM fails with one or says otherwise"):
         draw(models[0], PROMPTS, Sampling(5, beams=2))
 
 

@@ -262,16 +262,18 @@ def forward_to_head(
         **more: of the model's forward.
 
     Raises:
-        ValueError: no output embedding; the model does to its logits what is no scale, bias or soft-cap; or it mixes
-            packed sequences.
+        ValueError: no output embedding; the model does to its logits what is no scale, bias or soft-cap; its logits
+            depend on later tokens or on padding; or it mixes packed sequences.
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, counted)
     if torch.is_grad_enabled() and getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs |= dict(labels=labels, output_router_logits=True)  # its own loss is 0, and what it adds to it
     inputs = accepted(model, {**inputs, "use_cache": False})
+    uncompiled = getattr(wrapped, "_orig_mod", wrapped)  # questions have shapes that no batch will have
+    check_steps(model, uncompiled, pad)
     if pack:
-        check_packing(model, wrapped, labels.numel())
+        check_packing(model, uncompiled, labels.numel())
     device = next(model.parameters()).device
     head = output_embedding(model)
     watch(head)
@@ -309,8 +311,57 @@ def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in left_out}
 
 
-#: Models that have been asked whether they keep packed sequences apart, and with which attention.
-_KEEPS_APART: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+#: What models have been asked, each by the question, by what the answer depends on, and by the attention.
+_ASKED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+def asked(question: Callable[..., bool], model: Any, *arguments: Any, of: Any = None) -> bool:
+    """A question's answer, of a model in evaluation; it is asked once, or once for every `of`."""
+    known = _ASKED.setdefault(model, {})
+    key = question, of, getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if key not in known:
+        device = next(model.parameters()).device
+        with torch.no_grad(), evaluating(model), torch.autocast(device.type, enabled=False):
+            known[key] = question(model, *arguments)
+    return known[key]
+
+
+def close(one: Tensor, other: Tensor, tolerance: float, roundings: int = 8) -> bool:
+    """Whether logits differ by no more than `tolerance`, or rounding in their dtype; NaN is another check's matter."""
+    tolerance = max(tolerance, roundings * torch.finfo(one.dtype).eps)
+    return not bool((one - other).double().norm() > tolerance * one.double().norm())
+
+
+def check_steps(model: Any, wrapped: Any, pad: int) -> None:
+    """Tries once whether each step of a padded batch is predicted by what comes before it, and by nothing else.
+
+    Raises:
+        ValueError: the model looks at later tokens, as BERT does that is no decoder, so that losses would be of
+            predictions that know the answer; or at padding.
+    """
+    if not asked(_steps_alone, model, wrapped, pad):
+        raise ValueError(f"{type(model).__name__} looks at later tokens or at padding, so that its logits are no steps "
+                         "of a generation (of BERT and its kin a decoder has is_decoder=True)")  # fmt: skip
+
+
+def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
+    """Whether a sequence's first steps stay the same when its end is another, and without the padding behind it."""
+    device, size = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    ids = torch.linspace(size // 4, 3 * size // 4, 9, device=device).long()
+    prompt, longer, begin, end, other, more = ids[:1], ids[:2], ids[2:4], ids[4:5], ids[6:7], ids[5:9]
+
+    def logits(prompts: list[Tensor], continuations: list[Tensor]) -> Tensor:
+        inputs, labels = teacher_forced(model, prompts, continuations, pad)
+        made = wrapped(**accepted(model, {**inputs, "use_cache": False})).logits[:, -labels.shape[1] :]
+        first = [row[steps][:2] for row, steps in zip(made, labels.to(made.device) != IGNORE, strict=True)]
+        return torch.stack(first).to(model.dtype)
+
+    whole = torch.cat((begin, end))
+    ends = torch.cat((begin, other)), torch.cat((whole, more))
+    padded, ended, _ = logits([prompt, prompt, longer], [whole, *ends])
+    alone, beside = logits([prompt], [whole])[0], logits([prompt, other], [whole, more[:3]])[0]
+    moved = float((beside - alone).norm() / alone.norm())  # by activations that are quantised a batch at a time
+    return close(padded, ended, 1e-2) and close(padded, alone, max(1e-2, 3 * moved))
 
 
 def check_packing(model: Any, wrapped: Any, tokens: int) -> None:
@@ -320,10 +371,7 @@ def check_packing(model: Any, wrapped: Any, tokens: int) -> None:
         ValueError: it does not, so that packed losses would be wrong; or it attends within chunks of the whole row.
     """
     config, name = model.config.get_text_config(), type(model).__name__
-    attention = getattr(config, "_attn_implementation", None)
-    if _KEEPS_APART.get(model, (None,))[0] != attention or model not in _KEEPS_APART:
-        _KEEPS_APART[model] = attention, _keeps_apart(model, wrapped)
-    if not _KEEPS_APART[model][1]:
+    if not asked(_keeps_apart, model, wrapped):
         raise ValueError(f"{name} mixes sequences that are packed in one row: leave out pack")
     chunk = getattr(config, "attention_chunk_size", None)  # Llama 4's chunks are of rows, not of sequences
     if chunk and tokens > chunk:
@@ -331,7 +379,6 @@ def check_packing(model: Any, wrapped: Any, tokens: int) -> None:
                          "leave out pack")  # fmt: skip
 
 
-@torch.no_grad()
 def _keeps_apart(model: Any, wrapped: Any) -> bool:
     """Whether a sequence's logits are the same whatever is packed before it, and those that it has alone.
 
@@ -343,15 +390,12 @@ def _keeps_apart(model: Any, wrapped: Any) -> bool:
 
     def logits(first: Tensor, second: Tensor, **positions: Tensor) -> Tensor:
         row = {"input_ids": torch.cat((first, second))[None], **positions, "use_cache": False}
-        return wrapped(**accepted(model, row)).logits[0].double()
+        return wrapped(**accepted(model, row)).logits[0].to(model.dtype)
 
     a, b, c = ids.split(3)
-    with evaluating(model), torch.autocast(device.type, enabled=False):
-        one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
-        packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
-    rounding = torch.finfo(next(model.parameters()).dtype).eps
-    return bool((one - other).norm() <= max(1e-4, 2 * rounding) * one.norm()) and all(
-        (one - x).norm() <= max(1e-2, 8 * rounding) * one.norm() for x in (packed, alone))  # fmt: skip
+    one, other = (logits(before, c, position_ids=positions)[3:] for before in (a, b))
+    packed, alone = logits(c, a, position_ids=positions)[:3], logits(c, a)[:3]
+    return close(one, other, 1e-4, 2) and close(one, packed, 1e-2) and close(one, alone, 1e-2)
 
 
 class _ToRows(Deferral):
