@@ -164,6 +164,22 @@ def test_end_and_begin_tokens_are_there_once(tmp_path):
     )
 
 
+@pytest.mark.parametrize("around", ["$A", "$A </s>", "<s> $A", "<s> $A </s>", "</s> $A", "</s> $A </s>"])
+def test_targets_are_whole_whatever_a_tokenizer_puts_around_them(around, tmp_path):
+    """OPT's puts its end token before a text; an end token inside a text is the text's own."""
+    tokenizer = tokenizer_of()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(around, special_tokens=[("<s>", 1), ("</s>", 0)])
+    before = around.partition("$A")[0].strip()
+    for model, target in (
+        (None, ""),
+        (bart(320), before),
+    ):  # an encoder–decoder model writes what begins its texts, too
+        row = ids_of(tokenizer, [{"prompt": "hello</s>there", "target": "good</s>day"}], tmp_path, model)[0]
+        end = "</s>" if model is not None else ""
+        assert tokenizer.decode(row["prompt_ids"]) == f"{before}hello</s>there{end}"
+        assert tokenizer.decode(row["labels"]) == f"{target}good</s>day</s>"
+
+
 def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     tokenizer, told = tokenizer_of(), []
     rows = [

@@ -186,6 +186,13 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options
         raise ValueError(f"the chat template refuses: {error}") from error
 
 
+def _around(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before a text and behind it; text=, or text_target=."""
+    one, among = tokenizer(**text, add_special_tokens=False)["input_ids"], list(tokenizer(**text)["input_ids"])
+    at = next((i for i in range(len(among)) if among[i : i + len(one)] == one), None)
+    return ([], []) if at is None else (among[:at], among[at + len(one) :])
+
+
 class Encoder:
     """Rows' ids by a tokenizer, for a causal or an encoder–decoder model."""
 
@@ -194,9 +201,10 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token")
         self.end: int = tokenizer.eos_token_id
-        one, among = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-        at = next((i for i in range(len(among)) if among[i : i + len(one)] == one), 0)
-        self.before: list[int] = list(among[:at])  # what the tokenizer puts before a text
+        self.before, self.behind = _around(tokenizer, text="a")
+        target = _around(tokenizer, text_target="a")[1] if encoder_decoder else []
+        # a language's code may follow the end token, where generation stops
+        self.beyond = target[::-1].index(self.end) if self.end in target else 0
 
     def __call__(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
         """A row's ids, those of the teacher's prompt where that is another, and the text of its answer.
@@ -252,7 +260,7 @@ class Encoder:
         """As the model reads it; a causal one goes on from it, so that only an end token of the text's own stays."""
         if self.encoder_decoder:
             found = self.tokenizer(text=text)["input_ids"]
-            return found if self.end in found else [*found, self.end]
+            return found if self.end in self.behind else self._ended(found)
         found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found if found[: len(self.before)] == self.before else [*self.before, *found]
 
@@ -261,8 +269,7 @@ class Encoder:
         if not self.encoder_decoder:
             return self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         found = self.tokenizer(text_target=text)["input_ids"]
-        after = found[::-1].index(self.end) if self.end in found else 0  # a language's code may follow it
-        return self._ended(found[: len(found) - after])
+        return self._ended(found[: len(found) - self.beyond])
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids and ids[-1] == self.end else [*ids, self.end]
