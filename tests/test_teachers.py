@@ -214,6 +214,16 @@ def test_the_student_as_its_own_teacher(tmp_path):
         assert not torch.equal(*results[-1])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+    moved = shutil.copytree(
+        tmp_path / "2" / "checkpoint-2", tmp_path / "moved" / "checkpoint-2"
+    )  # another run's folder
+    own = Itself(decay=0.5)
+    run = trainer(tmp_path / "on", llama(seed=1), own, rows, divergence="kl", max_steps=4, lr_scheduler_type="constant")
+    run.train(resume_from_checkpoint=str(moved))
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in own.average.parameters()]), results[0][1])
+    (moved / "average.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a run without Itself\(decay"):
+        run.train(resume_from_checkpoint=str(moved))
     with pytest.raises(ValueError, match="decay must be in"):
         Itself(1.5)
 

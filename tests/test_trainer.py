@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.own import FDivergence, resolve
+from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.models import virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, draw, drawn_by_forward
@@ -516,6 +517,11 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(method="js", beta=0.0), "js is 0 at beta=0"),
     (dict(method="kl", student_every=2), "student_every=2 is not used without"),
     (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1 is not used without"),
+    (dict(method="mle", temperature_squared=True), "temperature_squared=True is not used without a divergence"),
+    (dict(include_num_input_tokens_seen=True), "tokens_per_second is logged"),
+    (dict(label_names=["labels"]), "is not used here: no logits are made"),
+    (dict(include_for_metrics=["inputs"]), "is not used here: no logits are made"),
+    (dict(batch_eval_metrics=True), "is not used here: no logits are made"),
     (dict(method="predistill", temperature=2.0), "temperature=2.0 is not used by predistill"),
     (dict(method="mle", ce_weight=1.0), "which the objective has already"),
     (dict(ce_weight=-1.0), "ce_weight must be at least 0"),
@@ -553,6 +559,8 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, bart(60), bart(60), pack=True)
     with pytest.raises(ValueError, match="unexpected keyword argument 'foo'"):
         trainer(tmp_path, student, teacher, lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1})
+    with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
+        trainer(tmp_path, student, teacher, **BY_LENGTH)
     base = gpt2(60, seed=1)
     adapted = get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     with pytest.raises(ValueError, match="student and teacher share weights"):

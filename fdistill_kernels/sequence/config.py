@@ -23,7 +23,8 @@ from .sampling import Sampling
 class FDistillConfig(TrainingArguments):
     """`TrainingArguments`, and how to distil.
 
-    Of `TrainingArguments`, label_smoothing_factor is of the cross-entropies.
+    Of `TrainingArguments`, label_smoothing_factor is of the cross-entropies; what is about evaluation's logits is
+    refused.
 
     Attributes:
         method: seqkd, kl, engine, rkl, js, tvd, mle, or "predistill".
@@ -104,12 +105,17 @@ class FDistillConfig(TrainingArguments):
             "beta": self.divergence is not None and self.beta != FDistillConfig.beta and "beside a divergence",
             "student_every": self.student_every > 1 and not draws and "without an objective on the student's samples",
             "student_server": self.student_server and not draws and "without an objective on the student's samples",
+            "temperature_squared": self.temperature_squared and all(h.divergence is None for h in halves)
+            and "without a divergence",
+            "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
+            and "here: tokens_per_second is logged",
             "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)
             and "without a cross-entropy, as mle, seqkd and ce_weight have",
         }  # fmt: skip
         if not halves:
             unused |= {name: getattr(self, name) != getattr(FDistillConfig, name) and "by predistill"
                        for name in NOT_IN_PREDISTILLATION}  # fmt: skip
+        unused |= {name: getattr(self, name, None) and "here: no logits are made" for name in OF_LOGITS}
         for name, why in unused.items():
             if why:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not used {why}")
@@ -151,6 +157,8 @@ class FDistillConfig(TrainingArguments):
         return made
 
 
+#: Options of `TrainingArguments` about evaluation's logits, and metrics of them.
+OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "include_inputs_for_metrics")
 #: Options of a loss that pre-distillation has not.
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "student_every", "student_server", "student_server_path", "normalize", "pack", "memory",

@@ -389,6 +389,21 @@ class Itself:
             else:
                 mine.copy_(theirs)
 
+    def load(self, checkpoint: str | Path) -> None:
+        """Goes on from a checkpoint's average.
+
+        Raises:
+            FileNotFoundError: it has none.
+        """
+        from safetensors.torch import load_model as load_weights
+
+        if self.average is None:
+            return
+        path = Path(checkpoint) / KeepAverage.FILE
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}: the checkpoint is of a run without Itself(decay=...)")
+        load_weights(self.average, str(path))
+
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
         counted: Sequence[Tensor] | None = None,
@@ -416,14 +431,6 @@ class KeepAverage(TrainerCallback):
 
     def __init__(self, teacher: Itself):
         self.teacher = teacher
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Goes on from the checkpoint's average."""
-        from safetensors.torch import load_model as load_weights
-
-        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE
-        if state.global_step and path.exists() and self.teacher.average is not None:
-            load_weights(self.teacher.average, str(path))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After each update."""

@@ -232,6 +232,11 @@ class FDistillTrainer(Trainer):
         evaluates = args.eval_strategy != "no"
         for name, data in datasets_of("train_dataset", trainer.get("train_dataset")):
             self._check_dataset(name, data, self.sources or ["gold"], self._compared(), model)
+            length, columns = args.length_column_name, columns_of(data)
+            known = length in columns and hasattr(data, "column_names")  # Trainer reads the column of such data alone
+            if _groups_by_length(args) and columns and not (known or "input_ids" in columns):
+                raise ValueError(f"batches by length need a datasets.Dataset as {name} with the column {length}, each "
+                                 "example's tokens")  # fmt: skip
         for name, data in datasets_of("eval_dataset", trainer.get("eval_dataset")):
             self._check_dataset(name, data, ["gold"] * evaluates, ["gold"] * evaluates, model)
 
@@ -344,6 +349,8 @@ class FDistillTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        if checkpoint is not None and isinstance(self.teacher, Itself):
+            self.teacher.load(checkpoint)
         if checkpoint is not None and self._kept_in(checkpoint).exists():
             known = torch.load(self._kept_in(checkpoint), map_location=self.args.device, weights_only=True)
             self._kept = [Sequences(**found) for found in known]
@@ -501,6 +508,11 @@ class FDistillTrainer(Trainer):
         metrics = output.metrics or {}
         metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
         return output
+
+
+def _groups_by_length(args: Any) -> bool:
+    """Whether batches are of like lengths; transformers 5 has another name for it."""
+    return bool(getattr(args, "group_by_length", getattr(args, "train_sampling_strategy", "") == "group_by_length"))
 
 
 def _student_of(given: Any) -> Any:
