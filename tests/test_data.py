@@ -130,6 +130,35 @@ def test_prompts_of_the_teacher_s_own_are_text_or_messages_beside_either(tmp_pat
         ids_of(tokenizer, [{**chat, "teacher_prompt": "now?"}], tmp_path, teacher_system="x")
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED, CHANGING])
+def test_each_answer_is_a_row_behind_what_generation_meets(template, tmp_path):
+    tokenizer, roomy = tokenizer_of(template), llama(320)
+    roomy.config.max_position_embeddings = 256
+    system = {"role": "system", "content": "be brief"}
+    chats = [{"messages": TURNS}, {"messages": [system, *TURNS, TURNS[0]]}, {"messages": TURNS[:2]},
+             {"messages": json.dumps(TURNS)}]  # fmt: skip
+    for given, turns in (([chats[0]], [TURNS]), (chats[1:3], [chats[1]["messages"], TURNS[:2]]), ([chats[3]], [TURNS])):
+        rows = ids_of(tokenizer, given, tmp_path, roomy, answers="each")
+        asked = [chat[:i] for chat in turns for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+        want = [tokenizer.apply_chat_template(a, add_generation_prompt=True, return_dict=False) for a in asked]
+        assert rows["prompt_ids"][:] == want and "labels_mask" not in rows.column_names
+        said = [tokenizer.decode(labels) for labels in rows["labels"]]
+        assert said == [f"{text}</s>" for text in ("good day", "the end", "good day")[: len(said)]]
+        assert rows["reference"][:] == [text.removesuffix("</s>") for text in said]
+    parts = [{"prompt": TURNS[:2], "completion": TURNS[2:]}, {"prompt": TURNS[:3], "completion": "so?"}]
+    rows = ids_of(tokenizer, parts, tmp_path, answers="each")
+    assert [tokenizer.decode(labels) for labels in rows["labels"]] == ["the end</s>", "so?</s>"]
+    assert "labels" not in ids_of(tokenizer, [{"messages": TURNS[:1]}], tmp_path, answers="each").column_names
+    text = [{"prompt": "hello", "target": "day"}]
+    assert ids_of(tokenizer, text, tmp_path, answers="each")[:] == ids_of(tokenizer, text, tmp_path)[:]
+    kind = ids_of(tokenizer, chats[:1], tmp_path, answers="each", teacher_system="be kind")["teacher_prompt_ids"]
+    assert [tokenizer.decode(ids).count("system") for ids in kind] == [1, 1]
+    with pytest.raises(ValueError, match=r"row 1 ends in no answer; --answers each leaves out"):
+        ids_of(tokenizer, [{"messages": TURNS[:2]}, {"messages": TURNS[:3]}], tmp_path)
+    with pytest.raises(ValueError, match="row 0: teacher_prompt is of one answer, and there are 2"):
+        ids_of(tokenizer, [{"messages": TURNS, "teacher_prompt": TURNS[:1]}], tmp_path, answers="each")
+
+
 def test_templates_that_tell_no_answer_apart_are_refused(tmp_path):
     assert conversation(tokenizer_of(CHANGING), TURNS[:2]).rest is not None  # of one answer they are right
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1: the chat template renders turns otherwise"):

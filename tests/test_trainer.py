@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.own import FDivergence, resolve
+from fdistill_kernels.sequence import sampling
 from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.models import virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
@@ -186,6 +188,12 @@ def test_drawn_by_forward(make, tmp_path):
     prompts, _ = batch()
     greedy = Sampling(5, top_k=1)
     plain = [x.tolist() for x in draw(make(60), prompts, greedy)]
+    with patch.object(sampling, "drawn_by_forward") as by_forward:
+        for kind in ("static", "dynamic"):
+            kept = Sampling(5, top_k=1, cache=kind)
+            assert kept == greedy and kept.decided() == greedy.decided()  # stored samples stay who they were
+            assert [x.tolist() for x in draw(make(60), prompts, kept)] == plain
+    assert not by_forward.called
     assert [x.tolist() for x in drawn_by_forward(make(60), prompts, greedy, 60)] == plain
     model = prompted("PrefixTuningConfig", make)
     drawn, *_ = drawn_by_forward(model, prompts, greedy, 50)
@@ -517,6 +525,8 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(method="js", beta=0.0), "js is 0 at beta=0"),
     (dict(method="kl", student_every=2), "student_every=2 is not used without"),
     (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1 is not used without"),
+    (dict(cache_implementation="nosuch"), "nosuch"),
+    (dict(method="rkl", cache_implementation="static", student_server="http://x", student_server_path="x"), "by a server"),
     (dict(method="mle", temperature_squared=True), "temperature_squared=True is not used without a divergence"),
     (dict(include_num_input_tokens_seen=True), "tokens_per_second is logged"),
     (dict(label_names=["labels"]), "is not used here: no logits are made"),

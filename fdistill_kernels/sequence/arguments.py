@@ -116,6 +116,7 @@ class DataArguments:
     long_prompts: Policy = "refuse"
     long_targets: Policy = "cut"
     max_target_tokens: int | None = None
+    answers: Literal["together", "each"] = "together"
     teacher_system: str | None = None
 
 
@@ -173,7 +174,9 @@ HELP = {
     "prompt_column": "of text or messages", "target_column": "of text or messages; completion is its other name",
     "long_prompts": "that a context has no room for: cut from the left, drop the row, or refuse",
     "long_targets": "that a context has no room for, or --max_target_tokens: cut without an end token, drop, refuse",
-    "max_target_tokens": "of a gold target", "teacher_system": "system message that the teacher alone sees",
+    "max_target_tokens": "of a gold target",
+    "answers": "of a conversation: together in a row, or each in one of its own, which any chat template can render",
+    "teacher_system": "system message that the teacher alone sees",
     "predistill_steps": "steps of pre-distillation first", "beams": "of the teacher's outputs for seqkd",
     "online_teacher": "draw the teacher's samples anew at every step",
     "samples": "folder of the teacher's samples, for several runs to share; by default in the run's folder",
@@ -198,13 +201,14 @@ HELP = {
     "freeze_embeddings": "leave the student's input embeddings as they are", "memory": "of the loss: chunks or minimal",
     "on_nan": "stop or skip the batch", "max_new_tokens": "of a sample", "sample_temperature": "of samples",
     "top_k": "of samples; 0: every token", "top_p": "of samples; 1: every token",
+    "cache_implementation": "of keys and values while drawing: dynamic, static (on a GPU compiled), ...",
 }  # fmt: skip
 
 
 #: What commands make something of, if not of all but `BuildArguments`.
 _OF_TEACHER = {"teacher", "tokenizer", "chat_template_path", "attn_implementation", "device_map", "trust_remote_code",
                "teacher_dtype", "teacher_revision", "teacher_quantization"}  # fmt: skip
-_OF_SAMPLES = {"max_new_tokens", "sample_temperature", "top_k", "top_p", "seed", "use_cpu"}
+_OF_SAMPLES = {"max_new_tokens", "sample_temperature", "top_k", "top_p", "cache_implementation", "seed", "use_cpu"}
 _OF_DATA = {f.name for f in dataclasses.fields(DataArguments)}
 _OF_BUILD = {f.name for f in dataclasses.fields(BuildArguments)}
 USED: dict[str, set[str]] = {
@@ -278,7 +282,7 @@ class Asked:
     def sampling(self, beams: bool = False) -> Sampling:
         """Of the teacher's stored samples, or its beam-search outputs."""
         if beams:
-            return Sampling(self.config.max_new_tokens, beams=self.run.beams)
+            return Sampling(self.config.max_new_tokens, beams=self.run.beams, cache=self.config.cache_implementation)
         return self.config.sampling()
 
 

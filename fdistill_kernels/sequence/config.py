@@ -35,7 +35,8 @@ class FDistillConfig(TrainingArguments):
         ce_weight: of −log q of the gold targets, added to the objective.
         temperature: of both models' distributions in the loss, and temperature_squared: its square as a factor on the
             divergences (Hinton et al. 2015).
-        max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training.
+        max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training, and cache_implementation:
+            where transformers keeps their keys and values meanwhile ("static" is compiled on a GPU).
         student_every: draw student samples every so many steps; in between the last ones are used again. They are in
             the checkpoints.
         student_server, student_server_path: the URL of a vLLM server that draws them, and a folder of this run alone
@@ -66,6 +67,7 @@ class FDistillConfig(TrainingArguments):
     sample_temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    cache_implementation: str | None = None
     student_every: int = 1
     student_server: str | None = None
     student_server_path: str | None = None
@@ -105,6 +107,7 @@ class FDistillConfig(TrainingArguments):
             "beta": self.divergence is not None and self.beta != FDistillConfig.beta and "beside a divergence",
             "student_every": self.student_every > 1 and not draws and "without an objective on the student's samples",
             "student_server": self.student_server and not draws and "without an objective on the student's samples",
+            "cache_implementation": self.cache_implementation and self.student_server and "by a server",
             "temperature_squared": self.temperature_squared and all(h.divergence is None for h in halves)
             and "without a divergence",
             "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
@@ -131,7 +134,8 @@ class FDistillConfig(TrainingArguments):
 
     def sampling(self) -> Sampling:
         """How sequences are drawn during training."""
-        return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p)
+        return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p,
+                        cache=self.cache_implementation)  # fmt: skip
 
     def for_predistillation(self, **changes: Any) -> FDistillConfig:
         """This configuration with the method "predistill", and as they were made the options that its loss has not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -170,8 +171,8 @@ def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, to
             counted[len(before) : stop] = [True] * (stop - len(before))
     if not agrees:
         raise ValueError("the chat template renders turns otherwise when an answer follows, so that its tokens are not "
-                         "told apart: give --chat_template_path one with {% generation %} that only adds, or "
-                         "prompt and completion, the last answer alone")  # fmt: skip
+                         "told apart: --answers each makes a row of every answer, or give --chat_template_path one "
+                         "with {% generation %} that only adds")  # fmt: skip
     counted = counted[: len(whole)]
     last = len(whole) - counted[::-1].index(True)
     return Ids(prompt, whole[len(prompt) : last], counted[len(prompt) : last])
@@ -212,9 +213,8 @@ class Encoder:
         Raises:
             ValueError: the row has something else than text or messages.
         """
-        row = {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v
-               for k, v in row.items()}  # fmt: skip
-        if "messages" in row or isinstance(row.get("prompt"), list):
+        row = _parsed(row)
+        if _is_chat(row):
             return self._chat(row)
         if self.teacher_system:
             raise ValueError("--teacher_system is of messages, and this is text: give it a teacher_prompt")
@@ -229,13 +229,7 @@ class Encoder:
         return Ids(self._prompt(_text(row, "prompt")), rest, None), own, row.get("target", "")
 
     def _chat(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
-        tools, turns = plain(row.get("tools")) or None, plain(row.get("messages") or row.get("prompt"))
-        begin = 0
-        if "prompt" in row:
-            begin, answer = len(turns), plain(row.get("target"))
-            turns = turns + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [])
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
-            raise ValueError(f"messages must be a list of role and content, not {turns!r}")
+        (turns, begin), tools = _turns(row), plain(row.get("tools")) or None
         if self.encoder_decoder:
             raise ValueError("messages are for causal models: give an encoder–decoder model text")
         found = conversation(self.tokenizer, turns, begin, tools)
@@ -275,6 +269,42 @@ class Encoder:
         return ids if ids and ids[-1] == self.end else [*ids, self.end]
 
 
+def _parsed(row: dict[str, Any]) -> dict[str, Any]:
+    """Messages and tools that a file has as JSON's text."""
+    return {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
+
+
+def _is_chat(row: dict[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
+
+
+def _turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """A row's conversation, and the turn from which on answers count."""
+    turns, begin = plain(row.get("messages") or row.get("prompt")), 0
+    if "prompt" in row:
+        begin, answer = len(turns), plain(row.get("target"))
+        turns = turns + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [])
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+        raise ValueError(f"messages must be a list of role and content, not {turns!r}")
+    return turns, begin
+
+
+def each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversation as rows of one answer each, behind the turns before it, as generation meets them; what follows the
+    last answer is left out. Other rows, and conversations without an answer, are as they were.
+
+    Raises:
+        ValueError: the teacher has a prompt of its own, and there are several answers.
+    """
+    row = _parsed(row)
+    turns, begin = _turns(row) if _is_chat(row) else ([], 0)
+    answers = _answers(turns, begin)
+    if len(answers) > 1 and row.get("teacher_prompt"):
+        raise ValueError(f"teacher_prompt is of one answer, and there are {len(answers)}")
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    return [{**rest, "prompt": turns[:i], "target": [turns[i]]} for i in answers] or [row]
+
+
 def _text(row: dict[str, Any], name: str) -> str:
     if not isinstance(row[name], str):
         raise ValueError(f"{name} must be text, not {row[name]!r}")
@@ -283,8 +313,8 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 def tokenize(
     rows: Any, tokenizer: Any, config: Any, max_target: int | None = None, *, teacher: Any = None, new_tokens: int = 1,
-    long_prompts: str = "refuse", long_targets: str = "cut", teacher_system: str | None = None, name: str = "data",
-    tell: Callable[[str], Any] | None = None,
+    long_prompts: str = "refuse", long_targets: str = "cut", answers: str = "together",
+    teacher_system: str | None = None, name: str = "data", tell: Callable[[str], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Columns prompt_ids, labels (all that follows the prompt, most often with an end token), labels_mask (whether a
     label counts; only if any does not), teacher_prompt_ids (if the teacher's are others), length, and reference, the
@@ -297,6 +327,7 @@ def tokenize(
         new_tokens: room for a sample that a causal model's prompt must leave.
         long_prompts, long_targets: "cut" (prompts from the left; targets without an end token), "drop" the row, or
             "refuse".
+        answers: of a conversation, "together" in a row, or "each" in a row of its own (`each_answer`).
         tell: is told how many were cut or dropped.
 
     Raises:
@@ -318,19 +349,25 @@ def tokenize(
         return [*kept, *ids[len(ids) - (int(room) - len(kept)) :]]
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
-        fate: list[str] = []
         try:
-            found, own, reference = encode_row(row)
-            prompts = [found.prompt, found.prompt if own is None else list(own)]
-            if not all(prompts):
-                raise ValueError("the prompt is empty")
-            prompts = [fitted(ids, room - new_tokens * causal, long_prompts, "prompt", fate)
-                       for ids, room in zip(prompts, contexts, strict=True)]  # fmt: skip
-            left = min(room - len(ids) * causal for ids, room in zip(prompts, contexts, strict=True))
-            limit = left if max_target is None else min(left, max_target)
-            rest = None if found.rest is None else fitted(found.rest, limit, long_targets, "target", fate)
+            if answers == "together":
+                return {**encode_one(row), "row": index}
+            made = [{**encode_one(part), "row": index} for part in each_answer(row)]
         except ValueError as error:
             raise ValueError(f"{name}, row {index}: {error}") from error
+        return {column: [one[column] for one in made] for column in made[0]}
+
+    def encode_one(row: dict[str, Any]) -> dict[str, Any]:
+        fate: list[str] = []
+        found, own, reference = encode_row(row)
+        prompts = [found.prompt, found.prompt if own is None else list(own)]
+        if not all(prompts):
+            raise ValueError("the prompt is empty")
+        prompts = [fitted(ids, room - new_tokens * causal, long_prompts, "prompt", fate)
+                   for ids, room in zip(prompts, contexts, strict=True)]  # fmt: skip
+        left = min(room - len(ids) * causal for ids, room in zip(prompts, contexts, strict=True))
+        limit = left if max_target is None else min(left, max_target)
+        rest = None if found.rest is None else fitted(found.rest, limit, long_targets, "target", fate)
         counted = None if rest is None else (found.counted or [True] * len(rest))[: len(rest)]
         return {"prompt_ids": prompts[0], "labels": rest, "labels_mask": counted, "reference": reference,
                 "length": len(prompts[0]) + len(rest or ()), "fate": sorted(set(fate)),
@@ -338,19 +375,24 @@ def tokenize(
 
     made = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
                     desc="tokenizing")  # fmt: skip
+    if answers == "each":
+        made = made.map(lambda batch: {column: list(itertools.chain(*batch[column])) for column in batch}, batched=True,
+                        load_from_cache_file=False)  # fmt: skip
     fates = collections.Counter(f for found in made["fate"] for f in found)
     kept = [(row, labels is None) for row, (labels, fate) in enumerate(zip(made["labels"], made["fate"], strict=True))
             if "rows dropped" not in fate]  # fmt: skip
     bare = [row for row, lacks in kept if lacks]
     if 0 < len(bare) < len(kept):
-        raise ValueError(f"{name}: some rows have no target, and others have one: row {bare[0]} ends in no answer")
+        row = made[bare[0]]["row"]
+        raise ValueError(f"{name}: some rows have no target, and others have one: row {row} ends in no answer; "
+                         "--answers each leaves out what follows a conversation's last")  # fmt: skip
     if fates and tell is not None:
         tell(f"{name}: " + ", ".join(f"{count} of {len(made)} {fate}" for fate, count in sorted(fates.items())))
     if fates["rows dropped"]:
         made = made.select([row for row, _ in kept])
     if not len(made):
         raise ValueError(f"{name} has no rows that are short enough")
-    dull = ["fate"]
+    dull = ["fate", "row"]
     if bare:
         dull += ["labels", "reference"]
     some = not bare and any(not all(mask) for mask in made["labels_mask"])

@@ -152,7 +152,7 @@ class Run:
             return tokenize(
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=config, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
-                teacher_system=data.teacher_system, tell=console.print,
+                answers=data.answers, teacher_system=data.teacher_system, tell=console.print,
             )  # fmt: skip
 
         rows: Any = pairs if pairs is None else ids(pairs, data.data)

@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Sampling:
 
     Attributes:
         beams: 0 draws; 1 is greedy search, and more is beam search, where the others decide nothing.
+        cache: of keys and values, transformers' `cache_implementation`: "static" is compiled on a GPU. It decides no
+            token.
     """
 
     max_new_tokens: int = 64
@@ -66,12 +68,18 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     beams: int = 0
+    cache: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.beams < 0 or self.top_k < 0:
             raise ValueError(f"max_new_tokens must be at least 1, beams and top_k at least 0: {self}")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
             raise ValueError(f"temperature must be positive and top_p in (0, 1]: {self}")
+        GenerationConfig(cache_implementation=self.cache)  # which knows them
+
+    def decided(self) -> dict[str, Any]:
+        """What samples depend on."""
+        return {f.name: getattr(self, f.name) for f in dataclass_fields(self) if f.compare}
 
     def keywords(self) -> dict[str, Any]:
         """What `generate` takes."""
@@ -120,6 +128,7 @@ def draw(
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
     settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
+                    cache_implementation=sampling.cache,
                     synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
     if encoder_decoder:
         settings |= dict(zip(("decoder_start_token_id", "forced_bos_token_id"), beginning(model), strict=True))
@@ -131,7 +140,7 @@ def draw(
             config.output_router_logits = False
         with evaluating(model), _seeded(model, seed):
             if virtual_tokens(model) or not asked(
-                _generates_itself, model, pad, settings, of=settings.get("decoder_start_token_id")
+                _generates_itself, model, pad, settings, of=(sampling.cache, settings.get("decoder_start_token_id"))
             ):
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
             for module, own in owners.items() if sampling.beams else ():
@@ -281,7 +290,7 @@ class TeacherSamples:
             raise ValueError("there are no prompts to sample for")
         self.folder, self.prompts, self.sampling, self.seed = Path(folder), prompts, sampling, seed
         self.key = {"teacher": teacher, "data": data_hash(prompts), "prompts": len(prompts), "seed": seed,
-                    **asdict(sampling), **(settings or {})}  # fmt: skip
+                    **sampling.decided(), **(settings or {})}  # fmt: skip
         self._check_key()
 
     @classmethod
@@ -301,8 +310,8 @@ class TeacherSamples:
             raise ValueError(
                 f"{folder.parent} holds no samples of the teacher for these prompts ({error}); it was built of {shown}"
             ) from error
-        sampling = Sampling(*(known[n.name] for n in dataclass_fields(Sampling)))
-        decided = {"data", "prompts", "seed", "teacher", *asdict(sampling)}
+        sampling = Sampling(**{name: known[name] for name in Sampling().decided()})
+        decided = {"data", "prompts", "seed", "teacher", *sampling.decided()}
         return cls(folder, prompts, sampling, known["teacher"], known["seed"],
                    {k: v for k, v in known.items() if k not in decided})  # fmt: skip
 

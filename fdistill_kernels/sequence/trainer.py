@@ -333,7 +333,7 @@ class FDistillTrainer(Trainer):
         elif source == "student":
             made = draw(student, prompts, self.sampling, None, self.vocabulary)
         else:
-            beams = Sampling(self.sampling.max_new_tokens, beams=4)
+            beams = Sampling(self.sampling.max_new_tokens, beams=4, cache=self.sampling.cache)
             if isinstance(self.teacher, OfRows):
                 self.teacher.choose(teachers)
             made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
