@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
 from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
 from fdistill_kernels.integrations.transformers import patch_model
@@ -571,6 +571,15 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, teacher, lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1})
     with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
         trainer(tmp_path, student, teacher, **BY_LENGTH)
+    ahead = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "bert", vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        initializer_range=0.4, eos_token_id=EOS, pad_token_id=EOS))  # fmt: skip
+    for pair in ((ahead, teacher), (student, ahead)):  # before any step
+        with pytest.raises(ValueError, match="BertLMHeadModel looks at later tokens or at padding"):
+            trainer(tmp_path, *pair, method="kl")
+    on_head = get_peft_model(llama(60, seed=1), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match="output embedding is LoRA or quantised"):
+        trainer(tmp_path, on_head, llama(60), method="kl")
     base = gpt2(60, seed=1)
     adapted = get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     with pytest.raises(ValueError, match="student and teacher share weights"):

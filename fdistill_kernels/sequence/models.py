@@ -271,9 +271,7 @@ def forward_to_head(
         inputs |= dict(labels=labels, output_router_logits=True)  # its own loss is 0, and what it adds to it
     inputs = accepted(model, {**inputs, "use_cache": False})
     uncompiled = getattr(wrapped, "_orig_mod", wrapped)  # questions have shapes that no batch will have
-    check_steps(model, uncompiled, pad)
-    if pack:
-        check_packing(model, uncompiled, labels.numel())
+    check_forward(model, uncompiled, pad, pack, labels.numel())
     device = next(model.parameters()).device
     head = output_embedding(model)
     watch(head)
@@ -330,6 +328,26 @@ def close(one: Tensor, other: Tensor, tolerance: float, roundings: int = 8) -> b
     """Whether logits differ by no more than `tolerance`, or rounding in their dtype; NaN is another check's matter."""
     tolerance = max(tolerance, roundings * torch.finfo(one.dtype).eps)
     return not bool((one - other).double().norm() > tolerance * one.double().norm())
+
+
+def check_forward(model: Any, wrapped: Any, pad: int, pack: bool, tokens: int = 0) -> None:
+    """Tries once whether a model's padded batches, or its packed rows, are what their sequences would be alone.
+
+    Raises:
+        ValueError: they are not: see `check_steps` and `check_packing`.
+    """
+    check_steps(model, wrapped, pad)
+    if pack:
+        check_packing(model, wrapped, tokens)
+
+
+NOT_PLAIN = "the student's output embedding is LoRA or quantised: leave it out, or train it as a whole"
+
+
+def check_head(model: Any) -> None:
+    """Raises TypeError for a student whose output embedding is not one plain weight."""
+    if not is_plain(output_embedding(getattr(model, "_orig_mod", model))):
+        raise TypeError(NOT_PLAIN)
 
 
 def check_steps(model: Any, wrapped: Any, pad: int) -> None:
@@ -468,7 +486,7 @@ def step_loss(
     """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
     head = student.head
     if head is None:
-        raise TypeError("the student's output embedding is LoRA or quantised: leave it out, or train it as a whole")
+        raise TypeError(NOT_PLAIN)
     if not len(student.tokens):
         return student.hidden.sum() * 0.0 + head.weight.sum() * 0.0
     if divergence is None:

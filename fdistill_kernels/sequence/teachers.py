@@ -25,7 +25,7 @@ from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
-from .models import TeacherRows, evaluating, load_model, of_model, rows_of, tokens_counted
+from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted
 from .sampling import Sampling, draw, special_tokens
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
@@ -102,6 +102,10 @@ class InRoom:
             at = next(self.model.parameters()).device
             if at.type == "cpu" and device.type != "cpu":
                 self.model.to(device)
+
+    def check(self, pack: bool) -> None:
+        """Raises ValueError as `models.check_forward`."""
+        check_forward(self.model, self.model, _pad(self.model), pack)
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,

@@ -28,7 +28,7 @@ from .batches import (
     prompts_of_teacher,
 )
 from .config import FDistillConfig
-from .models import Rows, chosen, forward_to_head, load_model, step_loss, virtual_tokens
+from .models import Rows, check_forward, check_head, chosen, forward_to_head, load_model, step_loss, virtual_tokens
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
@@ -169,6 +169,7 @@ class FDistillTrainer(Trainer):
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.args.device)
+        self._check_models()
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
@@ -201,6 +202,22 @@ class FDistillTrainer(Trainer):
             get_scheduler(name, plain, 1, sys.maxsize, dict(self.args.lr_scheduler_kwargs or {}))  # type: ignore[arg-type]
         except TypeError as error:
             raise ValueError(f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r}: {error}") from error
+
+    def _check_models(self) -> None:
+        """Before any work, what the first step would refuse; models that are sharded later are asked in that step.
+
+        Raises:
+            TypeError, ValueError: see `check_head` and `check_forward`.
+        """
+        if not self.halves:
+            return
+        student, pack = self._unwrapped(self.model), self.args.pack
+        check_head(student)
+        if self.args.world_size > 1 or self.is_deepspeed_enabled or any(p.is_meta for p in student.parameters()):
+            return
+        check_forward(student, student, self.pad, pack)
+        if isinstance(self.teacher, InRoom) and any(half.divergence is not None for half in self.halves):
+            self.teacher.check(pack)
 
     def _compared(self) -> list[str]:
         """The sources whose sequences the teacher is asked about, of those that data have."""
