@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo cluster-demo test test-all test-matrix peers sanitize aot release lint docs bench clean
+.PHONY: demo cluster-demo test test-all look test-matrix peers sanitize aot release lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fdistill demo --expect benchmarks/results/demo_cpu.json
@@ -21,6 +21,10 @@ test: $(VENV)/installed
 # every architecture of the installed transformers, where make test takes a sample
 test-all: $(VENV)/installed
 	FDISTILL_WHOLE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# the report in headless Chromium (Debian: apt-get install chromium); make test looks, too, where there is one
+look: $(VENV)/installed
+	$(BIN)/python -m pytest tests/browser $(ARGS)
 
 # the whole grids of other libraries' tests, and the table of where we agree
 peers: $(VENV)/installed

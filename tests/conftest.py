@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from fdistill_kernels.reference import f_divergence_rows
 
 #: `make test-all`: whole grids where `make test` takes a part; of those marked so, one in which all pairs meet.
 WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
+#: Where there is no browser, its tests are not there: `make look` then fails.
+BROWSERS = ("chromium", "google-chrome")
+collect_ignore = [] if any(map(shutil.which, BROWSERS)) else ["browser"]
 #: What takes longest begins first, so that no worker is left with it at the end.
 LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
