@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/"
-OLDER = ("paper_pilot_cpu.json",)  # says its commit, but not whether the tree was clean; README says how it came about
+OLDER = ("paper_pilot_cpu.json",)  # says its commit, but not whether the tree was clean; paper.md says how it was made
 DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
 ENTRIES = "results", "cases", "rows", "lists", "states", "split", "heads", "shares"  # lists of a result file
 BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -85,6 +85,49 @@ class Numbers:
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table."""
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, ("---",) * len(header), *rows))
+
+
+def beside(number: Numbers) -> str:
+    """Other libraries' time and memory over ours, at the same shapes."""
+    logits, hidden = {"shape": [8192, 128256], "alike": False}, {"shape": [8192, 128256, 2048, 4096]}
+    rows, linear = ("rows_peers.json", "rows_cuda.json", "cuda"), ("linear_peers.json", "linear_ours.json", "triton")
+    card: dict[str, tuple[tuple[str, str, str], str, dict[str, Any]]] = {
+        "kl from logits, GPU": (rows, "milliseconds", {"divergence": "kl", **logits}),
+        "tvd from logits, GPU": (rows, "milliseconds", {"divergence": "tvd", **logits}),
+        "js from hidden states, GPU": (linear, "milliseconds", {"divergence": "js", **hidden}),
+        "its memory, GPU": (linear, "peak_bytes", {"divergence": "js", **hidden}),
+    }
+    cpu = {"js from hidden states, CPU": "over_floor", "its memory, CPU": "growth_mb"}
+
+    def ratio(files: str, key: str, what: dict[str, Any], theirs: list[float], ours: float) -> str:
+        """Nothing where they have no such loss."""
+        return number._read(files, key, what, format(theirs[0] / ours, ".2g")) if theirs else ""
+
+    def on_card(who: str, of: tuple[str, str, str], key: str, what: dict[str, Any]) -> str:
+        (theirs, own, backend), what = of, {"what": who, **what}
+        found = [r[key] for r in number.file(theirs)["results"] if all(r.get(k) == v for k, v in what.items())]
+        ours = number._entry(own, key, {**what, "what": f"fdistill {backend}"})[key]
+        return ratio(f"{theirs} / {own}", key, what, found, ours)
+
+    def on_cpu(who: str, key: str) -> str:
+        found = {b["name"]: b["extra_info"] for b in number.file("cpu_linear.json")["benchmarks"]}
+        theirs = [found[name][key] for name in found if name == f"test_linear_js[{who}]"]
+        return ratio("cpu_linear.json", key, {"what": who}, theirs, found["test_linear_js[fdistill]"][key])
+
+    def step(key: str) -> str:
+        ours, theirs = (number._entry("trainers_cpu.json", key, {"who": w, "sequences": "gold"})[key]
+                        for w in ("ours", "trl"))  # fmt: skip
+        return ratio("trainers_cpu.json", key, {"what": "trl / ours"}, [theirs], ours)
+
+    whose = {"Liger-Kernel": "liger-kernel", "TRL": "trl", "orda-kernel": "orda-kernel",
+             "torch.compile": "torch.compile", "eager PyTorch": "eager"}  # fmt: skip
+    lines = [(shown, *(on_card(who, *of) for of in card.values()), *(on_cpu(who, key) for key in cpu.values()))
+             for shown, who in whose.items()]  # fmt: skip
+    return (
+        table(("theirs ÷ ours", *card, *cpu), lines)
+        + f"\nA step of TRL's `GKDTrainer` on gold sequences takes {step('step_seconds')} times as long as a step of "
+        f"`FDistillTrainer`, and\n{step('peak_bytes_above_start')} times the memory (one CPU thread).\n"
+    )
 
 
 def rows(number: Numbers) -> str:
@@ -535,6 +578,7 @@ def scaling_heads(number: Numbers) -> str:
 BLOCKS = {
     f.__name__: f
     for f in (
+        beside,
         rows,
         linear,
         gpu_rows,
