@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Coverage and likelihood risk
-# Does a student say what its teacher would not (mode averaging), or never say what the teacher would (mode collapse)?
-# Wen et al. (ACL 2023, section 4) measure both: the likelihood risk, −log p of the student's samples under the
-# teacher, and the coverage risk, −log q of the teacher's samples under the student. KL is an average over what the
-# teacher says, reverse KL over what the student says; which student is better at which is what the measures are for.
+# Does a student say what its teacher would not say (mode averaging), or does it never say what the teacher would say
+# (mode collapse)? Wen et al. (ACL 2023, section 4) measure both: the likelihood risk is −log p of the student's samples
+# under the teacher, the coverage risk −log q of the teacher's samples under the student. KL is an average over what the
+# teacher says, reverse KL over what the student says; the two risks show what each student is better at.
 
 # %%
 import tempfile
@@ -25,7 +25,7 @@ held_out = tokenize(Dataset.from_list(small.chats(40, seed=1)), words, teacher.c
 
 # %% [markdown]
 # ## Two students
-# The same student, too small for its teacher, by KL on the teacher's samples and by reverse KL on its own.
+# The same student, too small for its teacher: once by KL on the teacher's samples, once by reverse KL on its own.
 
 # %%
 students = {}
@@ -41,9 +41,9 @@ for divergence, source in (("kl", "teacher"), ("rkl", "student")):
 
 # %% [markdown]
 # ## Measured, sentence by sentence
-# `measured` gives a table with a row for every held-out prompt (nats, tokens, outputs; `pyarrow`, so `to_pandas()`
-# and Parquet) and its summary. The teacher's samples are the same for every student. `fdistill evaluate` is the same
-# command.
+# `measured` returns a table with a row for every held-out prompt (nats, tokens, outputs; a `pyarrow` table, for
+# `to_pandas()` and Parquet), and a summary of it. The teacher's samples are the same for every student. `fdistill
+# evaluate` prints the same summary.
 
 # %%
 prompts, gold = ([torch.tensor(ids) for ids in held_out[column]] for column in ("prompt_ids", "labels"))

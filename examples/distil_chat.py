@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Distil a small instruct model on chat data
-# The teacher answers two questions in a row; the student, with half of its layers, learns from it on chats, by the
-# Jensen–Shannon divergence on the student's own answers and on the given ones. Take two models of one tokenizer in
-# the place of `small`'s: `AutoModelForCausalLM.from_pretrained("…-7B-Instruct")`, and `"…-0.5B-Instruct"`.
+# The teacher answers two questions in a row. The student, with half of its layers, learns from it on chats, by the
+# Jensen–Shannon divergence on the student's own answers and on the given ones. With your own models, put two that share
+# a tokenizer in the place of `small.fine_tuned(...)`: `AutoModelForCausalLM.from_pretrained("…-7B-Instruct")` and
+# `"…-0.5B-Instruct"`, and `AutoTokenizer` in the place of `small.tokenizer()`.
 
 # %%
 import tempfile
@@ -21,9 +22,9 @@ student = small.fine_tuned(small.llama(words, 1, seed=2), words, chats, steps=40
 
 # %% [markdown]
 # ## Rows
-# A row of `messages` becomes a prompt and what follows it. `answers="each"` makes a row of every answer, behind the
-# turns that generation would meet, which any chat template can render; `"together"`, the default, keeps a
-# conversation in one.
+# A row of `messages` becomes a prompt and what follows it. `answers="each"` makes a row of every answer, after the
+# turns before it as generation would see them; any chat template can render that. `"together"`, the default, keeps a
+# conversation in one row.
 
 # %%
 rows = tokenize(chats, words, student.config, answers="each")
@@ -33,9 +34,9 @@ print(repr(words.decode(rows[0]["prompt_ids"])), "→", repr(words.decode(rows[0
 
 # %% [markdown]
 # ## Training
-# All of `TrainingArguments` is there. Half of the objective is on what the student draws at each step, half on the
-# given answers; entropies, agreement with the teacher and the loss of each half are logged. The evaluation loss is
-# the KL on held-out answers, whatever the objective.
+# `FDistillConfig` has all of `TrainingArguments`. Half of the objective is on what the student draws at each step, half
+# on the given answers. Entropies, agreement with the teacher and the loss of each half are logged. The evaluation loss
+# is the KL on held-out answers, whatever the objective.
 
 # %%
 out = tempfile.mkdtemp()
@@ -52,7 +53,7 @@ print(f"KL to the teacher on held-out answers, nats a token: {before:.3f} → {a
 
 # %% [markdown]
 # ## The student answers
-# The same by one command: `fdistill train --teacher … --student … --data chats.jsonl --answers each --divergence js
+# One command does the same: `fdistill train --teacher … --student … --data chats.jsonl --answers each --divergence js
 # --shares student=0.5,gold=0.5 --output_dir run`.
 
 # %%

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # A fine-tune with a patched model
-# One line in front of any Hugging Face training: `patch_model(model)`. The model's own loss is then made without its
-# logits, of which a vocabulary of 128k and a batch of 8,192 tokens have 4.2 GB in float32.
+# One line before any Hugging Face training: `patch_model(model)`. The model's own loss is then computed without its
+# logits, which take 4.2 GB in float32 for a vocabulary of 128k and a batch of 8,192 tokens. With your own model, put it
+# and its tokenizer in the place of `small.llama(...)` and `small.tokenizer()`.
 
 # %%
 import tempfile
@@ -36,8 +37,8 @@ print("own", own.loss.item(), "patched", patched.loss.item(), "logits", patched.
 
 # %% [markdown]
 # ## Training
-# With gradient accumulation, too: the denominator that `Trainer` counts over all accumulated batches goes to the
-# loss.
+# This works with gradient accumulation, too: the loss gets the denominator that `Trainer` counts over all accumulated
+# batches.
 
 # %%
 arguments = TrainingArguments(
@@ -50,7 +51,7 @@ losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 # %% [markdown]
 # ## And back
-# In evaluation logits are there anyway; `undo_patch` takes the patch away.
+# In evaluation the logits are there anyway; `undo_patch` removes the patch.
 
 # %%
 undo_patch(model)

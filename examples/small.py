@@ -1,4 +1,4 @@
-"""Chats, a tokenizer and models that need no download; every example says where yours go."""
+"""Chats, a tokenizer and models that need no download: what the examples have in the place of yours."""
 
 from __future__ import annotations
 

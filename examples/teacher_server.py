@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A teacher behind a server
 # The teacher's weights stay on another machine, which is asked for each token's largest log-probabilities. Any vLLM
-# server will do (`vllm serve TEACHER --max-logprobs 64`), or this package's own, `fdistill teacher serve`, which runs
-# here.
+# server will do (`vllm serve TEACHER --max-logprobs 64`), or this package's own small server, `fdistill teacher serve`,
+# which this example starts itself. With your own server, `url` is its address.
 
 # %%
 import tempfile
@@ -30,9 +30,9 @@ url = f"http://127.0.0.1:{served.server_address[1]}"
 
 # %% [markdown]
 # ## What a server gives
-# Of each token of a sequence the k largest log-probabilities, and their ids. What is not in the list is the tail, of
-# which only the mass is known: `tail="bucket"` compares it as one more entry. Answers are kept in a store, so that a
-# sequence is asked for once.
+# For each token of a sequence, the server gives the k largest log-probabilities and their ids. What is not in the list
+# is the tail, and only its mass is known: `tail="bucket"` compares it as one more entry. The replies are kept in a
+# store, so that each sequence is asked for once.
 
 # %%
 kept = tempfile.mkdtemp()
@@ -43,7 +43,7 @@ held_out = tokenize(Dataset.from_list(small.chats(20, seed=1)), words, student.c
 
 # %% [markdown]
 # ## Training
-# Nothing changes but the teacher.
+# Only the teacher is another one.
 
 # %%
 config = FDistillConfig(
