@@ -190,7 +190,8 @@ def test_no_threshold(filter_eps):
         fk.linear_cross_entropy(given["x"], given["head"], given["target"], filter_eps=filter_eps)
 
 
-@asks("a vocabulary sharded over ranks", cannot="a head is one plain tensor; a part of it is another vocabulary")
+@asks("a vocabulary sharded over ranks", differs="said by shard=, and compared over processes in tests/test_parallel.py; "
+      "without it a part of a head is a vocabulary of its own")  # fmt: skip
 def test_no_sharded_vocabulary():
     given = drawn(32, SHAPES[2], F32, False, False)
     with pytest.raises(TypeError, match="vocab_parallel_options"):
