@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fdistill_kernels as fk
@@ -16,7 +17,16 @@ from fdistill_kernels.sequence import run, serve
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
-from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
+from fdistill_kernels.sequence.teachers import (
+    InRoom,
+    Itself,
+    KeepAverage,
+    Mixture,
+    OfRows,
+    Stored,
+    logits_function,
+    teacher_of,
+)
 
 from .conftest import WHOLE
 from .openai_server import Model, Server
@@ -226,6 +236,28 @@ def test_the_student_as_its_own_teacher(tmp_path):
         run.train(resume_from_checkpoint=str(moved))
     with pytest.raises(ValueError, match="decay must be in"):
         Itself(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_average_moves_by_its_share_of_what_the_student_moves(dtype, tmp_path):
+    """Once a step where weights are tied, and also by shares that the student's dtype would round away."""
+    student, own = gpt2(60, seed=1).to(dtype), Itself(decay=0.999)
+    own.bind(student)
+    before = [p.float().clone() for p in own.average.parameters()]
+    for step in range(100):
+        if step == 50:
+            save_file(own.exact(), tmp_path / KeepAverage.FILE)
+            own = Itself(decay=0.999)
+            own.bind(student)
+            own.load(tmp_path)
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(0.5 * (step == 0))
+        own.update()
+    moved = 1 - 0.999**100
+    for p, was, theirs in zip(own.average.parameters(), before, student.parameters(), strict=True):
+        assert p.dtype == dtype
+        torch.testing.assert_close(p.float(), torch.lerp(was, theirs.float(), moved), rtol=1e-2, atol=1e-3)
 
 
 def test_a_server_is_asked_for_the_next_batch_while_this_one_is_learnt_from(tmp_path):

@@ -353,6 +353,7 @@ class Itself:
         self.decay, self.adapter = decay, adapter
         self.student: Any = None
         self.average: Any = None
+        self._exact: dict[str, Tensor] = {}
         self.vocabulary, self.encoder_decoder = 0, False
 
     def bind(self, student: Any) -> None:
@@ -367,7 +368,12 @@ class Itself:
         self.vocabulary = student.config.get_text_config().vocab_size
         self.encoder_decoder = bool(student.config.is_encoder_decoder)
         if self.decay is not None:
-            self.average = copy.deepcopy(student).eval().requires_grad_(False)
+            self.average, self._exact = copy.deepcopy(student).eval().requires_grad_(False), {}
+
+    def to(self, device: torch.device) -> None:
+        """Moves the average where the student is."""
+        if self.average is not None:
+            self.average.to(device)
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[Any]:
@@ -381,32 +387,47 @@ class Itself:
         """What speaks as the teacher."""
         return self.student if self.average is None else self.average
 
+    def exact(self) -> dict[str, Tensor]:
+        """The average's tensors, one that is tied once, by name; none narrower than float32, in which a small share of
+        the student's move is not lost.
+        """
+        if not self._exact:
+            self._exact = {name: x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+                           for name, x in _tensors(self.average).items()}  # fmt: skip
+        return self._exact
+
     @torch.no_grad()
     def update(self) -> None:
         """After an update of the student."""
         if self.average is None:
             return
         assert self.decay is not None and self.student is not None
-        for mine, theirs in zip(self.average.state_dict().values(), self.student.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs.to(mine), 1 - self.decay)
+        theirs = _tensors(self.student)
+        for name, mine in _tensors(self.average).items():
+            exact = self.exact()[name]
+            if exact.is_floating_point():
+                exact.lerp_(theirs[name].to(exact), 1 - self.decay)
             else:
-                mine.copy_(theirs)
+                exact.copy_(theirs[name])
+            mine.copy_(exact)
 
+    @torch.no_grad()
     def load(self, checkpoint: str | Path) -> None:
         """Goes on from a checkpoint's average.
 
         Raises:
             FileNotFoundError: it has none.
         """
-        from safetensors.torch import load_model as load_weights
+        from safetensors.torch import load_file
 
         if self.average is None:
             return
         path = Path(checkpoint) / KeepAverage.FILE
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}: the checkpoint is of a run without Itself(decay=...)")
-        load_weights(self.average, str(path))
+        kept = load_file(path)
+        for name, mine in _tensors(self.average).items():
+            mine.copy_(self.exact()[name].copy_(kept[name]))
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
@@ -442,11 +463,16 @@ class KeepAverage(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Beside the trainer's own files."""
-        from safetensors.torch import save_model as save_weights
+        from safetensors.torch import save_file
 
         if state.is_world_process_zero and self.teacher.average is not None:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            save_weights(self.teacher.average, str(folder / self.FILE))
+            save_file({name: x.contiguous() for name, x in self.teacher.exact().items()}, folder / self.FILE)
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """A model's parameters and buffers by name, those that are tied once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def checked_tail(tail: str) -> str:
