@@ -577,6 +577,8 @@ def test_refused_by_the_trainer(tmp_path):
     for pair in ((ahead, teacher), (student, ahead)):  # before any step
         with pytest.raises(ValueError, match="BertLMHeadModel looks at later tokens or at padding"):
             trainer(tmp_path, *pair, method="kl")
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        trainer(tmp_path, gpt2(60, seed=1).requires_grad_(False), teacher, method="kl")
     on_head = get_peft_model(llama(60, seed=1), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(TypeError, match="output embedding is LoRA or quantised"):
         trainer(tmp_path, on_head, llama(60), method="kl")
@@ -610,11 +612,18 @@ def test_refused_by_the_trainer(tmp_path):
 
 
 def test_paths_in_place_of_models(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
     gpt2(60, seed=1).bfloat16().save_pretrained(tmp_path / "student")
     gpt2(60, seed=2).save_pretrained(tmp_path / "teacher")
     run = trainer(tmp_path / "run", str(tmp_path / "student"), tmp_path / "teacher", method="kl")
     run.train()
     assert run.model.dtype == torch.float32
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    get_peft_model(base, LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
+    run = trainer(tmp_path / "run", tmp_path / "adapter", tmp_path / "teacher", method="kl")
+    run.train()
+    assert any(p.abs().sum() > 0 for n, p in run.model.named_parameters() if "lora_B" in n)
 
 
 def test_experts_own_loss_and_a_base_model_as_teacher(tmp_path):
@@ -676,6 +685,20 @@ def test_a_forced_first_token_does_not_count(tmp_path):
     run.train()
     (line,) = [line for line in run.state.log_history if "loss" in line]
     assert line["loss"] == want and line["loss_on_gold"] == want
+
+
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_padding_ids_that_are_no_ids_of_the_model(make, tmp_path):
+    """Some configurations have −1, and tokenizers' own may lie beyond the embedding; any id will do, as it is masked."""
+    losses = []
+    for pad in (EOS, -1, 60):
+        student, teacher = make(60, seed=1), make(60, seed=2)
+        for config in (student.config, student.generation_config, teacher.config, teacher.generation_config):
+            config.pad_token_id = pad
+        run = trainer(tmp_path, student, teacher, method="js")
+        run.train()
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses == losses[:1] * 3
 
 
 @pytest.mark.parametrize("make", [gpt2, bart])

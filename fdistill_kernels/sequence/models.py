@@ -93,6 +93,23 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
     return kind.from_pretrained(path, distributed_config=sizes, **options)
 
 
+def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
+    """A model to be trained, as `load_model`; of an adapter's folder its base model, with the adapter to be trained on.
+
+    Raises:
+        ValueError: as `load_model`; or an adapter, whose weights are not split.
+    """
+    if not (Path(path) / "adapter_config.json").exists():
+        return load_model(path, split, **options)
+    if split > 1:
+        raise ValueError(f"--tensor_parallel splits whole weights as they are loaded, and {path} is an adapter: merge "
+                         "it into its base model first")  # fmt: skip
+    from peft import PeftConfig, PeftModel
+
+    base = load_model(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, **options)
+    return PeftModel.from_pretrained(base, path, is_trainable=True)
+
+
 def unpadded(ids: Tensor) -> list[Tensor]:
     """(B, L) padded with −100 on any side, as a list of rows.
 

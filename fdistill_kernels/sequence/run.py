@@ -37,7 +37,7 @@ from .arguments import Asked, ask
 from .batches import prompts_of_teacher
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
-from .models import load_config, load_model
+from .models import load_config, load_model, load_student
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
@@ -305,23 +305,13 @@ class Run:
             student = copy_layers(self.model, *(int(n) for n in model.student_layers.split(",")))
             student = student if model.dtype == "auto" else student.to(getattr(torch, model.dtype))
         elif model.student:
-            student = self._loaded(Path(model.student))
+            student = self._loaded(model.student)
         else:
             raise ValueError("--student or --student_layers is needed")
         return self._adapted(student) if self.asked.lora.use_peft and not self.to_make() else student
 
-    def _loaded(self, path: Path) -> Any:
-        """A student to be trained; of an adapter's folder its base model, with the adapter to be trained on."""
-        options = self.asked.model.options()
-        if not (path / "adapter_config.json").exists():
-            return load_model(str(path), self.asked.run.tensor_parallel, **options)
-        if self.asked.run.tensor_parallel > 1:
-            raise ValueError(f"--tensor_parallel splits whole weights as they are loaded, and {path} is an adapter: "
-                             "merge it into its base model first")  # fmt: skip
-        from peft import PeftConfig, PeftModel
-
-        base = load_model(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, **options)
-        return PeftModel.from_pretrained(base, path, is_trainable=True)
+    def _loaded(self, path: str | Path) -> Any:
+        return load_student(path, self.asked.run.tensor_parallel, **self.asked.model.options())
 
     def _adapted(self, student: Any) -> Any:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training

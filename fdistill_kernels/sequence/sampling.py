@@ -90,7 +90,7 @@ class Sampling:
 
 
 def special_tokens(model: Any) -> tuple[int, list[int]]:
-    """The padding token and the end tokens of a model that can generate.
+    """The padding token and the end tokens of a model that can generate; an end token pads where no id of its is for it.
 
     Raises:
         ValueError: no end token is configured.
@@ -101,7 +101,8 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
             f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
         )
     ends = ends if isinstance(ends, list) else [ends]
-    return (ends[0] if pad is None else pad), ends
+    has = pad is not None and 0 <= pad < model.config.get_text_config().vocab_size  # Llama's own files have −1
+    return (pad if has else ends[0]), ends
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from .batches import (
     prompts_of_teacher,
 )
 from .config import FDistillConfig
-from .models import Rows, check_forward, check_head, chosen, forward_to_head, load_model, step_loss, virtual_tokens
+from .models import Rows, check_forward, check_head, chosen, forward_to_head, load_student, step_loss, virtual_tokens
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
@@ -192,9 +192,13 @@ class FDistillTrainer(Trainer):
         """Before any work, that optimizer and schedule can be made; the latter of a plain optimizer.
 
         Raises:
-            ValueError: options that they have not. ImportError: a package that is not there.
+            ValueError: no weights to train, or options that they have not. ImportError: a package that is not there.
         """
-        if self.train_dataset is None or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+        if self.train_dataset is None:
+            return
+        if not any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
+            raise ValueError("no weight of the student has requires_grad: there is nothing to train")
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return
         self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
         plain, name = torch.optim.SGD([torch.zeros(1)], self.args.learning_rate), self.args.lr_scheduler_type
@@ -534,7 +538,7 @@ def _groups_by_length(args: Any) -> bool:
 
 def _student_of(given: Any) -> Any:
     """A student of a model or a path."""
-    model = load_model(given).float() if isinstance(given, (str, Path)) else given
+    model = load_student(given).float() if isinstance(given, (str, Path)) else given
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
     return model
