@@ -27,12 +27,13 @@ from fdistill_kernels.sequence.teachers import (
     logits_function,
     teacher_of,
 )
+from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
 from .conftest import WHOLE
 from .openai_server import Model, Server
 from .test_run import make_files
 from .test_sequence import EOS, bart, batch, gpt2, llama
-from .test_trainer import data, trainer
+from .test_trainer import BASE, data, trainer
 
 CPU = torch.device("cpu")
 
@@ -107,6 +108,12 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
             trainer(tmp_path, llama(seed=1), store, rows, **settings)
     with pytest.raises(ValueError, match="must both be causal"):
         trainer(tmp_path, bart(), store, rows, method="mle")
+    texts = [{"input_ids": row["prompt_ids"] + row["labels"], "labels": [-100] * len(row["prompt_ids"]) + row["labels"]}
+             for row in rows[:5]]  # fmt: skip
+    trainer(tmp_path, llama(seed=1), store, texts, divergence="kl").train()  # whose prompts are before the labels
+    texts[4]["input_ids"][0] += 1
+    with pytest.raises(ValueError, match=r"1 of 5 sequences of train_dataset \(labels: 4\) are not"):
+        trainer(tmp_path, llama(seed=1), store, texts, divergence="kl")
     with pytest.raises(
         ValueError, match=r"8 of 8 sequences of train_dataset \(sample_ids: 0, 1, 2, 3, 4, ...\) are not"
     ):
@@ -155,6 +162,11 @@ def test_mixtures(tmp_path):
             Mixture([one, stored(tmp_path / "k", one, data(), kind="top_k", k=3)]), *batch(n=8)
         ),
         "draws nothing": lambda: Mixture([one, other], geometric=True).draw([], Sampling(2), 60),
+        "not one of several": lambda: Mixture([one, Itself(decay=0.5)]),
+        "a run's teacher": lambda: Mixture([one, OfRows({"a": other})]),
+        "sequences of train_dataset .* are not in the store": lambda: trainer(
+            tmp_path, llama(seed=1), Mixture([one, store]), data(8, sample_ids=[[7, 7, EOS]] * 8), method="kl"
+        ),
     }.items():
         with pytest.raises(ValueError, match=words):
             make()
@@ -179,9 +191,26 @@ def test_a_teacher_for_each_example(tmp_path):
                for t, r in ((OfRows(teachers), of_one), (teachers["a"], data()))]  # fmt: skip
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="names the teacher 'c'; known: a, b"):
-        trainer(
-            tmp_path, llama(seed=1), OfRows(teachers), [{**r, "teacher": "c"} for r in data()], divergence="js"
-        ).train()
+        trainer(tmp_path, llama(seed=1), OfRows(teachers), [{**r, "teacher": "c"} for r in data()], divergence="js")
+
+
+@pytest.mark.parametrize("several", [lambda *t: t[0], lambda *t: Mixture(t), lambda *t: OfRows(dict(enumerate(t)))],
+                         ids=["one", "mixture", "of rows"])  # fmt: skip
+def test_each_of_several_teachers_is_looked_at_and_moved_before_any_work(several, tmp_path, monkeypatch):
+    moved, tried = [], []
+    monkeypatch.setattr(InRoom, "to", lambda self, device: moved.append(self.model))
+    monkeypatch.setattr(InRoom, "check", lambda self, pack: tried.append(self.model))
+    models = [llama(seed=2), gpt2(60, seed=3)]
+    teacher = several(*models)
+    rows = [{**row, "teacher": "0"} if isinstance(teacher, OfRows) else row for row in data()]
+    of = models[: 1 if isinstance(teacher, torch.nn.Module) else 2]
+    trainer(tmp_path, llama(seed=1), teacher, rows, divergence="js")
+    assert moved == of and tried == of
+    for settings, looks in (dict(method="mle"), []), (dict(method="mle", eval_strategy="epoch"), of):
+        tried.clear()
+        args = FDistillConfig(str(tmp_path), **{**BASE, **settings})
+        FDistillTrainer(llama(seed=1), teacher, args, train_dataset=rows, eval_dataset=rows)
+        assert tried == looks
 
 
 def weights_after_without_evaluation(run):
@@ -189,7 +218,7 @@ def weights_after_without_evaluation(run):
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-def test_the_student_as_its_own_teacher(tmp_path):
+def test_the_student_as_its_own_teacher(tmp_path, monkeypatch):
     """With a longer prompt, whose knowledge it takes over; and as its own average, which a checkpoint keeps."""
     longer = [[7, 8, 9, *row["prompt_ids"]] for row in data()]
     rows = data(teacher_prompt_ids=longer)
@@ -236,6 +265,9 @@ def test_the_student_as_its_own_teacher(tmp_path):
         run.train(resume_from_checkpoint=str(moved))
     with pytest.raises(ValueError, match="decay must be in"):
         Itself(1.5)
+    monkeypatch.setattr("fdistill_kernels.sequence.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"Itself\(decay=...\) takes a student that is whole on each rank"):
+        trainer(tmp_path, llama(seed=1), Itself(decay=0.5), rows, divergence="kl")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -571,12 +571,19 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, teacher, lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1})
     with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
         trainer(tmp_path, student, teacher, **BY_LENGTH)
+    stream = Dataset.from_list([{**row, "length": 9} for row in data()]).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
+        trainer(tmp_path, student, teacher, stream, **BY_LENGTH)  # whose order is its own
+    run = FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
+                          data_collator=lambda rows: {"input_ids": torch.ones(4, 3).long()})  # fmt: skip
+    with pytest.raises(ValueError, match="a batch needs prompt_ids, as collate makes it, and has input_ids: leave out"):
+        run.train()
     ahead = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "bert", vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         initializer_range=0.4, eos_token_id=EOS, pad_token_id=EOS))  # fmt: skip
-    for pair in ((ahead, teacher), (student, ahead)):  # before any step
+    for pair, method in (((ahead, teacher), "kl"), ((ahead, teacher), "predistill"), ((student, ahead), "kl")):
         with pytest.raises(ValueError, match="BertLMHeadModel looks at later tokens or at padding"):
-            trainer(tmp_path, *pair, method="kl")
+            trainer(tmp_path, *pair, method=method)  # before any step
     with pytest.raises(ValueError, match="there is nothing to train"):
         trainer(tmp_path, gpt2(60, seed=1).requires_grad_(False), teacher, method="kl")
     on_head = get_peft_model(llama(60, seed=1), LoraConfig(target_modules=["lm_head"]))

@@ -59,7 +59,14 @@ def prompts_of_teacher(columns: Collection[str]) -> str:
 
 
 def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """A batch's prompts, and those that the teacher sees."""
+    """A batch's prompts, and those that the teacher sees.
+
+    Raises:
+        ValueError: a batch that another collator made.
+    """
+    if "prompt_ids" not in batch:
+        raise ValueError(f"a batch needs prompt_ids, as collate makes it, and has {', '.join(batch)}: leave out "
+                         "data_collator")  # fmt: skip
     prompts = unpadded(batch["prompt_ids"])
     return prompts, unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
 
@@ -99,7 +106,7 @@ def collate(
         ValueError: no prompt_ids, an empty prompt, columns that not every example has, an id out of range, or −100
             between the ids of a row.
     """
-    rows = [_of_example(e, encoder_decoder) for e in examples]
+    rows = [of_example(e, encoder_decoder) for e in examples]
     names = [n for n in IDS if any(n in row for row in rows)]
     if "prompt_ids" not in names:
         raise ValueError(f"an example needs the column prompt_ids; it has {', '.join(examples[0])}")
@@ -123,7 +130,7 @@ def collate(
     return batch
 
 
-def _of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:
+def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:
     """An example's ids and mask as tensors, without padding."""
     rows = {n: torch.as_tensor(example[n], dtype=torch.long) for n in (*IDS, "input_ids") if example.get(n) is not None}
     if example.get("labels_mask") is not None:

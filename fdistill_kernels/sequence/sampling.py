@@ -90,7 +90,7 @@ class Sampling:
 
 
 def special_tokens(model: Any) -> tuple[int, list[int]]:
-    """The padding token and the end tokens of a model that can generate; an end token pads where no id of its is for it.
+    """The padding token and the end tokens of a model that can generate; an end token pads where none of its ids does.
 
     Raises:
         ValueError: no end token is configured.

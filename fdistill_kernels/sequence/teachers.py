@@ -86,6 +86,14 @@ def teacher_of(given: Any) -> Teacher:
     )
 
 
+def parts_of(teacher: Teacher) -> list[Teacher]:
+    """A teacher, or of a `Mixture` or `OfRows` those that it is of."""
+    several = getattr(teacher, "teachers", None)
+    if several is None:
+        return [teacher]
+    return [part for one in (several.values() if isinstance(several, dict) else several) for part in parts_of(one)]
+
+
 class InRoom:
     """A model beside the student, of any dtype or device, quantised or not. It is never trained."""
 
@@ -532,6 +540,8 @@ def _by_teacher(
 
 def _alike(teachers: Sequence[Teacher]) -> tuple[int, bool]:
     """The vocabulary that they share, and which kind they are."""
+    if any(isinstance(t, (Itself, OfRows)) for t in teachers):
+        raise ValueError("Itself and OfRows are a run's teacher, and not one of several")
     if len({t.encoder_decoder for t in teachers}) > 1:
         raise ValueError("the teachers must all be causal, or all encoder–decoder")
     if not all(t.whole for t in teachers):

@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..own import resolve
 from .batches import (
@@ -24,6 +25,7 @@ from .batches import (
     columns_of,
     datasets_of,
     given_sequences,
+    of_example,
     prompts_of,
     prompts_of_teacher,
 )
@@ -34,7 +36,7 @@ from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
 from .sampling import Sampling, draw, special_tokens
 from .student_server import StudentServer
-from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, teacher_of
+from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, parts_of, teacher_of
 from .watch import Watch, wide
 
 __all__ = ["FDistillConfig", "FDistillTrainer", "Update", "check_vocabularies", "collate"]
@@ -167,10 +169,13 @@ class FDistillTrainer(Trainer):
         self._check_optimizer()
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
-        if isinstance(self.teacher, InRoom):
-            self.teacher.to(self.args.device)
+        for part in parts_of(self.teacher):
+            if isinstance(part, (InRoom, Itself)):
+                part.to(self.args.device)
         self._check_models()
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+                raise ValueError("Itself(decay=...) takes a student that is whole on each rank: not FSDP's or ZeRO-3's")
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
         self.server: StudentServer | None = None
@@ -213,15 +218,16 @@ class FDistillTrainer(Trainer):
         Raises:
             TypeError, ValueError: see `check_head` and `check_forward`.
         """
-        if not self.halves:
-            return
         student, pack = self._unwrapped(self.model), self.args.pack
         check_head(student)
         if self.args.world_size > 1 or self.is_deepspeed_enabled or any(p.is_meta for p in student.parameters()):
             return
         check_forward(student, student, self.pad, pack)
-        if isinstance(self.teacher, InRoom) and any(half.divergence is not None for half in self.halves):
-            self.teacher.check(pack)
+        evaluates = self.args.eval_strategy != "no"
+        if not self.halves or evaluates or any(half.divergence is not None for half in self.halves):
+            for part in parts_of(self.teacher):
+                if isinstance(part, InRoom):
+                    part.check(pack)
 
     def _compared(self) -> list[str]:
         """The sources whose sequences the teacher is asked about, of those that data have."""
@@ -255,7 +261,8 @@ class FDistillTrainer(Trainer):
             self._check_dataset(name, data, self.sources or ["gold"], self._compared(), model)
             length, columns = args.length_column_name, columns_of(data)
             known = length in columns and hasattr(data, "column_names")  # Trainer reads the column of such data alone
-            if _groups_by_length(args) and columns and not (known or "input_ids" in columns):
+            known = hasattr(data, "__len__") and (known or not columns or "input_ids" in columns)
+            if _groups_by_length(args) and not known:
                 raise ValueError(f"batches by length need a datasets.Dataset as {name} with the column {length}, each "
                                  "example's tokens")  # fmt: skip
         for name, data in datasets_of("eval_dataset", trainer.get("eval_dataset")):
@@ -280,9 +287,13 @@ class FDistillTrainer(Trainer):
                              "them: give both sample_ids and beam_ids, or none")  # fmt: skip
         if ("teacher" in columns) != isinstance(self.teacher, OfRows):
             raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
-        if isinstance(self.teacher, Stored):
-            wanted = {column for source in compared if (column := column_of(source, columns))}
-            self.teacher.check(name, _as_dataset(data), sorted(wanted))
+        if isinstance(self.teacher, OfRows) and hasattr(data, "__len__"):
+            named = [e["teacher"] for e in data] if isinstance(data, (list, tuple)) else data["teacher"]
+            self.teacher.choose(list(map(str, named)))
+        for part in [] if isinstance(self.teacher, OfRows) else parts_of(self.teacher):
+            if isinstance(part, Stored):
+                wanted = {column for source in compared if (column := column_of(source, columns))}
+                part.check(name, _as_dataset(data, part.encoder_decoder), sorted(wanted))
         same = isinstance(self.teacher, Itself) and self.teacher.decay is None and self.teacher.adapter
         if same and "teacher_prompt_ids" not in columns:
             raise ValueError("Itself() is the student with another prompt: give the data the column "
@@ -532,8 +543,9 @@ class FDistillTrainer(Trainer):
 
 
 def _groups_by_length(args: Any) -> bool:
-    """Whether batches are of like lengths; transformers 5 has another name for it."""
-    return bool(getattr(args, "group_by_length", getattr(args, "train_sampling_strategy", "") == "group_by_length"))
+    """Whether batches are made by lengths; transformers 5 has another name for it."""
+    by_length = getattr(args, "train_sampling_strategy", "") in ("group_by_length", "batch_rebalance")
+    return bool(getattr(args, "group_by_length", by_length))
 
 
 def _student_of(given: Any) -> Any:
@@ -544,13 +556,9 @@ def _student_of(given: Any) -> Any:
     return model
 
 
-def _models_of(teacher: Any) -> Iterator[Any]:
+def _models_of(teacher: Any) -> list[Any]:
     """The models at hand of a teacher, but the student itself."""
-    if isinstance(teacher, InRoom):
-        yield teacher.model
-    elif isinstance(teacher, (Mixture, OfRows)):
-        for one in teacher.teachers.values() if isinstance(teacher.teachers, dict) else teacher.teachers:
-            yield from _models_of(one)
+    return [part.model for part in parts_of(teacher) if isinstance(part, InRoom)]
 
 
 def _check_apart(student: nn.Module, teacher: Any) -> None:
@@ -561,8 +569,10 @@ def _check_apart(student: nn.Module, teacher: Any) -> None:
                          "its own teacher, or its base model below an adapter, give Itself, else a copy")  # fmt: skip
 
 
-def _as_dataset(data: Any) -> Any:
-    """With columns."""
+def _as_dataset(data: Any, encoder_decoder: bool = False) -> Any:
+    """With columns; of texts as input_ids with those of prompts and labels."""
     from datasets import Dataset
 
+    if "prompt_ids" not in columns_of(data):
+        data = [{name: ids.tolist() for name, ids in of_example(e, encoder_decoder).items()} for e in data]
     return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data
