@@ -168,6 +168,35 @@ def test_models_whose_generate_says_otherwise_are_drawn_by_their_forward(monkeyp
         draw(models[0], PROMPTS, Sampling(5, beams=2))
 
 
+def test_a_cache_that_is_named_is_used_or_refused_and_rounding_is_no_difference(monkeypatch):
+    with pytest.raises(
+        ValueError, match="BartForConditionalGeneration does not generate with cache_implementation='quan"
+    ):
+        draw(of_family("BART"), PROMPTS, Sampling(5, cache="quantized"))
+    for dtype, factor, goes_on in ((torch.float32, 1.05, False), (torch.bfloat16, 1.05, True),
+                                   (torch.bfloat16, 1.5, False)):  # fmt: skip
+        model, by_forward = llama().to(dtype), []
+        generate = model.generate
+
+        def other(generate=generate, factor=factor, **given):
+            made = generate(**given)
+            if given.get("output_logits"):
+                made.logits = tuple(x * factor for x in made.logits)
+            return made
+
+        monkeypatch.setattr(model, "generate", other)
+        monkeypatch.setattr(
+            sampling, "drawn_by_forward", lambda *a, to=by_forward: to.append(a) or drawn_by_forward(*a)
+        )
+        draw(model, PROMPTS, Sampling(5))
+        assert bool(by_forward) != goes_on
+        if not goes_on:
+            with pytest.raises(
+                ValueError, match="cache_implementation='static' is not used: LlamaForCausalLM is drawn"
+            ):
+                draw(model, PROMPTS, Sampling(5, cache="static"))
+
+
 def test_rows_with_holes_are_refused():
     ids = torch.tensor([[-100, 3, 4], [5, 6, -100], [-100, -100, -100]])
     assert [row.tolist() for row in unpadded(ids)] == [[3, 4], [5, 6], []]

@@ -117,7 +117,8 @@ def draw(
     `vocabulary` on, where a model is padded with more than the other has, are not drawn.
 
     Raises:
-        ValueError: prompt and new tokens exceed the model's context; beams, where they cannot be searched for.
+        ValueError: prompt and new tokens exceed the model's context; beams, where they cannot be searched for; a cache
+            that is named and cannot be used.
         FloatingPointError: the model's logits are not finite.
     """
     pad, ends = special_tokens(model)
@@ -143,6 +144,9 @@ def draw(
             if virtual_tokens(model) or not asked(
                 _generates_itself, model, pad, settings, of=(sampling.cache, settings.get("decoder_start_token_id"))
             ):
+                if sampling.cache:
+                    raise ValueError(f"cache_implementation={sampling.cache!r} is not used: {type(model).__name__} is "
+                                     "drawn from by its forward, without a cache")  # fmt: skip
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
             for module, own in owners.items() if sampling.beams else ():
                 module.generation_config = own
@@ -179,14 +183,16 @@ def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, RuntimeError, AttributeError, IndexError) as error:  # ProphetNet's positions, caches of others
-        warnings.warn(f"{type(model).__name__}.generate fails ({error}): its forward draws, without a cache",
-                      stacklevel=4)  # fmt: skip
+    except Exception as error:  # ProphetNet's positions, caches of others
+        name, cache = type(model).__name__, settings["cache_implementation"]
+        if cache:
+            raise ValueError(f"{name} does not generate with cache_implementation={cache!r}: {error}") from error
+        warnings.warn(f"{name}.generate fails ({error}): its forward draws, without a cache", stacklevel=4)
         return False
     said = torch.stack([logits[0] for logits in made.logits])
     inputs, labels = teacher_forced(model, [short], [made.sequences[0, -2:]], pad)
     own = model(**accepted(model, {**inputs, "use_cache": False})).logits[labels != IGNORE]
-    return close(own.to(said.dtype), said, 1e-2, 16)
+    return close(own.to(model.dtype), said.to(model.dtype), 1e-2, 16)
 
 
 @contextlib.contextmanager
