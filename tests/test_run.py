@@ -53,7 +53,8 @@ def arguments(files, *more):
 
 
 def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
-    assert cli.main(arguments(files, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
+    best = ("--save-steps", "2", "--load-best-model-at-end", "yes", "--metric-for-best-model", "perplexity")
+    assert cli.main(arguments(files, "--method", "tvd", "--eval-steps", "2", "--eval-measures", *best)) == 0
     results = json.loads(capsys.readouterr().out)
     assert {"perplexity", "likelihood_risk", "coverage_risk", "bleu", "chrf", "ter"} <= results.keys()
     folder = files / "run"
@@ -67,6 +68,8 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     )
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_bleu" in line for line in logged) and {line["stage"] for line in logged} == {"predistill", "tvd"}
+    perplexities = [line["eval_perplexity"] for line in logged if "eval_perplexity" in line]
+    assert len(perplexities) == 2 and results["perplexity"] == pytest.approx(min(perplexities), rel=1e-4)  # the best's
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "fit", lambda *_: pytest.fail("nothing is left to train"))
         assert cli.main(["train", "--config", f"{folder}/config.yaml", "--json"]) == 0
@@ -328,6 +331,10 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "lomo": of(causal, "train", "teacher", "student", "pairs.jsonl", "--optim", "lomo", *out),
         "--dataset_train_split is of a hub dataset": of(causal, "train", "teacher", "student", "pairs.jsonl", "--dataset_train_split", "x", *out),
         "--dataset_test_split is of a hub": of(causal, "train", "teacher", "student", "pairs.jsonl", "--dataset_test_split", "x", *out),
+        "output embedding is LoRA or quantised": of(causal, "train", "teacher", "student", "pairs.jsonl", "--use_peft",
+                                                    "--lora_target_modules", "lm_head", *out),
+        "must be loss, or beside --eval_measures one of bleu": of(causal, "train", "teacher", "student", "pairs.jsonl",
+                                                                  "--metric_for_best_model", "bleu", *out),
         "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
     }.items():  # fmt: skip
         assert cli.main(call) == 2, call

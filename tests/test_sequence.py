@@ -236,7 +236,7 @@ def test_teachers_with_longer_prompts_padding_and_other_heads():
     with torch.no_grad():
         theirs, _ = rows_of(teacher, longer, continuations, EOS)
     torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected)
-    with pytest.raises(TypeError, match="LoRA or quantised"):
+    with pytest.raises(ValueError, match="LoRA or quantised"):
         step_loss(rows_of(student, prompts, continuations, EOS)[0], theirs, TABLE["js"])
 
 
@@ -338,7 +338,7 @@ def test_heads_of_quantised_tensors():
         rows, _ = rows_of(student, prompts, continuations, EOS)
         expected = f_divergence_rows(of_student, of_teacher, "js").sum()
         torch.testing.assert_close(step_loss(rows, theirs, TABLE["js"]), expected, rtol=1e-3, atol=0)
-        with pytest.raises(TypeError, match="LoRA or quantised"):
+        with pytest.raises(ValueError, match="LoRA or quantised"):
             step_loss(rows_of(teacher, prompts, continuations, EOS)[0], theirs, TABLE["js"])
     assert len(draw(teacher, prompts, Sampling(3), 0)) == len(prompts)
 

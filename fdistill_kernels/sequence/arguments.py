@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
+from .metrics import MEASURES
 from .objectives import METHODS
 from .sampling import Sampling
 from .trainer import FDistillConfig
@@ -328,6 +329,12 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     of_trainer = {f.name for f in dataclasses.fields(FDistillConfig)}
     training = {"use_cpu": not torch.accelerator.is_available()} | defaults  # else ranks without a card train apart
     training |= {k: v for k, v in given.items() if k in of_trainer}
+    best = str(given.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    if best != "loss" and not (made["run"].eval_measures and best in MEASURES):
+        raise ValueError("--metric_for_best_model must be loss, or beside --eval_measures one of "
+                         f"{', '.join(MEASURES)}, not {best}")  # fmt: skip
+    if best in MEASURES:
+        training.setdefault("greater_is_better", MEASURES[best])
     asked = Asked(command, given, **made, training=training, defaults=names, json=found["json"] is True)
     _check(asked)
     return asked

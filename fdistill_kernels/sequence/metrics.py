@@ -24,6 +24,10 @@ from .sampling import Sampling, draw, special_tokens
 BATCH = 32
 #: A greedy output loops where fewer of its bigrams are distinct.
 LOOPS_BELOW = 0.7
+#: What `evaluate` says of a student, and whether more of it is better.
+MEASURES = {"bleu": True, "chrf": True, **dict.fromkeys((
+    "ter", "perplexity", "likelihood_risk", "coverage_risk", "likelihood_risk_by_sentence", "coverage_risk_by_sentence",
+    "kl", "rkl", "tvd", "without_end", "looping"), False)}  # fmt: skip
 #: Rows whose logits are made at once where there is no head to fuse with.
 CHUNK = 256
 
@@ -232,7 +236,7 @@ def evaluate(
 
 
 class Measures(TrainerCallback):
-    """Adds `evaluate`'s measures to every evaluation's log, and so to the reports."""
+    """Adds `evaluate`'s measures to every evaluation and its log, for the reports and for what the best model is."""
 
     def __init__(self, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor],
                  gold: Sequence[Tensor], references: Sequence[str], tokenizer: Any, sampling: Sampling,
@@ -240,8 +244,9 @@ class Measures(TrainerCallback):
         self.arguments = (teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling)
         self.log = log
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **_: Any) -> None:
         """Called by the trainer."""
         teacher, *rest = self.arguments
-        measures = evaluate(model, teacher, *rest)
-        self.log({f"eval_{k}": v for k, v in measures.items()})
+        measures = {f"eval_{k}": v for k, v in evaluate(model, teacher, *rest).items()}
+        metrics |= measures
+        self.log(measures)

@@ -362,9 +362,9 @@ NOT_PLAIN = "the student's output embedding is LoRA or quantised: leave it out, 
 
 
 def check_head(model: Any) -> None:
-    """Raises TypeError for a student whose output embedding is not one plain weight."""
+    """Raises ValueError for a student whose output embedding is not one plain weight."""
     if not is_plain(output_embedding(getattr(model, "_orig_mod", model))):
-        raise TypeError(NOT_PLAIN)
+        raise ValueError(NOT_PLAIN)
 
 
 def check_steps(model: Any, wrapped: Any, pad: int) -> None:
@@ -503,7 +503,7 @@ def step_loss(
     """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
     head = student.head
     if head is None:
-        raise TypeError(NOT_PLAIN)
+        raise ValueError(NOT_PLAIN)
     if not len(student.tokens):
         return student.hidden.sum() * 0.0 + head.weight.sum() * 0.0
     if divergence is None:

@@ -334,7 +334,8 @@ class Run:
             settings["save_strategy"] = "no"  # transformers saves no optimizer of a model that is split as it is loaded
         config = FDistillConfig(**settings)
         if stage == "predistill":
-            config = config.for_predistillation(max_steps=self.asked.run.predistill_steps, push_to_hub=False)
+            best = {"metric_for_best_model": "loss", "greater_is_better": False} if config.metric_for_best_model else {}
+            config = config.for_predistillation(max_steps=self.asked.run.predistill_steps, push_to_hub=False, **best)
         try:
             trainer = FDistillTrainer(student, self.teacher, config, train_dataset=rows, eval_dataset=self.held_out,
                                       processing_class=self.tokenizer)  # fmt: skip

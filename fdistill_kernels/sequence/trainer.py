@@ -216,7 +216,7 @@ class FDistillTrainer(Trainer):
         """Before any work, what the first step would refuse; models that are sharded later are asked in that step.
 
         Raises:
-            TypeError, ValueError: see `check_head` and `check_forward`.
+            ValueError: see `check_head` and `check_forward`.
         """
         student, pack = self._unwrapped(self.model), self.args.pack
         check_head(student)
