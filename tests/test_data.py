@@ -80,6 +80,13 @@ def test_assistant_turns_count(template, tmp_path):
     assert "labels" not in alone.column_names and tokenizer.decode(alone[0]["prompt_ids"]).endswith(opened)
 
 
+def test_an_answer_in_parts_is_its_text(tmp_path):
+    tokenizer = tokenizer_of(PLAIN.replace("m['content']", "(m['content'] | map(attribute='text') | join)"))
+    turns = [{**turn, "content": [{"type": "text", "text": x} for x in turn["content"]]} for turn in TURNS[:2]]
+    row = ids_of(tokenizer, [{"messages": turns}], tmp_path)[0]
+    assert row["reference"] == "good day" and tokenizer.decode(row["labels"]) == "good day</s>"
+
+
 def test_the_teacher_s_own_prompts(tmp_path):
     tokenizer = tokenizer_of(PLAIN)
     system = [{"role": "system", "content": "be brief"}]
@@ -229,6 +236,9 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
                                  (rows[0], dict(max_target=9, long_targets="drop"), "no rows that are short enough")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             ids_of(tokenizer, [row], tmp_path, **common, **settings)
+    for bos, new in ((True, 63), (False, 64), (False, 80)):
+        with pytest.raises(ValueError, match=f"{new} new tokens leave a prompt no room in a context of 64"):
+            ids_of(tokenizer_of(bos=bos), [rows[2]], tmp_path, new_tokens=new, long_prompts="cut")
     long = ids_of(
         tokenizer,
         [{"prompt": "hello", "target": "x" * 200}],

@@ -239,7 +239,7 @@ class Encoder:
                 raise ValueError("--teacher_system is of messages, and teacher_prompt is text")
             shown = [t for t in plain(row.get("teacher_prompt")) or turns[:asked] if t["role"] != "system"]
             row = {**row, "teacher_prompt": [{"role": "system", "content": self.teacher_system}, *shown]}
-        said = str(turns[asked].get("content") or "") if found.rest is not None else ""
+        said = _said(turns[asked]) if found.rest is not None else ""
         return found, self._teacher_prompt(row), said
 
     def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
@@ -272,6 +272,12 @@ class Encoder:
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
     """Messages and tools that a file has as JSON's text."""
     return {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
+
+
+def _said(turn: dict[str, Any]) -> str:
+    """A turn's text, which may be listed in parts."""
+    content = turn.get("content") or ""
+    return "".join(str(p.get("text") or "") for p in content) if isinstance(content, list) else str(content)
 
 
 def _is_chat(row: dict[str, Any]) -> bool:
@@ -331,10 +337,13 @@ def tokenize(
         tell: is told how many were cut or dropped.
 
     Raises:
-        ValueError: a row that is no text and no messages, an empty prompt, one too long; no rows are left.
+        ValueError: a row that is no text and no messages, an empty prompt, one too long; no rows are left; or new
+            tokens leave no prompt any room.
     """
     encode_row, causal = Encoder(tokenizer, config.is_encoder_decoder, teacher_system), not config.is_encoder_decoder
     contexts = [context(config), context(teacher or config)]
+    if causal and min(contexts) - new_tokens <= len(encode_row.before):
+        raise ValueError(f"{new_tokens} new tokens leave a prompt no room in a context of {min(contexts):g}")
     own_prompts = teacher_system is not None or "teacher_prompt" in rows.column_names
 
     def fitted(ids: list[int], room: float, policy: str, what: str, fate: list[str]) -> list[int]:
