@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+from datasets import Dataset
 
 from fdistill_kernels import cli
 from fdistill_kernels.divergences import TABLE
@@ -21,7 +22,7 @@ from .test_trainer import trainer
 #: Student samples by top_k=1 are the same in one process as in two.
 SETTINGS = dict(optim="sgd", max_steps=2, learning_rate=0.1, top_k=1, logging_steps=2, per_device_eval_batch_size=2)
 CASES = {"kl": {}, "js": dict(normalize="sequence"), "tvd": dict(gradient_accumulation_steps=2), "predistill": {},
-         "mle": dict(gradient_accumulation_steps=2)}  # fmt: skip
+         "mle": dict(gradient_accumulation_steps=2), "rkl": dict(stream=True)}  # fmt: skip
 MODELS = {"gpt2": lambda seed: gpt2(60, seed=seed), "bart": lambda seed: bart(seed=seed)}
 
 
@@ -34,9 +35,11 @@ def rows():
 
 
 def weights_after(method, make, folder, ranks):
-    accumulated = CASES[method].get("gradient_accumulation_steps", 1)
-    student = make(1)
-    run = trainer(folder, student, make(2), rows(), method=method, **SETTINGS, **CASES[method],
+    case = dict(CASES[method])
+    accumulated, student, train = case.get("gradient_accumulation_steps", 1), make(1), rows()
+    if case.pop("stream", False):
+        train = Dataset.from_list(train).to_iterable_dataset()
+    run = trainer(folder, student, make(2), train, method=method, **SETTINGS, **case,
                   per_device_train_batch_size=4 // ranks // accumulated)  # fmt: skip
     run.train()
     measured = run.state.log_history[0] | run.evaluate(rows()[:5])  # whose last batch is filled up for some ranks

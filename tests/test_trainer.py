@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -613,9 +614,11 @@ def test_refused_by_the_trainer(tmp_path):
     class Tokenizer(dict):
         get_vocab = dict.copy
 
-    with pytest.raises(ValueError, match="the student's tokenizer has 61 tokens, the student 60"):
-        FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
-                        processing_class=Tokenizer({str(i): i for i in range(61)}))  # fmt: skip
+    large = Tokenizer({str(i): i for i in range(61)})
+    for given in (large, SimpleNamespace(tokenizer=large)):  # a processor's
+        with pytest.raises(ValueError, match="the student's tokenizer has 61 tokens, the student 60"):
+            FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
+                            processing_class=given, teacher_processing_class=given)  # fmt: skip
 
 
 def test_paths_in_place_of_models(tmp_path):

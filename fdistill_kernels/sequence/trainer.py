@@ -122,8 +122,10 @@ class FDistillTrainer(Trainer):
         if not isinstance(args, FDistillConfig):
             raise TypeError(f"args must be a FDistillConfig, not {type(args).__name__}")
         model = _student_of(model)
-        if processing_class is not None and teacher_processing_class is not None:
-            check_vocabularies(processing_class, teacher_processing_class)
+        ours, theirs = (p if hasattr(p, "get_vocab") else getattr(p, "tokenizer", p)  # a processor's
+                        for p in (processing_class, teacher_processing_class))  # fmt: skip
+        if ours is not None and theirs is not None:
+            check_vocabularies(ours, theirs)
         _check_apart(model, teacher)
         self.teacher = teacher_of(teacher)
         for found in _models_of(self.teacher):
@@ -139,7 +141,7 @@ class FDistillTrainer(Trainer):
         self.sources = list(dict.fromkeys(half.source for half in self.halves))
         own = {"student": model.config.get_text_config().vocab_size, "teacher": self.teacher.vocabulary}
         self.vocabulary = min(own.values())
-        for (whose, most), tokenizer in zip(own.items(), (processing_class, teacher_processing_class), strict=True):
+        for (whose, most), tokenizer in zip(own.items(), (ours, theirs), strict=True):
             size = len(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else 0
             if size > most:
                 raise ValueError(
@@ -162,6 +164,10 @@ class FDistillTrainer(Trainer):
                                   encoder_decoder=self.teacher.encoder_decoder)  # fmt: skip
         ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
+        streams = any(not hasattr(data, "__len__") for name in ("train_dataset", "eval_dataset")
+                      for _, data in datasets_of(name, trainer.get(name)))  # fmt: skip
+        if streams and args.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # batches of ranks differ in size
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
             raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
