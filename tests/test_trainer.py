@@ -11,7 +11,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    MarianConfig,
+    MarianMTModel,
+    TrainingArguments,
+)
 
 from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
 from fdistill_kernels.integrations.transformers import patch_model
@@ -262,6 +269,30 @@ def test_vocabularies_padded_differently(sizes, tmp_path):
     assert run.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match="labels has the id 61, but student and teacher share 60"):
         trainer(tmp_path, student, teacher, [{"prompt_ids": [2], "labels": [61]}] * 4).train()
+
+
+@pytest.mark.parametrize("read, write", [(90, 60), (60, 90)])
+def test_models_that_read_other_ids_than_they_write(read, write, tmp_path):
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(MarianMTModel(MarianConfig(
+            vocab_size=read, decoder_vocab_size=write, share_encoder_decoder_embeddings=False, d_model=16,
+            encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0, init_std=0.3, decoder_start_token_id=1,
+            pad_token_id=1, bos_token_id=EOS, eos_token_id=EOS, forced_eos_token_id=None)).eval())  # fmt: skip
+    rows = [{"prompt_ids": [read - 1, 5 + i], "labels": [write - 1, 7, EOS]} for i in range(4)]
+    run = trainer(tmp_path, *models, rows, method="js")
+    found = []
+    for row in rows:
+        given = dict(input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=torch.tensor([[1, write - 1, 7]]))
+        with torch.no_grad():
+            found.append(table(*(m(**given).logits[0].double().log_softmax(-1) for m in models))["kl"])
+    assert run.evaluate(rows)["eval_loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-4)
+    run.train()
+    for name, most in (("prompt_ids", read), ("labels", write)):
+        with pytest.raises(ValueError, match=f"{name} has the id {most}, but student and teacher share {most} ids"):
+            run.data_collator([{**rows[0], name: [most]}])
 
 
 # --- an update: what is drawn for it, and what its losses are divided by

@@ -90,7 +90,7 @@ def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
 
 def collate(
     examples: Sequence[dict[str, Any]], vocabulary: int | None = None, teacher_vocabulary: int | None = None,
-    encoder_decoder: bool = False,
+    encoder_decoder: bool = False, ids_read: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Token ids as (B, L) padded with −100: prompt_ids, and labels, sample_ids, beam_ids, teacher_prompt_ids if there;
     labels_mask as bool (B, L), false of padding; and the teachers' names.
@@ -101,6 +101,7 @@ def collate(
             between is read and does not count; of an encoder–decoder model they are the prompt and the continuation.
             Tokens whose attention_mask is 0 are padding.
         vocabulary, teacher_vocabulary: ids that student and teacher share, and that the teacher has.
+        ids_read: those of prompts, where they are others, as an encoder–decoder model's may be.
 
     Raises:
         ValueError: no prompt_ids, an empty prompt, columns that not every example has, an id out of range, or −100
@@ -117,6 +118,7 @@ def collate(
         batch[name] = padded([row[name] for row in rows], IGNORE)
         most = teacher_vocabulary if name == "teacher_prompt_ids" else vocabulary
         whose = "the teacher has" if name == "teacher_prompt_ids" else "student and teacher share"
+        most = ids_read if ids_read is not None and name.endswith("prompt_ids") else most
         for found in (int(x) for row in rows if len(row[name]) for x in torch.aminmax(row[name])):
             if found < 0 or (most is not None and found >= most):
                 raise ValueError(f"{name} has the id {found}, but {whose} {most} ids")

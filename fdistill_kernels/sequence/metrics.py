@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import Rows, chosen, evaluating, forward_to_head, rows_of, step_loss, tokens_counted
+from .models import Rows, chosen, evaluating, forward_to_head, rows_of, step_loss, tokens_counted, vocabulary_of
 from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
@@ -176,7 +176,7 @@ def measured(
     Returns:
         The table, and `summary` of it.
     """
-    sizes = [m.config.get_text_config().vocab_size for m in (student, teacher) if m is not None]
+    sizes = [vocabulary_of(m.config) for m in (student, teacher) if m is not None]
     shared = min(*sizes, len(tokenizer))  # what a padded head has beyond, the other does not know
     nats, tokens = sentence_sums(student, prompts, gold)
     outputs = searched(student, prompts, tokenizer, sampling.max_new_tokens, vocabulary=shared)
@@ -244,9 +244,8 @@ class Measures(TrainerCallback):
         self.arguments = (teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling)
         self.log = log
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called by the trainer."""
-        teacher, *rest = self.arguments
-        measures = {f"eval_{k}": v for k, v in evaluate(model, teacher, *rest).items()}
-        metrics |= measures
+        measures = {f"eval_{k}": v for k, v in evaluate(given["model"], *self.arguments).items()}
+        given["metrics"].update(measures)
         self.log(measures)

@@ -201,6 +201,22 @@ def chosen(
     return free if counted is None else [m.to(f.device) & f for m, f in zip(counted, free, strict=True)]
 
 
+def vocabulary_of(config: Any) -> int:
+    """How many ids a model writes; that of Marian is not always the one it reads."""
+    text = config.get_text_config()
+    return int(getattr(text, "decoder_vocab_size", None) or text.vocab_size)
+
+
+def ids_of(model: Any) -> int:
+    """How many ids a model both reads and writes."""
+    return min(ids_read(model), vocabulary_of(model.config))
+
+
+def ids_read(model: Any) -> int:
+    """How many ids a model reads, an encoder–decoder one in its prompt."""
+    return int(getattr(model.get_input_embeddings(), "num_embeddings", vocabulary_of(model.config)))
+
+
 def context(config: Any) -> float:
     """How many tokens a model can read, or infinity."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -381,7 +397,7 @@ def check_steps(model: Any, wrapped: Any, pad: int) -> None:
 
 def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
     """Whether a sequence's first steps stay the same when its end is another, and without the padding behind it."""
-    device, size = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    device, size = next(model.parameters()).device, ids_of(model)
     ids = torch.linspace(size // 4, 3 * size // 4, 9, device=device).long()
     prompt, longer, begin, end, other, more = ids[:1], ids[:2], ids[2:4], ids[4:5], ids[6:7], ids[5:9]
 
@@ -420,7 +436,7 @@ def _keeps_apart(model: Any, wrapped: Any) -> bool:
     All rows are of one shape: what is compared differs by rounding at most, and by none behind other sequences.
     """
     device = next(model.parameters()).device
-    ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, 9, device=device).long()
+    ids = torch.linspace(0, ids_of(model) - 1, 9, device=device).long()
     positions = torch.arange(3, device=device).repeat(2)[None]
 
     def logits(first: Tensor, second: Tensor, **positions: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from .arguments import Asked, ask
 from .batches import prompts_of_teacher
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
-from .models import load_config, load_model, load_student
+from .models import load_config, load_model, load_student, vocabulary_of
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
@@ -81,7 +81,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         config = load_config(model.student, **model.source())
         tokenizer = tokenizer_of(asked, model.tokenizer or model.student, model.revision)
         kept = Path(run.samples or asked.config.output_dir or "") / "endpoint"
-        endpoint = Endpoint(model.teacher, vocabulary=config.get_text_config().vocab_size, k=run.k, store=kept)
+        endpoint = Endpoint(model.teacher, vocabulary=vocabulary_of(config), k=run.k, store=kept)
         if endpoint.tokenizer not in (None, tokenizer_hash(tokenizer)):
             raise ValueError(f"{model.teacher} has another tokenizer than {model.tokenizer or model.student}")
         return Served(endpoint, run.tail), tokenizer, config

@@ -35,11 +35,13 @@ from .models import (
     check_context,
     close,
     evaluating,
+    ids_of,
     padded,
     rows_of,
     teacher_forced,
     token_id,
     virtual_tokens,
+    vocabulary_of,
 )  # fmt: skip
 from .ranks import from_first
 
@@ -101,7 +103,7 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
             f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
         )
     ends = ends if isinstance(ends, list) else [ends]
-    has = pad is not None and 0 <= pad < model.config.get_text_config().vocab_size  # Llama's own files have −1
+    has = pad is not None and 0 <= pad < ids_of(model)  # Llama's own files have −1
     return (pad if has else ends[0]), ends
 
 
@@ -126,7 +128,7 @@ def draw(
     encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
     check_context(model, max(longest, new) if encoder_decoder else longest + new + virtual_tokens(model))
     config = model.config.get_text_config()
-    size, routers = config.vocab_size, getattr(config, "output_router_logits", None)
+    size, routers = vocabulary_of(config), getattr(config, "output_router_logits", None)
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
     settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
@@ -174,7 +176,7 @@ def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
 
     In half precision the two may differ by its rounding; whatever begins otherwise differs by far more.
     """
-    device, size = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    device, size = next(model.parameters()).device, ids_of(model)
     short, long = torch.linspace(size // 4, 3 * size // 4, 6, device=device).long().split((2, 4))
     try:
         made = model.generate(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..teachers.endpoint import Endpoint, EndpointError, _message
-from .models import evaluating, rows_of
+from .models import evaluating, rows_of, vocabulary_of
 from .sampling import Sampling, special_tokens
 
 #: Tokens of the sequence that the server is asked about, and how many ids of each; 20 are vLLM's default at most.
@@ -54,7 +54,7 @@ class StudentServer:
 
     def __init__(self, url: str, folder: str | Path, student: Any, vocabulary: int):
         self.folder, self.adapter = Path(folder).absolute(), _adapter_of(student)
-        size, (self.pad, ends) = student.config.get_text_config().vocab_size, special_tokens(student)
+        size, (self.pad, ends) = vocabulary_of(student.config), special_tokens(student)
         self.endpoint = Endpoint(url, model="", vocabulary=vocabulary, concurrency=CONCURRENCY)  # "": no adapter
         self.name = f"the student's server at {self.endpoint.url}"
         beyond = {i: -100 for i in range(vocabulary, size)}

@@ -25,7 +25,7 @@ from ..sparse import TAILS, TopK
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
-from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted
+from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted, vocabulary_of
 from .sampling import Sampling, draw, special_tokens
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
@@ -101,7 +101,7 @@ class InRoom:
 
     def __init__(self, model: Any):
         self.model = model.eval().requires_grad_(False)
-        self.vocabulary = model.config.get_text_config().vocab_size
+        self.vocabulary = vocabulary_of(model.config)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
 
     def to(self, device: torch.device) -> None:
@@ -373,7 +373,7 @@ class Itself:
         if not self.adapter and not hasattr(student, "disable_adapter"):
             raise ValueError(f"Itself(adapter=False) needs a PEFT model, and the student is a {type(student).__name__}")
         self.student = student
-        self.vocabulary = student.config.get_text_config().vocab_size
+        self.vocabulary = vocabulary_of(student.config)
         self.encoder_decoder = bool(student.config.is_encoder_decoder)
         if self.decay is not None:
             self.average, self._exact = copy.deepcopy(student).eval().requires_grad_(False), {}

@@ -30,7 +30,18 @@ from .batches import (
     prompts_of_teacher,
 )
 from .config import FDistillConfig
-from .models import Rows, check_forward, check_head, chosen, forward_to_head, load_student, step_loss, virtual_tokens
+from .models import (
+    Rows,
+    check_forward,
+    check_head,
+    chosen,
+    forward_to_head,
+    ids_read,
+    load_student,
+    step_loss,
+    virtual_tokens,
+    vocabulary_of,
+)
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
@@ -139,11 +150,11 @@ class FDistillTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         self.halves, self.sampling = args.halves(), args.sampling()
         self.sources = list(dict.fromkeys(half.source for half in self.halves))
-        own = {"student": model.config.get_text_config().vocab_size, "teacher": self.teacher.vocabulary}
-        self.vocabulary = min(own.values())
+        own = {"student": vocabulary_of(model.config), "teacher": self.teacher.vocabulary}
+        self.vocabulary, read = min(own.values()), (ids_read(model), *map(ids_read, _models_of(self.teacher)))
         for (whose, most), tokenizer in zip(own.items(), (ours, theirs), strict=True):
             size = len(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else 0
-            if size > most:
+            if size > (max(most, *read) if self.teacher.encoder_decoder else most):
                 raise ValueError(
                     f"the {whose}'s tokenizer has {size} tokens, the {whose} {most}: it is another model's"
                 )
@@ -161,7 +172,8 @@ class FDistillTrainer(Trainer):
         if args.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         known = functools.partial(collate, vocabulary=self.vocabulary, teacher_vocabulary=self.teacher.vocabulary,
-                                  encoder_decoder=self.teacher.encoder_decoder)  # fmt: skip
+                                  encoder_decoder=self.teacher.encoder_decoder,
+                                  ids_read=min(read) if self.teacher.encoder_decoder else None)  # fmt: skip
         ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
         streams = any(not hasattr(data, "__len__") for name in ("train_dataset", "eval_dataset")
