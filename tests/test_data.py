@@ -249,6 +249,17 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     assert len(long["prompt_ids"]) + len(long["labels"]) == 40  # the shorter of both models' contexts
 
 
+@pytest.mark.parametrize("answers", ["together", "each"])
+def test_what_the_first_thousand_rows_lack(answers, tmp_path):
+    """`datasets` takes types from those."""
+    tokenizer, told = tokenizer_of(PLAIN), []
+    rows = [{"messages": TURNS[:2]}] * 1000 + [{"messages": [TURNS[0], {"role": "assistant", "content": "day " * 99}]}]
+    made = ids_of(tokenizer, rows, tmp_path, tell=told.append, answers=answers)
+    assert len(made) == 1001 and told == ["rows.jsonl: 1 of 1001 targets cut"]
+    with pytest.raises(ValueError, match="some rows have no target, and others have one: row 0"):
+        ids_of(tokenizer, [{"messages": TURNS[:1]}] * 1000 + rows[:1], tmp_path, answers=answers)
+
+
 def test_files_of_every_kind(tmp_path):
     import pyarrow
     import pyarrow.parquet

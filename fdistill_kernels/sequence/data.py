@@ -340,6 +340,8 @@ def tokenize(
         ValueError: a row that is no text and no messages, an empty prompt, one too long; no rows are left; or new
             tokens leave no prompt any room.
     """
+    from datasets import Features, Sequence, Value
+
     encode_row, causal = Encoder(tokenizer, config.is_encoder_decoder, teacher_system), not config.is_encoder_decoder
     contexts = [context(config), context(teacher or config)]
     if causal and min(contexts) - new_tokens <= len(encode_row.before):
@@ -382,11 +384,16 @@ def tokenize(
                 "length": len(prompts[0]) + len(rest or ()), "fate": sorted(set(fate)),
                 **({"teacher_prompt_ids": prompts[1]} if own_prompts else {})}  # fmt: skip
 
+    ids, number = Sequence(Value("int64")), Value("int64")  # what the first thousand rows lack has no type of its own
+    columns = {"prompt_ids": ids, "labels": ids, "labels_mask": Sequence(Value("bool")), "reference": Value("string"),
+               "length": number, "fate": Sequence(Value("string")),
+               **({"teacher_prompt_ids": ids} if own_prompts else {}), "row": number}  # fmt: skip
+    each = {name: Sequence(kind) for name, kind in columns.items()} if answers == "each" else columns
     made = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
-                    desc="tokenizing")  # fmt: skip
+                    features=Features(each), desc="tokenizing")  # fmt: skip
     if answers == "each":
         made = made.map(lambda batch: {column: list(itertools.chain(*batch[column])) for column in batch}, batched=True,
-                        load_from_cache_file=False)  # fmt: skip
+                        load_from_cache_file=False, features=Features(columns))  # fmt: skip
     fates = collections.Counter(f for found in made["fate"] for f in found)
     kept = [(row, labels is None) for row, (labels, fate) in enumerate(zip(made["labels"], made["fate"], strict=True))
             if "rows dropped" not in fate]  # fmt: skip
