@@ -53,7 +53,16 @@ def arguments(files, *more):
 
 
 def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
-    best = ("--save-steps", "2", "--load-best-model-at-end", "yes", "--metric-for-best-model", "perplexity")
+    best = (
+        "--hidden-weight",
+        "2",
+        "--save-steps",
+        "2",
+        "--load-best-model-at-end",
+        "yes",
+        "--metric-for-best-model",
+        "perplexity",
+    )
     assert cli.main(arguments(files, "--method", "tvd", "--eval-steps", "2", "--eval-measures", *best)) == 0
     results = json.loads(capsys.readouterr().out)
     assert {"perplexity", "likelihood_risk", "coverage_risk", "bleu", "chrf", "ter"} <= results.keys()
@@ -335,6 +344,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
                                                     "--lora_target_modules", "lm_head", *out),
         "must be loss, or beside --eval_measures one of bleu": of(causal, "train", "teacher", "student", "pairs.jsonl",
                                                                   "--metric_for_best_model", "bleu", *out),
+        "hidden_weight=0.1 is not used but by predistill": of(causal, "train", "teacher", "student", "pairs.jsonl",
+                                                              "--hidden_weight", "0.1", *out),
         "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
     }.items():  # fmt: skip
         assert cli.main(call) == 2, call

@@ -597,6 +597,8 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, None, teacher)
     with pytest.raises(ValueError, match="student and teacher share weights"):
         trainer(tmp_path, student, student)
+    with pytest.raises(ValueError, match=r"hidden_weight=0\.1 is not used but by predistill"):
+        trainer(tmp_path, student, teacher, hidden_weight=0.1)
     with pytest.raises(ValueError, match="pack puts a causal model's batch in one row"):
         trainer(tmp_path, bart(60), bart(60), pack=True)
     with pytest.raises(ValueError, match="unexpected keyword argument 'foo'"):

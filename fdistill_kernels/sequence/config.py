@@ -163,6 +163,8 @@ class FDistillConfig(TrainingArguments):
 
 #: Options of `TrainingArguments` about evaluation's logits, and metrics of them.
 OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "include_inputs_for_metrics")
+#: Options that the loss of pre-distillation alone has; a configuration of another method keeps them for it.
+OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 #: Options of a loss that pre-distillation has not.
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "student_every", "student_server", "student_server_path", "normalize", "pack", "memory",

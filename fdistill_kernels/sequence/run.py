@@ -35,6 +35,7 @@ from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import Asked, ask
 from .batches import prompts_of_teacher
+from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
 from .models import load_config, load_model, load_student, vocabulary_of
@@ -332,6 +333,8 @@ class Run:
                                     "output_dir": str(self.folder / f"trainer-{stage}")}  # fmt: skip
         if self.asked.run.tensor_parallel > 1:
             settings["save_strategy"] = "no"  # transformers saves no optimizer of a model that is split as it is loaded
+        if stage != "predistill" and self.asked.run.predistill_steps:
+            settings = {name: value for name, value in settings.items() if name not in OF_PREDISTILLATION}
         config = FDistillConfig(**settings)
         if stage == "predistill":
             best = {"metric_for_best_model": "loss", "greater_is_better": False} if config.metric_for_best_model else {}

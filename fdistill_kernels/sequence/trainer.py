@@ -29,7 +29,7 @@ from .batches import (
     prompts_of,
     prompts_of_teacher,
 )
-from .config import FDistillConfig
+from .config import OF_PREDISTILLATION, FDistillConfig
 from .models import (
     Rows,
     check_forward,
@@ -149,6 +149,9 @@ class FDistillTrainer(Trainer):
             raise ValueError("pack puts a causal model's batch in one row; the student is an encoder–decoder")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         self.halves, self.sampling = args.halves(), args.sampling()
+        for name in OF_PREDISTILLATION if self.halves else ():
+            if getattr(args, name) != getattr(FDistillConfig, name):
+                raise ValueError(f"{name}={getattr(args, name)!r} is not used but by predistill")
         self.sources = list(dict.fromkeys(half.source for half in self.halves))
         own = {"student": vocabulary_of(model.config), "teacher": self.teacher.vocabulary}
         self.vocabulary, read = min(own.values()), (ids_read(model), *map(ids_read, _models_of(self.teacher)))
