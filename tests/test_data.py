@@ -137,6 +137,16 @@ def test_prompts_of_the_teacher_s_own_are_text_or_messages_beside_either(tmp_pat
         ids_of(tokenizer, [{**chat, "teacher_prompt": "now?"}], tmp_path, teacher_system="x")
 
 
+def test_an_answer_ends_where_generation_does(tmp_path):
+    """Gemma's and Phi's templates end a turn with a token that is not the tokenizer's own."""
+    tokenizer = tokenizer_of(PLAIN.replace("</s>", "<s>"))
+    row, known = {"messages": TURNS}, ids_of(tokenizer_of(PLAIN), [{"messages": TURNS}], tmp_path)[0]
+    found = ids_of(tokenizer, [row], tmp_path, ends=[1, 0])[0]
+    assert found["labels_mask"] == known["labels_mask"] and len(found["labels"]) == len(known["labels"])
+    assert counted(tokenizer, found)[0] == "good day<s>the end<s>"
+    assert counted(tokenizer, ids_of(tokenizer, [row], tmp_path)[0])[0] == "good day<s>\nthe end<s>\n"
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED, CHANGING])
 def test_each_answer_is_a_row_behind_what_generation_meets(template, tmp_path):
     tokenizer, roomy = tokenizer_of(template), llama(320)

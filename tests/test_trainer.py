@@ -559,6 +559,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1 is not used without"),
     (dict(cache_implementation="nosuch"), "nosuch"),
     (dict(method="rkl", cache_implementation="static", student_server="http://x", student_server_path="x"), "by a server"),
+    (dict(method="mle", temperature=2.0), "temperature=2.0 is not used without a divergence"),
     (dict(method="mle", temperature_squared=True), "temperature_squared=True is not used without a divergence"),
     (dict(include_num_input_tokens_seen=True), "tokens_per_second is logged"),
     (dict(label_names=["labels"]), "is not used here: no logits are made"),

@@ -101,6 +101,7 @@ class FDistillConfig(TrainingArguments):
                              "where it finds the weights")  # fmt: skip
         halves, _ = self.halves(), self.sampling()
         draws = any(h.source == "student" for h in halves)
+        compared = any(h.divergence is not None for h in halves)
         unused = {
             "shares": self.shares and self.divergence is None and "without a divergence",
             "method": self.divergence is not None and self.method != FDistillConfig.method and "beside a divergence",
@@ -108,8 +109,8 @@ class FDistillConfig(TrainingArguments):
             "student_every": self.student_every > 1 and not draws and "without an objective on the student's samples",
             "student_server": self.student_server and not draws and "without an objective on the student's samples",
             "cache_implementation": self.cache_implementation and self.student_server and "by a server",
-            "temperature_squared": self.temperature_squared and all(h.divergence is None for h in halves)
-            and "without a divergence",
+            "temperature": self.temperature != 1 and not compared and "without a divergence",
+            "temperature_squared": self.temperature_squared and not compared and "without a divergence",
             "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
             and "here: tokens_per_second is logged",
             "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)

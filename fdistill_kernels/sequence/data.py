@@ -8,7 +8,7 @@ import gzip
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,8 +137,11 @@ def _answers(turns: list[dict[str, Any]], begin: int) -> list[int]:
     return [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
 
 
-def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, tools: Any = None) -> Ids:
-    """Turns by the tokenizer's chat template: the answers from turn `begin` on count, up to their end token.
+def conversation(
+    tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, tools: Any = None, ends: Sequence[int] = ()
+) -> Ids:
+    """Turns by the tokenizer's chat template: the answers from turn `begin` on count, up to their end token, which is
+    the tokenizer's or one of `ends`.
 
     Where the template marks them ({% generation %}), these are its marks; else what rendering one turn more adds. The
     prompt is what generation gets before the first of those answers; if the last turn is no answer, all is prompt.
@@ -155,7 +158,7 @@ def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, to
     answers = _answers(turns, begin)
     if not answers or answers[-1] != len(turns) - 1:
         return Ids(ids(len(turns), True), None, None)
-    prompt, end = ids(answers[0], True), tokenizer.eos_token_id
+    prompt, stops = ids(answers[0], True), {tokenizer.eos_token_id, *ends}
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)):
         marked = _rendered(tokenizer, turns, tools, return_assistant_tokens_mask=True)
         whole, counted = list(marked["input_ids"]), [bool(m) for m in marked["assistant_masks"]]
@@ -167,7 +170,7 @@ def conversation(tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, to
             before, after = ids(i, True), ids(i + 1)
             agrees &= len(before) < len(after) and after[: len(before)] == before and whole[: len(after)] == after
             said = after[len(before) :]
-            stop = len(before) + (said.index(end) + 1 if end in said else len(said))
+            stop = len(before) + next((i for i, token in enumerate(said, 1) if token in stops), len(said))
             counted[len(before) : stop] = [True] * (stop - len(before))
     if not agrees:
         raise ValueError("the chat template renders turns otherwise when an answer follows, so that its tokens are not "
@@ -197,8 +200,11 @@ def _around(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
 class Encoder:
     """Rows' ids by a tokenizer, for a causal or an encoder–decoder model."""
 
-    def __init__(self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None):
+    def __init__(
+        self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None, ends: Sequence[int] = ()
+    ):
         self.tokenizer, self.encoder_decoder, self.teacher_system = tokenizer, encoder_decoder, teacher_system
+        self.ends = ends
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token")
         self.end: int = tokenizer.eos_token_id
@@ -232,7 +238,7 @@ class Encoder:
         (turns, begin), tools = _turns(row), plain(row.get("tools")) or None
         if self.encoder_decoder:
             raise ValueError("messages are for causal models: give an encoder–decoder model text")
-        found = conversation(self.tokenizer, turns, begin, tools)
+        found = conversation(self.tokenizer, turns, begin, tools, self.ends)
         asked = len(turns) if found.rest is None else _answers(turns, begin)[0]
         if self.teacher_system:
             if isinstance(row.get("teacher_prompt"), str) and row["teacher_prompt"]:
@@ -320,7 +326,8 @@ def _text(row: dict[str, Any], name: str) -> str:
 def tokenize(
     rows: Any, tokenizer: Any, config: Any, max_target: int | None = None, *, teacher: Any = None, new_tokens: int = 1,
     long_prompts: str = "refuse", long_targets: str = "cut", answers: str = "together",
-    teacher_system: str | None = None, name: str = "data", tell: Callable[[str], Any] | None = None,
+    teacher_system: str | None = None, ends: Sequence[int] = (), name: str = "data",
+    tell: Callable[[str], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Columns prompt_ids, labels (all that follows the prompt, most often with an end token), labels_mask (whether a
     label counts; only if any does not), teacher_prompt_ids (if the teacher's are others), length, and reference, the
@@ -334,6 +341,7 @@ def tokenize(
         long_prompts, long_targets: "cut" (prompts from the left; targets without an end token), "drop" the row, or
             "refuse".
         answers: of a conversation, "together" in a row, or "each" in a row of its own (`each_answer`).
+        ends: tokens that end an answer beside the tokenizer's, as Gemma's <end_of_turn>: generation stops at them, too.
         tell: is told how many were cut or dropped.
 
     Raises:
@@ -342,7 +350,10 @@ def tokenize(
     """
     from datasets import Features, Sequence, Value
 
-    encode_row, causal = Encoder(tokenizer, config.is_encoder_decoder, teacher_system), not config.is_encoder_decoder
+    encode_row, causal = (
+        Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends),
+        not config.is_encoder_decoder,
+    )
     contexts = [context(config), context(teacher or config)]
     if causal and min(contexts) - new_tokens <= len(encode_row.before):
         raise ValueError(f"{new_tokens} new tokens leave a prompt no room in a context of {min(contexts):g}")

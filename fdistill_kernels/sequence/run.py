@@ -28,7 +28,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
@@ -42,7 +42,15 @@ from .models import load_config, load_model, load_student, vocabulary_of
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
-from .sampling import TeacherSamples, data_hash, fingerprint, generation_settings, write_table, write_whole
+from .sampling import (
+    TeacherSamples,
+    data_hash,
+    fingerprint,
+    generation_settings,
+    special_tokens,
+    write_table,
+    write_whole,
+)
 from .teachers import InRoom, Served, Stored, Teacher, is_store
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
@@ -153,7 +161,7 @@ class Run:
             return tokenize(
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=config, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
-                answers=data.answers, teacher_system=data.teacher_system, tell=console.print,
+                answers=data.answers, teacher_system=data.teacher_system, ends=self._ends(), tell=console.print,
             )  # fmt: skip
 
         rows: Any = pairs if pairs is None else ids(pairs, data.data)
@@ -164,6 +172,16 @@ class Run:
             self.held_out = rows.select(range(len(rows) - count, len(rows)))
             self.pairs = rows.select(range(max(1, len(rows) - count)))
         self._check_columns()
+
+    def _ends(self) -> list[int]:
+        """The tokens at which generation stops, of the teacher at hand or of the student's files."""
+        if self.model is not None:
+            return special_tokens(self.model)[1]
+        try:
+            ends = GenerationConfig.from_pretrained(str(self.asked.model.student)).eos_token_id
+        except OSError:  # no such file: the tokenizer's alone
+            return []
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     def _check_pair(self, config: Any) -> None:
         """The student must be of the teacher's kind, and its tokenizer the same."""
