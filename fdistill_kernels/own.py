@@ -107,7 +107,8 @@ def autograd_inside_an_operator() -> Any:
 
 
 def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:
-    t = torch.cat([torch.logspace(-3, 0, 301, dtype=torch.float64), torch.logspace(0, 3, 301, dtype=torch.float64)[1:]])
+    t = torch.logspace(-3, 0, 301, dtype=torch.float64, device="cpu")  # whatever device models are being made on
+    t = torch.cat([t, 1 / t.flip(0)[1:]])
     with torch.inference_mode(False), torch.enable_grad():
         u = t.log().clone().requires_grad_()
         value = generator(u)

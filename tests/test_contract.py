@@ -793,3 +793,52 @@ def test_the_linear_operator_checks_for_itself(name):
     assert given.keys() > BAD_HEADS[name].keys()
     with pytest.raises(ValueError):
         OPERATORS.linear_rows(**(given | BAD_HEADS[name]))
+
+
+def every_loss(student, teacher, hidden, weight, labels, listed, backend="auto", **keywords):
+    """A loss of each kind: of logits, a list, hidden states and probabilities; those without terms of their own last."""
+    terms = dict(labels=labels, ce_weight=0.5, reduction="none", backend=backend, **keywords)
+    return (
+        fk.f_divergence(student, teacher, "akl", **terms), fk.f_divergence(student, listed, "js", **terms),
+        fk.f_divergence(student, listed._replace(tail="uniform"), "js", **terms),
+        fk.linear_f_divergence(hidden, weight, teacher, divergence="kl", **terms),
+        fk.linear_f_divergence(hidden, weight, hidden.detach(), weight.detach().roll(1, 0), "kl", memory="minimal",
+                               student_bias=weight[:, 0], **terms),
+        fk.cross_entropy(student, labels, backend=backend), fk.cross_entropy(student, teacher.softmax(-1), backend=backend),
+        fk.linear_cross_entropy(hidden, weight, labels, backend=backend), fk.log_sum_exp(student, backend=backend),
+        fk.log_probs(hidden, weight, labels, backend=backend),
+    )  # fmt: skip
+
+
+def given(dtype=torch.float32, n=3, v=41):
+    """The arguments of `every_loss`, the teacher's made in inference mode."""
+    student, hidden = (torch.randn(n, size).to(dtype).requires_grad_() for size in (v, D))
+    weight = torch.randn(v, D).to(dtype).requires_grad_()
+    with torch.inference_mode():
+        teacher, labels = torch.randn(n, v).to(dtype), torch.arange(n)
+        found = teacher.float().log_softmax(-1).topk(5)
+        return student, teacher, hidden, weight, labels, fk.TopK(found.indices, found.values)
+
+
+def results_of(losses, inputs):
+    """Losses, and the gradients of their sum with a factor that rounds."""
+    return *losses, *torch.autograd.grad(sum(x.sum() for x in losses) * 3, inputs)
+
+
+def test_no_default_of_torch_s_is_asked(backend):
+    made = given()
+    inputs = made[0], made[2], made[3]
+    want = results_of(every_loss(*made, backend=backend), inputs)
+    for dtype in (torch.float64, torch.bfloat16):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            got = results_of(every_loss(*made, backend=backend), inputs)
+        finally:
+            torch.set_default_dtype(before)
+        assert all(map(torch.equal, got, want))
+    if backend in ("torch", "cpu"):
+        with torch.device("meta"):
+            got = results_of(every_loss(*made, backend=backend), inputs)
+            assert fk.FDivergenceLoss(square)(*made[:2]).isfinite()
+        assert all(map(torch.equal, got, want))
