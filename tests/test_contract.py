@@ -1,5 +1,6 @@
 """Never wrong, never silent: memory, values and copies at the borders of what may be given."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, RowCall, Teacher, TokenTerms, Wants
@@ -825,6 +827,23 @@ def results_of(losses, inputs):
     return *losses, *torch.autograd.grad(sum(x.sum() for x in losses) * 3, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_of_inference_mode(dtype):
+    """A teacher's forward, and whatever else has no gradient, may come of it; and a frozen head."""
+    student, teacher, hidden, weight, labels, listed = made = given(dtype)
+    normal = [x.clone() for x in (teacher, labels)]
+    lists = listed._replace(ids=listed.ids.clone(), log_probs=listed.log_probs.clone())
+    got = results_of(every_loss(*made, token_weight=labels + 1), (student, hidden, weight))
+    want = results_of(every_loss(student, normal[0], hidden, weight, normal[1], lists, token_weight=normal[1] + 1),
+                      (student, hidden, weight))  # fmt: skip
+    assert all(map(torch.equal, got, want))
+    with torch.inference_mode():
+        head = torch.randn(41, D).to(dtype)
+    frozen = [fk.log_probs(hidden, w, labels) + fk.linear_cross_entropy(hidden, w, labels, reduction="none")
+              for w in (head, head.clone())]  # fmt: skip
+    assert torch.equal(*(torch.autograd.grad(x.sum() * 3, hidden)[0] for x in frozen))
+
+
 def test_no_default_of_torch_s_is_asked(backend):
     made = given()
     inputs = made[0], made[2], made[3]
@@ -842,3 +861,55 @@ def test_no_default_of_torch_s_is_asked(backend):
             got = results_of(every_loss(*made, backend=backend), inputs)
             assert fk.FDivergenceLoss(square)(*made[:2]).isfinite()
         assert all(map(torch.equal, got, want))
+
+
+AUTOGRAD = torch.autograd.functional
+#: What asks for derivatives that are not made, of a loss (...) at x; the error, and a part of its message.
+DERIVATIVES = {
+    "grad": (lambda loss, x: torch.func.grad(lambda y: loss(y).sum())(x), NotImplementedError, ": torch.func"),
+    "func.jvp": (lambda loss, x: torch.func.jvp(loss, (x,), (x,)), NotImplementedError, ": torch.func"),
+    "vmap": (lambda loss, x: torch.func.vmap(loss)(torch.stack((x, x))), NotImplementedError, ": torch.func"),
+    "dual": (lambda loss, x: loss(forward_ad.make_dual(x, x)), NotImplementedError, "forward-mode AD do not reach"),
+    "forward": (lambda loss, x: AUTOGRAD.jacobian(loss, x, strategy="forward-mode", vectorize=True), NotImplementedError,
+                "forward-mode AD do not reach"),
+    "vectorize": (lambda loss, x: AUTOGRAD.jacobian(loss, x, vectorize=True), NotImplementedError, "one upstream gradient"),
+    "hessian": (lambda loss, x: AUTOGRAD.hessian(lambda y: loss(y).sum(), x), RuntimeError, "no second derivative"),
+    "jvp": (lambda loss, x: AUTOGRAD.jvp(loss, x, x), RuntimeError, "no second derivative"),
+    "hvp": (lambda loss, x: AUTOGRAD.hvp(lambda y: loss(y).sum(), x, x), RuntimeError, "no second derivative"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_that_are_not_made_are_refused(name):
+    """No zeros, and none left out of a sum, wherever one is asked for."""
+    student, teacher, hidden, weight, labels, listed = (x.clone() if torch.is_tensor(x) else x for x in given())
+    student, hidden, weight = student.detach(), hidden.detach(), weight.detach()
+    of_logits = [lambda x, i=i: every_loss(x, teacher, hidden, weight, labels, listed)[i] for i in (0, 1, 2, 5, 6, 8)]
+    of_hidden = [lambda x, i=i: every_loss(student, teacher, x, weight, labels, listed)[i] for i in (3, 4, 7, 9)]
+    ask, error, words = DERIVATIVES[name]
+    for losses, x in ((of_logits, student), (of_hidden, hidden)):
+        for loss in losses:
+            assert AUTOGRAD.jacobian(loss, x).isfinite().all()
+            with (
+                forward_ad.dual_level() if name == "dual" else contextlib.nullcontext(),
+                pytest.raises(error, match=words),
+            ):
+                ask(loss, x)
+
+
+def test_views_that_are_negated_when_they_are_read():
+    hidden = torch.randn(N, D)
+    for name, call in {
+        "student_logits": lambda x: fk.f_divergence(x, torch.randn(N, V)),
+        "linear_weight": lambda x: fk.linear_cross_entropy(hidden, x[:, :D], torch.zeros(N).long()),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} is a view that is negated when it is read"):
+            call(torch._neg_view(torch.randn(N, V)))
+
+
+@pytest.mark.parametrize("size", [1e20, -1e25, 1e4, 1e-20, -1e-22])
+def test_log_sum_exp_where_its_square_is_lost(size):
+    x = torch.full((2, 4), size, requires_grad=True)
+    for some, each in ((x, 0.25), (x[:, :1], 1.0)):
+        (got,) = torch.autograd.grad(fk.log_sum_exp(some).sum(), some)
+        torch.testing.assert_close(got, torch.full_like(some, each))
