@@ -145,6 +145,9 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
         near = difflib.get_close_matches(divergence.lower(), TABLE, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(TABLE)}"
         raise ValueError(f"unknown divergence {divergence!r}; {hint}")
+    if isinstance(divergence, type) or any(divergence is make for make, _ in PARAMETERS.values()):
+        name = divergence.__name__  # type: ignore[union-attr]
+        raise TypeError(f"divergence is {name} itself: call it, as in {name}(...)")
     if callable(divergence):
         return FDivergence(divergence)
     raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")

@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import pickle
+import types
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, RowCall, Teacher, TokenTerms, Wants
 from fdistill_kernels.carried import flat
+from fdistill_kernels.integrations.transformers import causal_loss
 from fdistill_kernels.reference import f_divergence_rows
 
 from .conftest import reference, relative
@@ -747,6 +749,7 @@ def test_nothing_of_any_layout():
     fk.f_divergence(empty, torch.zeros(2, 0, 9)).backward()
     assert empty.grad.shape == empty.shape
     assert fk.cross_entropy(torch.zeros(2, 5, 0), torch.zeros(2, 0).long()) == 0
+    assert causal_loss(types.SimpleNamespace(logits=torch.zeros(2, 0, 9)), torch.zeros(2, 0).long()) == 0
     x, head, weight, target = torch.randn(6, 8), torch.randn(13, 2, 8), torch.rand(13), torch.randint(13, (6, 2))
     want = fk.linear_cross_entropy(x, head, target, weight=weight)
     for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -907,9 +910,24 @@ def test_views_that_are_negated_when_they_are_read():
             call(torch._neg_view(torch.randn(N, V)))
 
 
+def test_float64_stays_so_under_autocast():
+    hidden, weight, teacher, teacher_weight = (x.detach() for x in heads(dtype=torch.float64))
+    want = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fk.linear_f_divergence(hidden, weight, teacher, teacher_weight) == want
+
+
 @pytest.mark.parametrize("size", [1e20, -1e25, 1e4, 1e-20, -1e-22])
 def test_log_sum_exp_where_its_square_is_lost(size):
     x = torch.full((2, 4), size, requires_grad=True)
     for some, each in ((x, 0.25), (x[:, :1], 1.0)):
         (got,) = torch.autograd.grad(fk.log_sum_exp(some).sum(), some)
         torch.testing.assert_close(got, torch.full_like(some, each))
+
+
+def test_makers_are_not_what_they_make():
+    for given in (fk.Alpha, fk.TailAware, fk.FDivergence):
+        with pytest.raises(TypeError, match=rf"divergence is {given.__name__} itself: call it"):
+            fk.f_divergence(*models(), given)
+    with pytest.raises(ValueError, match="holds no head"):
+        fk.linear_cross_entropy(torch.randn(N, D), torch.randn(V, 0, D), torch.zeros(N, 0).long())
