@@ -123,9 +123,13 @@ def replaced(value: Value, **changes: Any) -> Value:
 
 
 def keep(ctx: Any, leaves: Sequence[Any]) -> None:
-    """Leaves for a backward pass; tensors as autograd wants them kept, which notices when they are changed."""
-    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in leaves])
-    ctx.plain = [None if isinstance(x, Tensor) else x for x in leaves]
+    """Leaves for a backward pass; tensors as autograd wants them kept, which notices when they are changed. Those of
+    inference mode, such as a teacher's, it does not take.
+    """
+    compiling = torch.compiler.is_compiling()
+    saved = [x if isinstance(x, Tensor) and (compiling or not x.is_inference()) else None for x in leaves]
+    ctx.save_for_backward(*saved)
+    ctx.plain = [x if tensor is None else None for x, tensor in zip(leaves, saved, strict=True)]
 
 
 def kept(ctx: Any) -> list[Any]:

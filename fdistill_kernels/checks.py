@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
@@ -25,10 +26,25 @@ def check_tensor(name: str, value: object, floating: bool = True) -> None:
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
-    if value.is_meta and not torch.compiler.is_compiling():
-        raise TypeError(f"{name} is on the meta device: it has a shape and no data")
+    if not torch.compiler.is_compiling():
+        _check_plain(name, value)
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, not {value.dtype}")
+
+
+def _check_plain(name: str, value: Tensor) -> None:
+    """Kernels read what memory holds, and know of nothing beside it."""
+    if value.is_meta:
+        raise TypeError(f"{name} is on the meta device: it has a shape and no data")
+    if value.is_neg():
+        raise TypeError(f"{name} is a view that is negated when it is read: give {name}.resolve_neg()")
+    functorch = torch._C._functorch
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    if dual or functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
+        raise NotImplementedError(
+            f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach into the fused losses; "
+            "batch by leading dimensions, differentiate with torch.autograd"
+        )
 
 
 def check_logits(name: str, logits: Tensor) -> None:

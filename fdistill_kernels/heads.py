@@ -62,7 +62,7 @@ def checked_head(
     checks.check_hidden(names[0], hidden)
     weight, bias = checks.check_head(names[1], head.weight, names[2], head.bias, hidden, vocab_size)
     head = Head(weight, bias, head.scale, head.softcap)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # which torch leaves alone, too
         dtype = torch.get_autocast_dtype(hidden.device.type)
         return hidden.to(dtype), head  # the head is cast later, so that its gradient stays in its own dtype
     for name, value in zip(names[1:], (weight, bias), strict=True):
@@ -236,6 +236,8 @@ def many_heads(
             checks.check_tensor(name, value, floating=False)
             if value.shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(value.shape)}")
+    if 0 in places:
+        raise ValueError(f"linear_weight of shape {tuple(weights.shape)} holds no head")
     soft = target.is_floating_point()
     wanted = (input.shape[0], *([weights.shape[0]] if soft else []), *places)
     if input.dim() != 2 or target.shape != wanted:

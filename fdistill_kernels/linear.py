@@ -13,7 +13,7 @@ from torch import Tensor
 from . import backends, chunks, scattered
 from .backends import sparse
 from .backends.rows import WHOLE, LinearCall, Path, Shard, Teacher, TokenTerms, Wants
-from .carried import built, flat, in_place_of, leaf, operator, replaced
+from .carried import built, flat, in_place_of, keep, kept, leaf, operator, replaced
 from .divergences import Divergence
 from .tokens import divergence_of, graph_is_kept, has_metrics, of_parts, once, reduced, token_terms
 from .values import Head, LossTerms
@@ -107,12 +107,11 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: Any, per_row: bool, backend: str, *leaves: Any) -> Any:
         call, wants = built(LinearCall, leaves), _wants(ctx)
         parts, *gradients = _rows(_detached(call, call.terms, Wants() if per_row else wants), backend)
-        head = call.head
-        ctx.dtypes = [None if x is None else x.dtype for x in (call.hidden, head.weight, head.bias)]
-        ctx.again = ctx.gradients = None
-        if per_row or call.shard.own_rows:
-            ctx.save_for_backward(call.hidden, head.weight, head.bias)
-            ctx.again = replaced(call, hidden=None, head=replaced(head, weight=None, bias=None)), backend
+        ctx.dtypes = _dtypes(call)
+        ctx.backend, ctx.group, ctx.again = backend, call.shard.group, per_row or call.shard.own_rows
+        ctx.gradients = None
+        if ctx.again:
+            keep(ctx, leaves)
             ctx.gradients = None if per_row else gradients
         elif torch.compiler.is_compiling():
             ctx.save_for_backward(call.terms.row_scale, *gradients)
@@ -128,18 +127,16 @@ class _LinearLoss(torch.autograd.Function):
         wants = _wants(ctx)
         if upstream is None:
             return (None, None, *in_place_of(LinearCall))
-        factor: Tensor | None = upstream.detach()
+        factor: Any = once(upstream)
         gradients: list[Any]
-        if ctx.again is not None and not _made_before(ctx, upstream):
-            (call, backend), (hidden, weight, bias) = ctx.again, ctx.saved_tensors
-            call = replaced(call, hidden=hidden, head=replaced(call.head, weight=weight, bias=bias))
+        if ctx.again and not (ctx.gradients is not None and scattered.same_factor(factor, ctx.group)):
+            call = built(LinearCall, kept(ctx))
             row_scale = call.terms.row_scale
             terms = replaced(call.terms, metrics=False, row_scale=torch.where(row_scale == 0, 0, row_scale * factor))
-            gradients = list(_rows(_detached(call, terms, wants), backend)[1:])
+            gradients = list(_rows(_detached(call, terms, wants), ctx.backend)[1:])
             factor = None
         else:
-            assert factor is not None
-            if ctx.again is None:
+            if not ctx.again:
                 live = (ctx.saved_tensors[0] != 0).any()
                 factor = torch.where(live, factor, 1)  # zeros stay, whatever comes for them
             gradients = _handed_over(ctx)
@@ -152,11 +149,9 @@ class _LinearLoss(torch.autograd.Function):
         return (None, None, *in_place_of(LinearCall, hidden=hidden, head_weight=weight, head_bias=bias))
 
 
-def _made_before(ctx: Any, upstream: Tensor) -> bool:
-    """Whether gradients from the forward pass are the right ones: a head's, of several ranks' losses, are if they all
-    get the same factor.
-    """
-    return ctx.gradients is not None and scattered.same_factor(upstream.detach(), ctx.again[0].shard.group)
+def _dtypes(call: LinearCall) -> list[Any]:
+    """Of hidden states, weight and bias."""
+    return [None if x is None else x.dtype for x in (call.hidden, call.head.weight, call.head.bias)]
 
 
 def _wants(ctx: Any, before: int = 2) -> Wants:
@@ -174,28 +169,26 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, backend: str, *leaves: Any) -> tuple[Tensor, Tensor]:
         call = built(LinearCall, leaves)
         parts, *_ = _rows(_detached(call, call.terms, Wants()), backend)
-        head = call.head
-        ctx.save_for_backward(call.hidden, head.weight, head.bias)
-        ctx.again = replaced(call, hidden=None, head=replaced(head, weight=None, bias=None)), backend
+        keep(ctx, leaves)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         return -parts[1], parts[0].clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         wants = _wants(ctx, 1)
-        (call, backend), (hidden, weight, bias) = ctx.again, ctx.saved_tensors
+        call = built(LinearCall, kept(ctx))
         live = call.terms.row_scale != 0
         of_label, of_entropy = (
-            torch.zeros_like(call.terms.row_scale) if g is None else torch.where(live, g.detach(), 0) for g in upstream
+            torch.zeros_like(call.terms.row_scale) if g is None else torch.where(live, once(g), 0) for g in upstream
         )
         size = torch.maximum(of_label.abs(), of_entropy.abs())  # in the row's factor, which no dtype lets underflow
         share = torch.where(size == 0, 1, size)
         terms = replaced(call.terms, row_scale=size, cross_entropy_scale=-of_label / share,
                          divergence_scale=of_entropy / share)  # fmt: skip
-        call = replaced(call, hidden=hidden, head=replaced(call.head, weight=weight, bias=bias))
-        gradients = _rows(_detached(call, terms, wants), backend)[1:]
-        inputs = zip(gradients, (hidden, weight, bias), wants, strict=True)
-        found = [_rounded(g, None, x.dtype) if want else None for g, x, want in inputs]
+        gradients = _rows(_detached(call, terms, wants), ctx.backend)[1:]
+        every = zip(gradients, _dtypes(call), wants, strict=True)
+        found = [_rounded(g, None, dtype) if want else None for g, dtype, want in every]
         return (None, *in_place_of(LinearCall, hidden=found[0], head_weight=found[1], head_bias=found[2]))
 
 
@@ -220,7 +213,7 @@ def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Ten
         gradient = gradient * factor
     elif factor is not None and not (factor.device.type == "cpu" and bool(factor == 1)):
         gradient = gradient.mul_(factor)
-    return once(gradient.to(dtype))
+    return gradient.to(dtype)
 
 
 def _handed_over(ctx: Any) -> list[Any]:

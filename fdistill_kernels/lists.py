@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, products
 from .backends.rows import capped
-from .heads import checked_head
+from .heads import checked_head, head_of, logits_of
 from .sparse import TAILS, TopK
 from .tokens import TEMPERATURES
 from .values import Hidden, Logits
@@ -124,7 +124,8 @@ def _union(one: Tensor, other: Tensor) -> Tensor:
 def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
     """The logits' shape, and pieces of their rows in float32 (float64), capped."""
     if isinstance(model, Hidden):
-        states, head = checked_head(model.states, model.head, (f"{name}.states", f"{name}.head", f"{name}.bias"), None)
+        head = head_of(f"{name}.head", model.head, bias=None, scale=None, softcap=None)
+        states, head = checked_head(model.states, head, (f"{name}.states", f"{name}.head", f"{name}.bias"), None)
         size, flat = head.weight.shape[0], states.detach().reshape(-1, states.shape[-1])
         shape = torch.Size((*states.shape[:-1], size))
 
@@ -135,7 +136,7 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
                 yield capped(_wide(out), head.softcap)
 
         return shape, of_states()
-    values, cap = model if isinstance(model, Logits) else (model, None)
+    values, cap = logits_of(name, model, "", None)
     checks.check_logits(name, values)
     pieces = values.detach().reshape(-1, values.shape[-1]).split(max(1, PIECE // values.shape[-1]))
     return values.shape, (capped(_wide(x), cap) for x in pieces)

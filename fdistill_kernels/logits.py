@@ -141,7 +141,7 @@ class _RowsLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *in_place_of(RowCall))
         of_student, of_teacher, power, row_scale, *leaves = kept(ctx)
-        upstream = upstream.detach()
+        upstream = once(upstream)
         if ctx.later or (ctx.again and not is_power_of_two(upstream)):
             call = built(RowCall, leaves)
             scale = torch.where(row_scale == 0, 0, row_scale * upstream)  # rounded once, the factor included
@@ -155,7 +155,7 @@ class _RowsLoss(torch.autograd.Function):
             factor, masked = upstream if power is None else upstream * power, None if ctx.every_row else row_scale
             gradients = [scaled(g, factor, masked) if want else g
                          for g, want in zip((of_student, of_teacher), wants, strict=True)]  # fmt: skip
-        student, teacher = (once(g) if want else None for g, want in zip(gradients, wants, strict=True))
+        student, teacher = (g if want else None for g, want in zip(gradients, wants, strict=True))
         return (None, None, None, *in_place_of(RowCall, student=student, teacher=teacher))
 
 
@@ -189,11 +189,11 @@ class _SplitLogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, value = ctx.saved_tensors
-        scale, begin, pieces = upstream.reshape(-1), 0, []
+        scale, begin, pieces = once(upstream).reshape(-1), 0, []
         for z in _in_pieces(logits):
             some = slice(begin, begin := begin + len(z))
-            pieces.append(_scaled_softmax(z, ctx.cap, value[some], scale[some]))
-        return once(torch.cat(pieces).view(logits.shape) if pieces else torch.zeros_like(logits)), None, None
+            pieces.append(_scaled_softmax(z, ctx.cap, scale[some], value[some]))
+        return torch.cat(pieces).view(logits.shape) if pieces else torch.zeros_like(logits), None, None
 
 
 def _in_pieces(logits: Tensor) -> tuple[Tensor, ...]:
@@ -216,18 +216,19 @@ class _LogSumExp(torch.autograd.Function):
         at_top = capped(at_top, cap)
         value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
         of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
-        # near 0 its sign is rounding; a copy of the value, which may be changed in place
-        ctx.save_for_backward(logits, value.clone(), torch.where(value.abs() > 1e-4 * at_top.abs(), of_kernel, 0))
+        size = value.abs()  # near 0 its sign is rounding; of the ends float32 does not hold the square
+        held = (size > 1e-4 * at_top.abs()) & (size > 1e-18) & (size < 1e18)
+        keep(ctx, (logits, torch.where(held, of_kernel, 0)))
         ctx.call = cap, backend
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, value, lse = ctx.saved_tensors
-        (cap, backend), scale, value, lse = ctx.call, upstream.reshape(-1), value.reshape(-1), lse.reshape(-1)
+        logits, lse = kept(ctx)
+        (cap, backend), scale, lse = ctx.call, once(upstream).reshape(-1), lse.reshape(-1)
         flat_logits = logits.detach().reshape(-1, logits.shape[-1])
         if torch.compiler.is_compiling():  # which makes one kernel of it
-            return once(_scaled_softmax(flat_logits, cap, value, scale).view(logits.shape)), None, None
+            return _scaled_softmax(flat_logits, cap, scale).view(logits.shape), None, None
         ones, labels = torch.ones_like(scale), torch.zeros_like(scale, dtype=torch.long)
         # 2 lse softmax is the kernel's gradient of lse^2
         terms = TokenTerms(scale, ones, ones, ones, 0 * ones, 0.5 / lse, labels, None, None, 0.0)
@@ -235,11 +236,12 @@ class _LogSumExp(torch.autograd.Function):
         gradient = backends.divergence_rows(call, backend)[1].view(flat_logits.shape)
         few = (lse == 0).nonzero().squeeze(1)
         if len(few):  # as of normalised logits
-            gradient[few] = _scaled_softmax(flat_logits[few], cap, value[few], scale[few])
-        return once(gradient.view(logits.shape)), None, None
+            gradient[few] = _scaled_softmax(flat_logits[few], cap, scale[few])
+        return gradient.view(logits.shape), None, None
 
 
-def _scaled_softmax(logits: Tensor, cap: float | None, lse: Tensor, scale: Tensor) -> Tensor:
-    """The softmax of rows of logits, capped or not, times each row's factor."""
-    z = capped(logits.to(lse.dtype), cap)
-    return ((z - lse.unsqueeze(1)).exp() * cap_slope(z, cap) * scale.unsqueeze(1)).to(logits.dtype)
+def _scaled_softmax(logits: Tensor, cap: float | None, scale: Tensor, lse: Tensor | None = None) -> Tensor:
+    """The softmax of rows of logits, capped or not, times each row's factor; by the lse of more than is here."""
+    z = capped(logits.to(scale.dtype), cap)
+    q = z.softmax(1) if lse is None else (z - lse.unsqueeze(1)).exp()
+    return (q * cap_slope(z, cap) * scale.unsqueeze(1)).to(logits.dtype)

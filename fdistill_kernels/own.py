@@ -107,7 +107,8 @@ def autograd_inside_an_operator() -> Any:
 
 
 def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:
-    t = torch.cat([torch.logspace(-3, 0, 301, dtype=torch.float64), torch.logspace(0, 3, 301, dtype=torch.float64)[1:]])
+    t = torch.logspace(-3, 0, 301, dtype=torch.float64, device="cpu")  # whatever device models are being made on
+    t = torch.cat([t, 1 / t.flip(0)[1:]])
     with torch.inference_mode(False), torch.enable_grad():
         u = t.log().clone().requires_grad_()
         value = generator(u)
@@ -144,6 +145,9 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
         near = difflib.get_close_matches(divergence.lower(), TABLE, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(TABLE)}"
         raise ValueError(f"unknown divergence {divergence!r}; {hint}")
+    if isinstance(divergence, type) or any(divergence is make for make, _ in PARAMETERS.values()):
+        name = divergence.__name__  # type: ignore[union-attr]
+        raise TypeError(f"divergence is {name} itself: call it, as in {name}(...)")
     if callable(divergence):
         return FDivergence(divergence)
     raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")

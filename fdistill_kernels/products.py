@@ -93,7 +93,7 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
     """``scale·gradient weight``: (n, V), (V, D) to (n, D), in float32 where the product is summed so."""
     if _native(gradient):
         parts = max(1, min(torch.get_num_threads(), -(-weight.shape[0] // TILE)))
-        sums = torch.zeros(parts, gradient.shape[0], weight.shape[1])
+        sums = gradient.new_zeros(parts, gradient.shape[0], weight.shape[1], dtype=torch.float32)
         _run("hidden_gradient", gradient, weight, float(scale), sums.flatten(0, 1), parts)
         return sums.sum(0)
     product = gradient.new_empty(gradient.shape[0], weight.shape[1])

@@ -22,7 +22,7 @@ from . import checks
 from .backends import sharded
 from .backends.collectives import Collectives
 from .backends.rows import LinearCall
-from .carried import built, flat, names_of
+from .carried import built, flat, names_of, replaced
 from .parallel import VocabShard, is_dtensor, scattered_shard
 from .sparse import TopK
 from .values import Head, Hidden
@@ -115,7 +115,7 @@ def whole(head: Head) -> Head:
     """All of a head that is a DTensor, differentiable: its gradient is the mean of the ranks'. Another is as it is."""
     tensors: tuple[Any, ...] = (head.weight, head.bias)
     weight, bias = (_Whole.apply(x) if is_dtensor(x) else x for x in tensors)
-    return head._replace(weight=weight, bias=bias)
+    return replaced(head, weight=weight, bias=bias)
 
 
 class _Whole(torch.autograd.Function):

@@ -23,11 +23,6 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     Raises:
         ValueError, TypeError: one does not, by its name.
     """
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-        raise NotImplementedError(
-            "torch.func transforms (vmap, grad) do not reach into the fused losses; batch by leading dimensions, "
-            "differentiate with torch.autograd"
-        )
     checks.check_flag("temperature_squared", terms.temperature_squared)
     checks.check_number("ce_weight", terms.ce_weight)
     checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
@@ -259,12 +254,21 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def once(gradient: Tensor) -> Tensor:
-    """The gradient; under create_graph=True one that raises when it is differentiated in turn."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return gradient
-    message = b"fdistill_kernels: the fused losses have no second derivative (double backward)"
-    return torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
+def once(upstream: Tensor) -> Tensor:
+    """The upstream gradient, without a graph.
+
+    Raises:
+        RuntimeError: create_graph=True; a graph that lacked this loss would be differentiated without a word.
+        NotImplementedError: many gradients at once.
+    """
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused losses have no second derivative (double backward, create_graph=True)")
+        functorch = torch._C._functorch
+        if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
+            raise NotImplementedError("the fused losses take one upstream gradient at a time: no is_grads_batched, "
+                                      "vectorize or vmap of their backward pass")  # fmt: skip
+    return upstream.detach()
 
 
 def scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> Tensor:

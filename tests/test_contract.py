@@ -1,20 +1,24 @@
 """Never wrong, never silent: memory, values and copies at the borders of what may be given."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import io
 import math
 import pickle
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, RowCall, Teacher, TokenTerms, Wants
 from fdistill_kernels.carried import flat
+from fdistill_kernels.integrations.transformers import causal_loss
 from fdistill_kernels.reference import f_divergence_rows
 
 from .conftest import reference, relative
@@ -745,6 +749,7 @@ def test_nothing_of_any_layout():
     fk.f_divergence(empty, torch.zeros(2, 0, 9)).backward()
     assert empty.grad.shape == empty.shape
     assert fk.cross_entropy(torch.zeros(2, 5, 0), torch.zeros(2, 0).long()) == 0
+    assert causal_loss(types.SimpleNamespace(logits=torch.zeros(2, 0, 9)), torch.zeros(2, 0).long()) == 0
     x, head, weight, target = torch.randn(6, 8), torch.randn(13, 2, 8), torch.rand(13), torch.randint(13, (6, 2))
     want = fk.linear_cross_entropy(x, head, target, weight=weight)
     for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -793,3 +798,136 @@ def test_the_linear_operator_checks_for_itself(name):
     assert given.keys() > BAD_HEADS[name].keys()
     with pytest.raises(ValueError):
         OPERATORS.linear_rows(**(given | BAD_HEADS[name]))
+
+
+def every_loss(student, teacher, hidden, weight, labels, listed, backend="auto", **keywords):
+    """A loss of each kind: of logits, a list, hidden states and probabilities; those without terms of their own last."""
+    terms = dict(labels=labels, ce_weight=0.5, reduction="none", backend=backend, **keywords)
+    return (
+        fk.f_divergence(student, teacher, "akl", **terms), fk.f_divergence(student, listed, "js", **terms),
+        fk.f_divergence(student, listed._replace(tail="uniform"), "js", **terms),
+        fk.linear_f_divergence(hidden, weight, teacher, divergence="kl", **terms),
+        fk.linear_f_divergence(hidden, weight, hidden.detach(), weight.detach().roll(1, 0), "kl", memory="minimal",
+                               student_bias=weight[:, 0], **terms),
+        fk.cross_entropy(student, labels, backend=backend), fk.cross_entropy(student, teacher.softmax(-1), backend=backend),
+        fk.linear_cross_entropy(hidden, weight, labels, backend=backend), fk.log_sum_exp(student, backend=backend),
+        fk.log_probs(hidden, weight, labels, backend=backend),
+    )  # fmt: skip
+
+
+def given(dtype=torch.float32, n=3, v=41):
+    """The arguments of `every_loss`, the teacher's made in inference mode."""
+    student, hidden = (torch.randn(n, size).to(dtype).requires_grad_() for size in (v, D))
+    weight = torch.randn(v, D).to(dtype).requires_grad_()
+    with torch.inference_mode():
+        teacher, labels = torch.randn(n, v).to(dtype), torch.arange(n)
+        found = teacher.float().log_softmax(-1).topk(5)
+        return student, teacher, hidden, weight, labels, fk.TopK(found.indices, found.values)
+
+
+def results_of(losses, inputs):
+    """Losses, and the gradients of their sum with a factor that rounds."""
+    return *losses, *torch.autograd.grad(sum(x.sum() for x in losses) * 3, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_of_inference_mode(dtype):
+    """A teacher's forward, and whatever else has no gradient, may come of it; and a frozen head."""
+    student, teacher, hidden, weight, labels, listed = made = given(dtype)
+    normal = [x.clone() for x in (teacher, labels)]
+    lists = listed._replace(ids=listed.ids.clone(), log_probs=listed.log_probs.clone())
+    got = results_of(every_loss(*made, token_weight=labels + 1), (student, hidden, weight))
+    want = results_of(every_loss(student, normal[0], hidden, weight, normal[1], lists, token_weight=normal[1] + 1),
+                      (student, hidden, weight))  # fmt: skip
+    assert all(map(torch.equal, got, want))
+    with torch.inference_mode():
+        head = torch.randn(41, D).to(dtype)
+    frozen = [fk.log_probs(hidden, w, labels) + fk.linear_cross_entropy(hidden, w, labels, reduction="none")
+              for w in (head, head.clone())]  # fmt: skip
+    assert torch.equal(*(torch.autograd.grad(x.sum() * 3, hidden)[0] for x in frozen))
+
+
+def test_no_default_of_torch_s_is_asked(backend):
+    made = given()
+    inputs = made[0], made[2], made[3]
+    want = results_of(every_loss(*made, backend=backend), inputs)
+    for dtype in (torch.float64, torch.bfloat16):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            got = results_of(every_loss(*made, backend=backend), inputs)
+        finally:
+            torch.set_default_dtype(before)
+        assert all(map(torch.equal, got, want))
+    if backend in ("torch", "cpu"):
+        with torch.device("meta"):
+            got = results_of(every_loss(*made, backend=backend), inputs)
+            assert fk.FDivergenceLoss(square)(*made[:2]).isfinite()
+        assert all(map(torch.equal, got, want))
+
+
+AUTOGRAD = torch.autograd.functional
+#: What asks for derivatives that are not made, of a loss (...) at x; the error, and a part of its message.
+DERIVATIVES = {
+    "grad": (lambda loss, x: torch.func.grad(lambda y: loss(y).sum())(x), NotImplementedError, ": torch.func"),
+    "func.jvp": (lambda loss, x: torch.func.jvp(loss, (x,), (x,)), NotImplementedError, ": torch.func"),
+    "vmap": (lambda loss, x: torch.func.vmap(loss)(torch.stack((x, x))), NotImplementedError, ": torch.func"),
+    "dual": (lambda loss, x: loss(forward_ad.make_dual(x, x)), NotImplementedError, "forward-mode AD do not reach"),
+    "forward": (lambda loss, x: AUTOGRAD.jacobian(loss, x, strategy="forward-mode", vectorize=True), NotImplementedError,
+                "forward-mode AD do not reach"),
+    "vectorize": (lambda loss, x: AUTOGRAD.jacobian(loss, x, vectorize=True), NotImplementedError, "one upstream gradient"),
+    "hessian": (lambda loss, x: AUTOGRAD.hessian(lambda y: loss(y).sum(), x), RuntimeError, "no second derivative"),
+    "jvp": (lambda loss, x: AUTOGRAD.jvp(loss, x, x), RuntimeError, "no second derivative"),
+    "hvp": (lambda loss, x: AUTOGRAD.hvp(lambda y: loss(y).sum(), x, x), RuntimeError, "no second derivative"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_that_are_not_made_are_refused(name):
+    """No zeros, and none left out of a sum, wherever one is asked for."""
+    student, teacher, hidden, weight, labels, listed = (x.clone() if torch.is_tensor(x) else x for x in given())
+    student, hidden, weight = student.detach(), hidden.detach(), weight.detach()
+    of_logits = [lambda x, i=i: every_loss(x, teacher, hidden, weight, labels, listed)[i] for i in (0, 1, 2, 5, 6, 8)]
+    of_hidden = [lambda x, i=i: every_loss(student, teacher, x, weight, labels, listed)[i] for i in (3, 4, 7, 9)]
+    ask, error, words = DERIVATIVES[name]
+    for losses, x in ((of_logits, student), (of_hidden, hidden)):
+        for loss in losses:
+            assert AUTOGRAD.jacobian(loss, x).isfinite().all()
+            with (
+                forward_ad.dual_level() if name == "dual" else contextlib.nullcontext(),
+                pytest.raises(error, match=words),
+            ):
+                ask(loss, x)
+
+
+def test_views_that_are_negated_when_they_are_read():
+    hidden = torch.randn(N, D)
+    for name, call in {
+        "student_logits": lambda x: fk.f_divergence(x, torch.randn(N, V)),
+        "linear_weight": lambda x: fk.linear_cross_entropy(hidden, x[:, :D], torch.zeros(N).long()),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} is a view that is negated when it is read"):
+            call(torch._neg_view(torch.randn(N, V)))
+
+
+def test_float64_stays_so_under_autocast():
+    hidden, weight, teacher, teacher_weight = (x.detach() for x in heads(dtype=torch.float64))
+    want = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fk.linear_f_divergence(hidden, weight, teacher, teacher_weight) == want
+
+
+@pytest.mark.parametrize("size", [1e20, -1e25, 1e4, 1e-20, -1e-22])
+def test_log_sum_exp_where_its_square_is_lost(size):
+    x = torch.full((2, 4), size, requires_grad=True)
+    for some, each in ((x, 0.25), (x[:, :1], 1.0)):
+        (got,) = torch.autograd.grad(fk.log_sum_exp(some).sum(), some)
+        torch.testing.assert_close(got, torch.full_like(some, each))
+
+
+def test_makers_are_not_what_they_make():
+    for given in (fk.Alpha, fk.TailAware, fk.FDivergence):
+        with pytest.raises(TypeError, match=rf"divergence is {given.__name__} itself: call it"):
+            fk.f_divergence(*models(), given)
+    with pytest.raises(ValueError, match="holds no head"):
+        fk.linear_cross_entropy(torch.randn(N, D), torch.randn(V, 0, D), torch.zeros(N, 0).long())

@@ -52,7 +52,7 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
 
 def empty(like: Tensor, *sizes: int) -> Tensor:
     """An uninitialised tensor of like's dtype, in large pages, which fault less."""
-    fresh = torch.empty(sizes, dtype=like.dtype)
+    fresh = like.new_empty(sizes)
     LIBRARY.fdistill_cpu_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(fresh.nbytes))
     return fresh
 
@@ -63,7 +63,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     fresh = call.student_gradient and not call.inplace
     of_student = empty(student, *student.shape) if fresh else student.new_empty(0)
     of_teacher = empty(student, *student.shape) if call.teacher_gradient else student.new_empty(0)
-    parts = torch.empty(call.parts, call.terms.row_scale.shape[0])
+    parts = call.terms.row_scale.new_empty(call.parts, call.terms.row_scale.shape[0])
     symbol, task, _held = row_task(
         call, (of_student if fresh else student) if call.student_gradient else None,
         of_teacher if call.teacher_gradient else None, parts,
@@ -80,7 +80,7 @@ def rest_statistics(
     student: Tensor, softcap: float | None, row_scale: Tensor, rate: Tensor, ids: Tensor, plain: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.rest_statistics`."""
-    found = torch.empty(3, len(rate))
+    found = rate.new_empty(3, len(rate))
     _run_rest(student, softcap, row_scale, rate, ids, plain, statistics=found.data_ptr())
     top, log_rest, plain_rest = found
     return top, log_rest, plain_rest

@@ -185,7 +185,7 @@ def _warn(name: str, reason: str) -> None:
 
 def next_tokens(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
     """Labels of each position's next token; none at the end."""
-    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def causal_loss(

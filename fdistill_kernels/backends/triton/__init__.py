@@ -239,7 +239,7 @@ def _coefficients(call: RowCall, terms: TokenTerms, launch: Any) -> Tensor:
 
     divergence = call.divergence
     assert divergence is not None and divergence.statistics is not None and divergence.kernel is not None
-    coefficients = torch.empty(row_statistics.COEFFICIENTS.value + 1, len(terms.row_scale), device=call.student.device)
+    coefficients = terms.row_scale.new_empty(row_statistics.COEFFICIENTS.value + 1, len(terms.row_scale))
     sums, of_sums = row_terms.STATISTICS[divergence.kernel]
     by = row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT
     _look(row_statistics.row_statistics_kernel, call, terms, launch, coefficients=coefficients, **constants(divergence),
@@ -277,7 +277,7 @@ def rest_statistics(
     """As `chunked.rest_statistics`."""
     from .kernels.rest import rest_statistics_kernel
 
-    vocabulary, found = student.shape[2], torch.empty(3, len(rate), device=student.device)
+    vocabulary, found = student.shape[2], rate.new_empty(3, len(rate))
     marks = _marks(ids, vocabulary)
     _over_rows(rest_statistics_kernel, student, row_scale, marks=marks, statistics=found, rates=rate,
                words=marks.shape[1], cap=softcap or None, PLAIN=plain)  # fmt: skip
@@ -332,7 +332,7 @@ def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
     from .kernels.rows import PARTIALS
     from .kernels.statistics import LOWEST
 
-    partials = torch.zeros(PARTIALS, rows, splits, device=device)
+    partials = torch.zeros(PARTIALS, rows, splits, dtype=torch.float32, device=device)
     partials[0] = partials[4] = LOWEST.value
     partials[1] = partials[2] = partials[5] = -1  # sums less the 1 of their maximum
     partials[6:8] = -torch.inf

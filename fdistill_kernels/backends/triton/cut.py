@@ -62,7 +62,7 @@ class _Sweeps:
             call = call._replace(terms=terms._replace(row_scale=mantissa))
         self.call = call
         self.rows, self.vocabulary = call.hidden.shape[0], call.head.weight.shape[0]
-        self.facts = torch.zeros(len(FACTS), self.rows, device=call.hidden.device)
+        self.facts = terms.row_scale.new_zeros(len(FACTS), self.rows)
         self.fact = dict(zip(FACTS, self.facts, strict=True))
         self.student = _Model(call.hidden, call.head)
         self.teacher = None
@@ -91,7 +91,7 @@ class _Sweeps:
         call, parts = self.call, self.parts()
         of_hidden, of_weight = (torch.empty_like(x) if want else x.new_empty(0) for x, want in (
             (call.hidden, call.wants.hidden), (call.head.weight, call.wants.weight)))  # fmt: skip
-        of_bias = torch.zeros(_blocks(self.vocabulary) * BLOCK if call.wants.bias else 0, device=call.hidden.device)
+        of_bias = self.facts.new_zeros(_blocks(self.vocabulary) * BLOCK if call.wants.bias else 0)
         if call.wants.hidden:
             self.hidden_gradient(of_hidden)
         if call.wants.weight or call.wants.bias:
@@ -112,7 +112,7 @@ class _Sweeps:
 
     def statistics(self) -> Tensor:
         """Sweep 1, into facts; the label's logit of each row."""
-        call, terms, fact = self.call, self.call.terms, self.fact
+        terms, fact = self.call.terms, self.fact
         plain = self.teacher is not None and terms.labels is not None
         ones = torch.ones_like(terms.row_scale)
         rates = terms.student_inverse_temperature if self.teacher else ones
@@ -123,7 +123,7 @@ class _Sweeps:
             if head is None:
                 continue
             of_student = name == "student"
-            partials = torch.empty(4, self.splits, self.rows, device=call.hidden.device)
+            partials = self.facts.new_empty(4, self.splits, self.rows)
             statistics_kernel[self.grid](
                 head.hidden, head.weight, head.bias, terms.row_scale, rate, terms.labels if of_student else None,
                 partials, self.rows, self.vocabulary, *head.shape, self.span, PLAIN=plain and of_student,
@@ -146,7 +146,7 @@ class _Sweeps:
         """Sweep 2: D of each row, S into facts, Σ w·log q for label smoothing, and which tiles are live."""
         if self.teacher is None and not self.smoothed and self.live is None:
             return self.facts.new_zeros(self.rows), self.facts.new_zeros(self.rows)
-        partials = torch.empty(3, self.splits, self.rows, device=self.facts.device)
+        partials = self.facts.new_empty(3, self.splits, self.rows)
         self.tiles(TOTALS, partials=partials)(self.grid, span=self.span, first_row=0, first_entry=0, gradient_stride=0)
         divergence, weight, linear = partials.sum(1)
         if self.call.divergence is not None and not self.call.divergence.centred:
@@ -211,7 +211,7 @@ class _Sweeps:
         by_row, vertical = share is None, _blocks(self.vocabulary)
         width = other.shape[1]
         height = min(max(1, self.tiles_at_once // _blocks(width)), _blocks(across))
-        total = torch.empty(height * BLOCK, width, device=other.device)
+        total = self.facts.new_empty(height * BLOCK, width)
         buffer = other.new_empty(self.tiles_at_once * BLOCK * BLOCK)
         tiles = self.tiles(GRADIENT, gradient=buffer)
         multiply = _launch(
