@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from fdistill_kernels import demo
 from fdistill_kernels.provenance import provenance
@@ -115,10 +115,7 @@ def main() -> int:
         prepare(folder, text.train, demo.VOCABULARY, args.steps, teacher.model)
         for ranks in (1, world):
             begun = time.perf_counter()
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                port = free.getsockname()[1]
-            mp.spawn(_process, (ranks, port, folder, args.steps), nprocs=ranks)
+            mp.spawn(_process, (ranks, get_free_port(), folder, args.steps), nprocs=ranks)
             seconds[ranks] = time.perf_counter() - begun
         found = compared(folder, world)
     results = {

@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from accelerate.state import DistributedType, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
@@ -39,11 +39,8 @@ METHODS = {"kl": dict(gradient_accumulation_steps=2), "tvd": {}, "js": dict(beta
 def processes(world, work, *arguments, join=True):
     """work(rank, world, *arguments) in each of so many processes, forked of one that has imported all."""
     mp.get_context("forkserver").set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     return mp.start_processes(
-        _process, (world, port, work, arguments), nprocs=world, join=join, start_method="forkserver"
+        _process, (world, get_free_port(), work, arguments), nprocs=world, join=join, start_method="forkserver"
     )
 
 

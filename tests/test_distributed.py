@@ -2,12 +2,12 @@
 
 import json
 import os
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from datasets import Dataset
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from fdistill_kernels import cli
 from fdistill_kernels.divergences import TABLE
@@ -94,9 +94,7 @@ def worker(rank, folder, port, where):
 
 def test_two_processes_do_what_one_does(tmp_path):  # one test, so that they are started once
     make_files(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(get_free_port())
     with served(tmp_path, gpt2(64, seed=1)) as (where, server):
         mp.spawn(worker, (tmp_path, port, where), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
