@@ -22,6 +22,14 @@ WHOLE = ("uniform", "renormalize", "within")
 NO_SUMS = ("lk", "renyi", "akl", "entropy_gated", "tail_aware", "dkd", "csd")
 
 
+def checked_tail(tail: str) -> str:
+    """A tail of lists that are no samples."""
+    known = [t for t in TAILS if t != "sampled"]
+    if tail not in known:
+        raise ValueError(f"tail must be one of {', '.join(known)}, not {tail!r}")
+    return tail
+
+
 class TopK(NamedTuple):
     """A teacher's log-probabilities at K ids of each token, in place of its logits: a top-k list, or a sample.
 

@@ -1,5 +1,6 @@
 """A served teacher against the model behind the server, through every fault that a server and a network have."""
 
+import asyncio
 import contextlib
 import itertools
 import multiprocessing
@@ -544,6 +545,47 @@ def test_closing_never_hangs():
             teacher.targets([[1]], [[2]])
 
 
+def test_a_call_that_begins_while_another_thread_closes_is_told(monkeypatch):
+    with Server() as server:
+        teacher, real, failed = endpoint(server), asyncio.run_coroutine_threadsafe, []
+        closing = threading.Thread(target=teacher.close)
+
+        def slowly(work, loop):
+            if not closing.ident:
+                closing.start()
+                time.sleep(0.2)  # in which nothing is closed
+            return real(work, loop)
+
+        def ask():
+            try:
+                teacher.targets([[1]], [[2]])
+            except EndpointError as error:
+                failed.append(str(error))
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", slowly)
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(10)
+        closing.join(10)
+        assert not asking.is_alive() and not closing.is_alive() and "closed before it answered" in failed[0]
+
+
+def test_a_body_that_cannot_be_decoded_is_asked_for_again():
+    with Server(faults=itertools.chain([None] * PROBES, ["500"], itertools.repeat(None))) as server:
+
+        def garbled(handler, *_):
+            handler.send_response(200)
+            handler.send_header("Content-Encoding", "gzip")
+            handler.send_header("Content-Length", "4")
+            handler.end_headers()
+            handler.wfile.write(b"what")
+
+        server.broken = garbled
+        with endpoint(server, retries=1) as teacher:
+            check(teacher.targets([[1]], [[2]]), server.model, [[1]], [[2]])
+        assert server.asked[1, 2] == 2
+
+
 def test_a_reply_that_trickles_is_timed_as_a_whole():
     with Server(faults=itertools.chain([None] * PROBES, itertools.repeat("500"))) as server:
 
@@ -599,6 +641,9 @@ def test_hidden_states_that_cannot_be_had(tmp_path):
             pytest.raises(EndpointError, match="outside of"),
         ):
             teacher.targets([[1]], [[2]])
+        refused = pytest.raises(EndpointError, match="2 layers, of which layer=2")
+        with endpoint(server, states_folder=tmp_path, layer=2, **how) as teacher, refused:
+            teacher.targets([[1]], [[2]])
         how["head"] = Head(model.weight[:, :4])
         with (
             endpoint(server, states_folder=tmp_path, **how) as teacher,
@@ -615,8 +660,9 @@ def test_arguments():
     ):
         with pytest.raises(ValueError, match=says):
             Endpoint("http://localhost:1", **{"vocabulary": V, **wrong})
-    with pytest.raises(ValueError, match="http"):
-        Endpoint("localhost:1", vocabulary=V)
+    for url in ("localhost:1", "http://", "http:///v1", "http://localhost:80a", "ftp://localhost"):
+        with pytest.raises(ValueError, match=f"must begin with http:// .*{url}"):
+            Endpoint(url, vocabulary=V)
     with Server() as server, endpoint(server) as teacher:
         with pytest.raises(ValueError, match="sequence 1 has an empty prompt"):
             teacher.targets([[1], []], [[2], [3]])

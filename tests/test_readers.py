@@ -75,6 +75,8 @@ def test_vllm_replies(tmp_path):
     plain = [{"prompt_token_ids": c["prompt_token_ids"], "prompt_logprobs": [None, *({i: e["logprob"] for i, e in row.items()}
               for row in c["prompt_logprobs"][1:])]} for (c,) in (w["choices"] for w in whole)]  # fmt: skip
     check(readers.vllm_replies(lines(tmp_path / "c.jsonl", plain), **HOW), SEQUENCES, [1] * 4)
+    several = [{"choices": [c for w in some for c in w["choices"]]} for some in (whole[:3], whole[3:])]  # of 3 prompts
+    check(readers.vllm_replies(lines(tmp_path / "d.jsonl", several), **HOW), SEQUENCES, [1] * 4)
 
 
 def test_sglang_replies(tmp_path):
@@ -99,6 +101,9 @@ def first(choice):
     (lambda c: c["prompt_logprobs"].__setitem__(2, None), "another form"),
     (lambda c: c["prompt_logprobs"].__setitem__(2, {"5": {"logprob": -0.1, "rank": 1}}), "1 ids of the 8"),
     (lambda c: c["prompt_logprobs"][2].update({"40": {"logprob": -20.0}}), r"outside \[0, 40\)"),
+    (lambda c: c["prompt_logprobs"][2].update({"-1": {"logprob": -20.0}}), r"outside \[0, 40\)"),
+    (lambda c: first(c).update(logprob=10**400), "another form"),
+    (lambda c: c.update(prompt_token_ids=[5.5, *c["prompt_token_ids"][1:]]), "of torch.float32"),
     (lambda c: first(c).update(logprob=float("nan")), "NaN"), (lambda c: first(c).update(logprob="-1"), "another form"),
     (lambda c: first(c).update(logprob=-0.0001), "mass above 1"),
 ])  # fmt: skip
@@ -131,6 +136,11 @@ def test_other_lines_that_do_not_fit(tmp_path):
         list(readers.vllm_replies(path, **HOW))
     with pytest.raises(Misfit, match=r"a\.jsonl:1: a prompt of 5 tokens in a sequence of 5"):
         list(readers.vllm_replies(lines(path, vllm_lines()), prompt_length=5, **HOW))
+    path.write_bytes(json.dumps(vllm_lines()[0]).encode() + b'\n{"choices": "\xff"}')
+    with pytest.raises(Misfit, match=r"a\.jsonl:2: UnicodeDecodeError"):
+        list(readers.vllm_replies(path, **HOW))
+    with pytest.raises(TypeError, match="padding"):
+        readers.vllm_replies(path, padding=True, **HOW)  # at once, not with the first line
     for fault, says in (
         ("twice", "twice"),
         ("no_token", "other token ids"),
@@ -316,6 +326,10 @@ def test_distillkit_rows_that_do_not_fit(tmp_path):
     )
     pyarrow.parquet.write_table(legacy, tmp_path / "a" / "data_0.parquet")
     with pytest.raises(Misfit, match="older format keeps logits"):
+        list(readers.distillkit(tmp_path / "a"))
+    for path in (tmp_path / "a").glob("*.parquet"):
+        path.rename(path.with_suffix(".old"))
+    with pytest.raises(FileNotFoundError, match=r"no data_\*\.parquet"):
         list(readers.distillkit(tmp_path / "a"))
 
 

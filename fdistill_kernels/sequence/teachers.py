@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from .. import products
 from ..backends.rows import capped
-from ..sparse import TAILS, TopK
+from ..sparse import TopK, checked_tail
 from ..teachers import Endpoint, TeacherStore
 from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
@@ -481,14 +481,6 @@ class KeepAverage(TrainerCallback):
 def _tensors(model: Any) -> dict[str, Tensor]:
     """A model's parameters and buffers by name, those that are tied once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def checked_tail(tail: str) -> str:
-    """A tail of lists that are no samples."""
-    known = [t for t in TAILS if t != "sampled"]
-    if tail not in known:
-        raise ValueError(f"tail must be one of {', '.join(known)}, not {tail!r}")
-    return tail
 
 
 def _pad(model: Any) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import concurrent.futures
 import contextlib
 import email.utils
 import fcntl
@@ -25,16 +24,17 @@ import random
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..sparse import TAILS, TopK
+from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
-from .readers import Misfit, sglang_rows, vllm_rows
+from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
 from .store import MissingTargets, TeacherStore, _check, _settings
 
 if TYPE_CHECKING:
@@ -119,23 +119,33 @@ class Endpoint:
                              "are for a connector's states, files without the teacher's output norm")  # fmt: skip
         if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
             raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"the url must begin with http:// or https://: {url!r}")
-        self.model, self.vocabulary, self.k, self.store, self.kind = model, vocabulary, min(k, vocabulary), store, kind
-        self.timeout, self.retries, self.first_wait, self.short_rows = timeout, retries, first_wait, short_rows
-        self.head, self.norm, self.states_folder, self.layer, self.padded = head, norm, states_folder, layer, padded
-        if isinstance(store, TeacherStore):
-            known = store.settings
-            _check(store.folder, known, _settings(
-                self._stored_kind, vocabulary, self.k if head is None else None, known.get("log_probs", "float16"),
-                known.get("states", "bfloat16"), head and known.get("rank"), head, 1.0))  # fmt: skip
+        self.url, k = url.rstrip("/").removesuffix("/v1"), min(k, vocabulary)
+        try:
+            valid = (whole := httpx.URL(self.url)).scheme in ("http", "https") and whole.host
+        except httpx.InvalidURL:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"the url must begin with http:// or https:// and have a host, and a port of digits: {url!r}"
+            )
+        self.model, self.vocabulary, self.k, self.kind, self.timeout = model, vocabulary, k, kind, timeout
+        self.retries, self.first_wait, self.head, self.norm, self.layer = retries, first_wait, head, norm, layer
+        self.states_folder, self._lists = states_folder, Lists(k, vocabulary, short_rows, padded)
+        self._kept: dict[str, Any] = {"vocabulary": vocabulary, "kind": "top_k", "k": k}  # settings of its store
+        if head is not None:
+            states = str(head.weight.dtype).removeprefix("torch.")
+            self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
+        self.store, self._folder = store if isinstance(store, TeacherStore) else None, store
+        if self.store is not None:
+            free = {
+                n: v for n, v in self.store.settings.items() if n in (("states", "rank") if head else ("log_probs",))
+            }
+            _check(self.store.folder, self.store.settings, _settings(**{**self._kept, **free}))
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
-        self._broken = httpx.TransportError
-        self._places, self._opening = asyncio.Semaphore(concurrency), asyncio.Lock()
+        self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
         self._flying: dict[Pair, asyncio.Future[Any]] = {}
         self._claims: int | None = None
         self._about: dict[str, Any] | None = None  # what the list of models says
@@ -168,18 +178,18 @@ class Endpoint:
 
     def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> Callable[..., Any]:
         """Begins to ask, and returns what waits for `targets`, of another tail where one is given to it."""
-        _tail(tail)
+        checked_tail(tail)
         future = self._submit(self._batch(self._pairs(prompts, continuations)))
-        return lambda tail=tail: self._wait(future, _tail(tail))
+        return lambda tail=tail: self._wait(future, checked_tail(tail))
 
     def prefetch(
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
     ) -> Generator[tuple[Any, TopK | Hidden], None, None]:
         """Each batch (prompts, continuations, …) with its targets, while `ahead` further ones are on their way."""
-        return self._prefetched(batches, ahead, _tail(tail))
+        return self._prefetched(iter(batches), ahead, checked_tail(tail))
 
-    def _prefetched(self, batches: Iterable[Any], ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
-        source, on_the_way = iter(batches), collections.deque[tuple[Any, concurrent.futures.Future[Any]]]()
+    def _prefetched(self, source: Any, ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
+        on_the_way = collections.deque[tuple[Any, Future[Any]]]()
         try:
             while True:
                 for batch in itertools.islice(source, ahead + 1 - len(on_the_way)):
@@ -202,7 +212,7 @@ class Endpoint:
         """
         if sampling.beams:
             raise ValueError("a server is asked for samples, not for beams")
-        pairs = self._pairs(prompts, [()] * len(prompts), whole=False)
+        pairs = self._pairs(prompts, [()] * len(prompts))
 
         async def all_of_them() -> list[Tensor]:
             await self._open()
@@ -212,16 +222,18 @@ class Endpoint:
 
     def close(self) -> None:
         """Calls off what is on its way; whoever waits for it gets an error. What has come is in the store."""
-        if self._closed:
+        if os.getpid() != self._process:
             return
-        self._closed = True
-        if os.getpid() == self._process:
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
             asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-            self._thread.join(timeout=10)
-            if not self._thread.is_alive():
-                self._loop.close()
-            if self._claims is not None:
-                os.close(self._claims)
+        self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()
+        if self._claims is not None:
+            os.close(self._claims)
 
     def __enter__(self) -> Endpoint:
         return self
@@ -231,16 +243,18 @@ class Endpoint:
 
     # Between the caller's thread and the loop's
 
-    def _submit(self, work: Any) -> concurrent.futures.Future[Any]:
-        if self._closed or os.getpid() != self._process:
-            work.close()
-            raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        if os.getpid() == self._process:
+            with self._gate:  # what is submitted before `close` is there to be called off by it
+                if not self._closed:
+                    return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
 
-    def _wait(self, future: concurrent.futures.Future[Any], tail: str = "") -> Any:
+    def _wait(self, future: Future[Any], tail: str = "") -> Any:
         try:
             found = future.result()
-        except concurrent.futures.CancelledError as error:
+        except CancelledError as error:
             raise EndpointError(f"the endpoint at {self.url} was closed before it answered") from error
         finally:
             future.cancel()  # where the caller was interrupted
@@ -254,7 +268,7 @@ class Endpoint:
         await self._client.aclose()
         self._loop.call_soon(self._loop.stop)
 
-    def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids], whole: bool = True) -> list[Pair]:
+    def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Pair]:
         pairs = []
         for number, pair in enumerate(zip(prompts, continuations, strict=True)):
             try:
@@ -263,18 +277,19 @@ class Endpoint:
                 )
             except TypeError as error:
                 raise ValueError(f"sequence {number} has ids that are no integers: {error}") from error
-            pairs.append((prompt, continuation))
             if not prompt:
                 raise ValueError(f"sequence {number} has an empty prompt: nothing predicts its first token")
             if not all(0 <= i < self.vocabulary for i in (*prompt, *continuation)):
                 raise ValueError(f"sequence {number} has ids outside [0, {self.vocabulary})")
-        return [pair for pair in pairs if pair[1] or not whole]
+            pairs.append((prompt, continuation))
+        return pairs
 
     # Batches, on the loop
 
     async def _batch(self, pairs: list[Pair]) -> TopK | Hidden:
         """The rows of all pairs; those that another batch is asking for are waited for."""
         await self._open()
+        pairs = [pair for pair in pairs if pair[1]]
         rows: dict[Pair, Any] = {}
         while True:
             while wanted := [pair for pair in dict.fromkeys(pairs) if pair not in rows]:
@@ -284,10 +299,10 @@ class Endpoint:
                 flying = {pair: self._flying[pair] for pair in wanted}
                 await asyncio.wait(flying.values())
                 rows.update({pair: f.result() for pair, f in flying.items() if not f.cancelled()})  # else they are mine
-            if self._store is None or not pairs:
+            if self.store is None or not pairs:
                 return self._together([rows[pair] for pair in pairs])
             try:
-                return self._store.targets([p for p, _ in pairs], [c for _, c in pairs])
+                return self.store.targets([p for p, _ in pairs], [c for _, c in pairs])
             except MissingTargets as error:  # a shard was found damaged when it was read: its sequences are asked again
                 for index in error.indices:
                     rows.pop(pairs[index], None)
@@ -295,9 +310,8 @@ class Endpoint:
     def _together(self, rows: list[Any]) -> TopK | Hidden:
         if self.head is not None:
             return Hidden(torch.cat([self.head.weight[:0], *rows]), self.head)
-        none = TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k))
-        ids, log_probs = zip(*((row.ids, row.log_probs) for row in (none, *rows)), strict=True)
-        return TopK(torch.cat(ids), torch.cat(log_probs))
+        rows = [TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k)), *rows]
+        return TopK(torch.cat([row.ids for row in rows]), torch.cat([row.log_probs for row in rows]))
 
     async def _scored(self, pairs: list[Pair]) -> dict[Pair, Any]:
         """Asks for pairs that no other batch of this process is asking for; with a store they are in it then."""
@@ -307,9 +321,9 @@ class Endpoint:
         try:
             async with self._claimed(pairs):
                 missing = pairs
-                if self._store is not None:
-                    self._store.refresh()
-                    missing = [pairs[i] for i in self._store.missing(pairs)]
+                if self.store is not None:
+                    self.store.refresh()
+                    missing = [pairs[i] for i in self.store.missing(pairs)]
                     made.update(dict.fromkeys(set(pairs) - set(missing)))
                 if missing:
                     await self._try()
@@ -332,10 +346,10 @@ class Endpoint:
             for task in tasks.values():
                 task.cancel()
             come = {p: t.result() for p, t in tasks.items() if t.done() and not t.cancelled() and not t.exception()}
-            if self._store is not None and come:
-                with self._store.writer() as writer:
-                    for (prompt, continuation), rows in come.items():
-                        writer.add(prompt, continuation, rows)
+            if self.store is not None and come:
+                with self.store.writer() as writer:
+                    for pair, rows in come.items():
+                        writer.add(*pair, rows)
             made.update(come)
         for task in tasks.values():
             task.result()
@@ -347,36 +361,22 @@ class Endpoint:
         A batch claims all of its own in order, and while it holds some waits for nothing but further ones: no two
         processes wait for each other. The system frees those of a process that dies.
         """
-        if self._store is None:
+        if self.store is None:
             yield
             return
         bytes_ = sorted({int.from_bytes(hashlib.sha256(repr(pair).encode()).digest()[:7], "big") for pair in pairs})
         if self._claims is None:  # open as long as this: to close any descriptor of it frees all of a process
-            self._claims = os.open(self._store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
-        held: list[int] = []
+            self._claims = os.open(self.store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         try:
             for byte in bytes_:
-                while True:
-                    try:
-                        fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-                        break
-                    except (BlockingIOError, PermissionError):
-                        await asyncio.sleep(0.05)
-                held.append(byte)
+                while not _had(fcntl.lockf, self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte):
+                    await asyncio.sleep(0.05)
             yield
         finally:
-            for byte in held:
+            for byte in bytes_:
                 fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, byte)
 
-    # One request
-
-    @property
-    def _store(self) -> TeacherStore | None:
-        return self.store if isinstance(self.store, TeacherStore) else None
-
-    @property
-    def _stored_kind(self) -> str:
-        return "top_k" if self.head is None else "hidden"
+    # One teacher
 
     async def _known(self) -> dict[str, Any]:
         """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`."""
@@ -398,23 +398,19 @@ class Endpoint:
             if rows < self.vocabulary:
                 raise ValueError(f"{self.model} at {self.url} has, it says, a vocabulary of {rows}, less than "
                                  f"vocabulary={self.vocabulary}")  # fmt: skip
-            self.padded |= rows > self.vocabulary
+            self._lists = self._lists._replace(padded=self._lists.padded or rows > self.vocabulary)
             key: dict[str, Any] = {n: about[n] for n in ("fingerprint", "tokenizer") if n in about}
             key["teacher"] = self.model
             if self.head is not None:
                 key["layer"] = self.layer
-            if isinstance(self.store, TeacherStore):  # a local teacher's has the fingerprint itself as its teacher
+            if self.store is not None:  # a local teacher's has the fingerprint itself as its teacher
                 known = {n: v for n, v in self.store.key.items()
                          if n in key and (n, v) != ("teacher", about.get("fingerprint"))}  # fmt: skip
                 _check(self.store.folder, known, {name: key[name] for name in known})
-            elif self.store is not None:
-                more: dict[str, Any] = {"k": self.k, "log_probs": "float16"}
-                if self.head is not None:
-                    more = {"head": self.head, "states": str(self.head.weight.dtype).removeprefix("torch.")}
-                self.store = TeacherStore.create(
-                    self.store, kind=self._stored_kind, vocabulary=self.vocabulary, key=key, **more)  # fmt: skip
-            if self._store is not None and (pair := _short(self._store)):
-                await self._compare(self._store, pair)
+            elif isinstance(self._folder, (str, Path)):
+                self.store = TeacherStore.create(self._folder, key=key, **self._kept)
+            if self.store is not None and (pair := _short(self.store)):
+                await self._compare(self.store, pair)
             self._opened = True
 
     async def _compare(self, store: TeacherStore, pair: Pair) -> None:
@@ -450,106 +446,39 @@ class Endpoint:
                 raise EndpointError(f"the server at {self.url} answers other sequences with the same rows")
             self._tried = True
 
+    # One request
+
     def _asked(self, pair: Pair, what: str) -> Awaitable[Any]:
         """A pair's rows: `TopK` (L, K), or states (L, D)."""
         ids, begin = [*pair[0], *pair[1]], len(pair[0])
-        how = self.k, self.vocabulary, self.short_rows, self.padded
+        hint = (" (the server's context must be at least one token longer than the longest sequence: "
+                f"{len(ids) + 1} for this one)")  # fmt: skip
+        once = self._of_sglang if self.kind == "sglang" else self._of_vllm
+        return self._until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), hint)
 
-        async def once() -> Any:
-            if self.kind == "sglang":
-                reply = await self._post("/generate", {
-                    "input_ids": ids, "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-                    "return_logprob": True, "logprob_start_len": begin - 1, "top_logprobs_num": self.k,
-                    "return_text_in_logprobs": False,
-                })  # fmt: skip
-                meta = _part(reply, "meta_info")
-                if not meta.get("input_top_logprobs"):
-                    raise EndpointError("the server ignores top_logprobs_num: SGLang's own /generate is needed")
-                return sglang_rows(meta, ids, begin, *how)
-            body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
-            if self.kind == "vllm":
-                choice = _choice(await self._post("/v1/completions", {**body, "prompt_logprobs": self.k}))
-                if choice.get("prompt_logprobs") is None:
-                    raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
-                return vllm_rows(choice, ids, begin, *how)
-            reply = await self._post("/v1/completions", body)
-            if not isinstance(reply.get("kv_transfer_params"), dict):
+    async def _of_sglang(self, ids: list[int], begin: int) -> TopK:
+        reply = await self._post("/generate", {
+            "input_ids": ids, "sampling_params": {"max_new_tokens": 0, "temperature": 1.0}, "return_logprob": True,
+            "logprob_start_len": begin - 1, "top_logprobs_num": self.k, "return_text_in_logprobs": False,
+        })  # fmt: skip
+        with form("it is no reply of SGLang's"):
+            if not reply["meta_info"].get("input_top_logprobs"):
+                raise EndpointError("the server ignores top_logprobs_num: SGLang's own /generate is needed")
+            return sglang_rows(reply["meta_info"], ids, begin, self._lists)
+
+    async def _of_vllm(self, ids: list[int], begin: int) -> TopK | Tensor:
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
+        reply = await self._post("/v1/completions", body | ({} if self.head else {"prompt_logprobs": self.k}))
+        if self.head is not None:
+            made = reply.get("kv_transfer_params")
+            if not isinstance(made, dict):
                 raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
-            return await self._states(str(reply["kv_transfer_params"].get("hidden_states_path")), ids, begin)
-
-        async def in_context() -> Any:
-            try:
-                return await once()
-            except EndpointError as error:
-                if error.status != 400 or not TOO_LONG.search(str(error)):
-                    raise
-                raise EndpointError(f"{error} (the server's context must be at least one token longer than the longest "
-                                    f"sequence: {len(ids) + 1} for this one)", 400) from error  # fmt: skip
-
-        return self._until_it_fits(f"{what} ({_shown(pair)})", in_context)
-
-    async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]]) -> Any:
-        """Tries with ever longer waits between; a server's wish to be left alone holds for all requests."""
-        for tries in itertools.count(1):
-            try:
-                async with self._places:
-                    while (rest := self._not_before - time.monotonic()) > 0:
-                        await asyncio.sleep(rest)
-                    return await asyncio.wait_for(once(), self.timeout)
-            except _Again as error:
-                happened, after = str(error), error.after
-            except Misfit as error:
-                happened, after = f"its reply does not fit: {error}", 0.0
-            except (asyncio.TimeoutError, TimeoutError):
-                happened, after = f"no whole reply within {self.timeout} s", 0.0
-            except self._broken as error:
-                happened, after = f"the connection broke: {error!r}", 0.0
-            except EndpointError as error:
-                raise EndpointError(f"{what}: {error} ({self.url})", error.status) from error
-            if tries > self.retries or after > self.timeout:
-                asked = f", which asks to wait {after:g} s" if after > self.timeout else ""
-                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}{asked}: {happened}")
-            if after:
-                self._not_before = max(self._not_before, time.monotonic() + after)
-            wait = max(after, min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
-            self._untold += 1
-            if time.monotonic() >= self._next_line:
-                more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
-                LOG.warning("%s: %s; try %d of %d in %.3g s%s", what, happened, tries + 1, self.retries + 1, wait, more)
-                self._next_line, self._untold = time.monotonic() + LINE_EVERY, 0
-            await asyncio.sleep(wait)
-        raise AssertionError
-
-    async def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One request's reply as an object; GET without a body."""
-        reply = await self._client.request("GET" if body is None else "POST", self.url + path, json=body)
-        if reply.status_code != 200:
-            said = f"status {reply.status_code}: {_message(reply)}"
-            if reply.status_code in (408, 429) or reply.status_code >= 500:
-                raise _Again(said, _seconds(reply.headers.get("Retry-After")))
-            raise EndpointError(f"the server refuses it with {said}", reply.status_code)
-        try:
-            found = reply.json()
-        except ValueError as error:
-            raise _Again(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise Misfit("it is no JSON object")
-        return found
-
-    async def _served(self) -> dict[str, Any]:
-        try:
-            listed = (await self._post("/v1/models")).get("data")
-        except EndpointError as error:
-            if self.model is None or error.status not in (404, 405):
-                raise
-            listed = []  # not every server that speaks a protocol has the list
-        models = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-        found = [m for m in models if self.model in (None, m.get("id"))]
-        if self.model is None and (len(found) != 1 or not isinstance(found[0].get("id"), str)):
-            raise EndpointError(f"model must be given: the server has {[m.get('id') for m in models]}")
-        kinds = {"fingerprint": str, "vocabulary": int, "tokenizer": str}
-        about = {n: v for n, v in (found or [{}])[0].items() if n in kinds and isinstance(v, kinds[n])}
-        return {**about, "id": found[0]["id"] if found else self.model}
+            return await self._states(str(made.get("hidden_states_path")), ids, begin)
+        with form("it is no completion"):
+            (choice,) = reply["choices"]
+            if choice.get("prompt_logprobs") is None:
+                raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
+            return vllm_rows(choice, ids, begin, self._lists)
 
     async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
         """The normed states that predict tokens `begin` on, of a file that is read once and removed.
@@ -558,8 +487,9 @@ class Endpoint:
         """
         from safetensors.torch import load_file
 
-        path, lock = Path(name), Path(name + ".lock")
-        if not path.resolve().is_relative_to(Path(self.states_folder or "").resolve()):
+        assert self.head is not None and self.norm is not None and self.states_folder is not None
+        path, lock, weight = Path(name), Path(name + ".lock"), self.head.weight
+        if not path.resolve().is_relative_to(Path(self.states_folder).resolve()):
             raise EndpointError(f"the server's hidden_states_path {name} is outside of {self.states_folder}")
         while not path.exists() or _is_locked(lock):
             await asyncio.sleep(0.005)
@@ -572,10 +502,10 @@ class Endpoint:
         states, read = found.get("hidden_states"), found.get("token_ids")
         if states is None or read is None or read.tolist() != ids or states.ndim != 3 or len(states) != len(ids):
             raise Misfit(f"{path} does not have the states of the {len(ids)} tokens sent")
-        assert self.head is not None and self.norm is not None
-        weight = self.head.weight
-        if states.shape[2] != weight.shape[1]:
-            raise EndpointError(f"the server's states have {states.shape[2]} features, the head {weight.shape[1]}")
+        layers, features = states.shape[1:]
+        if features != weight.shape[1] or not -layers <= self.layer < layers:
+            raise EndpointError(f"the server's states have {features} features, the head {weight.shape[1]}, and "
+                                f"{layers} layers, of which layer={self.layer} was asked for")  # fmt: skip
         with torch.no_grad():
             normed = self.norm(states[begin - 1 : -1, self.layer].to(weight))
         if not normed.isfinite().all():
@@ -592,20 +522,99 @@ class Endpoint:
         }  # fmt: skip
 
         async def once() -> Tensor:
-            body: dict[str, Any]
-            if self.kind == "sglang":
-                body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new, "sampling_seed": seed}}
-                made = (await self._post("/generate", body)).get("output_ids")
-            else:
-                body = {"model": self.model, "prompt": ids, "max_tokens": new, **how, "seed": seed}
-                made = _choice(await self._post("/v1/completions", {**body, "return_token_ids": True})).get("token_ids")
-            if not isinstance(made, list) or not 0 < len(made) <= new:
-                raise Misfit(f"it has no list of 1 to {new} token ids")
-            if not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in made):
-                raise Misfit(f"it has ids outside [0, {self.vocabulary})")
-            return torch.tensor(made)
+            own: dict[str, Any]
+            with form("it has no token ids"):
+                if self.kind == "sglang":
+                    own = {"max_new_tokens": new, "sampling_seed": seed}
+                    made = (await self._post("/generate", {"input_ids": ids, "sampling_params": how | own}))[
+                        "output_ids"
+                    ]
+                else:
+                    own = {
+                        "model": self.model,
+                        "prompt": ids,
+                        "max_tokens": new,
+                        "seed": seed,
+                        "return_token_ids": True,
+                    }
+                    (choice,) = (await self._post("/v1/completions", how | own))["choices"]
+                    made = choice["token_ids"]
+                if not 0 < len(made) <= new or not all(0 <= operator.index(i) < self.vocabulary for i in made):
+                    raise Misfit(f"it has no list of 1 to {new} token ids in [0, {self.vocabulary})")
+                return torch.tensor(made)
 
         return await self._until_it_fits(f"prompt {number} of {len(ids)} tokens", once)
+
+    async def _served(self) -> dict[str, Any]:
+        try:
+            listed = (await self._post("/v1/models")).get("data")
+        except EndpointError as error:
+            if self.model is None or error.status not in (404, 405):
+                raise
+            listed = []  # not every server that speaks a protocol has the list
+        models = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+        found = [m for m in models if self.model in (None, m.get("id"))]
+        if self.model is None and (len(found) != 1 or not isinstance(found[0].get("id"), str)):
+            raise EndpointError(f"model must be given: the server has {[m.get('id') for m in models]}")
+        kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str}
+        about = found[0] if found else {"id": self.model}
+        return {name: about[name] for name, kind in kinds.items() if isinstance(about.get(name), kind)}
+
+    async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]], hint: str = "") -> Any:
+        """Tries with ever longer waits between; a server's wish to be left alone holds for all requests.
+
+        hint: what to do where the server says that a sequence is too long.
+        """
+        for tries in itertools.count(1):
+            after = 0.0
+            try:
+                async with self._places:
+                    while (rest := self._not_before - time.monotonic()) > 0:
+                        await asyncio.sleep(rest)
+                    return await asyncio.wait_for(once(), self.timeout)
+            except _Again as error:
+                happened, after = str(error), error.after
+            except Misfit as error:
+                happened = f"its reply does not fit: {error}"
+            except asyncio.TimeoutError:
+                happened = f"no whole reply within {self.timeout} s"
+            except EndpointError as error:
+                hint = hint if error.status == 400 and TOO_LONG.search(str(error)) else ""
+                raise EndpointError(f"{what}: {error}{hint} ({self.url})", error.status) from error
+            if tries > self.retries or after > self.timeout:
+                asked = f", which asks to wait {after:g} s" if after > self.timeout else ""
+                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}{asked}: {happened}")
+            if after:
+                self._not_before = max(self._not_before, time.monotonic() + after)
+            wait = max(after, min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
+            self._untold += 1
+            if time.monotonic() >= self._next_line:
+                more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
+                LOG.warning("%s: %s; try %d of %d in %.3g s%s", what, happened, tries + 1, self.retries + 1, wait, more)
+                self._next_line, self._untold = time.monotonic() + LINE_EVERY, 0
+            await asyncio.sleep(wait)
+        raise AssertionError
+
+    async def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request's reply as an object; GET without a body."""
+        import httpx
+
+        try:
+            reply = await self._client.request("GET" if body is None else "POST", self.url + path, json=body)
+        except httpx.RequestError as error:
+            raise _Again(f"the connection broke: {error!r}") from error
+        if reply.status_code != 200:
+            said = f"status {reply.status_code}: {_message(reply)}"
+            if reply.status_code in (408, 429) or reply.status_code >= 500:
+                raise _Again(said, _seconds(reply.headers.get("Retry-After")))
+            raise EndpointError(f"the server refuses it with {said}", reply.status_code)
+        try:
+            found = reply.json()
+        except ValueError as error:
+            raise _Again(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise Misfit("it is no JSON object")
+        return found
 
 
 async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
@@ -616,12 +625,6 @@ async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _tail(tail: str) -> str:
-    if tail not in TAILS or tail == "sampled":
-        raise ValueError(f"tail must be one of {', '.join(t for t in TAILS if t != 'sampled')}, not {tail!r}")
-    return tail
 
 
 def _shown(pair: Pair) -> str:
@@ -640,19 +643,6 @@ def _short(store: TeacherStore) -> Pair | None:
                 b, m, e = min(parts, key=lambda p: (max(0, ENOUGH - (p[2] - p[1])), p[2] - p[0]))
                 return tuple(kept["tokens"][b:m].tolist()), tuple(kept["tokens"][m:e].tolist())
     return None
-
-
-def _part(reply: dict[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(reply.get(name), dict):
-        raise Misfit(f"it has no {name}")
-    return reply[name]
-
-
-def _choice(reply: dict[str, Any]) -> dict[str, Any]:
-    choices = reply.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise Misfit("it has not one choice")
-    return choices[0]
 
 
 def _message(reply: Any) -> str:
@@ -675,15 +665,21 @@ def _seconds(after: str | None) -> float:
     return 0.0
 
 
-def _is_locked(lock: Path) -> bool:
+def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a lock that is not waited for was free."""
     try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(*arguments)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path) as file:
+            return not _had(fcntl.flock, file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _agree(one: Any, other: Any, within: float = AGREES) -> bool:

@@ -14,23 +14,31 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.sparse import MOST_MASS
 from ..sparse import TopK
 
 Scored = tuple[Tensor, Tensor, TopK]
 #: What vLLM writes for −∞, which JSON has no number for.
 MINUS_INFINITY = -9999.0
-#: How far a row's mass may be above 1, as `TopK` has it.
-MASS = 1.05
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
 class Misfit(ValueError):
     """A reply or a row that cannot be the teacher's at the tokens it is given for."""
+
+
+class Lists(NamedTuple):
+    """Which ids of a position are kept, as `Endpoint` has it."""
+
+    k: int
+    vocabulary: int
+    short_rows: bool = False
+    padded: bool = False
 
 
 def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
@@ -54,43 +62,36 @@ def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
         (((ids >= vocabulary) | (ids < -1)).any(1), f"an id outside [0, {vocabulary})"),
         (~real.any(1), "no ids"), (repeated.any(1), "an id twice"), (log_probs.isnan().any(1), "NaN"),
         ((log_probs > 1e-4).any(1), "a positive log-probability (logits, or logprobs_mode raw_logits?)"),
-        (log_probs.exp().sum(1) > MASS, "a probability mass above 1 (not log-probabilities over the vocabulary?)"),
+        (log_probs.exp().sum(1) > MOST_MASS, "a probability mass above 1 (not log-probabilities over the vocabulary?)"),
     ):  # fmt: skip
         if bad.any():
             raise Misfit(f"position {int(bad.nonzero()[0])} of the continuation has {what}")
     return TopK(ids, log_probs.clamp_max(0))
 
 
-def largest(
-    rows: Sequence[dict[int, float]], k: int, vocabulary: int, short: bool = False, padded: bool = False
-) -> TopK:
+def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
     """The k largest of each position's log-probabilities by id.
 
     Raises:
-        Misfit: as `checked`; or a row has fewer than min(k, vocabulary) ids, unless `short` allows that: −1 pads it
-            then. It pads a row, too, that has ids outside the vocabulary where `padded` leaves those out.
+        Misfit: as `checked`; or a row has fewer than min(k, vocabulary) ids, unless `short_rows` allows that: −1 pads
+            it then. It pads a row, too, that has ids outside the vocabulary where `padded` leaves those out.
     """
-    k = min(k, vocabulary)
+    vocabulary, k = lists.vocabulary, min(lists.k, lists.vocabulary)
     for position, row in enumerate(rows):
-        if len(row) < k and not short:
+        if len(row) < k and not lists.short_rows:
             raise Misfit(f"position {position} of the continuation has {len(row)} ids of the {k} asked for: "
                          f"start the server with --max-logprobs {k} or more, or allow short_rows")  # fmt: skip
-        if not padded and any(i >= vocabulary for i in row):
+        if any(i < 0 or (i >= vocabulary and not lists.padded) for i in row):
             raise Misfit(f"position {position} of the continuation has an id outside [0, {vocabulary}): where the "
                          "teacher has more rows than tokens, padded=True leaves those out")  # fmt: skip
     rows = [{i: p for i, p in row.items() if i < vocabulary} for row in rows]
-    wide = max([k, *map(len, rows)])
-    ids, log_probs = ([[*part, *[fill] * (wide - len(part))] for part in parts] for parts, fill in (
-        (rows, -1), ([row.values() for row in rows], -torch.inf)))  # fmt: skip
+    ids, log_probs = _rectangle(map(list, rows), -1, k), _rectangle([list(r.values()) for r in rows], -torch.inf, k)
     whole = checked(ids, log_probs, vocabulary, len(rows))  # before any is left out: NaN has no order
     order = whole.log_probs.topk(k).indices
     return TopK(whole.ids.gather(1, order), whole.log_probs.gather(1, order))
 
 
-def vllm_rows(
-    choice: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False,
-    padded: bool = False,
-) -> TopK:  # fmt: skip
+def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, lists: Lists) -> TopK:
     """A vLLM choice's `prompt_logprobs` from token `begin` ≥ 1 on: null, then {id: {"logprob": …, "rank": …}} of each.
 
     The token itself is among them where it is not of the k largest, too: its rank is above k then.
@@ -98,25 +99,23 @@ def vllm_rows(
     Raises:
         Misfit: as `largest`, for other token ids or another length than sent, a token missing, or another form.
     """
-    with _form("prompt_logprobs of another form than vLLM's"):
-        read, found, rows = choice.get("prompt_token_ids"), choice.get("prompt_logprobs"), []
+    with form("prompt_logprobs of another form than vLLM's"):
+        read, found, rows = choice.get("prompt_token_ids"), choice["prompt_logprobs"], []
         if read is not None and read != ids:
             raise Misfit(f"the server read {len(read)} token ids that are not the {len(ids)} sent")
-        if len(found) != len(ids):  # type: ignore[arg-type]
-            raise Misfit(f"{len(found)} positions for {len(ids)} tokens")  # type: ignore[arg-type]
-        for row, token in zip(found[begin:], ids[begin:], strict=True):  # type: ignore[index]
+        if len(found) != len(ids):
+            raise Misfit(f"{len(found)} positions for {len(ids)} tokens")
+        for row, token in zip(found[begin:], ids[begin:], strict=True):
             if str(token) not in row:
                 raise Misfit(f"a position does not have its next token {token}")
             listed = {i: e if isinstance(e, dict) else {"logprob": e} for i, e in row.items()}
-            if not short and (listed[str(token)].get("rank") or 0) > min(k, vocabulary):
+            if not lists.short_rows and (listed[str(token)].get("rank") or 0) > min(lists.k, lists.vocabulary):
                 del listed[str(token)]  # it would hide that one of the k is missing
             rows.append({int(i): e["logprob"] for i, e in listed.items()})
-        return largest(rows, k, vocabulary, short, padded)
+        return largest(rows, lists)
 
 
-def sglang_rows(
-    meta: dict[str, Any], ids: list[int], begin: int, k: int, vocabulary: int, short: bool = False, padded: bool = False
-) -> TopK:
+def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, lists: Lists) -> TopK:
     """SGLang's `input_top_logprobs` and `input_token_logprobs` of a reply's meta_info: [log-prob, id, text] each.
 
     They begin with the token before `begin`, or the first, and end with the last; their first has no log-probability.
@@ -124,8 +123,8 @@ def sglang_rows(
     Raises:
         Misfit: as `vllm_rows`.
     """
-    tokens, count = ids[begin:], len(ids) - begin
-    with _form("a reply of another form than SGLang's"):
+    count, last = len(ids) - begin, lists.vocabulary - 1
+    with form("a reply of another form than SGLang's"):
         if meta.get("prompt_tokens", len(ids)) != len(ids):
             raise Misfit(f"the server read {meta['prompt_tokens']} tokens of the {len(ids)} sent")
         own, top = meta["input_token_logprobs"], meta["input_top_logprobs"]
@@ -134,13 +133,13 @@ def sglang_rows(
         rows = [{i: p for p, i, *_ in row} for row in top[-count:]]
         if any(len(row) != len(listed) for row, listed in zip(rows, top[-count:], strict=True)):
             raise Misfit("a position has an id twice")
-        last = vocabulary - 1  # in whose place SGLang says 0
+        # in place of the last id SGLang says 0
         if any(i != token and (i or token < last) for (_, i, *_), token in zip(own, ids[-len(own) :], strict=True)):
             raise Misfit("the server read other token ids than were sent")
-        for row, (p, *_), token in zip(rows, own[-count:], tokens, strict=True):
-            if short or len(row) >= min(k, vocabulary):  # else the token's own would hide that one is missing
+        for row, (p, *_), token in zip(rows, own[-count:], ids[begin:], strict=True):
+            if lists.short_rows or len(row) >= min(lists.k, lists.vocabulary):  # else it would hide that one is missing
                 row.setdefault(token, p)
-        return largest(rows, k, vocabulary, short, padded)
+        return largest(rows, lists)
 
 
 def pour(reader: Iterable[Scored], store: Any) -> int:
@@ -149,8 +148,8 @@ def pour(reader: Iterable[Scored], store: Any) -> int:
         return sum(writer.add(prompt, continuation, rows) for prompt, continuation, rows in reader)
 
 
-def vllm_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
-    """JSON lines of vLLM's, each a completion, a choice, or a request's output with prompt_token_ids.
+def vllm_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) -> Iterator[Scored]:
+    """JSON lines of vLLM's, each a completion of one or more prompts, a choice, or an output with prompt_token_ids.
 
     Args:
         path: the file. k: how many ids to keep; vocabulary: of the teacher; short_rows, padded: as `Endpoint` has them.
@@ -159,41 +158,36 @@ def vllm_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
     Raises:
         Misfit: with the file and the line that does not fit.
     """
-    return _lines(Path(path), _vllm_line, **how)
+    return _lines(Path(path), _of_vllm, vllm_rows, prompt_length, Lists(**how))
 
 
-def sglang_replies(path: str | Path, **how: Any) -> Iterator[Scored]:
+def sglang_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) -> Iterator[Scored]:
     """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids too.
 
     Args, Raises: as `vllm_replies`.
     """
-    return _lines(Path(path), _sglang_line, **how)
+    return _lines(Path(path), _of_sglang, sglang_rows, prompt_length, Lists(**how))
 
 
-def _lines(
-    path: Path, parse: Any, *, k: int, vocabulary: int, prompt_length: int | str = 1, short_rows: bool = False,
-    padded: bool = False,
-) -> Iterator[Scored]:  # fmt: skip
-    with open(path, encoding="utf-8") as file:
+def _lines(path: Path, parts: Any, rows: Any, prompt_length: int | str, lists: Lists) -> Iterator[Scored]:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            with _at(f"{path}:{number}"):
-                found = json.loads(line)
-                ids, part, rows = parse(found)
-                begin = found[prompt_length] if isinstance(prompt_length, str) else prompt_length
-                split = _split(ids, begin)
-                yield *split, rows(part, ids, begin, k, vocabulary, short_rows, padded)
+            if line.strip():
+                with _at(f"{path}:{number}"):
+                    found = json.loads(line)
+                    begin = found[prompt_length] if isinstance(prompt_length, str) else prompt_length
+                    for ids, part in parts(found):
+                        yield *_split(ids, begin), rows(part, ids, begin, lists)
 
 
-def _vllm_line(found: dict[str, Any]) -> tuple[list[int], dict[str, Any], Any]:
-    part = found["choices"][0] if "choices" in found else found
-    return part["prompt_token_ids"], part, vllm_rows
+def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    for part in found.get("choices", [found]):
+        yield part["prompt_token_ids"], part
 
 
-def _sglang_line(found: dict[str, Any]) -> tuple[list[int], dict[str, Any], Any]:
+def _of_sglang(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
     meta = found["meta_info"]
-    return found.get("input_ids") or [entry[1] for entry in meta["input_token_logprobs"]], meta, sglang_rows
+    yield found.get("input_ids") or [entry[1] for entry in meta["input_token_logprobs"]], meta
 
 
 def columns(
@@ -232,19 +226,20 @@ def distillkit(folder: str | Path, *, prompt_length: int = 1, vocabulary: int | 
     folder = Path(folder)
     config = yaml.safe_load((folder / "compression_config.yaml").read_text())
     bits = int(torch.tensor(config["d"], dtype=torch.float32).log2().ceil())  # as it is written, rounding included
-    for path in sorted(folder.glob("data_*.parquet"), key=lambda p: (len(p.name), p.name)):
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
-            for row in batch.to_pylist():
-                with _at(f"{path} row {number}"):
-                    if "packed_indices" in row:
-                        raise Misfit("the older format keeps logits, not log-probabilities")
-                    packed = (torch.tensor(row[n], dtype=torch.uint8)[prompt_length - 1 :]
-                              for n in ("bytepacked_indices", "compressed_logprobs"))  # fmt: skip
-                    ids, values = _unpacked(next(packed), bits, config["k"]), _decompressed(next(packed), config)
-                    split = _split(row["input_ids"], prompt_length)
-                    yield *split, checked(ids, values, vocabulary or config["d"], len(split[1]))
-                number += 1
+    paths = sorted(folder.glob("data_*.parquet"), key=lambda p: (len(p.name), p.name))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no data_*.parquet")
+    for path in paths:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16)
+        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            with _at(f"{path} row {number}"):
+                if "packed_indices" in row:
+                    raise Misfit("the older format keeps logits, not log-probabilities")
+                packed = (torch.tensor(row[n], dtype=torch.uint8)[prompt_length - 1 :]
+                          for n in ("bytepacked_indices", "compressed_logprobs"))  # fmt: skip
+                ids, values = _unpacked(next(packed), bits, config["k"]), _decompressed(next(packed), config)
+                split = _split(row["input_ids"], prompt_length)
+                yield *split, checked(ids, values, vocabulary or config["d"], len(split[1]))
 
 
 def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -364,20 +359,21 @@ def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (high.long() << 16 | low.long()).masked_fill(values <= -999, -1)
 
 
-def _rectangle(lists: Any, fill: float) -> Any:
-    """Lists of different lengths, padded; a tensor as it is."""
-    if isinstance(lists, Tensor) or not len({len(row) for row in lists}) > 1:
+def _rectangle(lists: Any, fill: float, least: int = 0) -> Any:
+    """Lists of different lengths, padded to the longest, or to `least`; a tensor as it is."""
+    if isinstance(lists, Tensor):
         return lists
-    longest = max(len(row) for row in lists)
-    return [[*row, *[fill] * (longest - len(row))] for row in lists]
+    lists = list(lists)
+    longest = max(least, *map(len, lists), 0)
+    return lists if {*map(len, lists)} == {longest} else [[*row, *[fill] * (longest - len(row))] for row in lists]
 
 
 def _split(sequence: Sequence[int], begin: int) -> tuple[Tensor, Tensor]:
     """The prompt and the continuation, both of which must have tokens."""
-    whole = torch.as_tensor(sequence).long()
-    if not 0 < begin < len(whole):
-        raise Misfit(f"a prompt of {begin} tokens in a sequence of {len(whole)}")
-    return whole[:begin], whole[begin:]
+    whole = torch.as_tensor(sequence)
+    if not 0 < begin < len(whole) or whole.is_floating_point():
+        raise Misfit(f"a prompt of {begin} tokens in a sequence of {len(whole)}, of {whole.dtype}")
+    return whole[:begin].long(), whole[begin:].long()
 
 
 @contextlib.contextmanager
@@ -390,11 +386,11 @@ def _at(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _form(what: str) -> Iterator[None]:
+def form(what: str) -> Iterator[None]:
     """Says of what another form is than was looked for."""
     try:
         yield
     except Misfit:
         raise
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, LookupError, AttributeError, ValueError, OverflowError) as error:
         raise Misfit(f"{what}: {error!r}") from error

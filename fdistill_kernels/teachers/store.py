@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..backends.rows import Targets
+from ..backends.sparse import check_targets
 from ..sparse import TopK
 from ..values import Head, Hidden
 from . import packing
@@ -178,8 +180,8 @@ class _Shard:
 
 
 def _settings(
-    kind: str, vocabulary: int, k: int | None, log_probs: str, states: str, rank: int | None, head: Head | None,
-    temperature: float,
+    kind: str, vocabulary: int, k: int | None = None, log_probs: str = "float16", states: str = "bfloat16",
+    rank: int | None = None, head: Head | None = None, temperature: float = 1.0,
 ) -> dict[str, Any]:  # fmt: skip
     """What a manifest says but for the key, checked."""
     common = {"format": FORMAT, "kind": kind, "vocabulary": int(vocabulary)}
@@ -617,4 +619,5 @@ def _checked(targets: Any, length: int, settings: dict[str, Any]) -> tuple[np.nd
     ):
         if bad.any():
             raise ValueError(f"targets.{what}, in row {int(bad.any(1).nonzero()[0])}")
+    check_targets(Targets(ids, log_probs), torch.ones(length), settings["vocabulary"])  # what the loss would refuse
     return ids.long().numpy(), log_probs.numpy()
