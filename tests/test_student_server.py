@@ -39,8 +39,9 @@ class Student:
 class StudentServer(Server):
     """vLLM's ways to take weights, where `ways` has them; and its sampling parameters. Ignoring: weights are not taken."""
 
-    def __init__(self, folder, ways=("dev",), ignoring=False):
+    def __init__(self, folder, ways=("dev",), ignoring=False, short=False):
         super().__init__(Student(folder))
+        self.short = short
         self.reply_models.append({"id": "an adapter of a run before", "parent": "tiny"})
         self.ways, self.ignoring, self.cache = ways, ignoring, {}
         self.told, self.names, self.forward = [], {}, threading.Lock()
@@ -90,7 +91,7 @@ class StudentServer(Server):
                 found = self.model.log_probs(ids)[-1].topk(body["logprobs"] + i % 2)
             named = {f"token_id:{j}": p for j, p in zip(found.indices.tolist(), found.values.tolist(), strict=True)}
             choices.append({"index": i, "logprobs": {"top_logprobs": [named]}})
-        return {"choices": choices[::-1]}
+        return {"choices": choices[-1 - self.short :: -1]}
 
     def sample(self, ids, new, seed, how):
         assert how["ignore_eos"] and how["repetition_penalty"] == 1
@@ -175,11 +176,15 @@ def test_a_server_that_keeps_its_weights_is_refused(rate, words, lora, tmp_path)
     (dict(seed=3), "does not speak with the weights of step 0: .* off by"),
     (dict(vocabulary=62), "refuses /collective_rpc with status 500: the size of tensor"),
     (dict(ways=("lora",)), "refuses /collective_rpc with status 404: Not Found .*VLLM_SERVER_DEV_MODE=1"),
+    (dict(short=True), r"gives no log-probabilities by token ids .KeyError.7"),
     (dict(gone=True), "does not answer to /collective_rpc: ConnectError"),
 ])  # fmt: skip
 def test_refused_servers(how, words, tmp_path):
     served_one = gpt2(how.get("vocabulary", 64), seed=how.get("seed", 1))
-    with served(tmp_path, served_one, ways=how.get("ways", ("dev",)), ignoring="seed" in how) as (where, _):
+    with served(tmp_path, served_one, ways=how.get("ways", ("dev",)), ignoring="seed" in how, short="short" in how) as (
+        where,
+        _,
+    ):
         if "gone" in how:
             where["student_server"] = "http://127.0.0.1:9"
         with pytest.raises(ConnectionError, match=words):

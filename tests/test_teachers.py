@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import run, serve
+from fdistill_kernels.sequence import build, run, serve
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
@@ -423,6 +423,32 @@ def test_the_command_with_lists_and_an_encoder_decoder_teacher(causal_files, tmp
     command("teacher", "build", "--teacher", causal_files / "teacher", "--data", causal_files / "pairs.tsv", "--output-dir",
             store, *COMMON, "--kind", "top_k", "--k", "5", expect=2)  # fmt: skip
     assert "k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_begin_one_after_the_other_leave_nothing_out(first, tmp_path):
+    teacher = InRoom(llama(seed=2))
+    pairs = [([3, 4 + i], [5, 6 + i]) for i in range(7)]
+    made = dict(kind="top_k", vocabulary=teacher.vocabulary, key={}, k=4)
+    for rank in (first, 1 - first):  # the second opens the store when the first has written all of its share
+        list(build.fill(fk.TeacherStore.create(tmp_path, **made), teacher, pairs, 2, rank, 2))
+    assert fk.TeacherStore(tmp_path).missing(pairs) == []
+
+
+def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch):
+    room, tokenizer = InRoom(llama(seed=2)), AutoTokenizer.from_pretrained(causal_files / "causal")
+    body = {"prompt": [[3, 4], [5, 6]], "max_tokens": 1, "prompt_logprobs": 2}
+    for more in ({"echo": True}, {"logprobs": 3}, {"n": 2}, {"stream": True}, {"stop": ["a"]}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match=f"and no {next(iter(more))}$"):
+            serve.completions(room, tokenizer, body | more, 9)
+    off = dict(echo=False, logprobs=None, n=1, stream=False, stop=None, min_p=0.0, temperature=None)
+    assert len(serve.completions(room, tokenizer, body | off, 9)["choices"]) == 2
+    assert serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 0}, 9)["choices"][0]["token_ids"] == []
+    logits = torch.zeros(1, room.vocabulary)
+    logits[:, 4:] = -torch.inf
+    monkeypatch.setattr(serve, "logits_function", lambda *_: lambda begin, end: logits)
+    found = serve.completions(room, tokenizer, {**body, "prompt": [3, 9]}, 9)
+    assert json.loads(json.dumps(found, allow_nan=False))["choices"][0]["prompt_logprobs"][1]["9"]["logprob"] == -9999
 
 
 def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):

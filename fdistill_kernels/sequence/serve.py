@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ..teachers.readers import MINUS_INFINITY
 from .models import load_model
 from .run import device, tokenizer_hash
 from .sampling import Sampling, draw, fingerprint
@@ -74,8 +75,10 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
                     return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
                 with lock:
                     reply = completions(room, tokenizer, asked, most)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 self._refuse(400, str(error))
+            except Exception as error:  # of memory, say: the caller is told, and may try again
+                self._refuse(500, str(error))
             else:
                 self._reply(200, {"object": "text_completion", "model": name, **reply})
 
@@ -83,11 +86,10 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
 
 
 #: What it may say so alone, which changes nothing.
-OFF = {"min_p": 0, "repetition_penalty": 1}
+OFF = {"min_p": 0, "repetition_penalty": 1, "n": 1, "stream": False, "echo": False}
 #: What a request may say.
 FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "prompt_logprobs",
-          "return_token_ids", "stream", "echo", "n", "logprobs", "add_special_tokens",
-          "skip_special_tokens"}  # fmt: skip
+          "return_token_ids", "add_special_tokens", "skip_special_tokens"}  # fmt: skip
 
 
 def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     Raises:
         ValueError: prompts that are no token ids, more log-probabilities than the server gives, or fields beyond these.
     """
+    body = {name: value for name, value in body.items() if value is not None}
     prompts, k = body["prompt"], body.get("prompt_logprobs")
     prompts = prompts if prompts and isinstance(prompts[0], list) else [prompts]
     known = all(type(i) is int and 0 <= i < room.vocabulary for p in prompts for i in p)
@@ -104,19 +107,19 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
         raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
     if k is not None and not 0 <= int(k) <= most:
         raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
-    beyond = {name for name in set(body) - FIELDS if name not in OFF or body[name] != OFF[name]}
-    if beyond or body.get("stream") or body.get("n", 1) != 1:
-        raise ValueError(f"only n = 1 without stream is served, and no {', '.join(sorted(beyond)) or 'other'}")
+    if beyond := [name for name in sorted(body.keys() - FIELDS) if name not in OFF or body[name] != OFF[name]]:
+        raise ValueError(f"only n = 1 without stream is served, and no {', '.join(beyond)}")
     tokens = int(body.get("max_tokens", 16))
     sampling = Sampling(max(1, tokens), float(body.get("temperature", 1.0)) or 1e-4,
-                        max(0, int(body.get("top_k", 0) or 0)), float(body.get("top_p", 1.0)))  # fmt: skip
+                        max(0, int(body.get("top_k", 0))), float(body.get("top_p", 1.0)))  # fmt: skip
     seed, device = body.get("seed"), next(room.model.parameters()).device
     choices = []
     for i, prompt in enumerate(prompts):
         made: list[int] = []
-        if k is None or tokens > 1:
+        if tokens > 1 or (tokens == 1 and k is None):
             made = draw(room.model, [torch.tensor(prompt, device=device)], sampling, seed, room.vocabulary)[0].tolist()
-        choice: dict[str, Any] = {"index": i, "text": tokenizer.decode(made), "token_ids": made}
+        text = tokenizer.decode(made, skip_special_tokens=bool(body.get("skip_special_tokens", False)))
+        choice: dict[str, Any] = {"index": i, "text": text, "token_ids": made}
         choice["finish_reason"] = "length" if len(made) in (0, tokens) else "stop"
         if k is not None:
             choice["prompt_logprobs"] = prompt_log_probs(room, tokenizer, prompt, int(k))
@@ -133,6 +136,7 @@ def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) ->
     device = next(room.model.parameters()).device
     rows = room.rows([torch.tensor(prompt[:1])], [torch.tensor(prompt[1:])], device)
     log_p = logits_function(rows, device)(0, len(prompt) - 1)[:, : room.vocabulary].float().log_softmax(-1)
+    log_p = log_p.clamp_min(MINUS_INFINITY)  # as vLLM: JSON has no −∞
     largest = log_p.topk(min(k, room.vocabulary), -1)
     own = log_p.gather(1, torch.tensor(prompt[1:], device=device).unsqueeze(1))
     ranks = ((log_p > own).sum(1) + 1).tolist()

@@ -78,6 +78,7 @@ class StudentServer:
         state = PartialState()
         of_ranks = gather_object([[p.tolist() for p in prompts]])
         made: list[Any] = [None]
+        cause: Exception | None = None
         if state.is_main_process:
             try:
                 if fresh:
@@ -86,11 +87,11 @@ class StudentServer:
                 seed = int(torch.randint(2**31, ()))
                 rows = iter(self.endpoint.draw(every, sampling, seed, cache_salt=self.mark, **self.how))
                 made = [[[next(rows).tolist() for _ in of_rank] for of_rank in of_ranks]]
-            except (ValueError, OSError) as error:
-                made = [str(error)]
+            except Exception as error:  # of any kind: the other ranks wait
+                cause, made = error, [str(error)]
         broadcast_object_list(made)
         if isinstance(made[0], str):
-            raise EndpointError(f"no samples of the student at step {step}: {made[0]}")
+            raise EndpointError(f"no samples of the student at step {step}: {made[0]}") from cause
         return [torch.tensor(row) for row in made[0][state.process_index]]
 
     def take(self, student: Any, step: int) -> None:
@@ -126,7 +127,7 @@ class StudentServer:
 
         try:
             reply = httpx.post(self.endpoint.url + path, json=body, timeout=TIMEOUT)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise EndpointError(f"{self.name} does not answer to {path}: {error!r}") from error
         if reply.status_code != 200:
             started = "VLLM_SERVER_DEV_MODE=1" if self.adapter is None else LORA
@@ -160,12 +161,12 @@ class StudentServer:
                 "model": self.endpoint.model}  # fmt: skip
         reply = self._tell("/v1/completions", body)
         try:
-            choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
-            listed = [choice["logprobs"]["top_logprobs"][0].items() for choice in choices]
+            choices = {choice["index"]: choice for choice in reply.json()["choices"]}
+            listed = [choices[i]["logprobs"]["top_logprobs"][0].items() for i in range(PROBE)]
             rows = [sorted(items, key=lambda item: -item[1])[:LISTED] for items in listed]  # without a drawn one's more
             ids = torch.tensor([[int(name.removeprefix("token_id:")) for name, _ in row] for row in rows])
             return ids, torch.tensor([[value for _, value in row] for row in rows])
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise EndpointError(f"{self.name} gives no log-probabilities by token ids ({error!r}): vLLM's completions "
                                 "are needed") from error  # fmt: skip
 
