@@ -33,6 +33,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _show(
+    args: argparse.Namespace, found: Any, header: Sequence[str], rows: Sequence[Sequence[object]], *after: str
+) -> None:
+    """With --json what was found, else a table of it and lines after that."""
+    if args.json:
+        return print(json.dumps(found, indent=1))
+    _table(header, rows)
+    for line in after:
+        print(line)
+
+
 def _divergence(text: str) -> Divergence:
     """A name, or name=parameters as in alpha=0.3 and ab=0.2,0.7."""
     try:
@@ -76,17 +87,13 @@ def _list(args: argparse.Namespace) -> int:
         cpu = torch.device("cpu")
         return [name for name, m in backends.BACKENDS.items() if m.why_not(cpu, torch.float32, divergence) is None]
 
-    rows: list[dict[str, Any]] = [
+    found: list[dict[str, Any]] = [
         {"name": d.name, "parameters": dict(zip(PARAMETERS.get(d.name, (None, ()))[1], d.parameters, strict=True)),
-         "backends": ready(d)}
-        for d in TABLE.values()
+         "backends": ready(d)} for d in TABLE.values()
     ]  # fmt: skip
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        shown = [(r["name"], " ".join(f"{k}={v:g}" for k, v in r["parameters"].items()), " ".join(r["backends"]))
-                 for r in rows]  # fmt: skip
-        _table(("divergence", "parameters", "backends here"), shown)
+    rows = [(r["name"], " ".join(f"{k}={v:g}" for k, v in r["parameters"].items()), " ".join(r["backends"]))
+            for r in found]  # fmt: skip
+    _show(args, found, ("divergence", "parameters", "backends here"), rows)
     return 0
 
 
@@ -150,22 +157,24 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.precision and args.peers:
         raise ValueError("--precision and --peers are two reports: give one")
+    if (args.backend != "auto" and not args.precision) or (args.dtype and args.precision):
+        raise ValueError("--backend is of --precision alone, and --dtype of the other reports")
     if args.precision or args.peers:
         return (_peers if args.peers else _precision)(args)
-    device = args.device
-    default = ["float32", "bfloat16", "float16"] + (["float64"] if device == "cpu" else [])
+    default = ["float32", "bfloat16", "float16"] + (["float64"] if args.device == "cpu" else [])
     dtypes = [DTYPES[name] for name in args.dtype or default]
-    outcomes = list(verify(device, dtypes, args.shape, args.divergence or list(TABLE.values())))
-    missed = [o for o in outcomes if not o.ok]
-    if args.json:
-        print(json.dumps([{**dataclasses.asdict(o), "ok": o.ok} for o in outcomes], indent=1))
-    else:
-        rows = [(o.divergence, o.dtype, o.backend, f"{o.loss_error:.1e}", f"{o.student_gradient_error:.1e}",
-                 f"{o.teacher_gradient_error:.1e}", f"{o.loss_tolerance:.0e} / {o.gradient_tolerance:.0e}",
-                 "ok" if o.ok else "MISS") for o in outcomes]  # fmt: skip
-        _table(("divergence", "dtype", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows)
-        print(f"{len(outcomes) - len(missed)} of {len(outcomes)} within tolerance of the float64 reference")
-    return 1 if missed else 0
+    outcomes = list(verify(args.device, dtypes, args.shape, args.divergence or list(TABLE.values())))
+    rows = [(o.divergence, o.dtype, o.backend, f"{o.loss_error:.1e}", f"{o.student_gradient_error:.1e}",
+             f"{o.teacher_gradient_error:.1e}", f"{o.loss_tolerance:.0e} / {o.gradient_tolerance:.0e}",
+             "ok" if o.ok else "MISS") for o in outcomes]  # fmt: skip
+    _show(args, [{**dataclasses.asdict(o), "ok": o.ok} for o in outcomes],
+          ("divergence", "dtype", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows,
+          f"{sum(o.ok for o in outcomes)} of {len(outcomes)} within tolerance of the float64 reference")  # fmt: skip
+    return 0 if all(o.ok for o in outcomes) else 1
+
+
+def _errors(ours: Sequence[float], beside: Sequence[float]) -> list[str]:
+    return [f"{one:.0e} ({other:.0e})" for one, other in zip(ours, beside, strict=True)]
 
 
 def _peers(args: argparse.Namespace) -> int:
@@ -176,47 +185,37 @@ def _peers(args: argparse.Namespace) -> int:
     chosen = [peer for d in asked for peer in peers.found(None, d) if peer.name != "torch.compile"]  # which is eager
     if not chosen:
         raise ValueError(f"--divergence: no peer computes {', '.join(map(str, asked))}")
-    rows = [{"dtype": dtype, **dataclasses.asdict(found), "ok": found.ok} for dtype in args.dtype or ["float32"]
-            for peer in chosen for found in [compare(peer, args.device, DTYPES[dtype], args.shape)]]  # fmt: skip
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        lines = []
-        for row in rows:
-            errors = [f"{e:.0e} ({o:.0e})" for e, o in zip(row["error"] or (), row["ours"] or (), strict=True)]
-            verdict = "MISS" if not row["ok"] else "not run" if row["reason"] else "ok"
-            shown = (row["what"], row["form"], row["divergence"], row["dtype"])
-            lines.append((*shown, *(errors or ("", "")), verdict, row["reason"] or row["call"]))
-        _table(("peer", "form", "loss", "dtype", "loss (ours)", "gradients (ours)", "", "our call"), lines)
-        print(f"{sum(row['ok'] and not row['reason'] for row in rows)} mean the same, "
-              f"{sum(not row['ok'] for row in rows)} do not, {sum(row['ok'] and bool(row['reason']) for row in rows)} "
-              "cannot run here")  # fmt: skip
-    return 0 if all(row["ok"] for row in rows) else 1
+    found = [{"dtype": dtype, **dataclasses.asdict(one), "ok": one.ok} for dtype in args.dtype or ["float32"]
+             for peer in chosen for one in [compare(peer, args.device, DTYPES[dtype], args.shape)]]  # fmt: skip
+    rows = [(r["what"], r["form"], r["divergence"], r["dtype"],
+             *(_errors(r["error"] or (), r["ours"] or ()) or ("", "")),
+             "MISS" if not r["ok"] else "not run" if r["reason"] else "ok", r["reason"] or r["call"])
+            for r in found]  # fmt: skip
+    missed, ran = [r for r in found if not r["ok"]], [r for r in found if r["ok"] and not r["reason"]]
+    _show(args, found, ("peer", "form", "loss", "dtype", "loss (ours)", "gradients (ours)", "", "our call"), rows,
+          f"{len(ran)} mean the same, {len(missed)} do not, {len(found) - len(ran) - len(missed)} cannot run "
+          "here")  # fmt: skip
+    return 1 if missed else 0
 
 
 def _precision(args: argparse.Namespace) -> int:
     from .precision import TOLERANCES, precision
 
-    divergences, device = args.divergence or list(TABLE.values()), torch.device(args.device)
-    rows = [
-        {"backend": name, **dataclasses.asdict(found), "ok": found.ok}
-        for divergence in divergences
+    device = torch.device(args.device)
+    found = [
+        {"backend": name, **dataclasses.asdict(one), "ok": one.ok}
+        for divergence in args.divergence or list(TABLE.values())
         for name, module in backends.BACKENDS.items()
         if args.backend in (name, "auto")
         if module.why_not(device, torch.float32, divergence) is None
-        for found in precision(divergence, args.device, name, args.shape[1])
+        for one in precision(divergence, args.device, name, args.shape[1])
     ]
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        errors = [[f"{error:.0e} ({eager:.0e})" for error, eager in zip(row["ours"], row["eager"], strict=True)]
-                  for row in rows]  # fmt: skip
-        lines = [(row["divergence"], row["backend"], row["case"], *three, "ok" if row["ok"] else "MISS")
-                 for row, three in zip(rows, errors, strict=True)]  # fmt: skip
-        _table(("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)", ""), lines)
-        held = f"{TOLERANCES[0]:g} of the loss and {TOLERANCES[1]:g} of a gradient's largest entry"
-        print(f"{sum(row['ok'] for row in rows)} of {len(rows)} within {held}")
-    return 0 if all(row["ok"] for row in rows) else 1
+    rows = [(r["divergence"], r["backend"], r["case"], *_errors(r["ours"], r["eager"]), "ok" if r["ok"] else "MISS")
+            for r in found]  # fmt: skip
+    _show(args, found, ("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)", ""),
+          rows, f"{sum(r['ok'] for r in found)} of {len(found)} within {TOLERANCES[0]:g} of the loss and "
+                f"{TOLERANCES[1]:g} of a gradient's largest entry")  # fmt: skip
+    return 0 if all(r["ok"] for r in found) else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -228,26 +227,23 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--tune and --report are two runs: give one")
     if args.tune:
         return _tune(args)
+    how = args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile
     if args.report:
         from .report import write
 
-        divergences = args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]
-        found = write(args.report, divergences, args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile)
+        found = write(args.report, args.divergence, *how)
         print(json.dumps(found, indent=1) if args.json else f"the page is {args.report}")
         return 0
-    results = []
-    for divergence in args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]:
-        for timing in measure(divergence, args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile):
-            results.append({"divergence": str(divergence), **dataclasses.asdict(timing)})
-    if args.json:
-        print(json.dumps({"shape": args.shape, "dtype": args.dtype, "threads": torch.get_num_threads(),
-                          "torch": torch.__version__, "results": results}, indent=1))  # fmt: skip
-        return 0
+    results = [{"divergence": str(divergence), **dataclasses.asdict(timing)}
+               for divergence in args.divergence for timing in measure(divergence, *how)]  # fmt: skip
+    about = {"shape": args.shape, "dtype": args.dtype, "threads": torch.get_num_threads()}
     ours = {r["divergence"]: r["seconds"] for r in results if r["what"] == "fdistill"}
     rows = [(r["divergence"], r["what"], f"{1e3 * r['seconds']:.1f} ms", f"{r['seconds'] / r['floor']:.2f}",
              f"{r['seconds'] / ours[r['divergence']]:.2f}") for r in results]  # fmt: skip
-    print(f"forward and backward, N, V = {args.shape}, {args.dtype}, {torch.get_num_threads()} threads")
-    _table(("divergence", "what", "median", "÷ floor", "÷ ours"), rows)
+    if not args.json:
+        print("forward and backward, N, V = {shape}, {dtype}, {threads} threads".format(**about))
+    _show(args, {**about, "torch": torch.__version__, "results": results},
+          ("divergence", "what", "median", "÷ floor", "÷ ours"), rows)  # fmt: skip
     return 0
 
 
@@ -255,27 +251,17 @@ def _tune(args: argparse.Namespace) -> int:
     from .backends.triton.launch import cache_file
     from .bench import tune
 
-    rows: list[dict[str, Any]] = []
-    try:
-        for divergence in args.divergence or [TABLE[n] for n in ("kl", "js", "tvd")]:
-            for launch, seconds in tune(divergence, args.shape, DTYPES[args.dtype], args.device):
-                rows.append({"divergence": str(divergence), "seconds": seconds, **dataclasses.asdict(launch)})
-    except ValueError as error:
-        print(f"fdistill bench --tune: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        _table(list(rows[0]), [[f"{x:.3g}" if isinstance(x, float) else x for x in r.values()] for r in rows])
-        print(f"the fastest of each divergence is kept in {cache_file()}")
+    found = [{"divergence": str(divergence), "seconds": seconds, **dataclasses.asdict(launch)}
+             for divergence in args.divergence
+             for launch, seconds in tune(divergence, args.shape, DTYPES[args.dtype], args.device)]  # fmt: skip
+    rows = [[f"{x:.3g}" if isinstance(x, float) else x for x in r.values()] for r in found]
+    _show(args, found, list(found[0]), rows, f"the fastest of each divergence is kept in {cache_file()}")
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
-    missing = [n for n in ("transformers", "tokenizers", "matplotlib", "rich") if importlib.util.find_spec(n) is None]
-    if missing:
-        print(f"fdistill demo needs {', '.join(missing)}: pip install 'fdistill_kernels[demo]'", file=sys.stderr)
-        return 2
+    if missing := _missing("transformers", "tokenizers", "matplotlib", "rich"):
+        raise ValueError(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[demo]'")
     from .demo import main
 
     return main(args)
@@ -297,7 +283,9 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, help: str) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=help, description=help)
-        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
+        )  # else as before it
         return sub
 
     action("build", BUILD)
@@ -335,8 +323,8 @@ def _teacher(args: argparse.Namespace) -> int:
     return 1 if found["damaged"] and args.action == "verify" else 0
 
 
-def _missing() -> list[str]:
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def _missing(*names: str) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def _sequence(argv: Sequence[str]) -> int | None:
@@ -344,7 +332,7 @@ def _sequence(argv: Sequence[str]) -> int | None:
     name, *rest = [*argv, ""]
     if name not in (*SEQUENCE, "teacher"):
         return None
-    if missing := _missing():
+    if missing := _missing(*NEEDED):
         if {"-h", "--help"} & set(argv):
             return None
         print(f"fdistill: {', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'", file=sys.stderr)
@@ -369,54 +357,43 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETERS as in alpha=0.3")
-    demo = command(
-        "demo",
-        _demo,
-        "Train a small GPT-2 teacher on real text, distil students by several divergences, compare with none.",
-    )
-    demo.add_argument("--divergence", **{**several, "help": f"a student each; default: {' '.join(STUDENTS)}"},
-                      default=[TABLE[name] for name in STUDENTS])  # fmt: skip
+    ours = [TABLE[name] for name in STUDENTS]
+    demo = command("demo", _demo, "Train a small GPT-2 teacher on real text, distil students by several divergences, "
+                                  "compare with none.")  # fmt: skip
+    demo.add_argument("--divergence", **several | {"help": f"a student each; default: {' '.join(STUDENTS)}"},
+                      default=ours)  # fmt: skip
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's own language reference")
-    demo.add_argument(
-        "--out", default="demo-output", metavar="DIR", help="checkpoint, curves.png, results.json go here"
-    )
-    demo.add_argument("--teacher-steps", type=_count, default=320, metavar="N", help="default: 320")
-    demo.add_argument("--start-steps", type=_count, default=60, metavar="N",
-                      help="of the students' common start; default: 60")  # fmt: skip
-    demo.add_argument("--student-steps", type=_count, default=150, metavar="N", help="of each student; default: 150")
-    demo.add_argument(
-        "--expect", type=Path, metavar="FILE", help="a results.json to agree with; exit 1 outside its band"
-    )
+    demo.add_argument("--out", default="demo-output", metavar="DIR",
+                      help="checkpoint, curves.png, results.json go here")  # fmt: skip
+    for name, steps, of in (("teacher", 320, ""), ("start", 60, "of the students' common start; "),
+                            ("student", 150, "of each student; ")):  # fmt: skip
+        demo.add_argument(f"--{name}-steps", type=_count, default=steps, metavar="N", help=f"{of}default: {steps}")
+    demo.add_argument("--expect", type=Path, metavar="FILE",
+                      help="a results.json to agree with; exit 1 outside its band")  # fmt: skip
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")
 
     verify = command("verify", _verify, "Compare every backend with the float64 reference; exit 1 on a miss.")
-    verify.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
     verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all the device has")
     verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
     verify.add_argument("--divergence", **several)
     verify.add_argument("--precision", action="store_true", help="digits kept in hard rows, beside eager PyTorch's")
     verify.add_argument("--peers", action="store_true", help="other libraries' losses beside ours and the definition")
-    verify.add_argument(
-        "--backend", default="auto", choices=["auto", *backends.BACKENDS], help="of --precision; default: all"
-    )
 
     bench = command("bench", _bench, "Time forward and backward beside eager torch and the memory floor.")
     bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V", help="default: 1024,32000")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    bench.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
-    bench.add_argument("--backend", choices=("auto", *backends.BACKENDS), default="auto")
     bench.add_argument("--threads", type=_count, metavar="N", help="default: torch's")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
-    bench.add_argument("--divergence", **several)
+    bench.add_argument("--divergence", **several, default=ours)
     bench.add_argument("--report", metavar="FILE", help="a page with charts: times, memory, roofline, errors, peers'")
-    bench.add_argument(
-        "--tune",
-        action="store_true",
-        help="time every launch of the Triton backend for this shape and keep the fastest",
-    )
+    bench.add_argument("--tune", action="store_true",
+                       help="time every launch of the Triton backend for this shape and keep the fastest")  # fmt: skip
+    for sub, of in ((verify, "of --precision; default: all"), (bench, "default: auto")):
+        sub.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+        sub.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS), help=of)
 
-    missing = _missing()
+    missing = _missing(*NEEDED)
     needs = " (needs fdistill_kernels[sequence])" if missing else ""
     for name, help in SEQUENCE.items():
         command(name, None, help + needs)  # `_sequence` runs it

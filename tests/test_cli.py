@@ -124,6 +124,8 @@ BAD = {
     "no such device": (["verify", "--device", "nosuch"], "'nosuch' cannot be used"),
     "threads": (["bench", "--threads", "0"], "must be a positive number"),
     "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
+    "of another report": (["verify", "--backend", "cpu"], "--backend is of --precision alone"),
+    "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype of the other reports"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
     "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),

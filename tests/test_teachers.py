@@ -411,8 +411,8 @@ def test_the_command_with_lists_and_an_encoder_decoder_teacher(causal_files, tmp
     store = tmp_path / "store"
     build_store(causal_files, store, "--kind", "top_k", "--k", "300", "--json", teacher="teacher")
     assert json.loads(capsys.readouterr().out)["mass"]["256"] > 0.9
-    command("teacher", "inspect", store, "--plot", tmp_path / "mass.png", "--json")
-    assert (tmp_path / "mass.png").exists()
+    command("teacher", "--json", "inspect", store, "--plot", tmp_path / "mass.png")
+    assert (tmp_path / "mass.png").exists() and json.loads(capsys.readouterr().out)["k"] == 300
     bart(300, 2, 1, seed=5).save_pretrained(tmp_path / "student")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(causal_files / "teacher" / name, tmp_path / "student" / name)
