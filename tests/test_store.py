@@ -87,8 +87,9 @@ def test_ids_take_exactly_the_bits_of_the_vocabulary(vocabulary):
 
 
 def test_ids_of_more_than_25_bits():
-    ids = np.array([[2**31 - 1, 0, 2**30 + 5] * 7])
-    assert (packing.unpack_ids(packing.pack_ids(ids, 31), 21, 31) == ids).all()
+    for bits in (26, 31, 32, 33, 57):
+        ids = np.array([[2**bits - 1, 0, 2 ** (bits - 1) + 5] * 7])
+        assert (packing.unpack_ids(packing.pack_ids(ids, bits), 21, bits) == ids).all()
 
 
 LOG_PROB = st.one_of(st.floats(-32768, 0.03125, width=32), st.just(-np.inf), st.floats(-40, 0, width=32))

@@ -481,6 +481,8 @@ def kl_run(files, store):
 
 def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_once(causal_files, tmp_path, capsys):
     store, data = tmp_path / "store", causal_files / "pairs.tsv"
+    (store / "shards").mkdir(parents=True)
+    (store / "manifest.json.0.partial").write_text("{")  # of a build that was killed at its first file
     build_store(causal_files, store)
     for shard in (store / "shards").glob("*.safetensors"):
         content = bytearray(shard.read_bytes())

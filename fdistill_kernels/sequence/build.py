@@ -87,7 +87,8 @@ def _checked(asked: Asked) -> list[str]:
     if teacher.startswith(("http://", "https://")) or is_store(teacher):
         raise ValueError("a store is built from a model, by its folder or hub name; what a server says is kept by "
                          "`fdistill train --teacher URL --samples FOLDER`")  # fmt: skip
-    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
+    begun = [path for path in out.glob("*") if path.name != "shards" and path.suffix != ".partial"]
+    if begun and not (out / "manifest.json").exists():  # beside what one killed, or another rank, has before a manifest
         raise ValueError(f"{out} is not empty and no store: give another --output_dir")
     return sources
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..teachers.packing import hash_tensor
+from ..teachers.store import check_same
 from .models import (
     IGNORE,
     accepted,
@@ -334,10 +335,7 @@ class TeacherSamples:
             known = json.loads(manifest.read_text())
         except ValueError as error:
             raise ValueError(f"{manifest} is damaged ({error}); remove {self.folder} to sample anew") from error
-        differ = [f"{k} was {known.get(k)!r} and is {self.key.get(k)!r}" for k in {**known, **self.key}
-                  if known.get(k) != self.key.get(k)]  # fmt: skip
-        if differ:
-            raise ValueError(f"the samples in {self.folder} were drawn otherwise: {'; '.join(differ)}")
+        check_same(f"the samples in {self.folder} were drawn otherwise", known, self.key)
 
     def shards(self) -> list[Path]:
         """Every shard's path, there or not."""
@@ -393,7 +391,7 @@ class TeacherSamples:
 
 def write_whole(path: Path, content: bytes) -> None:
     """All of the file or none of it, also when the disk is full or the process killed."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # several ranks may write the same
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # several ranks, of several machines, may write the same
     try:
         partial.write_bytes(content)
         partial.replace(path)

@@ -70,7 +70,7 @@ class _Again(Exception):
         self.after = after
 
 
-class Endpoint:
+class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     """A server as a teacher of `TopK` targets, or with kind "vllm_hidden" of `Hidden` ones.
 
     A sequence is asked for once: it is looked up in `store` first and written there after, also where a batch fails,
@@ -234,9 +234,6 @@ class Endpoint:
             self._loop.close()
         if self._claims is not None:
             os.close(self._claims)
-
-    def __enter__(self) -> Endpoint:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -414,11 +411,7 @@ class Endpoint:
             self._opened = True
 
     async def _compare(self, store: TeacherStore, pair: Pair) -> None:
-        """Asks for a stored sequence again.
-
-        Raises:
-            ValueError: the server says something else than the store.
-        """
+        """Asks for a stored sequence again, of which the server must say the same."""
         asked, kept = await self._asked(pair, "a stored sequence"), store.targets([pair[0]], [pair[1]])
         if isinstance(kept, Hidden):
             projection = store._head_tensors().get("projection")
@@ -657,11 +650,10 @@ def _message(reply: Any) -> str:
 
 def _seconds(after: str | None) -> float:
     """Of a Retry-After: seconds, or a date."""
-    try:
+    with contextlib.suppress(ValueError):
         return max(0.0, float(after or 0))
-    except ValueError:
-        with contextlib.suppress(TypeError, ValueError):
-            return max(0.0, email.utils.parsedate_to_datetime(after or "").timestamp() - time.time())
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(after or "").timestamp() - time.time())
     return 0.0
 
 

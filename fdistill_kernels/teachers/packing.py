@@ -35,9 +35,9 @@ def id_bits(vocabulary: int) -> int:
 
 def pack_ids(ids: np.ndarray, bits: int) -> np.ndarray:
     """(M, K) ids ≥ 0 as (M, ⌈K·bits/8⌉) uint8: each row one string of bits, the lowest first."""
-    places = np.arange(bits, dtype=ids.dtype)
-    one_by_one = ((ids[..., None] >> places) & 1).astype(np.uint8).reshape(len(ids), ids.shape[1] * bits)
-    return np.packbits(one_by_one, axis=1, bitorder="little")
+    words = ids.astype("<u8")[..., None].view(np.uint8)
+    one_by_one = np.unpackbits(words, axis=2, count=bits, bitorder="little")
+    return np.packbits(one_by_one.reshape(len(ids), ids.shape[1] * bits), axis=1, bitorder="little")
 
 
 def unpack_ids(packed: np.ndarray, k: int, bits: int) -> np.ndarray:

@@ -60,12 +60,8 @@ class MissingTargets(ValueError):
         self.indices = indices
 
 
-def _canonical(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
-
-
 def _hash(content: dict[str, Any]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(_canonical(content)))
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
 
 def _sealed(content: dict[str, Any], indent: int | None = None) -> bytes:
@@ -136,14 +132,23 @@ def _pair(prompt: TokenIds, continuation: TokenIds) -> tuple[bytes, np.ndarray, 
     return xxhash.xxh3_128_digest(len(of[0]).to_bytes(8, "little") + of[0].tobytes() + of[1].tobytes()), *of
 
 
-def _differences(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    return [f"{k} was {known.get(k)!r} and is {asked.get(k)!r}" for k in {**known, **asked}
-            if known.get(k) != asked.get(k)]  # fmt: skip
+def check_same(what: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises ValueError where a field differs; every one is named with both values."""
+    if differ := [k for k in {**known, **asked} if known.get(k) != asked.get(k)]:
+        raise ValueError(f"{what}: {'; '.join(f'{k} was {known.get(k)!r} and is {asked.get(k)!r}' for k in differ)}")
 
 
 def _check(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
-    if differ := _differences(known, asked):
-        raise ValueError(f"{path} holds other targets: {'; '.join(differ)}")
+    check_same(f"{path} holds other targets", known, asked)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, memory-mapped."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path.name} cannot be read ({error})") from error
 
 
 class _Shard:
@@ -159,24 +164,20 @@ class _Shard:
         if not path.exists() or path.stat().st_size != self.bytes:
             raise Damaged(f"{path.name} is missing, or has another size than written")
 
-    def key(self, number: int) -> bytes:
-        return self.keys[16 * number : 16 * number + 16]
-
     def mapped(self) -> dict[str, Tensor]:
         """The tensors, memory-mapped; the whole file's checksum is verified before the first time."""
-        try:
-            if not self.verified:
-                digest = xxhash.xxh3_128()
+        if not self.verified:
+            digest = xxhash.xxh3_128()
+            try:
                 with open(self.path, "rb", buffering=0) as file:
                     while piece := file.read(packing.PIECE):
                         digest.update(piece)
-                if digest.hexdigest() != self.checksum:
-                    raise Damaged(f"{self.path.name} has another checksum than written")
-                self.verified = True
-            with safe_open(self.path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise Damaged(f"{self.path.name} cannot be read ({error})") from error
+            except OSError as error:
+                raise Damaged(f"{self.path.name} cannot be read ({error})") from error
+            if digest.hexdigest() != self.checksum:
+                raise Damaged(f"{self.path.name} has another checksum than written")
+            self.verified = True
+        return _mapped(self.path)
 
 
 def _settings(
@@ -257,7 +258,7 @@ class TeacherStore:
         self.key, self.extra, self._head_hash = content.pop("key"), content.pop("extra"), content.pop("head_file")
         self.settings, self.kind, self.vocabulary = content, str(content["kind"]), int(content["vocabulary"])
         if key is not None:
-            _check(self.folder, self.key, json.loads(_canonical(key)))
+            _check(self.folder, self.key, json.loads(json.dumps(key)))
         self._made_of = _hash({"settings": content, "key": self.key, "head": self._head_hash})
         self._shards: dict[str, _Shard] = {}
         self._unread: dict[str, str] = {}  # no sidecar yet, or a damaged one: looked at again by refresh
@@ -296,7 +297,7 @@ class TeacherStore:
         """
         folder = Path(folder)
         settings = _settings(kind, vocabulary, k, log_probs, states, rank, head, temperature)
-        key = json.loads(_canonical(key))
+        key = json.loads(json.dumps(key))
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         _remove_old(folder)
         kept: dict[str, Tensor] | None = None
@@ -325,14 +326,10 @@ class TeacherStore:
     def _head_tensors(self) -> dict[str, Tensor]:
         """The head's tensors, memory-mapped, verified once."""
         if self._head is None:
-            path = self.folder / "head.safetensors"
-            try:
-                with safe_open(path, "pt") as file:
-                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                whole = packing.hash_tensors(found.items()) == self._head_hash
-            except (OSError, SafetensorError):
-                whole = False
-            if not whole:
+            path, found = self.folder / "head.safetensors", {}
+            with contextlib.suppress(Damaged):
+                found = _mapped(path)
+            if packing.hash_tensors(found.items()) != self._head_hash:
                 raise Damaged(f"{path} is missing or not what was written; `create` with the same head writes it anew")
             self._head = found
         return self._head
@@ -362,12 +359,13 @@ class TeacherStore:
                 self._unread[name] = str(error)
 
     def _take(self, name: str) -> None:
-        shard = self._shards[name] = _Shard(self.folder / "shards" / f"{name}.safetensors", self._made_of)
-        self._enter(shard)
+        self._shards[name] = _Shard(self.folder / "shards" / f"{name}.safetensors", self._made_of)
+        self._enter(self._shards[name])
 
-    def _enter(self, shard: _Shard) -> None:
-        for number in range(len(shard.ends) - 1):
-            self._index.setdefault(shard.key(number), (shard, number))
+    def _enter(self, *shards: _Shard) -> None:
+        for shard in shards:
+            for number in range(len(shard.ends) - 1):
+                self._index.setdefault(shard.keys[16 * number : 16 * number + 16], (shard, number))
 
     def _tensors(self, shard: _Shard) -> dict[str, Tensor] | None:
         """A shard's tensors; None where it is damaged, which is noted, and its sequences looked for elsewhere."""
@@ -381,8 +379,7 @@ class TeacherStore:
             self._broken[name] = str(error)
             self._shards.pop(name, None)
             self._index = {}
-            for other in self._shards.values():
-                self._enter(other)
+            self._enter(*self._shards.values())
             return None
         if len(self._mapped) > MAPPED:
             self._mapped.popitem(last=False)
@@ -500,15 +497,12 @@ def _remove_old(folder: Path) -> None:
                 partial.unlink()
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager["Writer"]):
     """Adds sequences to a store; see `TeacherStore.writer`. What `flush` returned from is never lost."""
 
     def __init__(self, store: TeacherStore, shard_bytes: int):
         self.store, self.shard_bytes, self._bytes = store, shard_bytes, 0
         self._pending: dict[bytes, tuple[np.ndarray, np.ndarray, dict[str, Tensor], list[float]]] = {}
-
-    def __enter__(self) -> Writer:
-        return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with contextlib.suppress(*([OSError] if kind else [])):  # what was added before an error is good
@@ -585,12 +579,12 @@ class Writer:
             "mass": [sum(m) for m in zip(*masses, strict=True)],
         }  # fmt: skip
         name = uuid.uuid4().hex
-        shard = self.store.folder / "shards" / f"{name}.safetensors"
+        paths = [self.store.folder / "shards" / f"{name}.{suffix}" for suffix in ("safetensors", "json")]
         try:
-            _write(shard, content)
-            _write(shard.with_suffix(".json"), _sealed(side))
+            for path, written in zip(paths, (content, _sealed(side)), strict=True):
+                _write(path, written)
         except OSError:
-            for path in (shard.with_suffix(".json"), shard):  # it will be tried again, under another name
+            for path in paths[::-1]:  # it will be tried again, under another name
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise
