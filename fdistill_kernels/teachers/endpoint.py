@@ -24,6 +24,7 @@ import random
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -62,7 +63,7 @@ class EndpointError(RuntimeError, ConnectionError):
         self.status = status
 
 
-class _Again(Exception):
+class _Again(Misfit):
     """What another try may mend; `after`: seconds that the server asks to wait."""
 
     def __init__(self, what: str, after: float = 0.0):
@@ -120,14 +121,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
             raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
         self.url, k = url.rstrip("/").removesuffix("/v1"), min(k, vocabulary)
-        try:
-            valid = (whole := httpx.URL(self.url)).scheme in ("http", "https") and whole.host
-        except httpx.InvalidURL:
-            valid = False
-        if not valid:
-            raise ValueError(
-                f"the url must begin with http:// or https:// and have a host, and a port of digits: {url!r}"
-            )
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # of no digits: ValueError
+            raise ValueError(f"the url must begin with http:// or https:// and a host: {url!r}")
         self.model, self.vocabulary, self.k, self.kind, self.timeout = model, vocabulary, k, kind, timeout
         self.retries, self.first_wait, self.head, self.norm, self.layer = retries, first_wait, head, norm, layer
         self.states_folder, self._lists = states_folder, Lists(k, vocabulary, short_rows, padded)
@@ -137,10 +133,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
         self.store, self._folder = store if isinstance(store, TeacherStore) else None, store
         if self.store is not None:
-            free = {
-                n: v for n, v in self.store.settings.items() if n in (("states", "rank") if head else ("log_probs",))
-            }
-            _check(self.store.folder, self.store.settings, _settings(**{**self._kept, **free}))
+            known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
+            _check(self.store.folder, known, _settings(**self._kept | {n: known[n] for n in free if n in known}))
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -559,18 +553,15 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         hint: what to do where the server says that a sequence is too long.
         """
         for tries in itertools.count(1):
-            after = 0.0
             try:
                 async with self._places:
                     while (rest := self._not_before - time.monotonic()) > 0:
                         await asyncio.sleep(rest)
                     return await asyncio.wait_for(once(), self.timeout)
-            except _Again as error:
-                happened, after = str(error), error.after
             except Misfit as error:
-                happened = f"its reply does not fit: {error}"
+                happened, after = str(error), getattr(error, "after", 0.0)
             except asyncio.TimeoutError:
-                happened = f"no whole reply within {self.timeout} s"
+                happened, after = f"no whole reply within {self.timeout} s", 0.0
             except EndpointError as error:
                 hint = hint if error.status == 400 and TOO_LONG.search(str(error)) else ""
                 raise EndpointError(f"{what}: {error}{hint} ({self.url})", error.status) from error

@@ -85,7 +85,8 @@ def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
             raise Misfit(f"position {position} of the continuation has an id outside [0, {vocabulary}): where the "
                          "teacher has more rows than tokens, padded=True leaves those out")  # fmt: skip
     rows = [{i: p for i, p in row.items() if i < vocabulary} for row in rows]
-    ids, log_probs = _rectangle(map(list, rows), -1, k), _rectangle([list(r.values()) for r in rows], -torch.inf, k)
+    ids, log_probs = (_rectangle([list(part) for part in parts], fill, k)
+                      for parts, fill in ((rows, -1), ([row.values() for row in rows], -torch.inf)))  # fmt: skip
     whole = checked(ids, log_probs, vocabulary, len(rows))  # before any is left out: NaN has no order
     order = whole.log_probs.topk(k).indices
     return TopK(whole.ids.gather(1, order), whole.log_probs.gather(1, order))
@@ -361,11 +362,10 @@ def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _rectangle(lists: Any, fill: float, least: int = 0) -> Any:
     """Lists of different lengths, padded to the longest, or to `least`; a tensor as it is."""
-    if isinstance(lists, Tensor):
+    longest = max(least, 0, *map(len, lists))
+    if isinstance(lists, Tensor) or all(len(row) == longest for row in lists):
         return lists
-    lists = list(lists)
-    longest = max(least, *map(len, lists), 0)
-    return lists if {*map(len, lists)} == {longest} else [[*row, *[fill] * (longest - len(row))] for row in lists]
+    return [[*row, *[fill] * (longest - len(row))] for row in lists]
 
 
 def _split(sequence: Sequence[int], begin: int) -> tuple[Tensor, Tensor]:
