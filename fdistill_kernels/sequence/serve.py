@@ -59,10 +59,9 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
 
         def do_GET(self) -> None:
             """The one model that is served."""
-            if self.path.rstrip("/") == "/v1/models":
-                self._reply(200, {"object": "list", "data": [known]})
-            else:
-                self._refuse(404, f"there is no {self.path}")
+            if self.path.rstrip("/") != "/v1/models":
+                return self._refuse(404, f"there is no {self.path}")
+            self._reply(200, {"object": "list", "data": [known]})
 
         def do_POST(self) -> None:
             """Completions of token ids."""
@@ -75,12 +74,10 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
                     return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
                 with lock:
                     reply = completions(room, tokenizer, asked, most)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                self._refuse(400, str(error))
-            except Exception as error:  # of memory, say: the caller is told, and may try again
-                self._refuse(500, str(error))
-            else:
-                self._reply(200, {"object": "text_completion", "model": name, **reply})
+            except Exception as error:  # 500: of memory, say, which may be there at another try
+                bad = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
+                return self._refuse(400 if bad else 500, str(error))
+            self._reply(200, {"object": "text_completion", "model": name, **reply})
 
     return ThreadingHTTPServer((host, port), Handler)
 

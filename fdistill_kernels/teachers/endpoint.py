@@ -310,7 +310,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         flying = {pair: self._loop.create_future() for pair in pairs}
         self._flying.update(flying)
         try:
-            async with self._claimed(pairs):
+            async with contextlib.nullcontext() if self.store is None else self._claimed(pairs):
                 missing = pairs
                 if self.store is not None:
                     self.store.refresh()
@@ -352,9 +352,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         A batch claims all of its own in order, and while it holds some waits for nothing but further ones: no two
         processes wait for each other. The system frees those of a process that dies.
         """
-        if self.store is None:
-            yield
-            return
+        assert self.store is not None
         bytes_ = sorted({int.from_bytes(hashlib.sha256(repr(pair).encode()).digest()[:7], "big") for pair in pairs})
         if self._claims is None:  # open as long as this: to close any descriptor of it frees all of a process
             self._claims = os.open(self.store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)

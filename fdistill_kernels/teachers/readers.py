@@ -25,7 +25,6 @@ from ..sparse import TopK
 Scored = tuple[Tensor, Tensor, TopK]
 #: What vLLM writes for −∞, which JSON has no number for.
 MINUS_INFINITY = -9999.0
-DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
 class Misfit(ValueError):
@@ -264,8 +263,8 @@ def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
         taken = packed[:, at - count * dtype.itemsize : at]
         return taken.clone().reshape(-1).view(dtype).view(len(packed), count)  # cloned: bytes need not be aligned
 
-    exact, term = DTYPES[config.get("exact_dtype", "float32")], DTYPES[config.get("term_dtype", "float32")]
-    parts = [take(config["exact_k"], exact)]
+    exact, term = (getattr(torch, config.get(name, "float32")) for name in ("exact_dtype", "term_dtype"))
+    first = take(config["exact_k"], exact).float()
     terms, rest = config.get("polynomial_terms") or [], config["k"] - config["exact_k"]
     fit = torch.zeros(len(packed), rest)
     if terms:
@@ -274,7 +273,7 @@ def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
         fit = (powers * take(len(terms), term)[:, None]).sum(2).float()
     begin = 0
     for part in config["residual_bins"]:
-        scale, wide, count = DTYPES[part["scale_dtype"]], part["element_bits"], part["num_elements"]
+        scale, wide, count = getattr(torch, part["scale_dtype"]), part["element_bits"], part["num_elements"]
         factor = take(1, scale).float()
         numbers = _unpacked(take(-(-count * wide // 8)), wide, count)
         numbers = 2 * numbers - 1 if wide == 1 else numbers - 2 ** (wide - 1)
@@ -282,7 +281,7 @@ def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
         begin += count
     if at != packed.shape[1]:
         raise Misfit(f"{packed.shape[1]} bytes at each position, the configuration has {at}")
-    made = torch.cat((parts[0].float(), fit), 1)
+    made = torch.cat((first, fit), 1)
     return made.cumsum(1) if config.get("delta_encoding", True) else made
 
 
