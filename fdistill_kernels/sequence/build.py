@@ -200,12 +200,16 @@ def verify(folder: str, teacher: str | None = None, sequences: int = 16, seed: i
     model.to(device())
     if (mark := fingerprint(model.model)) != store.key.get("teacher"):
         raise ValueError(f"{teacher} has the fingerprint {mark}, and {folder} is of {store.key.get('teacher')}")
-    everything = list(store.sequences())
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))[:sequences].tolist()
-    apart = torch.cat([_apart(store, model, *everything[i]) for i in order])
+    chosen = set(torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:sequences].tolist())
+    apart = torch.cat([_apart(store, model, *pair) for i, pair in enumerate(store.sequences()) if i in chosen])
     names = ("kl_mean", "kl_largest", "tvd_mean", "tvd_largest")
     numbers = (apart[:, 0].mean(), apart[:, 0].max(), apart[:, 1].mean(), apart[:, 1].max())
-    return {**found, "compared": len(order), "tokens": len(apart), **dict(zip(names, map(float, numbers), strict=True))}
+    return {
+        **found,
+        "compared": len(chosen),
+        "tokens": len(apart),
+        **dict(zip(names, map(float, numbers), strict=True)),
+    }
 
 
 def _apart(store: TeacherStore, model: InRoom, prompt: Tensor, continuation: Tensor) -> Tensor:
