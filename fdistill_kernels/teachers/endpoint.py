@@ -441,29 +441,37 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         once = self._of_sglang if self.kind == "sglang" else self._of_vllm
         return self._until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), hint)
 
+    async def _generate(self, ids: list[int], new: int, how: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """What the server makes of token ids and up to `new` more: SGLang's reply, or vLLM's one choice."""
+        if self.kind == "sglang":
+            body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new}, **more}
+            return await self._post("/generate", body)
+        body = {"model": self.model, "prompt": ids, "max_tokens": new, "return_token_ids": True, **how, **more}
+        reply = await self._post("/v1/completions", body)
+        with form("it is no completion"):
+            (choice,) = reply["choices"]
+            return {**choice, "kv_transfer_params": reply.get("kv_transfer_params")}
+
     async def _of_sglang(self, ids: list[int], begin: int) -> TopK:
-        reply = await self._post("/generate", {
-            "input_ids": ids, "sampling_params": {"max_new_tokens": 0, "temperature": 1.0}, "return_logprob": True,
-            "logprob_start_len": begin - 1, "top_logprobs_num": self.k, "return_text_in_logprobs": False,
-        })  # fmt: skip
+        reply = await self._generate(
+            ids, 0, {"temperature": 1.0}, return_logprob=True, logprob_start_len=begin - 1, top_logprobs_num=self.k,
+            return_text_in_logprobs=False,
+        )  # fmt: skip
         with form("it is no reply of SGLang's"):
             if not reply["meta_info"].get("input_top_logprobs"):
                 raise EndpointError("the server ignores top_logprobs_num: SGLang's own /generate is needed")
             return sglang_rows(reply["meta_info"], ids, begin, self._lists)
 
     async def _of_vllm(self, ids: list[int], begin: int) -> TopK | Tensor:
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "return_token_ids": True}
-        reply = await self._post("/v1/completions", body | ({} if self.head else {"prompt_logprobs": self.k}))
-        if self.head is not None:
-            made = reply.get("kv_transfer_params")
-            if not isinstance(made, dict):
-                raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
-            return await self._states(str(made.get("hidden_states_path")), ids, begin)
-        with form("it is no completion"):
-            (choice,) = reply["choices"]
+        wanted = {} if self.head is not None else {"prompt_logprobs": self.k}
+        choice = await self._generate(ids, 1, {"temperature": 1.0}, **wanted)
+        if self.head is None:
             if choice.get("prompt_logprobs") is None:
                 raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
             return vllm_rows(choice, ids, begin, self._lists)
+        if not isinstance(made := choice["kv_transfer_params"], dict):
+            raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
+        return await self._states(str(made.get("hidden_states_path")), ids, begin)
 
     async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
         """The normed states that predict tokens `begin` on, of a file that is read once and removed.
@@ -506,27 +514,15 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             "repetition_penalty": 1.0, **more,
         }  # fmt: skip
 
+        of_seed, of_ids = ("sampling_seed", "output_ids") if self.kind == "sglang" else ("seed", "token_ids")
+
         async def once() -> Tensor:
-            own: dict[str, Any]
-            with form("it has no token ids"):
-                if self.kind == "sglang":
-                    own = {"max_new_tokens": new, "sampling_seed": seed}
-                    made = (await self._post("/generate", {"input_ids": ids, "sampling_params": how | own}))[
-                        "output_ids"
-                    ]
-                else:
-                    own = {
-                        "model": self.model,
-                        "prompt": ids,
-                        "max_tokens": new,
-                        "seed": seed,
-                        "return_token_ids": True,
-                    }
-                    (choice,) = (await self._post("/v1/completions", how | own))["choices"]
-                    made = choice["token_ids"]
-                if not 0 < len(made) <= new or not all(0 <= operator.index(i) < self.vocabulary for i in made):
-                    raise Misfit(f"it has no list of 1 to {new} token ids in [0, {self.vocabulary})")
-                return torch.tensor(made)
+            made = (await self._generate(ids, new, {**how, of_seed: seed})).get(of_ids)
+            if not isinstance(made, list) or not 0 < len(made) <= new:
+                raise Misfit(f"it has no list of 1 to {new} token ids")
+            if not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in made):
+                raise Misfit(f"it has ids outside [0, {self.vocabulary})")
+            return torch.tensor(made)
 
         return await self._until_it_fits(f"prompt {number} of {len(ids)} tokens", once)
 
