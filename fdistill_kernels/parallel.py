@@ -1,4 +1,4 @@
-"""One vocabulary over many ranks: which part of it is here, of shards with a process group and of DTensors."""
+"""A vocabulary that is split over ranks: which part is here, by a process group or by DTensors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .values import Head
 
 
 class VocabShard(NamedTuple):
-    """The part of the vocabulary that is here: logits' last dimension, a head's rows. `vocab_shard` makes one.
+    """The part of the vocabulary on this rank: of logits' last dimension, or of a head's rows. `vocab_shard` makes one.
 
     Attributes:
-        group: the ranks that have the whole vocabulary together, each a stretch of it, in any order.
-        begin: the id of the first entry here.
-        size: V of the whole; entries from there on, which pad the last shards, are left out.
-        sum_hidden: whether gradients by hidden states, which are the same on all ranks, are summed over them
-            (Megatron's copy to the tensor-parallel region); False where what has gathered the states sums them itself,
-            as sequence parallelism's gather does.
-        own_rows: whether each rank has rows of its own, as where FSDP shards a head: `scattered`.
+        group: the ranks that hold the whole vocabulary together, each a contiguous part, in any order.
+        begin: id of the first entry here.
+        size: V of the whole vocabulary. Entries from there on are padding of the last shards and are left out.
+        sum_hidden: whether to sum the gradients of the hidden states, which are the same on all ranks, over the ranks
+            (Megatron's copy to the tensor-parallel region). False if the operation that gathered the states does it, as
+            in sequence parallelism.
+        own_rows: whether each rank has its own rows, as when FSDP shards a head (`scattered`).
     """
 
     group: dist.ProcessGroup
@@ -34,16 +34,16 @@ class VocabShard(NamedTuple):
 def vocab_shard(
     group: dist.ProcessGroup, local_size: int, vocab_size: int | None = None, sum_hidden: bool = True
 ) -> VocabShard:
-    """The shard of this rank, where each rank has the next stretch of the vocabulary; all ranks of the group must ask.
+    """The shard of this rank, if the ranks hold the vocabulary in their order. All ranks of the group must call this.
 
     Args:
-        group: as `torch.distributed.new_group` or a DeviceMesh's get_group gives it.
-        local_size: entries here; they may differ from rank to rank.
-        vocab_size: V without padding; default: the sum of all.
+        group: from `torch.distributed.new_group` or a DeviceMesh's get_group.
+        local_size: number of entries here; may differ from rank to rank.
+        vocab_size: V without padding; default: the sum of all local sizes.
         sum_hidden: as in `VocabShard`.
 
     Raises:
-        ValueError: the sizes do not hold a vocabulary of that size.
+        ValueError: a shard is empty, or vocab_size is not between 1 and the sum of the local sizes.
     """
     sizes: list[Any] = [None] * group.size()
     dist.all_gather_object(sizes, local_size, group=group)
@@ -67,10 +67,10 @@ def check_shard(name: str, shard: object) -> None:
 
 
 def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
-    """Logits here (..., V_local), and their shard; a DTensor says its own.
+    """The logits on this rank (..., V_local), and their shard, which a DTensor knows itself.
 
     Raises:
-        ValueError: a DTensor split on other dimensions than rows and the last one, or a shard beside one.
+        ValueError: a DTensor split on other dimensions than rows and the last one, or a shard given beside a DTensor.
     """
     if is_dtensor(logits):
         if shard is not None:
@@ -80,10 +80,10 @@ def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any,
 
 
 def same_rows(hidden: Any) -> bool:
-    """Whether hidden states say that they are the same on all ranks: a DTensor that is whole.
+    """Whether hidden states are known to be the same on all ranks: a DTensor that is whole.
 
-    A head that is a DTensor does not: tensor parallelism splits it over ranks with the same rows, FSDP over ranks that
-    have each their own, whose losses would be mixed.
+    A DTensor head does not tell: tensor parallelism splits it over ranks with the same rows, FSDP over ranks that have
+    their own rows each, whose losses must not be mixed.
     """
     return is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
 
@@ -98,10 +98,10 @@ def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, V
 
 
 def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:
-    """Without the entries that pad the vocabulary.
+    """Values without the entries that pad the vocabulary.
 
     Raises:
-        ValueError: a shard that holds padding alone, or does not begin within the vocabulary.
+        ValueError: the shard holds only padding, or does not begin within the vocabulary.
     """
     count = min(values.shape[dim], shard.size - shard.begin)
     if shard.begin < 0 or count < 1:
