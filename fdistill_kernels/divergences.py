@@ -17,7 +17,7 @@ from torch import Tensor
 from .formulas import Formula, RowStatistics
 from .row_formulas import KERNELS
 
-#: Parameters so close to a family's limit are taken for it: float32 cannot tell them apart.
+#: Parameters this close to a family's limit count as the limit: float32 cannot tell them apart.
 NEAR = 1e-7
 
 Terms = tuple[Tensor, Tensor]
@@ -42,8 +42,8 @@ class Divergence:
         key: text that stands for a divergence with a `kernel` in the arguments of an operator; `by_key` reads it.
 
     Raises:
-        ValueError: a number is not finite, or the parameter of the Alpha kernel is 0 or 1. TypeError: name is not text,
-            or terms is not a function.
+        ValueError: a number is not finite, or the parameter of the Alpha kernel is 0 or 1.
+        TypeError: name is not text, or terms is not a function.
     """
 
     name: str
@@ -124,6 +124,7 @@ TRIANGULAR = _of_kernel("triangular", "Triangular")
 ENGINE = _of_kernel("engine", "Engine")
 CROSS_ENTROPY = _of_kernel("cross_entropy", "CrossEntropy")
 LK = _of_kernel("lk", "Lk")
+"""−log Σ min(p, q) = −log(1 − TVD): minus the log rate of acceptance in speculative decoding (arXiv 2602.23881)."""
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
@@ -288,7 +289,7 @@ def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> D
     return None
 
 
-#: The parameters of each family, by name: what `divergence_by_name` and the docs read.
+#: Each family and the names of its parameters, which `resolve` reads.
 PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
     "gjs": (GJS, ("beta",)),
     "skew_kl": (SkewKL, ("lam",)),
@@ -304,12 +305,12 @@ PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
     "csd": (CSD, ("weight",)),
 }
 
-#: Every divergence at its default parameter, in the order the docs list them.
 TABLE: dict[str, Divergence] = {
     d.name: d
     for d in (KL, RKL, JS, TVD, JEFFREYS, GJS(), SkewKL(), SkewRKL(), Alpha(), HELLINGER, PEARSON, NEYMAN, TRIANGULAR,
               ENGINE, CROSS_ENTROPY, LK, Renyi(), AB(), ToDi(), AKL(), EntropyGated(), TailAware(), DKD(), CSD())
 }  # fmt: skip
+"""Every divergence by its name, with default parameters, in the order of the docs."""
 
 
 @functools.lru_cache(maxsize=256)

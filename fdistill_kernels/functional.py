@@ -95,11 +95,11 @@ def f_divergence(
 
     Returns:
         The loss, () or (...), float32 (float64 for float64 logits); with return_parts a pair of loss and parts. If no
-        token counts, it is 0 with zero gradients. An infinite divergence is inf; a NaN logit makes its token's loss
-        NaN. 16-bit gradients are rounded once, after the upstream factor: float16 ones are made only in the backward
-        pass; bfloat16 ones on a CPU are made again there if the factor is not a power of two. The graph keeps the
-        logits for this. With `inplace`, and for bfloat16 on a GPU or inside torch.compile, such a factor rounds a
-        second time.
+            token counts, it is 0 with zero gradients. An infinite divergence is inf; a NaN logit makes its token's loss
+            NaN. 16-bit gradients are rounded once, after the upstream factor: float16 ones are made only in the
+            backward pass; bfloat16 ones on a CPU are made again there if the factor is not a power of two. The graph
+            keeps the logits for this. With `inplace`, and for bfloat16 on a GPU or inside torch.compile, such a factor
+            rounds a second time.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, range or name does not fit; before any kernel starts.
@@ -220,7 +220,7 @@ def cross_entropy(
 
     Returns:
         The loss, () or the shape of class indices, float32 (float64 for float64 logits). If all targets are ignored, or
-        there are none, it is 0 (torch: NaN).
+            there are none, it is 0 (torch: NaN).
 
     Raises:
         ValueError, TypeError: as in `f_divergence`.
@@ -333,9 +333,10 @@ def linear_f_divergence(
 
     Returns:
         As `f_divergence`. Gradients are summed in float32, then multiplied by the upstream factor and rounded once to
-        the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too.
-        ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is not
-        known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the graph.
+            the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too.
+            ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is
+            not known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the
+            graph.
 
     Raises:
         ValueError, TypeError: as `f_divergence`; also for heads that are not plain tensors (LoRA, quantised, ZeRO-3).
@@ -473,7 +474,7 @@ def log_probs(
 
     Returns:
         Log-probabilities (...), float32 (float64 for float64 hidden states); with `entropy` a pair of them and the
-        entropies. The backward pass computes the chunks again, with the upstream factors of each row.
+            entropies. The backward pass computes the chunks again, with the upstream factors of each row.
 
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.

@@ -34,7 +34,8 @@ class FDivergence(Divergence):
 
     Raises:
         ValueError: f is not elementwise, not finite, not convex, not differentiable, or f(1) ≠ 0, tested on t from 1e-3
-            to 1e3; or both or neither of f and from_log_ratio are given. TypeError: f is not a function.
+            to 1e3; or both or neither of f and from_log_ratio are given.
+        TypeError: f is not a function.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ class Head(NamedTuple):
     """A model's head: hidden states (..., D) have the logits ``softcap·tanh((scale·hidden weightᵀ + bias)/softcap)``.
 
     Attributes:
-        weight, bias: (V, D) and (V), in the dtype of the hidden states.
+        weight: (V, D), in the dtype of the hidden states.
+        bias: (V), in the same dtype; None: no bias.
         scale: factor on hidden weightᵀ (Cohere, Granite).
         softcap: c > 0 (Gemma 2, Gemma Team 2024, §2); None: no cap.
     """
@@ -86,10 +87,12 @@ class Metrics(NamedTuple):
     Without a teacher, those that need one are 0.
 
     Attributes:
-        student_entropy, teacher_entropy: entropies in nats, at the temperatures of the loss.
+        student_entropy: entropy of q in nats, at the temperature of the loss.
+        teacher_entropy: entropy of p in nats, at the teacher's temperature.
         agreement: 1 if both models have the same largest entry (the first of ties), else 0.
-        overlap: ``Σ min(p, q)``, which is 1 − total variation distance, at the temperatures of the loss.
-        log_sum_exp, label_log_prob: of the student at temperature 1; label_log_prob is 0 without labels.
+        overlap: ``Σ min(p, q)``, which is 1 − total variation distance, of the same distributions.
+        log_sum_exp: of the student's logits, at temperature 1.
+        label_log_prob: the student's log-probability of the label, at temperature 1; 0 without labels.
     """
 
     divergence: Tensor
@@ -108,7 +111,8 @@ class SparseParts(NamedTuple):
     """`LossParts` with a `TopK` teacher, and measures of its lists, reduced like the loss, detached.
 
     Attributes:
-        teacher_mass, student_mass: Σ_S p as given, and Σ_S q at the temperature of the loss.
+        teacher_mass: Σ_S p as given, over a row's ids S.
+        student_mass: Σ_S q, at the temperature of the loss.
         overlap: share of a row's n ids that are among the student's n largest entries.
     """
 

@@ -54,7 +54,8 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
 
     Raises:
         TypeError: the output embedding is not a plain linear layer (LoRA, quantised); the forward takes no labels; a
-            keyword is unknown. ValueError: there is no output embedding.
+            keyword is unknown.
+        ValueError: there is no output embedding.
     """
     known = inspect.signature(linear_cross_entropy).parameters.keys() - THEIRS
     for name in keywords.keys() - known:
