@@ -142,7 +142,7 @@ def _beside_list(
     student: Logits, teacher: TopK, terms: LossTerms, inplace: bool, backend: str, return_parts: bool | str,
     shard: VocabShard | None,
 ) -> Any:  # fmt: skip
-    """`f_divergence` to a list."""
+    """`f_divergence` from a list of ids."""
     logits = student.values
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
@@ -156,7 +156,7 @@ def _beside_list(
 def _logits_here(
     name: str, logits: Any, vocab_size: int | None, shard: VocabShard | None
 ) -> tuple[Tensor, VocabShard | None, int]:
-    """Logits without padding, those of this rank where the vocabulary is split; their shard; and how many with it."""
+    """This rank's logits without padding, their shard, and their number with padding (0 without a shard)."""
     logits, shard = local_logits(name, logits, shard)
     if shard is None:
         return checks.shared_vocabulary(name, logits, vocab_size), None, 0
@@ -170,7 +170,7 @@ def _teacher_here(
     name: str, logits: Any, vocab_size: int | None, student: Tensor, padded: int, shard: VocabShard | None,
     own: VocabShard | None,
 ) -> Tensor:  # fmt: skip
-    """The teacher's logits of the student's entries."""
+    """The teacher's logits at the student's entries."""
     logits, own = local_logits(name, logits, own)
     if shard is None:
         if own is not None:
@@ -500,10 +500,10 @@ def log_probs(
 
 
 def _terms(divergence: Any, given: LossTerms) -> LossTerms:
-    """The terms of the divergence and the keywords, or those given as one value in its place.
+    """The terms: from the divergence and the keyword arguments, or a `LossTerms` given as divergence.
 
     Raises:
-        ValueError: a value, and one of its fields beside it.
+        ValueError: a `LossTerms` together with one of its fields.
     """
     if isinstance(divergence, LossTerms):
         beside = [n for n, x in given._asdict().items() if not _same(x, LossTerms._field_defaults[n])]
@@ -521,7 +521,7 @@ def _label_terms(
     target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
     token_weight: Tensor | None, reduction: str, num_items: float | Tensor | None,
 ) -> LossTerms:  # fmt: skip
-    """The terms of a cross-entropy to class indices, or what `soft_targets` needs of them."""
+    """The terms of a cross-entropy to class indices; `soft_targets` takes them for class probabilities."""
     checks.check_tensor("target", target, floating=False)
     return LossTerms(
         None, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight,
@@ -530,10 +530,10 @@ def _label_terms(
 
 
 def _overwritten(name: str, logits: Tensor, terms: LossTerms | None = None, **others: Any) -> bool:
-    """Whether logits given with inplace=True will be overwritten: where they are trained.
+    """Whether logits given with inplace=True will be overwritten: only if they get a gradient.
 
     Raises:
-        ValueError: they share memory, with each other or with another argument.
+        ValueError: their rows share memory with each other or with another argument.
     """
     trained = logits.requires_grad and torch.is_grad_enabled()
     if trained and not torch.compiler.is_compiling():

@@ -90,19 +90,19 @@ def _own_divergence(given: dict[str, Any]) -> FDivergence:
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(p/q), held to what its exponential's dtype holds; 0 where neither model has the entry; NaN of a NaN."""
+    """log(p/q), clamped so that its exponential is finite; 0 if neither model has the entry; NaN for a NaN."""
     bound = 0.9 * math.log(torch.finfo(log_p.dtype).max)
     neither = (log_p == -torch.inf) & (log_q == -torch.inf)
     return torch.where(neither, 0, log_p - log_q).clamp(-bound, bound)
 
 
 def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """``q f`` is p·(f/t) where q is the smaller: the larger probability, and what f is multiplied with beside it."""
+    """The larger of p and q, and the factor on f that goes with it: ``q f = p·(f/t)``, where q is smaller."""
     return torch.where(u > 0, p, q), (-u.clamp_min(0)).exp()
 
 
 def autograd_inside_an_operator() -> Any:
-    """Operators run below autograd's dispatch keys; a generator's f′ needs them back."""
+    """Lets autograd run inside an operator, for a generator's f′: operators run below its dispatch keys."""
     include = torch._C._dispatch_tls_local_include_set()
     return torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
 
@@ -154,7 +154,7 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
 
 
 def _with_parameters(name: str, given: str) -> Divergence:
-    """One of a family, by its parameters as text."""
+    """A family's divergence, with its parameters given as text."""
     if name not in PARAMETERS:
         raise ValueError(f"{name} takes no parameter")
     make, names = PARAMETERS[name]

@@ -54,7 +54,7 @@ def vocab_shard(
 
 
 def carried_shard(shard: VocabShard | None) -> Shard:
-    """What operators carry of it."""
+    """The shard as operators carry it."""
     if shard is None:
         return WHOLE
     return Shard(shard.group.group_name, shard.begin, shard.size, shard.sum_hidden, shard.own_rows)
@@ -89,7 +89,7 @@ def same_rows(hidden: Any) -> bool:
 
 
 def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
-    """A head's rows here, and their shard: a DTensor says its own; hidden states, whole, are taken out of theirs."""
+    """The rows of a head on this rank, and their shard, which a DTensor knows itself; or whole hidden states."""
     if not is_dtensor(values):
         return values, shard
     if shard is not None:
@@ -112,13 +112,13 @@ def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:
 def teacher_part(
     name: str, values: Tensor, dim: int, local: int, given: int, student: VocabShard, own: VocabShard | None
 ) -> Tensor:
-    """The student's entries of a teacher's logits or head: its own shard, one that is larger, or the whole vocabulary.
+    """The student's entries of a teacher's logits or head, which may have the same shard, a larger one, or the whole.
 
     Args:
-        local, given: the student's entries here, without padding and with it.
+        local, given: the number of the student's entries here, without padding and with it.
 
     Raises:
-        ValueError: entries of the student's shard are not here.
+        ValueError: some entries of the student's shard are not here.
     """
     if own is None and values.shape[dim] in (local, given):
         return values.narrow(dim, 0, local)
@@ -135,10 +135,10 @@ def teacher_part(
 
 
 def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
-    """The rows here of a bias that is whole, beside a weight that is not.
+    """This rank's rows of a whole bias, for a weight that is split.
 
     Raises:
-        ValueError: it has neither the rows here nor all.
+        ValueError: the bias has neither these rows nor all.
     """
     if values.dim() != 1 or values.shape[0] < shard.size:  # on all ranks alike
         raise ValueError(
@@ -148,13 +148,13 @@ def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
 
 
 def local_head(name: str, head: Head, shard: VocabShard) -> Head:
-    """A head's rows here, without padding."""
+    """A head's rows on this rank, without padding."""
     bias = None if head.bias is None else valid(name, head.bias, shard, 0)
     return head._replace(weight=valid(name, head.weight, shard, 0), bias=bias)
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is one; torch may be a build without them."""
+    """Whether a value is a DTensor; torch may be built without them."""
     if not isinstance(value, Tensor) or type(value) is Tensor or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -163,7 +163,7 @@ def is_dtensor(value: Any) -> bool:
 
 
 def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | None]:
-    """A DTensor's part here, and the shard of its dimension; None where it is whole."""
+    """This rank's part of a DTensor, and the shard of its dimension; None if it is whole."""
     from torch.distributed.tensor import Shard as Split
 
     mesh, placements = value.device_mesh, value.placements
@@ -180,8 +180,9 @@ def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | N
 
 
 def scattered_shard(weight: Any, size: int) -> VocabShard | None:
-    """The shard of a head whose rows are split over a mesh of one dimension, whose ranks have each some of the first
-    `size`, and tokens of their own; None: it is split otherwise.
+    """The shard of a head whose rows are split over a mesh of one dimension; None: it is split differently.
+
+    Each rank must have some of the first `size` rows. Its tokens are its own.
     """
     ranks, rows = weight.device_mesh.size(), weight.shape[0]
     if len(weight.placements) > 1 or not weight.placements[0].is_shard(0) or (ranks - 1) * -(-rows // ranks) >= size:

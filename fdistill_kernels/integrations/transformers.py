@@ -96,7 +96,7 @@ def _not_plain(head: Any) -> str:
 
 
 class _Patched:
-    """A model of a class made by `_patched_class`."""
+    """Base of the classes that `_patched_class` makes."""
 
 
 #: Classes made by `_patched_class`, and what they were made from.
@@ -105,7 +105,7 @@ _PATCHED: dict[type, type] = {}
 
 @functools.cache
 def _patched_class(base: Any) -> Any:
-    """A class whose forward has the fused loss, and which is in every other way the same: names, signature, pickles."""
+    """A subclass whose forward has the fused loss, with the same names, signature and pickles otherwise."""
     own = base.forward
     signature = inspect.signature(own)
     if "labels" not in signature.parameters:
@@ -166,7 +166,7 @@ def _with_fused_loss(
 
 
 def _finish(outputs: Any, finished: Callable[[Logits], Any]) -> Any:
-    """A model's outputs with a value for deferred logits, wherever they are."""
+    """A model's outputs, with a value in place of deferred logits, wherever they are."""
     if isinstance(outputs, Logits):
         return finished(outputs)
     if isinstance(outputs, dict):

@@ -359,7 +359,7 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
 
 
 class _Loader(yaml.SafeLoader):
-    """One that takes 1e-4 for a number, as YAML 1.2 does."""
+    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE),
@@ -379,7 +379,7 @@ def _yaml(path: str | None, known: set[str]) -> dict[str, Any]:
 
 
 def _arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as a command line, which makes numbers of what YAML takes for text."""
+    """Settings as a command line, which reads numbers where YAML reads text."""
     made: list[str] = []
     for name, value in settings.items():
         if isinstance(value, (list, tuple)):
@@ -390,7 +390,7 @@ def _arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _check(asked: Asked) -> None:
-    """Raises ValueError for options that are missing, too small, or at odds."""
+    """Raises ValueError for options that are missing, too small, or in conflict."""
     model, given = asked.model, asked.given
     for name, least in LEAST.items():
         value = given.get(name)

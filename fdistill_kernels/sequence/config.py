@@ -173,7 +173,7 @@ NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperat
 
 
 def _of_json(name: str, value: Any) -> Any:
-    """A mapping that is given as text."""
+    """A mapping that may be given as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
@@ -186,7 +186,7 @@ def _of_json(name: str, value: Any) -> Any:
 
 
 def _shares(value: Any) -> dict[str, float] | None:
-    """Shares by source, of a mapping or of text as in student=0.7,gold=0.3."""
+    """Shares by source, from a mapping or from text as in student=0.7,gold=0.3."""
     value = _of_json("shares", value)
     try:
         pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else dict(value or {}).items()

@@ -77,7 +77,7 @@ def _open(path: str, mode: str, **keywords: Any) -> Any:
 
 
 def _culprit(path: str, kind: str) -> str | None:
-    """The line that is no UTF-8, or no JSON, and why."""
+    """The line that is not UTF-8 or not JSON, and why."""
     if kind == "parquet":
         return None
     with _open(path, "rb") as lines:
@@ -94,7 +94,7 @@ def _culprit(path: str, kind: str) -> str | None:
 
 
 def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
-    """Every cell as text: what looks like a number or a null is a word."""
+    """Reads every cell as text: what looks like a number or a null is a word."""
     import pyarrow
     from datasets import Dataset
     from pyarrow import csv as arrow
@@ -133,7 +133,7 @@ def plain(value: Any) -> Any:
 
 
 def _answers(turns: list[dict[str, Any]], begin: int) -> list[int]:
-    """The answers from turn `begin` on; one that opens a conversation is to nothing, and read alone."""
+    """The indices of answers from turn `begin` on. One that opens a conversation answers nothing, and is only read."""
     return [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
 
 
@@ -191,7 +191,7 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options
 
 
 def _around(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before a text and behind it; text=, or text_target=."""
+    """The tokens that a tokenizer puts before and after a text (text=, or text_target=)."""
     one, among = tokenizer(**text, add_special_tokens=False)["input_ids"], list(tokenizer(**text)["input_ids"])
     at = next((i for i in range(len(among)) if among[i : i + len(one)] == one), None)
     return ([], []) if at is None else (among[:at], among[at + len(one) :])
@@ -249,7 +249,7 @@ class Encoder:
         return found, self._teacher_prompt(row), said
 
     def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
-        """The ids of a prompt of the teacher's own, text or messages, whichever the row's is; None: there is none."""
+        """The ids of the teacher's own prompt, which may be text or messages; None if there is none."""
         own = plain(row.get("teacher_prompt"))
         if not own or isinstance(own, str):
             return self._prompt(own) if own else None
@@ -257,7 +257,7 @@ class Encoder:
         return list(_rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"])
 
     def _prompt(self, text: str) -> list[int]:
-        """As the model reads it; a causal one goes on from it, so that only an end token of the text's own stays."""
+        """As the model reads it. A causal model continues it, so an end token stays only if the text has it."""
         if self.encoder_decoder:
             found = self.tokenizer(text=text)["input_ids"]
             return found if self.end in self.behind else self._ended(found)
@@ -276,7 +276,7 @@ class Encoder:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """Messages and tools that a file has as JSON's text."""
+    """Messages and tools that a file has as JSON text, parsed."""
     return {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
 
 

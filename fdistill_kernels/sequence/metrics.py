@@ -48,7 +48,7 @@ def draw_all(
 
 
 def _steps(rows: Rows, teacher: Rows | None, names: Sequence[str]) -> Tensor:
-    """Of M steps, −log q of the token and each divergence from the teacher's whole distribution: (M, 1 + names)."""
+    """For M steps: −log q of the token, and each divergence from the teacher's whole distribution, (M, 1 + names)."""
     divergences = [resolve(name) for name in names]
     if rows.head is not None and len(rows.tokens):
         found = [step_loss(rows, teacher, d, reduction="none") for d in (None, *divergences)]

@@ -36,7 +36,7 @@ def chosen_layers(of: int, count: int) -> list[int]:
 
 
 def _set_layers(config: Any, names: tuple[str, ...], count: int) -> None:
-    """A configuration of fewer layers, with what it says of each of those that are copied."""
+    """Sets a smaller number of layers in a configuration, and keeps its values of the layers that are copied."""
     name = next((n for n in names if hasattr(config, n)), None)
     if name is None:
         raise ValueError(f"{type(config).__name__} has none of {', '.join(names)}: copy its layers yourself")
@@ -87,7 +87,7 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
 def _matched(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor, normalize: bool, reduction: str
 ) -> Tensor:
-    """Summed over tokens, MSE of the states after each of the student's layers and after the teacher's as far along."""
+    """MSE, summed over tokens, of the states after each student layer and after the corresponding teacher layer."""
     depth, of = len(student) - 1, len(teacher) - 1
     errors = []
     for i in range(1, depth + 1):
