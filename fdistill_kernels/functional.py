@@ -83,8 +83,9 @@ def f_divergence(
         num_items: replaces the denominator of "mean" and "batchmean" (gradient accumulation): a number or a tensor with
             one element, on any device. 0 is allowed if no token counts.
         vocab_size: compare only the first vocab_size entries, if the models' vocabularies are padded differently.
-        inplace: the gradient overwrites `student_logits`, which must not be used again. Refused if rows share memory
-            with each other or with another argument. Without a gradient nothing is overwritten.
+        inplace: the gradient overwrites `student_logits`, which must not be used again. Refused if the models' dtypes
+            differ, or if rows share memory with each other or another argument. Without a gradient nothing is
+            overwritten.
         backend: "auto", or the name of a backend (`fdistill doctor`).
         return_parts: True also returns `LossParts`, "metrics" `Metrics`, which read each row once more. With a `TopK`
             both give `SparseParts`, which need a top-k of the student's rows.
