@@ -104,7 +104,8 @@ def f_divergence(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, range or name does not fit; before any kernel starts.
-        RuntimeError: the gradient is differentiated again (double backward).
+        RuntimeError: in the backward pass with create_graph=True: there is no second derivative.
+        NotImplementedError: a torch.func transform (vmap, grad, jvp) or forward-mode differentiation.
 
     Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, eq. (4)-(11).
     """
