@@ -1,6 +1,6 @@
-"""The table of divergences: names, formulas, parameters, and the symbol each native backend knows them by.
+"""The table of divergences: names, parameters, and the name of each one's kernel in the native backends.
 
-formulas.py says what each is at a vocabulary entry.
+The formulas at each vocabulary entry are in formulas.py and row_formulas.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from .formulas import Formula, RowStatistics
 from .row_formulas import KERNELS
 
-#: Parameters so close to a family's limit are taken for it: float32 cannot tell them apart.
+#: Parameters this close to a family's limit count as the limit: float32 cannot tell them apart.
 NEAR = 1e-7
 
 Terms = tuple[Tensor, Tensor]
@@ -26,20 +26,24 @@ TermsFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Terms]
 
 @dataclass(frozen=True)
 class Divergence:
-    """One divergence with its parameter fixed.
+    """A divergence with fixed parameters.
 
     Attributes:
-        name: the name users write.
-        terms: ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``, g = f − t f′ at t = p/q, elementwise, in any float
-            dtype; those of the table are a `Formula`.
-        symbol: the kernel's name in native backends; None where only the torch backend has it.
-        parameter: β, λ or α; 0 where there is none.
-        other: a second parameter; None: 1 − parameter, which many formulas use.
-        scale: a factor on the loss (hellinger is ¼ of alpha(½)).
-        centred: Σ q g = 0, so that the gradient needs no sum over the row.
-        triton: a user's own pair of terms as a `@triton.jit` function; the table's are found by symbol.
-        kernel: the symbol, where native kernels compute just these terms; None for terms of the user's own.
-        key: what an operator's plain arguments say of a divergence with a `kernel`; `by_key` reads it.
+        name: the name that users write.
+        terms: elementwise function ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)`` with g = f − t f′ at t = p/q, in
+            any float dtype. For the divergences of the table it is a `Formula`.
+        symbol: the kernel's name in native backends; None if only the torch backend has it.
+        parameter: the first parameter (α, β, λ, ...); 0 if there is none.
+        other: the second parameter; None means 1 − parameter, which many formulas use.
+        scale: factor on the loss (hellinger is ¼ of alpha(½)).
+        centred: whether Σ q g = 0 in every row, so that the gradient needs no sum over the row.
+        triton: for a user's own divergence, both terms as a `@triton.jit` function; the table's are found by symbol.
+        kernel: the symbol if native kernels compute exactly these terms; None for a user's own.
+        key: text that stands for a divergence with a `kernel` in the arguments of an operator; `by_key` reads it.
+
+    Raises:
+        ValueError: a number is not finite, or the parameter of the Alpha kernel is 0 or 1.
+        TypeError: name is not text, or terms is not a function.
     """
 
     name: str
@@ -73,27 +77,27 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        """Those that its name takes, in their order."""
+        """The parameters that the name takes, in order."""
         return self.numbers[: len(PARAMETERS[self.name][1])] if self.name in PARAMETERS else ()
 
     @property
     def numbers(self) -> tuple[float, float]:
-        """The two numbers of its formulas."""
+        """The two numbers in its formulas: `parameter`, and `other` or 1 − parameter."""
         return self.parameter, 1 - self.parameter if self.other is None else self.other
 
     @property
     def statistics(self) -> RowStatistics | None:
-        """What it asks of a row before its terms."""
+        """The sums over a row that its terms need first; None if they need none."""
         return self.terms.statistics if isinstance(self.terms, Formula) else None
 
     @property
     def needs_labels(self) -> bool:
-        """Whether it compares the label with the rest of the vocabulary."""
+        """Whether it needs `labels`: it compares the label with the rest of the vocabulary."""
         return self.statistics is not None and self.statistics.members == "label"
 
     @functools.cached_property
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What native kernels make of the parameter, and of that with the models exchanged: `Formula.constants`."""
+        """Constants that native kernels take, for both orders of the models: `Formula.constants`."""
         formula = KERNELS[self.kernel or ""]
         return (
             formula.constants(*self.numbers),
@@ -120,6 +124,7 @@ TRIANGULAR = _of_kernel("triangular", "Triangular")
 ENGINE = _of_kernel("engine", "Engine")
 CROSS_ENTROPY = _of_kernel("cross_entropy", "CrossEntropy")
 LK = _of_kernel("lk", "Lk")
+"""−log Σ min(p, q) = −log(1 − TVD): minus the log rate of acceptance in speculative decoding (arXiv 2602.23881)."""
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
@@ -129,11 +134,11 @@ def _parameter(name: str, value: float, low: float, high: float, shown: str) -> 
 
 
 def GJS(beta: float = 0.5) -> Divergence:
-    """β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q, 0 ≤ β ≤ 1; as in TRL's GKD, β = 0 is kl and β = 1 is rkl.
+    """β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q, 0 ≤ β ≤ 1. As in TRL's GKD, β = 0 is kl and β = 1 is rkl.
 
     Raises:
-        ValueError: β is outside [0, 1]; or within 1e-6 of an end but not at it, where the value falls to 0 and its
-            digits are lost, while at the end it is a whole KL.
+        ValueError: β is outside [0, 1], or less than 1e-6 from 0 or 1 but not equal to it: there the value goes to 0
+            and loses its digits, although it is a whole KL at 0 and 1.
     """
     beta = _parameter("beta", beta, 0, 1, "[0, 1]")
     if 0 < min(beta, 1 - beta) < 1e-6:
@@ -142,7 +147,7 @@ def GJS(beta: float = 0.5) -> Divergence:
 
 
 def SkewKL(lam: float = 0.1) -> Divergence:
-    """KL(p ‖ λp + (1−λ)q), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0, and what float32 cannot tell from it, is kl.
+    """KL(p ‖ λp + (1−λ)q), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024). λ ≤ 1e-7, which float32 cannot tell from 0, is kl.
 
     Raises:
         ValueError: λ is outside [0, 1 − 1e-6].
@@ -152,7 +157,7 @@ def SkewKL(lam: float = 0.1) -> Divergence:
 
 
 def SkewRKL(lam: float = 0.1) -> Divergence:
-    """KL(q ‖ λq + (1−λ)p), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024); λ = 0, and what float32 cannot tell from it, is rkl.
+    """KL(q ‖ λq + (1−λ)p), 0 ≤ λ < 1 (DistiLLM, Ko et al. 2024). λ ≤ 1e-7, which float32 cannot tell from 0, is rkl.
 
     Raises:
         ValueError: λ is outside [0, 1 − 1e-6].
@@ -164,7 +169,7 @@ def SkewRKL(lam: float = 0.1) -> Divergence:
 def Alpha(alpha: float = 0.5) -> Divergence:
     """(Σ p^α q^(1−α) − 1) / (α(α−1)), α in [−8, 8]; α = 1 is kl, α = 0 is rkl, α = ½ is 4·hellinger.
 
-    An α within 1e-7 of 0 or 1 is taken for it: float32 cannot tell them apart.
+    An α within 1e-7 of 0 or 1 counts as 0 or 1: float32 cannot tell them apart.
 
     Raises:
         ValueError: α is outside [−8, 8].
@@ -184,12 +189,12 @@ def Renyi(alpha: float = 0.5) -> Divergence:
 
 
 def AB(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
-    """−Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] / (αβ), and its limits where α, β or α + β is 0; in [−8, 8].
+    """−Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] / (αβ), α and β in [−8, 8]; its limits where α, β or α + β is 0.
 
-    ABKD (Wang et al. 2025, arXiv 2505.04560). β = 1 − α is `Alpha(alpha)`: kl at (1, 0), rkl at (0, 1).
+    ABKD (Wang et al. 2025, arXiv 2505.04560). With β = 1 − α it is `Alpha(alpha)`: kl at (1, 0), rkl at (0, 1).
 
     Raises:
-        ValueError: α or β is outside [−8, 8]; or they or their sum are within 1e-3 of 0 but not at it, where the value
+        ValueError: α or β is outside [−8, 8]; or α, β or α + β is less than 1e-3 from 0 but not 0, where the value
             loses its digits.
     """
     alpha, beta = _parameter("alpha", alpha, -8, 8, "[-8, 8]"), _parameter("beta", beta, -8, 8, "[-8, 8]")
@@ -204,7 +209,7 @@ def AB(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
 
 
 def ToDi(beta: float = 1.0) -> Divergence:
-    """Σ a p log(p/q) + (1 − a) q log(q/p), a = σ(β log(p/q)) of each entry, through which no gradient flows; 0 ≤ β ≤ 8.
+    """Σ a p log(p/q) + (1 − a) q log(q/p), a = σ(β log(p/q)) at each entry, 0 ≤ β ≤ 8; no gradient through a.
 
     ToDi (Jung et al. 2025, arXiv 2505.16297).
 
@@ -215,34 +220,34 @@ def ToDi(beta: float = 1.0) -> Divergence:
 
 
 def AKL(mu: float = 0.5) -> Divergence:
-    """w KL(p‖q) + (1 − w) KL(q‖p), w the head's share of Σ|p − q|, held still; 0 < μ < 1.
+    """w KL(p‖q) + (1 − w) KL(q‖p), where w is the head's share of Σ|p − q|; no gradient flows through w.
 
-    The head is the smallest set of the teacher's largest entries of mass μ; entries that tie are in it together. AKL
-    (Wu et al. 2024, arXiv 2404.02657).
+    The head is the smallest set of the teacher's largest entries with a mass of at least μ, 0 < μ < 1; ties are in it
+    together. AKL (Wu et al. 2024, arXiv 2404.02657).
 
     Raises:
-        ValueError: μ is outside (0, 1).
+        ValueError: μ is outside [1e-6, 1 − 1e-6].
     """
     return _of_kernel("akl", "Akl", _parameter("mu", mu, 1e-6, 1 - 1e-6, "(0, 1)"))
 
 
 def EntropyGated(tau: float = 0.8) -> Divergence:
-    """KL(q‖p), plus KL(p‖q) in rows where the teacher's entropy is above τ ≥ 0 nats (arXiv 2603.07079).
+    """KL(q‖p), plus KL(p‖q) in rows where the teacher's entropy is above τ nats (arXiv 2603.07079).
 
     Raises:
-        ValueError: τ is negative.
+        ValueError: τ is outside [0, 1e6].
     """
     return _of_kernel("entropy_gated", "EntropyGated", _parameter("tau", tau, 0, 1e6, "[0, 1e6]"))
 
 
 def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
-    """KL over the teacher's K largest entries and the rest as one, plus β times the KL inside the rest.
+    """KL over the teacher's K largest entries and the rest as one entry, plus β times the KL inside the rest.
 
-    1 ≤ K ≤ 2^20, 0 ≤ β ≤ 1e6; entries that tie with the K-th are among the largest. A K that holds the vocabulary, and
-    a β that is the teacher's mass of the rest, are kl (arXiv 2602.20816).
+    Entries that tie with the K-th are among the largest. It is kl if K holds the vocabulary, or if β is the teacher's
+    mass of the rest (arXiv 2602.20816).
 
     Raises:
-        ValueError: K is no integer of at least 1, or β is negative.
+        ValueError: K is not an integer in [1, 2^20], or β is outside [0, 1e6].
     """
     count, beta = _parameter("k", k, 1, 2**20, "[1, 2**20]"), _parameter("beta", beta, 0, 1e6, "[0, 1e6]")
     if not count.is_integer():
@@ -251,12 +256,12 @@ def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
 
 
 def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
-    """α times the KL of label against non-label, plus β times the KL among the non-labels; it needs `labels`.
+    """α times the KL of label against all other entries, plus β times the KL among the other entries; needs `labels`.
 
-    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679). α, β in [0, 1e6].
+    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
 
     Raises:
-        ValueError: α or β is negative.
+        ValueError: α or β is outside [0, 1e6].
     """
     numbers = (_parameter(n, x, 0, 1e6, "[0, 1e6]") for n, x in (("alpha", alpha), ("beta", beta)))
     alpha, beta = numbers
@@ -264,12 +269,12 @@ def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
 
 
 def CSD(weight: str = "teacher") -> Divergence:
-    """Σ w (u − Σ w u)² of u = z_s − z_t over their temperatures, w = p ("teacher") or q ("student"), held still.
+    """Σ w (u − Σ w u)², where u = z_s/T − z_t/T_t and w is p ("teacher") or q ("student"); no gradient flows through w.
 
     Concrete score distillation (Kim et al. 2025, arXiv 2509.25837).
 
     Raises:
-        ValueError: another weight.
+        ValueError: weight is neither "teacher" nor "student".
     """
     weights = {"student": 0.0, "teacher": 1.0}
     if weight not in weights and weight not in weights.values():
@@ -284,7 +289,7 @@ def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> D
     return None
 
 
-#: The parameters of each family, by name: what `divergence_by_name` and the docs read.
+#: Each family and the names of its parameters, which `resolve` reads.
 PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
     "gjs": (GJS, ("beta",)),
     "skew_kl": (SkewKL, ("lam",)),
@@ -300,12 +305,12 @@ PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
     "csd": (CSD, ("weight",)),
 }
 
-#: Every divergence at its default parameter, in the order the docs list them.
 TABLE: dict[str, Divergence] = {
     d.name: d
     for d in (KL, RKL, JS, TVD, JEFFREYS, GJS(), SkewKL(), SkewRKL(), Alpha(), HELLINGER, PEARSON, NEYMAN, TRIANGULAR,
               ENGINE, CROSS_ENTROPY, LK, Renyi(), AB(), ToDi(), AKL(), EntropyGated(), TailAware(), DKD(), CSD())
 }  # fmt: skip
+"""Every divergence by its name, with default parameters, in the order of the docs."""
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""The public functions: arguments in, checked and made values; a differentiable loss out."""
+"""The public functions: they check their arguments, make values of them, and return a differentiable loss."""
 
 from __future__ import annotations
 
@@ -58,50 +58,54 @@ def f_divergence(
     shard: VocabShard | None = None,
     teacher_shard: VocabShard | None = None,
 ) -> Any:
-    """``Σ_v q_v f(p_v/q_v)`` of q = softmax(student/T) and p = softmax(teacher/T_t), token by token.
+    """``Σ_v q_v f(p_v/q_v)`` of each token, for a student q = softmax(z_s/T) and a teacher p = softmax(z_t/T_t).
 
     Args:
-        student_logits, teacher_logits: (..., V), any strides; float32, bfloat16, float16, or float64. Arithmetic is in
-            float32 (float64 for float64). Either may require grad. Where their dtypes differ both are widened first,
-            which takes a copy, and each gradient is in its own. Or `Logits`, with their soft-cap; or as the teacher a
-            `TopK`, a list of ids and their log-probabilities.
+        student_logits, teacher_logits: z_s and z_t, (..., V), any strides; float32, bfloat16, float16 or float64. The
+            arithmetic is float32 (float64 for float64). Both may require grad. If their dtypes differ, both are copied
+            to float32 or float64, and each gradient has the dtype of its logits. Or `Logits`, with their soft-cap. The
+            teacher may also be a `TopK`, a list of ids and their log-probabilities, which gets no gradient.
         divergence: a name (`fdistill list`), a `Divergence` such as ``Alpha(0.3)``, or a convex f(t) with f(1) = 0. Or
-            `LossTerms`, which hold all that follows up to num_items.
-        divergence_weight: a factor on the divergence, a number or one a token (...).
-        labels: (...) integers in [0, V). A token whose label is `ignore_index` is left out of every term.
-        ce_weight: weight of the cross-entropy to `labels`, at temperature 1, added to the divergence.
+            `LossTerms`: they replace this argument and those up to num_items, except the soft-caps.
+        divergence_weight: factor on the divergence: a number or a tensor, () or (...).
+        labels: (...) integers in [0, V). A token with the label `ignore_index` is left out of every term.
+        ce_weight: weight of the cross-entropy to `labels`, at temperature 1, which is added to the divergence.
         label_smoothing: of that cross-entropy, in [0, 1], as in `torch.nn.functional.cross_entropy`.
-        z_loss: weight of log_sum_exp(student_logits)², at temperature 1 (PaLM, Chowdhery et al. 2022); needs `labels`.
-        token_weight: (...) a factor on each token's loss. It does not enter the denominator of the mean.
-        temperature, teacher_temperature: in [1e-18, 1e18], a number, a 0-dim tensor or one a token (...). The
-            teacher's defaults to the student's.
-        temperature_squared: multiply the divergence by temperature² (Hinton et al. 2015).
-        logit_softcap, teacher_logit_softcap: c > 0 makes each logit z c·tanh(z/c) first (Gemma 2, Gemma Team 2024,
-            §2), for logits given without their cap; each model its own.
-        reduction: "mean" over unmasked tokens, "sum", "none" (...), or "batchmean" over the first dimension's size (1
-            for one vector of logits).
-        num_items: the denominator instead, for "mean" and "batchmean" (gradient accumulation): a number or a tensor of
-            one, on any device. 0 is for batches without a token that counts.
-        vocab_size: compare only the first entries, where the models' vocabularies are padded differently.
-        inplace: let the gradient overwrite `student_logits`, which then must not be used again. Rows that share memory,
-            with each other or another argument, are refused. Where no gradient is wanted nothing is overwritten.
-        backend: "auto", or a backend's name (`fdistill doctor`).
-        return_parts: also return `LossParts`; with "metrics" `Metrics`, for one more look at each row. Beside a `TopK`
-            either gives `SparseParts`, whose overlap takes a top-k of the student's rows.
-        shard: logits are the entries of a `VocabShard`, the others on the other ranks of its group, which must all call
-            with the same rows; labels and ids are of the whole vocabulary. Every rank gets the whole loss, and the
-            gradient of its entries. DTensors split on the last dimension say so themselves.
-        teacher_shard: the teacher's, where it is split otherwise; None: as the student's, or whole, by its size.
+        z_loss: weight ≥ 0 of log_sum_exp(z_s)², at temperature 1 (PaLM, Chowdhery et al. 2022); needs `labels`.
+        token_weight: (...) factor on each token's loss. The denominator of the mean does not contain it.
+        temperature, teacher_temperature: T and T_t, in [1e-18, 1e18]: numbers or tensors, () or (...). The default of
+            T_t is T.
+        temperature_squared: multiply the divergence by T² (Hinton et al. 2015).
+        logit_softcap, teacher_logit_softcap: c > 0 replaces each logit z by c·tanh(z/c) first (Gemma 2, Gemma Team
+            2024, §2). For logits that do not have their cap yet; each model has its own.
+        reduction: "mean" over unmasked tokens, "sum", "none" (...), or "batchmean": the sum divided by the size of the
+            first dimension (by 1 for logits (V)).
+        num_items: replaces the denominator of "mean" and "batchmean" (gradient accumulation): a number or a tensor with
+            one element, on any device. 0 is allowed if no token counts.
+        vocab_size: compare only the first vocab_size entries, if the models' vocabularies are padded differently.
+        inplace: the gradient overwrites `student_logits`, which must not be used again. Refused if the models' dtypes
+            differ, or if rows share memory with each other or another argument. Without a gradient nothing is
+            overwritten.
+        backend: "auto", or the name of a backend (`fdistill doctor`).
+        return_parts: True also returns `LossParts`, "metrics" `Metrics`, which read each row once more. With a `TopK`
+            both give `SparseParts`, which need a top-k of the student's rows.
+        shard: the logits are those of a `VocabShard`, and the other ranks of its group hold the rest. All must make the
+            same call for the same rows, with labels and ids of the whole vocabulary. Each rank gets the whole loss and
+            the gradient of its entries. DTensors that are split on the last dimension need no shard.
+        teacher_shard: the teacher's, if it is split differently. None: split like the student, or whole, by its size.
 
     Returns:
-        The float32 loss, () or (...); float64 for float64 logits. Tokens all masked, or none: 0, with zero gradient. A
-        divergence that is infinite is inf, and a token with a NaN logit is NaN. 16-bit gradients are rounded once, the
-        upstream factor included: float16 ones are made in the backward pass alone; bfloat16 ones on a CPU again there,
-        where the factor is not a power of two. The graph keeps the logits for it. With `inplace`, and for bfloat16 on a
-        GPU or inside torch.compile, such a factor rounds a second time.
+        The loss, () or (...), float32 (float64 for float64 logits); with return_parts a pair of loss and parts. If no
+            token counts, it is 0 with zero gradients. An infinite divergence is inf; a NaN logit makes its token's loss
+            NaN. 16-bit gradients are rounded once, after the upstream factor: float16 ones are made only in the
+            backward pass; bfloat16 ones on a CPU are made again there if the factor is not a power of two. The graph
+            keeps the logits for this. With `inplace`, and for bfloat16 on a GPU or inside torch.compile, such a factor
+            rounds a second time.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, ranges or names that do not fit, before any kernel starts.
+        ValueError, TypeError: a shape, dtype, device, range or name does not fit; before any kernel starts.
+        RuntimeError: in the backward pass with create_graph=True: there is no second derivative.
+        NotImplementedError: a torch.func transform (vmap, grad, jvp) or forward-mode differentiation.
 
     Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, eq. (4)-(11).
     """
@@ -140,7 +144,7 @@ def _beside_list(
     student: Logits, teacher: TopK, terms: LossTerms, inplace: bool, backend: str, return_parts: bool | str,
     shard: VocabShard | None,
 ) -> Any:  # fmt: skip
-    """`f_divergence` to a list."""
+    """`f_divergence` from a list of ids."""
     logits = student.values
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
@@ -154,7 +158,7 @@ def _beside_list(
 def _logits_here(
     name: str, logits: Any, vocab_size: int | None, shard: VocabShard | None
 ) -> tuple[Tensor, VocabShard | None, int]:
-    """Logits without padding, those of this rank where the vocabulary is split; their shard; and how many with it."""
+    """This rank's logits without padding, their shard, and their number with padding (0 without a shard)."""
     logits, shard = local_logits(name, logits, shard)
     if shard is None:
         return checks.shared_vocabulary(name, logits, vocab_size), None, 0
@@ -168,7 +172,7 @@ def _teacher_here(
     name: str, logits: Any, vocab_size: int | None, student: Tensor, padded: int, shard: VocabShard | None,
     own: VocabShard | None,
 ) -> Tensor:  # fmt: skip
-    """The teacher's logits of the student's entries."""
+    """The teacher's logits at the student's entries."""
     logits, own = local_logits(name, logits, own)
     if shard is None:
         if own is not None:
@@ -201,25 +205,24 @@ def cross_entropy(
     return_parts: bool | str = False,
     shard: VocabShard | None = None,
 ) -> Any:
-    """`torch.nn.functional.cross_entropy`, fused, with z-loss.
+    """`torch.nn.functional.cross_entropy` in fused kernels, with z-loss.
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...).
         target: class indices (), (N) or (N, d1, ...), in [0, C) or `ignore_index`; or class probabilities of the
-            input's shape, not negative, whose gradient is not made. Those are made logarithms first, in the wider
-            dtype of both, which takes copies.
-        weight: (C) a factor on each class. "mean" of class indices divides the cross-entropy by the targets' weights,
-            and the z-loss by their number. Targets that all weigh 0 give 0, where torch's mean is NaN: they are a batch
-            without a live target.
+            input's shape, which must not be negative and must not require grad. For probabilities, input and target are
+            copied to the wider of their dtypes, at least float32.
+        weight: (C) factor on each class. For class indices, "mean" divides the cross-entropy by the sum of the targets'
+            weights, and the z-loss by the number of targets. If all these weights are 0 the loss is 0 (torch: NaN).
         size_average, reduce: deprecated in torch and refused here; use `reduction`.
-        z_loss: weight of log_sum_exp(input)², added to each token's loss.
-        token_weight: the target's shape of indices, a factor on each token's loss, not in the denominator.
-        logit_softcap, num_items, inplace, backend, return_parts, shard: as in `f_divergence`; class weights are of the
-            whole vocabulary.
+        z_loss: weight of log_sum_exp(input)², which is added to each token's loss.
+        token_weight: factor on each token's loss, in the shape of class indices; not in the denominator.
+        logit_softcap, reduction, num_items, inplace, backend, return_parts, shard: as in `f_divergence`. With a shard
+            the class weights are those of the whole vocabulary. inplace and shard are for class indices only.
 
     Returns:
-        The float32 loss; () or the shape of class indices. With every target ignored, or none, it is 0, where torch's
-        mean is NaN.
+        The loss, () or the shape of class indices, float32 (float64 for float64 logits). If all targets are ignored, or
+            there are none, it is 0 (torch: NaN).
 
     Raises:
         ValueError, TypeError: as in `f_divergence`.
@@ -252,7 +255,7 @@ def cross_entropy(
 def log_sum_exp(
     logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto", shard: VocabShard | None = None
 ) -> Tensor:
-    """``log Σ_v exp z_v`` of logits (..., V), differentiable, as float32 (...): cross-entropy and the label's logit.
+    """``log Σ_v exp z_v`` of logits (..., V), differentiable, as (...) float32 (float64 for float64 logits).
 
     Args:
         logits, logit_softcap, backend, shard: as in `f_divergence`.
@@ -297,46 +300,48 @@ def linear_f_divergence(
     shard: VocabShard | None = None,
     teacher_shard: VocabShard | None = None,
 ) -> Any:
-    """`f_divergence` of the logits ``logit_scale·hidden weightᵀ + bias`` of both models, which are never held at once.
+    """`f_divergence` of both models' logits ``logit_scale·hidden weightᵀ + bias``, which never exist all at once.
 
     Args:
         student_hidden: (..., D_s), float32, bfloat16 or float16 (float64 on the torch backend).
-        student_weight, student_bias: the student's head, (V, D_s) and (V), in the hidden states' dtype; or a `Head`. A
-            head that does not require grad costs no product for its gradient.
-        teacher_hidden: (..., D_t) with `teacher_weight`, or `Hidden`; or without it the teacher's logits (..., V), as a
-            tensor or `Logits`, or a `TopK`, or a function ``(begin, end) -> logits (end − begin, V)`` of a range of the
-            flattened rows.
-        teacher_weight, teacher_bias: the teacher's head, (V, D_t) and (V), in its hidden states' dtype; may be the
-            student's own; or a `Head`. The teacher gets no gradient from here.
-        logit_scale, teacher_logit_scale: a factor on hidden weightᵀ (Cohere, Granite), 1 by default; the teacher's
-            defaults to the student's.
-        logit_softcap, teacher_logit_softcap: c > 0 makes each logit z, scaled and biased, c·tanh(z/c) (Gemma 2, Gemma
-            Team 2024, §2); each model its own, without one by default. Logits given as such are taken as they are.
-        vocab_size: use only the first rows of both heads, where they are padded differently.
-        memory: "chunks", or "minimal": on Triton the logits of both models stay on chip and are made again in the
-            backward sweeps, for a memory of O(N) + 16 MB beyond the gradients and twice the products (`backends.triton.
-            cut`); elsewhere chunks of 8 MB.
-        skip_tiles: with memory="minimal", leave out of the gradient the tiles whose every probability, of both models,
-            is below ε/V, ε the dtype's resolution. What a row's gradient by the logits loses has an L1 norm under 2ε
-            times the row's weight. Divergences whose gradient has no such bound (rkl, jeffreys, engine, alpha) and
-            smoothed labels skip nothing.
-        chunk_bytes: what the chunk's logits of both models may take together. Default: 55 MB on a CPU; 1.1 GB on a GPU,
-            or a quarter of what it could still give, torch's unused cache counted, if that is less; but 1024 rows as
-            long as they take no more than half of it (the last bits of the gradients then depend on it).
-        shard, teacher_shard: heads are the rows of a `VocabShard`; hidden states are whole on every rank, and so is
-            their gradient. Or hidden states and head are DTensors, whole and split on dimension 0. A DTensor head
-            beside plain hidden states is FSDP's: each rank has its own rows and its own loss, and the head's gradient
-            is the mean over the mesh (`scattered`).
+        student_weight, student_bias: the student's head, (V, D_s) and (V), in the dtype of the hidden states; or a
+            `Head`. A head that does not require grad costs no product for its gradient.
+        teacher_hidden: (..., D_t) with `teacher_weight`, or `Hidden`. Or without `teacher_weight`: logits (..., V), as
+            a tensor or `Logits`; a `TopK`; or a function ``(begin, end) -> logits (end − begin, V)`` of a range of the
+            flattened rows. The teacher gets no gradient: this argument must not require grad.
+        teacher_weight, teacher_bias: the teacher's head, (V, D_t) and (V), in the dtype of its hidden states; or a
+            `Head`. It may be the student's.
+        logit_scale, teacher_logit_scale: factor on hidden weightᵀ (Cohere, Granite). The student's default is 1, the
+            teacher's is the student's scale.
+        logit_softcap, teacher_logit_softcap: c > 0 replaces each logit z, after scale and bias, by c·tanh(z/c) (Gemma
+            2, Gemma Team 2024, §2). Each model has its own; default: none. The teacher's needs `teacher_weight`.
+        vocab_size: use only the first vocab_size rows of both heads, if they are padded differently.
+        memory: "chunks", or "minimal": Triton keeps both models' logits on chip and makes them again in the backward
+            sweeps. That takes O(N) + 16 MB beyond the gradients, and 2.5 times the products if it skips no tiles
+            (`backends.triton.cut`). Chunks of 8 MB elsewhere, and with a `TopK`, a shard, metrics, or a divergence with
+            `statistics`.
+        skip_tiles: with memory="minimal", leave tiles out of the gradient in which all probabilities of both models are
+            below ε/V, where ε is the dtype's resolution. The gradient of a row's logits loses less than 2ε times the
+            row's weight in L1 norm. Only for the divergences that have this bound (kl, cross_entropy, js, gjs, skew_kl,
+            tvd) or none, and without label smoothing.
+        chunk_bytes: memory for a chunk's logits of both models. Default: 55 MB on a CPU; on a GPU 1.1 GB, or a quarter
+            of the memory that is still available (with torch's unused cache) if that is less; but 1024 rows if they fit
+            in half of it. The last bits of the gradients depend on it.
+        shard, teacher_shard: the heads are the rows of a `VocabShard`; the hidden states and their gradients are whole
+            on every rank. Or hidden states and head are DTensors, whole and split on dimension 0. A DTensor head with
+            plain hidden states is FSDP's: each rank has its own rows and its own loss, and the gradient of the head is
+            the mean over the mesh (`scattered`).
         The rest: as in `f_divergence`.
 
     Returns:
-        As `f_divergence`. Gradients are summed in float32 and rounded to the inputs' dtype in the backward pass, once,
-        with the upstream factor. ``reduction="none"`` computes the chunks again in the backward pass, since each row's
-        upstream gradient is not known before. Inside torch.compile a teacher that is a function, or a user's own
-        divergence, breaks the graph.
+        As `f_divergence`. Gradients are summed in float32, then multiplied by the upstream factor and rounded once to
+            the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too.
+            ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is
+            not known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the
+            graph.
 
     Raises:
-        ValueError, TypeError: as `f_divergence`; heads that are not plain tensors (LoRA, quantised, sharded).
+        ValueError, TypeError: as `f_divergence`; also for heads that are not plain tensors (LoRA, quantised, ZeRO-3).
 
     Source: Wen et al., ACL 2023, eq. (4)-(11), for the loss.
     """
@@ -393,18 +398,21 @@ def linear_cross_entropy(
     return_parts: bool | str = False,
     shard: VocabShard | None = None,
 ) -> Any:
-    """`cross_entropy` of the logits ``logit_scale·input linear_weightᵀ + linear_bias``, which are never held at once.
+    """`cross_entropy` of logits ``logit_scale·input linear_weightᵀ + linear_bias``, which never exist all at once.
 
     Args:
         input: hidden states (..., D).
-        linear_weight, linear_bias: the head, (V, D) and (V); or a `Head`. Or (V, d1, ..., D) and (V, d1, ...), for
-            input (N, D) a head for each of d1, ..., and targets (N, d1, ...), as
-            `torch.nn.functional.linear_cross_entropy` has it.
+        linear_weight, linear_bias: the head, (V, D) and (V); or a `Head`. Or several heads, as in
+            `torch.nn.functional.linear_cross_entropy`: (V, d1, ..., D) and (V, d1, ...), for input (N, D) and targets
+            (N, d1, ...), or (N, V, d1, ...) of probabilities; without return_parts, shard and reduction="batchmean".
         target: class indices (...), in [0, V) or `ignore_index`; or class probabilities (..., V), as in
             `cross_entropy`.
-        weight: (V) a factor on each class, as in `cross_entropy`.
-        token_weight: (...) a factor on each token's loss, not in the denominator.
+        weight: (V) factor on each class, as in `cross_entropy`.
+        token_weight: (...) factor on each token's loss; not in the denominator.
         The rest: as in `linear_f_divergence` and `cross_entropy`.
+
+    Returns:
+        As `cross_entropy`, with gradients as in `linear_f_divergence`.
 
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.
@@ -457,18 +465,18 @@ def log_probs(
     backend: str = "auto",
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``log q(ids)`` of q = softmax(logits/T), and q's entropy, both differentiable; the logits are never held at once.
+    """``log q(ids)`` of q = softmax(logits/T), and q's entropy, differentiable; the logits never exist all at once.
 
     Args:
-        hidden, head, bias, logit_scale, logit_softcap, vocab_size, chunk_bytes, backend, shard: as the student's of
-            `linear_f_divergence`; over ranks, ids are of the whole vocabulary.
-        ids: (...) integers in [0, V), or `ignore_index`, where both are 0.
-        entropy: also return ``−Σ q log q``, in nats, from the same logits.
-        temperature: T in [1e-18, 1e18], a number, as of what the ids were sampled at.
+        hidden, head, bias, logit_scale, logit_softcap, vocab_size, chunk_bytes, backend, shard: as the student's in
+            `linear_f_divergence`. With a shard, ids are of the whole vocabulary.
+        ids: (...) integers in [0, V), or `ignore_index`, where both results are 0.
+        entropy: also return the entropy ``−Σ q log q`` in nats, from the same logits.
+        temperature: T, a number in [1e-18, 1e18]: usually the temperature at which the ids were sampled.
 
     Returns:
-        (...) float32 (float64 for float64); or a pair of them. The backward pass makes the chunks again, with each
-        row's own factors.
+        Log-probabilities (...), float32 (float64 for float64 hidden states); with `entropy` a pair of them and the
+            entropies. The backward pass computes the chunks again, with the upstream factors of each row.
 
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.
@@ -494,10 +502,10 @@ def log_probs(
 
 
 def _terms(divergence: Any, given: LossTerms) -> LossTerms:
-    """The terms of the divergence and the keywords, or those given as one value in its place.
+    """The terms: from the divergence and the keyword arguments, or a `LossTerms` given as divergence.
 
     Raises:
-        ValueError: a value, and one of its fields beside it.
+        ValueError: a `LossTerms` together with one of its fields.
     """
     if isinstance(divergence, LossTerms):
         beside = [n for n, x in given._asdict().items() if not _same(x, LossTerms._field_defaults[n])]
@@ -515,7 +523,7 @@ def _label_terms(
     target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
     token_weight: Tensor | None, reduction: str, num_items: float | Tensor | None,
 ) -> LossTerms:  # fmt: skip
-    """The terms of a cross-entropy to class indices, or what `soft_targets` needs of them."""
+    """The terms of a cross-entropy to class indices; `soft_targets` takes them for class probabilities."""
     checks.check_tensor("target", target, floating=False)
     return LossTerms(
         None, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight,
@@ -524,10 +532,10 @@ def _label_terms(
 
 
 def _overwritten(name: str, logits: Tensor, terms: LossTerms | None = None, **others: Any) -> bool:
-    """Whether logits given with inplace=True will be overwritten: where they are trained.
+    """Whether logits given with inplace=True will be overwritten: only if they get a gradient.
 
     Raises:
-        ValueError: they share memory, with each other or with another argument.
+        ValueError: their rows share memory with each other or with another argument.
     """
     trained = logits.requires_grad and torch.is_grad_enabled()
     if trained and not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Lists of ids made of a model that is at hand: its largest entries, a student's, both, or a sample."""
+"""Lists of ids from a model that is at hand: its largest entries, a student's, both, or a sample."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def top_k_of(
     teacher: Model, k: int, *, support: str = "teacher", student: Model | None = None, tail: str = "bucket",
     temperature: float = 1.0,
 ) -> TopK:  # fmt: skip
-    """A teacher's log-probabilities at the largest entries of each row.
+    """A teacher's log-probabilities at the k largest entries of each row.
 
     Args:
-        teacher, student: logits (..., V), as a tensor or `Logits`, or `Hidden` states (..., D) with their head, whose
-            logits are made in pieces of rows.
-        k: how many ids a row; V where that is less.
-        support: whose largest entries: the "teacher"'s; the "student"'s, where the divergence is to be exact where the
-            student's mass is; or the "union", of up to 2 k ids, −1 behind them.
-        tail: of the `TopK`.
-        temperature: T of ``log_probs = log softmax(logits/T)``.
+        teacher, student: logits (..., V), as a tensor or `Logits`; or `Hidden` states (..., D) with their head, whose
+            logits are made a few rows at a time.
+        k: number of ids per row; V if that is less.
+        support: whose largest entries: "teacher"; "student", for a divergence that is exact where the student has its
+            mass; or "union", of up to 2k ids, padded with −1.
+        student: for support="student" and "union" only.
+        tail: of the `TopK`; not "sampled".
+        temperature: T of ``log_probs = log softmax(logits/T)``, in [1e-18, 1e18].
 
     Returns:
-        `TopK` of ids (..., K) int64 and log_probs float32 (float64 for float64), without a graph.
+        `TopK` with ids (..., K), int64, and log_probs, float32 (float64 for float64), without a graph.
 
     Raises:
-        ValueError, TypeError: what does not fit, by its name.
+        ValueError, TypeError: an argument does not fit; the message names it.
     """
     checks.check_integer("k", k)
     if k < 1:
@@ -74,19 +75,23 @@ def sample_of(
     teacher: Model, draws: int, *, temperature: float = 1.0, proposal_temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> TopK:  # fmt: skip
-    """Ids drawn from a teacher, with the importance weights that make the loss and its gradient unbiased.
+    """Ids drawn from a teacher, with importance weights that make the loss and its gradient unbiased.
 
-    ids are drawn n times with replacement from ``π ∝ p^(1/τ)``; one drawn c times weighs ``c/(n π)`` (random sampling
-    KD, Anshumann et al. 2025, arXiv 2503.16870).
+    The ids are drawn n times with replacement from ``π ∝ p^(1/τ)``. An id drawn c times has the weight ``c/(n π)``
+    (random sampling KD, Anshumann et al. 2025, arXiv 2503.16870).
 
     Args:
         teacher: as in `top_k_of`.
-        draws: n.
-        temperature: of p; proposal_temperature: τ, 1: π = p.
-        generator: of torch.multinomial.
+        draws: n, at least 1.
+        temperature: of p = softmax(logits/temperature).
+        proposal_temperature: τ > 0; with 1, π = p.
+        generator: for torch.multinomial.
 
     Returns:
-        `TopK` with tail="sampled": ids (..., n), the distinct ones first and −1 behind them.
+        `TopK` with tail="sampled" and ids (..., n): the distinct ids first, then −1.
+
+    Raises:
+        ValueError, TypeError: as in `top_k_of`.
     """
     checks.check_integer("draws", draws)
     checks.check_number("temperature", temperature, *TEMPERATURES)

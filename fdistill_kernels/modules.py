@@ -1,4 +1,4 @@
-"""The nn.Module of each function."""
+"""An nn.Module for each loss function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .own import resolve
 
 
 def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that are keywords of the function.
+    """The settings, if all are keyword arguments of the function.
 
     Raises:
         TypeError: one is not.
@@ -30,11 +30,11 @@ def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> 
 
 
 class FDivergenceLoss(nn.Module):
-    """`f_divergence` with its settings fixed.
+    """`f_divergence` as a module with fixed settings.
 
     Args:
-        divergence: as in `f_divergence`; checked here.
-        **settings: any keyword of `f_divergence` that is not a tensor of one batch.
+        divergence: as in `f_divergence`, without `LossTerms`; checked here.
+        **settings: keyword arguments of `f_divergence` that are the same for every batch.
     """
 
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
@@ -45,22 +45,22 @@ class FDivergenceLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any
     ) -> Any:
-        """(..., V) logits of both models to the loss; `batch` takes the remaining keywords of `f_divergence`."""
+        """The loss of both models' logits (..., V); `batch`: more keyword arguments of `f_divergence`."""
         return f_divergence(
             student_logits, teacher_logits, self.divergence, labels=labels, **{**self.settings, **batch}
         )
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for printing."""
         return ", ".join([str(self.divergence), *(f"{k}={v}" for k, v in self.settings.items())])
 
 
 class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` with its settings fixed: `torch.nn.CrossEntropyLoss` for class indices, fused.
+    """`cross_entropy` as a module with fixed settings: a fused `torch.nn.CrossEntropyLoss`.
 
     Args:
-        weight: (C) a factor on each class, kept as a buffer.
-        **settings: any other keyword of `cross_entropy`.
+        weight: (C) factor on each class, kept as a buffer.
+        **settings: other keyword arguments of `cross_entropy` that are the same for every batch.
     """
 
     weight: Tensor | None
@@ -71,20 +71,20 @@ class CrossEntropyLoss(nn.Module):
         self.settings = checked_settings(cross_entropy, settings)
 
     def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
-        """Logits (N, C, ...) and class indices (N, ...) to the loss."""
+        """The loss of logits (N, C, ...) and a target; `batch`: more keyword arguments of `cross_entropy`."""
         return cross_entropy(input, target, self.weight, **{**self.settings, **batch})
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for printing."""
         return ", ".join(f"{k}={v}" for k, v in self.settings.items())
 
 
 class LinearFDivergenceLoss(nn.Module):
-    """`linear_f_divergence` with its settings fixed.
+    """`linear_f_divergence` as a module with fixed settings.
 
     Args:
-        divergence: as in `linear_f_divergence`; checked here.
-        **settings: any keyword of `linear_f_divergence` that is not a tensor of one batch.
+        divergence: as in `linear_f_divergence`, without `LossTerms`; checked here.
+        **settings: keyword arguments of `linear_f_divergence` that are the same for every batch.
     """
 
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
@@ -96,23 +96,23 @@ class LinearFDivergenceLoss(nn.Module):
         self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Any, teacher_weight: Tensor | None = None,
         labels: Tensor | None = None, **batch: Any,
     ) -> Any:  # fmt: skip
-        """Hidden states (..., D) and heads (V, D) of both models to the loss."""
+        """The loss of both models' hidden states (..., D) and heads (V, D); `batch`: more keyword arguments."""
         return linear_f_divergence(
             student_hidden, student_weight, teacher_hidden, teacher_weight, self.divergence, labels=labels,
             **{**self.settings, **batch},
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for printing."""
         return ", ".join([str(self.divergence), *(f"{k}={v}" for k, v in self.settings.items())])
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """`linear_cross_entropy` with its settings fixed.
+    """`linear_cross_entropy` as a module with fixed settings.
 
     Args:
-        weight: (V) a factor on each class, kept as a buffer.
-        **settings: any other keyword of `linear_cross_entropy` that is not a tensor of one batch.
+        weight: (V) factor on each class, kept as a buffer.
+        **settings: other keyword arguments of `linear_cross_entropy` that are the same for every batch.
     """
 
     weight: Tensor | None
@@ -123,9 +123,9 @@ class LinearCrossEntropyLoss(nn.Module):
         self.settings = checked_settings(linear_cross_entropy, settings)
 
     def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **batch: Any) -> Any:
-        """Hidden states (..., D), head (V, D) and class indices (...) to the loss."""
+        """The loss of hidden states (..., D), a head (V, D) and a target; `batch`: more keyword arguments."""
         return linear_cross_entropy(input, linear_weight, target, **{"weight": self.weight, **self.settings, **batch})
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for printing."""
         return ", ".join(f"{k}={v}" for k, v in self.settings.items())

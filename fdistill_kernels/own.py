@@ -1,4 +1,4 @@
-"""A user's own divergence, from a generator f; and the divergence that a name, an instance or a generator means."""
+"""A user's own divergence, made of a generator f; and what a name, an instance or a generator stands for."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from .formulas import times
 
 
 class FDivergence(Divergence):
-    """A divergence from a user's own generator, run by the torch backend in chunks, or by Triton with your pair.
+    """A divergence made of a user's own generator f: run by the torch backend in chunks, or by Triton with `triton`.
 
-    It can be copied, and pickled where its functions can be (those of a module, not lambdas). Inside ``torch.export``
-    f is traced into the program, which then stands on its own.
+    It can be copied, and pickled if its functions can be (functions of a module, not lambdas). ``torch.export`` traces
+    f into the program, which then needs nothing else.
 
     Args:
-        f: elementwise generator of t = p/q on tensors; convex with f(1) = 0.
-        from_log_ratio: the same function of u = log t, for generators that overflow in t; give one of the two.
-        name: shown in errors and tables.
-        triton: a ``@triton.jit`` function ``(p, q, log_p, log_q, parameter) -> (q·(f − t f′), p·f′)``, elementwise in
-            float32, for the Triton backend; entries with q = p = 0 must give 0. `fdistill_kernels.verify.verify`
-            holds it against f. Without it the torch backend serves.
+        f: elementwise function of t = p/q on tensors; convex, with f(1) = 0.
+        from_log_ratio: instead of f, the same function of u = log t, for generators that overflow in t.
+        name: for error messages and tables.
+        triton: for the Triton backend: a ``@triton.jit`` function ``(p, q, log_p, log_q, parameter) -> (q·(f − t f′),
+            p·f′)``, elementwise in float32, which gives 0 at entries with q = p = 0. `fdistill_kernels.verify.verify`
+            compares it with f.
 
-    Elsewhere f′ comes from autograd. The ratio is held to the range of its dtype, so that f(0) and f(∞) are limits from
-    inside.
+    On the torch backend f′ comes from autograd. log t is clamped to what the dtype can represent, so f(0) and f(∞) are
+    limits from inside.
 
     Raises:
-        ValueError: f is not elementwise, not finite, not convex, or f(1) ≠ 0, on a grid of t from 1e-3 to 1e3.
+        ValueError: f is not elementwise, not finite, not convex, not differentiable, or f(1) ≠ 0, tested on t from 1e-3
+            to 1e3; or both or neither of f and from_log_ratio are given.
         TypeError: f is not a function.
     """
 
@@ -69,7 +70,7 @@ class FDivergence(Divergence):
         return value - slope, slope
 
     def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """``q f(p/q)``, elementwise and differentiable by autograd: what a compiler traces."""
+        """``q f(p/q)``, elementwise and differentiable by autograd; compilers trace this."""
         u = _log_ratio(log_p, log_q)
         larger, inverse = _larger(p, q, u)
         return times(larger, self.generator(u) * inverse)
@@ -89,19 +90,19 @@ def _own_divergence(given: dict[str, Any]) -> FDivergence:
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(p/q), held to what its exponential's dtype holds; 0 where neither model has the entry; NaN of a NaN."""
+    """log(p/q), clamped so that its exponential is finite; 0 if neither model has the entry; NaN for a NaN."""
     bound = 0.9 * math.log(torch.finfo(log_p.dtype).max)
     neither = (log_p == -torch.inf) & (log_q == -torch.inf)
     return torch.where(neither, 0, log_p - log_q).clamp(-bound, bound)
 
 
 def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """``q f`` is p·(f/t) where q is the smaller: the larger probability, and what f is multiplied with beside it."""
+    """The larger of p and q, and the factor on f that goes with it: ``q f = p·(f/t)``, where q is smaller."""
     return torch.where(u > 0, p, q), (-u.clamp_min(0)).exp()
 
 
 def autograd_inside_an_operator() -> Any:
-    """Operators run below autograd's dispatch keys; a generator's f′ needs them back."""
+    """Lets autograd run inside an operator, for a generator's f′: operators run below its dispatch keys."""
     include = torch._C._dispatch_tls_local_include_set()
     return torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
 
@@ -128,11 +129,10 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
 
 
 def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Divergence:
-    """The `Divergence` a user means: a name of the table, with its parameters as in "alpha=0.3" or "ab(0.2, 0.7)", an
-    instance, or a generator f(t).
+    """The `Divergence` of a name (parameters as in "alpha=0.3" or "ab(0.2, 0.7)"), an instance or a generator f(t).
 
     Raises:
-        ValueError: an unknown name (the nearest ones are told); parameters that it does not have.
+        ValueError: an unknown name (the message suggests the nearest ones), or parameters that it does not take.
         TypeError: anything else.
     """
     if isinstance(divergence, Divergence):
@@ -154,7 +154,7 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
 
 
 def _with_parameters(name: str, given: str) -> Divergence:
-    """One of a family, by its parameters as text."""
+    """A family's divergence, with its parameters given as text."""
     if name not in PARAMETERS:
         raise ValueError(f"{name} takes no parameter")
     make, names = PARAMETERS[name]

@@ -1,4 +1,4 @@
-"""One vocabulary over many ranks: which part of it is here, of shards with a process group and of DTensors."""
+"""A vocabulary that is split over ranks: which part is here, by a process group or by DTensors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .values import Head
 
 
 class VocabShard(NamedTuple):
-    """The part of the vocabulary that is here: logits' last dimension, a head's rows. `vocab_shard` makes one.
+    """The part of the vocabulary on this rank: of logits' last dimension, or of a head's rows. `vocab_shard` makes one.
 
     Attributes:
-        group: the ranks that have the whole vocabulary together, each a stretch of it, in any order.
-        begin: the id of the first entry here.
-        size: V of the whole; entries from there on, which pad the last shards, are left out.
-        sum_hidden: whether gradients by hidden states, which are the same on all ranks, are summed over them
-            (Megatron's copy to the tensor-parallel region); False where what has gathered the states sums them itself,
-            as sequence parallelism's gather does.
-        own_rows: whether each rank has rows of its own, as where FSDP shards a head: `scattered`.
+        group: the ranks that hold the whole vocabulary together, each a contiguous part, in any order.
+        begin: id of the first entry here.
+        size: V of the whole vocabulary. Entries from there on are padding of the last shards and are left out.
+        sum_hidden: whether to sum the gradients of the hidden states, which are the same on all ranks, over the ranks
+            (Megatron's copy to the tensor-parallel region). False if the operation that gathered the states does it, as
+            in sequence parallelism.
+        own_rows: whether each rank has its own rows, as when FSDP shards a head (`scattered`).
     """
 
     group: dist.ProcessGroup
@@ -34,16 +34,16 @@ class VocabShard(NamedTuple):
 def vocab_shard(
     group: dist.ProcessGroup, local_size: int, vocab_size: int | None = None, sum_hidden: bool = True
 ) -> VocabShard:
-    """The shard of this rank, where each rank has the next stretch of the vocabulary; all ranks of the group must ask.
+    """The shard of this rank, if the ranks hold the vocabulary in their order. All ranks of the group must call this.
 
     Args:
-        group: as `torch.distributed.new_group` or a DeviceMesh's get_group gives it.
-        local_size: entries here; they may differ from rank to rank.
-        vocab_size: V without padding; default: the sum of all.
+        group: from `torch.distributed.new_group` or a DeviceMesh's get_group.
+        local_size: number of entries here; may differ from rank to rank.
+        vocab_size: V without padding; default: the sum of all local sizes.
         sum_hidden: as in `VocabShard`.
 
     Raises:
-        ValueError: the sizes do not hold a vocabulary of that size.
+        ValueError: a shard is empty, or vocab_size is not between 1 and the sum of the local sizes.
     """
     sizes: list[Any] = [None] * group.size()
     dist.all_gather_object(sizes, local_size, group=group)
@@ -54,7 +54,7 @@ def vocab_shard(
 
 
 def carried_shard(shard: VocabShard | None) -> Shard:
-    """What operators carry of it."""
+    """The shard as operators carry it."""
     if shard is None:
         return WHOLE
     return Shard(shard.group.group_name, shard.begin, shard.size, shard.sum_hidden, shard.own_rows)
@@ -67,10 +67,10 @@ def check_shard(name: str, shard: object) -> None:
 
 
 def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
-    """Logits here (..., V_local), and their shard; a DTensor says its own.
+    """The logits on this rank (..., V_local), and their shard, which a DTensor knows itself.
 
     Raises:
-        ValueError: a DTensor split on other dimensions than rows and the last one, or a shard beside one.
+        ValueError: a DTensor split on other dimensions than rows and the last one, or a shard given beside a DTensor.
     """
     if is_dtensor(logits):
         if shard is not None:
@@ -80,16 +80,16 @@ def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any,
 
 
 def same_rows(hidden: Any) -> bool:
-    """Whether hidden states say that they are the same on all ranks: a DTensor that is whole.
+    """Whether hidden states are known to be the same on all ranks: a DTensor that is whole.
 
-    A head that is a DTensor does not: tensor parallelism splits it over ranks with the same rows, FSDP over ranks that
-    have each their own, whose losses would be mixed.
+    A DTensor head does not tell: tensor parallelism splits it over ranks with the same rows, FSDP over ranks that have
+    their own rows each, whose losses must not be mixed.
     """
     return is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
 
 
 def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
-    """A head's rows here, and their shard: a DTensor says its own; hidden states, whole, are taken out of theirs."""
+    """The rows of a head on this rank, and their shard, which a DTensor knows itself; or whole hidden states."""
     if not is_dtensor(values):
         return values, shard
     if shard is not None:
@@ -98,10 +98,10 @@ def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, V
 
 
 def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:
-    """Without the entries that pad the vocabulary.
+    """Values without the entries that pad the vocabulary.
 
     Raises:
-        ValueError: a shard that holds padding alone, or does not begin within the vocabulary.
+        ValueError: the shard holds only padding, or does not begin within the vocabulary.
     """
     count = min(values.shape[dim], shard.size - shard.begin)
     if shard.begin < 0 or count < 1:
@@ -112,13 +112,13 @@ def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:
 def teacher_part(
     name: str, values: Tensor, dim: int, local: int, given: int, student: VocabShard, own: VocabShard | None
 ) -> Tensor:
-    """The student's entries of a teacher's logits or head: its own shard, one that is larger, or the whole vocabulary.
+    """The student's entries of a teacher's logits or head, which may have the same shard, a larger one, or the whole.
 
     Args:
-        local, given: the student's entries here, without padding and with it.
+        local, given: the number of the student's entries here, without padding and with it.
 
     Raises:
-        ValueError: entries of the student's shard are not here.
+        ValueError: some entries of the student's shard are not here.
     """
     if own is None and values.shape[dim] in (local, given):
         return values.narrow(dim, 0, local)
@@ -135,10 +135,10 @@ def teacher_part(
 
 
 def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
-    """The rows here of a bias that is whole, beside a weight that is not.
+    """This rank's rows of a whole bias, for a weight that is split.
 
     Raises:
-        ValueError: it has neither the rows here nor all.
+        ValueError: the bias has neither these rows nor all.
     """
     if values.dim() != 1 or values.shape[0] < shard.size:  # on all ranks alike
         raise ValueError(
@@ -148,13 +148,13 @@ def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
 
 
 def local_head(name: str, head: Head, shard: VocabShard) -> Head:
-    """A head's rows here, without padding."""
+    """A head's rows on this rank, without padding."""
     bias = None if head.bias is None else valid(name, head.bias, shard, 0)
     return head._replace(weight=valid(name, head.weight, shard, 0), bias=bias)
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is one; torch may be a build without them."""
+    """Whether a value is a DTensor; torch may be built without them."""
     if not isinstance(value, Tensor) or type(value) is Tensor or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -163,7 +163,7 @@ def is_dtensor(value: Any) -> bool:
 
 
 def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | None]:
-    """A DTensor's part here, and the shard of its dimension; None where it is whole."""
+    """This rank's part of a DTensor, and the shard of its dimension; None if it is whole."""
     from torch.distributed.tensor import Shard as Split
 
     mesh, placements = value.device_mesh, value.placements
@@ -180,8 +180,9 @@ def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | N
 
 
 def scattered_shard(weight: Any, size: int) -> VocabShard | None:
-    """The shard of a head whose rows are split over a mesh of one dimension, whose ranks have each some of the first
-    `size`, and tokens of their own; None: it is split otherwise.
+    """The shard of a head whose rows are split over a mesh of one dimension; None: it is split differently.
+
+    Each rank must have some of the first `size` rows. Its tokens are its own.
     """
     ranks, rows = weight.device_mesh.size(), weight.shape[0]
     if len(weight.placements) > 1 or not weight.placements[0].is_shard(0) or (ranks - 1) * -(-rows // ranks) >= size:

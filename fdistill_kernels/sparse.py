@@ -1,4 +1,4 @@
-"""A teacher that is known at a few ids of each token alone: the value, and its checks before a kernel starts."""
+"""A teacher that is known at only a few ids per token: the value, and the checks of it before a kernel starts."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def checked_tail(tail: str) -> str:
 
 
 class TopK(NamedTuple):
-    """A teacher's log-probabilities at K ids of each token, in place of its logits: a top-k list, or a sample.
+    """A teacher given by its log-probabilities at K ids of each token, instead of logits: a top-k list, or a sample.
 
-    With S the row's ids, p the teacher and q the student, the loss of a divergence ``Σ_v φ(p_v, q_v)`` is, by `tail`:
+    With the row's ids S, teacher p and student q, the loss of a divergence ``Σ_v φ(p_v, q_v)`` depends on `tail`:
 
         "bucket"       ``Σ_S φ(p, q) + φ(1 − Σ_S p, 1 − Σ_S q)``: the rest is one more category. A divergence of two
-                       distributions, never negative, and no more than the whole one's for f-divergences.
-        "uniform"      ``Σ_v φ(p̃, q)``, p̃ = p on S and (1 − Σ_S p)/(V − |S|) elsewhere.
-        "renormalize"  ``Σ_v φ(p̃, q)``, p̃ = p/Σ_S p on S and 0 elsewhere; infinite for rkl and its kin.
+                       distributions: never negative, and for f-divergences not larger than that of the logits.
+        "uniform"      ``Σ_v φ(p̃, q)``, with p̃ = p on S and (1 − Σ_S p)/(V − |S|) elsewhere.
+        "renormalize"  ``Σ_v φ(p̃, q)``, with p̃ = p/Σ_S p on S and 0 elsewhere; infinite if f(0) = ∞, as for rkl.
         "within"       ``Σ_S φ(p/Σ_S p, q/Σ_S q)``: both models' conditional distributions, given S.
-        "ignore"       ``Σ_S φ(p, q)``, the truncated sum of f as `reference.py` has it: no divergence, it may be
+        "ignore"       ``Σ_S φ(p, q)``, the sum of `reference.py`'s formula over S alone. Not a divergence: it can be
                        negative, and a warning says so.
-        "sampled"      ``Σ_S w φ(p, q)`` with importance weights: of ids drawn n times from π, w = count/(n π), whose
-                       value and gradient are unbiased (random sampling KD, arXiv 2503.16870, for kl with π = p).
+        "sampled"      ``Σ_S w φ(p, q)`` with importance weights. For ids drawn n times from π, w = count/(n π) makes
+                       value and gradient unbiased (random sampling KD, arXiv 2503.16870, for kl with π = p).
 
-    A teacher's rest that the rounding of its log-probabilities hides is taken for as much as they may hide, not for 0:
-    of rkl the loss is then large where it would be infinite. Where the student is 0 outside the list, too, it is 0.
+    If the rest of the teacher is so small that the rounding of its log-probabilities hides it, it counts as what the
+    rounding can hide, not as 0: the loss of rkl is then large instead of infinite. If the student is 0 outside the list
+    as well, it counts as 0.
 
-    Where S holds the whole vocabulary all but "sampled" are the loss of the teacher's logits.
+    If S is the whole vocabulary, every tail except "sampled" gives the loss of the teacher's logits.
 
     Attributes:
-        ids: (..., K) integers in [0, V), in any order, none twice in a row; −1 pads shorter lists. K may exceed V.
-        log_probs: (..., K) ``log p`` at those ids, not the log-probabilities within the list; −inf where p is 0; where
-            ids are padded they are not looked at. 16, 32 or 64 bits. A row whose mass is above 1, but no more than
-            1.05, is scaled to 1.
+        ids: (..., K) integers in [0, V), in any order, different within a row; −1 pads shorter lists. K may exceed V.
+        log_probs: (..., K) ``log p`` at the ids, 16, 32 or 64 bits: normalised over the vocabulary, not over the list;
+            −inf where p is 0; ignored at padding. A row whose mass is above 1, up to 1.05, is scaled to 1.
         tail: as above.
-        weights: (..., K) w ≥ 0, for "sampled" alone.
-        temperature: T at which log_probs were taken. "bucket", "ignore" and "sampled" can be had at that temperature
-            alone; the others give the teacher any.
+        weights: (..., K) w ≥ 0, only for "sampled".
+        temperature: T at which log_probs were taken. "bucket", "ignore" and "sampled" need teacher_temperature = T; the
+            others allow any.
     """
 
     ids: Tensor
@@ -69,10 +69,10 @@ class TopK(NamedTuple):
 
 
 def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> Targets:
-    """A teacher's list as rows, its shapes and settings checked; student: (..., V) logits or (..., D) hidden states.
+    """A teacher's list as rows, its shapes and settings checked; student: logits (..., V) or hidden states (..., D).
 
     Raises:
-        ValueError, TypeError: what does not fit, by its name.
+        ValueError, TypeError: an argument does not fit; the message names it.
     """
     given = {n: getattr(teacher, n) for n in LISTS if n != "weights" or teacher.weights is not None}
     for field, value in given.items():

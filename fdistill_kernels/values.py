@@ -1,4 +1,4 @@
-"""Small values, as the field names them: what the functions take and build in their first lines."""
+"""Small values with the field's names, which the functions take and return."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ RowFunction = Callable[[int, int], Tensor]
 
 @carried
 class Head(NamedTuple):
-    """A model's head: the logits ``softcap·tanh((scale·hidden weightᵀ + bias)/softcap)`` of hidden states (..., D).
+    """A model's head: hidden states (..., D) have the logits ``softcap·tanh((scale·hidden weightᵀ + bias)/softcap)``.
 
     Attributes:
-        weight, bias: (V, D) and (V), in the hidden states' dtype.
-        scale: a factor on hidden weightᵀ (Cohere, Granite).
-        softcap: c > 0 (Gemma 2, Gemma Team 2024, §2), or None: no cap.
+        weight: (V, D), in the dtype of the hidden states.
+        bias: (V), in the same dtype; None: no bias.
+        scale: factor on hidden weightᵀ (Cohere, Granite).
+        softcap: c > 0 (Gemma 2, Gemma Team 2024, §2); None: no cap.
     """
 
     weight: Tensor
@@ -32,24 +33,24 @@ class Head(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """A teacher as hidden states (..., D) with its own head."""
+    """A teacher given by hidden states (..., D) and its own head."""
 
     states: Tensor
     head: Head
 
 
 class Logits(NamedTuple):
-    """Logits (..., V) given without their cap: c·tanh(z/c) is taken of them where softcap is c > 0."""
+    """Logits (..., V) with their soft-cap: if softcap is c > 0, the loss is that of c·tanh(values/c)."""
 
     values: Tensor
     softcap: float | None = None
 
 
 class LossTerms(NamedTuple):
-    """The terms of a loss; each is a keyword of `f_divergence`, which says what it is.
+    """The terms of a loss. Each field is a keyword argument of `f_divergence` and is described there.
 
-    divergence_weight: a number or (...), a factor on each token's divergence alone. class_weight: (V) a factor on each
-    class's cross-entropy, as `cross_entropy` has it.
+    divergence_weight: a number or (...), factor on each token's divergence only. class_weight: (V) factor on each class
+    in the cross-entropy, as `weight` in `cross_entropy`.
     """
 
     divergence: str | Divergence | Callable[[Tensor], Tensor] | None = "js"
@@ -69,9 +70,9 @@ class LossTerms(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """What a loss is made of, reduced like it, detached: loss = divergence + ce_weight·cross_entropy + z_loss.
+    """The parts of a loss, reduced in the same way, detached: loss = divergence + ce_weight·cross_entropy + z_loss.
 
-    ``tokens`` is the number of unmasked tokens, a 0-dim tensor.
+    ``tokens`` is the number of unmasked tokens, a 0-dim int64 tensor.
     """
 
     divergence: Tensor
@@ -81,15 +82,17 @@ class LossParts(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """`LossParts`, and behind them what is worth a look while a loss falls, reduced like it, detached.
+    """`LossParts` and further measures to watch during training, reduced like the loss, detached.
 
-    Without a teacher those that need one are 0.
+    Without a teacher, those that need one are 0.
 
     Attributes:
-        student_entropy, teacher_entropy: of the tempered distributions, in nats.
-        agreement: 1 where both models' first largest entries are the same, else 0.
-        overlap: ``Σ min(p, q)``, 1 less the total variation distance.
-        log_sum_exp, label_log_prob: of the student at temperature 1; of the label 0 without labels.
+        student_entropy: entropy of q in nats, at the temperature of the loss.
+        teacher_entropy: entropy of p in nats, at the teacher's temperature.
+        agreement: 1 if both models have the same largest entry (the first of ties), else 0.
+        overlap: ``Σ min(p, q)``, which is 1 − total variation distance, of the same distributions.
+        log_sum_exp: of the student's logits, at temperature 1.
+        label_log_prob: the student's log-probability of the label, at temperature 1; 0 without labels.
     """
 
     divergence: Tensor
@@ -105,11 +108,12 @@ class Metrics(NamedTuple):
 
 
 class SparseParts(NamedTuple):
-    """`LossParts` beside a `TopK` teacher, and behind them what its ids hold, reduced like the loss, detached.
+    """`LossParts` with a `TopK` teacher, and measures of its lists, reduced like the loss, detached.
 
     Attributes:
-        teacher_mass, student_mass: Σ_S p as given, and Σ_S q of the tempered student.
-        overlap: the share of the row's ids that are among the student's own largest, as many as the row has ids.
+        teacher_mass: Σ_S p as given, over a row's ids S.
+        student_mass: Σ_S q, at the temperature of the loss.
+        overlap: share of a row's n ids that are among the student's n largest entries.
     """
 
     divergence: Tensor

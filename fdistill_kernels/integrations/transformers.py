@@ -1,7 +1,7 @@
 """`linear_cross_entropy` inside Hugging Face models and `Trainer`, for any model with an output embedding.
 
-A patched model runs its own forward and its own loss function, on logits that are deferred: the shift of labels, what
-is done to logits and every auxiliary term are the model's.
+A patched model runs its own forward and loss function on deferred logits. So the shift of labels, changes of the logits
+and auxiliary terms stay the model's.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ _warned: set[str] = set()
 
 @dataclasses.dataclass(frozen=True)
 class FusedLoss:
-    """What `patch_model` was told."""
+    """The arguments of `patch_model`."""
 
     keep_logits: bool
     keywords: dict[str, Any]
 
 
 def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> Any:
-    """Makes the cross-entropy of a language model's own ``loss`` come from `linear_cross_entropy`, without N×V logits.
+    """Lets `linear_cross_entropy` compute the ``loss`` of a language model, so that the N×V logits are not made.
 
-    While training with `labels`, the output has the loss and no logits (None); in evaluation both. Without labels
-    nothing changes. What the fused loss has no form for makes the logits and warns, and is what it was. Copies and
-    pickles are patched too. `undo_patch` takes it back; patching again replaces the keywords.
+    In training with `labels`, the output has the loss, and None as logits; in evaluation it has both. Without labels
+    nothing changes. If the model does something to its logits that the fused loss does not support, it makes them as
+    before: the loss is the same, and a warning gives the reason. Copies and pickles are patched too. `undo_patch`
+    undoes this; patching again replaces the keywords.
 
     Args:
-        model: a Hugging Face model with labels and an output embedding that is one plain weight, or a PEFT model of it.
-        keep_logits: make the logits while training too, without gradients, for a trainer that reads them.
-        **keywords: of `linear_cross_entropy`: label_smoothing, z_loss, memory, chunk_bytes, ... They go before what the
-            model's loss function says; targets of `ignore_index` are masked besides those that it masks.
+        model: a Hugging Face model with labels whose output embedding is one plain weight; or a PEFT model of one.
+        keep_logits: also make the logits in training, without gradients, for a trainer that reads them.
+        **keywords: of `linear_cross_entropy`: label_smoothing, z_loss, memory, chunk_bytes, ... They override what the
+            model's loss function says; targets of `ignore_index` are masked in addition to its own.
 
     Returns:
-        The model itself.
+        The same model.
 
     Raises:
-        TypeError: the output embedding is not a plain linear layer, such as LoRA or quantised; the forward takes no
-            labels; an unknown keyword. ValueError: there is no output embedding.
+        TypeError: the output embedding is not a plain linear layer (LoRA, quantised); the forward takes no labels; a
+            keyword is unknown.
+        ValueError: there is no output embedding.
     """
     known = inspect.signature(linear_cross_entropy).parameters.keys() - THEIRS
     for name in keywords.keys() - known:
@@ -73,7 +75,7 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
 
 
 def undo_patch(model: Any) -> Any:
-    """Takes `patch_model` back, and what has wrapped the model's `forward` since."""
+    """Undoes `patch_model`, and removes what has wrapped the model's `forward` since then. Returns the model."""
     base = _base_model(model)
     if vars(base).pop("_fused_loss", None) is not None:
         unwatch(output_embedding(base))
@@ -94,7 +96,7 @@ def _not_plain(head: Any) -> str:
 
 
 class _Patched:
-    """A model of a class made by `_patched_class`."""
+    """Base of the classes that `_patched_class` makes."""
 
 
 #: Classes made by `_patched_class`, and what they were made from.
@@ -103,7 +105,7 @@ _PATCHED: dict[type, type] = {}
 
 @functools.cache
 def _patched_class(base: Any) -> Any:
-    """A class whose forward has the fused loss, and which is in every other way the same: names, signature, pickles."""
+    """A subclass whose forward has the fused loss, with the same names, signature and pickles otherwise."""
     own = base.forward
     signature = inspect.signature(own)
     if "labels" not in signature.parameters:
@@ -164,7 +166,7 @@ def _with_fused_loss(
 
 
 def _finish(outputs: Any, finished: Callable[[Logits], Any]) -> Any:
-    """A model's outputs with a value for deferred logits, wherever they are."""
+    """A model's outputs, with a value in place of deferred logits, wherever they are."""
     if isinstance(outputs, Logits):
         return finished(outputs)
     if isinstance(outputs, dict):
@@ -184,7 +186,7 @@ def _warn(name: str, reason: str) -> None:
 
 
 def next_tokens(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """Labels of each position's next token; none at the end."""
+    """The label of each position's next token; `ignore_index` at the last position."""
     return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
@@ -192,15 +194,18 @@ def causal_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, shift_labels: Tensor | None = None,
     ignore_index: int = IGNORE, **keywords: Any,
 ) -> Tensor:  # fmt: skip
-    """For ``Trainer(compute_loss_func=causal_loss)``: `cross_entropy` of a causal model's logits, fused.
+    """For ``Trainer(compute_loss_func=causal_loss)``: the fused `cross_entropy` of a causal model's logits.
 
     Args:
-        outputs: with logits (..., L, V).
+        outputs: a model's output with logits (..., L, V).
         labels: (..., L), not shifted.
-        num_items_in_batch: the mean's denominator.
-        shift_labels: (..., L), already shifted, used in the labels' place.
-        ignore_index: the label of what does not count.
+        num_items_in_batch: denominator of the mean; None: the number of labels that count.
+        shift_labels: (..., L), already shifted; used instead of labels.
+        ignore_index: label of positions that do not count.
         **keywords: of `cross_entropy`.
+
+    Returns:
+        The loss, a 0-dim tensor unless `reduction` says otherwise.
     """
     shifted = next_tokens(labels, ignore_index) if shift_labels is None else shift_labels
     return seq2seq_loss(outputs, shifted, num_items_in_batch, ignore_index=ignore_index, **keywords)
@@ -209,7 +214,7 @@ def causal_loss(
 def seq2seq_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, ignore_index: int = IGNORE, **keywords: Any
 ) -> Tensor:
-    """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked ones."""
+    """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked models."""
     logits = outputs.logits.flatten(0, -2)
     return cross_entropy(logits, labels.to(logits.device).flatten(), num_items=num_items_in_batch,
                          ignore_index=ignore_index, **keywords)  # fmt: skip

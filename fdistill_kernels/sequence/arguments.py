@@ -1,4 +1,4 @@
-"""What the sequence commands can be asked for: dataclasses, made into options and YAML by `HfArgumentParser`."""
+"""The options of the sequence commands: dataclasses, from which `HfArgumentParser` makes options and YAML keys."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .objectives import METHODS
 from .sampling import Sampling
 from .trainer import FDistillConfig
 
-#: Batches of like lengths, which are little padded; transformers 5 has another name for it.
+#: Batches of similar lengths need little padding; transformers 5 has another name for it.
 BY_LENGTH: dict[str, Any] = (
     {"train_sampling_strategy": "group_by_length"} if hasattr(FDistillConfig, "train_sampling_strategy")
     else {"group_by_length": True}
 )  # fmt: skip
 _4 = transformers.__version__.startswith("4.")
-#: Where the commands begin, if not where `TrainingArguments` do. Below 1: shares of all steps.
+#: Defaults that differ from those of `TrainingArguments`. Numbers of steps below 1 are shares of all steps.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "fdistill-run", "max_steps": 1000, "learning_rate": 1e-4, "top_k": 30, "report_to": "none",
     "warmup_ratio" if _4 else "warmup_steps": 0.1, "eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.25,
@@ -62,12 +62,12 @@ class ModelArguments:
     teacher_quantization: str | None = None
 
     def source(self, prefix: str = "") -> dict[str, Any]:
-        """What `load_config` takes for the student, or with "teacher_" for the teacher."""
+        """Keyword arguments of `load_config` for the student, or with "teacher_" for the teacher."""
         revision = getattr(self, prefix + "revision")
         return {"trust_remote_code": self.trust_remote_code, **({"revision": revision} if revision else {})}
 
     def options(self, prefix: str = "") -> dict[str, Any]:
-        """What `load_model` takes for the student, or with "teacher_" for the teacher."""
+        """Keyword arguments of `load_model` for the student, or with "teacher_" for the teacher."""
         dtype, quantization = getattr(self, prefix + "dtype"), getattr(self, prefix + "quantization")
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"--{prefix}dtype must be auto or a dtype of torch, not {dtype!r}")
@@ -101,7 +101,7 @@ class LoraArguments:
 
 @dataclass
 class DataArguments:
-    """The data, and what becomes of rows that are too long."""
+    """The data, and what happens to rows that are too long."""
 
     _argument_group_name = "data"
 
@@ -123,7 +123,7 @@ class DataArguments:
 
 @dataclass
 class RunArguments:
-    """What a run does beside training."""
+    """What a run does besides training."""
 
     _argument_group_name = "the run"
 
@@ -152,61 +152,79 @@ class BuildArguments:
 
 
 HELP = {
-    "teacher": "folder or hub name; a store's folder (`fdistill teacher build`); a server's URL",
-    "student": "folder or hub name, of an adapter too",
-    "student_layers": "make the student of the teacher's layers: 3,1 (encoder,decoder) or 4 (causal)",
-    "tokenizer": "folder or hub name; by default the teacher's, of a server the student's",
-    "chat_template_path": "a Jinja file in the place of the tokenizer's template",
-    "dtype": "of the student's weights, which the optimizer adds to; auto: as its files have",
-    "teacher_dtype": "of the teacher's weights; auto: as its files have",
-    "attn_implementation": "of both models: sdpa, flash_attention_2, eager, ...",
-    "device_map": "of the teacher: auto spreads it over cards",
-    "revision": "of the student on the hub", "teacher_revision": "of the teacher on the hub",
+    "teacher": "model folder or hub name; or a store's folder (`fdistill teacher build`); or a server's URL",
+    "student": "model folder or hub name; may be an adapter",
+    "student_layers": "make the student of the teacher's layers: 3,1 (encoder,decoder) or 4 (causal) of them",
+    "tokenizer": "folder or hub name; default: the teacher's, or the student's if the teacher is a server",
+    "chat_template_path": "Jinja file to use instead of the tokenizer's chat template",
+    "dtype": "dtype of the student's weights, which the optimizer updates; auto: as in its files",
+    "teacher_dtype": "dtype of the teacher's weights; auto: as in its files",
+    "attn_implementation": "attention of both models: sdpa, flash_attention_2, eager, ...",
+    "device_map": "device map of the teacher; auto spreads it over all cards",
+    "revision": "revision of the student on the hub", "teacher_revision": "revision of the teacher on the hub",
     "trust_remote_code": "run code that comes with a model",
-    "quantization": "of the student, beside --use_peft: 4bit, 8bit (bitsandbytes), a quant_method of transformers, or "
-                    "JSON of its configuration",
-    "teacher_quantization": "of the teacher, as --quantization",
-    "use_peft": "train an adapter alone", "lora_target_modules": "by default PEFT's of the architecture",
-    "lora_modules_to_save": "trained whole beside the adapter",
-    "data": ".jsonl, .json, .csv, .tsv or .parquet; or a hub dataset",
-    "eval_data": "held-out rows; by default the last tenth of the data at most", "eval_pairs": "held-out rows at most",
-    "dataset_config": "of a hub dataset", "dataset_train_split": "of a hub dataset, for --data",
-    "dataset_test_split": "of a hub dataset, for --eval_data", "limit": "use the first rows of the data alone",
-    "prompt_column": "of text or messages", "target_column": "of text or messages; completion is its other name",
-    "long_prompts": "that a context has no room for: cut from the left, drop the row, or refuse",
-    "long_targets": "that a context has no room for, or --max_target_tokens: cut without an end token, drop, refuse",
-    "max_target_tokens": "of a gold target",
-    "answers": "of a conversation: together in a row, or each in one of its own, which any chat template can render",
-    "teacher_system": "system message that the teacher alone sees",
-    "predistill_steps": "steps of pre-distillation first", "beams": "of the teacher's outputs for seqkd",
-    "online_teacher": "draw the teacher's samples anew at every step",
-    "samples": "folder of the teacher's samples, for several runs to share; by default in the run's folder",
-    "vllm_url": "a vLLM server of the teacher, to draw its samples from",
-    "k": "log-probabilities of each token that a server is asked for, or a store of lists keeps",
-    "tail": "of lists: " + ", ".join(t for t in TAILS if t != "sampled"),
-    "tensor_parallel": "ranks that share each of the student's layers and its head; such groups share the weights by "
-                       "FSDP2; a run that is killed begins anew",
-    "eval_measures": "perplexity, risks, BLEU, chrF and TER at every evaluation",
-    "kind": "states after the final norm, for any divergence and temperature; or the largest log-probabilities",
-    "sequences": "of gold, teacher and beam, those that objectives to come are on; held-out rows are always gold",
-    "states": "float32, float16, bfloat16 or int8", "log_probs": "float16 or uint8",
-    "head_rank": "keep states in so many of the head's singular directions",
-    "method": ", ".join(METHODS), "beta": "weight of the student's half in js and tvd",
-    "divergence": "instead of the method: any of `fdistill list`, on the sequences that --shares says",
-    "shares": "of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
-    "ce_weight": "of cross-entropy on gold targets beside", "temperature": "of both models in the loss",
-    "temperature_squared": "times its square", "student_every": "steps between new samples of the student",
-    "student_server": "a vLLM server of the student, to draw its samples from",
-    "student_server_path": "a folder that it sees too, for the weights",
-    "normalize": "token or sequence: what the loss is a mean over", "pack": "a batch in one row, of causal models",
-    "freeze_embeddings": "leave the student's input embeddings as they are", "memory": "of the loss: chunks or minimal",
-    "on_nan": "stop or skip the batch", "max_new_tokens": "of a sample", "sample_temperature": "of samples",
-    "top_k": "of samples; 0: every token", "top_p": "of samples; 1: every token",
-    "cache_implementation": "of keys and values while drawing: dynamic, static (on a GPU compiled), ...",
+    "quantization": "quantise the student (to train it, add --use_peft): 4bit, 8bit (bitsandbytes), a quant_method of "
+                    "transformers, or its configuration as JSON",
+    "teacher_quantization": "quantise the teacher, as in --quantization",
+    "use_peft": "train only an adapter on the student", "lora_r": "rank of the adapter",
+    "lora_alpha": "scale of the adapter: lora_alpha/lora_r", "lora_dropout": "dropout before the adapter",
+    "lora_target_modules": "modules that get an adapter; default: PEFT's for the architecture",
+    "lora_modules_to_save": "modules to train whole, beside the adapter",
+    "use_rslora": "scale by the square root of the rank: lora_alpha/sqrt(lora_r)",
+    "use_dora": "adapt direction and magnitude of the weights separately (DoRA)",
+    "data": "training rows: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub dataset",
+    "eval_data": "held-out rows; default: the last tenth of the data, at most --eval_pairs",
+    "eval_pairs": "maximum number of held-out rows",
+    "dataset_config": "configuration of a hub dataset", "dataset_train_split": "split of a hub dataset for --data",
+    "dataset_test_split": "split of a hub dataset for --eval_data", "limit": "use only the first rows of the data",
+    "prompt_column": "column of prompts, text or messages",
+    "target_column": "column of targets, text or messages; completion is found, too",
+    "long_prompts": "prompts too long for a model's context: cut them from the left, drop the row, or refuse",
+    "long_targets": "targets too long for a model's context or --max_target_tokens: cut them (without an end token), "
+                    "drop the row, or refuse",
+    "max_target_tokens": "maximum length of a gold target, in tokens",
+    "answers": "answers of a conversation: together in one row, or each in its own row, for any chat template",
+    "teacher_system": "system message that only the teacher sees",
+    "predistill_steps": "steps of pre-distillation before training", "beams": "beams of the teacher's beam search",
+    "online_teacher": "draw new samples of the teacher at every step",
+    "samples": "folder of the teacher's samples, which several runs may share; default: in the run's folder",
+    "vllm_url": "URL of a vLLM server of the teacher that draws its samples",
+    "k": "log-probabilities per token to ask a server for, or to keep in a store of lists",
+    "tail": "what becomes of the teacher's mass outside a list: " + ", ".join(t for t in TAILS if t != "sampled"),
+    "tensor_parallel": "number of ranks that share each of the student's layers and its head; such groups share "
+                       "the weights by FSDP2; a run that is killed starts from the beginning",
+    "eval_measures": "compute perplexity, risks, BLEU, chrF and TER at every evaluation",
+    "kind": "hidden: states after the final norm, for any divergence and temperature; top_k: the largest "
+            "log-probabilities",
+    "sequences": "sequences to store for later objectives, of gold, teacher and beam; held-out rows are always gold",
+    "states": "dtype of stored states: float32, float16, bfloat16 or int8",
+    "log_probs": "dtype of stored log-probabilities: float16 or uint8",
+    "head_rank": "store states in this many singular directions of the head",
+    "method": "objective: " + ", ".join(METHODS), "beta": "weight of the student's half in js and tvd",
+    "divergence": "instead of --method: a divergence of `fdistill list`, on the sequences of --shares",
+    "shares": "weights of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
+    "ce_weight": "weight of an added cross-entropy on gold targets",
+    "temperature": "temperature of both models in the loss",
+    "temperature_squared": "multiply the divergences by the square of --temperature",
+    "student_every": "steps between new samples of the student",
+    "student_server": "URL of a vLLM server that draws the student's samples",
+    "student_server_path": "folder for the weights, which that server sees under the same path",
+    "normalize": "what the loss is a mean over: token or sequence", "pack": "give causal models a batch in one row",
+    "freeze_embeddings": "do not train the student's input embeddings",
+    "memory": "memory of the loss: chunks or minimal",
+    "on_nan": "stop, or skip the batch, if the loss is not finite",
+    "max_new_tokens": "maximum length of a sample, in tokens",
+    "sample_temperature": "temperature of samples",
+    "top_k": "draw from this many of the likeliest tokens; 0: from all",
+    "top_p": "draw from the likeliest tokens with this total probability; 1: from all",
+    "cache_implementation": "cache of keys and values while drawing: dynamic, static (compiled on a GPU), ...",
+    "hidden_weight": "pre-distillation: weight of the hidden states' MSE",
+    "hidden_normalize": "pre-distillation: layer-normalise the hidden states before their MSE",
+    "hidden_reduction": "pre-distillation: mean or sum of the MSE over the student's layers",
 }  # fmt: skip
 
 
-#: What commands make something of, if not of all but `BuildArguments`.
+#: Options that a command uses; a command without an entry uses all except `BuildArguments`.
 _OF_TEACHER = {"teacher", "tokenizer", "chat_template_path", "attn_implementation", "device_map", "trust_remote_code",
                "teacher_dtype", "teacher_revision", "teacher_quantization"}  # fmt: skip
 _OF_SAMPLES = {"max_new_tokens", "sample_temperature", "top_k", "top_p", "cache_implementation", "seed", "use_cpu"}
@@ -219,17 +237,17 @@ USED: dict[str, set[str]] = {
     | {"output_dir", "per_device_eval_batch_size", "k", "beams"},
 }  # fmt: skip
 
-#: The least value of numbers that nobody else checks.
+#: Smallest values of numbers that nothing else checks.
 LEAST = {
     "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "beams": 1, "k": 1, "lora_r": 1,
     "tensor_parallel": 1,
     "max_steps": 1,
 }  # fmt: skip
 
-#: Options of `TrainingArguments` for scripts, which nothing here would make anything of.
+#: Options of `TrainingArguments` that are meant for scripts; nothing here uses them.
 UNUSED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "overwrite_output_dir"}
 
-#: What people may call an option: this command's names before 0.3, and TRL's.
+#: Other names of options: this command's before 0.3, and TRL's.
 CALLED = {
     "steps": "max_steps", "batch": "per_device_train_batch_size (of `teacher build` per_device_eval_batch_size)",
     "out": "output_dir", "evaluate_every": "eval_steps, with --eval_measures", "model_name_or_path": "student",
@@ -248,7 +266,7 @@ def _hint(words: str) -> str:
 
 
 class Parser(HfArgumentParser):
-    """One whose errors are a line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> Any:
         """Raises ValueError."""
@@ -257,7 +275,7 @@ class Parser(HfArgumentParser):
 
 @dataclass
 class Asked:
-    """What a command was asked for; `given` is what was said, as config.yaml has it."""
+    """What a command was asked for. `given` holds only the options that were given, as in config.yaml."""
 
     command: str
     given: dict[str, Any]
@@ -272,16 +290,16 @@ class Asked:
 
     @functools.cached_property
     def config(self) -> FDistillConfig:
-        """The trainer's configuration; another one made later would take accelerate's state from a trainer."""
+        """The trainer's configuration. It is made once: another one would take accelerate's state from a trainer."""
         return FDistillConfig(**self.training)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides a run, for people."""
+        """Everything that decides a run, for people to read."""
         kinds = (self.model, self.data, self.run, *([self.lora] if self.lora.use_peft else []))
         return {n: v for kind in kinds for n, v in vars(kind).items() if v is not None} | self.training
 
     def sampling(self, beams: bool = False) -> Sampling:
-        """Of the teacher's stored samples, or its beam-search outputs."""
+        """How the teacher's stored samples, or its beam-search outputs, are made."""
         if beams:
             return Sampling(self.config.max_new_tokens, beams=self.run.beams, cache=self.config.cache_implementation)
         return self.config.sampling()
@@ -292,10 +310,10 @@ KINDS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, 
 
 
 def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Asked:
-    """The command line over --config's YAML over settings over the defaults.
+    """A command's options: the command line goes before --config's YAML, this before settings, these before defaults.
 
     Raises:
-        ValueError: an option that is unknown, of another kind, not of the command, or at odds with another.
+        ValueError: an option that is unknown, of the wrong kind, not of this command, or in conflict with another.
     """
     kinds = {name: kind for name, kind in KINDS.items() if name != "build" or command == "teacher build"}
     types: Any = [*kinds.values(), FDistillConfig]
@@ -341,7 +359,7 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
 
 
 class _Loader(yaml.SafeLoader):
-    """One that takes 1e-4 for a number, as YAML 1.2 does."""
+    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE),
@@ -361,7 +379,7 @@ def _yaml(path: str | None, known: set[str]) -> dict[str, Any]:
 
 
 def _arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as a command line, which makes numbers of what YAML takes for text."""
+    """Settings as a command line, which reads numbers where YAML reads text."""
     made: list[str] = []
     for name, value in settings.items():
         if isinstance(value, (list, tuple)):
@@ -372,7 +390,7 @@ def _arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _check(asked: Asked) -> None:
-    """Raises ValueError for options that are missing, too small, or at odds."""
+    """Raises ValueError for options that are missing, too small, or in conflict."""
     model, given = asked.model, asked.given
     for name, least in LEAST.items():
         value = given.get(name)

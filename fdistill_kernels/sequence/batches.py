@@ -1,7 +1,7 @@
-"""Examples of token ids as batches, the sequences that losses are taken on, and what of a data set is checked before.
+"""Batches from examples of token ids, the sequences that losses are taken on, and checks of a dataset before training.
 
-An example is {prompt_ids, labels}, or one text as tokenizers and chat collators make it: {input_ids, labels}, labels
-−100 where nothing is learned.
+An example is {prompt_ids, labels}, or one text as tokenizers and chat collators make it: {input_ids, labels}, with
+labels −100 where nothing is learned.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ COLUMNS = {"gold": ("labels",), "teacher": ("sample_ids",), "beam": ("beam_ids",
 
 @dataclass
 class Sequences:
-    """What a loss is taken on.
+    """The sequences that a loss is taken on.
 
     Attributes:
-        prompts, teacher_prompts, continuations: a batch's token ids, (L_i,) each.
-        counted: a bool for each token of each continuation, false where it is read and not in the loss; None: all are.
+        prompts: token ids of a batch, (L_i,) each.
+        teacher_prompts: likewise, as the teacher sees them.
+        continuations: likewise.
+        counted: a bool for each token of each continuation, False if it is read but not in the loss; None: all count.
         teachers: the examples' column teacher, if there is one.
     """
 
@@ -40,26 +42,26 @@ class Sequences:
     teachers: list[str] = field(default_factory=list)
 
     def tokens(self) -> list[int]:
-        """How many tokens of each continuation count."""
+        """The number of tokens of each continuation that count."""
         return tokens_counted(self.continuations, self.counted)
 
     def number(self, of_tokens: bool) -> int:
-        """How many tokens count, or how many sequences there are."""
+        """The number of tokens that count, or the number of sequences."""
         return sum(self.tokens()) if of_tokens else len(self.continuations)
 
 
 def column_of(source: str, columns: Collection[str]) -> str | None:
-    """The column that has a source's sequences, if there is one."""
+    """The column with a source's sequences, if there is one."""
     return next((name for name in COLUMNS[source] if name in columns), None)
 
 
 def prompts_of_teacher(columns: Collection[str]) -> str:
-    """The column of the prompts that the teacher sees."""
+    """The column with the prompts that the teacher sees."""
     return "teacher_prompt_ids" if "teacher_prompt_ids" in columns else "prompt_ids"
 
 
 def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """A batch's prompts, and those that the teacher sees.
+    """A batch's prompts, and the prompts that the teacher sees.
 
     Raises:
         ValueError: a batch that another collator made.
@@ -72,10 +74,10 @@ def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
-    """A source's sequences, of a batch that has them: gold targets, or the teacher's stored samples; None: to be drawn.
+    """A source's sequences if the batch has them: gold targets, or the teacher's stored samples. None: to be drawn.
 
     Raises:
-        ValueError: gold targets that are not there.
+        ValueError: gold targets are missing.
     """
     column = column_of(source, batch.keys())
     if column is None:
@@ -173,14 +175,14 @@ def _of_one_text(text: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def columns_of(data: Any) -> list[str]:
-    """A dataset's columns; none of one that cannot be asked without being read."""
+    """A dataset's columns; none if they cannot be known without reading it."""
     if getattr(data, "column_names", None):
         return list(data.column_names)
     return list(data[0]) if isinstance(data, (list, tuple)) and data else []
 
 
 def datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:
-    """A data set by its name; of several by their names, each."""
+    """A dataset by its name; if there are several, each by its own."""
     if isinstance(data, dict):
         yield from ((f"{name}[{part!r}]", found) for part, found in data.items())
     elif data is not None:
@@ -188,7 +190,7 @@ def datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:
 
 
 def lengths(data: Any, column: str) -> np.ndarray | None:
-    """How many tokens each example's column has; None where the data would have to be read for it."""
+    """The number of tokens in a column of each example; None if the data would have to be read for it."""
     if isinstance(data, (list, tuple)):
         return np.array([len(e.get(column) or ()) for e in data])
     if not (hasattr(data, "select_columns") and hasattr(data, "with_format") and hasattr(data, "__len__")):
@@ -202,12 +204,12 @@ def lengths(data: Any, column: str) -> np.ndarray | None:
 def check_contexts(
     name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, config: Any, virtual: int = 0
 ) -> None:
-    """That a data set's prompts with their continuations fit a model.
+    """Checks that a dataset's prompts with their continuations fit a model.
 
     Args:
-        prompt, column: columns of token ids; None: `new` tokens are drawn.
+        prompt, column: columns of token ids; column None: `new` tokens are drawn.
         whose: the model's name in the error.
-        virtual: tokens that the model puts before its own.
+        virtual: number of tokens that the model puts before its input.
 
     Raises:
         ValueError: they do not.

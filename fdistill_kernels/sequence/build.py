@@ -1,7 +1,7 @@
-"""`fdistill teacher build`, `inspect` and `verify`: what a teacher says, stored for students to come.
+"""`fdistill teacher build`, `inspect` and `verify`: what a teacher says, stored for later students.
 
-A store's folder holds the `TeacherStore` itself, the teacher's tokenizer and configuration, and its samples, so that
-`fdistill train --teacher FOLDER` needs nothing else of it.
+A store's folder contains the `TeacherStore`, the teacher's tokenizer and configuration, and its samples, so that
+`fdistill train --teacher FOLDER` needs nothing else of the teacher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEEP_EVERY = 30.0
 
 
 def build(asked: Asked, console: Console) -> dict[str, Any]:
-    """Asks the teacher about every sequence that the store lacks; a killed run goes on. The store's summary."""
+    """Asks the teacher about every sequence that the store lacks, also after a kill. Returns the store's summary."""
     sources = _checked(asked)
     run = Run(asked, console)
     teacher = run.teacher
@@ -51,10 +51,10 @@ def build(asked: Asked, console: Console) -> dict[str, Any]:
 def fill(
     store: TeacherStore, teacher: InRoom, pairs: Sequence[Pair], batch: int = 8, rank: int = 0, ranks: int = 1
 ) -> Iterator[int]:
-    """Asks a model about the (prompt ids, continuation ids) that a store lacks; yields how many are there already, and
-    then how many come, batch by batch.
+    """Asks a model about the (prompt ids, continuation ids) that a store lacks.
 
-    Of several ranks each asks about its share. What was asked is on disk within a minute, if the process is killed.
+    Yields how many are there already, then how many are added, batch by batch. With several ranks, each asks about its
+    share. If the process is killed, at most a minute of work is lost.
     """
     missing = store.missing(pairs)
     lacking = [i for i in missing if i % ranks == rank]  # by its place: what is missing, each rank sees at another time
@@ -155,14 +155,14 @@ def _shown(store: TeacherStore) -> dict[str, Any]:
 
 
 def open_store(folder: str) -> TeacherStore:
-    """A store that is there."""
+    """Opens an existing store."""
     if not (Path(folder) / "manifest.json").exists():
         raise FileNotFoundError(f"{folder} is no store: it has no manifest.json")
     return TeacherStore(folder)
 
 
 def inspect(folder: str, plot: str | None = None) -> dict[str, Any]:
-    """Sizes, bytes a token, settings, and of lists the mass that their first ids hold, with a plot if asked for."""
+    """Sizes, bytes per token, settings, and for lists the mass of their first ids; with a plot if asked for."""
     store = open_store(folder)
     found = _shown(store)
     if plot is not None:
@@ -182,14 +182,14 @@ def inspect(folder: str, plot: str | None = None) -> dict[str, Any]:
 
 
 def verify(folder: str, teacher: str | None = None, sequences: int = 16, seed: int = 0) -> dict[str, Any]:
-    """Every checksum; and with the model, by its folder or hub name, a sample of sequences anew.
+    """Verifies all checksums; given the model's folder or hub name, also computes a sample of sequences again.
 
     Returns:
-        damaged: what the checksums say; with the model sequences and tokens compared, and how far the store's
-        distributions are from it: kl and tvd, in nats a token, their mean and largest.
+        damaged: what the checksums say. With the model also the numbers of sequences and tokens compared, and the
+            distance of the store's distributions from the model's: kl and tvd per token (kl in nats), mean and largest.
 
     Raises:
-        ValueError: the model is not the one that the store is of, by its fingerprint.
+        ValueError: the store was built from another model, by its fingerprint.
     """
     store = open_store(folder)
     store.verify()

@@ -1,4 +1,4 @@
-"""How to distil: the trainer's arguments, each used or refused by name."""
+"""The trainer's arguments. Each is used, or refused by name."""
 
 from __future__ import annotations
 
@@ -21,39 +21,45 @@ from .sampling import Sampling
 
 @dataclass
 class FDistillConfig(TrainingArguments):
-    """`TrainingArguments`, and how to distil.
+    """`TrainingArguments` with the settings of distillation.
 
-    Of `TrainingArguments`, label_smoothing_factor is of the cross-entropies; what is about evaluation's logits is
-    refused.
+    label_smoothing_factor applies to the cross-entropies. Options of `TrainingArguments` about the logits of evaluation
+    are refused, because no logits are made.
 
     Attributes:
-        method: seqkd, kl, engine, rkl, js, tvd, mle, or "predistill".
-        beta: weight of the student's half in js and tvd; js is to the mixture βq + (1 − β)p.
-        divergence, shares: instead of the method, a divergence ("js", "alpha=0.3", or an instance) and its sequences:
-            {"student": 0.7, "gold": 0.3}, by default gold; or a divergence of each source, {"teacher": "skew_kl=0.1",
-            "student": "skew_rkl=0.1"}, by default in equal shares that sum to 1. On a command line as JSON.
-        ce_weight: of −log q of the gold targets, added to the objective.
-        temperature: of both models' distributions in the loss, and temperature_squared: its square as a factor on the
-            divergences (Hinton et al. 2015).
-        max_new_tokens, sample_temperature, top_k, top_p: of samples drawn during training, and cache_implementation:
-            where transformers keeps their keys and values meanwhile ("static" is compiled on a GPU).
-        student_every: draw student samples every so many steps; in between the last ones are used again. They are in
-            the checkpoints.
-        student_server, student_server_path: the URL of a vLLM server that draws them, and a folder of this run alone
-            that it and the trainer see under this path, for the weights; see `student_server.StudentServer`.
-        normalize: "token", a mean over steps; or "sequence", the paper's sum over steps, a mean over sequences. The
-            mean is over all batches that are accumulated and all ranks, samples drawn during training among them, so
-            that they give the gradient of one large batch.
-        freeze_embeddings: leave the student's input embeddings (and a tied output embedding) as they are.
+        method: "seqkd", "kl", "engine", "rkl", "js", "tvd" or "mle" (Wen et al., ACL 2023), or "predistill".
+        beta: weight of the student's half in js and tvd; js uses the mixture βq + (1 − β)p.
+        divergence: instead of a method, a divergence: "js", "alpha=0.3" or an instance; or one for each source of
+            sequences, {"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"}. May be JSON text, as on a command line.
+        shares: weights of the sequences that the divergence is taken on, {"student": 0.7, "gold": 0.3}, also as text.
+            By default gold only; with several divergences equal weights that sum to 1.
+        ce_weight: weight of −log q of the gold targets, which is added to the objective.
+        temperature: of both models' distributions in the loss.
+        temperature_squared: multiply the divergences by temperature² (Hinton et al. 2015).
+        max_new_tokens: maximum length of samples drawn during training.
+        sample_temperature: their temperature.
+        top_k: draw from this many of the likeliest tokens; 0: from all.
+        top_p: draw from the likeliest tokens with this total probability; 1: from all.
+        cache_implementation: transformers' cache of keys and values while drawing ("static" is compiled on a GPU).
+        student_every: steps between new samples of the student. In between the last ones are used again; checkpoints
+            keep them.
+        student_server: URL of a vLLM server that draws the student's samples; see `student_server.StudentServer`.
+        student_server_path: folder for the weights, of this run alone, with the same path for server and trainer.
+        normalize: "token": a mean over steps; "sequence": a sum over steps and a mean over sequences, as in the paper.
+            The mean is over all accumulated batches and all ranks, with the samples drawn for them, so that they give
+            the gradient of one large batch.
+        freeze_embeddings: do not train the student's input embeddings (nor an output embedding tied to them).
         pack: give causal models a batch as one row of sequences, without padding.
         memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`. With "minimal" no entropies are logged,
-            which would take another look at the rows.
-        on_nan: "stop" with the batch saved, or "skip" the batch.
-        hidden_weight, hidden_normalize, hidden_reduction: of "predistill"; see `predistillation_loss`, which takes
-            none of the loss's options above.
+            because they need another pass over the rows.
+        on_nan: if the loss is not finite, "stop" and save the batch, or "skip" the batch.
+        hidden_weight: of "predistill", as the next two; see `predistillation_loss`, which uses none of the options of
+            the loss above.
+        hidden_normalize: layer-normalise the hidden states before their MSE.
+        hidden_reduction: "mean" or "sum" of the MSE over the student's layers.
 
     Raises:
-        ValueError: by name, what is out of range, unknown, or would not be used.
+        ValueError: an option is out of range, unknown, or would not be used; the message names it.
     """
 
     method: str = "tvd"
@@ -125,7 +131,7 @@ class FDistillConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not used {why}")
 
     def halves(self) -> tuple[Half, ...]:
-        """The objective; none for pre-distillation."""
+        """The objective; empty for pre-distillation."""
         if self.divergence is not None:
             of = self.divergence if isinstance(self.divergence, Mapping) else resolve(self.divergence)
             return with_cross_entropy(mixture(of, **(self.shares or {})), self.ce_weight)  # type: ignore[arg-type]
@@ -139,16 +145,16 @@ class FDistillConfig(TrainingArguments):
                         cache=self.cache_implementation)  # fmt: skip
 
     def for_predistillation(self, **changes: Any) -> FDistillConfig:
-        """This configuration with the method "predistill", and as they were made the options that its loss has not."""
+        """This configuration with method="predistill", and defaults for the options that its loss does not use."""
         kept = {name: getattr(FDistillConfig, name) for name in NOT_IN_PREDISTILLATION}
         return dataclasses.replace(self, **{**kept, "method": "predistill", **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: divergences as text."""
+        """As a dict for JSON, with divergences as text."""
         return {**super().to_dict(), "divergence": _as_text(self.divergence)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a checkpoint: divergences as text where their functions cannot be pickled."""
+        """For a checkpoint: divergences become text if their functions cannot be pickled."""
         try:
             pickle.dumps(self.divergence)
         except Exception:  # pickle has many for it
@@ -162,18 +168,18 @@ class FDistillConfig(TrainingArguments):
         return made
 
 
-#: Options of `TrainingArguments` about evaluation's logits, and metrics of them.
+#: Options of `TrainingArguments` about the logits of evaluation and their metrics.
 OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "include_inputs_for_metrics")
-#: Options that the loss of pre-distillation alone has; a configuration of another method keeps them for it.
+#: Options of the loss of pre-distillation alone; a configuration of another method keeps them for it.
 OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
-#: Options of a loss that pre-distillation has not.
+#: Options of the loss that pre-distillation does not use.
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "student_every", "student_server", "student_server_path", "normalize", "pack", "memory",
                           "label_smoothing_factor")  # fmt: skip
 
 
 def _of_json(name: str, value: Any) -> Any:
-    """A mapping that is given as text."""
+    """A mapping that may be given as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
@@ -186,7 +192,7 @@ def _of_json(name: str, value: Any) -> Any:
 
 
 def _shares(value: Any) -> dict[str, float] | None:
-    """Shares by source, of a mapping or of text as in student=0.7,gold=0.3."""
+    """Shares by source, from a mapping or from text as in student=0.7,gold=0.3."""
     value = _of_json("shares", value)
     try:
         pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else dict(value or {}).items()

@@ -1,4 +1,4 @@
-"""Rows of a file or a hub dataset, prompts and targets in text or in messages, and their token ids."""
+"""Rows of a file or a hub dataset, with prompts and targets as text or messages; and their token ids."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 from .models import context
 
 COLUMNS = ("prompt", "target")
-#: What rows may have beside.
+#: Other columns that rows may have.
 OTHERS = ("teacher_prompt", "messages", "tools", "text")
 
 
 def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS,
                config: str | None = None, split: str = "train") -> Any:  # fmt: skip
-    """A `datasets.Dataset` of the columns prompt and target, or prompt, messages or text alone, and `OTHERS`.
+    """A `datasets.Dataset` with the columns prompt and target, or only prompt, messages or text, and `OTHERS`.
 
     Args:
-        path: .jsonl, .json, .csv, .tsv (two columns, with or without a header), each .gz too, or .parquet; or the name
-            of a hub dataset, with its config and split.
-        limit: the first so many rows alone.
-        columns: the names of prompt and target in the file; completion is another name of target.
+        path: a .jsonl, .json, .csv or .tsv file (.tsv: two columns, with or without a header), also as .gz, or a
+            .parquet file; or the name of a hub dataset, with its config and split.
+        limit: read only the first rows, this many.
+        columns: names of the prompt and target columns in the file; a column completion also counts as target.
 
     Raises:
         ValueError: an unknown kind of file, a line that cannot be read, a missing column, no rows. OSError: no file.
@@ -77,7 +77,7 @@ def _open(path: str, mode: str, **keywords: Any) -> Any:
 
 
 def _culprit(path: str, kind: str) -> str | None:
-    """The line that is no UTF-8, or no JSON, and why."""
+    """The line that is not UTF-8 or not JSON, and why."""
     if kind == "parquet":
         return None
     with _open(path, "rb") as lines:
@@ -94,7 +94,7 @@ def _culprit(path: str, kind: str) -> str | None:
 
 
 def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
-    """Every cell as text: what looks like a number or a null is a word."""
+    """Reads every cell as text: what looks like a number or a null is a word."""
     import pyarrow
     from datasets import Dataset
     from pyarrow import csv as arrow
@@ -116,7 +116,7 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
 
 
 class Ids(NamedTuple):
-    """A row's token ids: the prompt, what follows it (None: nothing), and which of that counts (None: all)."""
+    """Token ids of a row: prompt, what follows it (None: nothing), and which of those tokens count (None: all)."""
 
     prompt: list[int]
     rest: list[int] | None
@@ -124,7 +124,7 @@ class Ids(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """Messages or tools without the nulls that a table puts where other rows have more keys."""
+    """Messages or tools without the nulls that a table puts in where other rows have more keys."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -133,21 +133,22 @@ def plain(value: Any) -> Any:
 
 
 def _answers(turns: list[dict[str, Any]], begin: int) -> list[int]:
-    """The answers from turn `begin` on; one that opens a conversation is to nothing, and read alone."""
+    """The indices of answers from turn `begin` on. One that opens a conversation answers nothing, and is only read."""
     return [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
 
 
 def conversation(
     tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, tools: Any = None, ends: Sequence[int] = ()
 ) -> Ids:
-    """Turns by the tokenizer's chat template: the answers from turn `begin` on count, up to their end token, which is
-    the tokenizer's or one of `ends`.
+    """A conversation by the tokenizer's chat template. Answers from turn `begin` on count, up to their end token.
 
-    Where the template marks them ({% generation %}), these are its marks; else what rendering one turn more adds. The
-    prompt is what generation gets before the first of those answers; if the last turn is no answer, all is prompt.
+    The end token is the tokenizer's or one of `ends`. If the template marks answers ({% generation %}), its marks
+    decide; otherwise what rendering one more turn adds. The prompt is what generation gets before the first of these
+    answers. If the last turn is no answer, all is prompt.
 
     Raises:
-        ValueError: the template renders the same turns otherwise when more follow, so that no tokens are an answer's.
+        ValueError: the template renders turns differently when more turns follow, so that an answer's tokens are
+            unknown.
     """
 
     def ids(count: int, ask: bool = False) -> list[int]:
@@ -191,14 +192,14 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options
 
 
 def _around(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before a text and behind it; text=, or text_target=."""
+    """The tokens that a tokenizer puts before and after a text (text=, or text_target=)."""
     one, among = tokenizer(**text, add_special_tokens=False)["input_ids"], list(tokenizer(**text)["input_ids"])
     at = next((i for i in range(len(among)) if among[i : i + len(one)] == one), None)
     return ([], []) if at is None else (among[:at], among[at + len(one) :])
 
 
 class Encoder:
-    """Rows' ids by a tokenizer, for a causal or an encoder–decoder model."""
+    """Turns rows into token ids, for a causal or an encoder–decoder model."""
 
     def __init__(
         self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None, ends: Sequence[int] = ()
@@ -214,10 +215,10 @@ class Encoder:
         self.beyond = target[::-1].index(self.end) if self.end in target else 0
 
     def __call__(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
-        """A row's ids, those of the teacher's prompt where that is another, and the text of its answer.
+        """A row's ids, the ids of the teacher's prompt if it has its own, and the text of the answer.
 
         Raises:
-            ValueError: the row has something else than text or messages.
+            ValueError: the row has neither text nor messages.
         """
         row = _parsed(row)
         if _is_chat(row):
@@ -249,7 +250,7 @@ class Encoder:
         return found, self._teacher_prompt(row), said
 
     def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
-        """The ids of a prompt of the teacher's own, text or messages, whichever the row's is; None: there is none."""
+        """The ids of the teacher's own prompt, which may be text or messages; None if there is none."""
         own = plain(row.get("teacher_prompt"))
         if not own or isinstance(own, str):
             return self._prompt(own) if own else None
@@ -257,7 +258,7 @@ class Encoder:
         return list(_rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"])
 
     def _prompt(self, text: str) -> list[int]:
-        """As the model reads it; a causal one goes on from it, so that only an end token of the text's own stays."""
+        """As the model reads it. A causal model continues it, so an end token stays only if the text has it."""
         if self.encoder_decoder:
             found = self.tokenizer(text=text)["input_ids"]
             return found if self.end in self.behind else self._ended(found)
@@ -276,7 +277,7 @@ class Encoder:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """Messages and tools that a file has as JSON's text."""
+    """Messages and tools that a file has as JSON text, parsed."""
     return {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
 
 
@@ -302,11 +303,12 @@ def _turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
 
 
 def each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A conversation as rows of one answer each, behind the turns before it, as generation meets them; what follows the
-    last answer is left out. Other rows, and conversations without an answer, are as they were.
+    """A conversation as one row per answer, with the turns before it, as generation sees them.
+
+    Turns after the last answer are left out. Other rows, and conversations without an answer, stay as they are.
 
     Raises:
-        ValueError: the teacher has a prompt of its own, and there are several answers.
+        ValueError: the teacher has its own prompt, and there are several answers.
     """
     row = _parsed(row)
     turns, begin = _turns(row) if _is_chat(row) else ([], 0)
@@ -329,24 +331,27 @@ def tokenize(
     teacher_system: str | None = None, ends: Sequence[int] = (), name: str = "data",
     tell: Callable[[str], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """Columns prompt_ids, labels (all that follows the prompt, most often with an end token), labels_mask (whether a
-    label counts; only if any does not), teacher_prompt_ids (if the teacher's are others), length, and reference, the
-    (first) answer's text; of prompts alone neither labels nor references.
+    """Rows as token ids, in the columns prompt_ids, labels (all that follows the prompt, usually with an end token),
+    labels_mask (which labels count; only if some do not), teacher_prompt_ids (only if the teacher's prompts differ),
+    length, and reference (the text of the first answer). Rows of prompts alone have no labels and no reference.
 
     Args:
-        rows: of `read_pairs`.
-        config: the student's, and teacher: the teacher's, whose contexts limit rows.
-        max_target: tokens of `labels`.
-        new_tokens: room for a sample that a causal model's prompt must leave.
-        long_prompts, long_targets: "cut" (prompts from the left; targets without an end token), "drop" the row, or
+        rows: from `read_pairs`.
+        config: the student's configuration; teacher: the teacher's. Their contexts limit the rows.
+        max_target: maximum length of `labels`.
+        new_tokens: room for a sample that the prompt of a causal model must leave.
+        long_prompts, long_targets: "cut" (prompts from the left; targets lose their end token), "drop" the row, or
             "refuse".
-        answers: of a conversation, "together" in a row, or "each" in a row of its own (`each_answer`).
-        ends: tokens that end an answer beside the tokenizer's, as Gemma's <end_of_turn>: generation stops at them, too.
-        tell: is told how many were cut or dropped.
+        answers: a conversation "together" in one row, or "each" answer in its own row (`each_answer`).
+        teacher_system: system message for the teacher's prompts alone.
+        ends: tokens that also end an answer, besides the tokenizer's end token (as Gemma's <end_of_turn>), because
+            generation stops at them.
+        name: of the data, for error messages.
+        tell: called with a line that says how many rows were cut or dropped.
 
     Raises:
-        ValueError: a row that is no text and no messages, an empty prompt, one too long; no rows are left; or new
-            tokens leave no prompt any room.
+        ValueError: a row that is neither text nor messages, an empty or too long prompt; new tokens leave no room for a
+            prompt; or no rows are left.
     """
     from datasets import Features, Sequence, Value
 

@@ -1,7 +1,7 @@
 """How close a student is to its teacher: likelihood and coverage risk, TeacherDist, perplexity, and BLEU, chrF, TER.
 
-Everything is measured sentence by sentence (`measured`), so that two students can be compared on the same sentences;
-summaries are made of that table.
+Everything is measured sentence by sentence (`measured`), so that two students can be compared on the same sentences.
+`summary` turns this table into numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .models import Rows, chosen, evaluating, forward_to_head, rows_of, step_los
 from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
-#: A greedy output loops where fewer of its bigrams are distinct.
+#: A greedy output loops if a smaller share of its bigrams is distinct.
 LOOPS_BELOW = 0.7
-#: What `evaluate` says of a student, and whether more of it is better.
+#: The measures of `evaluate`, and whether larger is better.
 MEASURES = {"bleu": True, "chrf": True, **dict.fromkeys((
     "ter", "perplexity", "likelihood_risk", "coverage_risk", "likelihood_risk_by_sentence", "coverage_risk_by_sentence",
     "kl", "rkl", "tvd", "without_end", "looping"), False)}  # fmt: skip
-#: Rows whose logits are made at once where there is no head to fuse with.
+#: Rows whose logits are made at once if there is no head to fuse with.
 CHUNK = 256
 
 
@@ -40,7 +40,7 @@ def _batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def draw_all(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int, vocabulary: int | None = None
 ) -> list[Tensor]:
-    """A continuation for every prompt, in batches, of ids below the vocabulary."""
+    """A continuation of every prompt, drawn in batches, with ids below `vocabulary`."""
     made = []
     for i, batch in enumerate(_batches(prompts)):
         made += draw(model, batch, sampling, seed + i, vocabulary)
@@ -48,7 +48,7 @@ def draw_all(
 
 
 def _steps(rows: Rows, teacher: Rows | None, names: Sequence[str]) -> Tensor:
-    """Of M steps, −log q of the token and each divergence from the teacher's whole distribution: (M, 1 + names)."""
+    """For M steps: −log q of the token, and each divergence from the teacher's whole distribution, (M, 1 + names)."""
     divergences = [resolve(name) for name in names]
     if rows.head is not None and len(rows.tokens):
         found = [step_loss(rows, teacher, d, reduction="none") for d in (None, *divergences)]
@@ -71,16 +71,18 @@ def sentence_sums(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], teacher: Any = None,
     teacher_prompts: Sequence[Tensor] = (), divergences: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of each of n continuations y what a model q says of it, summed over its steps, and how many steps there are.
+    """For each of n continuations y: sums over its steps of what a model q says of it, and the number of steps.
 
     Args:
-        model: q. prompts, continuations: n rows of ids; a continuation's end token is a step, a first token that q's
-            generation forces is none.
-        teacher: a model p beside it, with its prompts; None: none.
-        divergences: names of divergences D(p, q) of p's and q's whole distributions at each step of y.
+        model: q.
+        prompts, continuations: n rows of ids. The end token of a continuation is a step; a first token that q's
+            generation forces is not.
+        teacher: a model p with its own teacher_prompts; None: no divergences.
+        divergences: names of divergences D(p, q), of the whole distributions of p and q at each step of y.
 
     Returns:
-        (n, 1 + divergences) float64 in nats (tvd: in its own unit): Σ_t −log q(y_t), then Σ_t D_t; and (n,) int64.
+        (n, 1 + divergences) float64, in nats (tvd: in its own unit): Σ_t −log q(y_t), then Σ_t D_t; and the steps (n,)
+            int64.
     """
     device, pad, sums, counts = next(model.parameters()).device, special_tokens(model)[0], [], []
     with evaluating(*(m for m in (model, teacher) if m is not None)):
@@ -101,10 +103,10 @@ def sentence_sums(
 
 
 def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor]) -> float:
-    """Mean −log probability, in nats a token, of continuations under a model.
+    """Mean of −log probability under a model, in nats per token, over continuations.
 
-    Of the student's samples under the teacher this is the likelihood risk R_llh (high: mode averaging), of the
-    teacher's samples under the student the coverage risk R_cvg (high: mode collapse), of gold targets the
+    For the student's samples under the teacher this is the likelihood risk R_llh (high: mode averaging); for the
+    teacher's samples under the student it is the coverage risk R_cvg (high: mode collapse); for gold targets it is the
     log-perplexity. The paper's formula is a mean over sentences of the whole −log probability: `measured` has both.
     """
     sums, counts = sentence_sums(model, prompts, continuations)
@@ -112,7 +114,7 @@ def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor])
 
 
 def distinct_bigrams(rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> float | None:
-    """Share of distinct bigrams among those of some sequences, without their end tokens; None where there are none."""
+    """Share of distinct bigrams among those of several sequences, without end tokens; None if there are no bigrams."""
     kept = [[i for i in row if i not in ends] for row in rows]
     bigrams = [pair for row in kept for pair in itertools.pairwise(row)]
     return len(set(bigrams)) / len(bigrams) if bigrams else None
@@ -129,7 +131,7 @@ def _mean_share(shares: Sequence[float | None]) -> float:
 
 
 def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """sacrebleu's BLEU, chrF and TER of a corpus."""
+    """BLEU, chrF and TER of a corpus, by sacrebleu."""
     import sacrebleu
 
     references_once = [list(references)]
@@ -143,7 +145,7 @@ def searched(
     vocabulary: int | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip
     """A model's outputs by greedy or beam search: columns output (text), output_tokens, output_ended (by an end token,
-    not by the limit), and output_loops (fewer than LOOPS_BELOW of its bigrams are distinct).
+    not by the limit), and output_loops (less than LOOPS_BELOW of its bigrams are distinct).
     """
     ends = special_tokens(model)[1]
     rows = [x.tolist() for x in draw_all(model, prompts, Sampling(max_new_tokens, beams=beams), 0, vocabulary)]
@@ -157,24 +159,25 @@ def measured(
     student: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor], gold: Sequence[Tensor],
     references: Sequence[str], tokenizer: Any, sampling: Sampling, seed: int = 0, teacher_draws: int = 5,
 ) -> tuple[pyarrow.Table, dict[str, float]]:  # fmt: skip
-    """Every measure of a student q on n held-out sentences: a table of n rows, and its summary.
+    """All measures of a student q on n held-out sentences: a table of n rows, and its summary.
 
-    The table has reference, the greedy output (`searched`), gold_nats = −log q(gold) and gold_tokens; and with a
-    teacher p, of a sample y′ of the student likelihood_nats = −log p(y′), likelihood_tokens, likelihood_ended and rkl,
-    of one y of the teacher coverage_nats = −log q(y), coverage_tokens, kl and tvd, each summed over the steps of y or
-    y′ and exact in each step (Wen et al., ACL 2023, section 4), and teacher_dist of `teacher_draws` samples.
-    y and y′ are drawn by `sampling`; where that cuts the tail, they are of the cut distribution, the probabilities of
-    the whole. All nats are natural logarithms, float64; tokens count the end token.
+    The table has reference, the greedy output (`searched`), gold_nats = −log q(gold) and gold_tokens. With a teacher p
+    it also has, for a sample y′ of the student, likelihood_nats = −log p(y′), likelihood_tokens, likelihood_ended and
+    rkl; for a sample y of the teacher, coverage_nats = −log q(y), coverage_tokens, kl and tvd, each summed over the
+    steps of y or y′ and exact in each step (Wen et al., ACL 2023, section 4); and teacher_dist of `teacher_draws`
+    samples. y and y′ are drawn by `sampling`; if that cuts the tail, they come from the cut distribution, but their
+    probabilities are those of the whole one. All nats are float64 natural logarithms; token counts include the end
+    token.
 
     Args:
-        teacher: a model; None: it is elsewhere, and what it draws and judges for is left out.
-        teacher_prompts: what the teacher sees in the prompts' place; most often the same.
-        gold: ids of the targets. references: their whole text, which the ids may have been cut from.
-        sampling, seed: of y and y′: the same seed gives every student the same y.
-        teacher_draws: samples of the teacher for teacher_dist (the paper: 5), at least 1; of 1 there is none.
+        student: q. teacher: p, a model; None: it is elsewhere, and the columns that need it are left out.
+        prompts, teacher_prompts: ids of what each model sees; usually the same.
+        gold: ids of the targets. references: their whole text; the ids may have been cut.
+        sampling, seed: of y and y′. The same seed gives every student the same y.
+        teacher_draws: samples of the teacher for teacher_dist (5 in the paper), at least 1; with 1 it is left out.
 
     Returns:
-        The table, and `summary` of it.
+        The table, and its `summary`.
     """
     sizes = [vocabulary_of(m.config) for m in (student, teacher) if m is not None]
     shared = min(*sizes, len(tokenizer))  # what a padded head has beyond, the other does not know
@@ -201,10 +204,10 @@ def measured(
 
 
 def summary(table: pyarrow.Table) -> dict[str, float]:
-    """What `measured`'s table comes to: likelihood_risk, coverage_risk, kl, rkl and tvd are means over all tokens,
-    likelihood_risk_by_sentence and coverage_risk_by_sentence means over sentences of the whole −log probability (the
-    paper's); perplexity of the gold targets; length_ratio of words put out to the references'; shares of outputs
-    without an end token, and of those that loop; teacher_dist; BLEU, chrF and TER of the outputs.
+    """The summary of `measured`'s table. likelihood_risk, coverage_risk, kl, rkl and tvd are means over all tokens;
+    likelihood_risk_by_sentence and coverage_risk_by_sentence are means over sentences of the whole −log probability (as
+    in the paper). Also perplexity of the gold targets; length_ratio: words of the outputs over words of the references;
+    shares of outputs without an end token and of outputs that loop; teacher_dist; BLEU, chrF and TER of the outputs.
     """
     values = {name: table[name].to_pylist() for name in table.column_names}
 
@@ -231,12 +234,12 @@ def evaluate(
     student: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor], gold: Sequence[Tensor],
     references: Sequence[str], tokenizer: Any, sampling: Sampling, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """The summary of `measured` alone, without teacher_dist."""
+    """Only the summary of `measured`, without teacher_dist."""
     return measured(student, teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling, seed, 1)[1]
 
 
 class Measures(TrainerCallback):
-    """Adds `evaluate`'s measures to every evaluation and its log, for the reports and for what the best model is."""
+    """Adds the measures of `evaluate` to every evaluation and its log, for reports and for the best model."""
 
     def __init__(self, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor],
                  gold: Sequence[Tensor], references: Sequence[str], tokenizer: Any, sampling: Sampling,

@@ -1,6 +1,6 @@
-"""Hugging Face models as the losses see them: hidden states before the output embedding, and that embedding.
+"""Hugging Face models as the losses see them: the hidden states before the output embedding, and that embedding.
 
-A model's forward runs on deferred logits, and the loss is made in the output embedding: N×V logits never exist.
+A model's forward runs on deferred logits, and the loss is computed in the output embedding, so N×V logits never exist.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IGNORE = -100
 
 
 class Rows(NamedTuple):
-    """The steps of a batch of continuations, those that count, one after the other."""
+    """The steps of a batch's continuations that count, one after the other."""
 
     hidden: Tensor  # (M, D), what predicts the token
     tokens: Tensor  # (M,)
@@ -38,14 +38,14 @@ class Rows(NamedTuple):
 
 
 class TeacherRows(NamedTuple):
-    """What a student's `Rows` are compared with, one row each: hidden states with their head, a list, or a function."""
+    """What a student's `Rows` are compared with, row by row: hidden states with their head, a list, or a function."""
 
     value: Hidden | TopK | RowFunction
     vocabulary: int
 
 
 def load_config(path: str | Path, **options: Any) -> Any:
-    """A model's configuration; of a PEFT adapter's folder, its base model's. options: as `load_model`'s."""
+    """A model's configuration, or that of a PEFT adapter's base model. options: as in `load_model`."""
     base = path
     if (adapter := Path(path) / "adapter_config.json").exists():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
@@ -59,15 +59,15 @@ def load_config(path: str | Path, **options: Any) -> Any:
 
 
 def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
-    """A causal or encoder–decoder model, by its `load_config`.
+    """A causal or encoder–decoder model, depending on its configuration.
 
     Args:
-        split: ranks that share each layer and the head (tensor parallelism, by the model's own plan); such groups share
-            what is left by FSDP2.
+        split: number of ranks that share each layer and the head (tensor parallelism, by the model's own plan); such
+            groups share the rest by FSDP2.
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: no such model, one without a plan, or ranks that are no multiple of `split`.
+        ValueError: there is no such model, it has no plan, or the number of ranks is not a multiple of `split`.
     """
     config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -111,10 +111,10 @@ def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
-    """(B, L) padded with −100 on any side, as a list of rows.
+    """(B, L) padded with −100 on either side, as a list of rows.
 
     Raises:
-        ValueError: a −100 inside a row, whose text is then not known: give its ids, and what counts as `counted`.
+        ValueError: a −100 inside a row, whose text is then unknown: give all ids, and `counted`.
     """
     here = nn.functional.pad(ids != IGNORE, (1, 0))
     if ((here[:, 1:] & ~here[:, :-1]).sum(1) > 1).any():
@@ -128,10 +128,10 @@ def padded(rows: Sequence[Tensor], value: int, side: str = "right") -> Tensor:
 
 
 def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[Tensor]:
-    """Continuations with −100 in the place of tokens that do not count.
+    """Continuations with −100 in place of the tokens that do not count.
 
     Raises:
-        ValueError: counted is not a bool for each token.
+        ValueError: counted is not one bool for each token.
     """
     if counted is None:
         return list(continuations)
@@ -141,13 +141,13 @@ def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) ->
 
 
 def tokens_counted(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[int]:
-    """How many tokens of each continuation count; counted: as in `teacher_forced`."""
+    """The number of tokens of each continuation that count; counted: as in `teacher_forced`."""
     return [len(c) for c in continuations] if counted is None else [int(m.sum()) for m in counted]
 
 
 @contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Models without dropout, and afterwards as they were."""
+    """Puts models into evaluation mode, and afterwards back."""
     training = [model.training for model in models]
     try:
         for model in models:
@@ -159,7 +159,7 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 def token_id(model: Any, name: str) -> Any:
-    """A special token of a model's generation configuration, or of its configuration; CodeGen's lacks some."""
+    """A special token, from a model's generation configuration or its configuration (CodeGen's lacks some)."""
     configs = (getattr(model, "generation_config", None), model.config)
     return next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
 
@@ -218,16 +218,16 @@ def ids_read(model: Any) -> int:
 
 
 def context(config: Any) -> float:
-    """How many tokens a model can read, or infinity."""
+    """The number of tokens a model can read, or infinity."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if found and found > 0 else float("inf")  # XLNet's is −1
 
 
 def check_context(model: Any, tokens: int) -> None:
-    """That a model has positions for so many tokens of a sequence; an encoder–decoder model's prompt is one for itself.
+    """Checks that a model has positions for so many tokens of a sequence; an encoder's prompt is its own sequence.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has too few.
     """
     limit = context(model.config)
     if limit < tokens:
@@ -240,16 +240,17 @@ def teacher_forced(
 ) -> Any:  # fmt: skip
     """A model's inputs for prompts and continuations, and the labels (B, L) that its hidden states predict.
 
-    An encoder–decoder model reads the prompt and writes the continuation, which begins as its generation does; a causal
-    one goes on from the prompt, and its state at a token predicts the next. Positions of prompts and padding are −100.
-    With `pack`, a causal model gets all sequences one after the other in one row, told apart by their positions; else
-    they are padded on the right, where any model's own positions are right.
+    An encoder–decoder model reads the prompt and writes the continuation, which starts as its generation does. A causal
+    model continues the prompt, and its state at a token predicts the next token. Positions of prompts and padding are
+    −100. With `pack`, a causal model gets all sequences in one row, separated by their positions; otherwise they are
+    padded on the right, where every model's own positions are correct.
 
     Args:
-        counted: a bool for each token of each continuation; what is false is read, and its label is −100. None: all.
+        counted: a bool for each token of each continuation. Tokens with False are read, but their label is −100. None:
+            all count.
 
     Raises:
-        ValueError: a sequence longer than the model's context, or counted that does not fit.
+        ValueError: a sequence is longer than the model's context, or counted does not fit.
     """
     targets = masked(continuations, counted)
     if model.config.is_encoder_decoder:
@@ -316,16 +317,16 @@ def forward_to_head(
 
 
 def virtual_tokens(model: Any) -> int:
-    """How many tokens of its own PEFT's prompt learning puts before a model's."""
+    """The number of virtual tokens that PEFT's prompt learning puts before a model's input."""
     config = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
 def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Without the inputs that not every model's forward has.
+    """The inputs, without those that this model's forward does not take.
 
     Raises:
-        ValueError: packed rows are of no use without positions.
+        ValueError: packed rows, but no positions.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(type(base).forward).parameters
@@ -347,7 +348,7 @@ _ASKED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyD
 
 
 def asked(question: Callable[..., bool], model: Any, *arguments: Any, of: Any = None) -> bool:
-    """A question's answer, of a model in evaluation; it is asked once, or once for every `of`."""
+    """The answer to a question about a model in evaluation mode, asked once, or once for every `of`."""
     known = _ASKED.setdefault(model, {})
     key = question, of, getattr(model.config.get_text_config(), "_attn_implementation", None)
     if key not in known:
@@ -364,10 +365,10 @@ def close(one: Tensor, other: Tensor, tolerance: float, roundings: int = 8) -> b
 
 
 def check_forward(model: Any, wrapped: Any, pad: int, pack: bool, tokens: int = 0) -> None:
-    """Tries once whether a model's padded batches, or its packed rows, are what their sequences would be alone.
+    """Tests once whether a model's padded batches, or packed rows, give the same as their sequences alone.
 
     Raises:
-        ValueError: they are not: see `check_steps` and `check_packing`.
+        ValueError: they do not; see `check_steps` and `check_packing`.
     """
     check_steps(model, wrapped, pad)
     if pack:
@@ -384,11 +385,11 @@ def check_head(model: Any) -> None:
 
 
 def check_steps(model: Any, wrapped: Any, pad: int) -> None:
-    """Tries once whether each step of a padded batch is predicted by what comes before it, and by nothing else.
+    """Tests once whether each step of a padded batch is predicted from what comes before it, and from nothing else.
 
     Raises:
-        ValueError: the model looks at later tokens, as BERT does that is no decoder, so that losses would be of
-            predictions that know the answer; or at padding.
+        ValueError: the model looks at later tokens (as BERT does if it is not a decoder), so that its predictions know
+            the answer; or at padding.
     """
     if not asked(_steps_alone, model, wrapped, pad):
         raise ValueError(f"{type(model).__name__} looks at later tokens or at padding, so that its logits are no steps "
@@ -416,7 +417,7 @@ def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
 
 
 def check_packing(model: Any, wrapped: Any, tokens: int) -> None:
-    """Tries once whether a model tells packed sequences apart: many do not look where positions begin again.
+    """Tests once whether a model separates packed sequences: many do not look where positions start again.
 
     Raises:
         ValueError: it does not, so that packed losses would be wrong; or it attends within chunks of the whole row.
@@ -501,7 +502,7 @@ def _finish(model: Any, args: Any, outputs: Any) -> Any:
 def rows_of(
     model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor], pad: int, **options: Any
 ) -> tuple[Rows, Any]:
-    """The `Rows` of a batch, and the model's own outputs, as in `forward_to_head`; gradients flow where enabled."""
+    """The `Rows` of a batch, and the model's own outputs, as in `forward_to_head`. Gradients flow if enabled."""
     rows: list[Rows] = []
 
     def keep(found: Rows) -> Tensor:
@@ -516,7 +517,7 @@ def step_loss(
     student: Rows, teacher: Rows | TeacherRows | None, divergence: Divergence | None, temperature: float = 1.0,
     ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
 ) -> Tensor:  # fmt: skip
-    """The step-wise losses of a batch's rows: a divergence to the teacher, or without one the tokens' −log q."""
+    """The step-wise losses of a batch's rows: a divergence from the teacher, or, without one, the tokens' −log q."""
     head = student.head
     if head is None:
         raise ValueError(NOT_PLAIN)
@@ -544,7 +545,7 @@ def _first(logits: RowFunction, vocabulary: int) -> RowFunction:
 
 
 def of_model(rows: Rows, device: torch.device) -> TeacherRows:
-    """A model's rows beside a student on a device; of a head elsewhere, or one that is no matrix, by its logits."""
+    """A model's rows for a student on a device; as logits if the head is on another device or is not one matrix."""
     if rows.head is not None and rows.head.weight.device == device:
         return TeacherRows(Hidden(rows.hidden, rows.head), rows.vocabulary)
 

@@ -1,10 +1,10 @@
-"""What each method compares on whose sequences: the objectives of Wen et al., ACL 2023, eq. (4)-(11), and mixtures.
+"""The objectives of Wen et al., ACL 2023, eq. (4)-(11), and mixtures: what is compared, and on whose sequences.
 
-A method is a few halves; each says on which sequences (the teacher's samples y, the student's samples y′, the gold
-targets, or the teacher's beam-search output ŷ) the step-wise loss is taken, which loss, and with what weight. Their sum
-over steps, in expectation over the sequences, is the sequence-level divergence (kl, rkl, and js of the mixture made
-step by step: Theorem 1a; engine plus the student's negative entropy is rkl) or an upper bound of it (tvd: 1b). No
-gradient flows through sampling.
+A method consists of a few halves. Each gives the sequences (the teacher's samples y, the student's samples y′, the gold
+targets, or the teacher's beam-search output ŷ), the step-wise loss on them, and its weight. The sum over steps, in
+expectation over the sequences, is the sequence-level divergence (kl, rkl, and js with a step-wise mixture: Theorem 1a;
+engine plus the student's negative entropy is rkl) or an upper bound of it (tvd: Theorem 1b). No gradient flows through
+sampling.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SOURCES = ("teacher", "student", "gold", "beam")
 
 
 class Half(NamedTuple):
-    """``weight · Σ_t loss_t`` on the sequences of `source`; without a divergence the loss is −log q of their tokens.
+    """``weight · Σ_t loss_t`` on the sequences of `source`. Without a divergence the loss is −log q of their tokens.
 
-    ce_weight: of −log q beside a divergence, as `weight` is of that.
+    ce_weight: weight of −log q of the tokens, which is added to a divergence.
     """
 
     source: str
@@ -39,8 +39,8 @@ def _on(source: str, divergence: str | Divergence | None, weight: float = 1.0) -
     return Half(source, None if divergence is None else resolve(divergence), weight)
 
 
-#: Each method's halves for a β, the weight of the student's half in the symmetric ones (the paper: ½). js is the
-#: divergence to m = βq + (1 − β)p, as in the authors' code: (1 − β) KL(p‖m) + β KL(q‖m).
+#: Each method's halves for a β, the weight of the student's half in js and tvd (½ in the paper). js uses the mixture
+#: m = βq + (1 − β)p, as the authors' code does: (1 − β) KL(p‖m) + β KL(q‖m).
 METHODS: dict[str, Callable[[float], tuple[Half, ...]]] = {
     "seqkd": lambda beta: (_on("beam", None),),
     "kl": lambda beta: (_on("teacher", "kl"),),
@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[float], tuple[Half, ...]]] = {
 
 
 def method(name: str, beta: float = 0.5) -> tuple[Half, ...]:
-    """The halves of a method by name; β in [0, 1] of tvd, inside it of js, and of no other."""
+    """The halves of a method of `METHODS`; beta is in [0, 1] for tvd, in (0, 1) for js, and of no other method."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     if not 0 <= beta <= 1:
@@ -69,16 +69,17 @@ def method(name: str, beta: float = 0.5) -> tuple[Half, ...]:
 
 
 def mixture(divergence: str | Divergence | Mapping[str, str | Divergence], **shares: float) -> tuple[Half, ...]:
-    """A divergence on a mixture of sequences, as GKD does: ``mixture("js", student=0.7, gold=0.3)``; or one for each
-    source, as DistiLLM-2 does: ``mixture({"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"})``.
+    """A divergence on a mixture of sequences, as in GKD: ``mixture("js", student=0.7, gold=0.3)``.
+
+    Or one for each source, as in DistiLLM-2: ``mixture({"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"})``.
 
     Args:
-        divergence: any of the table, or an instance; the same on every source, or of each.
-        shares: of `SOURCES`, each ≥ 0, at least one positive. Default: gold alone; of divergences by source, equal ones
-            that sum to 1.
+        divergence: a name of the table or an instance, for all sources; or a mapping with one for each.
+        shares: weights of `SOURCES`, each ≥ 0, at least one positive. Default: gold alone, or, for divergences by
+            source, equal weights that sum to 1.
 
     Raises:
-        ValueError: no such source; shares that are negative or all 0, or of other sources than the divergences.
+        ValueError: an unknown source; shares that are negative, all 0, or of other sources than the divergences.
     """
     of = dict(divergence) if isinstance(divergence, Mapping) else dict.fromkeys(shares or ("gold",), divergence)
     shares = shares or {source: 1 / len(of) for source in of}
@@ -93,10 +94,10 @@ def mixture(divergence: str | Divergence | Mapping[str, str | Divergence], **sha
 
 
 def with_cross_entropy(halves: tuple[Half, ...], weight: float) -> tuple[Half, ...]:
-    """Halves, and beside them −log q of the gold targets by a weight.
+    """The halves, with −log q of the gold targets added with a weight.
 
     Raises:
-        ValueError: a negative weight, or halves that have that cross-entropy already.
+        ValueError: the weight is negative, or the halves have this cross-entropy already.
     """
     if weight < 0:
         raise ValueError(f"ce_weight must be at least 0, not {weight!r}")

@@ -1,4 +1,4 @@
-"""Students made of a teacher's alternating layers, and the loss that warms them up (Shleifer & Rush 2020)."""
+"""Students made of some of a teacher's layers, and the loss that warms them up (Shleifer & Rush 2020)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..own import resolve
 from .models import Rows, forward_to_head, padded, rows_of, step_loss
 
-#: A configuration's names for its counts of layers.
+#: A configuration's names for its numbers of layers.
 ENCODER = ("encoder_layers", "num_layers")
 DECODER = ("decoder_layers", "num_decoder_layers")
 CAUSAL = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-#: Which layers are copied where that is published and not the even spread, by the teacher's number and the student's:
-#: of 6, 12 and 16 with Shleifer & Rush 2020 (arXiv 2010.13002), of 24 with f-DISTILL's dialogue models.
+#: Published choices of layers that are not the even spread, by the teacher's and the student's number of layers: for 6,
+#: 12 and 16 layers from Shleifer & Rush 2020 (arXiv 2010.13002), for 24 from f-DISTILL's dialogue models.
 PUBLISHED = {
     (6, 4): [0, 1, 3, 5], (12, 2): [0, 6], (12, 4): [0, 4, 8, 11], (12, 9): [0, 1, 2, 4, 5, 7, 9, 10, 11],
     (16, 8): [0, 2, 4, 6, 8, 10, 12, 15], (16, 9): [0, 1, 3, 5, 7, 9, 11, 13, 15],
@@ -29,14 +29,14 @@ PUBLISHED = {
 
 
 def chosen_layers(of: int, count: int) -> list[int]:
-    """Which of the teacher's layers a student of fewer copies: as `PUBLISHED`, else evenly spread, first to last."""
+    """Which of the teacher's layers a smaller student copies: as in `PUBLISHED`, else evenly spread, first to last."""
     if not 1 <= count <= of:
         raise ValueError(f"a student can have 1 to {of} of the teacher's layers, not {count}")
     return PUBLISHED.get((of, count)) or [round(i) for i in torch.linspace(0, of - 1, count).tolist()]
 
 
 def _set_layers(config: Any, names: tuple[str, ...], count: int) -> None:
-    """A configuration of fewer layers, with what it says of each of those that are copied."""
+    """Sets a smaller number of layers in a configuration, and keeps its values of the layers that are copied."""
     name = next((n for n in names if hasattr(config, n)), None)
     if name is None:
         raise ValueError(f"{type(config).__name__} has none of {', '.join(names)}: copy its layers yourself")
@@ -48,11 +48,14 @@ def _set_layers(config: Any, names: tuple[str, ...], count: int) -> None:
 
 
 def copy_layers(teacher: Any, *layers: int) -> Any:
-    """A student with that many of the teacher's layers, every other weight the same.
+    """A student with fewer of the teacher's layers and the same other weights.
 
     Args:
         teacher: a Hugging Face language model.
-        layers: (encoder, decoder) of an encoder–decoder model, (decoder,) of a causal one.
+        layers: numbers of layers: encoder and decoder for an encoder–decoder model, one number for a causal model.
+
+    Raises:
+        ValueError: more layers than the teacher has, or layers that cannot be copied.
     """
     config = copy.deepcopy(teacher.config)
     wanted = (ENCODER, DECODER) if config.is_encoder_decoder else (CAUSAL,)
@@ -84,7 +87,7 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
 def _matched(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor, normalize: bool, reduction: str
 ) -> Tensor:
-    """Summed over tokens, MSE of the states after each of the student's layers and after the teacher's as far along."""
+    """MSE, summed over tokens, of the states after each student layer and after the corresponding teacher layer."""
     depth, of = len(student) - 1, len(teacher) - 1
     errors = []
     for i in range(1, depth + 1):
@@ -103,19 +106,20 @@ def predistillation_loss(
     """0.8·KL to the teacher + 0.2·cross-entropy on gold targets + 3·MSE of matched hidden states.
 
     Args:
+        prompts, targets: rows of ids; pad: the id that pads them.
         weights: of the KL, which must be positive, and of the cross-entropy.
-        hidden_weight: of the MSE.
-        hidden_normalize: both models' states are layer-normalised before the MSE, as f-DISTILL does for T5 and GPT-2.
-            The residual streams of models that normalise inside their layers are as large as they like: without it
-            their MSE is nearly all of the loss (98 % of a small T5's). Of others, such as BART, it changes little.
-        hidden_reduction: "mean" over the student's layers, so that the weight means the same for any depth, or "sum",
-            as f-DISTILL's own program.
-        wrapped: as `forward_to_head`.
-        counts: what means are over, tokens of prompts and of targets that count; default: those of this batch.
-        counted: as `teacher_forced`: which of the targets' tokens are in the loss.
+        hidden_weight: weight of the MSE.
+        hidden_normalize: layer-normalise both models' hidden states before the MSE, as f-DISTILL does for T5 and GPT-2.
+            Models that normalise inside their layers have residual streams of any size: without this their MSE is
+            nearly all of the loss (98 % for a small T5). For others, such as BART, it changes little.
+        hidden_reduction: "mean" over the student's layers, so that the weight means the same at any depth, or "sum", as
+            in f-DISTILL's own program.
+        wrapped: as in `forward_to_head`.
+        counts: denominators of the means: tokens of prompts, and tokens of targets that count; default: of this batch.
+        counted: which tokens of the targets are in the loss, as in `teacher_forced`.
 
     Raises:
-        ValueError: the models' hidden states differ in size, so that they cannot be matched; or a setting that is none.
+        ValueError: the hidden states of the models differ in size, or a setting is out of range.
     """
     if hidden_reduction not in ("mean", "sum"):
         raise ValueError(f"hidden_reduction must be mean or sum, not {hidden_reduction!r}")

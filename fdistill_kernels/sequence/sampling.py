@@ -1,8 +1,8 @@
-"""Sequences drawn from a model, and the teacher's, drawn once and kept.
+"""Sequences drawn from a model; and the teacher's, which are drawn once and kept.
 
-`TeacherSamples` is a folder: manifest.json with the key of everything that decides the samples, and Parquet shards of
-SHARD prompts each, written whole or not at all. A killed run goes on with the first shard that is missing; a key that
-differs is an error that shows both values.
+`TeacherSamples` is a folder: manifest.json, with the key of everything that decides the samples, and Parquet shards of
+SHARD prompts each, which are complete or absent. A killed run continues with the first missing shard. A different key
+is an error that shows both values.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ SAID = {"pad_token_id", "use_cache", "max_length", "transformers_version"}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How sequences are drawn: ancestral with temperature, top-k and top-p (0 and 1: off), or searched for.
+    """How sequences are drawn: ancestral sampling with temperature, top-k and top-p (off at 0 and 1), or a search.
 
     Attributes:
-        beams: 0 draws; 1 is greedy search, and more is beam search, where the others decide nothing.
-        cache: of keys and values, transformers' `cache_implementation`: "static" is compiled on a GPU. It decides no
-            token.
+        beams: 0: draw; 1: greedy search; more: beam search. With a search the other settings have no effect.
+        cache: transformers' `cache_implementation` for keys and values; "static" is compiled on a GPU. Tokens do not
+            depend on it.
     """
 
     max_new_tokens: int = 64
@@ -81,11 +81,11 @@ class Sampling:
         GenerationConfig(cache_implementation=self.cache)  # which knows them
 
     def decided(self) -> dict[str, Any]:
-        """What samples depend on."""
+        """The settings that samples depend on."""
         return {f.name: getattr(self, f.name) for f in dataclass_fields(self) if f.compare}
 
     def keywords(self) -> dict[str, Any]:
-        """What `generate` takes."""
+        """Keyword arguments for `generate`."""
         if self.beams:
             return dict(do_sample=False, num_beams=self.beams, max_new_tokens=self.max_new_tokens)
         return dict(do_sample=True, num_beams=1, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -112,16 +112,16 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
 def draw(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None, vocabulary: int | None = None
 ) -> list[Tensor]:
-    """One continuation for each prompt, its end token included, by batched `generate` with a KV cache.
+    """One continuation of each prompt, with its end token, by batched `generate` with a KV cache.
 
-    Of a model whose `generate` fails or says otherwise than its forward, which is tried once, by `drawn_by_forward`:
-    some lose PEFT's virtual tokens in that cache, count positions from 0 where the model does not (RoBERTa), or look at
-    padding (RWKV). The seed alone decides a batch's samples; without one they go on from torch's generator. Ids from
-    `vocabulary` on, where a model is padded with more than the other has, are not drawn.
+    If a model's `generate` fails or disagrees with its forward, which is tried once, `drawn_by_forward` is used: some
+    models lose PEFT's virtual tokens in the cache, count positions from 0 although the model does not (RoBERTa), or
+    look at padding (RWKV). The seed alone decides a batch's samples; without one they continue from torch's generator.
+    Ids from `vocabulary` on, with which one model is padded more than the other, are not drawn.
 
     Raises:
-        ValueError: prompt and new tokens exceed the model's context; beams, where they cannot be searched for; a cache
-            that is named and cannot be used.
+        ValueError: prompt and new tokens exceed the model's context; a beam search that is not possible; or a named
+            cache that cannot be used.
         FloatingPointError: the model's logits are not finite.
     """
     pad, ends = special_tokens(model)
@@ -215,10 +215,10 @@ def _seeded(model: Any, seed: int | None) -> Iterator[None]:
 
 @torch.no_grad()
 def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int | None) -> list[Tensor]:
-    """As `draw`, by a whole forward for each token.
+    """As `draw`, with a whole forward pass for each token.
 
     Raises:
-        ValueError: more than one beam is asked for.
+        ValueError: more than one beam.
     """
     if sampling.beams > 1:
         raise ValueError(f"beams need a cache, and {type(model).__name__} fails with one or says otherwise than "
@@ -250,9 +250,9 @@ def _until_end(row: Tensor, ends: list[int]) -> Tensor:
 
 
 def fingerprint(model: Any) -> str:
-    """Sixteen hex digits of a model's configuration and weights: names, dtypes, shapes and every byte, on any device.
+    """Sixteen hex digits of a model's configuration and weights (names, dtypes, shapes and all bytes), on any device.
 
-    Of a meta tensor there are no bytes. A sharded one is gathered: all ranks must ask.
+    Meta tensors have no bytes. Sharded tensors are gathered, so all ranks must call this.
     """
     known = {k: v for k, v in model.config.to_dict().items() if k not in ELSEWHERE and not k.startswith("output_")}
     configuration = json.dumps(known, sort_keys=True, default=str).encode()
@@ -268,7 +268,7 @@ def fingerprint(model: Any) -> str:
 
 
 def data_hash(prompts: Sequence[Sequence[int]]) -> str:
-    """Sixteen hex digits of prompts' ids."""
+    """Sixteen hex digits of the prompts' ids."""
     return hashlib.sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest()[:16]
 
 
@@ -289,7 +289,7 @@ def generation_settings(model: Any, sampling: Sampling) -> dict[str, Any]:
 
 
 class TeacherSamples:
-    """Continuations of prompts, kept under a folder."""
+    """Continuations of prompts, kept in a folder."""
 
     def __init__(
         self, folder: str | Path, prompts: Sequence[Sequence[int]], sampling: Sampling, teacher: str, seed: int,
@@ -338,19 +338,19 @@ class TeacherSamples:
         check_same(f"the samples in {self.folder} were drawn otherwise", known, self.key)
 
     def shards(self) -> list[Path]:
-        """Every shard's path, there or not."""
+        """The paths of all shards, whether they exist or not."""
         return [self.folder / f"shard-{i:05d}.parquet" for i in range(-(-len(self.prompts) // SHARD))]
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there yet."""
+        """Numbers of the shards that do not exist yet."""
         return [i for i, shard in enumerate(self.shards()) if not shard.exists()]
 
     def fill(
         self, source: Any, rank: int = 0, ranks: int = 1, *, batch: int = 32, vocabulary: int | None = None
     ) -> Iterator[int]:
-        """Draws what is missing from a model or an `Endpoint`; yields the prompts done after each batch.
+        """Draws what is missing from a model or an `Endpoint`; yields the number of finished prompts after each batch.
 
-        Of several ranks each draws its share of the shards. vocabulary: as in `draw`.
+        With several ranks, each draws its share of the shards. vocabulary: as in `draw`.
         """
         import pyarrow
 
@@ -371,10 +371,10 @@ class TeacherSamples:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
 
     def load(self) -> list[list[int]]:
-        """All continuations in the prompts' order.
+        """All continuations, in the order of the prompts.
 
         Raises:
-            ValueError: some are missing still.
+            ValueError: some are still missing.
         """
         import pyarrow
         import pyarrow.parquet
@@ -403,7 +403,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_table(table: Any, path: str | Path) -> None:
-    """A `pyarrow.Table` as a Parquet file, whole or not there."""
+    """Writes a `pyarrow.Table` as a Parquet file, completely or not at all."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""`fdistill teacher serve`: a model as an `Endpoint` asks one, by the part of vLLM's protocol that it needs."""
+"""`fdistill teacher serve`: serves a model to an `Endpoint`, with the part of vLLM's protocol that it needs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .teachers import InRoom, logits_function
 
 
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
-    """/v1/completions with token ids and prompt_logprobs, and /v1/models with the model's fingerprint.
+    """A server with /v1/completions, for token ids and prompt_logprobs, and /v1/models, with the model's fingerprint.
 
     Args:
         teacher: folder or hub name of a causal model.
-        port: 0 for any that is free; `server_address` says which.
-        most: the largest prompt_logprobs.
+        port: 0: any free port; `server_address` has it.
+        most: the largest prompt_logprobs allowed.
 
     Raises:
-        ValueError: an encoder–decoder model, whose prompt is not what its continuation goes on from.
+        ValueError: an encoder–decoder model, whose continuation does not follow its prompt in one sequence.
     """
     room, name = InRoom(load_model(teacher)), Path(teacher).name
     if room.encoder_decoder:
@@ -90,11 +90,12 @@ FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "see
 
 
 def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -> dict[str, Any]:
-    """The choices for a request's prompts: a continuation each, and the prompt's log-probabilities if asked for; with
-    those and max_tokens of at most 1 nothing is drawn.
+    """The choices for a request's prompts: a continuation of each, and the prompt's log-probabilities if asked for.
+
+    With these and max_tokens ≤ 1 nothing is drawn.
 
     Raises:
-        ValueError: prompts that are no token ids, more log-probabilities than the server gives, or fields beyond these.
+        ValueError: prompts that are not token ids, more log-probabilities than the server gives, or other fields.
     """
     body = {name: value for name, value in body.items() if value is not None}
     prompts, k = body["prompt"], body.get("prompt_logprobs")
@@ -127,7 +128,7 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
 
 @torch.no_grad()
 def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
-    """vLLM's form: null for the first token, then each token's k largest, and itself where it is not among them."""
+    """In vLLM's form: null for the first token, then for each token the k largest, and the token itself."""
     if len(prompt) < 2:
         return [None]
     device = next(room.model.parameters()).device

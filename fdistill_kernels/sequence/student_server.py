@@ -1,10 +1,10 @@
-"""The student's samples, drawn by a vLLM server that is given the student's weights before.
+"""The student's samples, drawn by a vLLM server that first gets the student's weights.
 
     all weights   POST /collective_rpc reload_weights and /reset_prefix_cache; started with VLLM_SERVER_DEV_MODE=1
     LoRA adapter  POST /v1/load_lora_adapter; started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
 
-The weights go through a folder that both see, all else over HTTP. That a server has taken them is not believed: it is
-asked for log-probabilities, which must be the student's own, and must have moved where those have.
+The weights go through a folder that both can see, everything else over HTTP. That a server has loaded them is checked:
+its log-probabilities must be the student's, and must have changed where the student's have.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ CONCURRENCY, TIMEOUT = 128, 600.0
 
 
 class StudentServer:
-    """A vLLM server as the one that draws from a student in training.
+    """A vLLM server that draws from a student in training.
 
     Args:
-        url: the server's, with or without /v1. It serves the student, or the base model below its LoRA adapter, and
-            nothing else is to change its weights.
-        folder: that trainer and server both see under this path, of this run alone. It has the weights of one step.
+        url: of the server, with or without /v1. It serves the student, or the base model of its LoRA adapter. Nothing
+            else may change its weights.
+        folder: for this run alone, with the same path for trainer and server. It holds the weights of one step.
         student: a causal model, whole on each rank.
         vocabulary: ids from here on are not drawn, as in `draw`.
 
     Raises:
-        ValueError: a student that the server cannot be given.
+        ValueError: the student is of a kind that the server cannot get.
     """
 
     def __init__(self, url: str, folder: str | Path, student: Any, vocabulary: int):
@@ -95,10 +95,10 @@ class StudentServer:
         return [torch.tensor(row) for row in made[0][state.process_index]]
 
     def take(self, student: Any, step: int) -> None:
-        """Gives the server the student's weights.
+        """Gives the student's weights to the server.
 
         Raises:
-            EndpointError: a ConnectionError: what it says against it, or that it does not speak with them.
+            EndpointError: (a ConnectionError) the server refuses, or does not answer with these weights.
         """
         path, before, self.mark = self._written(student, step), self.mark, uuid.uuid4().hex
         if self.adapter is None:

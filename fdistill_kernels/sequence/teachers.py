@@ -1,9 +1,9 @@
-"""What may stand in a teacher's place: a model, a store of what one said, a server, several of them, or the student.
+"""What can be a teacher: a model, a store of what one said, a server, several of them, or the student itself.
 
-Each gives the rows that a batch's steps are compared with, and some draw sequences too:
+Each gives the rows that a batch's steps are compared with; some also draw sequences:
 
-    rows(prompts, continuations, device, pack, counted) -> TeacherRows
-    draw(prompts, sampling, vocabulary) -> continuations
+    rows(prompts, continuations, device, pack, counted) -> TeacherRows draw(prompts, sampling, vocabulary) ->
+    continuations
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ AHEAD = 4
 
 
 class Teacher(Protocol):
-    """A teacher as the trainer asks it.
+    """What the trainer needs of a teacher.
 
     Attributes:
-        vocabulary: how many ids it knows.
-        encoder_decoder: which kind of model it is.
-        anything: whether it has rows for sequences that nobody has shown it before, such as the student's samples.
-        whole: whether it knows every id's probability, which a mixture needs.
+        vocabulary: number of ids it knows.
+        encoder_decoder: whether it is an encoder–decoder model; otherwise it is causal.
+        anything: whether it has rows for sequences it has not been given before, such as the student's samples.
+        whole: whether it knows the probability of every id, as a mixture needs.
     """
 
     vocabulary: int
@@ -58,15 +58,15 @@ class Teacher(Protocol):
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a folder is a `TeacherStore`'s."""
+    """Whether a folder is that of a `TeacherStore`."""
     return (Path(path) / "manifest.json").exists() and (Path(path) / "shards").exists()
 
 
 def teacher_of(given: Any) -> Teacher:
-    """A teacher of a model, a path (of a store, or a model's folder or hub name), a store or an endpoint.
+    """The teacher for a model, a path (a store's folder, or a model's folder or hub name), a store or an endpoint.
 
     Raises:
-        TypeError: anything else. ValueError: a URL, which says too little of its server.
+        TypeError: anything else. ValueError: a URL, which does not tell enough about its server.
     """
     if isinstance(given, (str, Path)):
         if str(given).startswith(("http://", "https://")):
@@ -95,7 +95,7 @@ def parts_of(teacher: Teacher) -> list[Teacher]:
 
 
 class InRoom:
-    """A model beside the student, of any dtype or device, quantised or not. It is never trained."""
+    """A model at hand, of any dtype or device, quantised or not. It is never trained."""
 
     anything = whole = True
 
@@ -105,7 +105,7 @@ class InRoom:
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
 
     def to(self, device: torch.device) -> None:
-        """Moves it where the student is, unless it has been given a place."""
+        """Moves the model to the student's device, unless it was placed explicitly."""
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             at = next(self.model.parameters()).device
             if at.type == "cpu" and device.type != "cpu":
@@ -132,10 +132,10 @@ class InRoom:
 
 
 class Stored:
-    """A `TeacherStore`: the teacher's weights need not be there. It knows the sequences it holds alone.
+    """A `TeacherStore`: works without the teacher's weights, but knows only the sequences in the store.
 
     Args:
-        tail: of a store of top-k lists, as in `TopK`.
+        tail: for a store of top-k lists, as in `TopK`.
     """
 
     anything = False
@@ -159,10 +159,10 @@ class Stored:
         return TeacherRows(_moved(found, device, counted), self.vocabulary)
 
     def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
-        """That every sequence of a dataset's columns is here.
+        """Checks that all sequences of a dataset's columns are in the store.
 
         Raises:
-            ValueError: some are not; which, and what the store was built of.
+            ValueError: some are not; the message says which, and what the store was built from.
         """
         prompts = rows[prompts_of_teacher(rows.column_names)][:]
         for column in columns:
@@ -180,7 +180,7 @@ class Stored:
                 )
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
-        """Refused: there is nothing to draw with."""
+        """Refused: a store cannot draw."""
         raise ValueError(
             f"the teacher is the store {self.store.folder}, which draws nothing: give the data the column sample_ids, "
             "or take a teacher that is at hand"
@@ -188,7 +188,7 @@ class Stored:
 
 
 class Served:
-    """An `Endpoint`: a server scores any sequence by its top-k list, or by its hidden states."""
+    """An `Endpoint`: a server scores any sequence by top-k lists or hidden states."""
 
     anything, encoder_decoder = True, False
 
@@ -198,7 +198,7 @@ class Served:
         self._ahead: dict[Any, Any] = {}  # what has been asked for and not been used
 
     def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> None:
-        """Begins to ask for a batch whose rows are wanted soon."""
+        """Starts the requests for a batch whose rows are needed soon."""
         while len(self._ahead) > AHEAD:  # of batches that nobody came for
             self._ahead.pop(next(iter(self._ahead)))
         self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
@@ -213,22 +213,23 @@ class Served:
         return TeacherRows(_moved(begun(self.tail), device, counted), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
-        """As `Teacher.draw`; the seed of a batch is torch's generator's next number."""
+        """As `Teacher.draw`; the seed of a batch is the next number of torch's generator."""
         seed = int(torch.randint(2**31, ()))
         return self.endpoint.draw([p.cpu() for p in prompts], sampling, seed)
 
 
 class Mixture:
-    """Several teachers as one, by weights: ``p = Σ w p_i``, or with geometric ``p ∝ Π p_i^w``.
+    """Several teachers as one, with weights w: ``p = Σ w p_i``, or with geometric=True ``p ∝ Π p_i^w``.
 
     Args:
-        teachers: whatever `teacher_of` takes, of one vocabulary or padded; the shared part counts.
-        weights: positive, as many; they are scaled to a sum of 1. Default: equal.
-        geometric: as above. The mixture is of the distributions at temperature 1; the loss tempers it.
+        teachers: anything that `teacher_of` takes. Vocabularies may be padded differently; the shared part counts.
+        weights: one positive number for each, scaled to a sum of 1. Default: equal.
+        geometric: as above. The mixture is of the distributions at temperature 1; the loss applies its temperature to
+            it.
 
     Raises:
-        ValueError: weights that do not fit, causal teachers beside encoder–decoder ones, or one that knows lists of ids
-            alone, which have no mixture.
+        ValueError: weights that do not fit, causal teachers together with encoder–decoder ones, or a teacher that knows
+            only lists of ids, which cannot be mixed.
     """
 
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None, geometric: bool = False):
@@ -260,7 +261,7 @@ class Mixture:
         return TeacherRows(logits, self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
-        """Each prompt's continuation by one of the teachers, drawn by the weights: of the mixture of sequences."""
+        """A continuation of each prompt by one teacher, chosen by weight: a sample of the mixture of sequences."""
         if self.geometric:
             raise ValueError("a geometric Mixture draws nothing: give the data the column sample_ids")
         chosen = torch.multinomial(torch.tensor(self.weights), len(prompts), replacement=True).tolist()
@@ -268,7 +269,7 @@ class Mixture:
 
 
 class OfRows:
-    """A teacher for each example, named by its column `teacher`: OfRows({"math": ..., "code": ...})."""
+    """One teacher for each example, named in its column `teacher`: OfRows({"math": ..., "code": ...})."""
 
     def __init__(self, teachers: dict[str, Any]):
         if not teachers:
@@ -280,10 +281,10 @@ class OfRows:
         self.names: list[str] = []  # of the batch's examples
 
     def choose(self, names: Sequence[str]) -> None:
-        """The teachers of the next batch's examples.
+        """Sets the teachers of the next batch's examples.
 
         Raises:
-            ValueError: one that is not known.
+            ValueError: an unknown name.
         """
         unknown = [n for n in names if n not in self.teachers]
         if unknown:
@@ -294,7 +295,7 @@ class OfRows:
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
         counted: Sequence[Tensor] | None = None,
     ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`: each teacher's own are made at once, and put where its examples are."""
+        """As `Teacher.rows`: the examples of each teacher are computed together, then put in the batch's order."""
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
         lengths = torch.tensor(tokens_counted(continuations, counted))
@@ -365,10 +366,10 @@ class Itself:
         self.vocabulary, self.encoder_decoder = 0, False
 
     def bind(self, student: Any) -> None:
-        """The student that it is.
+        """Sets the student.
 
         Raises:
-            ValueError: adapter is False, and it has none.
+            ValueError: adapter is False, and the student has no adapter.
         """
         if not self.adapter and not hasattr(student, "disable_adapter"):
             raise ValueError(f"Itself(adapter=False) needs a PEFT model, and the student is a {type(student).__name__}")
@@ -392,7 +393,7 @@ class Itself:
 
     @property
     def model(self) -> Any:
-        """What speaks as the teacher."""
+        """The model that acts as teacher."""
         return self.student if self.average is None else self.average
 
     def exact(self) -> dict[str, Tensor]:
@@ -406,7 +407,7 @@ class Itself:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an update of the student."""
+        """After an update of the student: moves the average."""
         if self.average is None:
             return
         assert self.decay is not None and self.student is not None
@@ -421,10 +422,10 @@ class Itself:
 
     @torch.no_grad()
     def load(self, checkpoint: str | Path) -> None:
-        """Goes on from a checkpoint's average.
+        """Continues from a checkpoint's average.
 
         Raises:
-            FileNotFoundError: it has none.
+            FileNotFoundError: the checkpoint has none.
         """
         from safetensors.torch import load_file
 
@@ -458,7 +459,7 @@ class Itself:
 
 
 class KeepAverage(TrainerCallback):
-    """Moves `Itself`'s average after each update, and keeps it in the checkpoints."""
+    """Moves the average of `Itself` after each update, and saves it in checkpoints."""
 
     FILE = "average.safetensors"
 
@@ -496,10 +497,10 @@ def _batch_key(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequenc
 
 
 def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
-    """A teacher's rows as a function of a range.
+    """A teacher's rows as a function from a range to logits.
 
     Raises:
-        TypeError: rows of a list of ids, which has no logits for the others.
+        TypeError: the rows are lists of ids, without logits for the other ids.
     """
     value = rows.value
     if isinstance(value, TopK):

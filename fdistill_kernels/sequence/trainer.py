@@ -1,4 +1,4 @@
-"""The f-DISTILL trainer, on `transformers.Trainer`."""
+"""The trainer: `transformers.Trainer` with the objectives of sequence-level distillation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ __all__ = ["FDistillConfig", "FDistillTrainer", "Update", "check_vocabularies", 
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Two tokenizers' shared part must be the same.
+    """Checks that two tokenizers agree in what they share.
 
     Raises:
         ValueError: a token has two ids, or an id two tokens.
@@ -82,11 +82,11 @@ REFUSED = {
 
 @dataclass
 class Update:
-    """What a batch knows of its update.
+    """What a batch needs to know about its update.
 
     Attributes:
-        sequences: by source, those of the batch: given, drawn, or kept of an earlier one.
-        items: by source, how many tokens or sequences the update's batches have on average: what losses are divided by.
+        sequences: by source, the sequences of the batch: given, drawn, or kept from an earlier one.
+        items: by source, the mean number of tokens or sequences in the update's batches, by which losses are divided.
     """
 
     sequences: dict[str, Sequences]
@@ -94,32 +94,33 @@ class Update:
 
 
 class FDistillTrainer(Trainer):
-    """Distils `teacher` into `model` by `args.method`.
+    """Distils `teacher` into `model` with the objective of `args`.
 
-    Datasets have the columns prompt_ids and labels (the gold target's ids, end token included), and may have
-    labels_mask (bool: which of them count), sample_ids or beam_ids (the teacher's stored samples, and beams; without
-    them they are drawn at every step), teacher_prompt_ids (a longer prompt, for the teacher alone) and teacher; or they
-    have input_ids and labels, as in `collate`. Evaluation is the KL of the student to the teacher on gold targets, a
-    mean over all tokens.
+    Datasets have the columns prompt_ids and labels (the ids of the gold target, with its end token). They may have
+    labels_mask (bool: which labels count), sample_ids or beam_ids (stored samples or beams of the teacher; without them
+    they are drawn at every step), teacher_prompt_ids (another prompt for the teacher) and teacher. Or they have
+    input_ids and labels, as in `collate`. Evaluation is the KL of the student from the teacher on gold targets, a mean
+    over all tokens.
 
-    Each logging step logs, since the last one, over all ranks: of each source of the objective loss_on_SOURCE, and
-    student_entropy_on_SOURCE, teacher_entropy_on_SOURCE (nats, at the loss's temperature), agreement_on_SOURCE (the
-    share of steps where both models' likeliest tokens are one) and overlap_on_SOURCE (Σ min(p, q)), or of teachers of
-    lists `SparseParts`' masses and overlap; tokens_per_second (on which losses are taken); and sampling_share and
-    teacher_share, of the time, the latter without the teacher's head.
+    Each log has means since the last one, over all ranks. For each source of the objective: loss_on_SOURCE;
+    student_entropy_on_SOURCE and teacher_entropy_on_SOURCE (nats, at the temperature of the loss); agreement_on_SOURCE
+    (share of steps where both models have the same likeliest token); overlap_on_SOURCE (Σ min(p, q)); or, if the
+    teacher gives lists, the masses and overlap of `SparseParts`. Also tokens_per_second (tokens with a loss), and
+    sampling_share and teacher_share (shares of the time; the latter without the teacher's head).
 
     Args:
-        model: the student, a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters; or a
-            path of one, which is loaded in float32.
-        teacher: the same kind; any dtype or device, quantised or not. It is never trained. Or a path of one; a
-            `TeacherStore`, or its path, which knows the sequences it holds alone; an `Endpoint`; or of
-            `sequence.teachers` a `Mixture` of several, `OfRows`, whose teacher the column teacher names, or `Itself`.
-        processing_class, teacher_processing_class: tokenizers; two are compared.
-        The rest: as `transformers.Trainer`, but for compute_metrics, preprocess_logits_for_metrics, compute_loss_func
+        model: the student: a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters; or its
+            path, which is loaded in float32.
+        teacher: a model of the same kind, of any dtype or device, quantised or not, or its path; it is never trained.
+            Or a `TeacherStore` or its path, which knows only the sequences in it; an `Endpoint`; or, from
+            `sequence.teachers`, a `Mixture` of several, `OfRows` (one for each example, named by the column teacher),
+            or `Itself`.
+        processing_class, teacher_processing_class: tokenizers; if both are given they are compared.
+        The rest: as in `transformers.Trainer`, except compute_metrics, preprocess_logits_for_metrics, compute_loss_func
             and model_init.
 
     Raises:
-        ValueError, TypeError: before any work, by name: what does not fit, and what would not be used.
+        ValueError, TypeError: before any work: an argument does not fit, or would not be used; the message names it.
     """
 
     args: FDistillConfig
@@ -330,13 +331,13 @@ class FDistillTrainer(Trainer):
     # --- an update: its batches, what is drawn for them, what losses are divided by
 
     def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
-        """The batches of one update, which begins with its first step: a run that goes on has its generators then."""
+        """The batches of one update, which begins in its first step: then a resumed run has its generators."""
         batches, number = super().get_batch_samples(*args, **keywords)
         self._waiting = batches
         return batches, number
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
-        """As `Trainer.training_step`; before the first of an update all its batches' samples are drawn."""
+        """As `Trainer.training_step`. Before an update's first step the samples of all its batches are drawn."""
         if self._waiting:
             batches, self._waiting = self._waiting, []
             with self.compute_loss_context_manager():
@@ -415,9 +416,9 @@ class FDistillTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
-        """The method's loss of one batch; in evaluation the KL on gold targets.
+        """The objective's loss of one batch; in evaluation, the KL on gold targets.
 
-        Called without `training_step`, it draws what it needs, and its means are over this batch.
+        If called without `training_step`, it draws the samples it needs, and its means are over this batch.
         """
         student = self._unwrapped(model)
         if not model.training:
@@ -433,10 +434,10 @@ class FDistillTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def train(self, *args: Any, **keywords: Any) -> Any:
-        """As `Trainer`'s.
+        """As `Trainer.train`.
 
         Raises:
-            ConnectionError: another rank has died, or not come within ``ddp_timeout``.
+            ConnectionError: another rank has died, or did not come within ``ddp_timeout``.
         """
         try:
             return super().train(*args, **keywords)
@@ -522,7 +523,7 @@ class FDistillTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
-        """As `Trainer.log`; beside a training loss what `Watch` has seen."""
+        """As `Trainer.log`; adds what `Watch` has measured to a training loss."""
         if "loss" in logs:
             logs |= self.watch.line(self.accelerator)
         super().log(logs, *args, **keywords)
@@ -545,7 +546,7 @@ class FDistillTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,
                         ignore_keys: Any = None) -> Any:  # fmt: skip
-        """The evaluation loss of a batch; no logits are made."""
+        """The evaluation loss of a batch. No logits are made."""
         with torch.no_grad():
             found = self._gold_kl(model, self._prepare_inputs(inputs))
         # without the examples that fill the last batch of some ranks
@@ -553,7 +554,7 @@ class FDistillTrainer(Trainer):
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
 
     def evaluation_loop(self, *args: Any, **keywords: Any) -> Any:
-        """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, whatever batches they come in."""
+        """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, not over batches."""
         self._evaluated.zero_()
         with self.watch.apart():
             output = super().evaluation_loop(*args, **keywords)

@@ -1,4 +1,4 @@
-"""What a teacher said of sequences, kept on disk: a student learns from it with the teacher's weights absent."""
+"""What a teacher said about sequences, kept on disk or asked of a server: a student learns without its weights."""
 
 from .endpoint import Endpoint
 from .store import TeacherStore

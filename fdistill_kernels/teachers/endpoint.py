@@ -1,11 +1,11 @@
-"""A served teacher: its log-probabilities, or hidden states, at the tokens of sequences that are given to it whole.
+"""A teacher on a server: its log-probabilities or hidden states at the tokens of whole sequences.
 
     vllm         POST /v1/completions with token ids and prompt_logprobs; started with --max-logprobs k or more
     sglang       POST /generate with input_ids, return_logprob and top_logprobs_num
     vllm_hidden  as vllm, with extract_hidden_states and the ExampleHiddenStatesConnector, whose files both can reach
 
-Requests run on an event loop in a thread of its own, so that they are on their way while a loss is computed, and can be
-called off at once.
+Requests run on an event loop in their own thread, so that they are on their way while a loss is computed, and can be
+cancelled at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TOO_LONG = re.compile(r"context (length|window)|maximum model length|max_tokens 
 
 
 class EndpointError(RuntimeError, ConnectionError):
-    """The server refused a sequence, or did not answer for it in all tries; `status`: of a refusal, else 0."""
+    """The server refused a sequence (`status`: its HTTP status), or did not answer in any try (0)."""
 
     def __init__(self, what: str, status: int = 0):
         super().__init__(what)
@@ -74,31 +74,33 @@ class _Again(Misfit):
 class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     """A server as a teacher of `TopK` targets, or with kind "vllm_hidden" of `Hidden` ones.
 
-    A sequence is asked for once: it is looked up in `store` first and written there after, also where a batch fails,
-    and one that another batch or process is asking for is waited for. A reply that does not fit is never used. Only
-    when something is asked, and before it, two short sequences are tried, one of them twice. Before anything is taken
-    from a store that has sequences, the server is asked for a short one of them again, and must still say the same; a
-    `fingerprint` that it gives its model in /v1/models is a part of the store's key.
+    Each sequence is asked for once. It is looked up in `store` first and written there afterwards, even if the rest of
+    the batch fails; if another batch or process is asking for it, this one waits for the answer. A reply that does not
+    fit is never used. Before the first request two short sequences are tried, one of them twice. Before anything is
+    taken from a store that has sequences, the server is asked for a short one of them again, and must give the same
+    answer. If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
 
     Args:
-        url: the server's, with or without /v1.
-        model: its name there; None: the only one that it serves.
-        vocabulary: V of the teacher's output embedding; k: how many ids of each position, at most V.
-        padded: leave out ids from V on, in place of an error: the teacher has more rows, whose mass is the tail's
-            then. So it is where the server says in /v1/models that its `vocabulary` is larger; it must not be smaller.
-        store: a `TeacherStore` of the same settings, or the folder of one that is made where there is none.
-        concurrency: requests at a time. timeout: seconds for each, reading included; a longer Retry-After is an error.
-        retries: after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit; the log
-            "fdistill_kernels.endpoint" has a warning of them, one in a few seconds.
-        first_wait: seconds before the second try, doubled for each further one.
-        short_rows: pad a position with fewer than k ids with −1, in place of an error.
-        head, norm, states_folder: for "vllm_hidden": the teacher's head, what its output norm makes of states (L, D)
-            in the head's dtype, since the connector's are without it, and the server's shared_storage_path.
-        layer: which of the layers that the connector keeps; the last one's ids must be the model's number of layers.
+        url: of the server, with or without /v1.
+        model: name of the model on the server; None: the only one there.
+        vocabulary, k: V of the teacher's output embedding; number of ids per position, at most V.
+        api_key: sent as a bearer token.
+        padded: leave out ids ≥ V instead of refusing them: the teacher has more rows, whose mass then belongs to the
+            tail. Implied if /v1/models gives a larger `vocabulary`; it must not be smaller.
+        store: a `TeacherStore` with the same settings, or its folder, which is made if there is none.
+        concurrency, timeout: requests at a time; seconds for each, reading included. A longer Retry-After is an error.
+        retries: further tries after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit;
+            the log "fdistill_kernels.endpoint" warns of them every few seconds.
+        first_wait: seconds before the second try, doubled for each further try.
+        kind: "vllm", "sglang" or "vllm_hidden".
+        short_rows: pad positions that have fewer than k ids with −1 instead of refusing them.
+        head, norm, states_folder, layer: for "vllm_hidden": the teacher's head; its output norm, a function of states
+            (L, D) in the dtype of the head, which the connector's states are without; the server's shared_storage_path;
+            and which of the connector's layers to use. The last one's id must be the model's number of layers.
 
     Raises:
-        ValueError: what does not go together, by name; in any call: the store is another teacher's than the server.
-        EndpointError: a ConnectionError, in any call: the server's own words, or what happened in the last try, with
+        ValueError: arguments that do not fit together; in any call: the store is of another teacher than the server.
+        EndpointError: (a ConnectionError) in any call: the server's own message, or what happened in the last try, with
             the sequence.
     """
 
@@ -153,20 +155,20 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
     @property
     def tokenizer(self) -> str | None:
-        """The hash of the tokenizer where the server gives one in /v1/models; it is asked when this is first read."""
+        """Hash of the server's tokenizer, if /v1/models gives one. The first reading asks the server."""
         return self._wait(self._submit(self._known())).get("tokenizer")
 
     @property
     def fingerprint(self) -> str | None:
-        """The model's, likewise."""
+        """Fingerprint of the server's model, if /v1/models gives one. The first reading asks the server."""
         return self._wait(self._submit(self._known())).get("fingerprint")
 
     def targets(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> TopK | Hidden:
-        """The teacher at every token of the continuations, (M, K) or states (M, D), one sequence after the other.
+        """The teacher at all M tokens of the continuations, sequence by sequence: lists (M, K), or states (M, D).
 
         Raises:
-            ValueError: an empty prompt, which predicts nothing, ids that are no integers or outside the vocabulary, or
-                another tail than a list without weights can have.
+            ValueError: an empty prompt (which predicts nothing), ids that are not integers or are outside the
+                vocabulary, or a tail that lists without weights do not have.
         """
         return self.ask(prompts, continuations, tail)()
 
@@ -197,9 +199,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 future.cancel()
 
     def draw(self, prompts: Sequence[Ids], sampling: Sampling, seed: int, **more: Any) -> list[Tensor]:
-        """One continuation for each prompt, its end token included, as `sampling.draw`; prompt i has seed + i.
+        """One continuation of each prompt, with its end token, as in `sampling.draw`; prompt i has the seed seed + i.
 
-        more: of the server's sampling parameters.
+        more: further sampling parameters of the server.
 
         Raises:
             ValueError: beams, or ids outside the vocabulary.

@@ -1,7 +1,7 @@
-"""What others have kept of a teacher, read as (prompt (P,), continuation (L,), `TopK` (L, K)) and poured into a store.
+"""What other tools kept of a teacher, read as (prompt (P,), continuation (L,), `TopK` (L, K)) and written into a store.
 
-Row i of a sequence is the distribution that predicts continuation[i]. A row that does not fit is refused with its file
-and line; nothing is mended but what a format says of itself: −9999 is vLLM's −∞, Megatron-LM's sentinels are padding.
+Row i of a sequence is the distribution that predicts continuation[i]. A row that does not fit is refused, with its file
+and line. Nothing is repaired except what a format defines: −9999 is vLLM's −∞, Megatron-LM's sentinels are padding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MINUS_INFINITY = -9999.0
 
 
 class Misfit(ValueError):
-    """A reply or a row that cannot be the teacher's at the tokens it is given for."""
+    """A reply or row that cannot be the teacher's at the tokens it is given for."""
 
 
 class Lists(NamedTuple):
@@ -143,7 +143,7 @@ def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, lists: Lists) 
 
 
 def pour(reader: Iterable[Scored], store: Any) -> int:
-    """Writes what a `TeacherStore` does not have yet, each sequence once; returns how many that were."""
+    """Writes what a `TeacherStore` does not have yet, each sequence once; returns how many were written."""
     with store.writer() as writer:
         return sum(writer.add(prompt, continuation, rows) for prompt, continuation, rows in reader)
 
@@ -164,7 +164,7 @@ def vllm_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) 
 def sglang_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) -> Iterator[Scored]:
     """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids too.
 
-    Args, Raises: as `vllm_replies`.
+    Args, Raises: as in `vllm_replies`.
     """
     return _lines(Path(path), _of_sglang, sglang_rows, prompt_length, Lists(**how))
 
@@ -194,7 +194,7 @@ def columns(
     rows: Iterable[dict[str, Any]], *, vocabulary: int, prompt: str = "prompt", continuation: str = "continuation",
     ids: str = "ids", log_probs: str = "log_probs", name: str = "row",
 ) -> Iterator[Scored]:  # fmt: skip
-    """Of a dataset, or any dictionaries: columns of token ids, and of lists of ids and log-probabilities by position.
+    """Rows of a dataset, or any dicts: columns of token ids, and of lists of ids and log-probabilities by position.
 
     Raises:
         Misfit: with `name` and the number of the row that does not fit.

@@ -1,12 +1,12 @@
-"""A folder that keeps what a teacher said of sequences, found by the sequences' own token ids.
+"""A folder with what a teacher said about sequences, which are found by their own token ids.
 
-    manifest.json             the settings and the key of everything that decides what is kept; the first writer's wins
-    head.safetensors          of hidden states: the teacher's head, once
+    manifest.json             settings, and the key of everything that decides the contents; the first writer's counts
+    head.safetensors          for hidden states: the teacher's head, once
     shards/NAME.safetensors   rows of some sequences, one after another, and the sequences' token ids
     shards/NAME.json          its sidecar: bytes, checksum, counts, each sequence's hash and rows; written last
 
-Every file is whole or not there: written beside, synced, and renamed. JSON files and the head carry a checksum of
-themselves. No file is ever changed, and no two writers share a name, so that there are no locks.
+Every file is complete or absent: it is written under another name, synced, and renamed. JSON files and the head contain
+their own checksum. No file is ever changed, and no two writers use the same name, so no locks are needed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ Pair = tuple[TokenIds, TokenIds]
 
 
 class Damaged(ValueError):
-    """A file that is not what was written."""
+    """A file does not have the content that was written."""
 
 
 class MissingTargets(ValueError):
-    """Sequences that the store does not have: `indices` of what was asked for."""
+    """Sequences that are not in the store; `indices`: which of those that were asked for."""
 
     def __init__(self, indices: list[int], asked: int, damaged: dict[str, str]):
         beside = f"; damaged there: {'; '.join(f'{k} ({v})' for k, v in damaged.items())}" if damaged else ""
@@ -219,31 +219,31 @@ def _kept_head(head: Head, rank: int | None) -> dict[str, Tensor]:
 
 
 class TeacherStore:
-    """What a teacher said of sequences, prompt and continuation: row i predicts continuation[i].
+    """What a teacher said about sequences of prompt and continuation: row i predicts continuation[i].
 
-    A sequence is found by its token ids alone, so that shuffled data, several runs and several writers share a store.
-    A damaged shard is named in `damaged`, and its sequences count as missing: written anew, they are there again. A
-    shard's checksum is verified before its first rows are read. Files must not change under an open store.
+    Sequences are found by their token ids alone, so shuffled data, several runs and several writers can share a store.
+    The sequences of a damaged shard, which `damaged` names, count as missing and can be written again. A shard's
+    checksum is verified before its first rows are read. Files must not change while a store is open.
 
     Attributes:
         kind: "top_k" or "hidden".
         vocabulary: V.
-        key: of what decides the targets, as given to `create`.
-        extra: what else `create` was given.
-        settings: what else was given to `create`, and the head's hash.
+        key: what decides the targets, as given to `create`.
+        extra: the `extra` given to `create`.
+        settings: the other arguments of `create`, and the hash of the head.
     """
 
     def __init__(self, folder: str | Path, *, key: dict[str, Any] | None = None, validate: str = "lazy"):
-        """Opens a folder, for reading or for writing.
+        """Opens a folder for reading and writing.
 
         Args:
-            folder: as `create` made it.
-            key: what it must have been made of; None: anything.
-            validate: "full" verifies every checksum now, "lazy" each before its first use.
+            folder: made by `create`.
+            key: what the store must have been made with; None: anything.
+            validate: "full" verifies all checksums now, "lazy" each one before its first use.
 
         Raises:
-            ValueError: the manifest is missing or damaged, or another key was given to `create`: every field that
-                differs is named with both values.
+            ValueError: the manifest is missing or damaged, or `create` had another key; the message gives every field
+                that differs with both values.
         """
         if validate not in ("lazy", "full"):
             raise ValueError(f"validate must be lazy or full, not {validate!r}")
@@ -276,24 +276,25 @@ class TeacherStore:
         log_probs: str = "float16", states: str = "bfloat16", rank: int | None = None, head: Head | None = None,
         temperature: float = 1.0, extra: dict[str, Any] | None = None,
     ) -> TeacherStore:  # fmt: skip
-        """Makes a folder, or opens one that was made with the same settings; what dead writers left is removed.
+        """Makes a folder, or opens one with the same settings. Partial files of writers that died are removed.
 
         Args:
-            folder: where.
-            kind: "top_k": ids and log-probabilities. "hidden": states after the final norm, with their head.
-            vocabulary: V. Ids take ⌈log₂ V⌉ bits each.
-            key: of everything that decides the targets, in JSON: the teacher's fingerprint, the tokenizer's hash, …
-            k: ids a row, at most.
-            log_probs: "float16", or "uint8"; `packing.log_prob_error` says how far they are off.
-            states: "float32", "float16", "bfloat16", or "int8" with a scale a token; see `packing.state_error`.
-            rank: r, to keep the states' projections on the head's r first right singular directions, in `states`.
-            head: of hidden states, weight (V, D) of their dtype.
-            temperature: at which log-probabilities were taken.
-            extra: anything else to be kept in the manifest, in JSON, which is not compared.
+            folder: path of the store.
+            kind: "top_k": ids and log-probabilities; "hidden": states after the final norm, with their head.
+            vocabulary: V. Each id takes ⌈log₂ V⌉ bits.
+            key: everything that decides the targets, as JSON: the teacher's fingerprint, the tokenizer's hash, …
+            k: maximum number of ids in a row.
+            log_probs: "float16" or "uint8"; `packing.log_prob_error` gives the error.
+            states: "float32", "float16", "bfloat16", or "int8" with a scale per token; `packing.state_error` gives the
+                error.
+            rank: r: keep the projections of the states on the head's first r right singular directions.
+            head: of hidden states, with a weight (V, D) in their dtype.
+            temperature: at which the log-probabilities were taken.
+            extra: anything else to keep in the manifest, as JSON; not compared.
 
         Raises:
-            ValueError: a setting does not fit, or the folder has others: every one is named with both values.
-            OSError: a file could not be written; it is named.
+            ValueError: a setting does not fit, or the folder has other settings; the message gives both values.
+            OSError: a file could not be written; the message names it.
         """
         folder = Path(folder)
         settings = _settings(kind, vocabulary, k, log_probs, states, rank, head, temperature)
@@ -336,7 +337,7 @@ class TeacherStore:
 
     @property
     def head(self) -> Head | None:
-        """Of hidden states, the `Head` they go with: (V, D), or (V, r) with a rank; else None."""
+        """The `Head` of hidden states, (V, D), or (V, r) with a rank; None for lists."""
         if self.kind != "hidden":
             return None
         kept = self._head_tensors()
@@ -344,11 +345,11 @@ class TeacherStore:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """Damaged shards by their names, and what is wrong with each, as far as is known."""
+        """Names of damaged shards, as far as known, and what is wrong with each."""
         return {**self._unread, **self._broken}
 
     def refresh(self) -> None:
-        """Sees what other writers have added."""
+        """Looks for sequences that other writers have added."""
         names = {entry.name.rpartition(".")[0] for entry in os.scandir(self.folder / "shards")
                  if entry.name.endswith((".safetensors", ".json"))}  # fmt: skip
         self._unread = {}
@@ -386,7 +387,7 @@ class TeacherStore:
         return found
 
     def verify(self) -> None:
-        """Reads every shard whose checksum has not been held yet; those that are damaged are missing from then on."""
+        """Verifies the checksums that have not been verified yet. Damaged shards are missing from then on."""
         for shard in list(self._shards.values()):
             self._tensors(shard)
         if self.kind == "hidden":
@@ -396,7 +397,7 @@ class TeacherStore:
                 self._broken["head.safetensors"] = str(error)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps, which a process has of its own."""
+        """Without the memory maps, which belong to a process."""
         return {**vars(self), "_mapped": OrderedDict(), "_head": None}
 
     def __len__(self) -> int:
@@ -406,7 +407,7 @@ class TeacherStore:
         return _pair(*pair)[0] in self._index
 
     def missing(self, pairs: Sequence[Pair]) -> list[int]:
-        """Indices of the pairs (prompt, continuation) that are not there; damage that is not known yet is not seen."""
+        """Indices of pairs (prompt, continuation) that are not in the store. Damage not found yet is not noticed."""
         return [i for i, pair in enumerate(pairs) if _pair(*pair)[0] not in self._index]
 
     def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -421,15 +422,15 @@ class TeacherStore:
     def targets(
         self, prompts: Sequence[TokenIds], continuations: Sequence[TokenIds], tail: str = "bucket"
     ) -> TopK | Hidden:
-        """The rows of all continuations, M = Σ L of them, one after another.
+        """The rows of all continuations, M = Σ L in total, one sequence after another.
 
         Returns:
-            A `TopK` of ids (M, K) int64, padded with −1 at the end, log_probs (M, K) float16, the store's temperature
-            and `tail`; or `Hidden` states (M, D) in the head's dtype, and the head.
+            A `TopK` with ids (M, K) int64, padded with −1 at the end, log_probs (M, K) float16, the store's temperature
+                and `tail`; or `Hidden` states (M, D) in the dtype of the head, and the head.
 
         Raises:
-            MissingTargets: a ValueError that says which sequences are not there, and what is damaged.
-            ValueError: there are other numbers of prompts and continuations, or none.
+            MissingTargets: (a ValueError) sequences are not in the store; with what is damaged.
+            ValueError: the numbers of prompts and continuations differ, or are 0.
         """
         keys = [_pair(*pair)[0] for pair in zip(prompts, continuations, strict=True)]
         if not keys:
@@ -465,13 +466,13 @@ class TeacherStore:
             # another shard may have what a damaged one had
 
     def writer(self, shard_bytes: int = 64 << 20) -> Writer:
-        """A context manager that adds sequences, in shards of about that size. Many may write at once."""
+        """A context manager that adds sequences, in shards of about this size. Several may write at the same time."""
         return Writer(self, shard_bytes)
 
     def summary(self) -> dict[str, Any]:
-        """Counts: kind, sequences, tokens, bytes of the shards, bytes a token, damaged shards.
+        """Counts: kind, sequences, tokens, bytes of the shards, bytes per token, damaged shards.
 
-        Of "top_k", `mass`: the mean mass of a row's 1, 2, 4, … K largest ids, as the writers were given them.
+        For "top_k" also `mass`: the mean mass of a row's 1, 2, 4, … K largest ids, before they were rounded.
         """
         shards = self._shards.values()
         size, rows = sum(s.bytes for s in shards), sum(int(s.ends[-1]) for s in shards)
@@ -509,17 +510,17 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             self.flush()
 
     def add(self, prompt: TokenIds, continuation: TokenIds, targets: TopK | Tensor) -> bool:
-        """Adds a sequence, unless it is there already; returns whether it was added.
+        """Adds a sequence, unless it is in the store; returns whether it was added.
 
         Args:
             prompt: (P) token ids.
             continuation: (L) token ids.
-            targets: of "top_k", a `TopK` of (L, K') rows, K' ≤ K, −1 anywhere as padding, whose tail is not kept; of
+            targets: for "top_k", a `TopK` with rows (L, K'), K' ≤ K, −1 anywhere as padding; its tail is not kept. For
                 "hidden", states (L, D).
 
         Raises:
-            ValueError, TypeError: what does not fit, by its name.
-            OSError: a shard was full and could not be written; what was added is still held, and `flush` tries again.
+            ValueError, TypeError: an argument does not fit; the message names it.
+            OSError: a full shard could not be written. Its sequences are kept in memory, and `flush` tries again.
         """
         key, *tokens = _pair(prompt, continuation)
         if key in self.store._index or key in self._pending:
@@ -560,10 +561,10 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         return {name: torch.from_numpy(value) for name, value in kept.items()}, mass
 
     def flush(self) -> None:
-        """Writes what was added; when this returns it is on the disk.
+        """Writes what was added. When this returns it is on the disk.
 
         Raises:
-            OSError: it names the file. What was added is still held, and everything before stays readable.
+            OSError: the message names the file. What was added is kept in memory, and everything before stays readable.
         """
         if not self._pending:
             return
