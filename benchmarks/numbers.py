@@ -19,7 +19,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/"
-OLDER = ("paper_pilot_cpu.json",)  # says its commit, but not whether the tree was clean; paper.md says how it was made
 DOCUMENTS = ("README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
 ENTRIES = "results", "cases", "rows", "lists", "states", "split", "heads", "shares"  # lists of a result file
 BLOCK = re.compile(r"<!-- measured: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -44,7 +43,7 @@ class Numbers:
         run = content.get("run") or content
         origin = {**run, **content.get("machine_info", {}), **content.get("commit_info", {})}  # of pytest-benchmark
         said = origin.get("device") and (origin.get("id") or origin.get("commit"))
-        if not said or (origin.get("dirty", True) and name not in OLDER):
+        if not said or origin.get("dirty", True):
             raise SystemExit(f"{name} does not say that it is of a clean tree, and of which device and commit")
         return content
 
@@ -223,32 +222,6 @@ def paper_arms(number: Numbers) -> str:
         table(("", *(shown for shown, _ in columns.values())), lines)
         + f"\nAn update with the teacher's samples drawn online takes {ratios} times as long as with those\n"
         f"stored, for js and tvd.\n\n![arms, risks and differences](../{RESULTS}{PAPER.replace('json', 'png')})\n"
-    )
-
-
-def paper(number: Numbers) -> str:
-    """The paper's experiment, of one seed: the pilot."""
-    shown = {"bleu": ".2f", "chrf": ".2f", "ter": ".2f", "likelihood_risk": ".2f", "coverage_risk": ".2f",
-             "perplexity": ".2f"}  # fmt: skip
-    methods = ("teacher", "predistill", "seqkd", "engine", "kl", "rkl", "js", "tvd")
-    lines = [(m, *(number("paper_pilot_cpu.json", m, key, form=form) for key, form in shown.items())) for m in methods]
-    return table(("", "BLEU", "chrF", "TER", "R_llh", "R_cvg", "perplexity"), lines)
-
-
-def paper_steps(number: Numbers) -> str:
-    """Where the paper's experiment spends its time."""
-
-    def of(method: str, *keys: str, form: str) -> str:
-        return number("paper_pilot_cpu.json", "timing", f"{method} {keys[0]}", *keys[1:], form=form)
-
-    def both(*keys: str, form: str) -> str:
-        return " and ".join(of(method, *keys, form=form) for method in ("js", "tvd"))
-
-    return (
-        f"There a step with the teacher's samples drawn online takes {both('online ÷ offline', form='.2f')} times as\n"
-        f"long as with those stored, for js and tvd; of a stored step {both('offline', 'outside_models', form='.1%')} "
-        f"is outside both\nmodels, the loss and the optimizer, and {both('offline', 'loss', form='.1%')} is the loss, "
-        "the heads' products\nand their gradients included.\n"
     )
 
 
@@ -584,8 +557,6 @@ BLOCKS = {
         gpu_rows,
         gpu_linear,
         demo,
-        paper,
-        paper_steps,
         paper_verdicts,
         paper_arms,
         versions,

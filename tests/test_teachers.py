@@ -533,7 +533,7 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
         "--k: not beside a store": (*train, "--output-dir", tmp_path / "y", "--k", "7"),
         "--tail and --k are of lists": ("train", *teacher, "--student", causal_files / "student", "--output-dir", tmp_path / "y", "--k", "7"),
         "is no store: it has no manifest.json": ("teacher", "inspect", tmp_path / "nosuch"),
-        "row 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "x"),
+        "row 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--max-new-tokens", "8", "--output-dir", tmp_path / "x"),
         "cut.jsonl, line 1:": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "cut.jsonl", "--output-dir", tmp_path / "x"),
         "completions go on from their prompt": ("teacher", "serve", "--teacher", causal_files / "teacher", "--port", "0"),
     }.items():  # fmt: skip
