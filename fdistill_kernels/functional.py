@@ -421,6 +421,8 @@ def linear_cross_entropy(
     checks.check_hidden("input", input)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         checks.check_tensor("target", target, floating=False)
+        if shard is not None:
+            raise ValueError("shard splits one head; linear_weight has several: call each with its shard")
         return many_heads(
             linear_cross_entropy, input, linear_weight, target, linear_bias=linear_bias, logit_scale=logit_scale,
             logit_softcap=logit_softcap, weight=weight, ignore_index=ignore_index, reduction=reduction,

@@ -931,3 +931,6 @@ def test_makers_are_not_what_they_make():
             fk.f_divergence(*models(), given)
     with pytest.raises(ValueError, match="holds no head"):
         fk.linear_cross_entropy(torch.randn(N, D), torch.randn(V, 0, D), torch.zeros(N, 0).long())
+    shard, heads = fk.VocabShard(None, 0, V), torch.randn(V, 2, D)
+    with pytest.raises(ValueError, match="shard splits one head; linear_weight has several"):
+        fk.linear_cross_entropy(torch.randn(N, D), heads, torch.zeros(N, 2).long(), shard=shard)
