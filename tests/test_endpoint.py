@@ -603,6 +603,17 @@ def test_a_reply_that_trickles_is_timed_as_a_whole():
             teacher.targets([[1]], [[2]])
 
 
+def test_connections_are_not_used_up_by_replies_that_came_too_late():
+    with Server() as server, endpoint(server, model="tiny", concurrency=2, retries=0) as teacher:
+        for n in range(80):  # of one server and network, wherever in a request the time is over
+            teacher.timeout = 0.001 + 0.0002 * n
+            with contextlib.suppress(EndpointError):
+                teacher.targets([[1]], [[2, n % V]])
+        teacher.timeout = 5
+        check(teacher.targets([[3]], [[4]]), server.model, [[3]], [[4]])
+        assert not teacher._client._transport._pool._requests
+
+
 def head(model):
     return Head(model.weight)
 

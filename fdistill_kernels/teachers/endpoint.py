@@ -138,7 +138,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
             _check(self.store.folder, known, _settings(**self._kept | {n: known[n] for n in free if n in known}))
         self._client = httpx.AsyncClient(
-            timeout=None, limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
         self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
@@ -548,15 +548,18 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
         hint: what to do where the server says that a sequence is too long.
         """
+        import anyio  # httpx's: of its scopes a connection that is called off is given back, of asyncio's not always
+
         for tries in itertools.count(1):
             try:
                 async with self._places:
                     while (rest := self._not_before - time.monotonic()) > 0:
                         await asyncio.sleep(rest)
-                    return await asyncio.wait_for(once(), self.timeout)
+                    with anyio.fail_after(self.timeout):
+                        return await once()
             except Misfit as error:
                 happened, after = str(error), getattr(error, "after", 0.0)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 happened, after = f"no whole reply within {self.timeout} s", 0.0
             except EndpointError as error:
                 hint = hint if error.status == 400 and TOO_LONG.search(str(error)) else ""
