@@ -353,12 +353,11 @@ def tokenize(
         ValueError: a row that is neither text nor messages, an empty or too long prompt; new tokens leave no room for a
             prompt; or no rows are left.
     """
-    from datasets import Features, Sequence, Value
+    from datasets import Features, Value
+    from datasets import Sequence as ListOf
 
-    encode_row, causal = (
-        Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends),
-        not config.is_encoder_decoder,
-    )
+    causal = not config.is_encoder_decoder
+    encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends)
     contexts = [context(config), context(teacher or config)]
     if causal and min(contexts) - new_tokens <= len(encode_row.before):
         raise ValueError(f"{new_tokens} new tokens leave a prompt no room in a context of {min(contexts):g}")
@@ -400,11 +399,11 @@ def tokenize(
                 "length": len(prompts[0]) + len(rest or ()), "fate": sorted(set(fate)),
                 **({"teacher_prompt_ids": prompts[1]} if own_prompts else {})}  # fmt: skip
 
-    ids, number = Sequence(Value("int64")), Value("int64")  # what the first thousand rows lack has no type of its own
-    columns = {"prompt_ids": ids, "labels": ids, "labels_mask": Sequence(Value("bool")), "reference": Value("string"),
-               "length": number, "fate": Sequence(Value("string")),
+    ids, number = ListOf(Value("int64")), Value("int64")  # what the first thousand rows lack has no type of its own
+    columns = {"prompt_ids": ids, "labels": ids, "labels_mask": ListOf(Value("bool")), "reference": Value("string"),
+               "length": number, "fate": ListOf(Value("string")),
                **({"teacher_prompt_ids": ids} if own_prompts else {}), "row": number}  # fmt: skip
-    each = {name: Sequence(kind) for name, kind in columns.items()} if answers == "each" else columns
+    each = {name: ListOf(kind) for name, kind in columns.items()} if answers == "each" else columns
     made = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False,
                     features=Features(each), desc="tokenizing")  # fmt: skip
     if answers == "each":

@@ -38,16 +38,16 @@ from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
-from .models import load_config, load_model, load_student, vocabulary_of
+from .models import load_config, load_model, load_student, token_id, vocabulary_of
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
 from .sampling import (
     TeacherSamples,
     data_hash,
+    end_tokens,
     fingerprint,
     generation_settings,
-    special_tokens,
     write_table,
     write_whole,
 )
@@ -176,12 +176,11 @@ class Run:
     def _ends(self) -> list[int]:
         """The tokens at which generation stops, of the teacher at hand or of the student's files."""
         if self.model is not None:
-            return special_tokens(self.model)[1]
+            return end_tokens(token_id(self.model, "eos_token_id"))
         try:
-            ends = GenerationConfig.from_pretrained(str(self.asked.model.student)).eos_token_id
+            return end_tokens(GenerationConfig.from_pretrained(str(self.asked.model.student)).eos_token_id)
         except OSError:  # no such file: the tokenizer's alone
             return []
-        return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     def _check_pair(self, config: Any) -> None:
         """The student must be of the teacher's kind, and its tokenizer the same."""

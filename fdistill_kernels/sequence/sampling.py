@@ -92,18 +92,22 @@ class Sampling:
                     max_new_tokens=self.max_new_tokens)  # fmt: skip
 
 
+def end_tokens(configured: int | list[int] | None) -> list[int]:
+    """A configuration's eos_token_id, of which there may be none or several."""
+    return configured if isinstance(configured, list) else [] if configured is None else [configured]
+
+
 def special_tokens(model: Any) -> tuple[int, list[int]]:
     """The padding token and the end tokens of a model that can generate; an end token pads where none of its ids does.
 
     Raises:
         ValueError: no end token is configured.
     """
-    ends, pad = token_id(model, "eos_token_id"), token_id(model, "pad_token_id")
-    if ends is None:
+    ends, pad = end_tokens(token_id(model, "eos_token_id")), token_id(model, "pad_token_id")
+    if not ends:
         raise ValueError(
             f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
         )
-    ends = ends if isinstance(ends, list) else [ends]
     has = pad is not None and 0 <= pad < ids_of(model)  # Llama's own files have −1
     return (pad if has else ends[0]), ends
 

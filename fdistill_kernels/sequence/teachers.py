@@ -2,8 +2,8 @@
 
 Each gives the rows that a batch's steps are compared with; some also draw sequences:
 
-    rows(prompts, continuations, device, pack, counted) -> TeacherRows draw(prompts, sampling, vocabulary) ->
-    continuations
+    rows(prompts, continuations, device, pack, counted) -> TeacherRows
+    draw(prompts, sampling, vocabulary) -> continuations
 """
 
 from __future__ import annotations
