@@ -4,9 +4,10 @@
     python -m benchmarks.paper.run --data FOLDER --out FOLDER --watch       looks on at one that is running
 
 FOLDER of the data has gettext_en_ro.{train,dev,test}.tsv.gz, English and Romanian sentences a line. Workers of one
-thread each take one stage after the other (`stages.py`), all of the first seed's first; whatever is killed goes on with
-the same command. At the end, and at any time by `python -m benchmarks.paper.analysis --out FOLDER`, results.json,
-report.md and results.png are made of the seeds that are complete.
+thread each take one stage after the other (`stages.py`), all of the first seed's first; the teacher, which all others
+wait for, has a thread of every worker. Whatever is killed goes on with the same command. At the end, and at any time by
+`python -m benchmarks.paper.analysis --out FOLDER`, results.json, report.md and results.png are made of the seeds that
+are complete.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ def work(arguments: Arguments, parent: int | None = None) -> None:
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     gc.freeze()  # trainers collect garbage, which would go through all that was imported
-    torch.set_num_threads(1)  # two threads wait for each other wherever others are at work
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     experiment = arguments.experiment()
@@ -85,6 +85,8 @@ def work(arguments: Arguments, parent: int | None = None) -> None:
             with claimed(experiment, stage.name) as ours:
                 if ours:
                     started = time.perf_counter()
+                    # two threads wait for each other wherever others are at work
+                    torch.set_num_threads(arguments.processes if stage.alone else 1)
                     experiment.make(stage)
                     with (experiment.out / "log.txt").open("a") as log:
                         log.write(f"{time.strftime('%F %T')} {stage.name}: {time.perf_counter() - started:.0f} s\n")
