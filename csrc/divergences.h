@@ -326,7 +326,7 @@ struct Ab {
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& numbers) {
     const float alpha = numbers.value, beta = numbers.rest, total = alpha + beta;
-    const T base = total == 1.0f ? e.q : power_of(e, 0.0f, total);
+    const T base = power_of(e, 0.0f, total);
     const T one = slope(e, base, alpha, total), other = slope(e, base, total, total);
     T far;
     if (beta != 0.0f) far = (other - one) * T(1.0f / beta);

@@ -19,7 +19,7 @@ struct RowFacts {
   float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; at least 0
 };
 
-struct Unset {
+struct WithoutSet {
   static constexpr Members members = Members::kNone;
 };
 
@@ -31,7 +31,7 @@ FDISTILL_INLINE T where_inside(const T& inside, const T& yes, const T& no) {
 template <typename E, typename T = typename E::T>
 FDISTILL_INLINE T entry_of_whole(const E& e) { return Math<T>::times(e.q, T(e.of_row[1])); }
 
-struct Lk : Unset {  // -log(1 - TVD)
+struct Lk : WithoutSet {  // -log(1 - TVD)
   static constexpr bool centred = false;
   using Exchanged = Lk;
   template <typename E, typename T = typename E::T>
@@ -52,7 +52,7 @@ struct Lk : Unset {  // -log(1 - TVD)
   }
 };
 
-struct Renyi : Unset {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
+struct Renyi : WithoutSet {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
   static constexpr bool centred = false;
   using Exchanged = Renyi;
   // What keeps the sum in float: its largest logarithm, where that is above 0.
@@ -84,7 +84,7 @@ struct Renyi : Unset {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
 };
 
 // of_row: the weight of kl, and last that of rkl
-struct Mixed : Unset {
+struct Mixed : WithoutSet {
   static constexpr bool centred = false;
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
@@ -123,7 +123,7 @@ struct EntropyGated : Mixed {  // rkl, and kl where the teacher's entropy is abo
   }
 };
 
-struct Csd : Unset {  // sum w (u - sum w u)^2, w = p (the parameter is 1) or q (0) held still
+struct Csd : WithoutSet {  // sum w (u - sum w u)^2, w = p (the parameter is 1) or q (0) held still
   static constexpr bool centred = true;
   using Exchanged = Csd;
   template <typename E, typename T = typename E::T>
@@ -150,10 +150,10 @@ struct Csd : Unset {  // sum w (u - sum w u)^2, w = p (the parameter is 1) or q 
 };
 
 // weight kl(the set's entries and the rest as one) + within kl(inside the rest)
-struct GroupedExchanged;
-struct Grouped {
+struct GroupedRkl;
+struct GroupedKl {
   static constexpr bool centred = true;
-  using Exchanged = GroupedExchanged;
+  using Exchanged = GroupedRkl;
   enum { kWeight, kExcess, kLogRatio, kOfP, kOfQ, kShare, kWithin, kKl };  // coefficients
 
   template <typename E, typename T = typename E::T>
@@ -195,29 +195,29 @@ struct Grouped {
   }
 };
 
-struct GroupedExchanged {  // the teacher's term of Grouped, by an exchanged entry
+struct GroupedRkl {  // the teacher's term of GroupedKl, by an exchanged entry
   static constexpr bool centred = false;
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
     const auto of_row = [&](int i) { return T(e.of_row[kCoefficients - 1 - i]); };
-    const T weight = of_row(Grouped::kWeight), apart = of_row(Grouped::kLogRatio);
-    const T within = of_row(Grouped::kWithin) * of_row(Grouped::kOfP) * e.q, u = T(0.0f) - e.u - apart;
+    const T weight = of_row(GroupedKl::kWeight), apart = of_row(GroupedKl::kLogRatio);
+    const T within = of_row(GroupedKl::kWithin) * of_row(GroupedKl::kOfP) * e.q, u = T(0.0f) - e.u - apart;
     // from that of the rest as one, which then is 0 without a rounding
-    return {where_inside(e.inside, weight * Math<T>::times(e.q, u), Math<T>::times(within, u - of_row(Grouped::kKl))), T(0.0f)};
+    return {where_inside(e.inside, weight * Math<T>::times(e.q, u), Math<T>::times(within, u - of_row(GroupedKl::kKl))), T(0.0f)};
   }
 };
 
-struct TailAware : Grouped {  // the set is the teacher's `value` largest
+struct TailAware : GroupedKl {  // the set is the teacher's `value` largest
   static constexpr Members members = Members::kCount;
   static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& numbers, float* of_row) {
-    Grouped::coefficients(row, 1.0f, numbers.rest, of_row);
+    GroupedKl::coefficients(row, 1.0f, numbers.rest, of_row);
   }
 };
 
-struct Dkd : Grouped {  // the set is the label
+struct Dkd : GroupedKl {  // the set is the label
   static constexpr Members members = Members::kLabel;
   static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& numbers, float* of_row) {
-    Grouped::coefficients(row, numbers.value, numbers.rest, of_row);
+    GroupedKl::coefficients(row, numbers.value, numbers.rest, of_row);
   }
 };
 

@@ -6,6 +6,8 @@
 namespace fdistill {
 
 enum class Scalar : int32_t { kFloat, kBFloat16, kHalf };
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
 
 // Rows of a (outer, inner, vocabulary) tensor whose last dimension is dense: row n starts at
 // (n / inner) * outer_stride + (n % inner) * inner_stride elements.

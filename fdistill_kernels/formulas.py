@@ -323,7 +323,7 @@ def _cross_entropy_value(e: Entry, *_: float) -> Tensor:  # −Σ p log q: a one
 
 def _slope_of_power(e: Entry, a: float, total: float) -> Tensor:
     """``q^total·(t^a − 1)/a``, and at a = 0 its limit ``q^total·log t``."""
-    base = e.q if total == 1 else power(e, 0, total)
+    base = power(e, 0, total)
     return _above(power(e, a, total - a), base, a * e.u) / a if a else times(base, e.u)
 
 

@@ -175,7 +175,7 @@ def _grouped_value(e: Entry, *numbers: float) -> Tensor:
     return torch.where(e.inside, times(weight, kl_value(e)), outside)
 
 
-def _grouped_exchanged(e: Entry, *numbers: float) -> Tensor:
+def _grouped_rkl(e: Entry, *numbers: float) -> Tensor:
     """The teacher's term of `_grouped`, by an exchanged entry."""
     of_kl, inner, _, _, of_p, u, _, weight = e.of_row
     apart = -e.u - u  # from that of the rest as one, which then is 0 without a rounding
@@ -193,7 +193,7 @@ KERNELS |= {
     "Akl": Formula(_mixed, _mixed_value, "Akl", statistics=_AKL),
     "EntropyGated": Formula(_mixed, _mixed_value, "EntropyGated", statistics=_GATE),
     "Csd": Formula(_csd, _csd_value, "Csd", swapped=True, centred=True, statistics=_CSD),
-    "TailAware": Formula(_grouped, _grouped_value, "GroupedExchanged", centred=True, statistics=_TOP),
-    "Dkd": Formula(_grouped, _grouped_value, "GroupedExchanged", centred=True, statistics=_LABEL),
-    "GroupedExchanged": Formula(_grouped_exchanged, _grouped_value, "TailAware"),
+    "TailAware": Formula(_grouped, _grouped_value, "GroupedRkl", centred=True, statistics=_TOP),
+    "Dkd": Formula(_grouped, _grouped_value, "GroupedRkl", centred=True, statistics=_LABEL),
+    "GroupedRkl": Formula(_grouped_rkl, _grouped_value, "TailAware"),
 }

@@ -90,17 +90,25 @@ def native_backend_is_built() -> bool:
     return backends.cpu.NOT_LOADED is None
 
 
+def build_emulated(csrc: Path, output: Path) -> None:
+    """The CUDA kernels for a CPU, by tests/emulation.h."""
+    options = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    here = ["-I", csrc, "-I", Path(__file__).parent, '-DFDISTILL_ARCHITECTURES="emulation"']
+    subprocess.run([os.environ.get("CXX", "g++"), *options, *here, csrc / "cuda" / "rows.cu", "-o", output], check=True)
+
+
 @functools.cache
 def emulated_library() -> backends.cuda.Library:
     """The CUDA kernels built for a CPU, once for each state of their sources."""
     root = Path(__file__).parent.parent
-    sources = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cu", ".sh") and "cpu" not in p.parts)
+    sources = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cu") and "cpu" not in p.parts)
+    sources += [root / "tests" / "emulation.h", Path(__file__)]
     state = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     path = root / "build" / f"emulated-{state}.so"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        subprocess.run(["bash", root / "csrc/cuda/build.sh", "--emulated", partial], check=True)
+        build_emulated(root / "csrc", partial)
         partial.replace(path)
     return backends.cuda.Library(path)
 

@@ -19,7 +19,7 @@ from fdistill_kernels.backends import choose, cuda, native, why_not_auto
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
-from .conftest import emulate_cuda, emulated_library, reference, relative
+from .conftest import build_emulated, emulate_cuda, emulated_library, reference, relative
 
 ROOT = Path(__file__).parent.parent
 #: Error relative to the reference's largest entry, of loss and gradient.
@@ -101,7 +101,7 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     kernel.write_text(text.replace(barrier, "//" + end if "//" in barrier else ""))
     rows = source / "cuda" / "rows.cu"
     rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE\(FDISTILL_FIND\)", "FDISTILL_FIND(Gjs)", rows.read_text()))
-    subprocess.run(["bash", source / "cuda/build.sh", "--emulated", tmp_path / "broken.so"], check=True)
+    build_emulated(source, tmp_path / "broken.so")
     emulate_cuda(monkeypatch, 2)
     student, teacher = models(9, 5003, torch.bfloat16)
     settings = dict(labels=torch.arange(9), ce_weight=0.3, temperature=2.0, backend="cuda")
@@ -380,7 +380,8 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
     for number in ("sizeof(RowTask)", "sizeof(Launch)", "sizeof(Shared)"):
         source += f'printf("%zu\\n", size_t({number}));\n'
     source += "}"
-    command = ["g++", "-x", "c++", "-std=c++17", "-I", ROOT / "csrc", "-o", tmp_path / "offsets", "-"]
+    include = ["-I", ROOT / "csrc", "-I", ROOT / "tests"]
+    command = ["g++", "-x", "c++", "-std=c++17", *include, "-o", tmp_path / "offsets", "-"]
     subprocess.run(command, input=source, check=True, text=True)
     offsets = [int(x) for x in subprocess.check_output([tmp_path / "offsets"], text=True).split()]
 

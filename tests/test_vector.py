@@ -15,6 +15,7 @@ FLAGS = {"DEFAULT": [], "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 SOURCE = """
 #define FDISTILL_ISA test
 #include "vector.h"
+using namespace fdistill;
 using namespace fdistill::test;
 #define FLOATS(name, expression) \\
   extern "C" void name(const float* from, float* to, int64_t count) { \\

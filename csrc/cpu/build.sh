@@ -26,7 +26,7 @@ wide() {
 }
 running=()
 for isa in $isas; do
-  $compiler "${flags[@]}" $(wide "$isa") -c "row_kernel_$isa.cpp" -o "$objects/$isa.o" & running+=($!)
+  $compiler "${flags[@]}" $(wide "$isa") -DFDISTILL_ISA="isa_$isa" -c row_kernel.cpp -o "$objects/$isa.o" & running+=($!)
 done
 for file in rows products; do $compiler "${flags[@]}" -c "$file.cpp" -o "$objects/$file.o"; done
 for job in "${running[@]}"; do wait "$job"; done

@@ -1,4 +1,4 @@
-// The interface between the binding and the per-ISA builds of the row kernel.
+// The interface between rows.cpp and the builds of row_kernel.cpp.
 #pragma once
 
 #include "../rest_task.h"
@@ -21,25 +21,20 @@ inline int64_t scratch_floats(const RowTask& task) {
   return rows * padded(task.vocabulary) + 2 * block_count(task.vocabulary);
 }
 
-// Rows [begin, end) of the task; null when the build has no kernel of that name.
-using RowKernel = void (*)(const RowTask&, int64_t begin, int64_t end, float* scratch);
-RowKernel row_kernel_default(const char* divergence);
-#ifdef FDISTILL_X86
-RowKernel row_kernel_avx2(const char* divergence);
-RowKernel row_kernel_avx512(const char* divergence);
-#endif
-
 // Floats of scratch: three blocks, the ids, and where each block's begin.
-inline int64_t rest_scratch_floats(const RestTask& task) {
+inline int64_t scratch_floats(const RestTask& task) {
   return 3 * kBlock + task.list_size + block_count(task.vocabulary) + 1;
 }
 
-// The same for rows beside a list.
-using RestKernel = void (*)(const RestTask&, int64_t begin, int64_t end, float* scratch);
-RestKernel rest_kernel_default();
-#ifdef FDISTILL_X86
-RestKernel rest_kernel_avx2();
-RestKernel rest_kernel_avx512();
-#endif
+// What takes rows [begin, end) of a task; no `row` where the build has no divergence of that name.
+struct Kernels {
+  void (*row)(const RowTask&, int64_t begin, int64_t end, float* scratch);
+  void (*rest)(const RestTask&, int64_t begin, int64_t end, float* scratch);
+};
+
+// Of each build, by its instruction set.
+namespace isa_default { Kernels kernels_of(const char* divergence); }
+namespace isa_avx2 { Kernels kernels_of(const char* divergence); }
+namespace isa_avx512 { Kernels kernels_of(const char* divergence); }
 
 }  // namespace fdistill

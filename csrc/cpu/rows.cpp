@@ -12,20 +12,12 @@
 
 namespace {
 
-fdistill::RowKernel find_kernel(const char* instruction_set, const char* divergence) {
+fdistill::Kernels find_kernels(const char* instruction_set, const char* divergence) {
 #ifdef FDISTILL_X86
-  if (!std::strcmp(instruction_set, "AVX512")) return fdistill::row_kernel_avx512(divergence);
-  if (!std::strcmp(instruction_set, "AVX2")) return fdistill::row_kernel_avx2(divergence);
+  if (!std::strcmp(instruction_set, "AVX512")) return fdistill::isa_avx512::kernels_of(divergence);
+  if (!std::strcmp(instruction_set, "AVX2")) return fdistill::isa_avx2::kernels_of(divergence);
 #endif
-  return fdistill::row_kernel_default(divergence);
-}
-
-fdistill::RestKernel find_rest_kernel(const char* instruction_set) {
-#ifdef FDISTILL_X86
-  if (!std::strcmp(instruction_set, "AVX512")) return fdistill::rest_kernel_avx512();
-  if (!std::strcmp(instruction_set, "AVX2")) return fdistill::rest_kernel_avx2();
-#endif
-  return fdistill::rest_kernel_default();
+  return fdistill::isa_default::kernels_of(divergence);
 }
 
 struct Free {
@@ -34,11 +26,11 @@ struct Free {
 
 // kernel(task, begin, end, scratch) on pieces of the rows, enough of them to be worth a thread; null, or what went wrong.
 template <typename Kernel, typename Task>
-const char* run_rows(const Kernel& kernel, const Task& task, size_t floats, int threads) {
+const char* run_rows(const Kernel& kernel, const Task& task, int threads) {
   const int64_t vocabulary = task.vocabulary > 0 ? task.vocabulary : 1;
   const int64_t shared = (task.row_count + 4 * threads - 1) / (4 * threads), small = 16384 / vocabulary;
   const int64_t grain = shared > small ? shared : small > 0 ? small : 1;
-  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+  const size_t bytes = (fdistill::scratch_floats(task) * sizeof(float) + 63) / 64 * 64;
   std::atomic<bool> failed{false};
   const auto scratch = [&] { return std::unique_ptr<float, Free>(static_cast<float*>(std::aligned_alloc(64, bytes))); };
   fdistill::for_pieces((task.row_count + grain - 1) / grain, threads, scratch, [&](const auto& mine, int64_t piece) {
@@ -59,14 +51,13 @@ __attribute__((visibility("default"))) int fdistill_cpu_interface() { return 6; 
 // Null, or what went wrong. instruction_set: as torch names what this CPU has.
 __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(
     const char* instruction_set, const char* divergence, const fdistill::RowTask* task, int threads) {
-  const fdistill::RowKernel kernel = find_kernel(instruction_set, divergence);
-  if (!kernel) return "there is no such kernel";
-  return run_rows(kernel, *task, fdistill::scratch_floats(*task), threads);
+  const auto kernel = find_kernels(instruction_set, divergence).row;
+  return kernel ? run_rows(kernel, *task, threads) : "there is no such kernel";
 }
 
 __attribute__((visibility("default"))) const char* fdistill_cpu_rest_rows(
     const char* instruction_set, const fdistill::RestTask* task, int threads) {
-  return run_rows(find_rest_kernel(instruction_set), *task, fdistill::rest_scratch_floats(*task), threads);
+  return run_rows(find_kernels(instruction_set, "").rest, *task, threads);
 }
 
 // A fresh N x V tensor costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.

@@ -31,9 +31,6 @@ using Ints __attribute__((vector_size(kLanes * 4))) = int32_t;
 using Words __attribute__((vector_size(kLanes * 4))) = uint32_t;
 using Halves __attribute__((vector_size(kLanes * 2))) = uint16_t;
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
-
 struct Vec {
   Floats lanes;
 

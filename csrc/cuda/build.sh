@@ -1,13 +1,8 @@
 #!/usr/bin/env bash
 # Builds the CUDA row kernels into one shared library that needs neither a GPU nor torch, here or where it is loaded.
-#   csrc/cuda/build.sh OUTPUT               by nvcc, for Hopper
-#   csrc/cuda/build.sh --emulated OUTPUT    by a C++ compiler: the same kernels, for tests on a CPU
+#   csrc/cuda/build.sh OUTPUT
 set -euo pipefail
 cd "$(dirname "$0")"
-if [ "$1" = --emulated ]; then
-  exec "${CXX:-g++}" -x c++ -std=c++17 -O1 -fPIC -shared -Wall -Werror -Wno-unknown-pragmas \
-    -DFDISTILL_ARCHITECTURES='"emulation"' rows.cu -o "$2"
-fi
 # --use_fast_math: exp and log are one instruction each, and denormals are 0, as in the Triton backend
 exec "${NVCC:-nvcc}" -std=c++17 -O3 --use_fast_math -gencode arch=compute_90a,code=sm_90a -Xptxas --warn-on-spills \
   -DFDISTILL_ARCHITECTURES='"sm_90a"' -Xcompiler -fPIC -shared -cudart static rows.cu -o "$1"

@@ -1,4 +1,4 @@
-// Hopper's instructions under plain names: what row_kernel.h needs of the chip. emulation.h has the same names for a CPU.
+// Hopper's instructions under plain names: what row_kernel.h needs of the chip. tests/emulation.h has the same names for a CPU.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,6 @@
 
 namespace fdistill {
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
 struct alignas(16) Raw { uint32_t word[4]; };  // 16 bytes of logits or gradients
 using Barrier = uint64_t;                      // counts the bytes of copies; a phase ends when all have come
 

@@ -9,11 +9,12 @@
 // Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Exponentials are made anew in each sweep: kept
 // in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
 // some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
-// next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first warp, the speaker, tells every
-// block, whose barrier counts the bytes, hears every block, and lets its own know. There is room for two meetings, as for
-// two rows' facts: who tells in the next has heard all in this one, and their speakers were done with the one before.
+// next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first
+// warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know. There is
+// room for two meetings, as for two rows' facts: who tells in the next has heard all in this one, and their speakers were
+// done with the one before.
 //
-// The code is written once for the chip and for a CPU: hopper.cuh and emulation.h give the same names a meaning.
+// The code is written once for the chip and for a CPU: hopper.cuh and tests/emulation.h give the same names a meaning.
 #pragma once
 
 #include "row_slices.h"

@@ -8,7 +8,7 @@
 #ifdef __CUDACC__
 #include "hopper.cuh"
 #else
-#include "emulation.h"
+#include "emulation.h"  // of tests, for a C++ compiler
 #endif
 
 namespace fdistill {

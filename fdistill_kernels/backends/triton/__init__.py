@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,8 @@ from ...divergences import Divergence, by_key
 from ...row_formulas import KERNELS
 from ..collectives import Collectives
 from ..rows import VECTORS, RowCall, TokenTerms
-from .launch import ALWAYS
+from . import launch
+from .launch import ALWAYS, Launch
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -124,9 +126,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     return run(call, _launch(call))
 
 
-def _launch(call: RowCall) -> Any:
-    from . import launch
-
+def _launch(call: RowCall) -> Launch:
     symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
     rows, vocabulary = call.terms.row_scale.shape[0], call.student.shape[2]
     if call.shard.group:  # the same for all ranks, though their shards may differ
@@ -144,8 +144,8 @@ def takes_split(call: RowCall) -> bool:
     return not (statistics or terms.metrics or terms.label_smoothing or terms.class_weight is not None)
 
 
-def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The call under a given `Launch`. Ranks that split a vocabulary are like the spans of a row: what they leave in
+def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
+    """The call under a given launch. Ranks that split a vocabulary are like the spans of a row: what they leave in
     `partials` goes to all between the phases.
     """
     from .kernels import rows as kernels
@@ -160,45 +160,43 @@ def run(call: RowCall, launch: Any) -> tuple[Tensor, Tensor, Tensor]:
     if divergence and divergence.scale != 1:
         terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
     class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
-    blocks = -(-vocabulary // launch.block)
-    span = -(-blocks // launch.splits) * launch.block
+    blocks = -(-vocabulary // chosen.block)
+    span = -(-blocks // chosen.splits) * chosen.block
     splits = -(-vocabulary // span)
     wire = Collectives(call.shard.group) if call.shard.group else None
     if wire is not None and terms.labels is not None:
         terms = terms._replace(labels=terms.labels - call.shard.begin)
-    met = splits if wire is None else launch.splits * wire.ranks
+    met = splits if wire is None else chosen.splits * wire.ranks
     padded = 1 << (met - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
-    coefficients = _coefficients(call, terms, launch) if divergence and divergence.statistics else None
+    coefficients = _coefficients(call, terms, chosen) if divergence and divergence.statistics else None
     if terms.metrics:
-        write_metrics(call, parts, launch)
+        write_metrics(call, parts, chosen)
 
-    line = _line(launch.block, student, teacher, student_gradient, of_teacher)
+    line = _line(chosen.block, student, teacher, student_gradient, of_teacher)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
-        (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(teacher)
-        gradient_outer, gradient_inner = _strides(student_gradient)
         kernels.row_kernel[grid](
             student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=of_teacher,
             parts=parts, partials=partials, coefficients=coefficients,
             **{name: getattr(terms, name) for name in VECTORS}, rows=rows, inner=inner,
-            vocabulary=vocabulary, span=span, student_outer=student_outer,
-            student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
-            gradient_outer=gradient_outer, gradient_inner=gradient_inner, student_cap=call.student_softcap or None,
-            teacher_cap=call.teacher_softcap or None, smoothing=terms.label_smoothing,
-            class_weight_sum=class_weight_sum, **arguments(divergence, call.teacher_gradient),
+            vocabulary=vocabulary, span=span,
+            **_strides(student=student, teacher=teacher, gradient=student_gradient),
+            student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None,
+            smoothing=terms.label_smoothing, class_weight_sum=class_weight_sum,
+            **arguments(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
-            BLOCK=launch.block, LINE=line, num_warps=launch.warps, **ALWAYS,
+            BLOCK=chosen.block, LINE=line, num_warps=chosen.warps, **ALWAYS,
         )  # fmt: skip
 
-    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+    with launch.on(student.device):
         if partials is None:
-            phase(0, (launch.programs, 1))
+            phase(0, (chosen.programs, 1))
         else:
             for number in (1, 2, 3) if teacher is not None else (1, 3):
-                phase(number, (rows, splits) if splits > 1 else (launch.programs, 1))
+                phase(number, (rows, splits) if splits > 1 else (chosen.programs, 1))
                 if wire is not None and number < 3:
-                    _meet(wire, partials, launch.splits, number)
+                    _meet(wire, partials, chosen.splits, number)
     of_student, of_teacher = (student.new_empty(0) if x is None else x for x in (fresh, of_teacher))
     return parts, of_student, of_teacher
 
@@ -229,11 +227,13 @@ def _line(block: int, student: Tensor, *others: Tensor | None) -> int:
     return entries
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+def _strides(**tensors: Tensor | None) -> dict[str, int]:
+    """The kernels' arguments NAME_outer and NAME_inner: the strides of (outer, inner, V), 0 of an absent tensor."""
+    return {f"{name}_{of}": 0 if x is None else x.stride(dimension)
+            for name, x in tensors.items() for dimension, of in enumerate(("outer", "inner"))}  # fmt: skip
 
 
-def _coefficients(call: RowCall, terms: TokenTerms, launch: Any) -> Tensor:
+def _coefficients(call: RowCall, terms: TokenTerms, chosen: Launch) -> Tensor:
     """What the divergence asks of each row before the row kernel."""
     from .kernels import row_statistics, row_terms
 
@@ -242,32 +242,36 @@ def _coefficients(call: RowCall, terms: TokenTerms, launch: Any) -> Tensor:
     coefficients = terms.row_scale.new_empty(row_statistics.COEFFICIENTS.value + 1, len(terms.row_scale))
     sums, of_sums = row_terms.STATISTICS[divergence.kernel]
     by = row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT
-    _look(row_statistics.row_statistics_kernel, call, terms, launch, coefficients=coefficients, **constants(divergence),
+    _look(row_statistics.row_statistics_kernel, call, terms, chosen, coefficients=coefficients, **constants(divergence),
           SUMS=sums, OF_SUMS=of_sums, LARGEST_OF=row_terms.LARGEST.get(divergence.kernel),
           MEMBERS=functions(divergence, False)["MEMBERS"], BY=by.value)  # fmt: skip
     return coefficients
 
 
-def write_metrics(call: RowCall, parts: Tensor, launch: Any = None) -> None:
+def write_metrics(call: RowCall, parts: Tensor, chosen: Launch | None = None) -> None:
     """Each row's `values.Metrics`, behind its parts, before anything is written to its logits."""
     from .kernels.row_metrics import row_metrics_kernel
 
-    _look(row_metrics_kernel, call, call.terms, launch or _launch(call), parts=parts)
+    _look(row_metrics_kernel, call, call.terms, chosen or _launch(call), parts=parts)
 
 
-def _look(kernel: Any, call: RowCall, terms: TokenTerms, launch: Any, **more: Any) -> None:
-    """Runs a kernel that looks at every row, a program for whole rows."""
-    student, rows = call.student, len(terms.row_scale)
-    (student_outer, student_inner), (teacher_outer, teacher_inner) = _strides(student), _strides(call.teacher)
-    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
-        kernel[(min(rows, launch.programs * launch.splits),)](
-            student=student, teacher=call.teacher, row_scale=terms.row_scale,
-            student_inverse_temperature=terms.student_inverse_temperature,
-            teacher_inverse_temperature=terms.teacher_inverse_temperature, labels=terms.labels, rows=rows,
-            inner=student.shape[1], vocabulary=student.shape[2], student_outer=student_outer,
-            student_inner=student_inner, teacher_outer=teacher_outer, teacher_inner=teacher_inner,
-            student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None, **more,
-            BLOCK=launch.block, num_warps=launch.warps, **ALWAYS,
+def _look(kernel: Any, call: RowCall, terms: TokenTerms, chosen: Launch, **more: Any) -> None:
+    """Runs a kernel that looks at both models' rows before the row kernel."""
+    _over_rows(
+        kernel, call.student, terms.row_scale, chosen, teacher=call.teacher, labels=terms.labels,
+        student_inverse_temperature=terms.student_inverse_temperature,
+        teacher_inverse_temperature=terms.teacher_inverse_temperature, **_strides(teacher=call.teacher),
+        student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None, **more,
+    )  # fmt: skip
+
+
+def _over_rows(kernel: Any, student: Tensor, row_scale: Tensor, chosen: Launch, **more: Any) -> None:
+    """Runs a kernel whose programs take whole rows, one after the other."""
+    rows = len(row_scale)
+    with launch.on(student.device):
+        kernel[(min(rows, chosen.programs * chosen.splits),)](
+            student=student, row_scale=row_scale, rows=rows, inner=student.shape[1], vocabulary=student.shape[2],
+            **_strides(student=student), **more, BLOCK=chosen.block, num_warps=chosen.warps, **ALWAYS,
         )  # fmt: skip
 
 
@@ -279,8 +283,8 @@ def rest_statistics(
 
     vocabulary, found = student.shape[2], rate.new_empty(3, len(rate))
     marks = _marks(ids, vocabulary)
-    _over_rows(rest_statistics_kernel, student, row_scale, marks=marks, statistics=found, rates=rate,
-               words=marks.shape[1], cap=softcap or None, PLAIN=plain)  # fmt: skip
+    _over_rows(rest_statistics_kernel, student, row_scale, _launch_beside(student, row_scale), marks=marks,
+               statistics=found, rates=rate, words=marks.shape[1], cap=softcap or None, PLAIN=plain)  # fmt: skip
     top, log_rest, plain_rest = found
     return top, log_rest, plain_rest
 
@@ -300,27 +304,20 @@ def rest_gradient_(
     """As `chunked.rest_gradient_`."""
     from .kernels.rest import rest_gradient_kernel
 
-    (outer, inner), size = _strides(out), ids.shape[1]
+    size = ids.shape[1]
     vectors = {name: None if x is None else x.contiguous() for name, x in rest._asdict().items()}
     _over_rows(
-        rest_gradient_kernel, student, row_scale, gradient=out, rates=rate, **vectors, ids=ids.contiguous(),
-        values=values.contiguous(), list_size=size, gradient_outer=outer, gradient_inner=inner, cap=softcap or None,
-        PLAIN=rest.of_plain is not None, LIST_BLOCK=max(16, min(1024, 1 << (size - 1).bit_length())),
+        rest_gradient_kernel, student, row_scale, _launch_beside(student, row_scale), gradient=out, rates=rate,
+        **vectors, ids=ids.contiguous(), values=values.contiguous(), list_size=size, **_strides(gradient=out),
+        cap=softcap or None, PLAIN=rest.of_plain is not None,
+        LIST_BLOCK=max(16, min(1024, 1 << (size - 1).bit_length())),
     )  # fmt: skip
 
 
-def _over_rows(kernel: Any, student: Tensor, row_scale: Tensor, **more: Any) -> None:
-    """Runs a kernel of `rest` on every row."""
-    from . import launch
-
-    rows, (outer, inner) = len(row_scale), _strides(student)
-    chosen = launch.choose(rows, student.shape[2], student.element_size(), student.device, "rest")
-    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
-        kernel[(min(rows, chosen.programs * chosen.splits),)](
-            student=student, row_scale=row_scale, rows=rows, inner=student.shape[1], vocabulary=student.shape[2],
-            student_outer=outer, student_inner=inner, **more, BLOCK=max(32, chosen.block), num_warps=chosen.warps,
-            **ALWAYS,
-        )  # fmt: skip
+def _launch_beside(student: Tensor, row_scale: Tensor) -> Launch:
+    """For the kernels of `rest`, whose blocks are of whole words of marks."""
+    chosen = launch.choose(len(row_scale), student.shape[2], student.element_size(), student.device, "rest")
+    return dataclasses.replace(chosen, block=max(32, chosen.block))
 
 
 def _empty_like(logits: Tensor) -> Tensor:
@@ -330,7 +327,7 @@ def _empty_like(logits: Tensor) -> Tensor:
 def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:
     """Partials of spans that hold nothing: no sum, and a maximum below all."""
     from .kernels.rows import PARTIALS
-    from .kernels.statistics import LOWEST
+    from .kernels.softmaxes import LOWEST
 
     partials = torch.zeros(PARTIALS, rows, splits, dtype=torch.float32, device=device)
     partials[0] = partials[4] = LOWEST.value
@@ -343,14 +340,13 @@ def scale_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None = None) ->
     """Multiplies (outer, inner, V) in place by a number, or by one a row, without asking the device whether it is 1; a
     row whose row_scale is 0 is left alone.
     """
-    from . import launch
     from .kernels.scale import scale_kernel
 
     outer, inner, vocabulary = gradient.shape
     rows = outer * inner
     chosen = launch.heuristic(rows, vocabulary, gradient.element_size(), launch.device_of(gradient.device))
-    with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
+    with launch.on(gradient.device):
         scale_kernel[(chosen.programs,)](
-            gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *_strides(gradient),
+            gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *gradient.stride()[:2],
             PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps, **ALWAYS,
         )  # fmt: skip

@@ -13,7 +13,6 @@ four; a tile that does not matter costs those of the first two sweeps alone.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,14 +35,14 @@ SMALLEST = torch.finfo(torch.float32).tiny
 #: Blocks of rows that share a span's entries in L2 while others share theirs, and waves of programs in such a sweep.
 GROUP, WAVES = 8, 8
 #: Symbols whose totals' registers would spill beside two whole tiles.
-HEAVY = ("Jeffreys", "SkewKl", "SkewRkl", "Alpha", "Triangular", "Todi")
+HEAVY_TOTALS = ("Jeffreys", "SkewKl", "SkewRkl", "Alpha", "Triangular", "Todi")
 #: Symbols whose gradient of entries with p, q < ε/V has an L1 norm under 2ε: |q·(g − S)| ≤ 2·max(p, q).
 SKIPPABLE = ("Kl", "CrossEntropy", "Gjs", "SkewKl", "Tvd")
 
 
 def linear_rows(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (3, N), and the gradients of hidden states, weight and bias, one not wanted empty."""
-    with torch.cuda.device(call.hidden.device) if call.hidden.is_cuda else contextlib.nullcontext():
+    with launch.on(call.hidden.device):
         return _Sweeps(call).run()
 
 
@@ -273,7 +272,7 @@ def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, ite
     if phase is None or itemsize == 4:
         return BLOCK if itemsize == 2 else 64 if phase is None else 32
     width, older, totals = BLOCK, card.without_wide_products, phase.value == TOTALS.value
-    light = not totals or (card.generation == 9 and symbol not in HEAVY)
+    light = not totals or (card.generation == 9 and symbol not in HEAVY_TOTALS)
     if card.generation and light and not smoothed and symbol not in ("Ab", "own"):
         return width
     if totals or labels or symbol:

@@ -7,8 +7,10 @@ import functools
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +53,11 @@ def device_of(device: torch.device) -> Device:
     older = torch.version.hip is None and not generation
     lanes = getattr(properties, "warp_size", 32)
     return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size, lanes, older, generation)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels that are launched inside run on that device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _next_power_of_two(x: int) -> int:

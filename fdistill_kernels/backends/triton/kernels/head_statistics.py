@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .heads import head_logits
-from .statistics import LOWEST
+from .softmaxes import LOWEST
 from .terms import exp
 from .tiles import block_of_rows
 
@@ -17,11 +17,15 @@ def _grown(top, total, new, z, rate):
 
 @triton.jit
 def statistics_kernel(
-    hidden, weight, bias, row_scale, rates, labels, partials, rows, vocabulary, width, hidden_stride, weight_stride,
-    scale, cap, span, PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden,  # (rows, width)
+    weight, bias,  # (vocabulary, width), (vocabulary)
+    row_scale, rates, labels,  # (rows); rates are 1/T
+    partials,  # (4, splits, rows) float32
+    rows, vocabulary, width, hidden_stride, weight_stride, scale, cap, span,
+    PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One model's maximum, total, total at temperature 1 (PLAIN) and label's logit; partials: (4, splits, rows).
+    """Into partials: one model's maximum, total, total at temperature 1 (PLAIN) and label's logit.
 
     Grid: (blocks of rows in a group, splits, groups); a split is a span of the vocabulary. Blocks of masked rows alone
     do nothing.

@@ -19,7 +19,9 @@ def head_logits(
     hidden, weight, bias, n, v, last, vocabulary, width, hidden_stride, weight_stride, scale, cap,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The logits (BLOCK, BLOCK_V) of rows n and entries v; −inf beyond the vocabulary."""
+    """The logits (BLOCK, BLOCK_V) of rows n and entries v, of hidden states (rows, width) and a weight (vocabulary,
+    width); −inf beyond the vocabulary. `last`: the last row. EVEN: BLOCK_D divides the width.
+    """
     d = tl.arange(0, BLOCK_D)
     left = hidden + tl.minimum(n, last).to(tl.int64)[:, None] * hidden_stride + d[None, :]
     right = weight + tl.minimum(v, vocabulary - 1).to(tl.int64)[None, :] * weight_stride + d[:, None]

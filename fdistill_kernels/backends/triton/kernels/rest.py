@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .loads import load_logits, row_at
-from .statistics import LOWEST, _advance, _sum_of_rests
+from .softmaxes import LOWEST, _advance, _sum_of_rests
 from .terms import LOG2E, exp, log1p, times
 
 BITS = tl.constexpr(32)
@@ -47,10 +47,9 @@ def rest_statistics_kernel(
             top, rest, plain = zeros + LOWEST, zeros - 1, zeros - 1
             for start in tl.range(0, vocabulary, BLOCK):
                 v = _entries(start, BLOCK)
-                word = start // BITS + tl.arange(0, BLOCK // BITS)
-                listed = (
-                    tl.load(words_of_row + word, mask=word < words, other=0)[:, None] >> tl.arange(0, BITS)[None, :]
-                )
+                at = start // BITS + tl.arange(0, BLOCK // BITS)
+                word = tl.load(words_of_row + at, mask=at < words, other=0)[:, None]
+                listed = word >> tl.arange(0, BITS)[None, :]
                 x = load_logits(row, v, vocabulary, cap)
                 x = tl.where((listed & 1) != 0, float("-inf"), x)
                 if PLAIN:

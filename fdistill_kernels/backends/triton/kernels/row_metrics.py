@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .entries import entry_of, models_of
 from .loads import capped, load_logits, row_at
-from .statistics import statistics_of
+from .softmaxes import softmaxes_of
 from .terms import log1p, times
 
 FIRST = tl.constexpr(3)  # of the parts
@@ -33,7 +33,7 @@ def row_metrics_kernel(
             if teacher is not None:
                 teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
                 teacher_rate = tl.load(teacher_inverse_temperature + n)
-            found = statistics_of(
+            found = softmaxes_of(
                 student_row, teacher_row, None, 0, vocabulary, vocabulary, student_rate, teacher_rate, student_cap,
                 teacher_cap, 0.0, True, False, False, BLOCK,
             )  # fmt: skip

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import load_logits, row_at
-from .statistics import statistics_of
+from .softmaxes import softmaxes_of
 from .terms import LOWEST_LOG, exp
 
 COEFFICIENTS = tl.constexpr(8)
@@ -59,11 +59,9 @@ def row_statistics_kernel(
         if tl.load(row_scale + n) != 0:
             student_row = row_at(student, n, inner, student_outer, student_inner)
             teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
-            student_rate, teacher_rate = (
-                tl.load(student_inverse_temperature + n),
-                tl.load(teacher_inverse_temperature + n),
-            )
-            found = statistics_of(
+            student_rate = tl.load(student_inverse_temperature + n)
+            teacher_rate = tl.load(teacher_inverse_temperature + n)
+            found = softmaxes_of(
                 student_row, teacher_row, None, 0, vocabulary, vocabulary, student_rate, teacher_rate, student_cap,
                 teacher_cap, 0.0, False, False, True, BLOCK,
             )  # fmt: skip
@@ -91,10 +89,8 @@ def row_statistics_kernel(
             first, second, third, fourth, fifth = zeros, zeros, zeros, zeros, zeros
             for start in tl.range(0, vocabulary, BLOCK):
                 v = start + tl.arange(0, BLOCK)
-                x, y = (
-                    load_logits(student_row, v, vocabulary, student_cap),
-                    load_logits(teacher_row, v, vocabulary, teacher_cap),
-                )
+                x = load_logits(student_row, v, vocabulary, student_cap)
+                y = load_logits(teacher_row, v, vocabulary, teacher_cap)
                 entry = entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS))
                 here = SUMS(entry, own, facts)
                 valid = v < vocabulary

@@ -166,7 +166,7 @@ def DkdCoefficients(sums, own, facts):
 
 
 @triton.jit
-def Grouped(e, own, CLOSE: tl.constexpr):
+def GroupedKl(e, own, CLOSE: tl.constexpr):
     p, q, log_p, log_q, u, p_shifted, q_shifted, _, inside = e
     weight, excess, apart, within = own[FIRST], own[FIRST + 1], own[FIRST + 2], own[FIRST + 6]
     student, value = Kl(e, own, CLOSE)
@@ -178,8 +178,8 @@ def Grouped(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def GroupedExchanged(e, own, CLOSE: tl.constexpr):
-    """The teacher's term of Grouped, by an exchanged entry; from that of the rest as one."""
+def GroupedRkl(e, own, CLOSE: tl.constexpr):
+    """The teacher's term of GroupedKl, by an exchanged entry; from that of the rest as one."""
     q, inside = e[1], e[8]
     apart = -e[4] - own[LAST - 2]
     outside = times(own[LAST - 6] * own[LAST - 3] * q, apart - own[LAST - 7])
@@ -187,8 +187,8 @@ def GroupedExchanged(e, own, CLOSE: tl.constexpr):
 
 
 BY_SYMBOL = {
-    "Lk": Lk, "Renyi": Renyi, "Akl": Mixed, "EntropyGated": Mixed, "Csd": Csd, "TailAware": Grouped, "Dkd": Grouped,
-    "GroupedExchanged": GroupedExchanged,
+    "Lk": Lk, "Renyi": Renyi, "Akl": Mixed, "EntropyGated": Mixed, "Csd": Csd, "TailAware": GroupedKl, "Dkd": GroupedKl,
+    "GroupedRkl": GroupedRkl,
 }  # fmt: skip
 #: By symbol: the sums over a row, and their coefficients.
 STATISTICS = {

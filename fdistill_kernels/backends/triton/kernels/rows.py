@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
 from .loads import capped, load_logits, row_at, store_gradient, zero_row
-from .statistics import met, save, statistics_of
+from .softmaxes import met, save, softmaxes_of
 from .terms import ABOUT_ONE, exp, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
@@ -212,7 +212,7 @@ def row_kernel(
                 pivot = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
 
             if PHASE == WHOLE or PHASE == STATISTICS:
-                statistics = statistics_of(
+                statistics = softmaxes_of(
                     student_row, teacher_row, class_weight, begin, end, vocabulary, student_rate, teacher_rate,
                     student_cap, teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
                 )  # fmt: skip

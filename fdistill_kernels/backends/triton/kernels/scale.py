@@ -7,8 +7,11 @@ from .loads import row_at
 
 
 @triton.jit
-def scale_kernel(gradient, factors, row_scale, rows, inner, vocabulary, outer_stride, inner_stride,
-                 PER_ROW: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def scale_kernel(
+    gradient,  # (outer, inner, vocabulary)
+    factors, row_scale,  # (rows), or (1) without PER_ROW; (rows)
+    rows, inner, vocabulary, outer_stride, inner_stride, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Multiplies rows by their factor, in place; nothing is read or written where it is 1, as it nearly always is, or
     where a row_scale is 0.
     """

@@ -18,8 +18,6 @@ ABOUT_ONE = tl.constexpr(_ABOUT_ONE)
 NEAR = tl.constexpr(next(iter(_NEAR.values())))
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 LARGEST = tl.constexpr(3.4028234663852886e38)
-
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -37,13 +35,19 @@ def times(x, y):
 
 
 @triton.jit
+def polynomial(x, coefficients):
+    """From the constant coefficient on."""
+    COUNT: tl.constexpr = len(coefficients)
+    value = coefficients[COUNT - 1]
+    for k in tl.static_range(COUNT - 2, -1, -1):
+        value = value * x + coefficients[k]
+    return value
+
+
+@triton.jit
 def _second_order(u):
     """``(exp(u) − 1 − u)/u²``, |u| < 2 NEAR."""
-    series = u * (1 / 5040) + 1 / 720
-    series = series * u + 1 / 120
-    series = series * u + 1 / 24
-    series = series * u + 1 / 6
-    return series * u + 0.5
+    return polynomial(u, (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
 
 
 @triton.jit
@@ -55,10 +59,7 @@ def _excess(u):
 @triton.jit
 def _series(x, own):
     """``x² Σ cₖ xᵏ``, the value over q."""
-    series = own[10]
-    for k in tl.static_range(9, 3, -1):
-        series = series * x + own[k]
-    return series * x * x
+    return polynomial(x, (own[4], own[5], own[6], own[7], own[8], own[9], own[10])) * x * x
 
 
 @triton.jit
@@ -83,22 +84,15 @@ def log1p(x):
 def _log1p_of(t):
     """log(1 + x) of t = x/(1 + x/2), x in [−1/4, 1]: 2 atanh(t/2), within 6e-9 of its own."""
     square = t * t
-    series = (5.4710940458e-4 * square + 2.1876408719e-3) * square + 1.2506727129e-2
-    return t + t * square * (series * square + 8.3333022892e-2)
+    return t + t * square * polynomial(square, (8.3333022892e-2, 1.2506727129e-2, 2.1876408719e-3, 5.4710940458e-4))
 
 
 @triton.jit
 def _log1p_to_one(x):
     """log(1 + x), x in [0, 1], within 5e-9 of its own: no quotient."""
-    series = 1.9851464778e-2 - 3.2440253999e-3 * x
-    series = series * x - 5.6959543377e-2
-    series = series * x + 1.0603656620e-1
-    series = series * x - 1.5305593610e-1
-    series = series * x + 1.9675940275e-1
-    series = series * x - 2.4954134226e-1
-    series = series * x + 3.3329963684e-1
-    series = series * x - 4.9999901652e-1
-    return (series * x + 1) * x
+    return x * polynomial(x, (1.0, -4.9999901652e-1, 3.3329963684e-1, -2.4954134226e-1, 1.9675940275e-1,
+                              -1.5305593610e-1, 1.0603656620e-1, -5.6959543377e-2, 1.9851464778e-2,
+                              -3.2440253999e-3))  # fmt: skip
 
 
 @triton.jit
@@ -203,13 +197,7 @@ def SkewRkl(e, own, CLOSE: tl.constexpr):
     g = a / (a + b + SMALLEST_NORMAL) - above_b
     value = -q * (above_b + own[2]) + own[1] * (p - q)
     x = a / (b + SMALLEST_NORMAL)
-    small = x * (8 / 9) - 7 / 8
-    small = small * x + 6 / 7
-    small = small * x - 5 / 6
-    small = small * x + 4 / 5
-    small = small * x - 3 / 4
-    small = small * x + 2 / 3
-    small = (small * x - 1 / 2) * x * x
+    small = polynomial(x, (-1 / 2, 2 / 3, -3 / 4, 4 / 5, -5 / 6, 6 / 7, -7 / 8, 8 / 9)) * x * x
     of = tl.where(x < NEAR, small, g)
     if CLOSE:
         of = tl.where(about_one, _near(u, own[0] * y / (1 + y) - tail, g - own[1] - own[2]), of)
@@ -274,12 +262,10 @@ def _slope(log_p, log_q, u, base, a, total):
 
 @triton.jit
 def Ab(e, own, CLOSE: tl.constexpr):
-    _, q, log_p, log_q, u, _, _, _, _ = e
+    _, _, log_p, log_q, u, _, _, _, _ = e
     alpha, beta = own[0], own[1]
     total = alpha + beta
-    base = q
-    if total != 1:
-        base = power(log_p, log_q, 0.0, total, 0.0)
+    base = power(log_p, log_q, 0.0, total, 0.0)
     one, other = _slope(log_p, log_q, u, base, alpha, total), _slope(log_p, log_q, u, base, total, total)
     value = times(base, 0.5 * u * u)
     if beta != 0:

@@ -39,17 +39,20 @@ def _products(
 
 @triton.jit
 def product_kernel(
-    gradient, other, share, out, out_bias, live, i_first, k_first, k_count, k_last, width, i_stride, k_stride,
-    other_stride, i_live, k_live, SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
+    gradient,  # (I, K), at strides i_stride, k_stride
+    other, share,  # (K, width), (K): sweep 3's weight, without shares; or sweep 4's hidden states
+    out, out_bias,  # (I, width), (I's blocks · BLOCK) float32
+    live,  # as `tile_kernel`'s, at strides i_live, k_live
+    i_first, k_first, k_count, k_last, width, i_stride, k_stride, other_stride, i_live, k_live,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """``out (I, width) += gradient (I, K) (share · other) (K, width)`` in float32, without the old out where K begins;
-    out_bias (I's blocks · BLOCK), where given, += gradient share, zeros before.
+    """``out += gradient (share · other)`` in float32, without the old out where K begins; out_bias, where given,
+    ``+= gradient share``, zeros before.
 
     Strides make the gradient's buffer a matrix or its transpose; I and K are whole tiles from i_first and k_first on,
     in entries. A row of `other` whose share is 0 is not read: it may be NaN. Shares but 0 and 1 count only if SHARED.
-    live: see `tile_kernel`; with it only such tiles are read, found in a vector of BLOCKS of them. Grid: (I's blocks,
-    the width's blocks).
+    With `live` only such tiles are read, found in a vector of BLOCKS of them. Grid: (I's blocks, the width's blocks).
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -13,11 +13,13 @@ BLOCK = 128
 TOTALS, GRADIENT = tl.constexpr(0), tl.constexpr(1)
 FACTS = ("scale", "student_top", "student_rate", "student_log_total", "plain_log_total", "teacher_top", "teacher_rate",
          "teacher_log_total", "weight", "of_divergence", "of_q", "of_label", "of_weight")  # fmt: skip
+(SCALE, STUDENT_TOP, STUDENT_RATE, STUDENT_LOG_TOTAL, PLAIN_LOG_TOTAL, TEACHER_TOP, TEACHER_RATE, TEACHER_LOG_TOTAL,
+ WEIGHT, OF_DIVERGENCE, OF_Q, OF_LABEL, OF_WEIGHT) = (tl.constexpr(i) for i in range(len(FACTS)))  # fmt: skip
 
 
 @triton.jit
-def _fact(facts, NUMBER: tl.constexpr, n, rows):
-    return tl.load(facts + NUMBER * rows + tl.minimum(n, rows - 1))[:, None]
+def _fact(facts, FACT: tl.constexpr, n, rows):
+    return tl.load(facts + FACT * rows + tl.minimum(n, rows - 1))[:, None]
 
 
 @triton.jit
@@ -41,10 +43,19 @@ def _part(x, NUMBER: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def tile_kernel(
-    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, facts, labels, class_weight, live,
-    partials, gradient, rows, vocabulary, student_width, student_stride, student_weight_stride, student_scale,
-    student_cap, teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap, parameter, rest,
-    log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8, log_threshold, first_row, first_entry, span, gradient_stride,
+    student, student_weight, student_bias,  # hidden states (rows, width); its head's (vocabulary, width), (vocabulary)
+    teacher, teacher_weight, teacher_bias,  # the same, of another width; no teacher: the label terms alone
+    facts,  # (FACTS, rows) float32
+    labels,  # (rows)
+    class_weight,  # (vocabulary)
+    live,  # (blocks of rows, blocks of the vocabulary) int8: whether a tile matters to the gradient; None: all do
+    partials,  # of TOTALS: (3, splits, rows) float32
+    gradient,  # of GRADIENT: (blocks · BLOCK, gradient_stride)
+    rows, vocabulary,
+    student_width, student_stride, student_weight_stride, student_scale, student_cap,
+    teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap,
+    parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8,  # `Formula.constants`
+    log_threshold, first_row, first_entry, span, gradient_stride,
     TERMS: tl.constexpr, EXCHANGED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
     STUDENT_EVEN: tl.constexpr, STUDENT_PRECISION: tl.constexpr, STUDENT_D: tl.constexpr, TEACHER_EVEN: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr, TEACHER_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -52,15 +63,15 @@ def tile_kernel(
     """Tiles of both models, which need not be of one dtype. Grid: (blocks of rows in a group, spans of the vocabulary,
     groups), from first_row and first_entry.
 
-    TOTALS: partials (3, splits, rows) get the shares of D, of S and of Σ w·log q for smoothing, and `live`, one byte a
-    tile (rows' blocks, vocabulary's blocks), whether a log-probability is above `log_threshold` or a row's label here.
+    TOTALS: partials get the shares of D, of S and of Σ w·log q for smoothing, and `live` whether a log-probability is
+    above `log_threshold` or a row's label here.
     GRADIENT: the span is one tile; it goes to `gradient`, rows and entries from the first ones, zeros where not live
     and beyond the ends.
     """
     block = block_of_rows()
     i = block * BLOCK + tl.arange(0, BLOCK)
     n = first_row + i
-    scale = _fact(facts, 0, n, rows)
+    scale = _fact(facts, SCALE, n, rows)
     counts = (n < rows)[:, None] & (scale != 0)
     begin = first_entry + tl.program_id(1) * span
     end = tl.minimum(begin + span, vocabulary)
@@ -95,11 +106,13 @@ def tile_kernel(
                 v = start + offset + number * PART + tl.arange(0, PART)
                 inside = (v < vocabulary)[None, :]
                 # facts are loaded where they are used: registers that products could not spare
-                student_top, student_rate = _fact(facts, 1, n, rows), _fact(facts, 2, n, rows)
-                student_log_total, plain_log_total = _fact(facts, 3, n, rows), _fact(facts, 4, n, rows)
+                student_top, student_rate = _fact(facts, STUDENT_TOP, n, rows), _fact(facts, STUDENT_RATE, n, rows)
+                student_log_total = _fact(facts, STUDENT_LOG_TOTAL, n, rows)
+                plain_log_total = _fact(facts, PLAIN_LOG_TOTAL, n, rows)
                 if teacher is not None:
                     y = _part(of_teacher, number, PARTS)
-                    log_p = (y - _fact(facts, 5, n, rows)) * _fact(facts, 6, n, rows) - _fact(facts, 7, n, rows)
+                    log_p = (y - _fact(facts, TEACHER_TOP, n, rows)) * _fact(facts, TEACHER_RATE, n, rows)
+                    log_p -= _fact(facts, TEACHER_LOG_TOTAL, n, rows)
                 if labels is not None:
                     label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
                 if PHASE == TOTALS and live is not None:  # NaN is hot
@@ -119,10 +132,10 @@ def tile_kernel(
                     if PHASE == TOTALS and SMOOTHED:
                         linear += tl.sum(tl.where(inside, times(w, log_plain), 0.0), 1)
                     if PHASE == GRADIENT:
-                        result = _fact(facts, 10, n, rows) * exp(log_plain)
+                        result = _fact(facts, OF_Q, n, rows) * exp(log_plain)
                         if SMOOTHED:
-                            result -= _fact(facts, 12, n, rows) * w
-                        result -= tl.where(v[None, :] == label, _fact(facts, 11, n, rows), 0.0)
+                            result -= _fact(facts, OF_WEIGHT, n, rows) * w
+                        result -= tl.where(v[None, :] == label, _fact(facts, OF_LABEL, n, rows), 0.0)
                 if teacher is not None:
                     log_q = (z - student_top) * student_rate - student_log_total
                     p, q = exp(log_p), exp(log_q)
@@ -134,7 +147,8 @@ def tile_kernel(
                         value += tl.sum(tl.where(inside, here, 0.0), 1)
                         weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
                     else:
-                        result += _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
+                        rate = _fact(facts, OF_DIVERGENCE, n, rows)
+                        result += rate * (of_student - q * _fact(facts, WEIGHT, n, rows))
                 if PHASE == GRADIENT:
                     if student_cap is not None:
                         result *= 1 - (z / student_cap) * (z / student_cap)

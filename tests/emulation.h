@@ -1,6 +1,6 @@
 // The chip on a CPU: the names of hopper.cuh, with every thread of a cluster a coroutine. Threads are resumed in an order
-// that a seed decides, and copies land as late or as early as the barriers allow, or in any order, so that a missing barrier shows as a
-// result that changes with the seed, or as a deadlock. For tests: nothing here is fast.
+// that a seed decides, and copies land as late or as early as the barriers allow, or in any order, so that a missing
+// barrier shows as a result that changes with the seed, or as a deadlock. Nothing here is fast.
 #pragma once
 
 #include <ucontext.h>
@@ -16,15 +16,13 @@
 #include <vector>
 
 #define FDISTILL_LOG_IS_CHEAP true
-#include "../divergences.h"
+#include "divergences.h"
 
 #define FDISTILL_KERNEL inline void
 #define FDISTILL_DEVICE inline
 
 namespace fdistill {
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
 struct alignas(16) Raw { uint32_t word[4]; };
 
 struct Barrier {

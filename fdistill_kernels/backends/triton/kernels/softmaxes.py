@@ -17,7 +17,7 @@ def _advance(top, rest, x, rate2):
 
 
 @triton.jit
-def statistics_of(
+def softmaxes_of(
     student, teacher, class_weight, begin, end, vocabulary, student_rate, teacher_rate, student_cap, teacher_cap, pivot,
     LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr = 1,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-// The row kernel over vector.h. Each ISA's .cpp sets the compiler's target, FDISTILL_ISA, and includes this file.
+// The row kernel over vector.h, built once for each instruction set, in a namespace of its own, FDISTILL_ISA.
 //
 // A row of logits is read from memory once; every later pass finds it in cache:
 //   1  q and p, block by block, as exp(z - the block's maximum), and their sums
@@ -226,14 +226,14 @@ void run(const RowTask& task, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-RowKernel find(const char* divergence) {
-  if (!*divergence) return run<void>;
+Kernels kernels_of(const char* divergence) {
+  if (!*divergence) return {run<void>, run_rest};
 #define FDISTILL_FIND(Name) \
-  if (!std::strcmp(divergence, #Name)) return run<Name>;
+  if (!std::strcmp(divergence, #Name)) return {run<Name>, run_rest};
   FDISTILL_FOR_EACH_DIVERGENCE(FDISTILL_FIND)
   FDISTILL_FOR_EACH_ROW_DIVERGENCE(FDISTILL_FIND)
 #undef FDISTILL_FIND
-  return nullptr;
+  return {nullptr, run_rest};
 }
 
 }  // namespace FDISTILL_ISA
