@@ -6,7 +6,6 @@ The formulas at each vocabulary entry are in formulas.py and row_formulas.py.
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import checks
 from .formulas import Formula, RowStatistics
 from .row_formulas import KERNELS
 
@@ -42,8 +42,8 @@ class Divergence:
         key: text that stands for a divergence with a `kernel` in the arguments of an operator; `by_key` reads it.
 
     Raises:
-        ValueError: a number is not finite, or the parameter of the Alpha kernel is 0 or 1.
-        TypeError: name is not text, or terms is not a function.
+        ValueError: a number is not finite as a float, or the parameter of the Alpha kernel is 0 or 1.
+        TypeError: name is not text, terms is not a function, or a number is none.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Divergence:
             raise TypeError("a Divergence needs a name and a function of its terms")
         for what in ("parameter", "scale", "other"):
             value = getattr(self, what)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{self.name}: {what} must be finite, not {value!r}")
+            if value is not None:
+                object.__setattr__(self, what, checks.check_number(f"{self.name}: {what}", value))
         if self.symbol == "Alpha" and min(abs(self.parameter), abs(1 - self.parameter)) <= NEAR:
             raise ValueError(f"{self.name}: the parameter must not be 0 or 1, which are rkl and kl")
         formula = KERNELS.get(self.symbol or "")
@@ -277,7 +277,7 @@ def CSD(weight: str = "teacher") -> Divergence:
         ValueError: weight is neither "teacher" nor "student".
     """
     weights = {"student": 0.0, "teacher": 1.0}
-    if weight not in weights and weight not in weights.values():
+    if not isinstance(weight, (str, int, float)) or weight not in (*weights, *weights.values()):
         raise ValueError(f"weight must be 'teacher' or 'student', not {weight!r}")
     return _of_kernel("csd", "Csd", weights.get(weight, weight))  # type: ignore[arg-type]
 

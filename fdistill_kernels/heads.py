@@ -14,13 +14,15 @@ from .chunks import MINIMAL_CHUNK_BYTES
 from .parallel import VocabShard
 from .values import Head, Hidden, Logits, RowFunction
 
+#: The products of hidden states and heads take no factor beyond it.
+LARGEST = torch.finfo(torch.float32).max
+
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
     """A positive number, or None."""
     if softcap is not None:
-        checks.check_number(name, softcap, 0, open_low=True)
-        softcap = float(softcap)
-    return softcap
+        return checks.check_number(name, softcap, 0, open_low=True)
+    return None
 
 
 def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: float | None) -> Logits:
@@ -51,8 +53,8 @@ def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
     else:
         head = Head(weight, keywords[bias], 1.0 if keywords[scale] is None else keywords[scale], keywords[softcap])
         names = (scale, softcap)
-    checks.check_number(names[0], head.scale)
-    return Head(head.weight, head.bias, float(head.scale), checked_cap(names[1], head.softcap))
+    scale = checks.check_number(names[0], head.scale, -LARGEST, LARGEST)
+    return Head(head.weight, head.bias, scale, checked_cap(names[1], head.softcap))
 
 
 def checked_head(
@@ -200,12 +202,9 @@ def path_of(
 ) -> Path:
     """The path that `memory` names."""
     checks.check_flag("skip_tiles", skip_tiles)
-    if memory not in ("chunks", "minimal"):
-        raise ValueError(f"memory must be 'chunks' or 'minimal', not {memory!r}")
+    checks.check_choice("memory", memory, ("chunks", "minimal"))
     if chunk_bytes is not None:
-        checks.check_integer("chunk_bytes", chunk_bytes)
-        if chunk_bytes <= 0:
-            raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
+        checks.check_integer("chunk_bytes", chunk_bytes, low=1)
     if memory == "chunks":
         return Path(False, skip_tiles, chunk_bytes or 0)
     if teacher.targets.ids is not None or shard is not None:

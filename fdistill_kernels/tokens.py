@@ -229,7 +229,8 @@ def reduced(
     parts = parts.reshape(len(parts), *student.shape[:-1]) if per_token else parts.sum(1)
     if not isinstance(tokens, Tensor):
         tokens = torch.full((), tokens, dtype=torch.long, device=parts.device)
-    made_of = LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
+    z_loss = terms.z_loss * parts[2] if terms.z_loss else torch.zeros_like(parts[2])  # not 0·inf
+    made_of = LossParts(parts[0], parts[1], z_loss, tokens)
     if len(parts) == len(SparseParts._fields) - 1:
         return loss, SparseParts(*made_of, *parts[3:])
     return loss, Metrics(*made_of, *parts[3:]) if return_parts == "metrics" else made_of

@@ -32,7 +32,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
     Raises:
         ValueError: an unknown backend, or one that cannot take the call, with its reason.
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
         return next(name for name in able if why_not_auto(name, device) is None)
     if not isinstance(backend, str) or backend not in BACKENDS:

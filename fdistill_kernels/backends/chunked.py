@@ -69,10 +69,11 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         assert student is not None
         weight = terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
         value, of_student, of_teacher = _terms(call.divergence, student, teacher, labels, call.teacher_gradient)
-        divergence = weight * value.sum(1, keepdim=True)
-        student_gradient = weight * student.rate * of_student
+        divergence = times(weight, value.sum(1, keepdim=True))
+        student_gradient = times(weight * student.rate, of_student)
         if of_teacher is not None:
-            teacher_gradient = weight * teacher.rate * of_teacher * cap_slope(teacher.logits, call.teacher_softcap)
+            slope = cap_slope(teacher.logits, call.teacher_softcap)
+            teacher_gradient = times(weight * teacher.rate, of_teacher) * slope
 
     if labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(terms, z_s, labels, n)

@@ -329,7 +329,7 @@ class _Rows:
                 columns = [value, *found, *(self.metrics_at(both) if terms.metrics else ())]
                 local.append(torch.cat([x.sum(1, keepdim=True, dtype=_widest(x)) for x in columns], 1))
             whole = self.wire.reduced(torch.cat(local)).to(self.dtype).split(1, 1)
-            parts[0] = terms.divergence_scale.unsqueeze(1) * divergence.scale * whole[0]
+            parts[0] = times(terms.divergence_scale.unsqueeze(1) * divergence.scale, whole[0])
             count = 2 if self.call.teacher_gradient else 1
             self.sums = [
                 torch.zeros_like(whole[0]) if i == 0 and divergence.centred else whole[1 + i] for i in range(count)
@@ -392,7 +392,7 @@ class _Rows:
             _, every, local = self.terms_at(n, logits)
             for i, term in enumerate(every):
                 of_model = term - times(local[i].probability, self.sums[i][n])
-                found[i] = weight * self.rates[i][n] * of_model
+                found[i] = times(weight * self.rates[i][n], of_model)
         if self.labels is not None and call.student_gradient:
             found[0] = found[0] + self.label_gradient(n, logits[0])
         slopes = cap_slope(logits[0], call.student_softcap), cap_slope(logits[-1], call.teacher_softcap)

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import reference
 from ..carried import replaced
 from ..divergences import Divergence
+from ..formulas import times
 from ..own import FDivergence, autograd_inside_an_operator
 from . import chunked, sharded
 from .collectives import Collectives
@@ -299,13 +300,13 @@ def _truncated(
     with torch.inference_mode(False), torch.set_grad_enabled(wanted), autograd_inside_an_operator():
         given = (student, teacher, terms.row_scale * terms.divergence_scale, call.targets.weights)
         z, log_p, scale, weights = (None if x is None else x.to(wide, copy=True) for x in given)
-        listed, counts, place = ids.clone() >= 0, live.clone(), None if labels is None else labels.clone()
         assert z is not None and log_p is not None and scale is not None
+        listed, counts, place = ids.clone() >= 0, live & (scale != 0), None if labels is None else labels.clone()
         z = torch.where(counts.unsqueeze(1), z, 0).requires_grad_(wanted)
         log_q = z.log_softmax(1)[:, :-1]
         losses = torch.where(counts, scale * _sums(divergence, log_p[:, :-1], log_q, listed, weights, place), 0)
         gradient = torch.autograd.grad(losses.sum(), z)[0] if wanted else torch.zeros_like(z)
-    return losses.detach().to(student.dtype), torch.where(live.unsqueeze(1), gradient, 0).to(student.dtype)
+    return losses.detach().to(student.dtype), torch.where(counts.unsqueeze(1), gradient, 0).to(student.dtype)
 
 
 def _sums(
@@ -337,7 +338,8 @@ class _Labels:
         self.at_label = ranks.at(call, self.labels.unsqueeze(1)).squeeze(1)
         self.log_all = torch.logaddexp(row.plain_rest, row.below.logsumexp(1))
         smoothing, scale = terms.label_smoothing, terms.row_scale * terms.cross_entropy_scale
-        cross_entropy = (1 - smoothing) * (self.log_all - (self.at_label - top))
+        of_label = self.log_all.new_tensor(1 - smoothing)
+        cross_entropy = times(of_label, self.log_all - (self.at_label - top))
         if smoothing:
             cross_entropy = cross_entropy + smoothing * (
                 self.log_all + ranks.summed(_distance(call, top)) / call.vocabulary

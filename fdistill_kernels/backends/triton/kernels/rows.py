@@ -196,6 +196,9 @@ def row_kernel(
                 student_rate = tl.load(student_inverse_temperature + n)
                 teacher_rate = tl.load(teacher_inverse_temperature + n)
                 of_divergence = scale * tl.load(divergence_scale + n)
+                # what weighs nothing may be infinite: the student is compared with itself
+                teacher_row = tl.where(of_divergence == 0, student_row, teacher_row)
+                teacher_rate = tl.where(of_divergence == 0, student_rate, teacher_rate)
             saved, step = partials, rows * SPLITS
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS

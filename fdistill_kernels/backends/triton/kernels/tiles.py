@@ -134,7 +134,7 @@ def tile_kernel(
                         value += tl.sum(tl.where(inside, here, 0.0), 1)
                         weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
                     else:
-                        result += _fact(facts, 9, n, rows) * (of_student - q * _fact(facts, 8, n, rows))
+                        result += times(_fact(facts, 9, n, rows), of_student - q * _fact(facts, 8, n, rows))
                 if PHASE == GRADIENT:
                     if student_cap is not None:
                         result *= 1 - (z / student_cap) * (z / student_cap)
