@@ -25,7 +25,7 @@ from .heads import (
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
-from .parallel import VocabShard, carried_shard, check_shard, local_logits, teacher_part, valid
+from .parallel import VocabShard, carried_shard, check_shard, local_part, teacher_part, valid
 from .sparse import TopK, targets_of
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
@@ -159,7 +159,7 @@ def _logits_here(
     name: str, logits: Any, vocab_size: int | None, shard: VocabShard | None
 ) -> tuple[Tensor, VocabShard | None, int]:
     """This rank's logits without padding, their shard, and their number with padding (0 without a shard)."""
-    logits, shard = local_logits(name, logits, shard)
+    logits, shard = local_part(name, logits, -1, shard)
     if shard is None:
         return checks.shared_vocabulary(name, logits, vocab_size), None, 0
     checks.check_logits(name, logits)
@@ -173,7 +173,7 @@ def _teacher_here(
     own: VocabShard | None,
 ) -> Tensor:  # fmt: skip
     """The teacher's logits at the student's entries."""
-    logits, own = local_logits(name, logits, own)
+    logits, own = local_part(name, logits, -1, own)
     if shard is None:
         if own is not None:
             raise ValueError(f"{name} is split over ranks, and the student's vocabulary is whole: split it, too")

@@ -33,8 +33,7 @@ def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: fl
     """
     if not isinstance(logits, Logits):
         return Logits(logits, checked_cap(softcap_name, softcap))
-    if softcap is not None:
-        raise ValueError(f"{softcap_name} is given beside {name}, a Logits, which has its own")
+    check_alone(name, logits, **{softcap_name: softcap})
     return Logits(logits.values, checked_cap(f"{name}.softcap", logits.softcap))
 
 
@@ -44,11 +43,9 @@ def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
     Raises:
         ValueError: a value, and one of the keywords beside it.
     """
-    given = {keyword: value for keyword, value in keywords.items() if value is not None}
     bias, scale, softcap = keywords  # their names
     if isinstance(weight, Head):
-        if given:
-            raise ValueError(f"{', '.join(given)} beside {name}, a Head, which has its own")
+        check_alone(name, weight, **keywords)
         head, names = weight, (f"{name}.scale", f"{name}.softcap")
     else:
         head = Head(weight, keywords[bias], 1.0 if keywords[scale] is None else keywords[scale], keywords[softcap])
@@ -95,9 +92,9 @@ def head_here(
     """
     states = hidden
     if parallel.same_rows(hidden) or shard is not None:
-        weight, shard = parallel.local_rows(names[1], head.weight, shard)
-        bias, _ = parallel.local_rows(names[2], head.bias, None)
-        states, _ = parallel.local_rows(names[0], hidden, None)
+        weight, shard = parallel.local_part(names[1], head.weight, 0, shard)
+        bias, _ = parallel.local_part(names[2], head.bias, 0)
+        states, _ = parallel.local_part(names[0], hidden, 0)
         if shard is not None and bias is not None and bias.shape != weight.shape[:1]:
             bias = parallel.part_of(names[2], bias, shard, weight.shape[0])
         head = head._replace(weight=weight, bias=bias)
@@ -138,9 +135,9 @@ def teacher_of(
     if isinstance(teacher, Tensor):
         values: Any
         if weight is None:
-            values, own = parallel.local_logits("teacher_hidden", teacher, own)
+            values, own = parallel.local_part("teacher_hidden", teacher, -1, own)
         else:
-            values, _ = parallel.local_rows("teacher_hidden", teacher, None)
+            values, _ = parallel.local_part("teacher_hidden", teacher, 0)
         teacher = values
         _check_teacher(values, student)
     elif not callable(teacher):
@@ -167,8 +164,8 @@ def teacher_of(
     if shard is None and own is None:
         head = scattered.whole(head)
     if shard is not None:
-        rows, own = parallel.local_rows("teacher_weight", head.weight, own)
-        bias, of_bias = parallel.local_rows("teacher_bias", head.bias, None)
+        rows, own = parallel.local_part("teacher_weight", head.weight, 0, own)
+        bias, of_bias = parallel.local_part("teacher_bias", head.bias, 0)
         if bias is not None and of_bias is None and bias.shape == rows.shape[:1]:
             of_bias = own  # else it is whole beside a weight that is not
         part = [None if x is None else parallel.teacher_part(n, x, 0, vocabulary, padded, shard, of)

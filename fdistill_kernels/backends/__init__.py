@@ -88,12 +88,8 @@ def rows_by(name: str, call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """Results of the right shapes and dtypes, their values not set."""
-    fresh, like = call.student_gradient and not call.inplace, call.terms.row_scale
-    return (
-        like.new_empty(call.parts, like.shape[0]),
-        call.student.new_empty(call.student.shape if fresh else (0,)),
-        call.student.new_empty(call.student.shape if call.teacher_gradient else (0,)),
-    )
+    like = call.terms.row_scale
+    return like.new_empty(call.parts, like.shape[0]), *call.empty_gradients()
 
 
 def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int, name: str = "labels") -> None:

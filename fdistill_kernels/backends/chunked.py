@@ -25,10 +25,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     outer, inner, vocabulary = call.student.shape
     rows = outer * inner
     parts = torch.zeros(call.parts, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
-    of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
-    of_teacher = (
-        torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
-    )
+    of_student, of_teacher = call.empty_gradients()
     target = call.student if call.inplace else of_student
     step = max(1, CHUNK_ELEMENTS // vocabulary)
     for i in range(outer):
@@ -36,18 +33,11 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
             end = min(begin + step, inner)
             n = slice(i * inner + begin, i * inner + end)
             parts[:, n], student_gradient, teacher_gradient = _chunk(call, i, slice(begin, end), n)
-            if target is not None:
+            if call.student_gradient:
                 target[i, begin:end] = student_gradient.to(target.dtype)
-            if of_teacher is not None:
+            if call.teacher_gradient:
                 of_teacher[i, begin:end] = teacher_gradient.to(of_teacher.dtype)
-    student_gradient, teacher_gradient = (
-        call.student.new_empty(0) if x is None else x for x in (of_student, of_teacher)
-    )
-    return parts, student_gradient, teacher_gradient
-
-
-def _fresh(call: RowCall) -> bool:
-    return call.student_gradient and not call.inplace
+    return parts, of_student, of_teacher
 
 
 def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,23 +135,26 @@ def _terms(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The value at each entry, and both models' gradients by rate·logit."""
     p, q, log_p, log_q = (getattr(m, x) for x in ("probability", "log_probability") for m in (teacher, student))
-    formula = divergence.terms
-    of_teacher: Tensor | None
-    if isinstance(formula, Formula):
-        u, numbers = log_ratio(teacher.logits, student.logits, teacher, student), divergence.numbers
-        peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
-        entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
-        if formula.statistics is not None:
-            inside = _members(formula.statistics.members, teacher, labels, numbers[0])
-            entry = _with_statistics(entry._replace(inside=inside), formula.statistics, numbers)
-        value, of_student = formula.value(entry, *numbers), formula.student(entry, *numbers)
-        of_teacher = formula.teacher(entry, *numbers) if teacher_gradient else None
-    else:
-        of_student, of_teacher = formula(p, q, log_p, log_q, divergence.parameter)
-        value = of_student + of_teacher
+    u = log_ratio(teacher.logits, student.logits, teacher, student)
+    peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
+    entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
+    if (statistics := divergence.statistics) is not None:
+        inside = _members(statistics.members, teacher, labels, divergence.parameter)
+        entry = _with_statistics(entry._replace(inside=inside), statistics, divergence.numbers)
+    value, of_student, *of_teacher = terms_at(divergence, entry, teacher_gradient)
     if not divergence.centred:
         of_student = _about_peak(of_student, student)
-    return value, of_student, _about_peak(of_teacher, teacher) if teacher_gradient and of_teacher is not None else None
+    return value, of_student, _about_peak(of_teacher[0], teacher) if teacher_gradient else None
+
+
+def terms_at(divergence: Divergence, entry: Entry, of_teacher: bool) -> tuple[Tensor, ...]:
+    """The value at each entry, the student's term, and the teacher's if wanted."""
+    formula, numbers = divergence.terms, divergence.numbers
+    if not isinstance(formula, Formula):
+        both = formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)
+        return both[0] + both[1], *both[: 1 + of_teacher]
+    found = formula.value(entry, *numbers), formula.student(entry, *numbers)
+    return (*found, formula.teacher(entry, *numbers)) if of_teacher else found
 
 
 def _members(members: str, teacher: _Model, labels: Tensor | None, parameter: float) -> Tensor:

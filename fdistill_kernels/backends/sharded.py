@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import NOTHING, Entry, Formula, times
-from .chunked import CHUNK_ELEMENTS, _widest, log_ratio
+from .chunked import CHUNK_ELEMENTS, _widest, log_ratio, terms_at
 from .collectives import Collectives
 from .rows import LinearCall, RowCall, cap_slope, capped
 
@@ -116,19 +116,14 @@ class _Rows:
         formula = divergence.terms if divergence is not None else None
         if isinstance(formula, Formula) and formula.statistics is not None:
             self.ask(formula)
-        dense, fresh = torch.contiguous_format, call.student_gradient and not call.inplace
-        of_student, of_teacher = (
-            torch.empty_like(call.student, memory_format=dense) if wanted else None
-            for wanted in (fresh, call.teacher_gradient)
-        )
-        target = call.student if call.inplace else of_student
+        of_student, of_teacher = call.empty_gradients()
+        outs = call.student if call.inplace else of_student, of_teacher
         parts = self.totals()
         for n, logits in self.chunks():
-            for out, gradient in zip((target, of_teacher), self.gradients(n, logits), strict=True):
-                if out is not None:
+            for out, gradient in zip(outs, self.gradients(n, logits), strict=True):
+                if out.numel():
                     out.flatten(0, 1)[n] = torch.where(self.live[n], gradient, 0).to(out.dtype)
-        nothing = call.student.new_empty(0)
-        return parts, nothing if of_student is None else of_student, nothing if of_teacher is None else of_teacher
+        return parts, of_student, of_teacher
 
     def statistics(self) -> None:
         """The first sweep, and what the ranks gather."""
@@ -270,18 +265,9 @@ class _Rows:
         divergence = self.call.divergence
         assert divergence is not None
         entry, local, models = self.entry(n, logits)
-        numbers, formula = divergence.numbers, divergence.terms
-        entry = self.anchored(entry, n)
-        if not isinstance(formula, Formula):
-            of_student, of_teacher = formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)
-            value, every = of_student + of_teacher, [of_student, of_teacher]
-        else:
-            value = formula.value(entry, *numbers)
-            every = [formula.student(entry, *numbers)]
-            if self.call.teacher_gradient:
-                every.append(formula.teacher(entry, *numbers))
+        value, *every = terms_at(divergence, self.anchored(entry, n), self.call.teacher_gradient)
         found = []
-        for i, term in enumerate(every[: 2 if self.call.teacher_gradient else 1]):
+        for i, term in enumerate(every):
             if i == 0 and divergence.centred:
                 found.append(term)
                 continue
@@ -302,11 +288,7 @@ class _Rows:
         entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, peaks[i], t.shifted,
                       s.shifted, peaks[0], peaks[1])  # fmt: skip
         at = self.peak_ids(i)[n] if divergence.needs_labels else 0
-        entry = self.anchored(self.with_row(entry, n, z_t, at), n)
-        formula, numbers = divergence.terms, divergence.numbers
-        if not isinstance(formula, Formula):
-            return formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)[i]
-        return (formula.teacher if i else formula.student)(entry, *numbers)
+        return terms_at(divergence, self.anchored(self.with_row(entry, n, z_t, at), n), of_teacher=i == 1)[1 + i]
 
     def peak_ids(self, i: int) -> Tensor:
         """The whole vocabulary's ids of the largest entries."""
