@@ -12,6 +12,7 @@ from . import checks, parallel, scattered
 from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
 from .parallel import VocabShard
+from .tokens import sum_of_target_weights
 from .values import Head, Hidden, Logits, RowFunction
 
 #: The products of hidden states and heads take no factor beyond it.
@@ -257,6 +258,5 @@ def many_heads(
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()
     if weight is not None and not soft:
-        of_targets = torch.where(mask, weight.to(losses.dtype)[torch.where(mask, target, 0).long()], 0)
-        return losses.sum() / torch.where((of_targets == 0).all(), 1, of_targets.sum())
+        return losses.sum() / sum_of_target_weights(weight.to(losses.dtype), target.long(), mask)
     return losses.sum() / tokens.clamp_min(1)

@@ -80,7 +80,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     return parts, finish(student_gradient), finish(teacher_gradient)
 
 
-def _widest(x: Tensor) -> torch.dtype:
+def widest(x: Tensor) -> torch.dtype:
     """What sums are taken in: Apple's GPUs have no float64."""
     return x.dtype if x.device.type == "mps" else torch.float64
 
@@ -94,7 +94,7 @@ class _Model:
         # the maximum first: z / T of logits near 1e4 would lose the digits that the difference keeps
         self.shifted = (logits - self.top) * rate
         exponentials = self.shifted.exp()
-        total = exponentials.sum(1, keepdim=True, dtype=_widest(logits))
+        total = exponentials.sum(1, keepdim=True, dtype=widest(logits))
         self.log_total = total.log()
         self.probability = exponentials * (1 / total).to(logits.dtype)
         self.log_probability = self.shifted - self.log_total.to(logits.dtype)
@@ -169,12 +169,12 @@ def _members(members: str, teacher: _Model, labels: Tensor | None, parameter: fl
         last = min(int(parameter), order.values.shape[1]) - 1
         return teacher.logits >= order.values[:, last : last + 1]
     p = teacher.probability.gather(1, order.indices)
-    before = p.cumsum(1, dtype=_widest(p)) - p  # an entry is needed where those before it hold too little
+    before = p.cumsum(1, dtype=widest(p)) - p  # an entry is needed where those before it hold too little
     return teacher.logits >= order.values.gather(1, (before < parameter).sum(1, keepdim=True).clamp_min(1) - 1)
 
 
 def _with_statistics(entry: Entry, statistics: RowStatistics, numbers: tuple[float, float]) -> Entry:
-    sums = (x.sum(1, keepdim=True, dtype=_widest(x)).to(x.dtype) for x in statistics.sums(entry, *numbers))
+    sums = (x.sum(1, keepdim=True, dtype=widest(x)).to(x.dtype) for x in statistics.sums(entry, *numbers))
     return entry._replace(of_row=statistics.coefficients(entry, tuple(sums), *numbers))
 
 
@@ -183,7 +183,7 @@ def _about_peak(term: Tensor, model: _Model) -> Tensor:
     p = model.probability
     at_peak = term.gather(1, model.peak) / p.gather(1, model.peak)
     term = (term - times(p, at_peak)).scatter(1, model.peak, 0)
-    return term - times(p, term.sum(1, keepdim=True, dtype=_widest(term)).to(p.dtype))
+    return term - times(p, term.sum(1, keepdim=True, dtype=widest(term)).to(p.dtype))
 
 
 def _log_softmax(z: Tensor) -> Tensor:

@@ -93,15 +93,14 @@ def divergence_rows(call: RowCall, backend: Any) -> tuple[Tensor, Tensor, Tensor
     """See `RowCall`; `backend`: the module whose kernels run."""
     student = call.student
     parts = torch.empty(call.parts, len(call.terms.row_scale), dtype=call.terms.row_scale.dtype, device=student.device)
-    fresh = call.student_gradient and not call.inplace
-    out = getattr(backend, "empty", Tensor.new_empty)(student, *(student.shape if fresh else (0,)))
-    gradient = student if call.inplace else out if fresh else None
+    out, nothing = call.empty_gradients(getattr(backend, "empty", Tensor.new_empty))
+    gradient = student if call.inplace else out if call.student_gradient else None
     whole, ranks = _asks_every_entry(call), Ranks(call.shard)
     for i, j, n in _pieces(call, whole, ranks, backend):
         some = replaced(call, student=student[i, j], terms=call.terms.of_rows(n), targets=call.targets.of_rows(n))
         run = _whole_rows if whole else _categories
         parts[:, n] = run(some, None if gradient is None else gradient[i, j], ranks, backend)
-    return parts, out, student.new_empty(0)
+    return parts, out, nothing
 
 
 class Ranks:
@@ -259,7 +258,7 @@ def _categories_of(call: RowCall, ids: Tensor, given: Tensor, student: Tensor) -
 
 def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
     """``Σ_S p`` as given, and how far its rounding may be from it, in the widest arithmetic."""
-    wide = given if given.device.type == "mps" else given.double()
+    wide = given.to(chunked.widest(given))
     p = wide.exp()
     spread = torch.where(p > 0, p * wide.abs(), 0).sum(1)
     return p.sum(1), 4 * targets.rounding * spread + torch.finfo(given.dtype).eps  # a few roundings, of who made them
@@ -296,7 +295,7 @@ def _truncated(
     """Sums over the list alone, of the terms as their definition has them, in the widest arithmetic."""
     terms, divergence = call.terms, call.divergence
     assert divergence is not None
-    wide = student.dtype if student.device.type == "mps" else torch.float64
+    wide = chunked.widest(student)
     with torch.inference_mode(False), torch.set_grad_enabled(wanted), autograd_inside_an_operator():
         given = (student, teacher, terms.row_scale * terms.divergence_scale, call.targets.weights)
         z, log_p, scale, weights = (None if x is None else x.to(wide, copy=True) for x in given)
