@@ -268,7 +268,7 @@ def check_number(
     try:
         number = float(value)
     except OverflowError:
-        number = value = math.inf if value > 0 else -math.inf
+        number = value = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     inside = low < number <= high if open_low else low <= number <= high
     if not (inside and math.isfinite(number)):
         if low == -math.inf and high == math.inf:
