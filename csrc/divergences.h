@@ -25,6 +25,7 @@ namespace fdistill {
 
 constexpr float kSmallestNormal = 1.17549435e-38f, kLowest = -3.40282347e38f;
 constexpr float kLowestLog = -1e30f;  // a logarithm of 0 that may still be multiplied
+constexpr float kNoOverlap = -1e20f;  // above that of p^a q^b, 0 < a, b and a + b = 1, of an entry that one model lacks
 constexpr float kNear = 0.1875f;   // |u| below which p and q are near
 constexpr float kAboutOne = 1.0f;  // |u| of a row's peak below which g is taken from g(1)
 

@@ -16,7 +16,7 @@ enum class Members { kNone, kLabel, kCount, kMass };
 // What `coefficients` sees of a row.
 struct RowFacts {
   float sums[kMostSums], u_at_peak, u_at_other_peak;
-  float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; at least 0
+  float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; at least kNoOverlap
 };
 
 struct WithoutSet {
@@ -55,10 +55,10 @@ struct Lk : WithoutSet {  // -log(1 - TVD)
 struct Renyi : WithoutSet {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
   static constexpr bool centred = false;
   using Exchanged = Renyi;
-  // What keeps the sum in float: its largest logarithm, where that is above 0.
+  // What keeps the sum in float: its largest logarithm. Models without a common entry have none.
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE T largest(const E& e, const Parameter& alpha) {
-    return zero_of_neither(e, power_log(e, alpha.value, alpha.rest));
+    return power_log(e, alpha.value, alpha.rest);
   }
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE void sums(const E& e, const Parameter& alpha, const RowFacts& row, T (&sums)[kMostSums]) {
@@ -130,9 +130,10 @@ struct Csd : WithoutSet {  // sum w (u - sum w u)^2, w = p (the parameter is 1) 
   static FDISTILL_INLINE void sums(const E& e, const Parameter& of_teacher, const RowFacts& row, T (&sums)[kMostSums]) {
     sums[0] = Math<T>::times(of_teacher.value != 0.0f ? e.p : e.q, e.u - T(at_peak(row, of_teacher)));
   }
-  // u is measured from that at the weights' peak, whose own then keeps its digits.
+  // u is measured from that at the weights' peak, whose own then keeps its digits; where it is infinite, the mean will be.
   static FDISTILL_INLINE float at_peak(const RowFacts& row, const Parameter& of_teacher) {
-    return of_teacher.value != 0.0f ? row.u_at_other_peak : row.u_at_peak;
+    const float u = of_teacher.value != 0.0f ? row.u_at_other_peak : row.u_at_peak;
+    return std::isinf(u) ? 0.0f : u;
   }
   static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter& of_teacher, float* of_row) {
     of_row[0] = row.sums[0];
@@ -203,7 +204,8 @@ struct GroupedRkl {  // the teacher's term of GroupedKl, by an exchanged entry
     const T weight = of_row(GroupedKl::kWeight), apart = of_row(GroupedKl::kLogRatio);
     const T within = of_row(GroupedKl::kWithin) * of_row(GroupedKl::kOfP) * e.q, u = T(0.0f) - e.u - apart;
     // from that of the rest as one, which then is 0 without a rounding
-    return {where_inside(e.inside, weight * Math<T>::times(e.q, u), Math<T>::times(within, u - of_row(GroupedKl::kKl))), T(0.0f)};
+    return {where_inside(e.inside, Math<T>::times(weight, Math<T>::times(e.q, u)),
+                         Math<T>::times(within, u - of_row(GroupedKl::kKl))), T(0.0f)};
   }
 };
 

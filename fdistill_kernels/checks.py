@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def check_parts(value: object) -> None:
     """Raises TypeError or ValueError unless it is a bool, or "metrics"."""
-    if value != "metrics":
+    if not (isinstance(value, str) and value == "metrics"):
         check_flag("return_parts, where it is not 'metrics',", value)
 
 
@@ -68,12 +69,22 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def check_integer(name: str, value: object) -> None:
-    """An int."""
+def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
+    """An int of 64 bits, `low` or more."""
     if torch.compiler.is_compiling() and not isinstance(value, int):
         return  # a symbolic one
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {_shown(value)}")
+    if value.bit_length() > 63 and value != -(2**63):
+        raise ValueError(f"{name} must be an int of 64 bits, not one of {value.bit_length()}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, not {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _shown(value: object) -> str:
@@ -247,21 +258,24 @@ def check_tokens(name: str, value: Tensor, logits: Tensor) -> None:
 
 
 def check_number(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf, open_low: bool = False
-) -> None:
-    """A finite number in [low, high], or (low, high] with `open_low`."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        if torch.compiler.is_compiling() and not isinstance(value, (bool, Tensor, str)) and value is not None:
-            return  # a symbolic one
-        if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, not {_shown(value)}")
-        value = float(value)
-    inside = low < value <= high if open_low else low <= value <= high
-    if not (inside and -math.inf < value < math.inf):
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """A finite number in [low, high], or (low, high] with `open_low`, of any kind, as a float."""
+    if torch.compiler.is_compiling() and not isinstance(value, (bool, int, float, Tensor, str)) and value is not None:
+        return value  # a symbolic one
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = value = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    inside = low < number <= high if open_low else low <= number <= high
+    if not (inside and math.isfinite(number)):
         if low == -math.inf and high == math.inf:
             raise ValueError(f"{name} must be finite, not {value!r}")
         ends = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name} must be in {ends}, not {value!r}")
+    return number
 
 
 def check_per_token(name: str, value: object, logits: Tensor, low: float = -math.inf, high: float = math.inf) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, checks, products
@@ -72,7 +73,7 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
                 of_states = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
                 if wire is not None and call.shard.sum_hidden:
                     _end_sum(wire, under_way, of_hidden)
-                    under_way = wire.begin_sum(of_states), rows, of_states
+                    under_way = wire.begin(dist.all_reduce, of_states), rows, of_states
                 else:
                     of_hidden[rows] = of_states
             if powers is not None:

@@ -6,7 +6,6 @@ The formulas at each vocabulary entry are in formulas.py and row_formulas.py.
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import checks
 from .formulas import Formula, RowStatistics
 from .row_formulas import KERNELS
 
@@ -42,8 +42,8 @@ class Divergence:
         key: text that stands for a divergence with a `kernel` in the arguments of an operator; `by_key` reads it.
 
     Raises:
-        ValueError: a number is not finite, or the parameter of the Alpha kernel is 0 or 1.
-        TypeError: name is not text, or terms is not a function.
+        ValueError: a number is not finite as a float, or the parameter of the Alpha kernel is 0 or 1.
+        TypeError: name is not text, terms is not a function, or a number is none.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Divergence:
             raise TypeError("a Divergence needs a name and a function of its terms")
         for what in ("parameter", "scale", "other"):
             value = getattr(self, what)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{self.name}: {what} must be finite, not {value!r}")
+            if value is not None:
+                object.__setattr__(self, what, checks.check_number(f"{self.name}: {what}", value))
         if self.symbol == "Alpha" and min(abs(self.parameter), abs(1 - self.parameter)) <= NEAR:
             raise ValueError(f"{self.name}: the parameter must not be 0 or 1, which are rkl and kl")
         formula = KERNELS.get(self.symbol or "")
@@ -124,7 +124,9 @@ TRIANGULAR = _of_kernel("triangular", "Triangular")
 ENGINE = _of_kernel("engine", "Engine")
 CROSS_ENTROPY = _of_kernel("cross_entropy", "CrossEntropy")
 LK = _of_kernel("lk", "Lk")
-"""−log Σ min(p, q) = −log(1 − TVD): minus the log rate of acceptance in speculative decoding (arXiv 2602.23881)."""
+"""−log Σ min(p, q) = −log(1 − TVD): minus the log rate of acceptance in speculative decoding (arXiv 2602.23881).
+
+In float32 it is inf, with a zero gradient, where the sum is below 1e-38."""
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
@@ -179,7 +181,7 @@ def Alpha(alpha: float = 0.5) -> Divergence:
 
 
 def Renyi(alpha: float = 0.5) -> Divergence:
-    """log(Σ p^α q^(1−α)) / (α − 1), α in [1e-3, 8] (Rényi 1961); α = 1 is kl.
+    """log(Σ p^α q^(1−α)) / (α − 1), α in [1e-3, 8] (Rényi 1961); α = 1 is kl. Models without a common entry: inf.
 
     Raises:
         ValueError: α is outside [1e-3, 8].
@@ -244,7 +246,8 @@ def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
     """KL over the teacher's K largest entries and the rest as one entry, plus β times the KL inside the rest.
 
     Entries that tie with the K-th are among the largest. It is kl if K holds the vocabulary, or if β is the teacher's
-    mass of the rest (arXiv 2602.20816).
+    mass of the rest (arXiv 2602.20816). A rest of less than 1e-38 of either model, which float32 does not hold, is
+    empty: the KL inside it counts as 0.
 
     Raises:
         ValueError: K is not an integer in [1, 2^20], or β is outside [0, 1e6].
@@ -258,7 +261,8 @@ def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
 def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     """α times the KL of label against all other entries, plus β times the KL among the other entries; needs `labels`.
 
-    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
+    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679). A rest of less than 1e-38 is empty,
+    as in `TailAware`.
 
     Raises:
         ValueError: α or β is outside [0, 1e6].
@@ -277,7 +281,7 @@ def CSD(weight: str = "teacher") -> Divergence:
         ValueError: weight is neither "teacher" nor "student".
     """
     weights = {"student": 0.0, "teacher": 1.0}
-    if weight not in weights and weight not in weights.values():
+    if not isinstance(weight, (str, int, float)) or weight not in (*weights, *weights.values()):
         raise ValueError(f"weight must be 'teacher' or 'student', not {weight!r}")
     return _of_kernel("csd", "Csd", weights.get(weight, weight))  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ from .heads import (
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
-from .parallel import VocabShard, carried_shard, check_shard, local_logits, teacher_part, valid
+from .parallel import VocabShard, carried_shard, check_shard, local_part, teacher_part, valid
 from .sparse import TopK, targets_of
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
@@ -159,7 +159,7 @@ def _logits_here(
     name: str, logits: Any, vocab_size: int | None, shard: VocabShard | None
 ) -> tuple[Tensor, VocabShard | None, int]:
     """This rank's logits without padding, their shard, and their number with padding (0 without a shard)."""
-    logits, shard = local_logits(name, logits, shard)
+    logits, shard = local_part(name, logits, -1, shard)
     if shard is None:
         return checks.shared_vocabulary(name, logits, vocab_size), None, 0
     checks.check_logits(name, logits)
@@ -173,7 +173,7 @@ def _teacher_here(
     own: VocabShard | None,
 ) -> Tensor:  # fmt: skip
     """The teacher's logits at the student's entries."""
-    logits, own = local_logits(name, logits, own)
+    logits, own = local_part(name, logits, -1, own)
     if shard is None:
         if own is not None:
             raise ValueError(f"{name} is split over ranks, and the student's vocabulary is whole: split it, too")
@@ -474,7 +474,8 @@ def log_probs(
             `linear_f_divergence`. With a shard, ids are of the whole vocabulary.
         ids: (...) integers in [0, V), or `ignore_index`, where both results are 0.
         entropy: also return the entropy ``−Σ q log q`` in nats, from the same logits.
-        temperature: T, a number in [1e-18, 1e18]: usually the temperature at which the ids were sampled.
+        temperature: T, a number in [1e-18, 1e18]: usually the temperature at which the ids were sampled. Below 1,
+            float16 hidden states and head are copied to float32.
 
     Returns:
         Log-probabilities (...), float32 (float64 for float64 hidden states); with `entropy` a pair of them and the
@@ -485,15 +486,17 @@ def log_probs(
     """
     names = "hidden", "head", "bias"
     checks.check_flag("entropy", entropy)
-    checks.check_number("temperature", temperature, *TEMPERATURES)
+    temperature = checks.check_number("temperature", temperature, *TEMPERATURES)
     checks.check_tensor("ids", ids, floating=False)
     given = head_of("head", head, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
     check_shard("shard", shard)
     states, checked, shard, _ = head_here(hidden, given, names, vocab_size, shard)
     if temperature != 1:  # cap·tanh(z/cap)/T is a cap of z/T
+        if states.dtype == torch.float16 and temperature < 1:  # it may not hold the logits over it
+            states = states.float()
         bias, cap = checked.bias, checked.softcap
-        checked = Head(checked.weight, None if bias is None else bias / temperature, checked.scale / temperature,
-                       None if cap is None else cap / temperature)  # fmt: skip
+        checked = Head(checked.weight, None if bias is None else bias.to(states.dtype) / temperature,
+                       checked.scale / temperature, None if cap is None else cap / temperature)  # fmt: skip
     terms = LossTerms(
         ENGINE if entropy else None, labels=ids, ce_weight=1.0, ignore_index=ignore_index, reduction="none"
     )

@@ -12,15 +12,18 @@ from . import checks, parallel, scattered
 from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
 from .parallel import VocabShard
+from .tokens import sum_of_target_weights
 from .values import Head, Hidden, Logits, RowFunction
+
+#: The products of hidden states and heads take no factor beyond it.
+LARGEST = torch.finfo(torch.float32).max
 
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
     """A positive number, or None."""
     if softcap is not None:
-        checks.check_number(name, softcap, 0, open_low=True)
-        softcap = float(softcap)
-    return softcap
+        return checks.check_number(name, softcap, 0, open_low=True)
+    return None
 
 
 def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: float | None) -> Logits:
@@ -31,8 +34,7 @@ def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: fl
     """
     if not isinstance(logits, Logits):
         return Logits(logits, checked_cap(softcap_name, softcap))
-    if softcap is not None:
-        raise ValueError(f"{softcap_name} is given beside {name}, a Logits, which has its own")
+    check_alone(name, logits, **{softcap_name: softcap})
     return Logits(logits.values, checked_cap(f"{name}.softcap", logits.softcap))
 
 
@@ -42,17 +44,15 @@ def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
     Raises:
         ValueError: a value, and one of the keywords beside it.
     """
-    given = {keyword: value for keyword, value in keywords.items() if value is not None}
     bias, scale, softcap = keywords  # their names
     if isinstance(weight, Head):
-        if given:
-            raise ValueError(f"{', '.join(given)} beside {name}, a Head, which has its own")
+        check_alone(name, weight, **keywords)
         head, names = weight, (f"{name}.scale", f"{name}.softcap")
     else:
         head = Head(weight, keywords[bias], 1.0 if keywords[scale] is None else keywords[scale], keywords[softcap])
         names = (scale, softcap)
-    checks.check_number(names[0], head.scale)
-    return Head(head.weight, head.bias, float(head.scale), checked_cap(names[1], head.softcap))
+    scale = checks.check_number(names[0], head.scale, -LARGEST, LARGEST)
+    return Head(head.weight, head.bias, scale, checked_cap(names[1], head.softcap))
 
 
 def checked_head(
@@ -93,9 +93,9 @@ def head_here(
     """
     states = hidden
     if parallel.same_rows(hidden) or shard is not None:
-        weight, shard = parallel.local_rows(names[1], head.weight, shard)
-        bias, _ = parallel.local_rows(names[2], head.bias, None)
-        states, _ = parallel.local_rows(names[0], hidden, None)
+        weight, shard = parallel.local_part(names[1], head.weight, 0, shard)
+        bias, _ = parallel.local_part(names[2], head.bias, 0)
+        states, _ = parallel.local_part(names[0], hidden, 0)
         if shard is not None and bias is not None and bias.shape != weight.shape[:1]:
             bias = parallel.part_of(names[2], bias, shard, weight.shape[0])
         head = head._replace(weight=weight, bias=bias)
@@ -136,9 +136,9 @@ def teacher_of(
     if isinstance(teacher, Tensor):
         values: Any
         if weight is None:
-            values, own = parallel.local_logits("teacher_hidden", teacher, own)
+            values, own = parallel.local_part("teacher_hidden", teacher, -1, own)
         else:
-            values, _ = parallel.local_rows("teacher_hidden", teacher, None)
+            values, _ = parallel.local_part("teacher_hidden", teacher, 0)
         teacher = values
         _check_teacher(values, student)
     elif not callable(teacher):
@@ -165,8 +165,8 @@ def teacher_of(
     if shard is None and own is None:
         head = scattered.whole(head)
     if shard is not None:
-        rows, own = parallel.local_rows("teacher_weight", head.weight, own)
-        bias, of_bias = parallel.local_rows("teacher_bias", head.bias, None)
+        rows, own = parallel.local_part("teacher_weight", head.weight, 0, own)
+        bias, of_bias = parallel.local_part("teacher_bias", head.bias, 0)
         if bias is not None and of_bias is None and bias.shape == rows.shape[:1]:
             of_bias = own  # else it is whole beside a weight that is not
         part = [None if x is None else parallel.teacher_part(n, x, 0, vocabulary, padded, shard, of)
@@ -200,12 +200,9 @@ def path_of(
 ) -> Path:
     """The path that `memory` names."""
     checks.check_flag("skip_tiles", skip_tiles)
-    if memory not in ("chunks", "minimal"):
-        raise ValueError(f"memory must be 'chunks' or 'minimal', not {memory!r}")
+    checks.check_choice("memory", memory, ("chunks", "minimal"))
     if chunk_bytes is not None:
-        checks.check_integer("chunk_bytes", chunk_bytes)
-        if chunk_bytes <= 0:
-            raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes!r}")
+        checks.check_integer("chunk_bytes", chunk_bytes, low=1)
     if memory == "chunks":
         return Path(False, skip_tiles, chunk_bytes or 0)
     if teacher.targets.ids is not None or shard is not None:
@@ -261,6 +258,5 @@ def many_heads(
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()
     if weight is not None and not soft:
-        of_targets = torch.where(mask, weight.to(losses.dtype)[torch.where(mask, target, 0).long()], 0)
-        return losses.sum() / torch.where((of_targets == 0).all(), 1, of_targets.sum())
+        return losses.sum() / sum_of_target_weights(weight.to(losses.dtype), target.long(), mask)
     return losses.sum() / tokens.clamp_min(1)

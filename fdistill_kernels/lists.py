@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, products
 from .backends.rows import capped
 from .heads import checked_head, head_of, logits_of
-from .sparse import TAILS, TopK
+from .sparse import TopK, checked_tail
 from .tokens import TEMPERATURES
 from .values import Hidden, Logits
 
@@ -43,14 +43,10 @@ def top_k_of(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    checks.check_integer("k", k)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
-    checks.check_number("temperature", temperature, *TEMPERATURES)
-    if tail not in TAILS or tail == "sampled":
-        raise ValueError(f"tail must be one of {', '.join(TAILS[:-1])}, not {tail!r}")
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, not {support!r}")
+    checks.check_integer("k", k, low=1)
+    temperature = checks.check_number("temperature", temperature, *TEMPERATURES)
+    checked_tail(tail)
+    checks.check_choice("support", support, SUPPORTS)
     if (support == "teacher") != (student is None):
         raise ValueError("student is for support='student' or 'union', which need it")
     (shape, rows_of_teacher), found = _rows("teacher", teacher), []
@@ -84,7 +80,7 @@ def sample_of(
         teacher: as in `top_k_of`.
         draws: n, at least 1.
         temperature: of p = softmax(logits/temperature).
-        proposal_temperature: τ > 0; with 1, π = p.
+        proposal_temperature: τ, in [1e-18, 1e18]; with 1, π = p.
         generator: for torch.multinomial.
 
     Returns:
@@ -93,11 +89,9 @@ def sample_of(
     Raises:
         ValueError, TypeError: as in `top_k_of`.
     """
-    checks.check_integer("draws", draws)
-    checks.check_number("temperature", temperature, *TEMPERATURES)
-    checks.check_number("proposal_temperature", proposal_temperature, 0, open_low=True)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, not {draws}")
+    checks.check_integer("draws", draws, low=1)
+    temperature = checks.check_number("temperature", temperature, *TEMPERATURES)
+    proposal_temperature = checks.check_number("proposal_temperature", proposal_temperature, *TEMPERATURES)
     (shape, rows), found = _rows("teacher", teacher), []
     for logits in rows:
         log_p = _log_softmax(logits, temperature)

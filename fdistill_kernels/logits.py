@@ -84,7 +84,8 @@ def _traced_loss(
     student: Logits, teacher: Logits, terms: TokenTerms, backend: str, per_row: bool
 ) -> tuple[Tensor, Tensor]:
     """A user's generator inside a compiler: f itself is traced, so that the program needs no object beside it."""
-    divergence, live = terms.divergence, terms.row_scale.unsqueeze(1) != 0
+    divergence, scale = terms.divergence, torch.where(terms.row_scale == 0, 0, terms.row_scale * terms.divergence_scale)
+    live = scale.unsqueeze(1) != 0
     assert isinstance(divergence, FDivergence)
 
     def log_probabilities(logits: Logits, rate: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def _traced_loss(
     log_q = log_probabilities(student, terms.student_inverse_temperature)
     log_p = log_probabilities(teacher, terms.teacher_inverse_temperature)
     value = divergence.value(log_p.exp(), log_q.exp(), log_p, log_q).sum(1)
-    losses = terms.row_scale * terms.divergence_scale * value
+    losses = scale * value
     nothing = torch.zeros_like(losses.detach())
     parts = torch.stack([losses.detach(), nothing, nothing])
     if terms.metrics:

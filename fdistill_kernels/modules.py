@@ -29,7 +29,21 @@ def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> 
     return settings
 
 
-class FDivergenceLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss function with fixed settings; `printed` stands before them where it is shown."""
+
+    printed = ""
+
+    def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = checked_settings(function, settings)
+
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return ", ".join([*filter(None, [self.printed]), *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+class FDivergenceLoss(_Loss):
     """`f_divergence` as a module with fixed settings.
 
     Args:
@@ -38,9 +52,9 @@ class FDivergenceLoss(nn.Module):
     """
 
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
-        super().__init__()
+        super().__init__(f_divergence, settings)
         self.divergence = resolve(divergence)
-        self.settings = checked_settings(f_divergence, settings)
+        self.printed = str(self.divergence)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any
@@ -50,12 +64,8 @@ class FDivergenceLoss(nn.Module):
             student_logits, teacher_logits, self.divergence, labels=labels, **{**self.settings, **batch}
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return ", ".join([str(self.divergence), *(f"{k}={v}" for k, v in self.settings.items())])
 
-
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(_Loss):
     """`cross_entropy` as a module with fixed settings: a fused `torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -66,20 +76,15 @@ class CrossEntropyLoss(nn.Module):
     weight: Tensor | None
 
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
-        super().__init__()
+        super().__init__(cross_entropy, settings)
         self.register_buffer("weight", weight)
-        self.settings = checked_settings(cross_entropy, settings)
 
     def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
         """The loss of logits (N, C, ...) and a target; `batch`: more keyword arguments of `cross_entropy`."""
         return cross_entropy(input, target, self.weight, **{**self.settings, **batch})
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return ", ".join(f"{k}={v}" for k, v in self.settings.items())
 
-
-class LinearFDivergenceLoss(nn.Module):
+class LinearFDivergenceLoss(_Loss):
     """`linear_f_divergence` as a module with fixed settings.
 
     Args:
@@ -88,9 +93,9 @@ class LinearFDivergenceLoss(nn.Module):
     """
 
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
-        super().__init__()
+        super().__init__(linear_f_divergence, settings)
         self.divergence = resolve(divergence)
-        self.settings = checked_settings(linear_f_divergence, settings)
+        self.printed = str(self.divergence)
 
     def forward(
         self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Any, teacher_weight: Tensor | None = None,
@@ -102,12 +107,8 @@ class LinearFDivergenceLoss(nn.Module):
             **{**self.settings, **batch},
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return ", ".join([str(self.divergence), *(f"{k}={v}" for k, v in self.settings.items())])
 
-
-class LinearCrossEntropyLoss(nn.Module):
+class LinearCrossEntropyLoss(_Loss):
     """`linear_cross_entropy` as a module with fixed settings.
 
     Args:
@@ -118,14 +119,9 @@ class LinearCrossEntropyLoss(nn.Module):
     weight: Tensor | None
 
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
-        super().__init__()
+        super().__init__(linear_cross_entropy, settings)
         self.register_buffer("weight", weight)
-        self.settings = checked_settings(linear_cross_entropy, settings)
 
     def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **batch: Any) -> Any:
         """The loss of hidden states (..., D), a head (V, D) and a target; `batch`: more keyword arguments."""
         return linear_cross_entropy(input, linear_weight, target, **{"weight": self.weight, **self.settings, **batch})
-
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return ", ".join(f"{k}={v}" for k, v in self.settings.items())

@@ -66,17 +66,18 @@ def check_shard(name: str, shard: object) -> None:
         raise TypeError(f"{name} must be a VocabShard (fk.vocab_shard), not {type(shard).__name__}")
 
 
-def local_logits(name: str, logits: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
-    """The logits on this rank (..., V_local), and their shard, which a DTensor knows itself.
+def local_part(name: str, values: Any, dim: int, shard: VocabShard | None = None) -> tuple[Any, VocabShard | None]:
+    """The part on this rank of logits (dim −1) or of a head (dim 0), and its shard, which a DTensor knows itself; or
+    whole hidden states.
 
     Raises:
-        ValueError: a DTensor split on other dimensions than rows and the last one, or a shard given beside a DTensor.
+        ValueError: a DTensor split on other dimensions than rows and this one, or a shard given beside a DTensor.
     """
-    if is_dtensor(logits):
-        if shard is not None:
-            raise ValueError(f"shard is given beside {name}, a DTensor, which says itself how it is split")
-        logits, shard = _of_dtensor(name, logits, logits.dim() - 1)
-    return logits, shard
+    if not is_dtensor(values):
+        return values, shard
+    if shard is not None:
+        raise ValueError(f"shard is given beside {name}, a DTensor, which says itself how it is split")
+    return _of_dtensor(name, values, dim % values.dim())
 
 
 def same_rows(hidden: Any) -> bool:
@@ -86,15 +87,6 @@ def same_rows(hidden: Any) -> bool:
     their own rows each, whose losses must not be mixed.
     """
     return is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
-
-
-def local_rows(name: str, values: Any, shard: VocabShard | None) -> tuple[Any, VocabShard | None]:
-    """The rows of a head on this rank, and their shard, which a DTensor knows itself; or whole hidden states."""
-    if not is_dtensor(values):
-        return values, shard
-    if shard is not None:
-        raise ValueError(f"shard is given beside {name}, a DTensor, which says itself how it is split")
-    return _of_dtensor(name, values, 0)
 
 
 def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:

@@ -134,6 +134,11 @@ def _times_kl(a: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(dead, 0, a * _kl(log_p.masked_fill(dead, 0), log_q.masked_fill(dead, 0)))
 
 
+def _weighed(weight: Tensor, term: Tensor) -> Tensor:
+    """``weight·term``, 0 where the weight is, however large the term."""
+    return torch.where(weight == 0, 0, weight * term)
+
+
 def _largest(log_p: Tensor, count: Tensor) -> Tensor:
     """Whether an entry is among the `count` (..., 1) largest, with all that tie."""
     last = log_p.sort(-1, descending=True).values.gather(-1, count - 1)
@@ -147,7 +152,7 @@ def _akl(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Ten
     head = _largest(log_p, count.clamp_max(log_p.shape[-1]))
     gap = (p - log_q.exp()).abs().detach()
     share = ((gap * head).sum(-1) / gap.sum(-1)).nan_to_num(0.5)
-    return share * _kl(log_p, log_q).sum(-1) + (1 - share) * _kl(log_q, log_p).sum(-1)
+    return _weighed(share, _kl(log_p, log_q).sum(-1)) + _weighed(1 - share, _kl(log_q, log_p).sum(-1))
 
 
 def _entropy_gated(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
@@ -162,7 +167,7 @@ def _grouped(log_p: Tensor, log_q: Tensor, inside: Tensor, weight: float, within
     dead = (rest_p == -torch.inf) | (rest_q == -torch.inf)
     rest_p, rest_q = (x.masked_fill(dead, 0).unsqueeze(-1) for x in (rest_p, rest_q))
     inner = _kl(log_p - rest_p, log_q - rest_q).masked_fill(inside, 0).sum(-1)
-    return weight * coarse + within * torch.where(dead, 0, inner)
+    return _weighed(coarse.new_tensor(weight), coarse) + _weighed(within * (~dead).to(inner), inner)
 
 
 def _tail_aware(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .formulas import (
     KERNELS,
     LOWEST_LOG,
+    NO_OVERLAP,
     Entry,
     Formula,
     RowStatistics,
@@ -57,10 +58,10 @@ def _lk(e: Entry, *_: float) -> Tensor:  # −log(1 − TVD)
 
 
 def _anchor(e: Entry, a: float, rest: float) -> Tensor:
-    """What keeps Σ p^α q^(1−α) in its dtype: its largest logarithm, where that is above 0."""
+    """What keeps Σ p^α q^(1−α) in its dtype: its largest logarithm. Models without a common entry have none."""
     if e.anchor is not None:
         return e.anchor
-    return power_log(e, a, rest).amax(1, keepdim=True).clamp(0, -LOWEST_LOG)
+    return power_log(e, a, rest).amax(1, keepdim=True).clamp(NO_OVERLAP, -LOWEST_LOG)
 
 
 def _powers(e: Entry, a: float, rest: float) -> Sums:
@@ -113,13 +114,17 @@ def _gate(_: Entry, sums: Sums, threshold: float, other: float) -> Sums:
 
 
 def _scores(e: Entry, of_teacher: float, _: float) -> Sums:
-    """From that of the weights' peak, whose own then keeps its digits."""
-    weight, anchor = (e.p, e.u_at_other_peak) if of_teacher else (e.q, e.u_at_peak)
-    return (times(weight, e.u - anchor),)
+    return (times(e.p if of_teacher else e.q, e.u - _u_at_weights_peak(e, of_teacher)),)
+
+
+def _u_at_weights_peak(e: Entry, of_teacher: float) -> Tensor:
+    """u at the largest weight, whose own then keeps its digits; 0 where it is infinite, as the mean then will be."""
+    u = e.u_at_other_peak if of_teacher else e.u_at_peak
+    return torch.where(u.isinf(), 0, u)
 
 
 def _csd_coefficients(e: Entry, sums: Sums, of_teacher: float, _: float) -> Sums:
-    anchor = e.u_at_other_peak if of_teacher else e.u_at_peak
+    anchor = _u_at_weights_peak(e, of_teacher)
     return sums[0], anchor, -anchor, -sums[0]
 
 
@@ -179,7 +184,7 @@ def _grouped_rkl(e: Entry, *numbers: float) -> Tensor:
     """The teacher's term of `_grouped`, by an exchanged entry."""
     of_kl, inner, _, _, of_p, u, _, weight = e.of_row
     apart = -e.u - u  # from that of the rest as one, which then is 0 without a rounding
-    return torch.where(e.inside, weight * times(e.q, apart), times(inner * of_p * e.q, apart - of_kl))
+    return torch.where(e.inside, times(weight, times(e.q, apart)), times(inner * of_p * e.q, apart - of_kl))
 
 
 _LK, _RENYI = RowStatistics(_overlap, _lk_coefficients), RowStatistics(_powers, _renyi_coefficients, anchor=_anchor)

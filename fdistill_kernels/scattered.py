@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
@@ -159,7 +160,7 @@ def rows_in_turns(call: LinearCall, run: Callable[[LinearCall], Results], result
             parts = some_parts
         if call.wants.hidden:
             of_hidden = _ended(wire, under_way, of_hidden)
-            under_way = wire.begin_sum_at(of_states, rank), rank, of_states
+            under_way = wire.begin(dist.reduce, of_states, group_dst=rank), rank, of_states
         of_weight += weight
         of_bias += bias
     of_hidden = _ended(wire, under_way, of_hidden)
@@ -183,7 +184,7 @@ def _begin(call: LinearCall, wire: Collectives, rank: int, counts: list[int]) ->
     for where in (vectors, *[[i] for i in of_rows if i not in vectors]):
         given = torch.stack([leaves[i] for i in where], 1) if len(where) > 1 else leaves[where[0]]
         out = given.contiguous() if rank == wire.rank else given.new_empty(counts[rank], *given.shape[1:])
-        under_way.append(wire.begin_broadcast(out, rank))
+        under_way.append(wire.begin(dist.broadcast, out, group_src=rank))
         places.append((where, out))
     return under_way, places
 

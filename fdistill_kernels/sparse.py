@@ -24,9 +24,7 @@ NO_SUMS = ("lk", "renyi", "akl", "entropy_gated", "tail_aware", "dkd", "csd")
 
 def checked_tail(tail: str) -> str:
     """A tail of lists that are no samples."""
-    known = [t for t in TAILS if t != "sampled"]
-    if tail not in known:
-        raise ValueError(f"tail must be one of {', '.join(known)}, not {tail!r}")
+    checks.check_choice("tail", tail, [t for t in TAILS if t != "sampled"])
     return tail
 
 
@@ -96,21 +94,20 @@ def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> T
 
 def _check_settings(teacher: TopK, terms: LossTerms, name: str) -> None:
     tail, divergence = teacher.tail, terms.divergence
-    if tail not in TAILS:
-        raise ValueError(f"{name}.tail must be one of {', '.join(TAILS)}, not {tail!r}")
+    checks.check_choice(f"{name}.tail", tail, TAILS)
     if (tail == "sampled") != (teacher.weights is not None):
         raise ValueError(f"{name}.weights are importance weights, of tail='sampled', which needs them; not of {tail!r}")
     assert isinstance(divergence, Divergence)
     if tail == "sampled" and divergence.name in NO_SUMS:
         raise ValueError(f"{divergence} is no sum of entries' own terms, which importance weights would be of")
-    checks.check_number(f"{name}.temperature", teacher.temperature, *TEMPERATURES)
+    temperature = checks.check_number(f"{name}.temperature", teacher.temperature, *TEMPERATURES)
     asked = terms.temperature if terms.teacher_temperature is None else terms.teacher_temperature
-    if tail not in WHOLE and (isinstance(asked, Tensor) or asked != teacher.temperature):
-        what = "one a token" if isinstance(asked, Tensor) else f"{asked:g}"
+    if tail not in WHOLE and (isinstance(asked, Tensor) or asked != temperature):
+        what = "one a token" if isinstance(asked, Tensor) else f"{float(asked):g}"
         raise ValueError(
-            f"teacher_temperature is {what}, but {name}.log_probs were taken at {teacher.temperature:g}, and without "
+            f"teacher_temperature is {what}, but {name}.log_probs were taken at {temperature:g}, and without "
             f"the rest of its logits no other can be had of them with tail={tail!r}: give teacher_temperature="
-            f"{teacher.temperature:g}, or one of the tails {', '.join(WHOLE)}"
+            f"{temperature:g}, or one of the tails {', '.join(WHOLE)}"
         )
     if tail == "ignore" and not torch.compiler.is_compiling():
         warnings.warn(

@@ -122,7 +122,7 @@ def token_terms(
     if class_weight is not None:
         class_weight = class_weight.to(vectors.dtype).contiguous()
         if labels is not None and terms.reduction == "mean" and terms.num_items is None:
-            class_weight = class_weight * _over_target_weights(class_weight, labels, mask, tokens)
+            class_weight = class_weight * (tokens / sum_of_target_weights(class_weight, labels, mask))
     labels = labels if terms.ce_weight or terms.z_loss or metrics or needed else None
     of_rows = TokenTerms(
         row_scale=row_scale,
@@ -184,14 +184,11 @@ def _denominator(terms: LossTerms, tokens: int | Tensor, student: Tensor) -> flo
     return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(1, tokens)
 
 
-def _over_target_weights(class_weight: Tensor, labels: Tensor, mask: Any, tokens: Any) -> Tensor:
-    """What makes a mean over tokens, as the z-loss is, a mean over the targets' class weights, as the cross-entropy is.
-
-    Targets that all weigh 0 give 0, as no targets do: a batch without a live label must not poison the weights.
-    """
+def sum_of_target_weights(class_weight: Tensor, labels: Tensor, mask: Any) -> Tensor:
+    """The denominator of a mean over the targets' class weights; 1 for targets that all weigh 0: they give 0."""
     known = labels.clamp(0, class_weight.shape[0] - 1)
     of_targets = torch.where(mask, class_weight[known], 0)
-    return tokens / torch.where((of_targets == 0).all(), 1, of_targets.sum())
+    return torch.where((of_targets == 0).all(), 1, of_targets.sum())
 
 
 def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool, known: Known | None = None) -> Tensor:
@@ -229,7 +226,8 @@ def reduced(
     parts = parts.reshape(len(parts), *student.shape[:-1]) if per_token else parts.sum(1)
     if not isinstance(tokens, Tensor):
         tokens = torch.full((), tokens, dtype=torch.long, device=parts.device)
-    made_of = LossParts(parts[0], parts[1], terms.z_loss * parts[2], tokens)
+    z_loss = terms.z_loss * parts[2] if terms.z_loss else torch.zeros_like(parts[2])  # not 0·inf
+    made_of = LossParts(parts[0], parts[1], z_loss, tokens)
     if len(parts) == len(SparseParts._fields) - 1:
         return loss, SparseParts(*made_of, *parts[3:])
     return loss, Metrics(*made_of, *parts[3:]) if return_parts == "metrics" else made_of

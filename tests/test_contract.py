@@ -8,7 +8,9 @@ import io
 import math
 import pickle
 import types
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -645,7 +647,8 @@ def test_compiled_teacher_functions_break_the_graph_and_are_right():
 
 ODD = {"None": None, "list": [1.0], "string": "x", "dict": {}, "complex": torch.ones(3) + 1j, "sparse": torch.eye(3).to_sparse(),
        "meta": torch.ones(3, device="meta"), "NaN": math.nan, "infinity": math.inf, "object": object(), "nested": torch.nested.nested_tensor([torch.ones(2)]),
-       "numbers": torch.ones(7, 5, 3)}  # fmt: skip
+       "numbers": torch.ones(7, 5, 3), "71 bits": 2**70, "no float": 10**400, "small": 1e-300, "great": 1e300, "yes": True,
+       "array": np.ones(4), "numpy's": np.float32(0.5), "fraction": Fraction(1, 3), "a tensor's": torch.tensor(3)}  # fmt: skip
 S, T, Y = torch.randn(4, 8), torch.randn(4, 8), torch.zeros(4).long()
 H, W = torch.randn(4, 5), torch.randn(8, 5)
 CALLS = {
@@ -656,7 +659,9 @@ CALLS = {
         (),
     ),
     fk.linear_cross_entropy: (dict(input=H, linear_weight=W, target=Y), ()),
-}
+    fk.log_probs: (dict(hidden=H, head=W, ids=Y), ()), fk.log_sum_exp: (dict(logits=S), ()),
+    fk.top_k_of: (dict(teacher=T, k=3), ()), fk.sample_of: (dict(teacher=T, draws=3), ()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)

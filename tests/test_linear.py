@@ -261,7 +261,7 @@ MISUSES = {
     "function's shape": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, lambda a, b: torch.zeros(1)), r"must return logits \(13, 301\)"),
     "function and head": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, lambda a, b: None, TEACHER_WEIGHT), "gives logits itself"),
     "bias": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, TEACHER, TEACHER_WEIGHT, student_bias=torch.ones(3)), r"student_bias must have shape \(301,\)"),
-    "chunk": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, TEACHER, TEACHER_WEIGHT, chunk_bytes=0), "chunk_bytes must be positive"),
+    "chunk": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, TEACHER, TEACHER_WEIGHT, chunk_bytes=0), "chunk_bytes must be at least 1"),
     "labels": (lambda: fk.linear_cross_entropy(HIDDEN, WEIGHT, torch.full((N,), V)), r"target must be in \[0, 301\)"),
     "vocab_size": (lambda: fk.linear_cross_entropy(HIDDEN, WEIGHT, torch.zeros(N).long(), vocab_size=999), r"vocab_size must be in \[1, 301\]"),
 }  # fmt: skip

@@ -42,6 +42,16 @@ def test_values_and_gradients(t, dtype, backend):
         assert g.dtype == torch.float32 and relative(g, w) < loose and g[2] == 0
 
 
+def test_float16_logits_over_a_small_temperature(backend):
+    """Beyond 65504, in float32; gradients after a scaler's factor."""
+    inputs, t = problem(torch.float16), 1e-5
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    (got, _), (want, _) = fk.log_probs(*inputs[:2], IDS, bias=inputs[2], entropy=True, temperature=t, backend=backend), expected(*exact, t)  # fmt: skip
+    assert want.min() < -1e5 and relative(got, want) < 1e-5
+    gradients, wanted = (torch.autograd.grad(1e-3 * x.sum(), of) for x, of in ((got, inputs), (want, exact)))
+    assert all((g.double() - w).norm() < 2e-3 * w.norm() for g, w in zip(gradients, wanted, strict=True))
+
+
 def test_one_of_the_two(backend):
     hidden, weight, _ = problem()
     alone, (both, entropies) = (fk.log_probs(hidden, weight, IDS, entropy=e, backend=backend) for e in (False, True))

@@ -11,7 +11,7 @@ from fdistill_kernels.backends.rows import Shard, Targets, TokenTerms
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
-from .conftest import emulate_cuda, labelled, ready, relative
+from .conftest import emulate_cuda, labelled, ready, reference, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -167,6 +167,34 @@ def test_a_sum_of_powers_beyond_float32_has_its_logarithm(backend):
         assert relative(loss, want) < 1e-6
         torch.testing.assert_close(torch.autograd.grad(loss, student)[0].double(), torch.autograd.grad(want, exact)[0],
                                    rtol=1e-2, atol=1e-2)  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 0.99])
+def test_models_whose_overlap_float32_does_not_hold(alpha, backend):
+    """Two peaks so far apart that Σ p^α q^(1−α) underflows have a loss and a gradient; without a common entry it is inf."""
+    student, teacher = torch.randn(4, 300), torch.randn(4, 300)
+    for row, gap in enumerate((100.0, 200.0, 2000.0)):
+        student[row, 3], teacher[row, 7] = gap, gap
+    student[3, :9], teacher[3, 9:] = -math.inf, -math.inf
+    student.requires_grad_()
+    loss = fk.f_divergence(student, teacher, fk.Renyi(alpha), reduction="none", backend=backend)
+    want, wanted, _ = reference(student[:3], teacher[:3], fk.Renyi(alpha))
+    assert relative(loss[:3].sum(), want) < 1e-6 and loss[3] == math.inf
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert relative(gradient[:3], wanted) < 1e-3 and (gradient[3] == 0).all()
+
+
+def test_csd_is_infinite_where_a_weighed_entry_is(backend):
+    """The other model lacks the weights' largest entry, or another one; beside entries that both have."""
+    for weight in ("teacher", "student"):
+        weighed, other = torch.randn(3, 300), torch.randn(3, 300)
+        weighed[0, 7] = 9.0
+        other[0, 7] = other[1, 5] = -math.inf
+        weighed[2, 5] = -math.inf  # which no weight sees
+        models = (other, weighed) if weight == "teacher" else (weighed, other)
+        loss = fk.f_divergence(*models, fk.CSD(weight), reduction="none", backend=backend)
+        want = f_divergence_rows(*(x.double() for x in models), fk.CSD(weight))
+        torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
 
 
 def test_few_rows_of_a_long_vocabulary(backend):

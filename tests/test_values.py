@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, RowCall
@@ -81,6 +82,55 @@ def test_divergence_weight(backend):
     for bad in ("1", float("nan"), torch.rand(N + 1), torch.rand(N, requires_grad=True)):
         with pytest.raises((TypeError, ValueError), match="divergence_weight"):
             fk.f_divergence(student, teacher, divergence_weight=bad)
+
+
+def no_overlap():
+    """Rows of which the first is masked differently in both models, the second has nothing in common."""
+    models = torch.randn(2, 3, V)
+    models[0, 0, :5] = models[1, 0, 5:9] = models[0, 1, :40] = models[1, 1, 40:] = -torch.inf
+    return models[0], models[1], torch.tensor([10, 60, 7])
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("weight", [0.0, torch.tensor([0.0, 0.0, 1.0])], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["kl", "rkl", "js", "pearson", "ab", "lk", "renyi", "akl", "csd", "dkd", "tail_aware"])
+def test_an_infinite_term_that_weighs_nothing_is_not_there(name, weight, backend):
+    student, teacher, labels = no_overlap()
+    for terms in (dict(ce_weight=0.5), dict()):
+        expected = student.clone().requires_grad_()
+        rest = terms.get("ce_weight", 0) * F.cross_entropy(expected, labels, reduction="none")[:2]
+        for parts in (False, "metrics"):
+            models = student.clone().requires_grad_(), teacher.clone().requires_grad_(not parts)
+            loss = fk.f_divergence(*models, name, labels=labels, divergence_weight=weight, reduction="none",
+                                   return_parts=parts, backend=backend, **terms)  # fmt: skip
+            loss = loss[0] if parts else loss
+            torch.testing.assert_close(loss[:2], rest)
+            trained = [x for x in models if x.requires_grad]
+            ours, *others = torch.autograd.grad(loss.sum(), trained)
+            nothing = torch.zeros_like(student)
+            wanted = torch.autograd.grad(rest.sum(), expected, retain_graph=True)[0] if terms else nothing
+            torch.testing.assert_close(ours[:2], wanted[:2], rtol=1e-4, atol=1e-6)
+            assert ours.isfinite().all() and all((x[:2] == 0).all() for x in others)
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_terms_that_weigh_nothing_elsewhere():
+    """Beside lists, of hidden states and inside compilers; and labels' terms."""
+    student, teacher, labels = no_overlap()
+    leaf, weight = student.clone().requires_grad_(), torch.tensor([0.0, 0.0, 1.0])
+    own = torch.compile(lambda s: fk.f_divergence(s, teacher, lambda t: t * t.log(), divergence_weight=weight), backend="eager")  # fmt: skip
+    lists = [fk.TopK(labels[:, None], torch.full((3, 1), -0.5), tail) for tail in ("ignore", "renormalize", "bucket")]
+    hidden = torch.eye(3, requires_grad=True), student.clamp_min(-1e30).T.contiguous()
+    for loss, of in ((own(leaf), leaf), (fk.linear_f_divergence(*hidden, teacher, None, "rkl", divergence_weight=weight), hidden[0]),
+                     *[(fk.f_divergence(leaf, x, "rkl", divergence_weight=0.0), leaf) for x in lists]):  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, of)
+        assert loss.isfinite() and gradient.isfinite().all() and (gradient[:2] == 0).all()
+    wrong = torch.tensor([0, 60, 7])  # of probability 0
+    loss, parts = fk.f_divergence(leaf, student, "kl", labels=wrong, ce_weight=0.0, z_loss=0.1, return_parts=True)
+    torch.testing.assert_close(loss, parts.z_loss)
+    assert parts.cross_entropy == torch.inf and torch.autograd.grad(loss, leaf)[0].isfinite().all()
+    _, parts = fk.cross_entropy(torch.full((1, 9), 1e30), wrong[:1], return_parts=True)
+    assert parts.z_loss == 0
 
 
 HIDDEN, WEIGHT, _, TEACHER, TEACHER_WEIGHT = problem()

@@ -51,6 +51,25 @@ struct Term {
   }
 };
 
+template <typename scalar_t>
+void skip_row(const RowTask& task, int64_t n) {
+  for (int part = 0; part < (task.metrics ? 9 : 3); ++part) task.parts[part * task.row_count + n] = 0.0f;
+  for (const Rows* rows : {&task.student_gradient, &task.teacher_gradient})
+    if (scalar_t* gradient = gradient_row<scalar_t>(*rows, n))
+      std::memset(static_cast<void*>(gradient), 0, task.vocabulary * sizeof(scalar_t));
+}
+
+// A row whose divergence weighs nothing, not even where it is infinite; its metrics are there.
+template <typename scalar_t>
+void without_divergence(RowTask task, int64_t n, const scalar_t* student, float* scratch) {
+  const Rows of_student = task.student_gradient;
+  task.metrics = 0;
+  if (task.labels) task.student_gradient.data = nullptr;  // it may be where the logits are, which are still needed
+  skip_row<scalar_t>(task, n);
+  task.student_gradient = of_student;
+  if (task.labels) cross_entropy_row(task, n, student, scratch);
+}
+
 template <typename Divergence, typename scalar_t>
 void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logits, const scalar_t* teacher_logits,
                     float* scratch) {
@@ -94,6 +113,7 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
     metrics.agreement = student.peak == teacher.peak;
     metrics.write(task, n);
   }
+  if (scale * task.divergence_scale[n] == 0.0f) return without_divergence(task, n, student_logits, scratch);
   Term of_student, of_teacher;
   of_student.row = teacher_gradient ? scratch + 2 * stride : p_row;  // p is not needed again
   of_student.peak = student.peak;
@@ -171,14 +191,6 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
                      scale * task.divergence_scale[n] * task.teacher_inverse_temperature[n],
                      static_cast<float>(of_teacher.total), nullptr, 0.0f, task.teacher_softcap, begin, end);
   });
-}
-
-template <typename scalar_t>
-void skip_row(const RowTask& task, int64_t n) {
-  for (int part = 0; part < (task.metrics ? 9 : 3); ++part) task.parts[part * task.row_count + n] = 0.0f;
-  for (const Rows* rows : {&task.student_gradient, &task.teacher_gradient})
-    if (scalar_t* gradient = gradient_row<scalar_t>(*rows, n))
-      std::memset(static_cast<void*>(gradient), 0, task.vocabulary * sizeof(scalar_t));
 }
 
 template <typename Divergence, typename scalar_t>

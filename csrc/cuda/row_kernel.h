@@ -74,7 +74,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   FDISTILL_DEVICE Statistics sum_over_most(const Statistics& of_lane, const Row& row) const {
     Statistics all{sum_over_most(of_lane.student, row.rate)};
     if (kTeacher) {
-      all.teacher = sum_over_most(of_lane.teacher, row.other_rate);
+      all.teacher = sum_over_most(of_lane.teacher, row.teacher_rate());
       all.other_at_top = warp_top<kMost>(of_lane.student.top == all.student.top ? of_lane.other_at_top : -INFINITY);
     }
     if (tempered(row)) all.plain = warp_sum<kMost>(of_lane.plain * all.student.worth(of_lane.student.top, 1.0f));
@@ -247,7 +247,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
         if (x[i] == of.student.top) of.other_at_top = fmaxf(of.other_at_top, y[i]);
       of.other_at_top = warp_top(of.other_at_top);
     }
-    const Exponential worth(of.student.top, row.rate), other_worth(of.teacher.top, row.other_rate);
+    const Exponential worth(of.student.top, row.rate), other_worth(of.teacher.top, row.teacher_rate());
     for_vectors([&](int k) {
       float x[kSize];
       load_vector(mine, k, x);

@@ -114,7 +114,7 @@ struct RowSlices {
     if (mine == 0) return;
 #pragma unroll
     for (int model = 0; model < kModels; ++model)
-      copy(slices + model * room() + first, slice_of(model ? task.teacher : task.student, row) + first,
+      copy(slices + model * room() + first, slice_of(model && row.has_teacher() ? task.teacher : task.student, row) + first,
            mine * sizeof(Raw), arrived);
   }
 

@@ -11,6 +11,10 @@ struct Row {
   uint32_t outer, inner;        // its indices, the same in every tensor of the call
   int32_t shift;                // entries before it in its first 16 bytes
   int32_t count, first, whole;  // vectors of the slice; of these from `first` on so many are all of this row
+
+  // A divergence that weighs nothing may be infinite: the student is then compared with itself.
+  FDISTILL_DEVICE bool has_teacher() const { return scale * divergence_scale != 0.0f; }
+  FDISTILL_DEVICE float teacher_rate() const { return has_teacher() ? other_rate : rate; }
 };
 constexpr int kFacts = 5, kLabel = 4;
 
@@ -42,7 +46,7 @@ struct Models {
 
   FDISTILL_DEVICE Models(const Row& row, const Statistics& all)
       : top(all.student.top), rate(row.rate), log_total(exact_log(all.student.total)), log2_total(log_total * kLog2E),
-        other_top(all.teacher.top), other_rate(row.other_rate), other_log_total(exact_log(all.teacher.total)),
+        other_top(all.teacher.top), other_rate(row.teacher_rate()), other_log_total(exact_log(all.teacher.total)),
         other_log2_total(other_log_total * kLog2E), other_at_top(all.other_at_top),
         alike(fabsf(other_top - top) <= 1.0f && rate == other_rate) {
     const float more = (all.teacher.total - all.student.total) / all.student.total;

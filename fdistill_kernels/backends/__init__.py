@@ -32,7 +32,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
     Raises:
         ValueError: an unknown backend, or one that cannot take the call, with its reason.
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
         return next(name for name in able if why_not_auto(name, device) is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
@@ -88,12 +88,8 @@ def rows_by(name: str, call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """Results of the right shapes and dtypes, their values not set."""
-    fresh, like = call.student_gradient and not call.inplace, call.terms.row_scale
-    return (
-        like.new_empty(call.parts, like.shape[0]),
-        call.student.new_empty(call.student.shape if fresh else (0,)),
-        call.student.new_empty(call.student.shape if call.teacher_gradient else (0,)),
-    )
+    like = call.terms.row_scale
+    return like.new_empty(call.parts, like.shape[0]), *call.empty_gradients()
 
 
 def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int, name: str = "labels") -> None:

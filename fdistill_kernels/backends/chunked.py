@@ -25,10 +25,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     outer, inner, vocabulary = call.student.shape
     rows = outer * inner
     parts = torch.zeros(call.parts, rows, dtype=call.terms.row_scale.dtype, device=call.student.device)
-    of_student = torch.zeros_like(call.student, memory_format=torch.contiguous_format) if _fresh(call) else None
-    of_teacher = (
-        torch.zeros_like(call.student, memory_format=torch.contiguous_format) if call.teacher_gradient else None
-    )
+    of_student, of_teacher = call.empty_gradients()
     target = call.student if call.inplace else of_student
     step = max(1, CHUNK_ELEMENTS // vocabulary)
     for i in range(outer):
@@ -36,18 +33,11 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
             end = min(begin + step, inner)
             n = slice(i * inner + begin, i * inner + end)
             parts[:, n], student_gradient, teacher_gradient = _chunk(call, i, slice(begin, end), n)
-            if target is not None:
+            if call.student_gradient:
                 target[i, begin:end] = student_gradient.to(target.dtype)
-            if of_teacher is not None:
+            if call.teacher_gradient:
                 of_teacher[i, begin:end] = teacher_gradient.to(of_teacher.dtype)
-    student_gradient, teacher_gradient = (
-        call.student.new_empty(0) if x is None else x for x in (of_student, of_teacher)
-    )
-    return parts, student_gradient, teacher_gradient
-
-
-def _fresh(call: RowCall) -> bool:
-    return call.student_gradient and not call.inplace
+    return parts, of_student, of_teacher
 
 
 def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,10 +59,11 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         assert student is not None
         weight = terms.divergence_scale[n].unsqueeze(1) * call.divergence.scale
         value, of_student, of_teacher = _terms(call.divergence, student, teacher, labels, call.teacher_gradient)
-        divergence = weight * value.sum(1, keepdim=True)
-        student_gradient = weight * student.rate * of_student
+        divergence = times(weight, value.sum(1, keepdim=True))
+        student_gradient = times(weight * student.rate, of_student)
         if of_teacher is not None:
-            teacher_gradient = weight * teacher.rate * of_teacher * cap_slope(teacher.logits, call.teacher_softcap)
+            slope = cap_slope(teacher.logits, call.teacher_softcap)
+            teacher_gradient = times(weight * teacher.rate, of_teacher) * slope
 
     if labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(terms, z_s, labels, n)
@@ -89,7 +80,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
     return parts, finish(student_gradient), finish(teacher_gradient)
 
 
-def _widest(x: Tensor) -> torch.dtype:
+def widest(x: Tensor) -> torch.dtype:
     """What sums are taken in: Apple's GPUs have no float64."""
     return x.dtype if x.device.type == "mps" else torch.float64
 
@@ -103,7 +94,7 @@ class _Model:
         # the maximum first: z / T of logits near 1e4 would lose the digits that the difference keeps
         self.shifted = (logits - self.top) * rate
         exponentials = self.shifted.exp()
-        total = exponentials.sum(1, keepdim=True, dtype=_widest(logits))
+        total = exponentials.sum(1, keepdim=True, dtype=widest(logits))
         self.log_total = total.log()
         self.probability = exponentials * (1 / total).to(logits.dtype)
         self.log_probability = self.shifted - self.log_total.to(logits.dtype)
@@ -144,23 +135,26 @@ def _terms(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The value at each entry, and both models' gradients by rate·logit."""
     p, q, log_p, log_q = (getattr(m, x) for x in ("probability", "log_probability") for m in (teacher, student))
-    formula = divergence.terms
-    of_teacher: Tensor | None
-    if isinstance(formula, Formula):
-        u, numbers = log_ratio(teacher.logits, student.logits, teacher, student), divergence.numbers
-        peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
-        entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
-        if formula.statistics is not None:
-            inside = _members(formula.statistics.members, teacher, labels, numbers[0])
-            entry = _with_statistics(entry._replace(inside=inside), formula.statistics, numbers)
-        value, of_student = formula.value(entry, *numbers), formula.student(entry, *numbers)
-        of_teacher = formula.teacher(entry, *numbers) if teacher_gradient else None
-    else:
-        of_student, of_teacher = formula(p, q, log_p, log_q, divergence.parameter)
-        value = of_student + of_teacher
+    u = log_ratio(teacher.logits, student.logits, teacher, student)
+    peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
+    entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
+    if (statistics := divergence.statistics) is not None:
+        inside = _members(statistics.members, teacher, labels, divergence.parameter)
+        entry = _with_statistics(entry._replace(inside=inside), statistics, divergence.numbers)
+    value, of_student, *of_teacher = terms_at(divergence, entry, teacher_gradient)
     if not divergence.centred:
         of_student = _about_peak(of_student, student)
-    return value, of_student, _about_peak(of_teacher, teacher) if teacher_gradient and of_teacher is not None else None
+    return value, of_student, _about_peak(of_teacher[0], teacher) if teacher_gradient else None
+
+
+def terms_at(divergence: Divergence, entry: Entry, of_teacher: bool) -> tuple[Tensor, ...]:
+    """The value at each entry, the student's term, and the teacher's if wanted."""
+    formula, numbers = divergence.terms, divergence.numbers
+    if not isinstance(formula, Formula):
+        both = formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)
+        return both[0] + both[1], *both[: 1 + of_teacher]
+    found = formula.value(entry, *numbers), formula.student(entry, *numbers)
+    return (*found, formula.teacher(entry, *numbers)) if of_teacher else found
 
 
 def _members(members: str, teacher: _Model, labels: Tensor | None, parameter: float) -> Tensor:
@@ -175,12 +169,12 @@ def _members(members: str, teacher: _Model, labels: Tensor | None, parameter: fl
         last = min(int(parameter), order.values.shape[1]) - 1
         return teacher.logits >= order.values[:, last : last + 1]
     p = teacher.probability.gather(1, order.indices)
-    before = p.cumsum(1, dtype=_widest(p)) - p  # an entry is needed where those before it hold too little
+    before = p.cumsum(1, dtype=widest(p)) - p  # an entry is needed where those before it hold too little
     return teacher.logits >= order.values.gather(1, (before < parameter).sum(1, keepdim=True).clamp_min(1) - 1)
 
 
 def _with_statistics(entry: Entry, statistics: RowStatistics, numbers: tuple[float, float]) -> Entry:
-    sums = (x.sum(1, keepdim=True, dtype=_widest(x)).to(x.dtype) for x in statistics.sums(entry, *numbers))
+    sums = (x.sum(1, keepdim=True, dtype=widest(x)).to(x.dtype) for x in statistics.sums(entry, *numbers))
     return entry._replace(of_row=statistics.coefficients(entry, tuple(sums), *numbers))
 
 
@@ -189,7 +183,7 @@ def _about_peak(term: Tensor, model: _Model) -> Tensor:
     p = model.probability
     at_peak = term.gather(1, model.peak) / p.gather(1, model.peak)
     term = (term - times(p, at_peak)).scatter(1, model.peak, 0)
-    return term - times(p, term.sum(1, keepdim=True, dtype=_widest(term)).to(p.dtype))
+    return term - times(p, term.sum(1, keepdim=True, dtype=widest(term)).to(p.dtype))
 
 
 def _log_softmax(z: Tensor) -> Tensor:

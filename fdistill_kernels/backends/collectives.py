@@ -43,20 +43,10 @@ class Collectives:
             dist.all_reduce(x, dist.ReduceOp.SUM if how is None else how, group=self.group)
         return x
 
-    def begin_sum(self, x: Tensor) -> Any:
-        """Begins to sum x over ranks, in place; `end` ends it."""
+    def begin(self, operation: Any, x: Tensor, **rank: int) -> Any:
+        """Begins an operation of torch.distributed on x, in place; `end` ends it. rank: its group_src or group_dst."""
         with self._sent(x):
-            return dist.all_reduce(x, group=self.group, async_op=True)
-
-    def begin_broadcast(self, x: Tensor, rank: int) -> Any:
-        """Begins to send one rank's x to all, in place; `end` ends it."""
-        with self._sent(x):
-            return dist.broadcast(x, group=self.group, group_src=rank, async_op=True)
-
-    def begin_sum_at(self, x: Tensor, rank: int) -> Any:
-        """Begins to sum x over ranks at one of them, in place there; `end` ends it."""
-        with self._sent(x):
-            return dist.reduce(x, group=self.group, group_dst=rank, async_op=True)
+            return operation(x, group=self.group, async_op=True, **rank)
 
     def end(self, work: Any) -> None:
         """Waits for what was begun."""

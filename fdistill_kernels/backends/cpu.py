@@ -59,15 +59,12 @@ def empty(like: Tensor, *sizes: int) -> Tensor:
 
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`."""
-    student = call.student
-    fresh = call.student_gradient and not call.inplace
-    of_student = empty(student, *student.shape) if fresh else student.new_empty(0)
-    of_teacher = empty(student, *student.shape) if call.teacher_gradient else student.new_empty(0)
+    of_student, of_teacher = call.empty_gradients(empty)
+    to = call.student if call.inplace else of_student
     parts = call.terms.row_scale.new_empty(call.parts, call.terms.row_scale.shape[0])
     symbol, task, _held = row_task(
-        call, (of_student if fresh else student) if call.student_gradient else None,
-        of_teacher if call.teacher_gradient else None, parts,
-    )  # fmt: skip
+        call, to if call.student_gradient else None, of_teacher if call.teacher_gradient else None, parts
+    )
     error = LIBRARY.fdistill_cpu_divergence_rows(
         CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads()
     )

@@ -174,12 +174,11 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     parts = torch.empty(call.parts, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
     if call.terms.metrics:
         triton.write_metrics(call, parts)
-    gradient = student if call.inplace else student.new_empty(0)
-    if call.student_gradient and not call.inplace:
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    fresh, nothing = call.empty_gradients()
+    gradient = student if call.inplace else fresh
     symbol, task, _held = row_task(call, gradient if call.student_gradient else None, None, parts)
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0
         if not LIBRARY.divergence_rows(symbol, task, launch, stream):
             return triton.divergence_rows(call)
-    return parts, student.new_empty(0) if call.inplace else gradient, student.new_empty(0)
+    return parts, fresh, nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -218,6 +219,12 @@ class RowCall(NamedTuple):
     def divergence(self) -> Divergence | None:
         """Of a checked call."""
         return _known(self.terms.divergence)
+
+    def empty_gradients(self, make: Callable[..., Tensor] = Tensor.new_empty) -> tuple[Tensor, Tensor]:
+        """Both models' gradients, their values not set, dense; one that is not wanted, or in place, is of size 0."""
+        wanted = self.student_gradient and not self.inplace, self.teacher_gradient
+        of_student, of_teacher = (make(self.student, *(self.student.shape if want else (0,))) for want in wanted)
+        return of_student, of_teacher
 
     def checked(self) -> RowCall:
         """The call as kernels may take it, whoever made it.

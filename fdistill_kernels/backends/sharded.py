@@ -13,7 +13,7 @@ largest, and akl finds its threshold by halving. Every rank has the same loss, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import NOTHING, Entry, Formula, times
-from .chunked import CHUNK_ELEMENTS, _widest, log_ratio
+from .chunked import CHUNK_ELEMENTS, log_ratio, terms_at, widest
 from .collectives import Collectives
 from .rows import LinearCall, RowCall, cap_slope, capped
 
@@ -116,19 +116,14 @@ class _Rows:
         formula = divergence.terms if divergence is not None else None
         if isinstance(formula, Formula) and formula.statistics is not None:
             self.ask(formula)
-        dense, fresh = torch.contiguous_format, call.student_gradient and not call.inplace
-        of_student, of_teacher = (
-            torch.empty_like(call.student, memory_format=dense) if wanted else None
-            for wanted in (fresh, call.teacher_gradient)
-        )
-        target = call.student if call.inplace else of_student
+        of_student, of_teacher = call.empty_gradients()
+        outs = call.student if call.inplace else of_student, of_teacher
         parts = self.totals()
         for n, logits in self.chunks():
-            for out, gradient in zip((target, of_teacher), self.gradients(n, logits), strict=True):
-                if out is not None:
+            for out, gradient in zip(outs, self.gradients(n, logits), strict=True):
+                if out.numel():
                     out.flatten(0, 1)[n] = torch.where(self.live[n], gradient, 0).to(out.dtype)
-        nothing = call.student.new_empty(0)
-        return parts, nothing if of_student is None else of_student, nothing if of_teacher is None else of_teacher
+        return parts, of_student, of_teacher
 
     def statistics(self) -> None:
         """The first sweep, and what the ranks gather."""
@@ -138,12 +133,10 @@ class _Rows:
             tops = [x.max(1, keepdim=True) for x in logits]
             for i, (x, top) in enumerate(zip(logits, tops, strict=True)):
                 other = logits[1 - i] if len(logits) > 1 else x
-                finite = torch.where(top.values == -torch.inf, 0, top.values)
-                columns += [top.values, _total(x, finite, self.rates[i][n]), other.gather(1, top.indices)]
+                columns += [top.values, _total(x, top.values, self.rates[i][n]), other.gather(1, top.indices)]
                 peaks.append(top.indices)
-            columns.append(_total(logits[0], torch.where(tops[0].values == -torch.inf, 0, tops[0].values), 1.0))
-            columns.append(self.at_labels(logits[0], n))
-            found.append(torch.cat([c.to(_widest(logits[0])) for c in columns], 1))
+            columns += [_total(logits[0], tops[0].values, 1.0), self.at_labels(logits[0], n)]
+            found.append(torch.cat([c.to(widest(logits[0])) for c in columns], 1))
             places.append(torch.cat(peaks, 1))
         self.combine(self.wire.gathered(torch.cat(found)), torch.cat(places))
 
@@ -156,9 +149,7 @@ class _Rows:
             top, rate = tops.amax(0), self.rates[i]
             owner = (tops == top).byte().argmax(0)
             weight = torch.where(tops == -torch.inf, 0, ((tops - top) * rate).exp())
-            log_total = (
-                times(weight, totals).sum(0).log()
-            )  # of models that nearly agree the digits beyond float32 count
+            log_total = times(weight, totals).sum(0).log()  # of models that nearly agree every digit counts
             mine = owner == self.wire.group.rank()
             self.models.append(Model(top.to(self.dtype), log_total, rate, mine, places[:, i : i + 1]))
             self.there.append(others.gather(0, owner.unsqueeze(0))[0].to(self.dtype))
@@ -220,15 +211,11 @@ class _Rows:
         if statistics.anchor is not None:
             largest = torch.cat([statistics.anchor(self.entry(n, x)[0], *numbers) for n, x in self.chunks()])
             self.anchor = self.wire.reduced(largest, dist.ReduceOp.MAX)
-        sums = []
-        for n, logits in self.chunks():
-            entry = self.anchored(self.entry(n, logits)[0], n)
-            sums.append(
-                torch.cat([x.sum(1, keepdim=True, dtype=_widest(x)) for x in statistics.sums(entry, *numbers)], 1)
-            )
+        sums = [
+            _sums(statistics.sums(self.anchored(self.entry(n, logits)[0], n), *numbers)) for n, logits in self.chunks()
+        ]
         whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
-        nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
-        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher)
+        of_row = Entry(*[torch.zeros_like(self.u_at_peaks[0])] * 7, *self.u_at_peaks)
         self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
 
     def anchored(self, entry: Entry, n: slice) -> Entry:
@@ -259,7 +246,7 @@ class _Rows:
     def mass_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
         found = _local(logits, self.models[1].of_rows(n))
         held = torch.where(found.log_probability >= log_p, found.probability, 0)
-        return held.sum(1, keepdim=True, dtype=_widest(logits))
+        return held.sum(1, keepdim=True, dtype=widest(logits))
 
     def smallest_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
         found = _local(logits, self.models[1].of_rows(n))
@@ -270,18 +257,9 @@ class _Rows:
         divergence = self.call.divergence
         assert divergence is not None
         entry, local, models = self.entry(n, logits)
-        numbers, formula = divergence.numbers, divergence.terms
-        entry = self.anchored(entry, n)
-        if not isinstance(formula, Formula):
-            of_student, of_teacher = formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)
-            value, every = of_student + of_teacher, [of_student, of_teacher]
-        else:
-            value = formula.value(entry, *numbers)
-            every = [formula.student(entry, *numbers)]
-            if self.call.teacher_gradient:
-                every.append(formula.teacher(entry, *numbers))
+        value, *every = terms_at(divergence, self.anchored(entry, n), self.call.teacher_gradient)
         found = []
-        for i, term in enumerate(every[: 2 if self.call.teacher_gradient else 1]):
+        for i, term in enumerate(every):
             if i == 0 and divergence.centred:
                 found.append(term)
                 continue
@@ -302,11 +280,7 @@ class _Rows:
         entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, peaks[i], t.shifted,
                       s.shifted, peaks[0], peaks[1])  # fmt: skip
         at = self.peak_ids(i)[n] if divergence.needs_labels else 0
-        entry = self.anchored(self.with_row(entry, n, z_t, at), n)
-        formula, numbers = divergence.terms, divergence.numbers
-        if not isinstance(formula, Formula):
-            return formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)[i]
-        return (formula.teacher if i else formula.student)(entry, *numbers)
+        return terms_at(divergence, self.anchored(self.with_row(entry, n, z_t, at), n), of_teacher=i == 1)[1 + i]
 
     def peak_ids(self, i: int) -> Tensor:
         """The whole vocabulary's ids of the largest entries."""
@@ -326,14 +300,13 @@ class _Rows:
         if divergence is not None:
             for n, logits in self.chunks():
                 value, found, both = self.terms_at(n, logits)
-                columns = [value, *found, *(self.metrics_at(both) if terms.metrics else ())]
-                local.append(torch.cat([x.sum(1, keepdim=True, dtype=_widest(x)) for x in columns], 1))
+                local.append(_sums([value, *found, *(self.metrics_at(both) if terms.metrics else ())]))
             whole = self.wire.reduced(torch.cat(local)).to(self.dtype).split(1, 1)
-            parts[0] = terms.divergence_scale.unsqueeze(1) * divergence.scale * whole[0]
+            parts[0] = times(terms.divergence_scale.unsqueeze(1) * divergence.scale, whole[0])
             count = 2 if self.call.teacher_gradient else 1
-            self.sums = [
-                torch.zeros_like(whole[0]) if i == 0 and divergence.centred else whole[1 + i] for i in range(count)
-            ]
+            self.sums = list(whole[1 : 1 + count])
+            if divergence.centred:
+                self.sums[0] = torch.zeros_like(whole[0])
             if terms.metrics:
                 parts += self.metrics(whole[1 + count :])
         scale = terms.row_scale.unsqueeze(1)
@@ -367,8 +340,7 @@ class _Rows:
     def weighted(self, n: slice, logits: Tensor) -> Tensor:
         """Σ w (top − z) and Σ w of the entries here."""
         w = torch.ones_like(logits) if self.terms.class_weight is None else self.class_weight.expand_as(logits)
-        both = times(w, self.models[0].top[n] - logits), w
-        return torch.cat([x.sum(1, keepdim=True, dtype=_widest(logits)) for x in both], 1)
+        return _sums([times(w, self.models[0].top[n] - logits), w])
 
     @property
     def class_weight(self) -> Tensor:
@@ -392,7 +364,7 @@ class _Rows:
             _, every, local = self.terms_at(n, logits)
             for i, term in enumerate(every):
                 of_model = term - times(local[i].probability, self.sums[i][n])
-                found[i] = weight * self.rates[i][n] * of_model
+                found[i] = times(weight * self.rates[i][n], of_model)
         if self.labels is not None and call.student_gradient:
             found[0] = found[0] + self.label_gradient(n, logits[0])
         slopes = cap_slope(logits[0], call.student_softcap), cap_slope(logits[-1], call.teacher_softcap)
@@ -416,8 +388,14 @@ class _Rows:
         return gradient - torch.where(places == self.labels[n].unsqueeze(1), of_label, 0)
 
 
+def _sums(columns: Iterable[Tensor]) -> Tensor:
+    """Of each (n, V_local), side by side."""
+    return torch.cat([x.sum(1, keepdim=True, dtype=widest(x)) for x in columns], 1)
+
+
 def _total(x: Tensor, top: Tensor, rate: Any) -> Tensor:
-    return ((x - top) * rate).exp().sum(1, keepdim=True, dtype=_widest(x))
+    finite = torch.where(top == -torch.inf, 0, top)
+    return ((x - finite) * rate).exp().sum(1, keepdim=True, dtype=widest(x))
 
 
 def _local(logits: Tensor, model: Model) -> Local:

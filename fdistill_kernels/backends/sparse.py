@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import reference
 from ..carried import replaced
 from ..divergences import Divergence
+from ..formulas import times
 from ..own import FDivergence, autograd_inside_an_operator
 from . import chunked, sharded
 from .collectives import Collectives
@@ -92,15 +93,14 @@ def divergence_rows(call: RowCall, backend: Any) -> tuple[Tensor, Tensor, Tensor
     """See `RowCall`; `backend`: the module whose kernels run."""
     student = call.student
     parts = torch.empty(call.parts, len(call.terms.row_scale), dtype=call.terms.row_scale.dtype, device=student.device)
-    fresh = call.student_gradient and not call.inplace
-    out = getattr(backend, "empty", Tensor.new_empty)(student, *(student.shape if fresh else (0,)))
-    gradient = student if call.inplace else out if fresh else None
+    out, nothing = call.empty_gradients(getattr(backend, "empty", Tensor.new_empty))
+    gradient = student if call.inplace else out if call.student_gradient else None
     whole, ranks = _asks_every_entry(call), Ranks(call.shard)
     for i, j, n in _pieces(call, whole, ranks, backend):
         some = replaced(call, student=student[i, j], terms=call.terms.of_rows(n), targets=call.targets.of_rows(n))
         run = _whole_rows if whole else _categories
         parts[:, n] = run(some, None if gradient is None else gradient[i, j], ranks, backend)
-    return parts, out, student.new_empty(0)
+    return parts, out, nothing
 
 
 class Ranks:
@@ -258,7 +258,7 @@ def _categories_of(call: RowCall, ids: Tensor, given: Tensor, student: Tensor) -
 
 def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
     """``Σ_S p`` as given, and how far its rounding may be from it, in the widest arithmetic."""
-    wide = given if given.device.type == "mps" else given.double()
+    wide = given.to(chunked.widest(given))
     p = wide.exp()
     spread = torch.where(p > 0, p * wide.abs(), 0).sum(1)
     return p.sum(1), 4 * targets.rounding * spread + torch.finfo(given.dtype).eps  # a few roundings, of who made them
@@ -295,17 +295,17 @@ def _truncated(
     """Sums over the list alone, of the terms as their definition has them, in the widest arithmetic."""
     terms, divergence = call.terms, call.divergence
     assert divergence is not None
-    wide = student.dtype if student.device.type == "mps" else torch.float64
+    wide = chunked.widest(student)
     with torch.inference_mode(False), torch.set_grad_enabled(wanted), autograd_inside_an_operator():
         given = (student, teacher, terms.row_scale * terms.divergence_scale, call.targets.weights)
         z, log_p, scale, weights = (None if x is None else x.to(wide, copy=True) for x in given)
-        listed, counts, place = ids.clone() >= 0, live.clone(), None if labels is None else labels.clone()
         assert z is not None and log_p is not None and scale is not None
+        listed, counts, place = ids.clone() >= 0, live & (scale != 0), None if labels is None else labels.clone()
         z = torch.where(counts.unsqueeze(1), z, 0).requires_grad_(wanted)
         log_q = z.log_softmax(1)[:, :-1]
         losses = torch.where(counts, scale * _sums(divergence, log_p[:, :-1], log_q, listed, weights, place), 0)
         gradient = torch.autograd.grad(losses.sum(), z)[0] if wanted else torch.zeros_like(z)
-    return losses.detach().to(student.dtype), torch.where(live.unsqueeze(1), gradient, 0).to(student.dtype)
+    return losses.detach().to(student.dtype), torch.where(counts.unsqueeze(1), gradient, 0).to(student.dtype)
 
 
 def _sums(
@@ -337,7 +337,8 @@ class _Labels:
         self.at_label = ranks.at(call, self.labels.unsqueeze(1)).squeeze(1)
         self.log_all = torch.logaddexp(row.plain_rest, row.below.logsumexp(1))
         smoothing, scale = terms.label_smoothing, terms.row_scale * terms.cross_entropy_scale
-        cross_entropy = (1 - smoothing) * (self.log_all - (self.at_label - top))
+        of_label = self.log_all.new_tensor(1 - smoothing)
+        cross_entropy = times(of_label, self.log_all - (self.at_label - top))
         if smoothing:
             cross_entropy = cross_entropy + smoothing * (
                 self.log_all + ranks.summed(_distance(call, top)) / call.vocabulary

@@ -239,12 +239,14 @@ def _coefficients(call: RowCall, terms: TokenTerms, chosen: Launch) -> Tensor:
 
     divergence = call.divergence
     assert divergence is not None and divergence.statistics is not None and divergence.kernel is not None
-    coefficients = terms.row_scale.new_empty(row_statistics.COEFFICIENTS.value + 1, len(terms.row_scale))
+    of_divergence = terms.row_scale * terms.divergence_scale  # rows where it is 0 are not looked at
+    coefficients = of_divergence.new_zeros(row_statistics.COEFFICIENTS.value + 1, len(of_divergence))
     sums, of_sums = row_terms.STATISTICS[divergence.kernel]
     by = row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT
-    _look(row_statistics.row_statistics_kernel, call, terms, chosen, coefficients=coefficients, **constants(divergence),
-          SUMS=sums, OF_SUMS=of_sums, LARGEST_OF=row_terms.LARGEST.get(divergence.kernel),
-          MEMBERS=functions(divergence, False)["MEMBERS"], BY=by.value)  # fmt: skip
+    _look(row_statistics.row_statistics_kernel, call, terms._replace(row_scale=of_divergence), chosen,
+          coefficients=coefficients, **constants(divergence), SUMS=sums, OF_SUMS=of_sums,
+          LARGEST_OF=row_terms.LARGEST.get(divergence.kernel), BY=by.value,
+          MEMBERS=functions(divergence, False)["MEMBERS"])  # fmt: skip
     return coefficients
 
 

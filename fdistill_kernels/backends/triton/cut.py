@@ -106,7 +106,7 @@ class _Sweeps:
         scale = terms.divergence_scale * (call.divergence.scale if call.divergence else 1)
         cross_entropy, squared_lse = self.label_terms(label_logit, linear)
         fact["of_divergence"].copy_(terms.row_scale * scale * fact["student_rate"])
-        values = (scale * divergence, cross_entropy, squared_lse)
+        values = (times(scale, divergence), cross_entropy, squared_lse)
         return torch.stack([torch.where(terms.row_scale != 0, terms.row_scale * x, 0) for x in values])
 
     def statistics(self) -> Tensor:

@@ -6,7 +6,7 @@ import triton.language as tl
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import load_logits, row_at
 from .softmaxes import softmaxes_of
-from .terms import LOWEST_LOG, exp
+from .terms import LOWEST_LOG, NO_OVERLAP, exp
 
 COEFFICIENTS = tl.constexpr(8)
 #: How the teacher's largest entries are told: by their number, or by their mass.
@@ -78,7 +78,7 @@ def row_statistics_kernel(
                     enough = tl.minimum(parameter, vocabulary * 1.0)
                 threshold = _threshold(teacher_row, vocabulary, models, enough, teacher_cap, BY, BLOCK)
             zeros = tl.zeros([BLOCK], tl.float32)
-            most = zeros
+            most = zeros + NO_OVERLAP
             if LARGEST_OF is not None:
                 for start in tl.range(0, vocabulary, BLOCK):
                     v = start + tl.arange(0, BLOCK)

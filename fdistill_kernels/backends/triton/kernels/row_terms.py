@@ -1,8 +1,8 @@
 """Divergences that ask for statistics of their row, as csrc/row_divergences.h has and row_formulas.py explains them.
 
 A divergence's sums are of an entry (terms.py), its coefficients of the sums, both beside the row's facts: u at both
-peaks, and the largest of what it names, at least 0. Its terms take the coefficients behind their constants, own[FIRST]
-and on, with the models exchanged in reverse.
+peaks, and the largest of what it names, at least NO_OVERLAP. Its terms take the coefficients behind their constants,
+own[FIRST] and on, with the models exchanged in reverse.
 """
 
 import triton
@@ -109,17 +109,22 @@ def EntropyGatedCoefficients(sums, own, facts):
 
 
 @triton.jit
+def _u_at_weights_peak(own, facts):
+    """u at the largest weight, whose own then keeps its digits; 0 where it is infinite, as the mean then will be."""
+    u = tl.where(own[0] != 0, facts[1], facts[0])
+    return tl.where(tl.abs(u) == float("inf"), 0.0, u)
+
+
+@triton.jit
 def CsdSums(e, own, facts):
-    """From u at the weights' peak, whose own then keeps its digits."""
     p, q, _, _, u, _, _, _, _ = e
-    of_teacher = own[0] != 0
-    mean = times(tl.where(of_teacher, p, q), u - tl.where(of_teacher, facts[1], facts[0]))
+    mean = times(tl.where(own[0] != 0, p, q), u - _u_at_weights_peak(own, facts))
     return mean, 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
 def CsdCoefficients(sums, own, facts):
-    at_peak = tl.where(own[0] != 0, facts[1], facts[0])
+    at_peak = _u_at_weights_peak(own, facts)
     return sums[0], at_peak, 0.0, 0.0, 0.0, 0.0, -at_peak, -sums[0]
 
 
@@ -183,7 +188,7 @@ def GroupedRkl(e, own, CLOSE: tl.constexpr):
     q, inside = e[1], e[8]
     apart = -e[4] - own[LAST - 2]
     outside = times(own[LAST - 6] * own[LAST - 3] * q, apart - own[LAST - 7])
-    return tl.where(inside, own[LAST] * times(q, apart), outside), 0.0 * q
+    return tl.where(inside, times(own[LAST], times(q, apart)), outside), 0.0 * q
 
 
 BY_SYMBOL = {

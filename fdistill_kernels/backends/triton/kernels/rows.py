@@ -196,6 +196,10 @@ def row_kernel(
                 student_rate = tl.load(student_inverse_temperature + n)
                 teacher_rate = tl.load(teacher_inverse_temperature + n)
                 of_divergence = scale * tl.load(divergence_scale + n)
+                # what weighs nothing may be infinite: the student is compared with itself; kl's term is finite anyway
+                if not LATE or coefficients is not None:
+                    teacher_row = tl.where(of_divergence == 0, student_row, teacher_row)
+                    teacher_rate = tl.where(of_divergence == 0, student_rate, teacher_rate)
             saved, step = partials, rows * SPLITS
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS
@@ -284,6 +288,6 @@ def row_kernel(
                         if LATE:
                             divergence = value
                     if tl.program_id(1) == 0:
-                        tl.store(parts + n, of_divergence * divergence)
+                        tl.store(parts + n, times(of_divergence, divergence))
                         tl.store(parts + rows + n, scale * cross_entropy)
                         tl.store(parts + 2 * rows + n, scale * squared_lse)

@@ -12,8 +12,9 @@ import triton.language as tl
 from ....formulas import ABOUT_ONE as _ABOUT_ONE
 from ....formulas import LOWEST_LOG as _LOWEST_LOG
 from ....formulas import NEAR as _NEAR
+from ....formulas import NO_OVERLAP as _NO_OVERLAP
 
-LOWEST_LOG = tl.constexpr(_LOWEST_LOG)
+LOWEST_LOG, NO_OVERLAP = tl.constexpr(_LOWEST_LOG), tl.constexpr(_NO_OVERLAP)
 ABOUT_ONE = tl.constexpr(_ABOUT_ONE)
 NEAR = tl.constexpr(next(iter(_NEAR.values())))
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)

@@ -148,7 +148,7 @@ def tile_kernel(
                         weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
                     else:
                         rate = _fact(facts, OF_DIVERGENCE, n, rows)
-                        result += rate * (of_student - q * _fact(facts, WEIGHT, n, rows))
+                        result += times(rate, of_student - q * _fact(facts, WEIGHT, n, rows))
                 if PHASE == GRADIENT:
                     if student_cap is not None:
                         result *= 1 - (z / student_cap) * (z / student_cap)
