@@ -354,6 +354,22 @@ def test_a_shard_of_another_size_is_seen_when_a_store_is_opened(tmp_path):
     assert len(store) == len(kept) and list(store.summary()["damaged"]) == [shard.stem]
 
 
+@pytest.mark.parametrize("spoil", [lambda shard: shard.with_suffix(".json").unlink(), lambda shard: shard.unlink(),
+                                   lambda shard: shard.write_bytes(b"\0" * shard.stat().st_size)],
+                         ids=["no sidecar", "no shard", "other bytes"])  # fmt: skip
+def test_damaged_shards_are_set_aside(tmp_path, spoil):
+    _, kept = filled(tmp_path)
+    shard = next((tmp_path / "shards").glob("*.safetensors"))
+    spoil(shard)
+    store = TeacherStore(tmp_path, validate="full")
+    assert list(store.damaged) == [shard.stem] and list(store.set_aside()) == [shard.stem] and not store.set_aside()
+    again = TeacherStore(tmp_path, validate="full")
+    assert not store.damaged and not again.damaged and 0 < len(store) == len(again) < len(kept)
+    with store.writer() as writer:
+        assert sum(writer.add(*one) for one in kept) == len(kept) - len(again)
+    assert {path.stem for path in (tmp_path / "damaged").iterdir()} == {shard.stem}
+
+
 def test_summary_counts_and_tells_the_mass(tmp_path):
     store, kept = filled(tmp_path, k=11)
     found, tokens = store.summary(), sum(len(c) for _, c, _ in kept)

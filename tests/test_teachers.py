@@ -451,6 +451,24 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
     assert json.loads(json.dumps(found, allow_nan=False))["choices"][0]["prompt_logprobs"][1]["9"]["logprob"] == -9999
 
 
+def test_a_server_makes_the_logits_of_a_few_tokens_at_a_time(causal_files, monkeypatch):
+    room, tokenizer = InRoom(llama(seed=2)), AutoTokenizer.from_pretrained(causal_files / "causal")
+    prompt, spans = [3, 9, 4, 1, 5, 9, 2, 6], []
+
+    def noted(rows, device):
+        logits = logits_function(rows, device)
+        return lambda begin, end: spans.append((begin, end)) or logits(begin, end)
+
+    monkeypatch.setattr(serve, "logits_function", noted)
+    whole = serve.prompt_log_probs(room, tokenizer, prompt, 3)
+    monkeypatch.setattr(serve, "ENTRIES", 2 * room.vocabulary + 1)
+    pieces = serve.prompt_log_probs(room, tokenizer, prompt, 3)
+    assert spans == [(0, 7), (0, 2), (2, 4), (4, 6), (6, 7)] and len(whole) == len(pieces) == 8
+    for one, other in zip(whole[1:], pieces[1:], strict=True):
+        assert list(one) == list(other)
+        assert [e["logprob"] for e in one.values()] == pytest.approx([e["logprob"] for e in other.values()], abs=1e-5)
+
+
 def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):
     """rkl, on sequences that no store has seen; the second run asks the server for nothing that the first did."""
     server = serve.server(str(causal_files / "causal"), port=0)
@@ -493,7 +511,12 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
     command(
         "teacher", "verify", store, "--teacher", causal_files / "causal", expect=1
     )  # the damaged files are named still
-    assert "kl_largest" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "kl_largest" in told.out and "--repair" in told.err
+    command("teacher", "verify", store, "--repair", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["set_aside"] and not found["damaged"]
+    command("teacher", "verify", store)
     changed = tmp_path / "changed.tsv"
     changed.write_text(data.read_text().replace("numărul 19 și 20", "numărul 19 și 21"))
     train = kl_run(causal_files, store)

@@ -181,19 +181,25 @@ def inspect(folder: str, plot: str | None = None) -> dict[str, Any]:
     return found
 
 
-def verify(folder: str, teacher: str | None = None, sequences: int = 16, seed: int = 0) -> dict[str, Any]:
+def verify(
+    folder: str, teacher: str | None = None, sequences: int = 16, seed: int = 0, repair: bool = False
+) -> dict[str, Any]:
     """Verifies all checksums; given the model's folder or hub name, also computes a sample of sequences again.
 
+    repair: move the damaged shards aside; `build` then asks for their sequences again.
+
     Returns:
-        damaged: what the checksums say. With the model also the numbers of sequences and tokens compared, and the
-            distance of the store's distributions from the model's: kl and tvd per token (kl in nats), mean and largest.
+        damaged: what the checksums say; set_aside: the shards that `repair` has moved. With the model also the numbers
+            of sequences and tokens compared, and the distance of the store's distributions from the model's: kl and tvd
+            per token (kl in nats), mean and largest.
 
     Raises:
         ValueError: the store was built from another model, by its fingerprint.
     """
     store = open_store(folder)
     store.verify()
-    found: dict[str, Any] = {"damaged": store.damaged, "sequences": len(store)}
+    found: dict[str, Any] = {"set_aside": store.set_aside()} if repair else {}
+    found |= {"damaged": store.damaged, "sequences": len(store)}
     if teacher is None or not len(store):
         return found
     model = InRoom(load_model(teacher))

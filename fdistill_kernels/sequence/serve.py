@@ -82,6 +82,8 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     return ThreadingHTTPServer((host, port), Handler)
 
 
+#: Logits that are made at a time: 16 MiB in float32.
+ENTRIES = 1 << 22
 #: What it may say so alone, which changes nothing.
 OFF = {"min_p": 0, "repetition_penalty": 1, "n": 1, "stream": False, "echo": False}
 #: What a request may say.
@@ -128,22 +130,28 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
 
 @torch.no_grad()
 def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
-    """In vLLM's form: null for the first token, then for each token the k largest, and the token itself."""
-    if len(prompt) < 2:
-        return [None]
-    device = next(room.model.parameters()).device
-    rows = room.rows([torch.tensor(prompt[:1])], [torch.tensor(prompt[1:])], device)
-    log_p = logits_function(rows, device)(0, len(prompt) - 1)[:, : room.vocabulary].float().log_softmax(-1)
-    log_p = log_p.clamp_min(MINUS_INFINITY)  # as vLLM: JSON has no −∞
-    largest = log_p.topk(min(k, room.vocabulary), -1)
-    own = log_p.gather(1, torch.tensor(prompt[1:], device=device).unsqueeze(1))
-    ranks = ((log_p > own).sum(1) + 1).tolist()
+    """In vLLM's form: null for the first token, then for each token the k largest, and the token itself.
+
+    The logits of a few tokens at a time are made, so that a long prompt takes no memory of the order L·V.
+    """
     found: list[dict[str, Any] | None] = [None]
-    for ids, values, token, of_token, rank in zip(
-        largest.indices.tolist(), largest.values.tolist(), prompt[1:], own[:, 0].tolist(), ranks, strict=True
-    ):
-        each = {i: (x, r) for r, (i, x) in enumerate(zip(ids, values, strict=True), 1)}
-        each.setdefault(token, (of_token, rank))
-        found.append({str(i): {"logprob": x, "rank": r, "decoded_token": tokenizer.decode([i])}
-                      for i, (x, r) in each.items()})  # fmt: skip
+    if len(prompt) < 2:
+        return found
+    device = next(room.model.parameters()).device
+    first, tokens = torch.tensor(prompt, device=device).tensor_split([1])
+    logits = logits_function(room.rows([first], [tokens], device), device)
+    end = 0
+    for piece in tokens.split(max(1, ENTRIES // room.vocabulary)):
+        begin, end = end, end + len(piece)
+        log_p = logits(begin, end)[:, : room.vocabulary].float().log_softmax(-1)
+        log_p = log_p.clamp_min_(MINUS_INFINITY)  # as vLLM: JSON has no −∞
+        own = log_p.gather(1, piece.unsqueeze(1))
+        ranks = (log_p > own).sum(1) + 1
+        largest = log_p.topk(min(k, room.vocabulary), -1)
+        columns = largest.indices, largest.values, piece, own[:, 0], ranks
+        for ids, values, token, of_token, rank in zip(*(column.tolist() for column in columns), strict=True):
+            each = {i: (x, r) for r, (i, x) in enumerate(zip(ids, values, strict=True), 1)}
+            each.setdefault(token, (of_token, rank))
+            found.append({str(i): {"logprob": x, "rank": r, "decoded_token": tokenizer.decode([i])}
+                          for i, (x, r) in each.items()})  # fmt: skip
     return found

@@ -4,6 +4,7 @@
     head.safetensors          for hidden states: the teacher's head, once
     shards/NAME.safetensors   rows of some sequences, one after another, and the sequences' token ids
     shards/NAME.json          its sidecar: bytes, checksum, counts, each sequence's hash and rows; written last
+    damaged/                  shards that `set_aside` has moved away
 
 Every file is complete or absent: it is written under another name, synced, and renamed. JSON files and the head contain
 their own checksum. No file is ever changed, and no two writers use the same name, so no locks are needed.
@@ -35,7 +36,7 @@ from ..values import Head, Hidden
 from . import packing
 
 FORMAT = 1
-KINDS = ("top_k", "hidden")
+KINDS, HEAD = ("top_k", "hidden"), "head.safetensors"
 #: Log-probabilities above 0 that are taken for rounding.
 ABOVE = 0.05
 #: Partial files of that many seconds are a dead writer's.
@@ -322,12 +323,12 @@ class TeacherStore:
             if packing.hash_tensors(kept.items()) != self._head_hash:  # states of one projection are not the other's
                 raise Damaged(f"{error}, and its directions come out otherwise on this machine: remove "
                               f"{self.folder} to make it anew") from error  # fmt: skip
-            _write(self.folder / "head.safetensors", save(kept))
+            _write(self.folder / HEAD, save(kept))
 
     def _head_tensors(self) -> dict[str, Tensor]:
         """The head's tensors, memory-mapped, verified once."""
         if self._head is None:
-            path, found = self.folder / "head.safetensors", {}
+            path, found = self.folder / HEAD, {}
             with contextlib.suppress(Damaged):
                 found = _mapped(path)
             if packing.hash_tensors(found.items()) != self._head_hash:
@@ -347,6 +348,22 @@ class TeacherStore:
     def damaged(self) -> dict[str, str]:
         """Names of damaged shards, as far as known, and what is wrong with each."""
         return {**self._unread, **self._broken}
+
+    def set_aside(self) -> dict[str, str]:
+        """Moves the files of damaged shards into the folder `damaged`. Their sequences are missing, as before.
+
+        No writer may be at work: a shard that is being written looks like one without its sidecar.
+
+        Returns:
+            The names of the shards, and what was wrong with each.
+        """
+        found = {name: why for name, why in self.damaged.items() if name != HEAD}
+        (self.folder / "damaged").mkdir(exist_ok=True)
+        for file in [f"{name}.{suffix}" for name in found for suffix in ("safetensors", "json")]:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.folder / "shards" / file, self.folder / "damaged" / file)
+        self._unread, self._broken = {}, {name: why for name, why in self._broken.items() if name == HEAD}
+        return found
 
     def refresh(self) -> None:
         """Looks for sequences that other writers have added."""
@@ -394,7 +411,7 @@ class TeacherStore:
             try:
                 self._head_tensors()
             except Damaged as error:
-                self._broken["head.safetensors"] = str(error)
+                self._broken[HEAD] = str(error)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memory maps, which belong to a process."""
