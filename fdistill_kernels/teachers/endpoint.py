@@ -37,7 +37,7 @@ from torch import Tensor
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
-from .store import MissingTargets, TeacherStore, _check, _pair, _settings
+from .store import MissingTargets, TeacherStore, _pair, _settings, check_same
 
 if TYPE_CHECKING:
     from ..sequence.sampling import Sampling  # which needs transformers
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 Ids = Sequence[int] | Tensor
 KINDS = ("vllm", "sglang", "vllm_hidden")
-#: Seconds before the second try, doubled for each further one up to the longest, each time by a factor of 0.5 to 1.
+#: Seconds before the second try, doubled for each further one up to the longest; each is multiplied by 0.5 to 1.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-#: How far a probability may move when the same is asked again in another batch, or states, of their size.
+#: How far a probability, or states relative to their norm, may move when a sequence is asked for again.
 AGREES = 0.1
-#: Rows that a stored sequence which is asked again should have; seconds between two lines of the log.
+#: Rows that the stored sequence which is asked for again should have; seconds between two lines of the log.
 ENOUGH, LINE_EVERY = 8, 5.0
-#: How often a batch may find damaged what the store was just given, before the disk is held to be at fault.
+#: Times that a batch reads damaged rows from the store before it is given up.
 READS = 3
 LOG = logging.getLogger("fdistill_kernels.endpoint")
 #: How vLLM and SGLang say that a sequence, and the token after it that each of them must generate, are too long.
@@ -67,21 +67,22 @@ class EndpointError(RuntimeError, ConnectionError):
 
 
 class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
-    """A server as a teacher of `TopK` targets, or with kind "vllm_hidden" of `Hidden` ones.
+    """A teacher on a server. It gives `TopK` targets, or `Hidden` ones with kind "vllm_hidden".
 
-    Each sequence is asked for once. It is looked up in `store` first and written there afterwards, even if the rest of
-    the batch fails; if another batch or process is asking for it, this one waits for the answer. A reply that does not
-    fit is never used. Before the first request two short sequences are tried, one of them twice. Before anything is
-    taken from a store that has sequences, the server is asked for a short one of them again, and must give the same
-    answer. If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
+    With a store, each sequence is asked for once. It is looked up there first and written there afterwards, even if the
+    rest of the batch fails; if another batch, endpoint or process is asking for it, this one waits for the answer. A
+    reply that does not fit its sequence is never used. At first two short sequences are tried, one of them twice. If
+    the store has sequences already, the server is asked for a short one of them again, and must give the same answer.
+    If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
 
     Args:
         url: of the server, with or without /v1.
         model: name of the model on the server; None: the only one there.
         vocabulary, k: V of the teacher's output embedding; number of ids per position, at most V.
         api_key: sent as a bearer token.
-        padded: leave out ids ≥ V instead of refusing them: the teacher has more rows, whose mass then belongs to the
-            tail. Implied if /v1/models gives a larger `vocabulary`; it must not be smaller.
+        padded: leave out ids ≥ V instead of refusing them, for a teacher whose output embedding has more than V rows;
+            their mass then belongs to the tail. Implied if /v1/models gives a larger `vocabulary`, which must not be
+            smaller.
         store: a `TeacherStore` with the same settings, or its folder, which is made if there is none.
         concurrency, timeout: requests at a time; seconds for each, reading included. A longer Retry-After is an error.
         retries: further tries after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit;
@@ -90,8 +91,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         kind: "vllm", "sglang" or "vllm_hidden".
         short_rows: pad positions that have fewer than k ids with −1 instead of refusing them.
         head, norm, states_folder, layer: for "vllm_hidden": the teacher's head; its output norm, a function of states
-            (L, D) in the dtype of the head, which the connector's states are without; the server's shared_storage_path;
-            and which of the connector's layers to use. The last one's id must be the model's number of layers.
+            (L, D) in the dtype of the head, because the connector gives the states before it; the server's
+            shared_storage_path; and which of the connector's layers to use. Of these the last must be the model's last.
 
     Raises:
         ValueError: arguments that do not fit together; in any call: the store is of another teacher than the server.
@@ -132,13 +133,13 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self.store, self._folder = store if isinstance(store, TeacherStore) else None, store
         if self.store is not None:
             known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
-            _check(self.store.folder, known, _settings(**self._kept | {n: known[n] for n in free if n in known}))
+            check_same(f"{self.store.folder} holds other targets", known,
+                       _settings(**self._kept | {n: known[n] for n in free if n in known}))  # fmt: skip
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
         self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
-        self._flying: dict[Pair, asyncio.Future[Any]] = {}
         self._submitted: set[Future[Any]] = set()
         self._about: dict[str, Any] | None = None  # what the list of models says
         self._opened = self._tried = self._closed = False
@@ -169,7 +170,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return self.ask(prompts, continuations, tail)()
 
     def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> Callable[..., Any]:
-        """Begins to ask, and returns what waits for `targets`, of another tail where one is given to it."""
+        """Begins to ask. Returns a function that waits for the `targets`; it takes another tail if one is given."""
         checked_tail(tail)
         future = self._submit(self._batch, self._pairs(prompts, continuations))
         return lambda tail=tail: self._wait(future, checked_tail(tail))
@@ -177,7 +178,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def prefetch(
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
     ) -> Generator[tuple[Any, TopK | Hidden], None, None]:
-        """Each batch (prompts, continuations, …) with its targets, while `ahead` further ones are on their way."""
+        """Yields each batch (prompts, continuations, …) with its targets, while `ahead` further ones are asked for."""
         return self._prefetched(iter(batches), ahead, checked_tail(tail))
 
     def _prefetched(self, source: Any, ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
@@ -213,7 +214,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return self._wait(self._submit(all_of_them))
 
     def close(self) -> None:
-        """Calls off what is on its way; whoever waits for it gets an error. What has come is in the store."""
+        """Cancels all requests; whoever waits for them gets an error. Answers that have come are in the store."""
         if os.getpid() != self._process:
             return
         with self._gate:
@@ -278,32 +279,21 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     # Batches, on the loop
 
     async def _batch(self, pairs: list[Pair]) -> TopK | Hidden:
-        """The rows of all pairs, from the store where there is one."""
+        """The rows of all pairs. With a store, what it lacks is asked for and written, and all are read from it."""
         await self._open()
         pairs = [pair for pair in pairs if pair[1]]
+        if self.store is None or not pairs:
+            rows = await self._paid(list(dict.fromkeys(pairs)))
+            return self._together([rows[pair] for pair in pairs])
         for _ in range(READS):
-            rows = await self._rows(pairs)
-            if self.store is None or not pairs:
-                return self._together([rows[pair] for pair in pairs])
+            async with self._claimed(self.store, pairs) as missing:
+                await self._paid(missing)
             try:
                 return self.store.targets([p for p, _ in pairs], [c for _, c in pairs])
             except MissingTargets as error:  # a shard was found damaged when it was read: its sequences are asked again
                 damage = error
-        assert self.store is not None
         raise OSError(errno.EIO, f"the disk of {self.store.folder} damages what is written: {READS} times in a row "
                       f"sequences could not be read back ({damage})") from damage  # fmt: skip
-
-    async def _rows(self, pairs: list[Pair]) -> dict[Pair, Any]:
-        """The rows by pair; those that another batch is asking for are waited for. With a store they are in it then."""
-        rows: dict[Pair, Any] = {}
-        while wanted := [pair for pair in dict.fromkeys(pairs) if pair not in rows]:
-            if mine := [pair for pair in wanted if pair not in self._flying]:
-                rows.update(await self._scored(mine))
-            else:
-                flying = {pair: self._flying[pair] for pair in wanted}
-                await asyncio.wait(flying.values())
-                rows.update({pair: f.result() for pair, f in flying.items() if not f.cancelled()})  # else they are mine
-        return rows
 
     def _together(self, rows: list[Any]) -> TopK | Hidden:
         if self.head is not None:
@@ -311,66 +301,45 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         rows = [TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k)), *rows]
         return TopK(torch.cat([row.ids for row in rows]), torch.cat([row.log_probs for row in rows]))
 
-    async def _scored(self, pairs: list[Pair]) -> dict[Pair, Any]:
-        """Asks for pairs that no other batch of this endpoint is asking for, where the store does not have them."""
+    async def _paid(self, pairs: list[Pair]) -> dict[Pair, Any]:
+        """Asks the server. Answers that have come are stored even if others fail, or the batch is cancelled."""
         made: dict[Pair, Any] = {}
-        flying = {pair: self._loop.create_future() for pair in pairs}
-        self._flying.update(flying)
-        try:
-            async with self._claimed(pairs) as missing:
-                made.update(dict.fromkeys(set(pairs) - set(missing)))
-                if missing:
-                    await self._try()
-                    await self._paid(missing, made)
-            return made
-        finally:
-            for pair, future in flying.items():
-                del self._flying[pair]
-                if pair in made:
-                    future.set_result(made[pair])
-                else:
-                    future.cancel()
-
-    async def _paid(self, pairs: list[Pair], made: dict[Pair, Any]) -> None:
-        """Asks the server; what has come is kept also where some did not, or the batch is called off."""
-        come: dict[Pair, Any] = {}
 
         async def one(number: int, pair: Pair) -> EndpointError | None:
             try:
-                come[pair] = await self._asked(pair, f"sequence {number}")
+                made[pair] = await self._asked(pair, f"sequence {number}")
             except EndpointError as error:
                 return error
             return None
 
+        if pairs:
+            await self._try()
         try:
             failed = await _all((one, number, pair) for number, pair in enumerate(pairs))
         finally:
-            if self.store is not None and come:
+            if self.store is not None and made:
                 with self.store.writer() as writer:
-                    for pair, rows in come.items():
+                    for pair, rows in made.items():
                         writer.add(*pair, rows)
-            made.update(come)
         for error in filter(None, failed):
             raise error
+        return made
 
     @contextlib.asynccontextmanager
-    async def _claimed(self, pairs: list[Pair]) -> AsyncIterator[list[Pair]]:
-        """The pairs that the store does not have, for which no other endpoint of any process asks meanwhile.
+    async def _claimed(self, store: TeacherStore, pairs: list[Pair]) -> AsyncIterator[list[Pair]]:
+        """The pairs that the store lacks, for which meanwhile no other batch asks, of this or another process.
 
         A byte of the store's lock file is locked for each pair. A batch locks its bytes in order, and while it has some
         it waits only for higher ones, so no two batches wait for each other. The locks belong to the open file, so the
         system frees those of a process that dies.
         """
-        if self.store is None:
-            yield pairs
-            return
-        claims = os.open(self.store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
+        claims = os.open(store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         try:
             for byte in sorted({int.from_bytes(_pair(*pair)[0][:7], "big") for pair in pairs}):
                 while not _locked(claims, fcntl.F_WRLCK, byte, 1):
                     await asyncio.sleep(0.05)
-            self.store.refresh()
-            yield [pairs[i] for i in self.store.missing(pairs)]
+            store.refresh()
+            yield list(dict.fromkeys(pairs[i] for i in store.missing(pairs)))
         finally:
             _locked(claims, fcntl.F_UNLCK)  # closing is not enough where a forked process has the file, too
             os.close(claims)
@@ -405,7 +374,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             if self.store is not None:  # a local teacher's has the fingerprint itself as its teacher
                 known = {n: v for n, v in self.store.key.items()
                          if n in key and (n, v) != ("teacher", about.get("fingerprint"))}  # fmt: skip
-                _check(self.store.folder, known, {name: key[name] for name in known})
+                check_same(f"{self.store.folder} holds other targets", known, {name: key[name] for name in known})
             elif isinstance(self._folder, (str, Path)):
                 self.store = TeacherStore.create(self._folder, key=key, **self._kept)
             if self.store is not None and (pair := _short(self.store)):
@@ -413,7 +382,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             self._opened = True
 
     async def _compare(self, store: TeacherStore, pair: Pair) -> None:
-        """Asks for a stored sequence again, of which the server must say the same."""
+        """Asks for a stored sequence again; the server must give what is stored."""
         asked, kept = await self._asked(pair, "a stored sequence"), store.targets([pair[0]], [pair[1]])
         if isinstance(kept, Hidden):
             projection = store._head_tensors().get("projection")
@@ -424,10 +393,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                              "take another folder for this one")  # fmt: skip
 
     async def _try(self) -> None:
-        """Two short sequences, one of them twice.
+        """Tries two short sequences, one of them twice.
 
         Raises:
-            EndpointError: what a reply lacks, other rows for the same, or the same rows for others.
+            EndpointError: a reply lacks something, or the rows of one sequence differ, or those of two do not.
         """
         async with self._opening:
             if self._tried:
@@ -450,7 +419,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return self._until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), len(ids))
 
     async def _generate(self, ids: list[int], new: int, how: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """What the server makes of token ids and up to `new` more: SGLang's reply, or vLLM's one choice."""
+        """Sends token ids, to be continued by up to `new` more. Returns SGLang's reply, or vLLM's only choice."""
         if self.kind == "sglang":
             body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new}, **more}
             return await self._post("/generate", body)
@@ -482,9 +451,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return await self._states(str(made.get("hidden_states_path")), ids, begin)
 
     async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
-        """The normed states that predict tokens `begin` on, of a file that is read once and removed.
+        """The normed states that predict the tokens from `begin` on. The file is removed when it has been read.
 
-        The server holds name.lock until it has written; without one (use_synchronization_lock false) the file is there.
+        The server holds a lock on name.lock until it has written the file, unless use_synchronization_lock is false.
         """
         from safetensors.torch import load_file
 
@@ -517,11 +486,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int, more: dict[str, Any]
     ) -> Tensor:
         ids, new = list(prompt), sampling.max_new_tokens
-        how: dict[str, Any] = {  # of p itself, whatever the generation configuration at the server says
+        how: dict[str, Any] = {  # whatever the generation configuration at the server says
             "temperature": sampling.temperature, "top_k": sampling.top_k or -1, "top_p": sampling.top_p, "min_p": 0.0,
             "repetition_penalty": 1.0, **more,
         }  # fmt: skip
-
         of_seed, of_ids = ("sampling_seed", "output_ids") if self.kind == "sglang" else ("seed", "token_ids")
 
         async def once() -> Tensor:
@@ -550,9 +518,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return {name: about[name] for name, kind in kinds.items() if isinstance(about.get(name), kind)}
 
     async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]], tokens: int = 0) -> Any:
-        """Tries with ever longer waits between; a server's wish to be left alone holds for all requests.
+        """The result of `once`, which is tried again after ever longer waits. A Retry-After holds for all requests.
 
-        tokens: how long the sequence is, for the hint at a server whose context is too short.
+        tokens: the length of the sequence, which the error names if the server's context is too short for it.
         """
         import anyio
 
@@ -643,7 +611,7 @@ def _shown(pair: Pair) -> str:
 
 
 def _short(store: TeacherStore) -> Pair | None:
-    """A stored sequence: of the smallest whole shard the shortest that has enough rows, or the one with most."""
+    """A sequence of the smallest intact shard: the shortest one that has enough rows, else the one with most rows."""
     for shard in sorted(store._shards.values(), key=lambda s: s.bytes):
         if (kept := store._tensors(shard)) is not None:
             at = kept["places"].tolist()
@@ -655,7 +623,7 @@ def _short(store: TeacherStore) -> Pair | None:
 
 
 def _message(reply: Any) -> str:
-    """The server's own words, as vLLM, SGLang and FastAPI have them."""
+    """The server's error message, in the forms of vLLM, SGLang and FastAPI."""
     try:
         found = reply.json()
         found = found.get("error", found.get("message", found.get("detail", found)))
@@ -665,7 +633,7 @@ def _message(reply: Any) -> str:
 
 
 def _seconds(after: str | None) -> float:
-    """Of a Retry-After: seconds, or a date."""
+    """Seconds to wait by a Retry-After header, which has seconds or a date."""
     with contextlib.suppress(ValueError):
         return max(0.0, float(after or 0))
     with contextlib.suppress(TypeError, ValueError):
@@ -674,7 +642,7 @@ def _seconds(after: str | None) -> float:
 
 
 def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
-    """Whether a lock that is not waited for was free."""
+    """Calls a function that takes a lock without waiting; whether the lock was free."""
     try:
         lock(*arguments)
     except (BlockingIOError, PermissionError):
@@ -683,7 +651,7 @@ def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def _locked(file: int, kind: int, begin: int = 0, length: int = 0) -> bool:
-    """Locks or frees bytes (0: all) of an open file, not of a process as `lockf`; whether they were free."""
+    """Locks or unlocks bytes of a file (length 0: all) for this descriptor, where `lockf` does it for the process."""
     return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, begin, length, 0))
 
 
@@ -696,10 +664,11 @@ def _is_locked(path: Path) -> bool:
 
 
 def _agree(one: Any, other: Any, within: float = AGREES) -> bool:
-    """Whether states by their size, or lists, are the same up to rounding.
+    """Whether states, relative to their norm, or lists are the same up to rounding.
 
-    Of lists: no probability is further apart, an id that a list lacks being at most as probable there as its last; on
-    average those that both have are not by twice as much of themselves; and most of the mass is of ids that both have.
+    Two lists agree if no probability differs by more than `within` (an id that a list lacks is at most as probable in
+    it as its last one), if those of the shared ids differ by no more than 2·`within` of themselves on average, and if
+    most of the mass is on shared ids.
     """
     if isinstance(one, Tensor):
         return bool((one - other).float().norm() <= within * one.float().norm())

@@ -37,11 +37,9 @@ from . import packing
 
 FORMAT = 1
 KINDS, HEAD = ("top_k", "hidden"), "head.safetensors"
-#: Log-probabilities above 0 that are taken for rounding.
-ABOVE = 0.05
-#: Partial files of that many seconds are a dead writer's.
+#: Partial files that are older, in seconds, are of a writer that died.
 OLD = 86400.0
-#: Shards that are kept mapped: a process may have some 65,000 maps.
+#: Shards that are kept memory-mapped; the system allows a process some 65,000 maps.
 MAPPED = 1024
 TokenIds = Tensor | Sequence[int]
 Pair = tuple[TokenIds, TokenIds]
@@ -139,10 +137,6 @@ def check_same(what: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
         raise ValueError(f"{what}: {'; '.join(f'{k} was {known.get(k)!r} and is {asked.get(k)!r}' for k in differ)}")
 
 
-def _check(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
-    check_same(f"{path} holds other targets", known, asked)
-
-
 def _mapped(path: Path) -> dict[str, Tensor]:
     """A file's tensors, memory-mapped."""
     try:
@@ -153,7 +147,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 
 class _Shard:
-    """A shard by its sidecar: nothing of its own file is read but its size, until it is mapped."""
+    """What the sidecar says of a shard. Of the shard's own file only the size is looked at, until it is mapped."""
 
     def __init__(self, path: Path, settings: str):
         side = _unsealed(path.with_suffix(".json"))
@@ -209,10 +203,9 @@ def _settings(
 
 
 def _kept_head(head: Head, rank: int | None) -> dict[str, Tensor]:
-    """The head's tensors as they are kept: with a rank, W V_r in W's place, and V_r."""
-    kept = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        kept["bias"] = head.bias.detach().cpu().contiguous()
+    """The head's tensors as they are stored: with a rank r, W V_r in the place of W, and V_r."""
+    given = {"weight": head.weight, "bias": head.bias}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items() if tensor is not None}
     if rank is not None:
         kept["projection"] = packing.top_directions(kept["weight"], rank)
         kept["weight"] = (kept["weight"].float() @ kept["projection"]).to(kept["weight"].dtype)
@@ -259,11 +252,11 @@ class TeacherStore:
         self.key, self.extra, self._head_hash = content.pop("key"), content.pop("extra"), content.pop("head_file")
         self.settings, self.kind, self.vocabulary = content, str(content["kind"]), int(content["vocabulary"])
         if key is not None:
-            _check(self.folder, self.key, json.loads(json.dumps(key)))
+            check_same(f"{self.folder} holds other targets", self.key, json.loads(json.dumps(key)))
         self._made_of = _hash({"settings": content, "key": self.key, "head": self._head_hash})
         self._shards: dict[str, _Shard] = {}
-        self._unread: dict[str, str] = {}  # no sidecar yet, or a damaged one: looked at again by refresh
-        self._broken: dict[str, str] = {}  # found when read
+        self._unread: dict[str, str] = {}  # the sidecar is missing or damaged: refresh looks at it again
+        self._broken: dict[str, str] = {}  # the checksum was wrong
         self._index: dict[bytes, tuple[_Shard, int]] = {}
         self._mapped: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._head: dict[str, Tensor] | None = None
@@ -309,7 +302,7 @@ class TeacherStore:
             with contextlib.suppress(FileExistsError):  # then another was first, and is compared with
                 _write(folder / "manifest.json", _sealed(made, indent=1), first=True)
         store = cls(folder)
-        _check(folder, {**store.key, **store.settings}, {**key, **settings})
+        check_same(f"{folder} holds other targets", {**store.key, **store.settings}, {**key, **settings})
         if head is not None:
             store._keep_head(head, kept)
         return store
@@ -624,12 +617,7 @@ def _checked(targets: Any, length: int, settings: dict[str, Any]) -> tuple[np.nd
     if ids.is_floating_point() or ids.dtype == torch.bool or not log_probs.is_floating_point():
         raise TypeError(f"targets has ids of {ids.dtype} and log_probs of {log_probs.dtype}")
     log_probs = log_probs.float().masked_fill(ids < 0, -torch.inf)
-    for bad, what in (
-        ((ids < -1) | (ids >= settings["vocabulary"]), f"ids has an id outside [-1, {settings['vocabulary']})"),
-        (log_probs.isnan(), "log_probs has NaN"),
-        (log_probs > ABOVE, f"log_probs has more than {ABOVE}"),
-    ):
-        if bad.any():
-            raise ValueError(f"targets.{what}, in row {int(bad.any(1).nonzero()[0])}")
+    if (bad := log_probs.isnan().any(1)).any():
+        raise ValueError(f"targets.log_probs has NaN, in row {int(bad.nonzero()[0])}")
     check_targets(Targets(ids, log_probs), torch.ones(length), settings["vocabulary"])  # what the loss would refuse
     return ids.long().numpy(), log_probs.numpy()
