@@ -49,6 +49,10 @@ class Damaged(ValueError):
     """A file does not have the content that was written."""
 
 
+#: What reading a damaged file may raise.
+UNREADABLE = (Damaged, OSError, SafetensorError)
+
+
 class MissingTargets(ValueError):
     """Sequences that are not in the store; `indices`: which of those that were asked for."""
 
@@ -69,10 +73,10 @@ def _sealed(content: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
-    """What `_sealed` was given.
+    """The content that `_sealed` was given.
 
     Raises:
-        Damaged: anything else is in the file, or it is not there.
+        Damaged: the file is missing, or something else is in it.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -87,11 +91,11 @@ def _unsealed(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes, first: bool = False) -> None:
-    """All of a file, on the disk when this returns, or none of it.
+    """Writes a file whole or not at all; it is on the disk when this returns.
 
     Raises:
-        FileExistsError: it is there already, and `first` asks to be the first.
-        OSError: it names the file.
+        FileExistsError: with `first`, the file exists already.
+        OSError: the message names the file.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -117,7 +121,7 @@ def _write(path: Path, content: bytes, first: bool = False) -> None:
 
 
 def _token_ids(name: str, ids: TokenIds) -> np.ndarray:
-    """As (L) int32."""
+    """Token ids as (L) int32; anything else is refused with its name."""
     found = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= 1 << 31)):
         raise ValueError(f"{name} must be one row of token ids in [0, 2³¹), not {found.dtype} of shape {found.shape}"
@@ -139,11 +143,8 @@ def check_same(what: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
 
 def _mapped(path: Path) -> dict[str, Tensor]:
     """A file's tensors, memory-mapped."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from error
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 class _Shard:
@@ -163,12 +164,9 @@ class _Shard:
         """The tensors, memory-mapped; the whole file's checksum is verified before the first time."""
         if not self.verified:
             digest = xxhash.xxh3_128()
-            try:
-                with open(self.path, "rb", buffering=0) as file:
-                    while piece := file.read(packing.PIECE):
-                        digest.update(piece)
-            except OSError as error:
-                raise Damaged(f"{self.path.name} cannot be read ({error})") from error
+            with open(self.path, "rb", buffering=0) as file:
+                while piece := file.read(packing.PIECE):
+                    digest.update(piece)
             if digest.hexdigest() != self.checksum:
                 raise Damaged(f"{self.path.name} has another checksum than written")
             self.verified = True
@@ -179,7 +177,7 @@ def _settings(
     kind: str, vocabulary: int, k: int | None = None, log_probs: str = "float16", states: str = "bfloat16",
     rank: int | None = None, head: Head | None = None, temperature: float = 1.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a manifest says but for the key, checked."""
+    """The checked settings of a store, as its manifest has them beside the key."""
     common = {"format": FORMAT, "kind": kind, "vocabulary": int(vocabulary)}
     if kind not in KINDS or vocabulary < 1:
         raise ValueError(f"kind must be one of {', '.join(KINDS)} and vocabulary positive, not {kind!r}, {vocabulary}")
@@ -322,7 +320,7 @@ class TeacherStore:
         """The head's tensors, memory-mapped, verified once."""
         if self._head is None:
             path, found = self.folder / HEAD, {}
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(*UNREADABLE):
                 found = _mapped(path)
             if packing.hash_tensors(found.items()) != self._head_hash:
                 raise Damaged(f"{path} is missing or not what was written; `create` with the same head writes it anew")
@@ -366,7 +364,7 @@ class TeacherStore:
         for name in sorted(names - self._shards.keys() - self._broken.keys()):
             try:
                 self._take(name)
-            except (Damaged, OSError) as error:
+            except UNREADABLE as error:
                 self._unread[name] = str(error)
 
     def _take(self, name: str) -> None:
@@ -379,14 +377,14 @@ class TeacherStore:
                 self._index.setdefault(shard.keys[16 * number : 16 * number + 16], (shard, number))
 
     def _tensors(self, shard: _Shard) -> dict[str, Tensor] | None:
-        """A shard's tensors; None where it is damaged, which is noted, and its sequences looked for elsewhere."""
+        """A shard's tensors; None if it is damaged. It is then left out, and its sequences may be in another shard."""
         name = shard.path.stem
         if name in self._mapped:
             self._mapped.move_to_end(name)
             return self._mapped[name]
         try:
             found = self._mapped[name] = shard.mapped()
-        except Damaged as error:
+        except UNREADABLE as error:
             self._broken[name] = str(error)
             self._shards.pop(name, None)
             self._index = {}
@@ -463,7 +461,7 @@ class TeacherStore:
         return TopK(torch.from_numpy(ids), torch.from_numpy(log_probs), tail, None, self.settings["temperature"])
 
     def _gather(self, keys: list[bytes]) -> list[dict[str, Tensor]]:
-        """Each sequence's rows as they are kept, in the shards' maps."""
+        """The stored rows of each sequence, as views into the memory-mapped shards."""
         while True:
             if missing := [i for i, key in enumerate(keys) if key not in self._index]:
                 raise MissingTargets(missing, len(keys), self.damaged)
@@ -473,7 +471,7 @@ class TeacherStore:
                 return [{name: tensor[shard.ends[number] : shard.ends[number + 1]]
                          for name, tensor in maps[shard].items() if name not in ("tokens", "places")}
                         for shard, number in places]  # fmt: skip
-            # another shard may have what a damaged one had
+            # else a shard was damaged, and another one may have the same sequences
 
     def writer(self, shard_bytes: int = 64 << 20) -> Writer:
         """A context manager that adds sequences, in shards of about this size. Several may write at the same time."""
@@ -501,7 +499,7 @@ def _counts(k: int) -> list[int]:
 
 
 def _remove_old(folder: Path) -> None:
-    """Partial files of writers long dead."""
+    """Removes the partial files of writers that died long ago."""
     for partial in [*folder.glob("*.partial"), *folder.glob("shards/*.partial")]:
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > OLD:
