@@ -16,7 +16,7 @@ from ..teachers.readers import MINUS_INFINITY
 from .models import load_model
 from .run import device, tokenizer_hash
 from .sampling import Sampling, draw, fingerprint
-from .teachers import InRoom, logits_function
+from .teachers import InRoom, logits_in_pieces
 
 
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
@@ -82,8 +82,6 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     return ThreadingHTTPServer((host, port), Handler)
 
 
-#: Logits that are made at a time: 16 MiB in float32.
-ENTRIES = 1 << 22
 #: What it may say so alone, which changes nothing.
 OFF = {"min_p": 0, "repetition_penalty": 1, "n": 1, "stream": False, "echo": False}
 #: What a request may say.
@@ -130,21 +128,15 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
 
 @torch.no_grad()
 def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
-    """In vLLM's form: null for the first token, then for each token the k largest, and the token itself.
-
-    The logits of a few tokens at a time are made, so that a long prompt takes no memory of the order L·V.
-    """
+    """In vLLM's form: null for the first token, then for each token the k largest, and the token itself."""
     found: list[dict[str, Any] | None] = [None]
     if len(prompt) < 2:
         return found
     device = next(room.model.parameters()).device
-    first, tokens = torch.tensor(prompt, device=device).tensor_split([1])
-    logits = logits_function(room.rows([first], [tokens], device), device)
-    end = 0
-    for piece in tokens.split(max(1, ENTRIES // room.vocabulary)):
-        begin, end = end, end + len(piece)
-        log_p = logits(begin, end)[:, : room.vocabulary].float().log_softmax(-1)
-        log_p = log_p.clamp_min_(MINUS_INFINITY)  # as vLLM: JSON has no −∞
+    first, tokens = torch.tensor(prompt).tensor_split([1])
+    for begin, end, logits in logits_in_pieces(room.rows([first], [tokens], device), device, 0, len(tokens)):
+        piece = tokens[begin:end].to(device)
+        log_p = logits.log_softmax(-1).clamp_min_(MINUS_INFINITY)  # as vLLM: JSON has no −∞
         own = log_p.gather(1, piece.unsqueeze(1))
         ranks = (log_p > own).sum(1) + 1
         largest = log_p.topk(min(k, room.vocabulary), -1)

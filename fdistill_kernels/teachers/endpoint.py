@@ -130,7 +130,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if head is not None:
             states = str(head.weight.dtype).removeprefix("torch.")
             self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
-        self.store, self._folder = store if isinstance(store, TeacherStore) else None, store
+        self.store = store if isinstance(store, TeacherStore) else None
+        self._folder = None if store is None or self.store is not None else Path(store)  # of a store to be made
         if self.store is not None:
             known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
             check_same(f"{self.store.folder} holds other targets", known,
@@ -375,7 +376,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 known = {n: v for n, v in self.store.key.items()
                          if n in key and (n, v) != ("teacher", about.get("fingerprint"))}  # fmt: skip
                 check_same(f"{self.store.folder} holds other targets", known, {name: key[name] for name in known})
-            elif isinstance(self._folder, (str, Path)):
+            elif self._folder is not None:
                 self.store = TeacherStore.create(self._folder, key=key, **self._kept)
             if self.store is not None and (pair := _short(self.store)):
                 await self._compare(self.store, pair)
