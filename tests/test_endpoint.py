@@ -728,6 +728,8 @@ def test_arguments():
         assert not server.asked
         assert teacher.ask([[1]], [[2]], "uniform")().tail == "uniform"
         assert teacher.ask([np.array([1])], [[np.int32(2)]])("ignore").tail == "ignore"
+    with pytest.raises(TypeError, match="PathLike"):
+        Endpoint("http://localhost:1", vocabulary=V, store=3)
     with pytest.raises(ValueError, match="vllm takes no head"):
         Endpoint("http://localhost:1", vocabulary=V, head=head(Model()))
     with Server() as server:

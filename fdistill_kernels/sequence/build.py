@@ -227,7 +227,7 @@ def _apart(store: TeacherStore, model: InRoom, prompt: Tensor, continuation: Ten
     apart = []
     for begin, end, now in logits_in_pieces(model.rows([prompt], [continuation], device), cpu, 0, len(continuation)):
         if isinstance(kept, TopK):  # the list is the teacher, and the model the student: symmetric where both are near
-            both: Any = now, kept._replace(ids=kept.ids[begin:end], log_probs=kept.log_probs[begin:end])
+            both: tuple[Any, Any] = now, kept._replace(ids=kept.ids[begin:end], log_probs=kept.log_probs[begin:end])
         else:
             both = logits_function(TeacherRows(kept, store.vocabulary), cpu)(begin, end).float(), now
         apart.append(torch.stack([f_divergence(*both, n, reduction="none") for n in ("kl", "tvd")], 1))

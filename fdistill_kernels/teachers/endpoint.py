@@ -131,7 +131,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             states = str(head.weight.dtype).removeprefix("torch.")
             self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
         self.store = store if isinstance(store, TeacherStore) else None
-        self._folder = None if store is None or self.store is not None else Path(store)  # of a store to be made
+        self._folder = None if store is None or isinstance(store, TeacherStore) else Path(store)  # of one to be made
         if self.store is not None:
             known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
             check_same(f"{self.store.folder} holds other targets", known,
