@@ -294,6 +294,8 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     looked.add_argument("--plot", metavar="FILE", help="a picture: mass by ids, or lengths")
     held = action("verify", "Every checksum; with --teacher a sample of sequences anew, exit 1 on damage.")
     held.add_argument("folder")
+    held.add_argument("--repair", action="store_true", help="move damaged shards into FOLDER/damaged; nothing may be "
+                      "writing to the store; then the command that built it adds their sequences again")  # fmt: skip
     held.add_argument("--teacher", help="folder or hub name of the model")
     held.add_argument("--sequences", type=_count, default=16, metavar="N", help="of the sample; default: 16")
     held.add_argument("--seed", type=int, default=0)
@@ -318,9 +320,13 @@ def _teacher(args: argparse.Namespace) -> int:
     if args.action == "inspect":
         found = build.inspect(args.folder, args.plot)
     else:
-        found = build.verify(args.folder, args.teacher, args.sequences, args.seed)
+        found = build.verify(args.folder, args.teacher, args.sequences, args.seed, args.repair)
     print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
-    return 1 if found["damaged"] and args.action == "verify" else 0
+    if not found["damaged"] or args.action != "verify":
+        return 0
+    print("damaged shards can be moved aside with --repair; the command that built the store then adds what they had, "
+          "and writes a damaged head anew", file=sys.stderr)  # fmt: skip
+    return 1
 
 
 def _missing(*names: str) -> list[str]:

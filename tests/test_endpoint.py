@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fdistill_kernels.sparse import TopK
-from fdistill_kernels.teachers.endpoint import Endpoint, EndpointError, _agree, _seconds
+from fdistill_kernels.teachers import store as store_module
+from fdistill_kernels.teachers.endpoint import READS, Endpoint, EndpointError, _agree, _seconds
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
 
@@ -139,7 +140,7 @@ def test_what_never_fits_is_given_up_by_name(kind, fault, says):
     faults = itertools.chain([None] * PROBES, itertools.repeat(fault))
     with (
         Server(faults=faults, stall=0.2) as server,
-        endpoint(server, kind=kind, retries=2, timeout=0.1, first_wait=0.001) as t,
+        endpoint(server, kind=kind, retries=2, timeout=0.1 if fault == "stall" else 10, first_wait=0.001) as t,
     ):
         with pytest.raises(EndpointError, match=says) as error:
             t.targets([[5, 6, 7]], [[8, 9]])
@@ -284,12 +285,12 @@ def test_prefetch_overlaps_and_is_bounded():
         assert number == 5
 
 
-def test_a_sequence_on_its_way_is_not_asked_again():
+def test_a_sequence_on_its_way_is_not_asked_again(tmp_path):
     prompts, continuations = sequences(5, seed=4)
-    with Server(delay=0.02) as server, endpoint(server) as teacher:
+    with Server(delay=0.02) as server, endpoint(server, store=tmp_path) as teacher:
         same = [(prompts * 2, continuations * 2)] * 3
         for (ps, cs), found in teacher.prefetch(same, ahead=2):
-            check(found, server.model, ps, cs)
+            check(found, server.model, ps, cs, atol=0.01)
         for p, c in zip(prompts, continuations, strict=True):
             assert server.asked[(*p, *c)] == 1
 
@@ -495,6 +496,29 @@ def test_what_is_damaged_is_asked_again(tmp_path):
         assert all(n == 2 for ids, n in server.asked.items() if ids not in PROBE)  # none to compare with
 
 
+def test_a_disk_that_damages_every_write_is_told(tmp_path, monkeypatch):
+    write = store_module._write
+
+    def damaging(path, content, **more):
+        write(path, content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content, **more)
+
+    monkeypatch.setattr(store_module, "_write", damaging)
+    with Server() as server, endpoint(server, store=tmp_path) as teacher:
+        with pytest.raises(OSError, match=f"{tmp_path} damages what is written.*another checksum"):
+            teacher.targets([[1]], [[2]])
+        assert server.asked[1, 2] == READS
+
+
+def test_endpoints_of_one_process_pay_once(tmp_path):
+    prompts, continuations = sequences(30, seed=8)
+    with Server(delay=0.02) as server, contextlib.ExitStack() as stack:
+        asked = [stack.enter_context(endpoint(server, store=tmp_path)).ask(prompts, continuations) for _ in range(3)]
+        for answer in asked:
+            check(answer(), server.model, prompts, continuations, atol=0.01)
+        again = [n - 1 for ids, n in server.asked.items() if ids not in PROBE]
+        assert sum(again) <= 2  # one by each that begins when others have stored something
+
+
 def _fill(url, folder, prompts, continuations, barrier):
     with Endpoint(url, vocabulary=V, k=K, store=folder, concurrency=4, model="tiny") as teacher:
         barrier.wait(60)
@@ -614,6 +638,19 @@ def test_connections_are_not_used_up_by_replies_that_came_too_late():
         assert not teacher._client._transport._pool._requests
 
 
+def test_a_batch_that_is_called_off_gives_its_connections_back():
+    draw = random.Random(0)
+    with Server() as server, endpoint(server, model="tiny", concurrency=4) as teacher:
+        for n in range(250):  # wherever in a request it is
+            pairs = teacher._pairs([[1]] * 4, [[2, n % V, n // V, i] for i in range(4)])
+            future = teacher._submit(teacher._batch, pairs)
+            time.sleep(draw.uniform(0, 0.02))
+            future.cancel()
+        check(teacher.targets([[3]], [[4]]), server.model, [[3]], [[4]])
+        pool = teacher._client._transport._pool
+        assert not pool._requests and all(connection.is_idle() for connection in pool.connections)
+
+
 def head(model):
     return Head(model.weight)
 
@@ -691,6 +728,8 @@ def test_arguments():
         assert not server.asked
         assert teacher.ask([[1]], [[2]], "uniform")().tail == "uniform"
         assert teacher.ask([np.array([1])], [[np.int32(2)]])("ignore").tail == "ignore"
+    with pytest.raises(TypeError, match="PathLike"):
+        Endpoint("http://localhost:1", vocabulary=V, store=3)
     with pytest.raises(ValueError, match="vllm takes no head"):
         Endpoint("http://localhost:1", vocabulary=V, head=head(Model()))
     with Server() as server:

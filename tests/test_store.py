@@ -354,6 +354,22 @@ def test_a_shard_of_another_size_is_seen_when_a_store_is_opened(tmp_path):
     assert len(store) == len(kept) and list(store.summary()["damaged"]) == [shard.stem]
 
 
+@pytest.mark.parametrize("spoil", [lambda shard: shard.with_suffix(".json").unlink(), lambda shard: shard.unlink(),
+                                   lambda shard: shard.write_bytes(b"\0" * shard.stat().st_size)],
+                         ids=["no sidecar", "no shard", "other bytes"])  # fmt: skip
+def test_damaged_shards_are_set_aside(tmp_path, spoil):
+    _, kept = filled(tmp_path)
+    shard = next((tmp_path / "shards").glob("*.safetensors"))
+    spoil(shard)
+    store = TeacherStore(tmp_path, validate="full")
+    assert list(store.damaged) == [shard.stem] and list(store.set_aside()) == [shard.stem] and not store.set_aside()
+    again = TeacherStore(tmp_path, validate="full")
+    assert not store.damaged and not again.damaged and 0 < len(store) == len(again) < len(kept)
+    with store.writer() as writer:
+        assert sum(writer.add(*one) for one in kept) == len(kept) - len(again)
+    assert {path.stem for path in (tmp_path / "damaged").iterdir()} == {shard.stem}
+
+
 def test_summary_counts_and_tells_the_mass(tmp_path):
     store, kept = filled(tmp_path, k=11)
     found, tokens = store.summary(), sum(len(c) for _, c, _ in kept)
@@ -421,11 +437,11 @@ GOOD = TopK(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[-1.0, -2.0], [-1.0, -
 
 
 @pytest.mark.parametrize(("targets", "what"), [
-    (GOOD._replace(ids=torch.tensor([[1, 2], [3, 100]])), r"targets.ids has an id outside \[-1, 100\), in row 1"),
-    (GOOD._replace(ids=torch.tensor([[1, -2], [3, 4]])), r"targets.ids has an id outside \[-1, 100\), in row 0"),
+    (GOOD._replace(ids=torch.tensor([[1, 2], [3, 100]])), r"ids must be in \[0, 100\), or -1 .*: row 1 .* 3, 100"),
+    (GOOD._replace(ids=torch.tensor([[1, -2], [3, 4]])), r"ids must be in \[0, 100\), or -1 .*: row 0 .* 1, -2"),
     (GOOD._replace(ids=GOOD.ids.float()), "ids of torch.float32"),
     (GOOD._replace(log_probs=torch.tensor([[-1.0, -2.0], [torch.nan, -2.0]])), "targets.log_probs has NaN, in row 1"),
-    (GOOD._replace(log_probs=torch.tensor([[0.06, -2.0], [-1, -2.0]])), "log_probs has more than 0.05, in row 0"),
+    (GOOD._replace(log_probs=torch.tensor([[0.06, -2.0], [-1, -2.0]])), "log_probs of a row must be of a mass of 1.05"),
     (GOOD._replace(ids=torch.tensor([[1, 2], [4, 4]])), "ids must differ within a row: row 1"),
     (GOOD._replace(log_probs=torch.tensor([[-1.0, -2.0], [-0.1, -0.5]])), "log_probs of a row must be of a mass of 1.05"),
     (GOOD._replace(log_probs=GOOD.log_probs[:, :1]), r"must be \(2, K\) for K up to 8, not \(2, 2\) and \(2, 1\)"),

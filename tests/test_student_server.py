@@ -4,6 +4,7 @@ import contextlib
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,8 @@ def test_samples_are_those_of_the_student_as_it_is(lora, tmp_path):
     settings = dict(learning_rate=0.05 if lora else 0.01, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     own, _ = trained(tmp_path / "own", student, settings)
     with served(tmp_path, gpt2(64, seed=1), ways=("lora",) if lora else ("dev",)) as (where, server):
+        (tmp_path / "weights" / "student-weights-1").mkdir(parents=True)  # of a run that was killed while it wrote them
+        (tmp_path / "weights" / "student-weights-1" / "model.safetensors").write_bytes(b"half")
         theirs, run = trained(tmp_path / "theirs", student, {**settings, **where})
         asked = server.bodies
     assert torch.equal(own, theirs)
@@ -189,6 +192,31 @@ def test_refused_servers(how, words, tmp_path):
             where["student_server"] = "http://127.0.0.1:9"
         with pytest.raises(ConnectionError, match=words):
             trained(tmp_path, lambda: gpt2(64, seed=1), where)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_on_the_first_rank_fails_on_each(rank, tmp_path, monkeypatch):
+    """The first of two ranks has the error itself; the other one gets its words in place of samples."""
+    from fdistill_kernels.sequence import student_server as module
+    from fdistill_kernels.sequence.sampling import Sampling
+
+    def take(*_):
+        assert rank == 0
+        raise OSError("the disk is full")
+
+    def broadcast(made):
+        assert made == (["the disk is full"] if rank == 0 else [None])
+        made[0] = "the disk is full"
+
+    state = SimpleNamespace(process_index=rank, is_main_process=rank == 0)
+    monkeypatch.setattr(module, "PartialState", lambda: state)
+    monkeypatch.setattr(module, "gather_object", lambda own: own * 2)
+    monkeypatch.setattr(module, "broadcast_object_list", broadcast)
+    student = gpt2(64, seed=1)
+    server = module.StudentServer("http://127.0.0.1:9", tmp_path, student, 60)
+    monkeypatch.setattr(server, "take", take)
+    with pytest.raises(ConnectionError, match="no samples of the student at step 3: the disk is full"):
+        server.draw(student, [torch.tensor([1])], Sampling(2), step=3)
 
 
 def test_refused_students(tmp_path):

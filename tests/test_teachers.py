@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import build, run, serve
+from fdistill_kernels.sequence import build, run, serve, teachers
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
@@ -446,9 +446,32 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
     assert serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 0}, 9)["choices"][0]["token_ids"] == []
     logits = torch.zeros(1, room.vocabulary)
     logits[:, 4:] = -torch.inf
-    monkeypatch.setattr(serve, "logits_function", lambda *_: lambda begin, end: logits)
+    monkeypatch.setattr(teachers, "logits_function", lambda *_: lambda begin, end: logits)
     found = serve.completions(room, tokenizer, {**body, "prompt": [3, 9]}, 9)
     assert json.loads(json.dumps(found, allow_nan=False))["choices"][0]["prompt_logprobs"][1]["9"]["logprob"] == -9999
+
+
+def test_the_logits_of_a_few_tokens_at_a_time_are_made(causal_files, tmp_path, monkeypatch):
+    room, tokenizer = InRoom(llama(seed=2)), AutoTokenizer.from_pretrained(causal_files / "causal")
+    prompt, spans = [3, 9, 4, 1, 5, 9, 2, 6], []
+
+    def noted(rows, device):
+        logits = logits_function(rows, device)
+        return lambda begin, end: spans.append((begin, end)) or logits(begin, end)
+
+    monkeypatch.setattr(teachers, "logits_function", noted)
+    store = fk.TeacherStore.create(tmp_path, kind="top_k", vocabulary=room.vocabulary, key={}, k=3)
+    whole = serve.prompt_log_probs(room, tokenizer, prompt, 3)
+    (listed,) = build._targets(room, [(prompt[:1], prompt[1:])], store)
+    monkeypatch.setattr(teachers, "ENTRIES", 2 * room.vocabulary + 1)
+    pieces = serve.prompt_log_probs(room, tokenizer, prompt, 3)
+    (in_pieces,) = build._targets(room, [(prompt[:1], prompt[1:])], store)
+    assert spans == [(0, 7)] * 2 + [(0, 2), (2, 4), (4, 6), (6, 7)] * 2 and len(whole) == len(pieces) == 8
+    assert torch.equal(listed.ids, in_pieces.ids)
+    torch.testing.assert_close(listed.log_probs, in_pieces.log_probs)
+    for one, other in zip(whole[1:], pieces[1:], strict=True):
+        assert list(one) == list(other)
+        assert [e["logprob"] for e in one.values()] == pytest.approx([e["logprob"] for e in other.values()], abs=1e-5)
 
 
 def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):
@@ -493,7 +516,12 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
     command(
         "teacher", "verify", store, "--teacher", causal_files / "causal", expect=1
     )  # the damaged files are named still
-    assert "kl_largest" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "kl_largest" in told.out and "--repair" in told.err
+    command("teacher", "verify", store, "--repair", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["set_aside"] and not found["damaged"]
+    command("teacher", "verify", store)
     changed = tmp_path / "changed.tsv"
     changed.write_text(data.read_text().replace("numărul 19 și 20", "numărul 19 și 21"))
     train = kl_run(causal_files, store)

@@ -185,11 +185,6 @@ def _warn(name: str, reason: str) -> None:
                       f"({reason})", stacklevel=4)  # fmt: skip
 
 
-def next_tokens(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """The label of each position's next token; `ignore_index` at the last position."""
-    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-
-
 def causal_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, shift_labels: Tensor | None = None,
     ignore_index: int = IGNORE, **keywords: Any,
@@ -207,8 +202,9 @@ def causal_loss(
     Returns:
         The loss, a 0-dim tensor unless `reduction` says otherwise.
     """
-    shifted = next_tokens(labels, ignore_index) if shift_labels is None else shift_labels
-    return seq2seq_loss(outputs, shifted, num_items_in_batch, ignore_index=ignore_index, **keywords)
+    if shift_labels is None:  # the label of each position is its next token; the last position has none
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return seq2seq_loss(outputs, shift_labels, num_items_in_batch, ignore_index=ignore_index, **keywords)
 
 
 def seq2seq_loss(

@@ -25,7 +25,7 @@ from .models import TeacherRows, load_model
 from .ranks import rank
 from .run import Run, device, tokenizer_hash
 from .sampling import fingerprint
-from .teachers import InRoom, is_store, logits_function
+from .teachers import InRoom, is_store, logits_function, logits_in_pieces
 
 Pair = tuple[list[int], list[int]]
 #: Seconds after which what was asked is on disk.
@@ -143,8 +143,8 @@ def _targets(teacher: InRoom, pairs: list[Pair], store: TeacherStore) -> Iterato
             assert isinstance(rows.value, Hidden)
             yield rows.value.states[begin:end].cpu()
         else:
-            found = top_k_of(logits_function(rows, device)(begin, end)[:, : teacher.vocabulary], store.settings["k"])
-            yield found._replace(ids=found.ids.cpu(), log_probs=found.log_probs.cpu())
+            found = [top_k_of(z, store.settings["k"]) for *_, z in logits_in_pieces(rows, device, begin, end)]
+            yield TopK(torch.cat([f.ids.cpu() for f in found]), torch.cat([f.log_probs.cpu() for f in found]))
         begin = end
 
 
@@ -181,19 +181,25 @@ def inspect(folder: str, plot: str | None = None) -> dict[str, Any]:
     return found
 
 
-def verify(folder: str, teacher: str | None = None, sequences: int = 16, seed: int = 0) -> dict[str, Any]:
+def verify(
+    folder: str, teacher: str | None = None, sequences: int = 16, seed: int = 0, repair: bool = False
+) -> dict[str, Any]:
     """Verifies all checksums; given the model's folder or hub name, also computes a sample of sequences again.
 
+    repair: move the damaged shards aside; `build` then asks for their sequences again.
+
     Returns:
-        damaged: what the checksums say. With the model also the numbers of sequences and tokens compared, and the
-            distance of the store's distributions from the model's: kl and tvd per token (kl in nats), mean and largest.
+        damaged: what the checksums say; set_aside: the shards that `repair` has moved. With the model also the numbers
+            of sequences and tokens compared, and the distance of the store's distributions from the model's: kl and tvd
+            per token (kl in nats), mean and largest.
 
     Raises:
         ValueError: the store was built from another model, by its fingerprint.
     """
     store = open_store(folder)
     store.verify()
-    found: dict[str, Any] = {"damaged": store.damaged, "sequences": len(store)}
+    found: dict[str, Any] = {"set_aside": store.set_aside()} if repair else {}
+    found |= {"damaged": store.damaged, "sequences": len(store)}
     if teacher is None or not len(store):
         return found
     model = InRoom(load_model(teacher))
@@ -218,8 +224,11 @@ def _apart(store: TeacherStore, model: InRoom, prompt: Tensor, continuation: Ten
 
     device, cpu = next(model.model.parameters()).device, torch.device("cpu")
     kept = store.targets([prompt.tolist()], [continuation.tolist()])
-    now = logits_function(model.rows([prompt], [continuation], device), cpu)(0, len(continuation)).float()
-    if isinstance(kept, TopK):  # the list is the teacher, and the model the student: symmetric where both are near
-        return torch.stack([f_divergence(now, kept, n, reduction="none") for n in ("kl", "tvd")], 1)
-    stored = logits_function(TeacherRows(kept, store.vocabulary), cpu)(0, len(continuation)).float()
-    return torch.stack([f_divergence(stored, now, n, reduction="none") for n in ("kl", "tvd")], 1)
+    apart = []
+    for begin, end, now in logits_in_pieces(model.rows([prompt], [continuation], device), cpu, 0, len(continuation)):
+        if isinstance(kept, TopK):  # the list is the teacher, and the model the student: symmetric where both are near
+            both: tuple[Any, Any] = now, kept._replace(ids=kept.ids[begin:end], log_probs=kept.log_probs[begin:end])
+        else:
+            both = logits_function(TeacherRows(kept, store.vocabulary), cpu)(begin, end).float(), now
+        apart.append(torch.stack([f_divergence(*both, n, reduction="none") for n in ("kl", "tvd")], 1))
+    return torch.cat(apart)

@@ -16,7 +16,7 @@ from ..teachers.readers import MINUS_INFINITY
 from .models import load_model
 from .run import device, tokenizer_hash
 from .sampling import Sampling, draw, fingerprint
-from .teachers import InRoom, logits_function
+from .teachers import InRoom, logits_in_pieces
 
 
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
@@ -129,21 +129,21 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
 @torch.no_grad()
 def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
     """In vLLM's form: null for the first token, then for each token the k largest, and the token itself."""
-    if len(prompt) < 2:
-        return [None]
-    device = next(room.model.parameters()).device
-    rows = room.rows([torch.tensor(prompt[:1])], [torch.tensor(prompt[1:])], device)
-    log_p = logits_function(rows, device)(0, len(prompt) - 1)[:, : room.vocabulary].float().log_softmax(-1)
-    log_p = log_p.clamp_min(MINUS_INFINITY)  # as vLLM: JSON has no −∞
-    largest = log_p.topk(min(k, room.vocabulary), -1)
-    own = log_p.gather(1, torch.tensor(prompt[1:], device=device).unsqueeze(1))
-    ranks = ((log_p > own).sum(1) + 1).tolist()
     found: list[dict[str, Any] | None] = [None]
-    for ids, values, token, of_token, rank in zip(
-        largest.indices.tolist(), largest.values.tolist(), prompt[1:], own[:, 0].tolist(), ranks, strict=True
-    ):
-        each = {i: (x, r) for r, (i, x) in enumerate(zip(ids, values, strict=True), 1)}
-        each.setdefault(token, (of_token, rank))
-        found.append({str(i): {"logprob": x, "rank": r, "decoded_token": tokenizer.decode([i])}
-                      for i, (x, r) in each.items()})  # fmt: skip
+    if len(prompt) < 2:
+        return found
+    device = next(room.model.parameters()).device
+    first, tokens = torch.tensor(prompt).tensor_split([1])
+    for begin, end, logits in logits_in_pieces(room.rows([first], [tokens], device), device, 0, len(tokens)):
+        piece = tokens[begin:end].to(device)
+        log_p = logits.log_softmax(-1).clamp_min_(MINUS_INFINITY)  # as vLLM: JSON has no −∞
+        own = log_p.gather(1, piece.unsqueeze(1))
+        ranks = (log_p > own).sum(1) + 1
+        largest = log_p.topk(min(k, room.vocabulary), -1)
+        columns = largest.indices, largest.values, piece, own[:, 0], ranks
+        for ids, values, token, of_token, rank in zip(*(column.tolist() for column in columns), strict=True):
+            each = {i: (x, r) for r, (i, x) in enumerate(zip(ids, values, strict=True), 1)}
+            each.setdefault(token, (of_token, rank))
+            found.append({str(i): {"logprob": x, "rank": r, "decoded_token": tokenizer.decode([i])}
+                          for i, (x, r) in each.items()})  # fmt: skip
     return found

@@ -112,13 +112,12 @@ class StudentServer:
         self._check(student, step)
 
     def _written(self, student: Any, step: int) -> Path:
-        """Where the weights are, whole; older ones are gone."""
-        path, partial = self.folder / f"{WEIGHTS}{step}", self.folder / f"{WEIGHTS}{step}.partial"
+        """Writes the weights, and removes older ones; the server reads them only when it is told to. Returns where."""
         for old in self.folder.glob(WEIGHTS + "*"):
             shutil.rmtree(old)
+        path = self.folder / f"{WEIGHTS}{step}"
         adapter: dict[str, Any] = {"selected_adapters": [self.adapter], "save_embedding_layers": False}
-        student.save_pretrained(partial, **(adapter if self.adapter else {}))
-        partial.rename(path)
+        student.save_pretrained(path, **(adapter if self.adapter else {}))
         return path if self.adapter in (None, "default") else path / self.adapter
 
     def _tell(self, path: str, body: dict[str, Any] | None = None) -> Any:

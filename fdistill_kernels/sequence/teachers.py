@@ -30,6 +30,8 @@ from .sampling import Sampling, draw, special_tokens
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
 AHEAD = 4
+#: Logits that are made at a time where no more are needed at once: 16 MiB in float32.
+ENTRIES = 1 << 22
 
 
 class Teacher(Protocol):
@@ -516,6 +518,15 @@ def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
 
         return logits
     return value
+
+
+def logits_in_pieces(
+    rows: TeacherRows, device: torch.device, begin: int, end: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The logits of a few rows at a time: the first row, the row after the last, and the logits (n, V) in float32."""
+    logits, step = logits_function(rows, device), max(1, ENTRIES // rows.vocabulary)
+    for n in range(begin, end, step):
+        yield n, min(n + step, end), logits(n, min(n + step, end))[:, : rows.vocabulary].float()
 
 
 def _by_teacher(

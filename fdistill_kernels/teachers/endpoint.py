@@ -4,8 +4,8 @@
     sglang       POST /generate with input_ids, return_logprob and top_logprobs_num
     vllm_hidden  as vllm, with extract_hidden_states and the ExampleHiddenStatesConnector, whose files both can reach
 
-Requests run on an event loop in their own thread, so that they are on their way while a loss is computed, and can be
-cancelled at once.
+Requests run on an event loop in a thread of their own, so that they are on their way while a loss is computed, and can
+be cancelled at once.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import asyncio
 import collections
 import contextlib
 import email.utils
+import errno
 import fcntl
-import hashlib
 import itertools
 import logging
 import operator
 import os
 import random
 import re
+import struct
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from torch import Tensor
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
-from .store import MissingTargets, TeacherStore, _check, _settings
+from .store import MissingTargets, TeacherStore, _pair, _settings, check_same
 
 if TYPE_CHECKING:
     from ..sequence.sampling import Sampling  # which needs transformers
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 Ids = Sequence[int] | Tensor
 KINDS = ("vllm", "sglang", "vllm_hidden")
-#: Seconds before the second try, doubled for each further one up to the longest, each time by a factor of 0.5 to 1.
+#: Seconds before the second try, doubled for each further one up to the longest; each is multiplied by 0.5 to 1.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-#: How far a probability may move when the same is asked again in another batch, or states, of their size.
+#: How far a probability, or states relative to their norm, may move when a sequence is asked for again.
 AGREES = 0.1
-#: Rows that a stored sequence which is asked again should have; seconds between two lines of the log.
+#: Rows that the stored sequence which is asked for again should have; seconds between two lines of the log.
 ENOUGH, LINE_EVERY = 8, 5.0
+#: Times that a batch reads damaged rows from the store before it is given up.
+READS = 3
 LOG = logging.getLogger("fdistill_kernels.endpoint")
 #: How vLLM and SGLang say that a sequence, and the token after it that each of them must generate, are too long.
 TOO_LONG = re.compile(r"context (length|window)|maximum model length|max_tokens must be at least", re.IGNORECASE)
@@ -63,30 +66,23 @@ class EndpointError(RuntimeError, ConnectionError):
         self.status = status
 
 
-class _Again(Misfit):
-    """What another try may mend; `after`: seconds that the server asks to wait."""
-
-    def __init__(self, what: str, after: float = 0.0):
-        super().__init__(what)
-        self.after = after
-
-
 class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
-    """A server as a teacher of `TopK` targets, or with kind "vllm_hidden" of `Hidden` ones.
+    """A teacher on a server. It gives `TopK` targets, or `Hidden` ones with kind "vllm_hidden".
 
-    Each sequence is asked for once. It is looked up in `store` first and written there afterwards, even if the rest of
-    the batch fails; if another batch or process is asking for it, this one waits for the answer. A reply that does not
-    fit is never used. Before the first request two short sequences are tried, one of them twice. Before anything is
-    taken from a store that has sequences, the server is asked for a short one of them again, and must give the same
-    answer. If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
+    With a store, each sequence is asked for once. It is looked up there first and written there afterwards, even if the
+    rest of the batch fails; if another batch, endpoint or process is asking for it, this one waits for the answer. A
+    reply that does not fit its sequence is never used. At first two short sequences are tried, one of them twice. If
+    the store has sequences already, the server is asked for a short one of them again, and must give the same answer.
+    If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
 
     Args:
         url: of the server, with or without /v1.
         model: name of the model on the server; None: the only one there.
         vocabulary, k: V of the teacher's output embedding; number of ids per position, at most V.
         api_key: sent as a bearer token.
-        padded: leave out ids ≥ V instead of refusing them: the teacher has more rows, whose mass then belongs to the
-            tail. Implied if /v1/models gives a larger `vocabulary`; it must not be smaller.
+        padded: leave out ids ≥ V instead of refusing them, for a teacher whose output embedding has more than V rows;
+            their mass then belongs to the tail. Implied if /v1/models gives a larger `vocabulary`, which must not be
+            smaller.
         store: a `TeacherStore` with the same settings, or its folder, which is made if there is none.
         concurrency, timeout: requests at a time; seconds for each, reading included. A longer Retry-After is an error.
         retries: further tries after a 408, 429 or 5xx, a timeout, a broken connection, or a reply that does not fit;
@@ -95,13 +91,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         kind: "vllm", "sglang" or "vllm_hidden".
         short_rows: pad positions that have fewer than k ids with −1 instead of refusing them.
         head, norm, states_folder, layer: for "vllm_hidden": the teacher's head; its output norm, a function of states
-            (L, D) in the dtype of the head, which the connector's states are without; the server's shared_storage_path;
-            and which of the connector's layers to use. The last one's id must be the model's number of layers.
+            (L, D) in the dtype of the head, because the connector gives the states before it; the server's
+            shared_storage_path; and which of the connector's layers to use. Of these the last must be the model's last.
 
     Raises:
         ValueError: arguments that do not fit together; in any call: the store is of another teacher than the server.
         EndpointError: (a ConnectionError) in any call: the server's own message, or what happened in the last try, with
             the sequence.
+        OSError: in any call: a store's file could not be written, or was damaged whenever it was read back.
     """
 
     def __init__(
@@ -133,17 +130,18 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if head is not None:
             states = str(head.weight.dtype).removeprefix("torch.")
             self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
-        self.store, self._folder = store if isinstance(store, TeacherStore) else None, store
+        self.store = store if isinstance(store, TeacherStore) else None
+        self._folder = None if store is None or isinstance(store, TeacherStore) else Path(store)  # of one to be made
         if self.store is not None:
             known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
-            _check(self.store.folder, known, _settings(**self._kept | {n: known[n] for n in free if n in known}))
+            check_same(f"{self.store.folder} holds other targets", known,
+                       _settings(**self._kept | {n: known[n] for n in free if n in known}))  # fmt: skip
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
         self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
-        self._flying: dict[Pair, asyncio.Future[Any]] = {}
-        self._claims: int | None = None
+        self._submitted: set[Future[Any]] = set()
         self._about: dict[str, Any] | None = None  # what the list of models says
         self._opened = self._tried = self._closed = False
         self._not_before, self._next_line, self._untold, self._process = 0.0, 0.0, 0, os.getpid()
@@ -156,12 +154,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     @property
     def tokenizer(self) -> str | None:
         """Hash of the server's tokenizer, if /v1/models gives one. The first reading asks the server."""
-        return self._wait(self._submit(self._known())).get("tokenizer")
+        return self._wait(self._submit(self._known)).get("tokenizer")
 
     @property
     def fingerprint(self) -> str | None:
         """Fingerprint of the server's model, if /v1/models gives one. The first reading asks the server."""
-        return self._wait(self._submit(self._known())).get("fingerprint")
+        return self._wait(self._submit(self._known)).get("fingerprint")
 
     def targets(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> TopK | Hidden:
         """The teacher at all M tokens of the continuations, sequence by sequence: lists (M, K), or states (M, D).
@@ -173,15 +171,15 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return self.ask(prompts, continuations, tail)()
 
     def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> Callable[..., Any]:
-        """Begins to ask, and returns what waits for `targets`, of another tail where one is given to it."""
+        """Begins to ask. Returns a function that waits for the `targets`; it takes another tail if one is given."""
         checked_tail(tail)
-        future = self._submit(self._batch(self._pairs(prompts, continuations)))
+        future = self._submit(self._batch, self._pairs(prompts, continuations))
         return lambda tail=tail: self._wait(future, checked_tail(tail))
 
     def prefetch(
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
     ) -> Generator[tuple[Any, TopK | Hidden], None, None]:
-        """Each batch (prompts, continuations, …) with its targets, while `ahead` further ones are on their way."""
+        """Yields each batch (prompts, continuations, …) with its targets, while `ahead` further ones are asked for."""
         return self._prefetched(iter(batches), ahead, checked_tail(tail))
 
     def _prefetched(self, source: Any, ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
@@ -189,7 +187,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         try:
             while True:
                 for batch in itertools.islice(source, ahead + 1 - len(on_the_way)):
-                    on_the_way.append((batch, self._submit(self._batch(self._pairs(batch[0], batch[1])))))
+                    on_the_way.append((batch, self._submit(self._batch, self._pairs(batch[0], batch[1]))))
                 if not on_the_way:
                     return
                 batch, future = on_the_way.popleft()
@@ -212,36 +210,41 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
         async def all_of_them() -> list[Tensor]:
             await self._open()
-            return await _all(self._drawn(p, sampling, seed + i, i, more) for i, (p, _) in enumerate(pairs))
+            return await _all((self._drawn, p, sampling, seed + i, i, more) for i, (p, _) in enumerate(pairs))
 
-        return self._wait(self._submit(all_of_them()))
+        return self._wait(self._submit(all_of_them))
 
     def close(self) -> None:
-        """Calls off what is on its way; whoever waits for it gets an error. What has come is in the store."""
+        """Cancels all requests; whoever waits for them gets an error. Answers that have come are in the store."""
         if os.getpid() != self._process:
             return
         with self._gate:
             if self._closed:
                 return
             self._closed = True
+            for future in tuple(self._submitted):
+                future.cancel()
             asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout=10)
         if not self._thread.is_alive():
             self._loop.close()
-        if self._claims is not None:
-            os.close(self._claims)
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
     # Between the caller's thread and the loop's
 
-    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def _submit(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
+        async def in_a_scope() -> Any:  # so that whoever cancels the future calls the requests off as `_all` does
+            return (await _all([(work, *arguments)]))[0]
+
         if os.getpid() == self._process:
             with self._gate:  # what is submitted before `close` is there to be called off by it
                 if not self._closed:
-                    return asyncio.run_coroutine_threadsafe(work, self._loop)
-        work.close()
+                    future = asyncio.run_coroutine_threadsafe(in_a_scope(), self._loop)
+                    self._submitted.add(future)
+                    future.add_done_callback(self._submitted.discard)
+                    return future
         raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
 
     def _wait(self, future: Future[Any], tail: str = "") -> Any:
@@ -254,10 +257,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return found._replace(tail=tail) if isinstance(found, TopK) else found
 
     async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
         await self._client.aclose()
         self._loop.call_soon(self._loop.stop)
 
@@ -280,25 +280,21 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     # Batches, on the loop
 
     async def _batch(self, pairs: list[Pair]) -> TopK | Hidden:
-        """The rows of all pairs; those that another batch is asking for are waited for."""
+        """The rows of all pairs. With a store, what it lacks is asked for and written, and all are read from it."""
         await self._open()
         pairs = [pair for pair in pairs if pair[1]]
-        rows: dict[Pair, Any] = {}
-        while True:
-            while wanted := [pair for pair in dict.fromkeys(pairs) if pair not in rows]:
-                if mine := [pair for pair in wanted if pair not in self._flying]:
-                    rows.update(await self._scored(mine))
-                    continue
-                flying = {pair: self._flying[pair] for pair in wanted}
-                await asyncio.wait(flying.values())
-                rows.update({pair: f.result() for pair, f in flying.items() if not f.cancelled()})  # else they are mine
-            if self.store is None or not pairs:
-                return self._together([rows[pair] for pair in pairs])
+        if self.store is None or not pairs:
+            rows = await self._paid(list(dict.fromkeys(pairs)))
+            return self._together([rows[pair] for pair in pairs])
+        for _ in range(READS):
+            async with self._claimed(self.store, pairs) as missing:
+                await self._paid(missing)
             try:
                 return self.store.targets([p for p, _ in pairs], [c for _, c in pairs])
             except MissingTargets as error:  # a shard was found damaged when it was read: its sequences are asked again
-                for index in error.indices:
-                    rows.pop(pairs[index], None)
+                damage = error
+        raise OSError(errno.EIO, f"the disk of {self.store.folder} damages what is written: {READS} times in a row "
+                      f"sequences could not be read back ({damage})") from damage  # fmt: skip
 
     def _together(self, rows: list[Any]) -> TopK | Hidden:
         if self.head is not None:
@@ -306,66 +302,48 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         rows = [TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k)), *rows]
         return TopK(torch.cat([row.ids for row in rows]), torch.cat([row.log_probs for row in rows]))
 
-    async def _scored(self, pairs: list[Pair]) -> dict[Pair, Any]:
-        """Asks for pairs that no other batch of this process is asking for; with a store they are in it then."""
+    async def _paid(self, pairs: list[Pair]) -> dict[Pair, Any]:
+        """Asks the server. Answers that have come are stored even if others fail, or the batch is cancelled."""
         made: dict[Pair, Any] = {}
-        flying = {pair: self._loop.create_future() for pair in pairs}
-        self._flying.update(flying)
-        try:
-            async with contextlib.nullcontext() if self.store is None else self._claimed(pairs):
-                missing = pairs
-                if self.store is not None:
-                    self.store.refresh()
-                    missing = [pairs[i] for i in self.store.missing(pairs)]
-                    made.update(dict.fromkeys(set(pairs) - set(missing)))
-                if missing:
-                    await self._try()
-                    await self._paid(missing, made)
-            return made
-        finally:
-            for pair, future in flying.items():
-                del self._flying[pair]
-                if pair in made:
-                    future.set_result(made[pair])
-                else:
-                    future.cancel()
 
-    async def _paid(self, pairs: list[Pair], made: dict[Pair, Any]) -> None:
-        """Asks the server; what has come is kept also where some did not, or the batch is called off."""
-        tasks = {pair: asyncio.ensure_future(self._asked(pair, f"sequence {i}")) for i, pair in enumerate(pairs)}
+        async def one(number: int, pair: Pair) -> EndpointError | None:
+            try:
+                made[pair] = await self._asked(pair, f"sequence {number}")
+            except EndpointError as error:
+                return error
+            return None
+
+        if pairs:
+            await self._try()
         try:
-            await asyncio.wait(tasks.values())
+            failed = await _all((one, number, pair) for number, pair in enumerate(pairs))
         finally:
-            for task in tasks.values():
-                task.cancel()
-            come = {p: t.result() for p, t in tasks.items() if t.done() and not t.cancelled() and not t.exception()}
-            if self.store is not None and come:
+            if self.store is not None and made:
                 with self.store.writer() as writer:
-                    for pair, rows in come.items():
+                    for pair, rows in made.items():
                         writer.add(*pair, rows)
-            made.update(come)
-        for task in tasks.values():
-            task.result()
+        for error in filter(None, failed):
+            raise error
+        return made
 
     @contextlib.asynccontextmanager
-    async def _claimed(self, pairs: list[Pair]) -> AsyncIterator[None]:
-        """Holds a byte of the store's lock file for each pair, so that no other process asks for it meanwhile.
+    async def _claimed(self, store: TeacherStore, pairs: list[Pair]) -> AsyncIterator[list[Pair]]:
+        """The pairs that the store lacks, for which meanwhile no other batch asks, of this or another process.
 
-        A batch claims all of its own in order, and while it holds some waits for nothing but further ones: no two
-        processes wait for each other. The system frees those of a process that dies.
+        A byte of the store's lock file is locked for each pair. A batch locks its bytes in order, and while it has some
+        it waits only for higher ones, so no two batches wait for each other. The locks belong to the open file, so the
+        system frees those of a process that dies.
         """
-        assert self.store is not None
-        bytes_ = sorted({int.from_bytes(hashlib.sha256(repr(pair).encode()).digest()[:7], "big") for pair in pairs})
-        if self._claims is None:  # open as long as this: to close any descriptor of it frees all of a process
-            self._claims = os.open(self.store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
+        claims = os.open(store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         try:
-            for byte in bytes_:
-                while not _had(fcntl.lockf, self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte):
+            for byte in sorted({int.from_bytes(_pair(*pair)[0][:7], "big") for pair in pairs}):
+                while not _locked(claims, fcntl.F_WRLCK, byte, 1):
                     await asyncio.sleep(0.05)
-            yield
+            store.refresh()
+            yield list(dict.fromkeys(pairs[i] for i in store.missing(pairs)))
         finally:
-            for byte in bytes_:
-                fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, byte)
+            _locked(claims, fcntl.F_UNLCK)  # closing is not enough where a forked process has the file, too
+            os.close(claims)
 
     # One teacher
 
@@ -397,15 +375,15 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             if self.store is not None:  # a local teacher's has the fingerprint itself as its teacher
                 known = {n: v for n, v in self.store.key.items()
                          if n in key and (n, v) != ("teacher", about.get("fingerprint"))}  # fmt: skip
-                _check(self.store.folder, known, {name: key[name] for name in known})
-            elif isinstance(self._folder, (str, Path)):
+                check_same(f"{self.store.folder} holds other targets", known, {name: key[name] for name in known})
+            elif self._folder is not None:
                 self.store = TeacherStore.create(self._folder, key=key, **self._kept)
             if self.store is not None and (pair := _short(self.store)):
                 await self._compare(self.store, pair)
             self._opened = True
 
     async def _compare(self, store: TeacherStore, pair: Pair) -> None:
-        """Asks for a stored sequence again, of which the server must say the same."""
+        """Asks for a stored sequence again; the server must give what is stored."""
         asked, kept = await self._asked(pair, "a stored sequence"), store.targets([pair[0]], [pair[1]])
         if isinstance(kept, Hidden):
             projection = store._head_tensors().get("projection")
@@ -416,17 +394,17 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                              "take another folder for this one")  # fmt: skip
 
     async def _try(self) -> None:
-        """Two short sequences, one of them twice.
+        """Tries two short sequences, one of them twice.
 
         Raises:
-            EndpointError: what a reply lacks, other rows for the same, or the same rows for others.
+            EndpointError: a reply lacks something, or the rows of one sequence differ, or those of two do not.
         """
         async with self._opening:
             if self._tried:
                 return
             first = tuple(i * (min(self.vocabulary, 200) - 1) // 5 for i in range(5))  # a student's last may be padding
             short = [((a,), tuple(more)) for a, *more in (first, first[::-1], first)]
-            one, other, again = await _all(self._asked(pair, "a short sequence") for pair in short)
+            one, other, again = await _all((self._asked, pair, "a short sequence") for pair in short)
             if not _agree(one, again):
                 raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
             if first != first[::-1] and _agree(one, other, 1e-6):
@@ -438,13 +416,11 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def _asked(self, pair: Pair, what: str) -> Awaitable[Any]:
         """A pair's rows: `TopK` (L, K), or states (L, D)."""
         ids, begin = [*pair[0], *pair[1]], len(pair[0])
-        hint = (" (the server's context must be at least one token longer than the longest sequence: "
-                f"{len(ids) + 1} for this one)")  # fmt: skip
         once = self._of_sglang if self.kind == "sglang" else self._of_vllm
-        return self._until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), hint)
+        return self._until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), len(ids))
 
     async def _generate(self, ids: list[int], new: int, how: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """What the server makes of token ids and up to `new` more: SGLang's reply, or vLLM's one choice."""
+        """Sends token ids, to be continued by up to `new` more. Returns SGLang's reply, or vLLM's only choice."""
         if self.kind == "sglang":
             body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new}, **more}
             return await self._post("/generate", body)
@@ -476,9 +452,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return await self._states(str(made.get("hidden_states_path")), ids, begin)
 
     async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
-        """The normed states that predict tokens `begin` on, of a file that is read once and removed.
+        """The normed states that predict the tokens from `begin` on. The file is removed when it has been read.
 
-        The server holds name.lock until it has written; without one (use_synchronization_lock false) the file is there.
+        The server holds a lock on name.lock until it has written the file, unless use_synchronization_lock is false.
         """
         from safetensors.torch import load_file
 
@@ -511,11 +487,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int, more: dict[str, Any]
     ) -> Tensor:
         ids, new = list(prompt), sampling.max_new_tokens
-        how: dict[str, Any] = {  # of p itself, whatever the generation configuration at the server says
+        how: dict[str, Any] = {  # whatever the generation configuration at the server says
             "temperature": sampling.temperature, "top_k": sampling.top_k or -1, "top_p": sampling.top_p, "min_p": 0.0,
             "repetition_penalty": 1.0, **more,
         }  # fmt: skip
-
         of_seed, of_ids = ("sampling_seed", "output_ids") if self.kind == "sglang" else ("seed", "token_ids")
 
         async def once() -> Tensor:
@@ -543,12 +518,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         about = found[0] if found else {"id": self.model}
         return {name: about[name] for name, kind in kinds.items() if isinstance(about.get(name), kind)}
 
-    async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]], hint: str = "") -> Any:
-        """Tries with ever longer waits between; a server's wish to be left alone holds for all requests.
+    async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]], tokens: int = 0) -> Any:
+        """The result of `once`, which is tried again after ever longer waits. A Retry-After holds for all requests.
 
-        hint: what to do where the server says that a sequence is too long.
+        tokens: the length of the sequence, which the error names if the server's context is too short for it.
         """
-        import anyio  # httpx's: of its scopes a connection that is called off is given back, of asyncio's not always
+        import anyio
 
         for tries in itertools.count(1):
             try:
@@ -558,18 +533,19 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                     with anyio.fail_after(self.timeout):
                         return await once()
             except Misfit as error:
-                happened, after = str(error), getattr(error, "after", 0.0)
+                happened = str(error)
             except TimeoutError:
-                happened, after = f"no whole reply within {self.timeout} s", 0.0
+                happened = f"no whole reply within {self.timeout} s"
             except EndpointError as error:
-                hint = hint if error.status == 400 and TOO_LONG.search(str(error)) else ""
-                raise EndpointError(f"{what}: {error}{hint} ({self.url})", error.status) from error
-            if tries > self.retries or after > self.timeout:
-                asked = f", which asks to wait {after:g} s" if after > self.timeout else ""
-                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}{asked}: {happened}")
-            if after:
-                self._not_before = max(self._not_before, time.monotonic() + after)
-            wait = max(after, min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
+                said = str(error)
+                if tokens and error.status == 400 and TOO_LONG.search(said):
+                    said += (" (the server's context must be at least one token longer than the longest sequence: "
+                             f"{tokens + 1} for this one)")  # fmt: skip
+                raise EndpointError(f"{what}: {said} ({self.url})", error.status) from error
+            if tries > self.retries:
+                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}: {happened}")
+            wait = min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
+            wait = max(wait, self._not_before - time.monotonic())
             self._untold += 1
             if time.monotonic() >= self._next_line:
                 more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
@@ -579,35 +555,54 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         raise AssertionError
 
     async def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One request's reply as an object; GET without a body."""
+        """One request's reply as an object; GET without a body. What another try may mend is a Misfit."""
         import httpx
 
         try:
             reply = await self._client.request("GET" if body is None else "POST", self.url + path, json=body)
         except httpx.RequestError as error:
-            raise _Again(f"the connection broke: {error!r}") from error
+            raise Misfit(f"the connection broke: {error!r}") from error
         if reply.status_code != 200:
-            said = f"status {reply.status_code}: {_message(reply)}"
-            if reply.status_code in (408, 429) or reply.status_code >= 500:
-                raise _Again(said, _seconds(reply.headers.get("Retry-After")))
-            raise EndpointError(f"the server refuses it with {said}", reply.status_code)
+            said, after = f"status {reply.status_code}: {_message(reply)}", _seconds(reply.headers.get("Retry-After"))
+            if reply.status_code not in (408, 429) and reply.status_code < 500:
+                raise EndpointError(f"the server refuses it with {said}", reply.status_code)
+            if after > self.timeout:
+                raise EndpointError(f"the server asks to wait {after:g} s, with {said}", reply.status_code)
+            self._not_before = max(self._not_before, time.monotonic() + after)
+            raise Misfit(said)
         try:
             found = reply.json()
         except ValueError as error:
-            raise _Again(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
+            raise Misfit(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
         if not isinstance(found, dict):
             raise Misfit("it is no JSON object")
         return found
 
 
-async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
-    """All results in order; the first failure calls off the rest."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
+async def _all(work: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The results of functions with their arguments, in order; the first failure calls off the rest.
+
+    They run in a scope of anyio, which httpx is written for: if it calls off a request, the connection is given back,
+    which a task's own `cancel` does not always achieve.
+    """
+    import anyio
+
+    found: dict[int, Any] = {}
+    failed: list[Exception] = []
+    async with anyio.create_task_group() as group:
+
+        async def one(number: int, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+            try:
+                found[number] = await function(*arguments)
+            except Exception as error:
+                failed.append(error)
+                group.cancel_scope.cancel()
+
+        for number, call in enumerate(work):
+            group.start_soon(one, number, *call)
+    for error in failed:
+        raise error
+    return [found[number] for number in range(len(found))]
 
 
 def _shown(pair: Pair) -> str:
@@ -617,7 +612,7 @@ def _shown(pair: Pair) -> str:
 
 
 def _short(store: TeacherStore) -> Pair | None:
-    """A stored sequence: of the smallest whole shard the shortest that has enough rows, or the one with most."""
+    """A sequence of the smallest intact shard: the shortest one that has enough rows, else the one with most rows."""
     for shard in sorted(store._shards.values(), key=lambda s: s.bytes):
         if (kept := store._tensors(shard)) is not None:
             at = kept["places"].tolist()
@@ -629,7 +624,7 @@ def _short(store: TeacherStore) -> Pair | None:
 
 
 def _message(reply: Any) -> str:
-    """The server's own words, as vLLM, SGLang and FastAPI have them."""
+    """The server's error message, in the forms of vLLM, SGLang and FastAPI."""
     try:
         found = reply.json()
         found = found.get("error", found.get("message", found.get("detail", found)))
@@ -639,7 +634,7 @@ def _message(reply: Any) -> str:
 
 
 def _seconds(after: str | None) -> float:
-    """Of a Retry-After: seconds, or a date."""
+    """Seconds to wait by a Retry-After header, which has seconds or a date."""
     with contextlib.suppress(ValueError):
         return max(0.0, float(after or 0))
     with contextlib.suppress(TypeError, ValueError):
@@ -648,12 +643,17 @@ def _seconds(after: str | None) -> float:
 
 
 def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
-    """Whether a lock that is not waited for was free."""
+    """Calls a function that takes a lock without waiting; whether the lock was free."""
     try:
         lock(*arguments)
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def _locked(file: int, kind: int, begin: int = 0, length: int = 0) -> bool:
+    """Locks or unlocks bytes of a file (length 0: all) for this descriptor, where `lockf` does it for the process."""
+    return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, begin, length, 0))
 
 
 def _is_locked(path: Path) -> bool:
@@ -665,10 +665,11 @@ def _is_locked(path: Path) -> bool:
 
 
 def _agree(one: Any, other: Any, within: float = AGREES) -> bool:
-    """Whether states by their size, or lists, are the same up to rounding.
+    """Whether states, relative to their norm, or lists are the same up to rounding.
 
-    Of lists: no probability is further apart, an id that a list lacks being at most as probable there as its last; on
-    average those that both have are not by twice as much of themselves; and most of the mass is of ids that both have.
+    Two lists agree if no probability differs by more than `within` (an id that a list lacks is at most as probable in
+    it as its last one), if those of the shared ids differ by no more than 2·`within` of themselves on average, and if
+    most of the mass is on shared ids.
     """
     if isinstance(one, Tensor):
         return bool((one - other).float().norm() <= within * one.float().norm())

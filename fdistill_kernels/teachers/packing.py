@@ -1,7 +1,7 @@
-"""A teacher's rows as few bytes, and hashes of tensors: little-endian, the same on every machine.
+"""Stored rows in few bytes, and hashes of tensors. Everything is little-endian, so it is the same on every machine.
 
-Ids take exactly the bits that the vocabulary needs, log-probabilities 16 or 8, states 32, 16 or 8 an entry. Each has
-its largest error as a function beside it.
+An id takes as many bits as the vocabulary needs, a log-probability 16 or 8, an entry of a hidden state 32, 16 or 8. For
+the last two there is a function that gives the largest error.
 """
 
 from __future__ import annotations
@@ -14,44 +14,43 @@ import torch
 import xxhash
 from torch import Tensor
 
-#: Log-probabilities as they are kept.
+#: How log-probabilities may be stored.
 LOG_PROBS = ("float16", "uint8")
-#: Hidden states as they are kept; int8 with a scale a token.
+#: How hidden states may be stored; int8 has a scale for each token.
 STATES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-#: Smaller log-probabilities become −inf: no float has a p > 0 there.
+#: Smaller log-probabilities are stored as −inf; in float32 they have p = 0 anyway.
 LEAST = -32768.0
-#: Steps of the 8-bit code, whose last number is −inf.
+#: The 8-bit code has 254 steps; its last number, 255, is −inf.
 STEPS = 254
-#: What a step is worth, in parts of the row's span.
+#: The distance from a row's top that each number of the 8-bit code stands for, as a share of the row's span.
 WORTH = np.append((np.arange(STEPS + 1) / STEPS) ** 2, np.inf).astype(np.float32)
-#: Bytes that are hashed at a time, so that a tensor elsewhere than in memory is never there as a whole.
+#: Bytes that are hashed at a time, so that a tensor on a GPU or in a file is never copied as a whole.
 PIECE = 1 << 24
 
 
 def id_bits(vocabulary: int) -> int:
-    """How many bits an id in [0, vocabulary) takes: 17 for 128256."""
+    """The number of bits of an id in [0, vocabulary), for example 17 for 128256."""
     return max(1, (vocabulary - 1).bit_length())
 
 
 def pack_ids(ids: np.ndarray, bits: int) -> np.ndarray:
-    """(M, K) ids ≥ 0 as (M, ⌈K·bits/8⌉) uint8: each row one string of bits, the lowest first."""
+    """Packs ids (M, K) ≥ 0 into uint8 (M, ⌈K·bits/8⌉): each row is one string of bits, the lowest bit first."""
     words = ids.astype("<u8")[..., None].view(np.uint8)
     one_by_one = np.unpackbits(words, axis=2, count=bits, bitorder="little")
     return np.packbits(one_by_one.reshape(len(ids), ids.shape[1] * bits), axis=1, bitorder="little")
 
 
 def unpack_ids(packed: np.ndarray, k: int, bits: int) -> np.ndarray:
-    """`pack_ids`' ids, (M, K) int64.
+    """The ids (M, k) int64 that `pack_ids` was given.
 
-    Eight ids take `bits` whole bytes. So the ids of one place among the eight are words at one distance, which need not
-    be aligned, and all shifted alike.
+    Eight ids take exactly `bits` bytes. So every eighth id begins at the same bit of a byte, `bits` bytes after the one
+    before it, and numpy can read all of these as one strided array of unaligned words, which are then shifted alike.
     """
     rows, width = packed.shape
-    word = np.dtype("<u4") if bits <= 25 else np.dtype("<u8")  # a word may begin 7 bits before its id
+    word = np.dtype("<u4") if bits <= 25 else np.dtype("<u8")  # an id may begin at the 8th bit of its word
     groups = -(-k // 8)
-    end = rows * width + (groups + 1) * bits + word.itemsize  # the last row's last group may end behind it
-    whole = np.zeros(end, np.uint8)
-    whole[: rows * width] = packed.reshape(-1)
+    padding = (groups + 1) * bits + word.itemsize  # the last group of the last row may be read beyond its end
+    whole = np.append(packed.reshape(-1), np.zeros(padding, np.uint8))
     ids = np.empty((rows, groups, 8), np.int64)
     for place in range(8):
         begin, shift = divmod(place * bits, 8)
@@ -61,32 +60,31 @@ def unpack_ids(packed: np.ndarray, k: int, bits: int) -> np.ndarray:
 
 
 def _half_above(values: np.ndarray) -> np.ndarray:
-    """The smallest float16 that is no less."""
+    """The smallest float16 numbers that are not below the values."""
     half = values.astype(np.float16)
     return np.where(half.astype(np.float32) < values, np.nextafter(half, np.float16(np.inf)), half)
 
 
 def encode_log_probs(log_probs: np.ndarray, precision: str) -> dict[str, np.ndarray]:
-    """(M, K) float32 log-probabilities, no NaN, as "log_probs" and, of "uint8", "spans" (M, 2) float16.
+    """Encodes log-probabilities (M, K) float32 without NaN as "log_probs" and, for "uint8", "spans" (M, 2) float16.
 
-    A row's code of 8 bits is c = 254·√(d/R) of the distance d from the row's largest, R the largest d: steps are finest
-    at the top, where the mass is.
+    The 8-bit code of a log-probability is round(254·√(d/R)): d is its distance from the row's top, R (the row's span)
+    the largest d. The steps are finest near the top, where the probability mass is.
     """
     values = np.where(log_probs < LEAST, -np.inf, log_probs).astype(np.float32)
     if precision == "float16":
         return {"log_probs": values.astype(np.float16)}
     finite = np.isfinite(values)
-    some = finite.any(1)
-    top = _half_above(np.where(some, np.max(values, 1, initial=-np.inf), 0).astype(np.float32))
+    top = _half_above(np.where(finite.any(1), np.max(values, 1, initial=-np.inf), 0).astype(np.float32))
     distance = np.where(finite, top.astype(np.float32)[:, None] - values, 0)
     span = _half_above(distance.max(1, initial=0))
-    span[span == 0] = 1  # a row of one value
+    span[span == 0] = 1  # all values of the row are equal
     codes = np.rint(STEPS * np.sqrt(distance / span.astype(np.float32)[:, None]))
     return {"log_probs": np.where(finite, codes, STEPS + 1).astype(np.uint8), "spans": np.stack((top, span), 1)}
 
 
 def decode_log_probs(kept: dict[str, np.ndarray]) -> np.ndarray:
-    """`encode_log_probs`' values, (M, K) float16."""
+    """The log-probabilities (M, K) float16 that `encode_log_probs` has encoded."""
     codes = kept["log_probs"]
     if codes.dtype == np.float16:
         return codes
@@ -98,10 +96,10 @@ def decode_log_probs(kept: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def log_prob_error(log_probs: Tensor, precision: str) -> Tensor:
-    """The largest error of each log-probability of rows (..., K) ≥ −32768 as `precision` keeps it; of −inf it is 0.
+    """The largest possible error of each log-probability x ≥ −32768 in rows (..., K), stored with `precision`.
 
-    "float16": |x|/2¹¹ + 2⁻²⁵. "uint8", with the row's top and span R = top − least, d = top − x: √(R·d)/254 +
-    R/(4·254²), and the float16 of the result. So at most R/253 and that.
+    For "float16" it is |x|/2¹¹ + 2⁻²⁵. For "uint8" it is √(R·d)/254 + R/(4·254²), at most R/253, plus the float16 error
+    of the result; R is the distance of the row's least value from its top, d that of x. It is 0 for −inf.
     """
     x = log_probs.double()
     finite = x.isfinite()
@@ -112,7 +110,7 @@ def log_prob_error(log_probs: Tensor, precision: str) -> Tensor:
     if precision == "float16" or not x.shape[-1]:
         return torch.where(finite, half(x), 0.0)
     top = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
-    top = top + 2 * half(top)  # rounded up, as the span
+    top = top + 2 * half(top)  # it is rounded up, and so is the span
     span = top - torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     span = span + 2 * half(span)
     code = (span * (top - x)).sqrt() / STEPS + span / (4 * STEPS**2) + 1e-6 * span
@@ -120,9 +118,9 @@ def log_prob_error(log_probs: Tensor, precision: str) -> Tensor:
 
 
 def encode_states(states: Tensor, precision: str) -> dict[str, Tensor]:
-    """(M, D) finite states as "states" and, of "int8", "scales" (M) bfloat16: a row's largest magnitude is some 127.
+    """Encodes finite hidden states (M, D) as "states" and, for "int8", "scales" (M) bfloat16: row maximum / 127.
 
-    A scale of bfloat16, rounded up, times an int8 is rounded but once in bfloat16: no float32 is needed to read them.
+    The scale is rounded up to a bfloat16, so that decoding into bfloat16 rounds once and needs no float32.
 
     Raises:
         ValueError: a state is too large for the precision.
@@ -140,20 +138,23 @@ def encode_states(states: Tensor, precision: str) -> dict[str, Tensor]:
 
 
 def decode_states(kept: dict[str, Tensor], into: Tensor) -> Tensor:
-    """Writes `encode_states`' values into contiguous (M, D) of any floating dtype, and returns it."""
-    if kept["states"].dtype == into.dtype:  # as bytes: out of a map, torch's own copy takes twice as long
-        np.copyto(into.view(torch.uint8).numpy(), kept["states"].view(torch.uint8).numpy())
+    """Writes the states that `encode_states` has encoded into a contiguous (M, D) tensor, and returns it."""
+    states, scales = kept["states"], kept.get("scales")
+    if states.dtype == into.dtype:  # as bytes: from a memory map, torch's own copy takes twice as long
+        np.copyto(into.view(torch.uint8).numpy(), states.view(torch.uint8).numpy())
         return into
-    if "scales" not in kept or into.dtype != torch.float16:  # whose range a scale may be below
-        into.copy_(kept["states"])
-        return into.mul_(kept["scales"].to(into.dtype)[:, None]) if "scales" in kept else into
-    return into.copy_(kept["states"].float().mul_(kept["scales"].float()[:, None]))
+    if scales is None:
+        return into.copy_(states)
+    if into.dtype == torch.float16:  # a scale may be too small for float16
+        return into.copy_(states.float().mul_(scales.float()[:, None]))
+    return into.copy_(states).mul_(scales.to(into.dtype)[:, None])
 
 
 def state_error(states: Tensor, precision: str) -> Tensor:
-    """The largest error of each entry of float32 states (M, D) as `precision` keeps them, before any other dtype.
+    """The largest possible error of each entry h of float32 states (M, D), stored with `precision`.
 
-    Half a step: |h|/2²⁵, |h|/2¹² and |h|/2⁹ of the floats (in float16 2⁻²⁵ at least), max|h|/252 of int8.
+    It is |h|/2²⁵ for float32, |h|/2¹² for float16 (at least 2⁻²⁵), |h|/2⁹ for bfloat16, and for int8 the row's largest
+    |h|/252. The rounding to another dtype when the states are read comes on top of this.
     """
     size = states.double().abs()
     if precision == "int8":
@@ -163,9 +164,9 @@ def state_error(states: Tensor, precision: str) -> Tensor:
 
 
 def top_directions(weight: Tensor, rank: int) -> Tensor:
-    """V_r (D, rank) float32: the right singular directions of weight (V, D) with the largest singular values.
+    """V_r (D, rank) float32: the right singular vectors of weight (V, D) that belong to its largest singular values.
 
-    Of all hidden states in a ball they are where the logits differ most: no other r directions leave less of W.
+    Projecting the hidden states onto these r directions changes the logits less than onto any other r directions.
     """
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
     for rows in weight.detach().cpu().split(8192):
@@ -177,8 +178,10 @@ def top_directions(weight: Tensor, rank: int) -> Tensor:
 
 
 def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    """Adds a tensor's name, dtype, shape and bytes to a digest, a piece at a time, wherever it is; a meta tensor has no
-    bytes, a quantised one its values', another kind of tensor those of the tensors that it is made of."""
+    """Adds a tensor's name, dtype, shape and bytes to a digest, a piece at a time, on any device.
+
+    A meta tensor has no bytes. A quantised tensor is hashed by its values, a tensor subclass by the tensors inside it.
+    """
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     if tensor.is_meta or not tensor.numel():
         return
@@ -192,7 +195,7 @@ def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """32 hex digits of named tensors' contents, in any order, on any device."""
+    """A hash of named tensors, 32 hex digits; it depends neither on their order nor on their device."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         hash_tensor(digest, name, tensor)

@@ -1,6 +1,6 @@
-"""What other tools kept of a teacher, read as (prompt (P,), continuation (L,), `TopK` (L, K)) and written into a store.
+"""Readers of the teacher outputs that other tools have stored, as (prompt (P,), continuation (L,), `TopK` (L, K)).
 
-Row i of a sequence is the distribution that predicts continuation[i]. A row that does not fit is refused, with its file
+Row i of a sequence is the distribution that predicts continuation[i]. A row that does not fit is refused with its file
 and line. Nothing is repaired except what a format defines: −9999 is vLLM's −∞, Megatron-LM's sentinels are padding.
 """
 
@@ -94,7 +94,7 @@ def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
 def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, lists: Lists) -> TopK:
     """A vLLM choice's `prompt_logprobs` from token `begin` ≥ 1 on: null, then {id: {"logprob": …, "rank": …}} of each.
 
-    The token itself is among them where it is not of the k largest, too: its rank is above k then.
+    vLLM lists the token itself, too, if it is not one of the k largest: its rank is then above k.
 
     Raises:
         Misfit: as `largest`, for other token ids or another length than sent, a token missing, or another form.
@@ -118,7 +118,8 @@ def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, lists: Lists) 
 def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, lists: Lists) -> TopK:
     """SGLang's `input_top_logprobs` and `input_token_logprobs` of a reply's meta_info: [log-prob, id, text] each.
 
-    They begin with the token before `begin`, or the first, and end with the last; their first has no log-probability.
+    They begin with the token before `begin`, or with the first token, and end with the last. The first entry has no
+    log-probability.
 
     Raises:
         Misfit: as `vllm_rows`.
@@ -235,9 +236,9 @@ def distillkit(folder: str | Path, *, prompt_length: int = 1, vocabulary: int | 
             with _at(f"{path} row {number}"):
                 if "packed_indices" in row:
                     raise Misfit("the older format keeps logits, not log-probabilities")
-                packed = (torch.tensor(row[n], dtype=torch.uint8)[prompt_length - 1 :]
-                          for n in ("bytepacked_indices", "compressed_logprobs"))  # fmt: skip
-                ids, values = _unpacked(next(packed), bits, config["k"]), _decompressed(next(packed), config)
+                packed, coded = (torch.tensor(row[n], dtype=torch.uint8)[prompt_length - 1 :]
+                                 for n in ("bytepacked_indices", "compressed_logprobs"))  # fmt: skip
+                ids, values = _unpacked(packed, bits, config["k"]), _decompressed(coded, config)
                 split = _split(row["input_ids"], prompt_length)
                 yield *split, checked(ids, values, vocabulary or config["d"], len(split[1]))
 
@@ -327,7 +328,7 @@ def megatron(
 
 
 def _iterations(paths: list[Path]) -> Iterator[tuple[str, int, list[tuple[Tensor, Tensor]], int]]:
-    """(name, iteration, [(log-probs, ids) (L, K) of each sample], micro-batch size) of a rank's shards in order."""
+    """Of a rank's shards, in order: name, iteration, (log-probs, ids) (L, K) of each sample, and micro-batch size."""
     import pyarrow
 
     for path in paths:
@@ -355,7 +356,7 @@ def _iterations(paths: list[Path]) -> Iterator[tuple[str, int, list[tuple[Tensor
 
 
 def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """17 bits of an id, kept apart; −1 where the log-probability is the sentinel's, −1e3 or −1e4."""
+    """Ids from their 17th bit and the other 16; −1 where the log-probability is the sentinel −1e3 or −1e4."""
     return (high.long() << 16 | low.long()).masked_fill(values <= -999, -1)
 
 
@@ -377,7 +378,7 @@ def _split(sequence: Sequence[int], begin: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _at(where: str) -> Iterator[None]:
-    """Says where a row is that does not fit."""
+    """Names the row in every error that its reading raises."""
     try:
         yield
     except Exception as error:
@@ -386,7 +387,7 @@ def _at(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def form(what: str) -> Iterator[None]:
-    """Says of what another form is than was looked for."""
+    """Turns the errors of a reply in another form into a Misfit that names the form."""
     try:
         yield
     except Misfit:

@@ -4,6 +4,7 @@
     head.safetensors          for hidden states: the teacher's head, once
     shards/NAME.safetensors   rows of some sequences, one after another, and the sequences' token ids
     shards/NAME.json          its sidecar: bytes, checksum, counts, each sequence's hash and rows; written last
+    damaged/                  shards that `set_aside` has moved away
 
 Every file is complete or absent: it is written under another name, synced, and renamed. JSON files and the head contain
 their own checksum. No file is ever changed, and no two writers use the same name, so no locks are needed.
@@ -35,12 +36,10 @@ from ..values import Head, Hidden
 from . import packing
 
 FORMAT = 1
-KINDS = ("top_k", "hidden")
-#: Log-probabilities above 0 that are taken for rounding.
-ABOVE = 0.05
-#: Partial files of that many seconds are a dead writer's.
+KINDS, HEAD = ("top_k", "hidden"), "head.safetensors"
+#: Partial files that are older, in seconds, are of a writer that died.
 OLD = 86400.0
-#: Shards that are kept mapped: a process may have some 65,000 maps.
+#: Shards that are kept memory-mapped; the system allows a process some 65,000 maps.
 MAPPED = 1024
 TokenIds = Tensor | Sequence[int]
 Pair = tuple[TokenIds, TokenIds]
@@ -48,6 +47,10 @@ Pair = tuple[TokenIds, TokenIds]
 
 class Damaged(ValueError):
     """A file does not have the content that was written."""
+
+
+#: What reading a damaged file may raise.
+UNREADABLE = (Damaged, OSError, SafetensorError)
 
 
 class MissingTargets(ValueError):
@@ -70,10 +73,10 @@ def _sealed(content: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
-    """What `_sealed` was given.
+    """The content that `_sealed` was given.
 
     Raises:
-        Damaged: anything else is in the file, or it is not there.
+        Damaged: the file is missing, or something else is in it.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -88,11 +91,11 @@ def _unsealed(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes, first: bool = False) -> None:
-    """All of a file, on the disk when this returns, or none of it.
+    """Writes a file whole or not at all; it is on the disk when this returns.
 
     Raises:
-        FileExistsError: it is there already, and `first` asks to be the first.
-        OSError: it names the file.
+        FileExistsError: with `first`, the file exists already.
+        OSError: the message names the file.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -118,7 +121,7 @@ def _write(path: Path, content: bytes, first: bool = False) -> None:
 
 
 def _token_ids(name: str, ids: TokenIds) -> np.ndarray:
-    """As (L) int32."""
+    """Token ids as (L) int32; anything else is refused with its name."""
     found = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= 1 << 31)):
         raise ValueError(f"{name} must be one row of token ids in [0, 2³¹), not {found.dtype} of shape {found.shape}"
@@ -138,21 +141,14 @@ def check_same(what: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
         raise ValueError(f"{what}: {'; '.join(f'{k} was {known.get(k)!r} and is {asked.get(k)!r}' for k in differ)}")
 
 
-def _check(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
-    check_same(f"{path} holds other targets", known, asked)
-
-
 def _mapped(path: Path) -> dict[str, Tensor]:
     """A file's tensors, memory-mapped."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from error
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 class _Shard:
-    """A shard by its sidecar: nothing of its own file is read but its size, until it is mapped."""
+    """What the sidecar says of a shard. Of the shard's own file only the size is looked at, until it is mapped."""
 
     def __init__(self, path: Path, settings: str):
         side = _unsealed(path.with_suffix(".json"))
@@ -168,12 +164,9 @@ class _Shard:
         """The tensors, memory-mapped; the whole file's checksum is verified before the first time."""
         if not self.verified:
             digest = xxhash.xxh3_128()
-            try:
-                with open(self.path, "rb", buffering=0) as file:
-                    while piece := file.read(packing.PIECE):
-                        digest.update(piece)
-            except OSError as error:
-                raise Damaged(f"{self.path.name} cannot be read ({error})") from error
+            with open(self.path, "rb", buffering=0) as file:
+                while piece := file.read(packing.PIECE):
+                    digest.update(piece)
             if digest.hexdigest() != self.checksum:
                 raise Damaged(f"{self.path.name} has another checksum than written")
             self.verified = True
@@ -184,7 +177,7 @@ def _settings(
     kind: str, vocabulary: int, k: int | None = None, log_probs: str = "float16", states: str = "bfloat16",
     rank: int | None = None, head: Head | None = None, temperature: float = 1.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a manifest says but for the key, checked."""
+    """The checked settings of a store, as its manifest has them beside the key."""
     common = {"format": FORMAT, "kind": kind, "vocabulary": int(vocabulary)}
     if kind not in KINDS or vocabulary < 1:
         raise ValueError(f"kind must be one of {', '.join(KINDS)} and vocabulary positive, not {kind!r}, {vocabulary}")
@@ -208,10 +201,9 @@ def _settings(
 
 
 def _kept_head(head: Head, rank: int | None) -> dict[str, Tensor]:
-    """The head's tensors as they are kept: with a rank, W V_r in W's place, and V_r."""
-    kept = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        kept["bias"] = head.bias.detach().cpu().contiguous()
+    """The head's tensors as they are stored: with a rank r, W V_r in the place of W, and V_r."""
+    given = {"weight": head.weight, "bias": head.bias}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items() if tensor is not None}
     if rank is not None:
         kept["projection"] = packing.top_directions(kept["weight"], rank)
         kept["weight"] = (kept["weight"].float() @ kept["projection"]).to(kept["weight"].dtype)
@@ -258,11 +250,11 @@ class TeacherStore:
         self.key, self.extra, self._head_hash = content.pop("key"), content.pop("extra"), content.pop("head_file")
         self.settings, self.kind, self.vocabulary = content, str(content["kind"]), int(content["vocabulary"])
         if key is not None:
-            _check(self.folder, self.key, json.loads(json.dumps(key)))
+            check_same(f"{self.folder} holds other targets", self.key, json.loads(json.dumps(key)))
         self._made_of = _hash({"settings": content, "key": self.key, "head": self._head_hash})
         self._shards: dict[str, _Shard] = {}
-        self._unread: dict[str, str] = {}  # no sidecar yet, or a damaged one: looked at again by refresh
-        self._broken: dict[str, str] = {}  # found when read
+        self._unread: dict[str, str] = {}  # the sidecar is missing or damaged: refresh looks at it again
+        self._broken: dict[str, str] = {}  # the checksum was wrong
         self._index: dict[bytes, tuple[_Shard, int]] = {}
         self._mapped: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._head: dict[str, Tensor] | None = None
@@ -308,7 +300,7 @@ class TeacherStore:
             with contextlib.suppress(FileExistsError):  # then another was first, and is compared with
                 _write(folder / "manifest.json", _sealed(made, indent=1), first=True)
         store = cls(folder)
-        _check(folder, {**store.key, **store.settings}, {**key, **settings})
+        check_same(f"{folder} holds other targets", {**store.key, **store.settings}, {**key, **settings})
         if head is not None:
             store._keep_head(head, kept)
         return store
@@ -322,13 +314,13 @@ class TeacherStore:
             if packing.hash_tensors(kept.items()) != self._head_hash:  # states of one projection are not the other's
                 raise Damaged(f"{error}, and its directions come out otherwise on this machine: remove "
                               f"{self.folder} to make it anew") from error  # fmt: skip
-            _write(self.folder / "head.safetensors", save(kept))
+            _write(self.folder / HEAD, save(kept))
 
     def _head_tensors(self) -> dict[str, Tensor]:
         """The head's tensors, memory-mapped, verified once."""
         if self._head is None:
-            path, found = self.folder / "head.safetensors", {}
-            with contextlib.suppress(Damaged):
+            path, found = self.folder / HEAD, {}
+            with contextlib.suppress(*UNREADABLE):
                 found = _mapped(path)
             if packing.hash_tensors(found.items()) != self._head_hash:
                 raise Damaged(f"{path} is missing or not what was written; `create` with the same head writes it anew")
@@ -348,6 +340,22 @@ class TeacherStore:
         """Names of damaged shards, as far as known, and what is wrong with each."""
         return {**self._unread, **self._broken}
 
+    def set_aside(self) -> dict[str, str]:
+        """Moves the files of damaged shards into the folder `damaged`. Their sequences are missing, as before.
+
+        No writer may be at work: a shard that is being written looks like one without its sidecar.
+
+        Returns:
+            The names of the shards, and what was wrong with each.
+        """
+        found = {name: why for name, why in self.damaged.items() if name != HEAD}
+        (self.folder / "damaged").mkdir(exist_ok=True)
+        for file in [f"{name}.{suffix}" for name in found for suffix in ("safetensors", "json")]:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.folder / "shards" / file, self.folder / "damaged" / file)
+        self._unread, self._broken = {}, {name: why for name, why in self._broken.items() if name == HEAD}
+        return found
+
     def refresh(self) -> None:
         """Looks for sequences that other writers have added."""
         names = {entry.name.rpartition(".")[0] for entry in os.scandir(self.folder / "shards")
@@ -356,7 +364,7 @@ class TeacherStore:
         for name in sorted(names - self._shards.keys() - self._broken.keys()):
             try:
                 self._take(name)
-            except (Damaged, OSError) as error:
+            except UNREADABLE as error:
                 self._unread[name] = str(error)
 
     def _take(self, name: str) -> None:
@@ -369,14 +377,14 @@ class TeacherStore:
                 self._index.setdefault(shard.keys[16 * number : 16 * number + 16], (shard, number))
 
     def _tensors(self, shard: _Shard) -> dict[str, Tensor] | None:
-        """A shard's tensors; None where it is damaged, which is noted, and its sequences looked for elsewhere."""
+        """A shard's tensors; None if it is damaged. It is then left out, and its sequences may be in another shard."""
         name = shard.path.stem
         if name in self._mapped:
             self._mapped.move_to_end(name)
             return self._mapped[name]
         try:
             found = self._mapped[name] = shard.mapped()
-        except Damaged as error:
+        except UNREADABLE as error:
             self._broken[name] = str(error)
             self._shards.pop(name, None)
             self._index = {}
@@ -394,7 +402,7 @@ class TeacherStore:
             try:
                 self._head_tensors()
             except Damaged as error:
-                self._broken["head.safetensors"] = str(error)
+                self._broken[HEAD] = str(error)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memory maps, which belong to a process."""
@@ -453,7 +461,7 @@ class TeacherStore:
         return TopK(torch.from_numpy(ids), torch.from_numpy(log_probs), tail, None, self.settings["temperature"])
 
     def _gather(self, keys: list[bytes]) -> list[dict[str, Tensor]]:
-        """Each sequence's rows as they are kept, in the shards' maps."""
+        """The stored rows of each sequence, as views into the memory-mapped shards."""
         while True:
             if missing := [i for i, key in enumerate(keys) if key not in self._index]:
                 raise MissingTargets(missing, len(keys), self.damaged)
@@ -463,7 +471,7 @@ class TeacherStore:
                 return [{name: tensor[shard.ends[number] : shard.ends[number + 1]]
                          for name, tensor in maps[shard].items() if name not in ("tokens", "places")}
                         for shard, number in places]  # fmt: skip
-            # another shard may have what a damaged one had
+            # else a shard was damaged, and another one may have the same sequences
 
     def writer(self, shard_bytes: int = 64 << 20) -> Writer:
         """A context manager that adds sequences, in shards of about this size. Several may write at the same time."""
@@ -491,7 +499,7 @@ def _counts(k: int) -> list[int]:
 
 
 def _remove_old(folder: Path) -> None:
-    """Partial files of writers long dead."""
+    """Removes the partial files of writers that died long ago."""
     for partial in [*folder.glob("*.partial"), *folder.glob("shards/*.partial")]:
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > OLD:
@@ -607,12 +615,7 @@ def _checked(targets: Any, length: int, settings: dict[str, Any]) -> tuple[np.nd
     if ids.is_floating_point() or ids.dtype == torch.bool or not log_probs.is_floating_point():
         raise TypeError(f"targets has ids of {ids.dtype} and log_probs of {log_probs.dtype}")
     log_probs = log_probs.float().masked_fill(ids < 0, -torch.inf)
-    for bad, what in (
-        ((ids < -1) | (ids >= settings["vocabulary"]), f"ids has an id outside [-1, {settings['vocabulary']})"),
-        (log_probs.isnan(), "log_probs has NaN"),
-        (log_probs > ABOVE, f"log_probs has more than {ABOVE}"),
-    ):
-        if bad.any():
-            raise ValueError(f"targets.{what}, in row {int(bad.any(1).nonzero()[0])}")
+    if (bad := log_probs.isnan().any(1)).any():
+        raise ValueError(f"targets.log_probs has NaN, in row {int(bad.nonzero()[0])}")
     check_targets(Targets(ids, log_probs), torch.ones(length), settings["vocabulary"])  # what the loss would refuse
     return ids.long().numpy(), log_probs.numpy()
