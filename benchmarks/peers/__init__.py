@@ -31,7 +31,7 @@ FORMS = {
     "linear": ("hidden", "weight", "teacher_hidden", "teacher_weight"),
     "beside": ("hidden", "weight", "teacher_logits"),
 }
-ADAPTERS = ("pytorch", "liger", "orda", "trl", "cce", "quack", "modelopt", "distillkit")
+ADAPTERS = ("pytorch", "liger", "orda", "trl", "cce", "quack", "modelopt", "distillkit", "speculators")
 
 
 @dataclass(frozen=True)

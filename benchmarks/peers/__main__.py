@@ -22,7 +22,7 @@ from . import FORMS, every, found
 from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
 
 PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
-            "distillkit")  # fmt: skip
+            "distillkit", "speculators")  # fmt: skip
 
 
 def main() -> None:

@@ -3,7 +3,7 @@ here as in a training step, and sum where "batchmean" divides by rows; β is the
 
 The chunked JSD compiles torch's operators, and weighs a cross-entropy beside it, which is given no weight. The fused
 KL takes the teacher's probabilities, and clamps them at 1e-10 before the logarithm: entries below have a part of their
-loss only.
+loss only. The cosine similarity of the chunked losses is not here: it is no divergence of two distributions.
 """
 
 from __future__ import annotations
@@ -40,6 +40,19 @@ def tvd() -> Loss:
 
     loss = LigerTVDLoss(reduction="batchmean")
     return lambda student, teacher: loss(student.softmax(-1), teacher.softmax(-1))
+
+
+def tvd_of_logits() -> Loss:
+    """The kernel that takes logits and makes a cross-entropy in the same pass, which is given no weight."""
+    from liger_kernel.transformers.fused_ce_tvd import LigerFusedCETVDLoss
+
+    loss = LigerFusedCETVDLoss()
+
+    def of_rows(student: Tensor, teacher: Tensor) -> Tensor:
+        labels = torch.zeros(len(student), dtype=torch.long, device=student.device)
+        return loss(student, teacher, labels)[1].mean()
+
+    return of_rows
 
 
 def labels() -> Loss:
@@ -90,6 +103,7 @@ PEERS = [
     Peer(NAME, "rows", "kl", kl, "card"),
     *(Peer(NAME, "rows", name, partial(jsd, name), "triton") for name in ("js", "rkl")),
     Peer(NAME, "rows", "tvd", tvd, "card"),
+    Peer(f"{NAME} fused", "rows", "tvd", tvd_of_logits, "triton"),
     Peer(NAME, "rows", "labels", labels, "triton"),
     *(Peer(NAME, "linear", name, partial(chunked, name)) for name in BETAS),
     *(Peer(f"{NAME} fused", "linear", name, partial(fused, name), "triton") for name in BETAS),

@@ -17,7 +17,7 @@ from fdistill_kernels.divergences import Divergence
 from . import FORMS, Loss, Peer, found, ours, truth
 
 #: What people compare, of all that the adapters have.
-DIVERGENCES = ("kl", "rkl", "js", "tvd", "labels")
+DIVERGENCES = ("kl", "rkl", "js", "tvd", "lk", "labels")
 DEPTH = 64
 #: Of standard deviations of logits.
 SCALES = (1.0, 4.0, 15.0, 30.0)
