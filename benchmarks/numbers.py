@@ -157,6 +157,44 @@ def linear(number: Numbers) -> str:
     return table(("", "÷ floor", "growth"), lines)
 
 
+PEERS = "peers_cpu.json"
+
+
+def peers(number: Numbers) -> str:
+    """Every peer that ran on the CPU: time and memory over ours, and the error of the gradient for large logits."""
+    if not (ROOT / RESULTS / PEERS).exists():
+        return "No run of `make bench` with all peers has been committed yet.\n"
+    found, ours, scale = number.file(PEERS), "fdistill", 30.0
+    results = {(r["form"], r["divergence"], r["what"]): r for r in found["results"]}
+
+    def cell(form: str, divergence: str, what: str) -> str:
+        if (form, divergence, what) not in results:
+            return ""
+        own, its = results[form, divergence, ours], results[form, divergence, what]
+        error = next(e["gradient_error"] for e in its["errors"] if e["scale"] == scale)
+        if what == ours:
+            texts = f"{1e3 * its['seconds']:.1f} ms", f"{its['peak_bytes'] / 1e6:.0f} MB", f"{error:.0e}"
+        else:
+            texts = (*(f"{its[key] / own[key]:.2g}" for key in ("seconds", "peak_bytes")), f"{error:.0e}")
+        keys = "seconds", "peak_bytes", f"gradient_error at scale {scale:g}"
+        return " / ".join(number._read(PEERS, key, {"": f"{form} / {divergence} / {what}"}, text)
+                          for key, text in zip(keys, texts, strict=True))  # fmt: skip
+
+    def of_form(form: str, shown: str) -> str:
+        names = list(dict.fromkeys(d for f, d, _ in results if f == form))
+        whats = dict.fromkeys(w for f, _, w in results if f == form)
+        lines = [("ours" if w == ours else w, *(cell(form, d, w) for d in names)) for w in whats]
+        return table((shown, *names), lines)
+
+    (n, v), forms = found["shape"], {f for f, *_ in results}
+    kinds = {"rows": "from logits", "linear": "from hidden states", "beside": "from hidden states to a teacher's logits"}
+    return (
+        f"N = {n}, V = {v}, hidden states of {found['depth']} features, {found['dtype']}, {found['device']}, "
+        f"{found['threads']} threads, torch {found['torch']}:\n\n"
+        + "\n".join(of_form(form, shown) for form, shown in kinds.items() if form in forms)
+    )
+
+
 def demo(number: Numbers) -> str:
     """The demo's models."""
     names = number.file("demo_cpu.json")["models"]
@@ -554,6 +592,7 @@ BLOCKS = {
         beside,
         rows,
         linear,
+        peers,
         gpu_rows,
         gpu_linear,
         demo,

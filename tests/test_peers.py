@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import numbers
 from fdistill_kernels import cli
 from fdistill_kernels.peers import FORMS, Peer, __main__, distillkit, every, found, ours, pytorch, trl
 from fdistill_kernels.peers.measure import DIVERGENCES, compare, inputs, losses, peak_bytes
@@ -125,6 +126,14 @@ def test_the_benchmark_writes_a_file(tmp_path, monkeypatch):
     assert {(r["what"], r["form"]) for r in content["results"]} >= {("fdistill", "rows"), ("eager", "rows")}
     assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 and len(r["errors"]) == 4 for r in content["results"])
     assert any(left["what"] == "quack" and "card" in left["why"] for left in content["left_out"])
+
+    (tmp_path / numbers.RESULTS).mkdir(parents=True)  # and docs/performance.md has a table of it
+    (tmp_path / numbers.RESULTS / numbers.PEERS).write_text(json.dumps(content | {"commit": "c0ffee", "dirty": False}))
+    monkeypatch.setattr(numbers, "ROOT", tmp_path)
+    ours, eager = (next(r for r in content["results"] if r["what"] == what) for what in ("fdistill", "eager"))
+    shown = numbers.peers(numbers.Numbers())
+    assert f"| ours | {1e3 * ours['seconds']:.1f} ms / {ours['peak_bytes'] / 1e6:.0f} MB / " in shown
+    assert f"| eager | {eager['seconds'] / ours['seconds']:.2g} / {eager['peak_bytes'] / ours['peak_bytes']:.2g} / " in shown
 
 
 def test_verify_peers(capsys, monkeypatch):
