@@ -187,7 +187,11 @@ def peers(number: Numbers) -> str:
         return table((shown, *names), lines)
 
     (n, v), forms = found["shape"], {f for f, *_ in results}
-    kinds = {"rows": "from logits", "linear": "from hidden states", "beside": "from hidden states to a teacher's logits"}
+    kinds = {
+        "rows": "from logits",
+        "linear": "from hidden states",
+        "beside": "from hidden states to a teacher's logits",
+    }
     return (
         f"N = {n}, V = {v}, hidden states of {found['depth']} features, {found['dtype']}, {found['device']}, "
         f"{found['threads']} threads, torch {found['torch']}:\n\n"

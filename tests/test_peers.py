@@ -133,7 +133,10 @@ def test_the_benchmark_writes_a_file(tmp_path, monkeypatch):
     ours, eager = (next(r for r in content["results"] if r["what"] == what) for what in ("fdistill", "eager"))
     shown = numbers.peers(numbers.Numbers())
     assert f"| ours | {1e3 * ours['seconds']:.1f} ms / {ours['peak_bytes'] / 1e6:.0f} MB / " in shown
-    assert f"| eager | {eager['seconds'] / ours['seconds']:.2g} / {eager['peak_bytes'] / ours['peak_bytes']:.2g} / " in shown
+    assert (
+        f"| eager | {eager['seconds'] / ours['seconds']:.2g} / {eager['peak_bytes'] / ours['peak_bytes']:.2g} / "
+        in shown
+    )
 
 
 def test_verify_peers(capsys, monkeypatch):
