@@ -292,12 +292,29 @@ def cluster_demo(number: Numbers) -> str:
     )
 
 
-def versions(number: Numbers) -> str:
-    """The versions that were tested together."""
+def _matrix() -> list[tuple[str, ...]]:
+    """The versions that were tested together, under their header, with the result of each row."""
     lines = [line for line in (ROOT / "tests/MATRIX.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
-    header, *rows = ((*row[1:-2], row[-2].partition(",")[0]) for row in cells)
-    return table(tuple(header), [tuple(row) for row in rows])
+    return [(*row[1:-2], row[-2].partition(",")[0]) for row in cells]
+
+
+def versions(number: Numbers) -> str:
+    """The versions that were tested together."""
+    header, *rows = _matrix()
+    return table(header, rows)
+
+
+def tested(number: Numbers) -> str:
+    """The oldest and the newest version of each package that was tested."""
+    header, *rows = _matrix()
+
+    def span(package: str) -> str:
+        found = {tuple(map(int, re.findall(r"\d+", row[header.index(package)])[:2])) for row in rows}
+        return f"{package} {' to '.join('.'.join(map(str, of)) for of in (min(found), max(found)))}"
+
+    shown = ", ".join(map(span, ("python", "torch", "triton", "transformers")))
+    return f"Tested: {shown}\n([tests/MATRIX.md](tests/MATRIX.md) has the combinations; `make test-matrix`).\n"
 
 
 def precision(number: Numbers) -> str:
@@ -603,6 +620,7 @@ BLOCKS = {
         paper_verdicts,
         paper_arms,
         versions,
+        tested,
         precision,
         vocabularies,
         lists_cost,
