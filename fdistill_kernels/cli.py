@@ -291,13 +291,14 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
 
     action("build", BUILD)
     looked = action("inspect", "Show the size of a store, its settings, and how much probability its lists cover.")
-    looked.add_argument("folder", help="folder of the store")
+    looked.add_argument("folder")
     looked.add_argument("--plot", metavar="FILE", help="also draw a picture: covered probability, or sequence lengths")
     held = action("verify", "Check all checksums of a store; exit with status 1 if it is damaged.")
-    held.add_argument("folder", help="folder of the store")
-    held.add_argument("--teacher", help="folder or hub name of the model; a sample of its sequences is computed again")
-    held.add_argument("--sequences", type=_count, default=16, metavar="N", help="size of that sample; default: 16")
-    held.add_argument("--seed", type=int, default=0, help="seed of that sample; default: 0")
+    held.add_argument("folder")
+    held.add_argument("--teacher", help="folder or hub name of the model")
+    held.add_argument("--sequences", type=_count, default=16, metavar="N",
+                      help="how many sequences are computed again with --teacher; default: 16")  # fmt: skip
+    held.add_argument("--seed", type=int, default=0, help="which sequences these are; default: 0")
     served = action("serve", "Serve a model over HTTP, for `--teacher http://...` and for clients of vLLM's API.")
     served.add_argument("--teacher", required=True, help="folder or hub name of the model")
     served.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")

@@ -162,7 +162,7 @@ def test_every_option_has_a_help():
                 for name, sub in action.choices.items():
                     assert sub.description, name
                     yield from options(sub)
-            else:
+            elif action.option_strings:
                 yield action
 
     assert [o.dest for o in options(cli.parser()) if not o.help] == []

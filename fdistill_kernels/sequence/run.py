@@ -177,7 +177,7 @@ class Run:
         self._check_columns()
 
     def _ends(self) -> list[int]:
-        """The tokens at which generation stops, from the teacher's model or else from the student's files."""
+        """The tokens at which generation stops, of the teacher at hand or of the student's files."""
         if self.model is not None:
             return end_tokens(token_id(self.model, "eos_token_id"))
         try:
@@ -186,7 +186,7 @@ class Run:
             return []
 
     def _check_pair(self, config: Any) -> None:
-        """Raises ValueError unless both models are of one kind (causal, encoder–decoder) and share a tokenizer."""
+        """The student must be of the teacher's kind, and its tokenizer the same."""
         model = self.asked.model
         if bool(config.is_encoder_decoder) != self.teacher.encoder_decoder:
             raise ValueError(f"{model.student} and {model.teacher} must both be causal, or both encoder–decoder")
@@ -244,10 +244,7 @@ class Run:
             write_whole(path, yaml.safe_dump(asked, sort_keys=False).encode())
 
     def _check_same(self, known: dict[str, Any], asked: dict[str, Any]) -> None:
-        """Raises ValueError if settings differ, except for a larger number of steps or epochs.
-
-        With more of these, the training of a finished student continues.
-        """
+        """Settings must be the same, but for more steps, for which a finished student is trained on."""
         before, now = ({**self.asked.defaults, "num_train_epochs": None, **s} for s in (known, asked))
         elsewhere = {"output_dir", "student_server", "student_server_path"}
         differ = {n for n in {*known, *asked} - elsewhere if before.get(n) != now.get(n)}
