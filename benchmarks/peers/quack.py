@@ -1,4 +1,4 @@
-"""quack: its cross-entropy of logits, and the linear one, which makes the logits of a chunk of rows at a time."""
+"""quack: its cross-entropy of logits, and that of hidden states, which makes the logits of some rows at a time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from . import Loss, Peer
 
 
 def labels() -> Loss:
-    """Of logits and labels; without `reduction`, quack returns a loss for each row."""
+    """The cross-entropy of logits. Without `reduction`, quack returns a loss for each row."""
     from quack import cross_entropy
 
     return partial(cross_entropy, reduction="mean")
 
 
 def linear_labels() -> Loss:
-    """Of hidden states, the weight and labels."""
+    """The cross-entropy of hidden states, a weight and labels."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy
