@@ -60,7 +60,7 @@ class Numbers:
         return text
 
     def of(self, name: str, key: str, form: str = ".2f", unit: float = 1, **what: Any) -> str:
-        """The formatted number `key` of the one entry that matches `what`, divided by `unit`; "failed" if it has none."""
+        """The formatted number `key` of the entry that matches `what`, divided by `unit`; "failed" if it lacks it."""
         entry = self._entry(name, key, what)
         return "failed" if key not in entry else self._read(name, key, what, format(entry[key] / unit, form))
 
