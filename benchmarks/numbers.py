@@ -1,12 +1,12 @@
-"""Every measured number in README, CHANGELOG and docs, from the result file that holds it.
+"""Writes every measured number of README, CHANGELOG and docs, from the result file that holds it.
 
-A measured number stands between `<!-- measured: NAME -->` and `<!-- end -->`, and the text between is written by the
-function of that name below. Anywhere else a number with a unit must be a bound that a test holds, and the paragraph
+Measured numbers stand between `<!-- measured: NAME -->` and `<!-- end -->`. The text between them is written by the
+function of that name below. Anywhere else, a number with a unit must be a bound that a test holds, and its paragraph
 names the test.
 
     python -m benchmarks.numbers            prints each number with its file and key
-    python -m benchmarks.numbers --write    writes the texts anew, after a benchmark
-    python -m benchmarks.numbers --check    fails on a text that is not the file's, or a number without a file
+    python -m benchmarks.numbers --write    writes the texts again, after a benchmark
+    python -m benchmarks.numbers --check    fails if a text differs from its file, or a number has no file and no test
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ WITH_UNIT = re.compile(r"\d[\d.,]*\s?(?:%|×|ms\b|µs\b|ns\b|s\b|MB\b|MiB\b|GB\b
 
 
 class Numbers:
-    """Reads results and remembers which number came from where."""
+    """Reads result files, and remembers which number came from which file."""
 
     def __init__(self) -> None:
         self.read: list[tuple[str, str, str]] = []
         self.files: dict[str, Any] = {}
 
     def file(self, name: str) -> Any:
-        """A result file's content; it must say of which device and commit it is, and that the tree was clean."""
+        """The content of a result file, which must name its device and commit, and come from a clean tree."""
         if name not in self.files:
             self.files[name] = self._checked(name)
         return self.files[name]
@@ -48,7 +48,7 @@ class Numbers:
         return content
 
     def __call__(self, name: str, *keys: str | int, form: str = ".1f") -> str:
-        """One number, formatted. Of a benchmark's file the first key is the benchmark's name."""
+        """The formatted number at these keys. In a pytest-benchmark file, the first key is the benchmark's name."""
         value = self.file(name)
         if "benchmarks" in value:
             found = next(b for b in value["benchmarks"] if b["name"] == keys[0])
@@ -60,14 +60,12 @@ class Numbers:
         return text
 
     def of(self, name: str, key: str, form: str = ".2f", unit: float = 1, **what: Any) -> str:
-        """One number of the one entry of a list of results that is of `what`, in units of its own, formatted; "failed"
-        where it has none.
-        """
+        """The formatted number `key` of the entry that matches `what`, divided by `unit`; "failed" if it lacks it."""
         entry = self._entry(name, key, what)
         return "failed" if key not in entry else self._read(name, key, what, format(entry[key] / unit, form))
 
     def each(self, name: str, key: str, form: str, **what: Any) -> list[str]:
-        """The same of an entry's several numbers."""
+        """The formatted numbers of an entry that holds a list of them."""
         return [self._read(name, key, what, format(x, form)) for x in self._entry(name, key, what)[key]]
 
     def _entry(self, name: str, key: str, what: dict[str, Any]) -> Any:
@@ -87,7 +85,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def beside(number: Numbers) -> str:
-    """Other libraries' time and memory over ours, at the same shapes."""
+    """Other libraries' time and memory, divided by ours at the same shapes."""
     logits, hidden = {"shape": [8192, 128256], "alike": False}, {"shape": [8192, 128256, 2048, 4096]}
     rows, linear = ("rows_peers.json", "rows_cuda.json", "cuda"), ("linear_peers.json", "linear_ours.json", "triton")
     card: dict[str, tuple[tuple[str, str, str], str, dict[str, Any]]] = {
@@ -99,7 +97,7 @@ def beside(number: Numbers) -> str:
     cpu = {"js from hidden states, CPU": "over_floor", "its memory, CPU": "growth_mb"}
 
     def ratio(files: str, key: str, what: dict[str, Any], theirs: list[float], ours: float) -> str:
-        """Nothing where they have no such loss."""
+        """Theirs divided by ours; empty if they have no such loss."""
         return number._read(files, key, what, format(theirs[0] / ours, ".2g")) if theirs else ""
 
     def on_card(who: str, of: tuple[str, str, str], key: str, what: dict[str, Any]) -> str:
@@ -122,15 +120,18 @@ def beside(number: Numbers) -> str:
              "torch.compile": "torch.compile", "eager PyTorch": "eager"}  # fmt: skip
     lines = [(shown, *(on_card(who, *of) for of in card.values()), *(on_cpu(who, key) for key in cpu.values()))
              for shown, who in whose.items()]  # fmt: skip
+    machines = number.file("linear_ours.json")["device"], number.file("cpu_linear.json")["machine_info"]["device"]
     return (
         table(("theirs ÷ ours", *card, *cpu), lines)
-        + f"\nA step of TRL's `GKDTrainer` on gold sequences takes {step('step_seconds')} times as long as a step of "
+        + f"\nForward and backward. GPU: {machines[0]}, bfloat16, N = 8192, V = 128256, hidden states of 2048 and 4096 "
+        f"features. CPU: 2 cores of an\n{machines[1]}, float32, N = 2048, V = 32000, hidden states of 512 features.\n"
+        f"A step of TRL's `GKDTrainer` on gold sequences takes {step('step_seconds')} times as long as a step of "
         f"`FDistillTrainer`, and\n{step('peak_bytes_above_start')} times the memory (one CPU thread).\n"
     )
 
 
 def rows(number: Numbers) -> str:
-    """Row losses on the CPU."""
+    """Losses from logits on the CPU."""
     machine, dtypes = number.file("cpu_rows.json")["machine_info"], ("float32", "bfloat16")
     lines = [
         (name, *(number("cpu_rows.json", f"test_ours[{name}-torch.{dtype}]", "ms") + " ms" for dtype in dtypes),
@@ -146,7 +147,7 @@ def rows(number: Numbers) -> str:
 
 
 def linear(number: Numbers) -> str:
-    """From hidden states on the CPU."""
+    """Losses from hidden states on the CPU."""
     peers = {"ours": "fdistill", "liger-kernel's chunked JSD": "liger-kernel", "torch.compile": "torch.compile",
              "eager": "eager", "orda-kernel": "orda-kernel"}  # fmt: skip
     lines = [
@@ -155,6 +156,48 @@ def linear(number: Numbers) -> str:
         for shown, name in peers.items()
     ]  # fmt: skip
     return table(("", "÷ floor", "growth"), lines)
+
+
+PEERS = "peers_cpu.json"
+
+
+def peers(number: Numbers) -> str:
+    """Every peer that ran on the CPU: time and memory over ours, and the error of the gradient for large logits."""
+    if not (ROOT / RESULTS / PEERS).exists():
+        return "No run of `make bench` with all peers has been committed yet.\n"
+    found, ours, scale = number.file(PEERS), "fdistill", 30.0
+    results = {(r["form"], r["divergence"], r["what"]): r for r in found["results"]}
+
+    def cell(form: str, divergence: str, what: str) -> str:
+        if (form, divergence, what) not in results:
+            return ""
+        own, its = results[form, divergence, ours], results[form, divergence, what]
+        error = next(e["gradient_error"] for e in its["errors"] if e["scale"] == scale)
+        if what == ours:
+            texts = f"{1e3 * its['seconds']:.1f} ms", f"{its['peak_bytes'] / 1e6:.0f} MB", f"{error:.0e}"
+        else:
+            texts = (*(f"{its[key] / own[key]:.2g}" for key in ("seconds", "peak_bytes")), f"{error:.0e}")
+        keys = "seconds", "peak_bytes", f"gradient_error at scale {scale:g}"
+        return " / ".join(number._read(PEERS, key, {"": f"{form} / {divergence} / {what}"}, text)
+                          for key, text in zip(keys, texts, strict=True))  # fmt: skip
+
+    def of_form(form: str, shown: str) -> str:
+        names = list(dict.fromkeys(d for f, d, _ in results if f == form))
+        whats = dict.fromkeys(w for f, _, w in results if f == form)
+        lines = [("ours" if w == ours else w, *(cell(form, d, w) for d in names)) for w in whats]
+        return table((shown, *names), lines)
+
+    (n, v), forms = found["shape"], {f for f, *_ in results}
+    kinds = {
+        "rows": "from logits",
+        "linear": "from hidden states",
+        "beside": "from hidden states to a teacher's logits",
+    }
+    return (
+        f"N = {n}, V = {v}, hidden states of {found['depth']} features, {found['dtype']}, {found['device']}, "
+        f"{found['threads']} threads, torch {found['torch']}:\n\n"
+        + "\n".join(of_form(form, shown) for form, shown in kinds.items() if form in forms)
+    )
 
 
 def demo(number: Numbers) -> str:
@@ -173,7 +216,7 @@ NOT_YET = "No run of this design has been finished and committed yet.\n"
 
 
 def _estimate(number: Numbers, form: str, *keys: str) -> str:
-    """A value with its interval, of which one seed has none."""
+    """A value with its interval; with one seed, the value alone."""
     found = number.file(PAPER)
     for key in keys:
         found = found[int(key) if isinstance(found, list) else key]
@@ -183,7 +226,7 @@ def _estimate(number: Numbers, form: str, *keys: str) -> str:
 
 
 def paper_verdicts(number: Numbers) -> str:
-    """The hypotheses of the paper's experiment, and whether its teacher is what they are about."""
+    """The hypotheses of the paper's experiment with their verdicts, and whether its teacher passed the gate."""
     if not (ROOT / RESULTS / PAPER).exists():
         return NOT_YET
     found = number.file(PAPER)
@@ -206,7 +249,7 @@ def paper_verdicts(number: Numbers) -> str:
 
 
 def paper_arms(number: Numbers) -> str:
-    """The paper's experiment by arm, and the time of an update with samples stored or not."""
+    """The measures of each arm of the paper's experiment, and the cost of drawing the teacher's samples online."""
     if not (ROOT / RESULTS / PAPER).exists():
         return NOT_YET
     columns = {"bleu": ("BLEU", ".2f"), "chrf": ("chrF", ".2f"), "ter": ("TER", ".1f"),
@@ -226,7 +269,7 @@ def paper_arms(number: Numbers) -> str:
 
 
 def trainers(number: Numbers) -> str:
-    """A step and the memory of both trainers."""
+    """The time of a step and the peak memory of both trainers."""
     file = "trainers_cpu.json"
     names = {"ours": "FDistillTrainer", "trl": f"TRL {number.file(file)['run']['trl']}"}
     lines = [
@@ -239,7 +282,7 @@ def trainers(number: Numbers) -> str:
 
 
 def cluster_demo(number: Numbers) -> str:
-    """How far four processes are from one."""
+    """How much a run on four processes differs from a run on one."""
 
     first, last = (number("cluster_demo.json", "losses", i, form=".3f") for i in (0, -1))
     loss, weight = (number("cluster_demo.json", "largest_difference", of, form=".1e") for of in ("loss", "weight"))
@@ -250,12 +293,29 @@ def cluster_demo(number: Numbers) -> str:
     )
 
 
-def versions(number: Numbers) -> str:
-    """The versions that were tested together."""
+def _matrix() -> list[tuple[str, ...]]:
+    """The versions that were tested together, under their header, with the result of each row."""
     lines = [line for line in (ROOT / "tests/MATRIX.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
-    header, *rows = ((*row[1:-2], row[-2].partition(",")[0]) for row in cells)
-    return table(tuple(header), [tuple(row) for row in rows])
+    return [(*row[1:-2], row[-2].partition(",")[0]) for row in cells]
+
+
+def versions(number: Numbers) -> str:
+    """The versions that were tested together."""
+    header, *rows = _matrix()
+    return table(header, rows)
+
+
+def tested(number: Numbers) -> str:
+    """The oldest and the newest version of each package that was tested."""
+    header, *rows = _matrix()
+
+    def span(package: str) -> str:
+        found = {tuple(map(int, re.findall(r"\d+", row[header.index(package)])[:2])) for row in rows}
+        return f"{package} {' to '.join('.'.join(map(str, of)) for of in (min(found), max(found)))}"
+
+    shown = ", ".join(map(span, ("python", "torch", "triton", "transformers")))
+    return f"Tested: {shown}\n([tests/MATRIX.md](tests/MATRIX.md) has the combinations; `make test-matrix`).\n"
 
 
 def precision(number: Numbers) -> str:
@@ -289,7 +349,7 @@ def _card(number: Numbers, name: str) -> str:
 
 
 def gpu_rows(number: Numbers) -> str:
-    """Row losses on a GPU."""
+    """Losses from logits on a GPU."""
 
     def line(name: str, v: int, alike: bool = False) -> tuple[str, ...]:
         what = {"divergence": name, "shape": [8192, v], "alike": alike}
@@ -317,7 +377,7 @@ def gpu_rows(number: Numbers) -> str:
 
 
 def gpu_linear(number: Numbers) -> str:
-    """From hidden states on a GPU."""
+    """Losses from hidden states on a GPU."""
     shapes = [[8192, 128256, 2048, 4096], [8192, 128256, 4096, 4096]]
     whose = {
         "ours, `triton` rows": ("ours", "fdistill triton"),  # the formula of `cuda` ones has changed since
@@ -344,7 +404,7 @@ def gpu_linear(number: Numbers) -> str:
 
 
 def lists_cost(number: Numbers) -> str:
-    """Lists over cross-entropy, on the CPU."""
+    """The time of losses to lists, divided by that of a cross-entropy, on the CPU."""
     cases = number.file("lists_cost_cpu.json")["cases"]
     shapes = list(dict.fromkeys((tuple(c["shape"]), c["dtype"]) for c in cases))
     asked = [(1, "bucket"), (16, "bucket"), (64, "bucket"), (64, "within"), (64, "uniform"), (1024, "bucket")]
@@ -377,7 +437,7 @@ def tails(number: Numbers) -> str:
 
 
 def modes(number: Numbers) -> str:
-    """The single bell that each divergence makes of two modes."""
+    """The single bell that each divergence fits to two modes."""
 
     def line(name: str) -> tuple[str, ...]:
         def of(key: str, form: str) -> str:
@@ -391,14 +451,14 @@ def modes(number: Numbers) -> str:
 
 
 def tail_shares(number: Numbers) -> str:
-    """Where kl's gradient is at each temperature."""
+    """The share of kl's gradient outside the teacher's largest entries, at each temperature."""
     shares = number.file("pictures_cpu.json")["tail_shares"]
     cells = [number("pictures_cpu.json", "tail_shares", t, form=".1%") for t in shares]
     return table(("T", *shares), [("of kl's gradient outside the teacher's ten largest", *cells)])
 
 
 def stored_states(number: Numbers) -> str:
-    """What the precision of stored states costs the loss."""
+    """The errors of losses and gradients that come from the precision of stored hidden states."""
     content = number.file("lists_errors_cpu.json")
 
     def line(what: str) -> tuple[str, ...]:
@@ -415,7 +475,7 @@ def stored_states(number: Numbers) -> str:
 
 
 def stores(number: Numbers) -> str:
-    """Reading and writing a store."""
+    """The rates of reading and writing a store."""
 
     def line(case: str) -> tuple[str, ...]:
         def of(key: str, form: str, unit: float = 1) -> str:
@@ -435,7 +495,7 @@ def stores(number: Numbers) -> str:
 
 
 def scaling_counts(number: Numbers) -> str:
-    """What runs do, which is what the cost model says."""
+    """The counts of real runs, which the cost model must equal."""
     found = number.file("scaling.json")
     cases = list(dict.fromkeys(r["case"] for r in found["cases"]))
     shown = ("kl", "js", "lk", "renyi", "entropy_gated", "csd", "tail_aware", "dkd", "akl")
@@ -460,7 +520,7 @@ def scaling_counts(number: Numbers) -> str:
 
 
 def scaling_rows(number: Numbers) -> str:
-    """The arithmetic of split rows."""
+    """The operators and bytes of split rows."""
     names = list(number.file("scaling.json")["arithmetic"])
 
     def line(name: str) -> tuple[str, ...]:
@@ -472,7 +532,7 @@ def scaling_rows(number: Numbers) -> str:
 
 
 def scaling_split(number: Numbers) -> str:
-    """One loss over ranks, modelled."""
+    """The modelled cost of one loss over several ranks."""
     columns = {"flops": ("TFLOP a rank", ".1f", 1e12), "peak_bytes": ("peak, GB", ".1f", 1e9),
                "products": ("products, ms", ".1f", 1), "rows": ("rows by the kernel, ms", ".1f", 1),
                "torch": ("rows by torch, ms", ".1f", 1), "statistics": ("statistics, ms", ".1f", 1),
@@ -488,7 +548,7 @@ def scaling_split(number: Numbers) -> str:
 
 
 def scaling_device(number: Numbers) -> str:
-    """The figures that times are modelled with."""
+    """The constants of the cost model."""
 
     def of(key: str, form: str = ".2f", unit: float = 1) -> str:
         value = number.file("scaling.json")["device"][key] / unit
@@ -512,7 +572,7 @@ def scaling_device(number: Numbers) -> str:
 
 
 def scaling_shares(number: Numbers) -> str:
-    """The loss's share of a step, modelled."""
+    """The modelled share of the loss in a training step."""
     found = number.file("scaling.json")["shares"]
     lines = list(dict.fromkeys((r["tensor"], r["rows"]) for r in found))
     pairs = list(dict.fromkeys((r["student"], r["teacher"]) for r in found))
@@ -533,7 +593,7 @@ def scaling_shares(number: Numbers) -> str:
 
 
 def scaling_heads(number: Numbers) -> str:
-    """Both ways to a head that FSDP has sharded, modelled."""
+    """The modelled cost of both ways to use a head that FSDP has sharded."""
 
     def line(entry: dict[str, Any]) -> tuple[str, ...]:
         what = {"tokens": entry["tokens"], "ranks": entry["ranks"]}
@@ -548,42 +608,10 @@ def scaling_heads(number: Numbers) -> str:
     return said + table(header, [line(r) for r in number.file("scaling.json")["heads"]])
 
 
-BLOCKS = {
-    f.__name__: f
-    for f in (
-        beside,
-        rows,
-        linear,
-        gpu_rows,
-        gpu_linear,
-        demo,
-        paper_verdicts,
-        paper_arms,
-        versions,
-        precision,
-        vocabularies,
-        lists_cost,
-        tails,
-        modes,
-        tail_shares,
-        stored_states,
-        stores,
-        scaling_counts,
-        scaling_rows,
-        scaling_split,
-        scaling_device,
-        scaling_shares,
-        scaling_heads,
-        trainers,
-        cluster_demo,
-    )
-}
-
-
 def examined(number: Numbers, document: str) -> tuple[str, list[str]]:
-    """The document with its measured texts written anew, and the complaints about the rest."""
+    """The document with its measured texts written again, and a list of complaints about the rest."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    new = BLOCK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{BLOCKS[m[1]](number)}<!-- end -->", text)
+    new = BLOCK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{globals()[m[1]](number)}<!-- end -->", text)
     rest = re.sub(r"```.*?```", "", BLOCK.sub("", text), flags=re.DOTALL)
     loose = [
         f"{document}: {found.group()!r} is of no file and no test: {paragraph.strip()[:60]!r}"
@@ -595,7 +623,7 @@ def examined(number: Numbers, document: str) -> tuple[str, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """0, or 1 with what is wrong."""
+    """Returns 0, or 1 after printing what is wrong."""
     number, wrong = Numbers(), []
     for document in DOCUMENTS:
         text, complaints = examined(number, document)

@@ -1,4 +1,4 @@
-"""Timing one loss, forward and backward, beside the floor and the plain PyTorch it replaces, in one run."""
+"""Times a loss, forward and backward, beside the memory floor and the plain PyTorch that it replaces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .reference import example_labels, f_divergence_rows
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one step, and of the floor: three passes over N×V at the copy bandwidth of the same run."""
+    """The median seconds of one forward and backward pass of `what`, and of the floor (see `floor_seconds`)."""
 
     what: str
     seconds: float
@@ -27,27 +27,27 @@ class Timing:
 
 
 def median_seconds(call: Callable[[], object], min_run_time: float = 1.0) -> float:
-    """Median time of a call, after a warm-up, with the threads torch is set to."""
+    """The median time of a call in seconds, after a warm-up, with as many threads as torch is set to use."""
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median
 
 
 def floor_seconds(like: Tensor, min_run_time: float = 0.5) -> float:
-    """Time to read two and write one matrix of this size: 3 N V bytes at the measured copy rate (a copy is 2)."""
+    """The seconds to read two matrices of this size and write one, at the measured rate of a copy (two passes)."""
     target = torch.empty_like(like)
     return 1.5 * median_seconds(lambda: target.copy_(like), min_run_time)
 
 
 def make_logits(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Student logits that require grad, and teacher logits."""
+    """Random student logits (N, V), which require grad, and teacher logits (N, V)."""
     torch.manual_seed(0)
     student, teacher = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     return student.requires_grad_(), teacher
 
 
 def training_step(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Callable[[], None]:
-    """Forward and backward from logits to a fresh gradient, as a call without arguments."""
+    """A function without arguments that runs the loss forward and backward, into a new gradient."""
 
     def step() -> None:
         student.grad = None
@@ -57,12 +57,12 @@ def training_step(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, tea
 
 
 def our_loss(divergence: Divergence, backend: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
-    """The fused loss, with labels where it needs them."""
+    """The fused loss of a pair of logits; a divergence that needs labels gets example labels."""
     return lambda s, t: f_divergence(s, t, divergence, labels=example_labels(divergence, s), backend=backend)
 
 
 def eager_loss(divergence: Divergence) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss as plain PyTorch writes it; js as log-softmaxes and a logaddexp, the rest as the reference does."""
+    """The loss in plain PyTorch: kl, js and tvd as people write them, and the others as the reference does."""
 
     def js(student: Tensor, teacher: Tensor) -> Tensor:
         log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
@@ -83,7 +83,12 @@ def eager_loss(divergence: Divergence) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[tuple[Any, float]]:
-    """Times every launch the Triton backend could use, keeps the fastest for later processes; all, fastest first.
+    """Times every launch that the Triton backend could use for a shape (N, V), and saves the fastest.
+
+    Later processes use the saved launch.
+
+    Returns:
+        All launches with their seconds, the fastest first.
 
     Raises:
         ValueError: the Triton backend cannot run there.
@@ -106,7 +111,7 @@ def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, dev
 def measure(
     divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str, backend: str, compiled: bool
 ) -> list[Timing]:
-    """Ours, eager, and with `compiled` torch.compile's, one after the other on the same logits."""
+    """Times our loss, the eager one, and with `compiled` also torch.compile's, on the same logits."""
     student, teacher = make_logits(shape, dtype, device)
     floor = floor_seconds(teacher)
     eager = eager_loss(divergence)

@@ -23,7 +23,7 @@ from .divergences import PARAMETERS, TABLE, Divergence
 from .doctor import details, lines
 from .own import resolve
 
-STUDENTS = ("kl", "js", "tvd")  # of the demo
+STUDENTS = ("kl", "js", "tvd")  # the default divergences of demo and bench
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -36,7 +36,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def _show(
     args: argparse.Namespace, found: Any, header: Sequence[str], rows: Sequence[Sequence[object]], *after: str
 ) -> None:
-    """With --json what was found, else a table of it and lines after that."""
+    """Prints `found` as JSON with --json, and otherwise a table followed by the lines in `after`."""
     if args.json:
         return print(json.dumps(found, indent=1))
     _table(header, rows)
@@ -45,7 +45,7 @@ def _show(
 
 
 def _divergence(text: str) -> Divergence:
-    """A name, or name=parameters as in alpha=0.3 and ab=0.2,0.7."""
+    """The divergence of a name, or of a name with parameters as in alpha=0.3 and ab=0.2,0.7."""
     try:
         return resolve(text)
     except ValueError as error:
@@ -56,7 +56,7 @@ def _shape(text: str) -> tuple[int, int]:
     try:
         rows, vocabulary = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"shape must be N,V, as in 1024,32000, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"shape must be N,V, such as 1024,32000, not {text!r}") from None
     if rows < 1 or vocabulary < 1:
         raise argparse.ArgumentTypeError("N and V must be at least 1")
     return rows, vocabulary
@@ -70,14 +70,14 @@ def _count(text: str) -> int:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, not {text!r}")
     return int(text)
 
 
 def _device(text: str) -> str:
     try:
         torch.zeros(1, device=text)
-    except Exception as error:  # a driver that is missing, no such card, no such word: torch has many errors for it
+    except Exception as error:  # torch raises different types for a missing driver, a missing card and a wrong name
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
     return text
 
@@ -98,10 +98,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _state(backend: str, device: torch.device) -> str:
-    """Whether a backend can run float32 js there, and what `auto` has against it."""
+    """Whether a backend can compute js of float32 logits on a device, and why `auto` would not choose it."""
     reason = backends.BACKENDS[backend].why_not(device, torch.float32, TABLE["js"])
     passed_over = backends.why_not_auto(backend, device)
-    return reason or (f"ready, by name alone: {passed_over}" if passed_over else "ready")
+    return reason or (f"ready, but only if named: {passed_over}" if passed_over else "ready")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -138,7 +138,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _remedy(library: str) -> list[str]:
-    """What to do about a library whose build failed, as a command; nothing for one that is there or has no need."""
+    """How to rebuild a library whose build failed; no lines if it was built, or if this machine cannot use it."""
     log = native.log_of(library)
     if not log.exists() or (library == "cuda" and not torch.cuda.is_available()):
         return []
@@ -148,7 +148,7 @@ def _remedy(library: str) -> list[str]:
         editable = installed.get("dir_info", {}).get("editable", False)
         source = ("--editable " if editable else "") + installed["url"].removeprefix("file://")
     compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
-    return [f"for the {library} library, whose build's words are in {log}: with {compiler},",
+    return [f"to build the {library} library (log of the failed build: {log}), install {compiler}, then run",
             f"    pip install --no-cache-dir --force-reinstall --no-deps {source}"]  # fmt: skip
 
 
@@ -156,9 +156,9 @@ def _verify(args: argparse.Namespace) -> int:
     from .verify import verify
 
     if args.precision and args.peers:
-        raise ValueError("--precision and --peers are two reports: give one")
+        raise ValueError("--precision and --peers are different reports: give only one of them")
     if (args.backend != "auto" and not args.precision) or (args.dtype and args.precision):
-        raise ValueError("--backend is of --precision alone, and --dtype of the other reports")
+        raise ValueError("--backend is used only with --precision, and --dtype only without it")
     if args.precision or args.peers:
         return (_peers if args.peers else _precision)(args)
     default = ["float32", "bfloat16", "float16"] + (["float64"] if args.device == "cpu" else [])
@@ -182,7 +182,8 @@ def _peers(args: argparse.Namespace) -> int:
     from .peers.measure import DIVERGENCES, compare
 
     asked = args.divergence or DIVERGENCES
-    chosen = [peer for d in asked for peer in peers.found(None, d) if peer.name != "torch.compile"]  # which is eager
+    # torch.compile's loss is the eager one
+    chosen = [peer for d in asked for peer in peers.found(None, d) if peer.name != "torch.compile"]
     if not chosen:
         raise ValueError(f"--divergence: no peer computes {', '.join(map(str, asked))}")
     found = [{"dtype": dtype, **dataclasses.asdict(one), "ok": one.ok} for dtype in args.dtype or ["float32"]
@@ -224,7 +225,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.tune and args.report:
-        raise ValueError("--tune and --report are two runs: give one")
+        raise ValueError("--tune and --report are different runs: give only one of them")
     if args.tune:
         return _tune(args)
     how = args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile
@@ -232,7 +233,7 @@ def _bench(args: argparse.Namespace) -> int:
         from .report import write
 
         found = write(args.report, args.divergence, *how)
-        print(json.dumps(found, indent=1) if args.json else f"the page is {args.report}")
+        print(json.dumps(found, indent=1) if args.json else f"wrote {args.report}")
         return 0
     results = [{"divergence": str(divergence), **dataclasses.asdict(timing)}
                for divergence in args.divergence for timing in measure(divergence, *how)]  # fmt: skip
@@ -255,54 +256,55 @@ def _tune(args: argparse.Namespace) -> int:
              for divergence in args.divergence
              for launch, seconds in tune(divergence, args.shape, DTYPES[args.dtype], args.device)]  # fmt: skip
     rows = [[f"{x:.3g}" if isinstance(x, float) else x for x in r.values()] for r in found]
-    _show(args, found, list(found[0]), rows, f"the fastest of each divergence is kept in {cache_file()}")
+    _show(args, found, list(found[0]), rows, f"the fastest launch of each divergence is saved in {cache_file()}")
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     if missing := _missing("transformers", "tokenizers", "matplotlib", "rich"):
-        raise ValueError(f"{', '.join(missing)} missing: pip install 'fdistill_kernels[demo]'")
+        raise ValueError(_install(missing, "demo"))
     from .demo import main
 
     return main(args)
 
 
-#: What the sequence commands do, and what they need.
+#: The commands that `sequence` runs, and the packages they need.
 SEQUENCE = {
-    "train": "Distil a Hugging Face model: teacher samples, pre-distillation, training, measures, report.",
-    "sample-teacher": "Draw and store the teacher's samples that train would draw first.",
-    "evaluate": "Perplexity, likelihood and coverage risk, BLEU, chrF and TER of a student.",
-}
-BUILD = "Ask a model about every sequence of a data file, and keep its word in a store."
+    "train": "Distil a Hugging Face model: draw samples from the teacher, train the student, evaluate it and write a "
+             "report.",
+    "sample-teacher": "Draw the teacher's samples that train would draw first, and store them.",
+    "evaluate": "Measure a student on held-out data: perplexity, likelihood and coverage risk, BLEU, chrF and TER.",
+}  # fmt: skip
+BUILD = "Run a teacher on every sequence of a data file, and save its outputs in a store."
 NEEDED = ("transformers", "accelerate", "datasets", "sacrebleu", "yaml", "matplotlib", "rich")
 
 
 def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `fdistill teacher` does, and the arguments of each."""
+    """The actions of `fdistill teacher`, each with its arguments."""
     actions = parser.add_subparsers(required=True, metavar="action", dest="action")
 
     def action(name: str, help: str) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=help, description=help)
-        sub.add_argument(
-            "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
-        )  # else as before it
+        # without a default of its own, so that --json may also stand before the action
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text")
         return sub
 
     action("build", BUILD)
-    looked = action("inspect", "Sizes, bytes a token, settings, and the mass that the first ids of lists hold.")
+    looked = action("inspect", "Show the size of a store, its settings, and how much probability its lists cover.")
     looked.add_argument("folder")
-    looked.add_argument("--plot", metavar="FILE", help="a picture: mass by ids, or lengths")
-    held = action("verify", "Every checksum; with --teacher a sample of sequences anew, exit 1 on damage.")
+    looked.add_argument("--plot", metavar="FILE", help="also draw a picture: covered probability, or sequence lengths")
+    held = action("verify", "Check all checksums of a store; exit with status 1 if it is damaged.")
     held.add_argument("folder")
     held.add_argument("--repair", action="store_true", help="move damaged shards into FOLDER/damaged; nothing may be "
                       "writing to the store; then the command that built it adds their sequences again")  # fmt: skip
     held.add_argument("--teacher", help="folder or hub name of the model")
-    held.add_argument("--sequences", type=_count, default=16, metavar="N", help="of the sample; default: 16")
-    held.add_argument("--seed", type=int, default=0)
-    served = action("serve", "A model as a server that `--teacher http://...` and other clients of vLLM can ask.")
+    held.add_argument("--sequences", type=_count, default=16, metavar="N",
+                      help="how many sequences are computed again with --teacher; default: 16")  # fmt: skip
+    held.add_argument("--seed", type=int, default=0, help="which sequences these are; default: 0")
+    served = action("serve", "Serve a model over HTTP, for `--teacher http://...` and for clients of vLLM's API.")
     served.add_argument("--teacher", required=True, help="folder or hub name of the model")
-    served.add_argument("--host", default="127.0.0.1")
-    served.add_argument("--port", type=_port, default=8000)
+    served.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
+    served.add_argument("--port", type=_port, default=8000, help="port to listen on; default: 8000")
 
 
 def _teacher(args: argparse.Namespace) -> int:
@@ -333,15 +335,22 @@ def _missing(*names: str) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
+def _install(missing: Sequence[str], extra: str) -> str:
+    return f"{', '.join(missing)} missing: pip install 'fdistill_kernels[{extra}]'"
+
+
 def _sequence(argv: Sequence[str]) -> int | None:
-    """The status of a command of `sequence`, which reads its own options; None: `parser` knows the command."""
+    """Runs a command of `sequence`, which parses its own options, and returns its exit status.
+
+    Returns None for the other commands, whose options `parser` has.
+    """
     name, *rest = [*argv, ""]
     if name not in (*SEQUENCE, "teacher"):
         return None
     if missing := _missing(*NEEDED):
         if {"-h", "--help"} & set(argv):
             return None
-        print(f"fdistill: {', '.join(missing)} missing: pip install 'fdistill_kernels[sequence]'", file=sys.stderr)
+        print(f"fdistill: {_install(missing, 'sequence')}", file=sys.stderr)
         return 2
     if name == "teacher" and rest[0] != "build":
         return None
@@ -351,7 +360,7 @@ def _sequence(argv: Sequence[str]) -> int | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments, but for those of the sequence commands."""
+    """The parser of all commands. The options of `SEQUENCE` and of `teacher build` are not in it."""
     top = argparse.ArgumentParser("fdistill", description="Fused f-divergence losses for language-model distillation.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="command")
@@ -362,68 +371,80 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
-    several = dict(nargs="+", type=_divergence, metavar="NAME", help="names, or NAME=PARAMETERS as in alpha=0.3")
-    ours = [TABLE[name] for name in STUDENTS]
-    demo = command("demo", _demo, "Train a small GPT-2 teacher on real text, distil students by several divergences, "
-                                  "compare with none.")  # fmt: skip
-    demo.add_argument("--divergence", **several | {"help": f"a student each; default: {' '.join(STUDENTS)}"},
-                      default=ours)  # fmt: skip
-    demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's own language reference")
-    demo.add_argument("--out", default="demo-output", metavar="DIR",
-                      help="checkpoint, curves.png, results.json go here")  # fmt: skip
-    for name, steps, of in (("teacher", 320, ""), ("start", 60, "of the students' common start; "),
-                            ("student", 150, "of each student; ")):  # fmt: skip
-        demo.add_argument(f"--{name}-steps", type=_count, default=steps, metavar="N", help=f"{of}default: {steps}")
+    def divergences(sub: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
+        help = f"names, with parameters as in alpha=0.3 (see `fdistill list`); default: {' '.join(default) or 'all'}"
+        sub.add_argument("--divergence", nargs="+", type=_divergence, metavar="NAME", help=help,
+                         default=[TABLE[name] for name in default] or None)  # fmt: skip
+
+    # fmt: off
+    demo = command("demo", _demo, "Train a small GPT-2 teacher on real text, distil a student from it by each of "
+                                  "several divergences, and compare them with a student that has no teacher.")
+    divergences(demo, STUDENTS)
+    demo.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; default: Python's language reference")
+    demo.add_argument("--out", default="demo-output", metavar="DIR", help="folder of the results; default: demo-output")
+    for name, steps, of in (("teacher", 320, "the teacher"), ("start", 60, "the start that all students share"),
+                            ("student", 150, "each student")):
+        demo.add_argument(f"--{name}-steps", type=_count, default=steps, metavar="N",
+                          help=f"training steps of {of}; default: {steps}")
     demo.add_argument("--expect", type=Path, metavar="FILE",
-                      help="a results.json to agree with; exit 1 outside its band")  # fmt: skip
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--restart", action="store_true", help="ignore a checkpoint in DIR")
+                      help="exit with status 1 unless the results are close to those of this results.json")
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights and batches; default: 0")
+    demo.add_argument("--restart", action="store_true", help="ignore the checkpoint in the folder, if there is one")
 
-    verify = command("verify", _verify, "Compare every backend with the float64 reference; exit 1 on a miss.")
-    verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all the device has")
-    verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V", help="default: 8,5003")
-    verify.add_argument("--divergence", **several)
-    verify.add_argument("--precision", action="store_true", help="digits kept in hard rows, beside eager PyTorch's")
-    verify.add_argument("--peers", action="store_true", help="other libraries' losses beside ours and the definition")
+    verify = command("verify", _verify, "Compare every backend with a float64 reference; exit with status 1 if an "
+                                        "error is above its limit.")
+    verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the logits; default: all that can run")
+    verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V",
+                        help="rows and vocabulary; default: 8,5003")
+    divergences(verify)
+    verify.add_argument("--precision", action="store_true",
+                        help="show the errors in numerically hard rows, beside those of eager PyTorch")
+    verify.add_argument("--peers", action="store_true",
+                        help="compare the losses of other installed libraries with ours and with the reference")
 
-    bench = command("bench", _bench, "Time forward and backward beside eager torch and the memory floor.")
-    bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V", help="default: 1024,32000")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    bench.add_argument("--threads", type=_count, metavar="N", help="default: torch's")
+    bench = command("bench", _bench, "Time a loss, forward and backward, beside eager PyTorch and the memory floor.")
+    bench.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V",
+                       help="rows and vocabulary; default: 1024,32000")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                       help="dtype of the logits; default: float32")
+    bench.add_argument("--threads", type=_count, metavar="N", help="threads of the CPU; default: as torch is set")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
-    bench.add_argument("--divergence", **several, default=ours)
-    bench.add_argument("--report", metavar="FILE", help="a page with charts: times, memory, roofline, errors, peers'")
+    divergences(bench, STUDENTS)
+    bench.add_argument("--report", metavar="FILE", help="write an HTML page with charts of time, memory and errors, "
+                                                        "beside other installed libraries")
     bench.add_argument("--tune", action="store_true",
-                       help="time every launch of the Triton backend for this shape and keep the fastest")  # fmt: skip
-    for sub, of in ((verify, "of --precision; default: all"), (bench, "default: auto")):
+                       help="time every launch of the Triton backend for this shape, and save the fastest")
+    for sub, of in ((verify, "backend to show with --precision; default: all"), (bench, "backend; default: auto")):
         sub.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
         sub.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS), help=of)
+    # fmt: on
 
     missing = _missing(*NEEDED)
     needs = " (needs fdistill_kernels[sequence])" if missing else ""
     for name, help in SEQUENCE.items():
         command(name, None, help + needs)  # `_sequence` runs it
-    sub = command("teacher", _teacher, "Keep what a teacher says: build, inspect, verify or serve." + needs)
+    help = "Build, inspect or verify a store of a teacher's outputs, or serve a model."
+    sub = command("teacher", _teacher, help + needs)
     if not missing:
         _teacher_arguments(sub)
-    doctor = command("doctor", _doctor, "Say which backends can run here, which would be used, and why others cannot.")
-    doctor.add_argument("--report", action="store_true", help="with all that a bug report needs")
+    doctor = command("doctor", _doctor, "Show which backends can run here, which are used, and why others cannot.")
+    doctor.add_argument("--report", action="store_true", help="also show what a bug report needs")
     command("list", _list, "List the divergences and their parameters.")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs the command and returns its exit status: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal of ASCII alone shows ? for ÷
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? in place of ÷
     if (status := _sequence(argv)) is not None:
         return status
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (OSError, ValueError) as error:  # a file that is not there, a folder that is read-only, a call refused
+    except (OSError, ValueError) as error:  # a missing file, a read-only folder, a call that is refused
         print(f"fdistill {argv[0]}: {error}", file=sys.stderr)
         return 2
 

@@ -1,7 +1,7 @@
-"""`fdistill demo`: a teacher trained on real text, students distilled from it, and the same student without it.
+"""`fdistill demo`: trains a teacher on real text, distils students from it, and trains the same student without it.
 
-The students share a short start by cross-entropy: far from the teacher, js and tvd have small gradients, which is why
-the paper pre-distils (Wen et al., ACL 2023, §4).
+All students start from the same short training by cross-entropy: far from the teacher the gradients of js and tvd are
+small, which is why the paper pre-distils (Wen et al., ACL 2023, §4).
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ TEACHER: dict[str, Any] = dict(n_embd=256, n_layer=4, n_head=4)
 STUDENT: dict[str, Any] = dict(n_embd=96, n_layer=2, n_head=4)
 EVALUATE_EVERY = 50
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, tokens) of a batch
+Loss = Callable[[Tensor, Tensor], Tensor]  # of a batch's logits and tokens
 
 
 @dataclass
 class Text:
-    """Token ids of the training and the held-out part."""
+    """The token ids of the training part and of the held-out part."""
 
     train: Tensor
     held_out: Tensor
 
     def batch(self, seed: int) -> Tensor:
-        """(BATCH, CONTEXT + 1) windows; the seed alone decides which, so that a resumed run sees the same."""
+        """Windows of the training part, (BATCH, CONTEXT + 1). They depend on the seed alone, so runs can be resumed."""
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(len(self.train) - CONTEXT - 1, (BATCH, 1), generator=generator)
         return self.train[starts + torch.arange(CONTEXT + 1)]
 
     def windows(self) -> Tensor:
-        """The held-out part as (windows, CONTEXT + 1), at most 64."""
+        """At most 64 windows of the held-out part, (windows, CONTEXT + 1)."""
         count = min(64, (len(self.held_out) - 1) // CONTEXT)
         return self.held_out[torch.arange(count)[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
 
 
 def read_text(path: str | None) -> str:
-    """The file, or the Python language reference that comes with Python."""
+    """The text of a file, or the language reference that comes with Python."""
     if path is not None:
         return Path(path).read_text(encoding="utf-8")
     from pydoc_data.topics import topics
@@ -68,7 +68,7 @@ def read_text(path: str | None) -> str:
 
 
 def tokenize(text: str) -> Text:
-    """A byte-level BPE of the text's training part, and the ids of both parts."""
+    """The token ids of both parts, by a byte-level BPE that is trained on the training part."""
     from tokenizers import ByteLevelBPETokenizer
 
     # every tenth stretch of 4000 characters is held out, so that both parts cover all topics
@@ -84,7 +84,7 @@ def tokenize(text: str) -> Text:
 
 
 def gpt2(shape: dict[str, Any], seed: int) -> Any:
-    """A GPT-2 of that shape from its configuration, nothing downloaded."""
+    """A GPT-2 of that shape with random weights; nothing is downloaded."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -94,35 +94,35 @@ def gpt2(shape: dict[str, Any], seed: int) -> Any:
 
 @dataclass
 class Stage:
-    """One model in training: everything a checkpoint needs to go on from here."""
+    """One model in training, with everything that a checkpoint needs to continue it."""
 
     name: str
     model: Any
     steps: int
     loss: Loss
-    begins_from: Stage | None = None  # whose weights, when it begins
+    begins_from: Stage | None = None  # the stage whose weights this one starts with
     learning_rate: float = 1.5e-3
     done: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out cross-entropy)
 
     def __post_init__(self) -> None:
-        # a second moment that forgets the first steps' large gradients within so few
+        # with a second moment that forgets the large gradients of the first steps within these few steps
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95),
                                            weight_decay=0.01)  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint keeps."""
+        """What a checkpoint stores."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done,
                 "curve": self.curve}  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
+        """Continues from a result of `state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.curve = state["done"], [tuple(point) for point in state["curve"]]
 
     def train_step(self, text: Text, seed: int) -> None:
-        """One step of AdamW, warmed up over 20 steps and decayed by a cosine."""
+        """Takes one step of AdamW; the learning rate rises over 20 steps and then falls by a cosine."""
         if self.begins_from is not None and not self.done:
             self.model.load_state_dict(self.begins_from.model.state_dict())
         warm_up = min(1.0, (self.done + 1) / 20)
@@ -138,13 +138,13 @@ class Stage:
 
 
 def label_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy to the next token."""
+    """The cross-entropy to the next token."""
     return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
 def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, float]:
-    """Held-out cross-entropy in nats a token, and KL(teacher ‖ model)."""
+    """The held-out cross-entropy and KL(teacher ‖ model), in nats per token."""
     nats = kl = 0.0
     for tokens in windows.split(16):
         logits = model(tokens[:, :-1]).logits
@@ -155,7 +155,11 @@ def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, f
 
 
 def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: Console) -> None:
-    """Trains each stage to its end, saving at every evaluation; an interrupt saves once more and is raised on."""
+    """Trains each stage to its end and saves a checkpoint at every evaluation.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when the checkpoint is saved.
+    """
     windows = text.windows()
 
     def save() -> None:
@@ -182,7 +186,7 @@ def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: C
 
 
 def loss_speed(student: Any, teacher: Any, divergence: Divergence, tokens: Tensor) -> tuple[float, float]:
-    """Tokens a second of the fused and of the eager loss, forward and backward, on the models' own logits."""
+    """Tokens per second of the fused and of the eager loss, forward and backward, on the models' logits."""
     with torch.no_grad():
         of_teacher = teacher(tokens[:, :-1]).logits.flatten(0, 1)
         logits = student(tokens[:, :-1]).logits.flatten(0, 1)
@@ -193,7 +197,7 @@ def loss_speed(student: Any, teacher: Any, divergence: Divergence, tokens: Tenso
 
 
 def plot(stages: list[Stage], path: Path) -> None:
-    """Held-out perplexity against step, one line a model."""
+    """Draws the held-out perplexity of each model over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,7 +214,7 @@ def plot(stages: list[Stage], path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the demo; exit status 0, or 130 after Ctrl-C with a checkpoint to go on from."""
+    """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
     started = time.perf_counter()
     console = Console(stderr=args.json)
     out = Path(args.out)
@@ -236,14 +240,14 @@ def main(args: argparse.Namespace) -> int:
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
         if set(saved) != {stage.name for stage in stages}:
-            raise ValueError(f"{checkpoint} is of other students; --restart begins anew")
+            raise ValueError(f"{checkpoint} was made with other divergences: give --restart to start again")
         for stage in stages:
             stage.restore(saved[stage.name])
-        console.print(f"going on from {checkpoint}")
+        console.print(f"continuing from {checkpoint}")
     try:
         run(stages, text, args.seed, checkpoint, console)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from {checkpoint}", file=sys.stderr)
+        print(f"\nstopped; the same command continues from {checkpoint}", file=sys.stderr)
         return 130
 
     windows = text.windows()
@@ -280,7 +284,7 @@ BAND = {"perplexity": 0.05, "kl_to_teacher": 0.1}
 
 
 def _compare(rows: dict[str, Any], expected: dict[str, Any], console: Console) -> int:
-    """0 when every model is within the band of the expected result file's, else 1 with those that are not."""
+    """Returns 0 if every model is within the band of the expected results, and else prints which are not: 1."""
     outside = [
         f"{name}'s {key} is {rows[name][key]:.4f}, not within {band:.0%} of {model[key]:.4f}"
         for name, model in expected["models"].items()

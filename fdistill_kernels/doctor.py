@@ -1,4 +1,4 @@
-"""`fdistill doctor --report`: what a bug report needs beside the state of the backends, on one screen."""
+"""`fdistill doctor --report`: what a bug report needs in addition to the state of the backends, on one screen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .provenance import provenance, versions
 WIDTH, LOG_LINES = 118, 6
 PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "tokenizers", "datasets", "peft", "trl",
             "liger-kernel", "deepspeed", "vllm")  # fmt: skip
-#: Of the environment what changes which kernels are built, found or run; nothing whose name is not here is shown.
+#: The environment variables that decide which kernels are built, found and run. No other variable is shown.
 PREFIXES = ("FDISTILL_", "TRITON_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "TORCHDYNAMO_",
             "TORCHINDUCTOR_", "ACCELERATE_", "NCCL_")  # fmt: skip
 NAMES = ("ATEN_CPU_CAPABILITY", "CXX", "NVCC", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "RANK", "WORLD_SIZE")
@@ -22,7 +22,7 @@ SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 def details() -> dict[str, Any]:
-    """`system`, `versions`, `devices`, `build_logs` (the last lines of a build that failed) and `environment`."""
+    """Collects the system, commit, versions, devices, last lines of failed builds and environment variables."""
     origin = provenance("fdistill doctor --report")
     return {
         "system": f"{platform.platform()}, {platform.python_implementation()} {platform.python_version()}",
@@ -35,19 +35,19 @@ def details() -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """`details` for a reader, each line within WIDTH."""
+    """The text of `details`, in lines of at most WIDTH characters."""
     installed = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     shown = [f"system: {found['system']}", f"commit: {found['commit']}"]
     shown += textwrap.wrap(f"versions: {installed}", WIDTH, subsequent_indent="    ")
     shown += [f"device: {device}" for device in found["devices"]]
     for name, log in found["build_logs"].items():
-        shown += [f"the {name} library's build said last:", *(f"    {line}" for line in log)]
+        shown += [f"last lines of the {name} library's failed build:", *(f"    {line}" for line in log)]
     shown += [f"{name}={value}" for name, value in found["environment"].items()]
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in shown]
 
 
 def _cards() -> list[str]:
-    """The driver's word, which has cards that torch cannot use."""
+    """The GPUs that the driver lists, including those that torch cannot use."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()

@@ -1,8 +1,8 @@
-"""How many digits a loss and its gradients keep: float32 logits against float64, where rows are hard.
+"""Measures how many digits a loss and its gradients keep in numerically hard rows: float32 against float64.
 
-The truth is the torch backend in float64, whose formulas keep all but a few of its digits in every case (a test holds
-them against 60-digit arithmetic). An error of a gradient is relative to its row's largest entry, that of a loss to the
-loss; rows whose float32 loss or gradient is beyond float32 are left out.
+The exact values come from the torch backend in float64, whose formulas keep nearly all digits in every case (a test
+compares them with 60-digit arithmetic). The error of a gradient is relative to its row's largest entry, and that of a
+loss to the loss. Rows whose loss or gradient overflows float32 are left out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from .reference import example_labels, f_divergence_rows
 Pair = tuple[Tensor, Tensor]
 RowsFunction = Callable[[Tensor, Tensor], Tensor]
 ROWS = 4
-#: Largest errors of the loss and of both gradients.
+#: The largest allowed errors of the loss, the student's gradient and the teacher's.
 TOLERANCES = (1e-4, 2e-5, 2e-5)
 
 
 def _one_hot(logits: Tensor, rest: float, at: int = 5) -> Tensor:
-    """Rows with all but `rest` of their mass at one entry."""
+    """The logits (N, V), changed at one entry so that it has all but `rest` of the probability."""
     logits = logits.clone()
     logits[:, at] = logits.logsumexp(1) - math.log(rest)
     return logits
 
 
 def cases(vocabulary: int, seed: int = 0) -> Iterator[tuple[str, Pair]]:
-    """Student's and teacher's logits (ROWS, V): independent ones of growing scale, almost one-hot rows, near models."""
+    """Yields the name of each case, and the logits (ROWS, V) of student and teacher.
+
+    The cases are independent logits of growing scale, rows that are almost one-hot, and models that nearly agree.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn() -> Tensor:
@@ -54,7 +57,7 @@ def cases(vocabulary: int, seed: int = 0) -> Iterator[tuple[str, Pair]]:
 
 @dataclass(frozen=True)
 class Precision:
-    """Worst errors of a case, of the loss and both gradients: ours, and eager PyTorch's."""
+    """The worst errors of one case, of the loss and both gradients: ours, and those of eager PyTorch."""
 
     divergence: str
     case: str
@@ -63,19 +66,19 @@ class Precision:
 
     @property
     def ok(self) -> bool:
-        """Within `TOLERANCES`."""
+        """Whether our errors are within `TOLERANCES`."""
         return all(error <= most for error, most in zip(self.ours, TOLERANCES, strict=True))
 
 
 def results(rows: RowsFunction, logits: Pair) -> tuple[Tensor, ...]:
-    """Losses (n), and gradients (n, V) of both models, in float64."""
+    """The losses (n,) and the gradients (n, V) to both models' logits, converted to float64."""
     leaves = [x.detach().requires_grad_() for x in logits]
     losses = rows(*leaves)
     return tuple(x.detach().double() for x in (losses, *torch.autograd.grad(losses.sum(), leaves)))
 
 
 def errors(rows: RowsFunction, truth: tuple[Tensor, ...], logits: Pair) -> tuple[float, float, float]:
-    """Worst errors of losses and gradients over the rows whose truth float32 holds."""
+    """The worst errors of the losses and of both gradients, over the rows whose exact values fit into float32."""
     found = []
     for got, exact in zip(results(rows, logits), truth, strict=True):
         size = exact.abs().reshape(len(exact), -1).amax(1)
@@ -86,7 +89,7 @@ def errors(rows: RowsFunction, truth: tuple[Tensor, ...], logits: Pair) -> tuple
 
 
 def precision(divergence: Divergence, device: str, backend: str, vocabulary: int) -> Iterator[Precision]:
-    """The errors in every case, on a device."""
+    """Yields the errors of a backend on a device, case by case."""
     for name, (student, teacher) in cases(vocabulary):
         logits = student.to(device), teacher.to(device)
         labels = example_labels(divergence, logits[0])

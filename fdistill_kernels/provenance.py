@@ -1,4 +1,4 @@
-"""What a result file says of where its numbers come from, so that they can be had again."""
+"""Records where the numbers of a result file come from, so that they can be reproduced."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer about the checkout that this is; None where it is none, or git is missing or refuses."""
-    if not (ROOT / ".git").exists():  # installed, and perhaps inside of somebody's repository
+    """git's answer about this checkout; None if this is no checkout, or if git is missing or fails."""
+    if not (ROOT / ".git").exists():  # an installed package, which may lie inside another repository
         return None
     command = ["git", "-C", str(ROOT), *arguments]
     try:
@@ -36,7 +36,7 @@ def _processor() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of the packages that are installed."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -45,17 +45,14 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, command, commit, and whether the tree had changes besides (`dirty`). $FDISTILL_COMMIT names the
-    commit of a tree that was copied without its git, or beside another's; then, and without git, dirty is None.
+    """Device, versions, command, commit, and whether files had changes that are not committed (`dirty`).
 
-    Results that an earlier command has written anew are no change: nothing is measured with them.
+    Changed files in benchmarks/results do not count, because nothing is measured with them. $FDISTILL_COMMIT names the
+    commit of a tree that was copied without its git folder; then, and without git, `dirty` is None.
     """
     named = os.environ.get("FDISTILL_COMMIT")
-    changes = (
-        None
-        if named
-        else _git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
-    )
+    status = ("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
+    changes = None if named else _git(*status)
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),

@@ -1,6 +1,6 @@
-"""`fdistill bench --report`: what a loss costs at the user's own sizes, beside the peers installed, as one HTML file.
+"""`fdistill bench --report`: time, memory and errors at the user's own sizes, beside installed peers, as one HTML file.
 
-The page needs nothing else: its charts are SVG, drawn by matplotlib, and its numbers stand in it as JSON too.
+The page is self-contained: its charts are SVG drawn by matplotlib, and its numbers are included as JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .bench import eager_loss, floor_seconds
 from .divergences import Divergence
 from .provenance import provenance
 
-#: To time a loss for, at each size.
+#: For how long each loss is timed at each size.
 SECONDS = 0.2
-LEAST = 1e-9  # an error of 0 has no place on a logarithm's axis
+LEAST = 1e-9  # smaller errors are drawn here, because a logarithmic axis has no 0
 CHARTS = ("time-N", "memory-N", "roofline", "time-V", "memory-V", "error")
 STYLE = """
 body {font: 15px sans-serif; max-width: 78em; margin: 2em auto}
@@ -32,7 +32,7 @@ svg {width: 100%; height: auto}
 
 
 def sizes(shape: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
-    """Sixteenth, quarter and whole of N, and of V, the other as given."""
+    """The shapes (N, V) of both axes: a sixteenth, a quarter and all of N, or of V, while the other stays as given."""
     n, v = shape
     parts = (16, 4, 1)
     return {
@@ -43,8 +43,12 @@ def sizes(shape: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
 
 def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str, backend: str,
             compiled: bool) -> dict[str, Any]:  # fmt: skip
-    """`sizes`: of each loss and size seconds, bytes at the worst moment, and the `floor_seconds`. `errors`: by the
-    scale of the logits, beside float64."""  # fmt: skip
+    """Measures everything that the page shows.
+
+    Returns:
+        The provenance of the run; `sizes`, with the seconds, peak bytes and floor of each loss at each size; and
+        `errors`, with the errors of each loss at each scale of the logits, against float64.
+    """
     from .peers.measure import errors_by_scale, losses, measured
 
     data: dict[str, Any] = {**provenance("fdistill bench --report", device), "shape": shape,
@@ -54,7 +58,7 @@ def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: to
     for divergence in divergences:
         name = {"divergence": str(divergence)}
         calls = losses("rows", divergence, device, dtype, backend, compiled)
-        calls.setdefault("eager", eager_loss(divergence))  # of a parameter that no peer has
+        calls.setdefault("eager", eager_loss(divergence))  # the peers have default parameters only
         data["errors"] += [{**name, **e} for e in errors_by_scale("rows", divergence, calls, shape, dtype, device)]
         for (what, loss), size in itertools.product(calls.items(), every):
             entry = measured("rows", divergence, loss, size, dtype, device, SECONDS)
@@ -63,7 +67,7 @@ def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: to
 
 
 def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:
-    """One of `CHARTS`: a line a loss, its `gid` divergence/chart/loss."""
+    """Draws one of `CHARTS`, with a line for each loss. The `gid` of a line is divergence/chart/loss."""
     kind, _, axis = name.partition("-")
     rows = [r for r in data["errors" if kind == "error" else "sizes"] if r["divergence"] == divergence]
     shape = data["shape"]
@@ -90,17 +94,17 @@ def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:
             *zip(*roof, strict=True), color="grey", linestyle=":", label="a copy", gid=f"{divergence}/{name}/a copy"
         )
     for what, line in lines.items():
-        joined = "" if kind == "roofline" else "-"  # where two shapes may have one size
+        joined = "" if kind == "roofline" else "-"  # there, two shapes may have the same size
         axes.plot(*zip(*line, strict=True), marker="o", linestyle=joined, label=what, gid=f"{divergence}/{name}/{what}")
     axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=name.replace("-", " against "))
     axes.set_gid(f"{divergence}/{name}")
     low, high = axes.get_ylim()
-    axes.set_ylim(low / 2, high * 2)  # so that at least two marks are on it
+    axes.set_ylim(low / 2, high * 2)  # so that the axis has at least two labelled ticks
     _marks(axes, sorted({point[0] for line in lines.values() for point in line}))
 
 
 def _marks(axes: Any, places: list[float]) -> None:
-    """Of plain numbers: at the sizes measured, and at 1, 2 and 5 of each decade, or at decades where there are many."""
+    """Labels the axes with plain numbers: x at the measured sizes, y at 1, 2 and 5 of each decade, or at decades."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
     low, high = axes.get_ylim()
@@ -112,7 +116,7 @@ def _marks(axes: Any, places: list[float]) -> None:
 
 
 def charts(data: dict[str, Any]) -> str:
-    """The charts of every divergence, as one SVG."""
+    """All charts of all divergences, as one SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -130,7 +134,7 @@ def charts(data: dict[str, Any]) -> str:
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML."""
+    """The HTML of the page."""
     whole = [r for r in data["sizes"] if tuple(r["shape"]) == tuple(data["shape"])]
     ours = {r["divergence"]: r["seconds"] for r in whole if r["what"] == "fdistill"}
     cells = [
@@ -146,20 +150,20 @@ def page(data: dict[str, Any]) -> str:
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>fdistill bench</title><style>{STYLE}</style>\n'
         f"<h1>Forward and backward, N, V = {data['shape'][0]}, {data['shape'][1]}, {data['dtype']}</h1>\n"
         f"<p>{html.escape(origin)}</p>\n<table>{table}</table>\n"
-        "<p>Memory is what torch's allocator held at the worst moment above the inputs, the gradient included. The "
-        "floor is three passes over N·V at the rate of a copy. An error is the student's gradient's largest, over its "
-        f"largest entry, beside float64.</p>\n{charts(data)}\n"
+        "<p>Memory is the peak of torch's allocator above the inputs, including the gradient. The floor is the time of "
+        "three passes over N·V at the rate of a copy. The error is the largest error of the student's gradient against "
+        f"float64, divided by the gradient's largest entry.</p>\n{charts(data)}\n"
         f'<script type="application/json" id="data">{numbers}</script>\n</html>\n'
     )
 
 
 def write(path: str, divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str,
           backend: str, compiled: bool) -> dict[str, Any]:  # fmt: skip
-    """Measures, writes the page, and returns its numbers.
+    """Measures the losses, writes the page to `path`, and returns its numbers.
 
     Raises:
-        ValueError: matplotlib is missing.
-        OSError: the file cannot be written, before anything is measured.
+        ValueError: matplotlib is not installed.
+        OSError: the file cannot be written; this is checked before anything is measured.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--report needs matplotlib: pip install 'fdistill_kernels[demo]'")

@@ -1,4 +1,4 @@
-"""`fdistill verify`: every backend that can run here against the float64 reference, on the user's own machine."""
+"""`fdistill verify`: compares every backend that can run on this machine with the float64 reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .divergences import Divergence
 from .functional import f_divergence
 from .reference import example_labels, f_divergence_rows
 
-#: Largest allowed error of the loss and of the gradients, relative to the reference's largest entry. A gradient in a
-#: narrow dtype is held to one rounding of it.
+#: The largest allowed errors of the loss and of the gradients, relative to the reference's largest entry. Gradients in
+#: bfloat16 and float16 may be off by one rounding.
 TOLERANCES = {
     torch.float64: (1e-11, 1e-11),
     torch.float32: (1e-5, 2e-5),
@@ -25,7 +25,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One comparison: errors relative to the reference's largest entry."""
+    """The result of one comparison. Errors are relative to the reference's largest entry."""
 
     backend: str
     divergence: str
@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """All three errors within tolerance; NaN is not."""
+        """Whether all three errors are within their tolerances; NaN is not."""
         gradient_error = max(self.student_gradient_error, self.teacher_gradient_error)
         return self.loss_error <= self.loss_tolerance and gradient_error <= self.gradient_tolerance
 
@@ -51,13 +51,17 @@ def _error(value: Tensor, expected: Tensor) -> float:
 def verify(
     device: str, dtypes: Iterable[torch.dtype], shape: tuple[int, int], divergences: Iterable[Divergence], seed: int = 0
 ) -> Iterator[Outcome]:
-    """Compares loss and both gradients of each divergence, dtype and backend; yields each `Outcome` as it comes."""
+    """Compares the loss and both gradients of each divergence, dtype and backend, on random logits of a shape (N, V).
+
+    Yields:
+        An `Outcome` for each, as soon as it is known.
+    """
     generator = torch.Generator().manual_seed(seed)
     student64, teacher64 = (1.5 * torch.randn(shape, generator=generator) for _ in range(2))
     for divergence in divergences:
         for dtype in dtypes:
             student, teacher = (x.to(device, dtype).requires_grad_() for x in (student64, teacher64))
-            # at the reference's own precision, of the logits as the kernel gets them
+            # the reference computes in float64, from the rounded logits that the kernel gets
             exact = [x.detach().double().requires_grad_() for x in (student, teacher)]
             labels = example_labels(divergence, student)
             expected = f_divergence_rows(exact[0], exact[1], divergence, labels=labels).mean()
@@ -72,7 +76,7 @@ def verify(
                 if name == "triton" and device == "cpu" and dtype == torch.bfloat16:
                     gradient_tolerance *= 2  # Triton's interpreter truncates to bfloat16
                 errors = [_error(g, e) for g, e in zip(gradients, expected_gradients, strict=True)]
-                # a teacher that is not trained, as it mostly is, may have a kernel of its own
+                # a teacher without gradient, the usual case, may use another kernel
                 errors[0] = max(errors[0], _error(torch.autograd.grad(alone, student)[0], expected_gradients[0]))
                 loss_error = max(_error(x.detach(), expected.detach()) for x in (loss, alone))
                 yield Outcome(

@@ -1,5 +1,6 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
+import argparse
 import importlib.metadata
 import io
 import json
@@ -62,7 +63,7 @@ def test_doctor_report_is_one_screen(capsys, monkeypatch, tmp_path):
     assert status == 0 and len(screen) <= 48 and max(map(len, screen)) <= 200
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")]
     for needed in (*versions, "system: ", "commit: ", "device: NVIDIA H200, 9.0",
-                   "backend cpu on cpu: ", "auto on cpu logits: ", "the cpu library's build said last:", "    line 499",
+                   "backend cpu on cpu: ", "auto on cpu logits: ", "last lines of the cpu library's failed build:", "    line 499",
                    "rows.cpp:7: error", "nvcc fatal: \ufffd", "FDISTILL_CACHE=xxx", "TRITON_INTERPRET=1"):  # fmt: skip
         assert needed in out, needed
     assert "hidden" not in out and "line 494" not in out and "x" * 120 not in out
@@ -124,8 +125,8 @@ BAD = {
     "no such device": (["verify", "--device", "nosuch"], "'nosuch' cannot be used"),
     "threads": (["bench", "--threads", "0"], "must be a positive number"),
     "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
-    "of another report": (["verify", "--backend", "cpu"], "--backend is of --precision alone"),
-    "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype of the other reports"),
+    "of another report": (["verify", "--backend", "cpu"], "--backend is used only with --precision"),
+    "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype only without it"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
     "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
@@ -152,6 +153,19 @@ def test_a_terminal_of_ascii_alone():
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )
     assert done.returncode == 0 and "? floor" in done.stdout
+
+
+def test_every_option_has_a_help():
+    def options(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, sub in action.choices.items():
+                    assert sub.description, name
+                    yield from options(sub)
+            elif action.option_strings:
+                yield action
+
+    assert [o.dest for o in options(cli.parser()) if not o.help] == []
 
 
 def test_help(capsys, monkeypatch):
@@ -194,14 +208,14 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=280)
-    assert process.returncode == 130 and "goes on from" in err
+    assert process.returncode == 130 and "continues from" in err
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 50 <= saved["teacher"]["done"] < 300
     for name, value in SMALL.items():
         monkeypatch.setattr(demo, name, value)
     assert cli.main(arguments) == 0
     finished = capsys.readouterr()
-    assert "going on from" in finished.err
+    assert "continuing from" in finished.err
     results = json.loads(finished.out)
     models = results["models"]
     assert models["kl"]["steps"] == models["baseline"]["steps"] == 60

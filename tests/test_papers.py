@@ -1,4 +1,4 @@
-"""The calls of docs/papers.md are the losses of their papers: value and every gradient, in float64 by plain torch."""
+"""The calls of docs/papers.md are their papers' losses: value and all gradients, by plain torch in float64."""
 
 import re
 
@@ -14,7 +14,7 @@ from .pages import PAGES, blocks
 N, V, D = 12, 61, 8
 PAGE = PAGES["papers"]
 IMPORTED = {}
-exec(blocks("papers")[0], IMPORTED)
+exec("\n".join(blocks("papers")), IMPORTED)
 LINES = re.findall(r"^\| (?!paper)([^|]*?)(?:, \[| \[|, as|, of|, this)[^|]*\|[^|]*\| `(.*)` \|$", PAGE, re.MULTILINE)
 
 
@@ -234,3 +234,37 @@ def test_a_papers_loss(name, call):
     for k, ours, theirs in zip(trained, *gradients, strict=True):
         assert (ours is None) == (theirs is None), k
         assert ours is None or relative(ours, theirs) < 1e-4, k
+
+
+def heads():
+    """Hidden states and a head that are trained, in float32, and the same in float64."""
+    given = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    return given, tuple(x.detach().double().requires_grad_() for x in given)
+
+
+def check(got, want, given, exact):
+    assert relative(got, want) < 1e-4
+    for ours, theirs in zip(torch.autograd.grad(got, given), torch.autograd.grad(want, exact), strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def test_taid_from_hidden_states():
+    given, exact = heads()
+    teacher = torch.randn(N, 2 * D), torch.randn(V, 2 * D)
+    got, z = IMPORTED["taid"](*given, *teacher, 0.4), exact[0] @ exact[1].T
+    check(
+        got,
+        kl(soft(0.6 * z.detach() + 0.4 * teacher[0].double() @ teacher[1].double().T), soft(z)).mean(),
+        given,
+        exact,
+    )
+
+
+def test_spans():
+    """Two tokenizers cut one text into three spans."""
+    given, exact = heads()
+    labels, spans, theirs = torch.randint(V, (N,)), torch.tensor([0, 0, 1, 1, 1, *7 * [2]]), -torch.rand(3) * 40
+    got = IMPORTED["span_likelihoods"](IMPORTED["span_log_probs"](*given, labels, spans, 3), theirs, 10.0)
+    log_q = -of_tokens(exact[0] @ exact[1].T, labels)
+    q, p = torch.stack([(log_q[spans == i].sum() / 10).exp() for i in range(3)]), (theirs.double() / 10).exp()
+    check(got, (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(), given, exact)

@@ -1,10 +1,10 @@
-"""The losses people use today, an adapter a file, each beside the call of ours that means the same.
+"""The losses of other libraries, one adapter file for each library, and our call that computes the same loss.
 
     for peer in found("rows", "kl"):
         print(peer.name, peer.call, peer.why_not("cpu") or peer.loss(student_logits, teacher_logits))
 
-An adapter makes up for what its library does otherwise (scale, reduction, clamps), so that each loss here is a mean
-over rows. `measure` shows that it is the same loss before anything is timed.
+An adapter makes up for the differences of its library (scale, reduction, clamps), so that each loss here is a mean over
+rows. Its docstring lists them. `measure` checks that the losses are the same before anything is timed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import example_labels, f_divergence_rows
 
 Loss = Callable[..., Tensor]
-#: What losses of a form take; of "labels", in the teacher's place, labels (N,).
+#: The arguments of the losses of each form. The cross-entropy, "labels", takes labels (N,) in the teacher's place.
 FORMS = {
     "rows": ("student_logits", "teacher_logits"),
     "linear": ("hidden", "weight", "teacher_hidden", "teacher_weight"),
     "beside": ("hidden", "weight", "teacher_logits"),
 }
-ADAPTERS = ("pytorch", "liger", "orda", "trl", "cce", "quack", "modelopt", "distillkit")
+ADAPTERS = ("pytorch", "liger", "orda", "trl", "cce", "quack", "modelopt", "distillkit", "speculators")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Peer:
     """One loss of another library.
 
     Attributes:
-        name: the library; with more where it has several of one meaning, or where a formula is written for it here.
-        form: a key of `FORMS`: logits (N, V), or hidden states (N, D) and a weight (V, D), of student and teacher.
-        divergence: what it computes, by our name; "labels" is the cross-entropy to labels.
-        make: imports the library; its loss, as a mean over rows.
-        where: "any" device, "triton" kernels (a card, or a CPU in Triton's interpreter), or a "card".
+        name: the library. More is added if the library has several such losses, or if its formula is written here.
+        form: a key of `FORMS`: from logits (N, V), or from hidden states (N, D) and a weight (V, D).
+        divergence: our name for what it computes; "labels" is the cross-entropy to labels.
+        make: imports the library and returns its loss as a mean over rows.
+        where: "any" device; "triton", a GPU or Triton's interpreter; or "card", a GPU only.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Peer:
 
     @property
     def call(self) -> str:
-        """Our call that means the same."""
+        """Our call that computes the same loss, as text."""
         given, name = list(FORMS[self.form]), "linear_" if self.form != "rows" else ""
         if self.divergence == "labels":
             return f"{name}cross_entropy({', '.join(given[: 1 + bool(name)])}, labels)"
@@ -64,42 +64,42 @@ class Peer:
 
     @functools.cached_property
     def loss(self) -> Loss:
-        """Of the form's tensors: the mean over rows, ()."""
+        """The loss: a function of the form's tensors that returns the mean over rows, ()."""
         return self.make()
 
     def why_not(self, device: str) -> str | None:
-        """Why it cannot run on a device; None where it can."""
+        """The reason why the loss cannot run on a device, or None if it can."""
         interpreted = self.where == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if self.where != "any" and not (interpreted or device.startswith("cuda")):
             return "its kernels need a card"
         try:
             _ = self.loss
-        except Exception as error:  # whatever a library that is not there, or that lacks a part, ends its import with
+        except Exception as error:  # other libraries raise all kinds of errors when they, or parts of them, are missing
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
         return None
 
 
 @functools.cache
 def every() -> tuple[Peer, ...]:
-    """All adapters' losses; those that compile come last."""
+    """The losses of all adapters; torch.compile's come last."""
     modules = [importlib.import_module(f".{adapter}", __name__) for adapter in ADAPTERS]
     peers = [peer for module in modules for peer in module.PEERS]
     return tuple(sorted(peers, key=lambda peer: peer.name == "torch.compile"))
 
 
 def found(form: str | None, divergence: str | Divergence) -> list[Peer]:
-    """A form's peers of one meaning, or every form's, whether they can run or not."""
+    """The peers that compute a divergence from inputs of a form (None: of any form), even if they cannot run here."""
     name = next((name for name, its in TABLE.items() if its == divergence), str(divergence))
     return [peer for peer in every() if peer.divergence == name and form in (None, peer.form)]
 
 
 def running(form: str, divergence: str, device: str) -> dict[str, Loss]:
-    """Those that can run on a device, by name."""
+    """The losses of `found` that can run on a device, by name."""
     return {peer.name: peer.loss for peer in found(form, divergence) if peer.why_not(device) is None}
 
 
 def ours(form: str, divergence: str | Divergence, backend: str = "auto") -> Loss:
-    """Our loss of a form's tensors; of a divergence that needs labels, rows with those of `example_labels` alone."""
+    """Our loss for the tensors of a form. Divergences that need labels are from logits, and get example labels."""
     if divergence == "labels":
         return functools.partial(cross_entropy if form == "rows" else linear_cross_entropy, backend=backend)
     if form == "rows":
@@ -109,7 +109,7 @@ def ours(form: str, divergence: str | Divergence, backend: str = "auto") -> Loss
 
 
 def truth(form: str, divergence: str | Divergence) -> Loss:
-    """The definition in plain torch, for float64 tensors."""
+    """The definition of a divergence in plain torch, for float64 tensors of a form."""
 
     def loss(*inputs: Tensor) -> Tensor:
         student, *teacher = inputs if form == "rows" else (inputs[0] @ inputs[1].T, *inputs[2:])

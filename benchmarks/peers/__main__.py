@@ -1,8 +1,9 @@
-"""Peers and ours in one run: time, peak memory, errors by the scale of the logits. A result file, written as it goes.
+"""Measures our losses and other libraries' in one run: time, peak memory, and errors by the scale of the logits.
 
     python -m benchmarks.peers --out benchmarks/results/peers_cpu.json [--device cuda] [--shape 1024,32000]
 
-A peer is timed after it has been shown to mean the same; the file says of the others why they are not there.
+A peer is timed only after it has been shown to compute the same loss. For the others, the result file says why they
+were left out. The file is written after each measurement.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from . import FORMS, every, found
 from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
 
 PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
-            "distillkit")  # fmt: skip
+            "distillkit", "speculators")  # fmt: skip
 
 
 def main() -> None:
-    """Measures, and writes the file after each loss."""
+    """Measures all losses and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V")
-    parser.add_argument("--depth", type=int, default=512, help="of hidden states")
+    parser.add_argument("--depth", type=int, default=512, help="features of the hidden states")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=DIVERGENCES)
-    parser.add_argument("--seconds", type=float, default=1.0, help="to time each loss for")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for how long each loss is timed")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
     content: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""Cut Cross-Entropy: on a card its kernel, which leaves out gradients below a rounding of bfloat16 (`filter_eps`), and
-elsewhere what it compiles of torch's operators.
+"""Cut Cross-Entropy. On a GPU its kernel, which leaves out gradients that bfloat16 would round away (`filter_eps`);
+elsewhere its version that torch.compile makes of torch's operators.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from . import Loss, Peer
 
 
 def labels() -> Loss:
-    """Of hidden states, the weight and labels."""
+    """The cross-entropy of hidden states, a weight and labels."""
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

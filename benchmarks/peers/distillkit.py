@@ -1,5 +1,5 @@
-"""DistillKit: sums over tokens of (batch, sequence, V), for kl and js in the logits' dtype, which its trainer divides
-by their number. Where it cannot be imported the definitions are written here, and named so.
+"""DistillKit. Its losses of logits (batch, sequence, V) are sums over tokens; its trainer divides by their number.
+kl and js are computed in the logits' dtype. If it is not installed, its definitions are written here, and named so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def summed(divergence: str) -> Loss:
 
 
 def mean(divergence: str) -> Loss:
-    """Over rows."""
+    """The same as a mean over rows."""
     loss = summed(divergence)
     return lambda student, teacher: loss(student[None], teacher[None]) / len(student)
 

@@ -1,9 +1,10 @@
-"""Liger-Kernel. Its row losses take log-probabilities (kl, js) or probabilities (tvd), so that the softmax is counted
-here as in a training step, and sum where "batchmean" divides by rows; β is the teacher's share, 0 kl and 1 rkl.
+"""Liger-Kernel. Its row losses take log-probabilities (kl, js) or probabilities (tvd), so the softmax is timed too, as
+in a training step. "batchmean" divides their sums by the number of rows. β is the weight of the teacher: 0 is kl and
+1 is rkl.
 
-The chunked JSD compiles torch's operators, and weighs a cross-entropy beside it, which is given no weight. The fused
-KL takes the teacher's probabilities, and clamps them at 1e-10 before the logarithm: entries below have a part of their
-loss only.
+The chunked JSD compiles torch's operators, and adds a cross-entropy, whose weight is 0 here. The fused KL takes the
+teacher's probabilities and clamps them at 1e-10 before the logarithm, so smaller entries have only a part of their
+loss. The cosine similarity of the chunked losses is left out: it does not compare two distributions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BETAS = {"kl": 0.0, "js": 0.5, "rkl": 1.0}
 
 
 def kl() -> Loss:
-    """With log_target, which clamps nothing."""
+    """KL with log_target, which does not clamp."""
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
     loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
@@ -27,7 +28,7 @@ def kl() -> Loss:
 
 
 def jsd(divergence: str) -> Loss:
-    """The generalised one, of GKD."""
+    """The generalised JSD of GKD."""
     from liger_kernel.transformers.jsd import LigerJSD
 
     loss = LigerJSD(BETAS[divergence])
@@ -35,11 +36,24 @@ def jsd(divergence: str) -> Loss:
 
 
 def tvd() -> Loss:
-    """Half the L1 distance, as ours."""
+    """TVD: half the L1 distance, like ours."""
     from liger_kernel.transformers.tvd import LigerTVDLoss
 
     loss = LigerTVDLoss(reduction="batchmean")
     return lambda student, teacher: loss(student.softmax(-1), teacher.softmax(-1))
+
+
+def tvd_of_logits() -> Loss:
+    """TVD from logits; the kernel computes a cross-entropy in the same pass, whose weight is 0 here."""
+    from liger_kernel.transformers.fused_ce_tvd import LigerFusedCETVDLoss
+
+    loss = LigerFusedCETVDLoss()
+
+    def of_rows(student: Tensor, teacher: Tensor) -> Tensor:
+        labels = torch.zeros(len(student), dtype=torch.long, device=student.device)
+        return loss(student, teacher, labels)[1].mean()
+
+    return of_rows
 
 
 def labels() -> Loss:
@@ -50,7 +64,7 @@ def labels() -> Loss:
 
 
 def chunked(divergence: str) -> Loss:
-    """The chunked JSD's soft part alone."""
+    """The chunked JSD without its cross-entropy."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[divergence])
@@ -58,7 +72,7 @@ def chunked(divergence: str) -> Loss:
 
 
 def fused(divergence: str) -> Loss:
-    """The Triton kernel."""
+    """The JSD of hidden states by a Triton kernel."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=BETAS[divergence])
@@ -66,7 +80,7 @@ def fused(divergence: str) -> Loss:
 
 
 def fused_labels() -> Loss:
-    """The fused linear cross-entropy, which has the weight first."""
+    """The fused linear cross-entropy, whose first argument is the weight."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -74,7 +88,7 @@ def fused_labels() -> Loss:
 
 
 def fused_kl() -> Loss:
-    """To a teacher's logits, whose softmax is counted."""
+    """KL to a teacher's logits; their softmax is timed with it."""
     from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
 
     loss = LigerFusedLinearKLDivLoss()
@@ -90,6 +104,7 @@ PEERS = [
     Peer(NAME, "rows", "kl", kl, "card"),
     *(Peer(NAME, "rows", name, partial(jsd, name), "triton") for name in ("js", "rkl")),
     Peer(NAME, "rows", "tvd", tvd, "card"),
+    Peer(f"{NAME} fused", "rows", "tvd", tvd_of_logits, "triton"),
     Peer(NAME, "rows", "labels", labels, "triton"),
     *(Peer(NAME, "linear", name, partial(chunked, name)) for name in BETAS),
     *(Peer(f"{NAME} fused", "linear", name, partial(fused, name), "triton") for name in BETAS),

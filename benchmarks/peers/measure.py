@@ -1,4 +1,4 @@
-"""A peer's loss and ours: first that they mean the same, then errors by the scale of the logits, time and memory."""
+"""Compares a peer's loss with ours: first whether it is the same loss, then errors, time and memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from fdistill_kernels.divergences import Divergence
 
 from . import FORMS, Loss, Peer, found, ours, truth
 
-#: What people compare, of all that the adapters have.
-DIVERGENCES = ("kl", "rkl", "js", "tvd", "labels")
+#: The losses that are compared by default.
+DIVERGENCES = ("kl", "rkl", "js", "tvd", "lk", "labels")
 DEPTH = 64
-#: Of standard deviations of logits.
+#: The standard deviations of the logits at which errors are measured, and the number of rows.
 SCALES = (1.0, 4.0, 15.0, 30.0)
-FEW = 8  # rows, of the errors by scale
-#: Largest error, of the loss and of a gradient's largest entry, of what means the same at scale 1: a narrow softmax
-#: costs a digit or two, and another scale, reduction or divergence all of them.
+FEW = 8
+#: The largest error, at scale 1, of a loss that is the same: a softmax in a narrow dtype costs a digit or two, another
+#: scale, reduction or divergence costs all of them. Errors are relative to the loss, or to a gradient's largest entry.
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 Step = Callable[[], None]
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts and stops
 
 
 def inputs(form: str, divergence: str | Divergence, shape: tuple[int, int], dtype: torch.dtype, device: str,
            scale: float = 1.0, depth: int = DEPTH) -> tuple[Tensor, ...]:  # fmt: skip
-    """What a loss of the form takes, with logits of that scale; the student's require grad, hidden states have `depth`
-    features."""  # fmt: skip
+    """Random inputs of a form, whose logits have a standard deviation of `scale`; the student's require grad.
+
+    Hidden states have `depth` features.
+    """
     torch.manual_seed(0)
     (n, v), d = shape, depth
     sizes = {"student_logits": (n, v), "teacher_logits": (n, v), "hidden": (n, d), "weight": (v, d),
@@ -48,27 +50,27 @@ def inputs(form: str, divergence: str | Divergence, shape: tuple[int, int], dtyp
 
 
 def results(loss: Loss, given: tuple[Tensor, ...]) -> list[Tensor]:
-    """The loss, and the gradients of what requires grad, in float64."""
+    """The loss and the gradients of the inputs that require grad, converted to float64."""
     trained = [x for x in given if x.requires_grad]
     value = loss(*given)
     return [x.detach().double() for x in (value, *torch.autograd.grad(value, trained))]
 
 
 def errors(loss: Loss, wanted: list[Tensor], given: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Of the loss, relative; and of a gradient, of its largest entry."""
+    """The relative error of the loss, and the largest error of a gradient relative to that gradient's largest entry."""
     sizes = [float(((x - y).abs().max() / y.abs().max()).nan_to_num(torch.inf))
              for x, y in zip(results(loss, given), wanted, strict=True)]  # fmt: skip
     return sizes[0], max(sizes[1:])
 
 
 def exact(form: str, divergence: str | Divergence, given: tuple[Tensor, ...]) -> list[Tensor]:
-    """`results` of the definition in float64, of the same entries."""
+    """The `results` of the definition, computed in float64 from the same inputs."""
     wide = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in given]
     return results(truth(form, divergence), tuple(wide))
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """The most that torch's allocator held at once during a call, above what it held before."""
+    """The peak of torch's allocator during a call, in bytes above its state before the call."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -87,7 +89,7 @@ def peak_bytes(step: Step, device: str) -> int:
 
 @dataclass(frozen=True)
 class Compared:
-    """A loss beside the definition: `error` of the loss and of the gradients, and `ours`; or why there is none."""
+    """A comparison with the definition: a peer's errors and ours (of loss and gradients), or why there are none."""
 
     what: str
     form: str
@@ -100,12 +102,12 @@ class Compared:
 
     @property
     def ok(self) -> bool:
-        """Means the same, or cannot run here."""
+        """Whether the peer computes the same loss, or cannot run here."""
         return self.error is None or max(self.error) <= self.tolerance
 
 
 def compare(peer: Peer, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> Compared:
-    """A peer beside the definition; a failure of one that could run is an infinite error."""
+    """Compares a peer with the definition. If a peer that could be imported fails, its errors are infinite."""
     error, our_error, reason = None, None, peer.why_not(device)
     if reason is None:
         given = inputs(peer.form, peer.divergence, shape, dtype, device)
@@ -113,15 +115,17 @@ def compare(peer: Peer, device: str, dtype: torch.dtype, shape: tuple[int, int])
         our_error = errors(ours(peer.form, peer.divergence), wanted, given)
         try:
             error = errors(peer.loss, wanted, given)
-        except Exception as failure:  # others' code, at its first call
+        except Exception as failure:  # another library's code, when it is first called
             error, reason = (torch.inf, torch.inf), f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
     return Compared(peer.name, peer.form, peer.divergence, peer.call, error, our_error, reason, SAME[dtype])
 
 
 def measured(form: str, divergence: str | Divergence, loss: Loss, shape: tuple[int, int], dtype: torch.dtype,
              device: str, seconds: float, depth: int = DEPTH) -> dict[str, Any]:  # fmt: skip
-    """`seconds`, the median of a forward and backward pass, measured for about `seconds`; and its `peak_bytes`, the
-    gradients included."""  # fmt: skip
+    """The median `seconds` of a forward and backward pass, timed for about `seconds`, and its `peak_bytes`.
+
+    The gradients count as memory.
+    """
     given = inputs(form, divergence, shape, dtype, device, depth=depth)
 
     def step() -> None:
@@ -137,7 +141,7 @@ def measured(form: str, divergence: str | Divergence, loss: Loss, shape: tuple[i
 
 def errors_by_scale(form: str, divergence: str | Divergence, losses: dict[str, Loss], shape: tuple[int, int],
                     dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Of each loss at each of `SCALES`, on at most FEW rows: `loss_error` and `gradient_error`."""
+    """Yields `loss_error` and `gradient_error` of each loss at each of `SCALES`, on at most FEW rows."""
     for scale in SCALES:
         given = inputs(form, divergence, (min(FEW, shape[0]), shape[1]), dtype, device, scale)
         wanted = exact(form, divergence, given)
@@ -148,7 +152,7 @@ def errors_by_scale(form: str, divergence: str | Divergence, losses: dict[str, L
 
 def losses(form: str, divergence: str | Divergence, device: str, dtype: torch.dtype, backend: str = "auto",
            compiled: bool = True) -> dict[str, Loss]:  # fmt: skip
-    """Ours, and of the peers those that run here and mean the same."""
+    """Our loss, and those of the peers that run here and compute the same."""
     chosen = {"fdistill": ours(form, divergence, backend)}
     for peer in found(form, divergence):
         if compiled or peer.name != "torch.compile":

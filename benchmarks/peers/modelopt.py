@@ -1,6 +1,6 @@
-"""NVIDIA Model Optimizer: the KL of its logits' distillation; its own mean is over entries, "batchmean" over rows.
+"""NVIDIA Model Optimizer: its KL of logits. "batchmean" divides by rows, while its own "mean" divides by entries.
 
-The softmax is in the logits' dtype.
+The softmax is computed in the logits' dtype.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from . import Loss, Peer
 
 
 def kl() -> Loss:
-    """Of logits, at temperature 1."""
+    """KL of logits, at temperature 1."""
     from modelopt.torch.distill.losses import LogitsDistillationLoss
 
     return LogitsDistillationLoss(reduction="batchmean")

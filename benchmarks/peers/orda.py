@@ -1,4 +1,4 @@
-"""orda-kernel: its distillation loss with the cross-entropies given no weight; skew_js of α = ½ is js."""
+"""orda-kernel: its distillation loss, with a weight of 0 for the cross-entropies. Its skew_js with α = ½ is js."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def linear(divergence: str) -> Loss:
-    """Of both models' hidden states and weights."""
+    """The loss of both models' hidden states and weights."""
     import orda_kernel
 
     options = dict(student_ce_weight=0.0, teacher_ce_weight=0.0, kl_weight=1.0, **OPTIONS[divergence])

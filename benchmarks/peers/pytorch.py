@@ -1,4 +1,4 @@
-"""PyTorch: the loss as one writes it, eager and compiled, and `linear_cross_entropy` of the releases that have it."""
+"""PyTorch: the losses as people write them, eager and compiled, and `linear_cross_entropy` in releases that have it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import Loss, Peer
 
 
 def written(compiler: Callable[[Loss], Loss] | None, form: str, divergence: str) -> Loss:
-    """Of logits, which hidden states are made to first."""
+    """The loss of logits; from hidden states, the logits are computed first."""
     of_logits: Loss = F.cross_entropy if divergence == "labels" else eager_loss(TABLE[divergence])
 
     def of_hidden(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""TRL: the chunked divergence of its distillation trainer, a loss a row, and the generalised JSD of its GKD trainer,
-whose "batchmean" divides by the first dimension. β is the teacher's share; 0 is kl, 1 rkl.
+"""TRL: the chunked divergence of its distillation trainer, which returns a loss for each row, and the generalised JSD
+of its GKD trainer, whose "batchmean" divides by the first dimension. β is the weight of the teacher: 0 is kl, 1 is rkl.
 
-Where TRL has no GKD trainer, the latter is written here from its definition (Agarwal et al. 2024, eq. 1), and named so.
+If TRL is not installed, the latter is written here from its definition (Agarwal et al. 2024, eq. 1), and named so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INSTALLED = importlib.util.find_spec("trl") is not None
 
 
 def chunked(divergence: str) -> Loss:
-    """Of both models' hidden states and weights."""
+    """The loss of both models' hidden states and weights."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def chunked(divergence: str) -> Loss:
 
 
 def jsd(divergence: str) -> Loss:
-    """Of logits: the trainer's function, which any release keeps somewhere else."""
+    """The trainer's function of logits, which different releases keep in different places."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         from trl.experimental.gkd import GKDTrainer

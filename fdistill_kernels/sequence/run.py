@@ -1,10 +1,10 @@
-"""`fdistill train`, `sample-teacher` and `evaluate`: one command from two models and data to a student and a report.
+"""The commands `fdistill train`, `sample-teacher` and `evaluate`: from two models and data to a student and a report.
 
-A run is a folder: config.yaml (what was asked), data.json (what the data was), teacher_samples/, predistilled/ (the
-student every method starts from), trainer-*/ (checkpoints), metrics.jsonl, student/, curves.png, report.html,
-sentences.parquet (outputs and measures of each held-out row), results.json. Each stage that is there is not done again,
-so that a killed run goes on with the same command, and a finished one with more steps. Under torchrun or accelerate
-launch the ranks share the teacher's sampling and the training; the first one writes.
+A run is a folder with config.yaml (the options), data.json (hashes of the data), teacher_samples/, predistilled/ (the
+student that training starts from), trainer-*/ (checkpoints), metrics.jsonl, student/, curves.png, report.html,
+sentences.parquet (outputs and measures of each held-out row) and results.json. A stage whose result exists is not
+repeated. So the same command continues a run that was killed, and with more steps also a finished one. Under torchrun
+or accelerate launch, the ranks share the sampling and the training, and the first rank writes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 
 def device(use_cpu: bool = False) -> torch.device:
-    """Where this process's models go: its card, or the CPU."""
+    """The device of this process's models: its GPU, or the CPU."""
     if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -64,12 +64,12 @@ def device(use_cpu: bool = False) -> torch.device:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Sixteen hex digits of a tokenizer's vocabulary."""
+    """A hash of a tokenizer's vocabulary, as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
-    """The tokenizer of a folder or hub name, with --chat_template_path's template."""
+    """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any."""
     try:
         options = {"revision": revision} if revision else {}
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=asked.model.trust_remote_code, **options)
@@ -81,7 +81,7 @@ def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
 
 
 def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
-    """The teacher, its tokenizer, and the configuration that text is tokenized for."""
+    """Returns the teacher, its tokenizer, and the model configuration that text is tokenized for."""
     model, run = asked.model, asked.run
     assert model.teacher is not None
     if model.teacher.startswith(("http://", "https://")):
@@ -104,7 +104,10 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
 
 
 def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
-    """A store, with its tokenizer and configuration, or the student's where it has none: one that readers filled."""
+    """Returns a store as the teacher, with its tokenizer and configuration.
+
+    A store that was filled by a reader has neither; then they are the student's.
+    """
     model = asked.model
     if ignored := [f"--{n}" for n in ("samples", "vllm_url", "online_teacher", "k") if n in asked.given]:
         raise ValueError(f"{', '.join(ignored)}: not beside a store, which draws nothing and has its own samples and k")
@@ -126,12 +129,12 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
 
 
 def stage_of(config: FDistillConfig) -> str:
-    """An objective, in a folder's name."""
+    """The objective of a configuration, in a form that can be part of a folder's name."""
     return re.sub(r"[^\w.=,]+", "-", str(config.divergence or config.method)).strip("-")
 
 
 class Run:
-    """What was asked for: models, data and folder."""
+    """One run of a command: its teacher, tokenizer, tokenized data and folder."""
 
     def __init__(self, asked: Asked, console: Console):
         self.asked, self.console, self.config = asked, console, asked.config
@@ -212,10 +215,10 @@ class Run:
             raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone")
 
     def begin(self) -> None:
-        """Makes the folder this run's, once nothing is left to refuse; or checks that it is, and extends it.
+        """Makes the folder, or checks that it holds this run; called when everything else has been checked.
 
         Raises:
-            ValueError: the folder is another run's, or was begun with other data.
+            ValueError: the folder belongs to another run, or was started with other data.
         """
         if is_store(self.folder):
             raise ValueError(f"{self.folder} is a store: give a run another --output_dir")
@@ -257,7 +260,7 @@ class Run:
             shutil.rmtree(done)
 
     def samples(self) -> Any:
-        """The training rows with the teacher's stored samples, drawn where they are missing."""
+        """The training rows with the teacher's stored samples; samples that are missing are drawn first."""
         rows, wanted = self.pairs, self.sources()
         for source in wanted if not self.asked.run.online_teacher else ():
             column = "beam_ids" if source == "beam" and len(wanted) > 1 else "sample_ids"
@@ -265,11 +268,11 @@ class Run:
         return rows
 
     def sources(self) -> list[str]:
-        """Of the objective's sequences, those that the teacher draws."""
+        """The kinds of sequences in the objective that the teacher draws: "teacher", "beam", or both."""
         return sorted({half.source for half in self.config.halves()} & {"teacher", "beam"})
 
     def drawn(self, beams: bool) -> TeacherSamples:
-        """The teacher's stored samples or beams of the training rows, all of them."""
+        """The teacher's samples (or beams) for all training rows; those that are missing are drawn and stored."""
         run, teacher = self.asked.run, str(self.asked.model.teacher)
         name, sampling = "teacher_beams" if beams else "teacher_samples", self.asked.sampling(beams)
         folder, prompts = Path(run.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
@@ -299,17 +302,17 @@ class Run:
 
     @functools.cached_property
     def teacher_fingerprint(self) -> str:
-        """Of the teacher's model, whose every byte is read for it once."""
+        """The fingerprint of the teacher's weights, which reads every byte of them, once."""
         return fingerprint(self.model)
 
     def to_make(self) -> bool:
-        """Whether the student is still to be pre-distilled, or kept as the base of an adapter that is to come."""
+        """Whether `predistilled/` must still be made: by pre-distillation, or as the base model of an adapter."""
         run, model = self.asked.run, self.asked.model
         wanted = run.predistill_steps or (model.student_layers and self.asked.lora.use_peft)
         return bool(wanted) and not (self.folder / "predistilled").exists()
 
     def student(self) -> Any:
-        """The student as it is now: as it came, or pre-distilled; with an adapter to train, if asked."""
+        """Loads or makes the student: the pre-distilled one if there is one, with a new adapter if asked for."""
         model, made, split = self.asked.model, self.folder / "predistilled", self.asked.run.tensor_parallel
         if split > 1:
             join(self.asked.config.ddp_timeout)
@@ -345,7 +348,7 @@ class Run:
         return get_peft_model(student, LoraConfig(task_type=kind, **named))
 
     def trainer(self, student: Any, rows: Any, stage: str) -> FDistillTrainer:
-        """The trainer of a stage, in a folder of its own."""
+        """The trainer of a stage, with its own folder for checkpoints."""
         settings: dict[str, Any] = {"hub_model_id": self.folder.name, **self.asked.training,
                                     "output_dir": str(self.folder / f"trainer-{stage}")}  # fmt: skip
         if self.asked.run.tensor_parallel > 1:
@@ -368,7 +371,7 @@ class Run:
         return trainer
 
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
-        """Trains from the last checkpoint if there is one, until the student is in a folder."""
+        """Trains, from the last checkpoint if there is one, and saves the student into a folder."""
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, gathered
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -379,7 +382,7 @@ class Run:
             trainer.push_to_hub()
 
     def make(self, student: Any) -> None:
-        """predistilled/: the student after pre-distillation, or as it is, the base of an adapter to come."""
+        """Makes `predistilled/`: the student after pre-distillation, or unchanged as the base model of an adapter."""
         made = self.folder / "predistilled"
         if self.asked.run.predistill_steps:
             self.fit(self.trainer(student, self.pairs, "predistill"), made)
@@ -389,12 +392,12 @@ class Run:
             time.sleep(0.1)
 
     def loaded(self, path: Any) -> Any:
-        """A student to be measured, in its place."""
+        """Loads a student that is to be measured, onto this process's device."""
         student = load_model(path, **self.asked.model.options())
         return student if getattr(student, "is_quantized", False) else student.to(self.device)
 
     def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[str]]:
-        """Of the held-out rows: prompts, the teacher's prompts, (first) answers, and these answers' text."""
+        """The held-out rows as prompts, the teacher's prompts, first answers, and the text of these answers."""
         rows = self.held_out
         answers = rows["labels"][:]
         if "labels_mask" in rows.column_names:
@@ -405,11 +408,14 @@ class Run:
         return prompts, teacher_prompts, targets, rows["reference"][:]
 
     def teacher_prompts(self) -> str:
-        """The column of the prompts that the teacher sees."""
+        """The name of the column that holds the teacher's prompts."""
         return prompts_of_teacher(self.held_out.column_names)
 
     def measure(self, model: Any, into: Path | None = None) -> dict[str, float]:
-        """`metrics.measured` on the held-out rows: its summary; its table, sentence by sentence, goes into a file."""
+        """Measures a model on the held-out rows by `metrics.measured`.
+
+        Returns the summary; the table with a row for each sentence is written to the file `into`, if given.
+        """
         table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(),
                                 self.config.seed, 1)  # fmt: skip
         if into is not None:
@@ -418,7 +424,7 @@ class Run:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; one that a kill left half written is removed."""
+    """The newest complete checkpoint of a folder, or None. Checkpoints that were only partly written are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in found[::-1]:
         with contextlib.suppress(OSError, ValueError):
@@ -430,7 +436,10 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class _Log(TrainerCallback):
-    """Every log line as JSON, in one file; those after the checkpoint that a stage goes on from are taken out."""
+    """Writes every log line to a file, as JSON.
+
+    When a stage continues from a checkpoint, the lines that were logged after it are removed first.
+    """
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
@@ -448,7 +457,7 @@ class _Log(TrainerCallback):
 
 
 def save_whole(model: Any, folder: Path, tokenizer: Any, weights: Any = None) -> None:
-    """A model's folder, whole or not there."""
+    """Saves a model and its tokenizer. The folder appears only when it is complete."""
     partial, first = folder.with_name(folder.name + ".partial"), rank()[0] == 0
     try:
         model.save_pretrained(partial, state_dict=weights, is_main_process=first)
@@ -461,7 +470,7 @@ def save_whole(model: Any, folder: Path, tokenizer: Any, weights: Any = None) ->
 
 
 def train(asked: Asked, console: Console) -> dict[str, Any]:
-    """The whole run; what results.json holds. Of other ranks than the first, nothing."""
+    """Runs `fdistill train`. Returns the content of results.json; on other ranks than the first, an empty dict."""
     run = Run(asked, console)
     results_file, folder, stage = run.folder / "results.json", run.folder / "student", stage_of(run.config)
     student = run.student()
@@ -494,7 +503,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
-    """Draws and stores what `train` would draw first."""
+    """Runs `fdistill sample-teacher`: draws and stores the samples that `train` would draw first."""
     run = Run(asked, console)
     if not run.sources():
         raise ValueError(f"{name_of(run.config)} asks for no sequences of the teacher: there is nothing to draw")
@@ -502,7 +511,7 @@ def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:
-    """Every measure of --student on all of --data or --eval_data."""
+    """Runs `fdistill evaluate`: all measures of --student on all rows of --data or --eval_data."""
     if not asked.model.student:
         raise ValueError("--student is needed")
     run = Run(asked, console)
@@ -510,7 +519,7 @@ def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def _disk_is_full(error: BaseException | None, folder: Any) -> bool:
-    """Whether that is behind an error; torch.save and safetensors do not tell it by an OSError."""
+    """Whether an error was caused by a full disk, which torch.save and safetensors do not report as an OSError."""
     if folder and Path(folder).exists() and shutil.disk_usage(folder).free < 1 << 16:
         return True
     while error is not None and "No space left" not in str(error):
@@ -522,7 +531,7 @@ WORK = {"train": train, "sample-teacher": sample_teacher, "evaluate": evaluate_s
 
 
 def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dict[str, Any]] | None = None) -> int:
-    """A command's exit status: 0; 2 with one line for bad input; 130 after Ctrl-C, to be gone on with."""
+    """Runs a command and returns its exit status: 0, 2 after one line on bad input, or 130 after Ctrl-C."""
     console, asked = Console(stderr=True, quiet=rank()[0] > 0), None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is kept at Ctrl-C is kept then, too
