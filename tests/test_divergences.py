@@ -173,6 +173,20 @@ def test_entries_outside_both_vocabularies(divergence, backend):
     assert (gradient[:, 250:] == 0).all()
 
 
+@pytest.mark.parametrize("divergence", ["kl", "rkl", "jeffreys"])
+def test_a_row_of_the_lowest_number_is_uniform(divergence, backend):
+    """As of a mask that fills it, in the student and in a teacher that trains."""
+    lowest = torch.full((1, 300), torch.finfo(torch.float32).min)
+    other = torch.randn(1, 300)
+    uniform, masked = [], []
+    for outcome, row in ((uniform, torch.zeros(1, 300)), (masked, lowest)):
+        for student, teacher in ((row, other), (other, row)):
+            student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+            loss = fk.f_divergence(student, teacher, divergence, backend=backend)
+            outcome += [loss, *torch.autograd.grad(loss, (student, teacher))]
+    torch.testing.assert_close(masked, uniform)
+
+
 @pytest.mark.parametrize(
     "divergence, student_missing, teacher_missing",
     [("kl", math.inf, None), ("rkl", None, math.inf), ("jeffreys", math.inf, math.inf), ("engine", None, math.inf),

@@ -13,7 +13,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite
 def _advance(top, rest, x, rate2):
     """Takes x into 1 + rest = Σ 2^(rate2·(x − top)), whose 1 is the maximum's own. An empty sum has rest −1."""
     e = tl.exp2(-tl.abs(x - top) * rate2)
-    return tl.maximum(top, x), tl.where(x > top, rest * e + e, rest + e)
+    return tl.maximum(top, x), tl.where(x >= top, rest * e + e, rest + e)
 
 
 @triton.jit
@@ -43,9 +43,10 @@ def softmaxes_of(
             linear += times(w, x - pivot)
         if teacher is not None:
             y = load_logits(teacher, v, vocabulary, teacher_cap, edge, LINE)
-            teacher_there = tl.where(x > student_top, y, teacher_there)
+            # not only above: a row may have no logit above LOWEST
+            teacher_there = tl.where(x >= student_top, y, teacher_there)
             if TRAINED:
-                student_there = tl.where(y > teacher_top, x, student_there)
+                student_there = tl.where(y >= teacher_top, x, student_there)
             teacher_top, teacher_rest = _advance(teacher_top, teacher_rest, y, teacher_rate * LOG2E)
         student_top, student_rest = _advance(student_top, student_rest, x, student_rate * LOG2E)
     return combined(student_top, student_rest, plain_rest, linear, teacher_top, teacher_rest, teacher_there,
