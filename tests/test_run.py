@@ -376,6 +376,19 @@ def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp
     assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
 
 
+def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run.Run, "measure", lambda *_: {})
+    call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--eval_strategy", "no",
+              "--per_device_train_batch_size", "11", "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    config = yaml.safe_load
+    for more, steps in (("--max_steps", "1"), 1), (("--num_train_epochs", "1"), 2), (("--max_steps", "3"), 3):
+        assert cli.main([*call, *more]) == 0
+        assert (tmp_path / "run" / "trainer-mle" / f"checkpoint-{steps}").exists()
+        assert more[0][2:] in config((tmp_path / "run" / "config.yaml").read_text())
+    assert cli.main([*call, "--num_train_epochs", "1"]) == 2
+    assert "holds another run: num_train_epochs was 1.5 and is 1" in capsys.readouterr().err
+
+
 def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
     """What nothing foresees, here the weights' end, leaves the folder free for other settings; a checkpoint binds."""
     call = of(causal, "train", "teacher", "padded", "pairs.jsonl", "--method", "rkl", "--eval_pairs", "4", "--use_peft",

@@ -435,7 +435,7 @@ def test_layers_are_copied():
 
 
 @pytest.mark.parametrize("make, layers", [(bart, (3, 1)), (lambda: gpt2(60, 4), (2,))])
-def test_predistillation_falls(make, layers):
+def test_predistillation_falls(make, layers, monkeypatch):
     teacher = make()
     student = copy_layers(teacher, *layers)
     prompts, targets = batch()
@@ -450,6 +450,8 @@ def test_predistillation_falls(make, layers):
     assert losses[-1] < 0.9 * losses[0]
     same = predistillation_loss(teacher, teacher, prompts, targets, EOS, weights=(0.8, 0.0))
     assert same.abs() < 1e-5
+    monkeypatch.setattr("fdistill_kernels.sequence.predistill._matched", lambda *_: torch.tensor(float("inf")))
+    assert predistillation_loss(student, teacher, prompts, targets, EOS, hidden_weight=0.0).isfinite()
 
 
 @pytest.mark.parametrize("make, options", [(t5, {}), (lambda: gpt2(60, 4), {}), (bart, dict(hidden_normalize=False)),

@@ -259,6 +259,16 @@ CALLED = {
 }  # fmt: skip
 
 
+#: What says how long a run is, and where a trainer's state has how far it is.
+LENGTHS = {"max_steps": "global_step", "num_train_epochs": "epoch"}
+
+
+def how_long(given: Mapping[str, Any]) -> tuple[str, float]:
+    """Which of `LENGTHS` the given options name, and its number."""
+    steps, epochs = (given.get(name) or 0 for name in LENGTHS)
+    return ("num_train_epochs", epochs) if epochs and steps <= 0 else ("max_steps", steps or DEFAULTS["max_steps"])
+
+
 def _hint(words: str) -> str:
     told = [f"--{old} is --{CALLED[name]}" for old in re.findall(r"[\w-]+", words)
             if (name := old.lstrip("-").replace("-", "_")) in CALLED]  # fmt: skip
@@ -329,12 +339,17 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
         if action.dest in UNUSED or (used and action.dest not in used | {"help", "config", "json"}):
             action.help = argparse.SUPPRESS
     absent = object()
-    blank = argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
-    path = parser.parse_known_args(argv, argparse.Namespace())[0].config
-    said = {**(settings or {}), **_yaml(path, set(names))}
+
+    def blank() -> argparse.Namespace:
+        return argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
+
+    first = vars(parser.parse_known_args(argv, blank())[0])
+    said = {**(settings or {}), **_yaml(None if first["config"] is absent else first["config"], set(names))}
+    if any(first[name] is not absent for name in LENGTHS):  # one goes before the other, too
+        said = {name: value for name, value in said.items() if name not in LENGTHS}
     no = {a.dest for a in parser._actions if "no" in (a.choices or ())}
     said = {name: "no" if value is False and name in no else value for name, value in said.items()}  # YAML's no
-    found = vars(parser.parse_args([*_arguments(said), *argv], blank))
+    found = vars(parser.parse_args([*_arguments(said), *argv], blank()))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
     given = {name: value for name, value in given.items() if name not in ("config", "json")}
@@ -398,6 +413,8 @@ def _check(asked: Asked) -> None:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
     if (epochs := given.get("num_train_epochs")) is not None and epochs <= 0:
         raise ValueError(f"--num_train_epochs must be positive, not {epochs:g}")
+    if epochs and (given.get("max_steps") or 0) > 0:
+        raise ValueError("--max_steps and --num_train_epochs both say how long the run is: give one of them")
     if not model.teacher:
         raise ValueError("--teacher is needed")
     if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):

@@ -102,6 +102,8 @@ class FDistillConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, not {self.temperature!r}")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise ValueError(f"hidden_weight must be at least 0, not {self.hidden_weight!r}")
         if bool(self.student_server) != bool(self.student_server_path):
             raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
                              "where it finds the weights")  # fmt: skip

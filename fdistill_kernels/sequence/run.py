@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,12 +34,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
-from .arguments import Asked, ask
+from .arguments import LENGTHS, Asked, ask, how_long
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
-from .models import load_config, load_model, load_student, token_id, vocabulary_of
+from .models import beginning, ids_of_tokenizer, load_config, load_model, load_student, token_id, vocabulary_of
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
@@ -157,11 +158,15 @@ class Run:
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.device)
 
+        speaker = self._speaker(of_student)
+
         def ids(rows: Any, name: Any) -> Any:
             return tokenize(
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=config, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
-                answers=data.answers, teacher_system=data.teacher_system, ends=self._ends(), tell=console.print,
+                answers=data.answers, teacher_system=data.teacher_system, tell=console.print,
+                ends=end_tokens(token_id(speaker, "eos_token_id")),
+                begins=beginning(speaker) if config.is_encoder_decoder else (),
             )  # fmt: skip
 
         rows: Any = pairs if pairs is None else ids(pairs, data.data)
@@ -173,14 +178,14 @@ class Run:
             self.pairs = rows.select(range(max(1, len(rows) - count)))
         self._check_columns()
 
-    def _ends(self) -> list[int]:
-        """The tokens at which generation stops, of the teacher at hand or of the student's files."""
+    def _speaker(self, of_student: Any) -> Any:
+        """Who has the configurations of generation: the teacher's model, or what the student's files say of it."""
         if self.model is not None:
-            return end_tokens(token_id(self.model, "eos_token_id"))
-        try:
-            return end_tokens(GenerationConfig.from_pretrained(str(self.asked.model.student)).eos_token_id)
-        except OSError:  # no such file: the tokenizer's alone
-            return []
+            return self.model
+        own = None
+        with contextlib.suppress(OSError):  # there is no such file
+            own = GenerationConfig.from_pretrained(str(self.asked.model.student))
+        return SimpleNamespace(config=of_student, generation_config=own)
 
     def _check_pair(self, config: Any) -> None:
         """The student must be of the teacher's kind, and its tokenizer the same."""
@@ -241,18 +246,25 @@ class Run:
             write_whole(path, yaml.safe_dump(asked, sort_keys=False).encode())
 
     def _check_same(self, known: dict[str, Any], asked: dict[str, Any]) -> None:
-        """Settings must be the same, but for more steps, for which a finished student is trained on."""
-        before, now = ({**self.asked.defaults, "num_train_epochs": None, **s} for s in (known, asked))
-        elsewhere = {"output_dir", "student_server", "student_server_path"}
-        differ = {n for n in {*known, *asked} - elsewhere if before.get(n) != now.get(n)}
-        more = {n for n in differ & {"max_steps", "num_train_epochs"} if before[n] and now[n] and now[n] > before[n]}
-        if differ - more:
-            told = "; ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in sorted(differ - more))
+        """Settings must be the same, but for more steps or epochs, for which a finished student is trained on."""
+        before, now = ({**self.asked.defaults, **s} for s in (known, asked))
+        elsewhere = {"output_dir", "student_server", "student_server_path", *LENGTHS}
+        differ = [(n, before.get(n), now.get(n)) for n in sorted({*known, *asked} - elsewhere)
+                  if before.get(n) != now.get(n)]  # fmt: skip
+        (of, was), (unit, wanted) = map(how_long, (known, asked))
+        last = last_checkpoint(self.folder / f"trainer-{stage_of(self.config)}")
+        if unit != of:  # it must go beyond where the run is
+            state = json.loads(Path(last, "trainer_state.json").read_text()) if last else {}
+            was = state.get(LENGTHS[unit], 0)
+        if wanted < was:
+            differ.append((unit, was, wanted))
+        if differ:
+            told = "; ".join(f"{name} was {was!r} and is {now!r}" for name, was, now in differ)
             raise ValueError(f"{self.folder} holds another run: {told}")
         done = self.folder / "student"
-        if more and done.exists():
-            if last_checkpoint(self.folder / f"trainer-{stage_of(self.config)}") is None:
-                raise ValueError(f"{', '.join(sorted(more))} cannot grow: {self.folder} has no checkpoint")
+        if wanted > was and done.exists():
+            if last is None:
+                raise ValueError(f"{unit} cannot grow: {self.folder} has no checkpoint")
             (self.folder / "results.json").unlink(missing_ok=True)
             shutil.rmtree(done)
 
@@ -291,7 +303,7 @@ class Run:
         if store.missing():
             with Progress(console=self.console) as bar:
                 task = bar.add_task("teacher samples", total=len(self.pairs))
-                for done in store.fill(source, *rank(), vocabulary=len(self.tokenizer)):
+                for done in store.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):
                     bar.update(task, completed=done)
             while store.missing():  # other ranks draw; no collective waits for hours
                 time.sleep(1)
