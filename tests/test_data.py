@@ -133,6 +133,8 @@ def test_prompts_of_the_teacher_s_own_are_text_or_messages_beside_either(tmp_pat
             made = ids_of(tokenizer, [{**row, "teacher_prompt": own}, {**row, "teacher_prompt": own[:0]}], tmp_path)
             assert tokenizer.decode(made[0]["teacher_prompt_ids"]) == told
             assert made[1]["teacher_prompt_ids"] == kept == made[0]["prompt_ids"]  # an empty one is none
+    whole = ids_of(tokenizer, [{"text": "hello there", "teacher_prompt": "now?"}], tmp_path)[0]
+    assert tokenizer.decode(whole["teacher_prompt_ids"]) == "<s>now?" and tokenizer.decode(whole["prompt_ids"]) == "<s>"
     with pytest.raises(ValueError, match="row 0: --teacher_system is of messages, and teacher_prompt is text"):
         ids_of(tokenizer, [{**chat, "teacher_prompt": "now?"}], tmp_path, teacher_system="x")
 

@@ -577,6 +577,11 @@ def test_auxiliary_losses_of_experts(kind):
     entropy = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), (labels if kind != "Mixtral" else labels[:, 1:]).flatten())  # fmt: skip
     torch.testing.assert_close(outputs.loss, own.loss - entropy)
+    warm = [predistillation_loss(model, copy.deepcopy(model), prompts, continuations, EOS)]
+    model.config.output_router_logits = False
+    warm.append(predistillation_loss(model, copy.deepcopy(model), prompts, continuations, EOS))
+    model.config.output_router_logits = True
+    torch.testing.assert_close(warm[0] - warm[1], outputs.loss)
     assert outputs.loss > 0.01
     routers = [p for name, p in model.named_parameters() if "router" in name or name.endswith("gate.weight")]
     gradients = (

@@ -543,6 +543,7 @@ def test_configuration_of_a_command_line(tmp_path):
     for shares in ('{"student": 0.7, "gold": 0.3}', "student=0.7,gold=0.3"):
         halves = parsed("--divergence", "js", "--shares", shares).halves()
         assert [(h.source, h.weight) for h in halves] == [("student", 0.7), ("gold", 0.3)]
+    assert parsed("--beams", "2").sampling(beams=True) == Sampling(64, beams=2)
     warm = parsed("--method", "js", "--beta", "0.3", "--temperature", "2", "--student_every", "4").for_predistillation(
         max_steps=3
     )

@@ -21,7 +21,6 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from ..sparse import TAILS
 from .metrics import MEASURES
 from .objectives import METHODS
-from .sampling import Sampling
 from .trainer import FDistillConfig
 
 #: Batches of similar lengths need little padding; transformers 5 has another name for it.
@@ -130,7 +129,6 @@ class RunArguments:
     predistill_steps: int = 0
     online_teacher: bool = False
     samples: str | None = None
-    beams: int = 4
     vllm_url: str | None = None
     k: int = 64
     tail: str = "bucket"
@@ -232,14 +230,14 @@ _OF_DATA = {f.name for f in dataclasses.fields(DataArguments)}
 _OF_BUILD = {f.name for f in dataclasses.fields(BuildArguments)}
 USED: dict[str, set[str]] = {
     "evaluate": _OF_TEACHER | _OF_SAMPLES | _OF_DATA - {"eval_pairs"}
-    | {"student", "dtype", "revision", "quantization"},
+    | {"student", "dtype", "revision", "quantization", "output_dir"},
     "teacher build": _OF_TEACHER | _OF_SAMPLES | _OF_DATA | _OF_BUILD
     | {"output_dir", "per_device_eval_batch_size", "k", "beams"},
 }  # fmt: skip
 
 #: Smallest values of numbers that nothing else checks.
 LEAST = {
-    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "beams": 1, "k": 1, "lora_r": 1,
+    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1,
     "tensor_parallel": 1,
     "max_steps": 1,
 }  # fmt: skip
@@ -307,12 +305,6 @@ class Asked:
         """Everything that decides a run, for people to read."""
         kinds = (self.model, self.data, self.run, *([self.lora] if self.lora.use_peft else []))
         return {n: v for kind in kinds for n, v in vars(kind).items() if v is not None} | self.training
-
-    def sampling(self, beams: bool = False) -> Sampling:
-        """How the teacher's stored samples, or its beam-search outputs, are made."""
-        if beams:
-            return Sampling(self.config.max_new_tokens, beams=self.run.beams, cache=self.config.cache_implementation)
-        return self.config.sampling()
 
 
 KINDS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, "run": RunArguments,
@@ -430,6 +422,9 @@ def _check(asked: Asked) -> None:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
         raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
+    if asked.lora.use_peft and (Path(model.student or "") / "adapter_config.json").exists():
+        raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
+                         "merge it into its base model for a new one")  # fmt: skip
     if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
         if not asked.lora.use_peft:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")

@@ -233,13 +233,13 @@ class Encoder:
             return self._chat(row)
         if self.teacher_system:
             raise ValueError("--teacher_system is of messages, and this is text: give it a teacher_prompt")
+        own = self._teacher_prompt(row)
         if "text" in row:
             if self.encoder_decoder:
                 raise ValueError("text without a prompt is for causal models")
             whole = self._prompt(_text(row, "text"))
             begin = max(len(self.before), 1)
-            return Ids(whole[:begin], self._ended(whole[begin:]), None), None, row["text"]
-        own = self._teacher_prompt(row)
+            return Ids(whole[:begin], self._ended(whole[begin:]), None), own, row["text"]
         rest = self._target(_text(row, "target")) if "target" in row else None
         return Ids(self._prompt(_text(row, "prompt")), rest, None), own, row.get("target", "")
 

@@ -136,6 +136,8 @@ def predistillation_loss(
                                       ce_weight=weights[1] / weights[0])  # fmt: skip
 
     loss, ours = forward_to_head(student_model, prompts, targets, pad, soft_and_hard, wrapped=wrapped, **options)
+    if getattr(ours, "loss", None) is not None:  # a mixture of experts' own
+        loss = loss + ours.loss
     if not hidden_weight:
         return loss
     of_prompt = [torch.ones_like(p, dtype=torch.bool) for p in prompts]

@@ -52,7 +52,7 @@ from .sampling import (
     write_table,
     write_whole,
 )
-from .teachers import InRoom, Served, Stored, Teacher, is_store
+from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 
@@ -85,7 +85,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
     """The teacher, its tokenizer, and the configuration that text is tokenized for."""
     model, run = asked.model, asked.run
     assert model.teacher is not None
-    if model.teacher.startswith(("http://", "https://")):
+    if is_url(model.teacher):
         if not model.student:
             raise ValueError("a server's teacher needs --student")
         config = load_config(model.student, **model.source())
@@ -97,8 +97,6 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         return Served(endpoint, run.tail), tokenizer, config
     if is_store(model.teacher):
         return _stored_teacher(asked)
-    if asked.command != "teacher build" and {"tail", "k"} & asked.given.keys():
-        raise ValueError("--tail and --k are of lists, which the teacher's own weights need none of")
     teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
     tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, model.teacher_revision)
     return teacher, tokenizer, teacher.model.config
@@ -107,8 +105,6 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
 def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     """A store, with its tokenizer and configuration, or the student's where it has none: one that readers filled."""
     model = asked.model
-    if ignored := [f"--{n}" for n in ("samples", "vllm_url", "online_teacher", "k") if n in asked.given]:
-        raise ValueError(f"{', '.join(ignored)}: not beside a store, which draws nothing and has its own samples and k")
     assert model.teacher is not None
     teacher = Stored(TeacherStore(model.teacher), asked.run.tail)
     folder = teacher.store.folder
@@ -142,6 +138,7 @@ class Run:
         columns, limit, alone = (data.prompt_column, data.target_column), data.limit, asked.command == "evaluate"
         if alone and data.data and data.eval_data:
             raise ValueError("evaluate measures one file: give --data or --eval_data")
+        self._check_used()
         pairs: Any = None
         held_out: Any = None
         if data.data:
@@ -216,6 +213,26 @@ class Run:
         if command == "train" and on_gold and "labels" not in self.pairs.column_names:
             raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone")
 
+    def _check_used(self) -> None:
+        """Raises ValueError for options that are given and that such a run makes nothing of."""
+        asked, sources, builds = self.asked, self.sources(), self.asked.command == "teacher build"
+        served, stored = is_url(asked.model.teacher), is_store(str(asked.model.teacher))
+        drawing = {"samples", "vllm_url", "online_teacher"}
+        unused = (
+            (stored, {*drawing, "k"}, "a store draws nothing and has its own samples and k"),
+            (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
+            (served or stored, {"teacher_dtype", "teacher_revision", "teacher_quantization", "device_map"},
+             "the teacher's weights are not loaded"),
+            (not asked.model.student, {"revision", "quantization"}, "no --student is loaded"),
+            (asked.run.online_teacher, {"samples", "vllm_url"}, "--online_teacher draws anew at every step"),
+            (not sources and not builds, drawing - ({"samples"} if served else set()),
+             "the objective is on no sequences that the teacher draws"),
+            ("beam" not in sources and not builds, {"beams"}, "the objective is on no beams"),
+        )  # fmt: skip
+        for here, names, why in unused:
+            if here and (found := sorted(n for n in names if asked.given.get(n))):
+                raise ValueError(f"--{', --'.join(found)}: not used, as {why}")
+
     def begin(self) -> None:
         """Makes the folder this run's, once nothing is left to refuse; or checks that it is, and extends it.
 
@@ -283,7 +300,7 @@ class Run:
     def drawn(self, beams: bool) -> TeacherSamples:
         """The teacher's stored samples or beams of the training rows, all of them."""
         run, teacher = self.asked.run, str(self.asked.model.teacher)
-        name, sampling = "teacher_beams" if beams else "teacher_samples", self.asked.sampling(beams)
+        name, sampling = "teacher_beams" if beams else "teacher_samples", self.config.sampling(beams)
         folder, prompts = Path(run.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
         if is_store(folder.parent):  # which may grow: other prompts have other samples
             folder = folder.with_name(f"{name}-{data_hash(prompts)}")
@@ -375,7 +392,7 @@ class Run:
             raise ValueError(str(error)) from error
         trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
         if stage != "predistill" and self.asked.run.eval_measures:
-            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(),
+            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
                                           trainer.log))  # fmt: skip
         return trainer
 
@@ -420,12 +437,15 @@ class Run:
         """The column of the prompts that the teacher sees."""
         return prompts_of_teacher(self.held_out.column_names)
 
-    def measure(self, model: Any, into: Path | None = None) -> dict[str, float]:
-        """`metrics.measured` on the held-out rows: its summary; its table, sentence by sentence, goes into a file."""
-        table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(),
-                                self.config.seed, 1)  # fmt: skip
-        if into is not None:
-            write_table(table, into)
+    def measure(self, model: Any, draws: int = 1, keep: bool = True) -> dict[str, float]:
+        """`metrics.measured` on the held-out rows, with so many samples of the teacher: its summary; its table is kept,
+        sentence by sentence, as sentences.parquet.
+        """
+        table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
+                                self.config.seed, draws)  # fmt: skip
+        if keep:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_table(table, self.folder / "sentences.parquet")
         return found
 
 
@@ -497,7 +517,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     results = {"method": name_of(run.config), "parameters": student.num_parameters()}
     if run.model is not None:
         results["teacher_parameters"] = run.model.num_parameters()
-    results |= run.measure(student, run.folder / "sentences.parquet")
+    results |= run.measure(student)
     results["seconds"] = time.perf_counter() - started
     plot(run.folder, run.config)
     write_report(run.folder, asked, results)
@@ -514,11 +534,11 @@ def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:
-    """Every measure of --student on all of --data or --eval_data."""
+    """Every measure of --student on all of --data or --eval_data, TeacherDist too; --output_dir keeps the table."""
     if not asked.model.student:
         raise ValueError("--student is needed")
     run = Run(asked, console)
-    return run.measure(run.loaded(asked.model.student))
+    return run.measure(run.loaded(asked.model.student), 5, "output_dir" in asked.given)
 
 
 def _disk_is_full(error: BaseException | None, folder: Any) -> bool:

@@ -47,7 +47,7 @@ from .models import (
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
-from .sampling import Sampling, draw, special_tokens
+from .sampling import draw, special_tokens
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, parts_of, teacher_of
 from .watch import Watch, wide
@@ -425,10 +425,9 @@ class FDistillTrainer(Trainer):
         elif source == "student":
             made = draw(student, prompts, self.sampling, None, self.vocabulary)
         else:
-            beams = Sampling(self.sampling.max_new_tokens, beams=4, cache=self.sampling.cache)
             if isinstance(self.teacher, OfRows):
                 self.teacher.choose(teachers)
-            made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
+            made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.vocabulary)
         return Sequences(
             prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
         )
