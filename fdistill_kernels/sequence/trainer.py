@@ -246,6 +246,8 @@ class FDistillTrainer(Trainer):
     def _check_optim_args(self) -> None:
         """Raises ValueError for an option that is given and that the optimizer is made without, whatever its value."""
 
+        optim = getattr(self.args.optim, "value", self.args.optim)
+
         def made(**changes: Any) -> str:
             args = copy.copy(self.args)
             vars(args).update(changes)
@@ -260,7 +262,7 @@ class FDistillTrainer(Trainer):
         try:
             known = made()
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"optim={self.args.optim.value}, optim_args={self.args.optim_args!r}: {error}") from error
+            raise ValueError(f"optim={optim}, optim_args={self.args.optim_args!r}: {error}") from error
         parts = [part.strip() for part in (self.args.optim_args or "").split(",") if part.strip()]
         ignored = []
         for i, part in enumerate(parts):
@@ -270,7 +272,7 @@ class FDistillTrainer(Trainer):
         ignored += [name for name in OF_OPTIMIZERS if getattr(self.args, name) != getattr(FDistillConfig, name)
                     and unused(name, [getattr(FDistillConfig, name)])]  # fmt: skip
         if ignored:
-            raise ValueError(f"optim={self.args.optim.value} makes nothing of {', '.join(ignored)}")
+            raise ValueError(f"optim={optim} makes nothing of {', '.join(ignored)}")
 
     def _check_models(self) -> None:
         """Before any work, what the first step would refuse; models that are sharded later are asked in that step.
