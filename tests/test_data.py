@@ -133,6 +133,8 @@ def test_prompts_of_the_teacher_s_own_are_text_or_messages_beside_either(tmp_pat
             made = ids_of(tokenizer, [{**row, "teacher_prompt": own}, {**row, "teacher_prompt": own[:0]}], tmp_path)
             assert tokenizer.decode(made[0]["teacher_prompt_ids"]) == told
             assert made[1]["teacher_prompt_ids"] == kept == made[0]["prompt_ids"]  # an empty one is none
+    whole = ids_of(tokenizer, [{"text": "hello there", "teacher_prompt": "now?"}], tmp_path)[0]
+    assert tokenizer.decode(whole["teacher_prompt_ids"]) == "<s>now?" and tokenizer.decode(whole["prompt_ids"]) == "<s>"
     with pytest.raises(ValueError, match="row 0: --teacher_system is of messages, and teacher_prompt is text"):
         ids_of(tokenizer, [{**chat, "teacher_prompt": "now?"}], tmp_path, teacher_system="x")
 
@@ -224,6 +226,20 @@ def test_targets_are_whole_whatever_a_tokenizer_puts_around_them(around, tmp_pat
         end = "</s>" if model is not None else ""
         assert tokenizer.decode(row["prompt_ids"]) == f"{before}hello</s>there{end}"
         assert tokenizer.decode(row["labels"]) == f"{target}good</s>day</s>"
+
+
+@pytest.mark.parametrize("around", ["<|im_start|> $A </s>", "$A </s> <|im_start|>"])
+def test_targets_are_of_the_language_that_generation_begins_with(around, tmp_path):
+    """NLLB's and mBART's tokenizers put a language's code before a target or behind its end token."""
+    tokenizer, rows = tokenizer_of(), [{"prompt": "hello", "target": "day"}]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(around, special_tokens=[("</s>", 0), ("<|im_start|>", 2)])
+    plain = ids_of(tokenizer, rows, tmp_path, bart(320), begins=(0, 2))[0]["labels"]
+    assert tokenizer.decode(plain) == "<|im_start|>day</s>"  # as generation writes it
+    tokenizer.tgt_lang = "ron_Latn"
+    assert ids_of(tokenizer, rows, tmp_path, bart(320), begins=(0, 2))[0]["labels"] == plain
+    for begins in ((0, 1), (0, None)):
+        with pytest.raises(ValueError, match="language tgt_lang='ron_Latn', and generation begins with </s>"):
+            ids_of(tokenizer, rows, tmp_path, bart(320), begins=begins)
 
 
 def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
@@ -352,6 +368,9 @@ def test_options_and_what_they_were_called(tmp_path):
         found.config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
     )
     assert ask("train", [*base, "--num-train-epochs", "2"]).config.max_steps == -1
+    assert (
+        ask("train", [*base, "--config", str(tmp_path / "run.yaml"), "--num_train_epochs", "2"]).config.max_steps == -1
+    )
     (tmp_path / "no.yaml").write_text("save_strategy: no\neval_strategy: no\nreport_to: []\nlr_scheduler_type: cosine_with_min_lr\n"
                                       "lr_scheduler_kwargs: {min_lr: 1e-6}\n")  # fmt: skip
     config = ask("train", [*base, "--config", str(tmp_path / "no.yaml")]).config
@@ -364,6 +383,7 @@ def test_options_and_what_they_were_called(tmp_path):
         ("--out", "x"): "--out is --output_dir", ("--evaluate-every", "2"): "--eval_steps", ("--stepz", "4"): "unrecognized arguments: --stepz",
         ("--model_name_or_path", "x"): "--model_name_or_path is --student",
         ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
+        ("--num_train_epochs", "2", "--max_steps", "9"): "both say how long the run is",
         ("--torch_dtype", "auto"): "--torch_dtype is --dtype", ("--num_train_epochs", "0"): "--num_train_epochs must be positive",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",
         ("--student_layers", "1"): "--student_layers makes a student, and --student names another",

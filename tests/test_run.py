@@ -94,8 +94,9 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     rows, measured = [], run.measured
     monkeypatch.setattr(run, "measured", lambda *a: rows.append(len(a[2])) or measured(*a))
     command = ["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--max-new-tokens", "8"]
-    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--json"]) == 0
+    assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--output_dir", f"{files}/measured", "--json"]) == 0
     whole = capsys.readouterr().out
+    assert "teacher_dist" in json.loads(whole) and (files / "measured" / "sentences.parquet").exists()
     assert cli.main([*command, "--eval-data", f"{files}/pairs.tsv", "--json"]) == 0  # all of the file it is given
     assert capsys.readouterr().out == whole and "coverage_risk" in whole and rows == [len(PAIRS)] * 2
     assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--eval-data", f"{files}/pairs.tsv"]) == 2
@@ -293,6 +294,8 @@ def causal(tmp_path_factory):
     shorter.config.max_position_embeddings = 24
     save("shorter", shorter)
     save("bart", bart(320))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
     write(folder / "pairs.jsonl", [{"prompt": f"say {i}", "target": f"{i} and {i + 1}"} for i in range(24)])
     write(folder / "own.jsonl", [{"prompt": "a", "target": "b", "teacher_prompt": "c"}] * 3)
     write(folder / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
@@ -331,6 +334,7 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "must both be causal": of(causal, "evaluate", "bart", "student", "pairs.jsonl"),
         "have different tokenizers": of(causal, "evaluate", "teacher", "stranger", "pairs.jsonl"),
         "rkl asks for no sequences of the teacher": of(causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "rkl", *out),
+        "--use_peft makes a new adapter, and": of(causal, "train", "teacher", "adapter", "pairs.jsonl", "--use_peft", *out),
         "there is no file": of(causal, "train", "teacher", "student", "nothing.tsv", *out),
         "--student or --student_layers is needed": of(causal, "train", "teacher", None, "pairs.jsonl", *out),
         "--teacher is needed": of(causal, "train", None, "student", "pairs.jsonl", *out),
@@ -344,6 +348,15 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
                                                     "--lora_target_modules", "lm_head", *out),
         "must be loss, or beside --eval_measures one of bleu": of(causal, "train", "teacher", "student", "pairs.jsonl",
                                                                   "--metric_for_best_model", "bleu", *out),
+        "--device_map, --teacher_dtype: not used, as the teacher's weights": of(
+            causal, "train", None, "student", "pairs.jsonl", "--teacher", "http://127.0.0.1:9", "--device_map", "auto", "--teacher_dtype", "float32", *out),
+        "--revision: not used, as no --student": of(causal, "train", "teacher", None, "pairs.jsonl", "--student_layers", "1",
+                                                    "--revision", "main", *out),
+        "--samples, --vllm_url: not used, as the objective is": of(
+            causal, "train", "teacher", "student", "pairs.jsonl", "--method", "rkl", "--samples", "x", "--vllm_url", "http://x", *out),
+        "--samples: not used, as --online_teacher draws": of(causal, "train", "teacher", "student", "pairs.jsonl", "--online_teacher",
+                                                             "--samples", "x", *out),
+        "--beams: not used, as the objective is on no beams": of(causal, "train", "teacher", "student", "pairs.jsonl", "--beams", "2", *out),
         "hidden_weight=0.1 is not used but by predistill": of(causal, "train", "teacher", "student", "pairs.jsonl",
                                                               "--hidden_weight", "0.1", *out),
         "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
@@ -374,6 +387,19 @@ def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp
     chats.write_text(chats.read_text().replace("say 3", "tell 3"))
     assert cli.main(call) == 2
     assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run.Run, "measure", lambda *_: {})
+    call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--eval_strategy", "no",
+              "--per_device_train_batch_size", "11", "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    config = yaml.safe_load
+    for more, steps in (("--max_steps", "1"), 1), (("--num_train_epochs", "1"), 2), (("--max_steps", "3"), 3):
+        assert cli.main([*call, *more]) == 0
+        assert (tmp_path / "run" / "trainer-mle" / f"checkpoint-{steps}").exists()
+        assert more[0][2:] in config((tmp_path / "run" / "config.yaml").read_text())
+    assert cli.main([*call, "--num_train_epochs", "1"]) == 2
+    assert "holds another run: num_train_epochs was 1.5 and is 1" in capsys.readouterr().err
 
 
 def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):

@@ -435,7 +435,7 @@ def test_layers_are_copied():
 
 
 @pytest.mark.parametrize("make, layers", [(bart, (3, 1)), (lambda: gpt2(60, 4), (2,))])
-def test_predistillation_falls(make, layers):
+def test_predistillation_falls(make, layers, monkeypatch):
     teacher = make()
     student = copy_layers(teacher, *layers)
     prompts, targets = batch()
@@ -450,6 +450,8 @@ def test_predistillation_falls(make, layers):
     assert losses[-1] < 0.9 * losses[0]
     same = predistillation_loss(teacher, teacher, prompts, targets, EOS, weights=(0.8, 0.0))
     assert same.abs() < 1e-5
+    monkeypatch.setattr("fdistill_kernels.sequence.predistill._matched", lambda *_: torch.tensor(float("inf")))
+    assert predistillation_loss(student, teacher, prompts, targets, EOS, hidden_weight=0.0).isfinite()
 
 
 @pytest.mark.parametrize("make, options", [(t5, {}), (lambda: gpt2(60, 4), {}), (bart, dict(hidden_normalize=False)),
@@ -575,6 +577,11 @@ def test_auxiliary_losses_of_experts(kind):
     entropy = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), (labels if kind != "Mixtral" else labels[:, 1:]).flatten())  # fmt: skip
     torch.testing.assert_close(outputs.loss, own.loss - entropy)
+    warm = [predistillation_loss(model, copy.deepcopy(model), prompts, continuations, EOS)]
+    model.config.output_router_logits = False
+    warm.append(predistillation_loss(model, copy.deepcopy(model), prompts, continuations, EOS))
+    model.config.output_router_logits = True
+    torch.testing.assert_close(warm[0] - warm[1], outputs.loss)
     assert outputs.loss > 0.01
     routers = [p for name, p in model.named_parameters() if "router" in name or name.endswith("gate.weight")]
     gradients = (

@@ -9,6 +9,7 @@ from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.sequence import sampling
 from fdistill_kernels.sequence.models import (
     chosen,
+    context,
     forward_to_head,
     padded,
     rows_of,
@@ -166,6 +167,17 @@ def test_models_whose_generate_says_otherwise_are_drawn_by_their_forward(monkeyp
     assert by_forward == [models[0]] * 2 + [models[1]] * 2
     with pytest.raises(ValueError, match="RobertaForCausalLM fails with one or says otherwise"):
         draw(models[0], PROMPTS, Sampling(5, beams=2))
+
+
+@pytest.mark.parametrize("kind, usable", [("Roberta", 18), ("XLMRobertaXL", 18), ("Bert", 20)])
+def test_a_context_is_the_positions_behind_those_that_padding_takes(kind, usable):
+    small = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                 bos_token_id=0, pad_token_id=1, eos_token_id=2, max_position_embeddings=20, is_decoder=True)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**small)).eval()
+    assert context(model) == context(model.config) == usable
+    model(input_ids=torch.full((1, usable), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, usable + 1), 5))
 
 
 def test_a_cache_that_is_named_is_used_or_refused_and_rounding_is_no_difference(monkeypatch):

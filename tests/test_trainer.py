@@ -543,6 +543,7 @@ def test_configuration_of_a_command_line(tmp_path):
     for shares in ('{"student": 0.7, "gold": 0.3}', "student=0.7,gold=0.3"):
         halves = parsed("--divergence", "js", "--shares", shares).halves()
         assert [(h.source, h.weight) for h in halves] == [("student", 0.7), ("gold", 0.3)]
+    assert parsed("--beams", "2").sampling(beams=True) == Sampling(64, beams=2)
     warm = parsed("--method", "js", "--beta", "0.3", "--temperature", "2", "--student_every", "4").for_predistillation(
         max_steps=3
     )
@@ -575,6 +576,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
     (dict(temperature=0.0), "temperature must be positive"),
+    (dict(method="predistill", hidden_weight=-1.0), "hidden_weight must be at least 0, not -1"),
     (dict(memory="little"), "memory must be one of"),
     (dict(top_p=0.0), "top_p in"),
     (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),
@@ -600,6 +602,19 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, student)
     with pytest.raises(ValueError, match=r"hidden_weight=0\.1 is not used but by predistill"):
         trainer(tmp_path, student, teacher, hidden_weight=0.1)
+    for settings, words in ((dict(optim="sgd", optim_args="momentum=0.9,beta=1"), "sgd makes nothing of optim_args beta=1"),
+                            (dict(optim_args="beta1=0"), "makes nothing of optim_args beta1=0"),
+                            (dict(optim="sgd", adam_beta2=0.95), "sgd makes nothing of adam_beta2"),
+                            (dict(optim_target_modules="all-linear"), "makes nothing of optim_target_modules"),
+                            (dict(optim="sgd", optim_args="momentum"), "optim=sgd, optim_args='momentum': ")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path, student, teacher, **settings)
+    trainer(tmp_path, student, teacher, optim="sgd", optim_args="momentum=0, nesterov=False", learning_rate=1.0)
+    forced = bart(60, seed=1), bart(60, seed=2)
+    for model, token in zip(forced, (5, 6), strict=True):
+        model.generation_config.forced_bos_token_id = token
+    with pytest.raises(ValueError, match=r"forced to begin with other tokens by student and teacher, \[5, 6\]"):
+        trainer(tmp_path, *forced)
     with pytest.raises(ValueError, match="pack puts a causal model's batch in one row"):
         trainer(tmp_path, bart(60), bart(60), pack=True)
     with pytest.raises(ValueError, match="unexpected keyword argument 'foo'"):
@@ -648,9 +663,9 @@ def test_refused_by_the_trainer(tmp_path):
     class Tokenizer(dict):
         get_vocab = dict.copy
 
-    large = Tokenizer({str(i): i for i in range(61)})
+    large = Tokenizer({"a": 0, "b": 60})  # which leaves ids out
     for given in (large, SimpleNamespace(tokenizer=large)):  # a processor's
-        with pytest.raises(ValueError, match="the student's tokenizer has 61 tokens, the student 60"):
+        with pytest.raises(ValueError, match="the student's tokenizer has 61 ids, the student 60"):
             FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
                             processing_class=given, teacher_processing_class=given)  # fmt: skip
 

@@ -21,7 +21,6 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from ..sparse import TAILS
 from .metrics import MEASURES
 from .objectives import METHODS
-from .sampling import Sampling
 from .trainer import FDistillConfig
 
 #: Batches of similar lengths need little padding; transformers 5 has another name for it.
@@ -130,7 +129,6 @@ class RunArguments:
     predistill_steps: int = 0
     online_teacher: bool = False
     samples: str | None = None
-    beams: int = 4
     vllm_url: str | None = None
     k: int = 64
     tail: str = "bucket"
@@ -232,14 +230,14 @@ _OF_DATA = {f.name for f in dataclasses.fields(DataArguments)}
 _OF_BUILD = {f.name for f in dataclasses.fields(BuildArguments)}
 USED: dict[str, set[str]] = {
     "evaluate": _OF_TEACHER | _OF_SAMPLES | _OF_DATA - {"eval_pairs"}
-    | {"student", "dtype", "revision", "quantization"},
+    | {"student", "dtype", "revision", "quantization", "output_dir"},
     "teacher build": _OF_TEACHER | _OF_SAMPLES | _OF_DATA | _OF_BUILD
     | {"output_dir", "per_device_eval_batch_size", "k", "beams"},
 }  # fmt: skip
 
 #: Smallest values of numbers that nothing else checks.
 LEAST = {
-    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "beams": 1, "k": 1, "lora_r": 1,
+    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1,
     "tensor_parallel": 1,
     "max_steps": 1,
 }  # fmt: skip
@@ -257,6 +255,16 @@ CALLED = {
     "warmup_ratio": "warmup_steps, of which a number below 1 is a share of all steps",
     "group_by_length": "train_sampling_strategy group_by_length",
 }  # fmt: skip
+
+
+#: What says how long a run is, and where a trainer's state has how far it is.
+LENGTHS = {"max_steps": "global_step", "num_train_epochs": "epoch"}
+
+
+def how_long(given: Mapping[str, Any]) -> tuple[str, float]:
+    """Which of `LENGTHS` the given options name, and its number."""
+    steps, epochs = (given.get(name) or 0 for name in LENGTHS)
+    return ("num_train_epochs", epochs) if epochs and steps <= 0 else ("max_steps", steps or DEFAULTS["max_steps"])
 
 
 def _hint(words: str) -> str:
@@ -298,12 +306,6 @@ class Asked:
         kinds = (self.model, self.data, self.run, *([self.lora] if self.lora.use_peft else []))
         return {n: v for kind in kinds for n, v in vars(kind).items() if v is not None} | self.training
 
-    def sampling(self, beams: bool = False) -> Sampling:
-        """How the teacher's stored samples, or its beam-search outputs, are made."""
-        if beams:
-            return Sampling(self.config.max_new_tokens, beams=self.run.beams, cache=self.config.cache_implementation)
-        return self.config.sampling()
-
 
 KINDS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, "run": RunArguments,
          "build": BuildArguments}  # fmt: skip
@@ -329,12 +331,17 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
         if action.dest in UNUSED or (used and action.dest not in used | {"help", "config", "json"}):
             action.help = argparse.SUPPRESS
     absent = object()
-    blank = argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
-    path = parser.parse_known_args(argv, argparse.Namespace())[0].config
-    said = {**(settings or {}), **_yaml(path, set(names))}
+
+    def blank() -> argparse.Namespace:
+        return argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
+
+    first = vars(parser.parse_known_args(argv, blank())[0])
+    said = {**(settings or {}), **_yaml(None if first["config"] is absent else first["config"], set(names))}
+    if any(first[name] is not absent for name in LENGTHS):  # one goes before the other, too
+        said = {name: value for name, value in said.items() if name not in LENGTHS}
     no = {a.dest for a in parser._actions if "no" in (a.choices or ())}
     said = {name: "no" if value is False and name in no else value for name, value in said.items()}  # YAML's no
-    found = vars(parser.parse_args([*_arguments(said), *argv], blank))
+    found = vars(parser.parse_args([*_arguments(said), *argv], blank()))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
     given = {name: value for name, value in given.items() if name not in ("config", "json")}
@@ -398,6 +405,8 @@ def _check(asked: Asked) -> None:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
     if (epochs := given.get("num_train_epochs")) is not None and epochs <= 0:
         raise ValueError(f"--num_train_epochs must be positive, not {epochs:g}")
+    if epochs and (given.get("max_steps") or 0) > 0:
+        raise ValueError("--max_steps and --num_train_epochs both say how long the run is: give one of them")
     if not model.teacher:
         raise ValueError("--teacher is needed")
     if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):
@@ -413,6 +422,9 @@ def _check(asked: Asked) -> None:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
         raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
+    if asked.lora.use_peft and (Path(model.student or "") / "adapter_config.json").exists():
+        raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
+                         "merge it into its base model for a new one")  # fmt: skip
     if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
         if not asked.lora.use_peft:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")

@@ -201,30 +201,27 @@ def lengths(data: Any, column: str) -> np.ndarray | None:
     return pyarrow.compute.fill_null(found, 0).to_numpy()
 
 
-def check_contexts(
-    name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, config: Any, virtual: int = 0
-) -> None:
+def check_contexts(name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, model: Any) -> None:
     """Checks that a dataset's prompts with their continuations fit a model.
 
     Args:
         prompt, column: columns of token ids; column None: `new` tokens are drawn.
         whose: the model's name in the error.
-        virtual: number of tokens that the model puts before its input.
 
     Raises:
         ValueError: they do not.
     """
-    limit, columns = context(config), columns_of(data)
+    limit, columns, causal = context(model), columns_of(data), not model.config.is_encoder_decoder
     if "prompt_ids" not in columns and prompt == "prompt_ids":
         prompt = "input_ids"
-    one_text = prompt == "input_ids" and not config.is_encoder_decoder  # which holds its labels
+    one_text = prompt == "input_ids" and causal  # which holds its labels
     if limit == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
         return
     prompts = lengths(data, prompt)
     more = np.array(0 if one_text else new) if column is None or one_text else lengths(data, column)
     if prompts is None or more is None or not len(prompts):
         return
-    whole = np.maximum(prompts, more) if config.is_encoder_decoder else prompts + more + virtual
+    whole = prompts + more if causal else np.maximum(prompts, more)
     row = int(whole.argmax())
     if whole[row] > limit:
         beside = f"{new} new tokens" if column is None else f"its {column}"

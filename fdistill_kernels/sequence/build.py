@@ -25,7 +25,7 @@ from .models import TeacherRows, load_model
 from .ranks import rank
 from .run import Run, device, tokenizer_hash
 from .sampling import fingerprint
-from .teachers import InRoom, is_store, logits_function, logits_in_pieces
+from .teachers import InRoom, is_store, is_url, logits_function, logits_in_pieces
 
 Pair = tuple[list[int], list[int]]
 #: Seconds after which what was asked is on disk.
@@ -84,7 +84,7 @@ def _checked(asked: Asked) -> list[str]:
     beside = {"hidden": {"k", "log_probs"}, "top_k": {"states", "head_rank"}}[kind] & asked.given.keys()
     if beside:
         raise ValueError(f"--{', --'.join(sorted(beside))}: not of --kind {kind}")
-    if teacher.startswith(("http://", "https://")) or is_store(teacher):
+    if is_url(teacher) or is_store(teacher):
         raise ValueError("a store is built from a model, by its folder or hub name; what a server says is kept by "
                          "`fdistill train --teacher URL --samples FOLDER`")  # fmt: skip
     begun = [path for path in out.glob("*") if path.name != "shards" and path.suffix != ".partial"]

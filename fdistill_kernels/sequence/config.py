@@ -41,6 +41,7 @@ class FDistillConfig(TrainingArguments):
         top_k: draw from this many of the likeliest tokens; 0: from all.
         top_p: draw from the likeliest tokens with this total probability; 1: from all.
         cache_implementation: transformers' cache of keys and values while drawing ("static" is compiled on a GPU).
+        beams: beams of the teacher's beam search, where the data has no beam_ids.
         student_every: steps between new samples of the student. In between the last ones are used again; checkpoints
             keep them.
         student_server: URL of a vLLM server that draws the student's samples; see `student_server.StudentServer`.
@@ -74,6 +75,7 @@ class FDistillConfig(TrainingArguments):
     top_k: int = 0
     top_p: float = 1.0
     cache_implementation: str | None = None
+    beams: int = 4
     student_every: int = 1
     student_server: str | None = None
     student_server_path: str | None = None
@@ -96,12 +98,14 @@ class FDistillConfig(TrainingArguments):
                             ("memory", ("chunks", "minimal")), ("hidden_reduction", ("mean", "sum"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("student_every", "per_device_train_batch_size", "per_device_eval_batch_size",
+        for name in ("beams", "student_every", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "gradient_accumulation_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, not {self.temperature!r}")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise ValueError(f"hidden_weight must be at least 0, not {self.hidden_weight!r}")
         if bool(self.student_server) != bool(self.student_server_path):
             raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
                              "where it finds the weights")  # fmt: skip
@@ -139,8 +143,10 @@ class FDistillConfig(TrainingArguments):
             return ()
         return with_cross_entropy(method(self.method, self.beta), self.ce_weight)
 
-    def sampling(self) -> Sampling:
-        """How sequences are drawn during training."""
+    def sampling(self, beams: bool = False) -> Sampling:
+        """How sequences are drawn during training, or with `beams` how the teacher's beam-search outputs are made."""
+        if beams:
+            return Sampling(self.max_new_tokens, beams=self.beams, cache=self.cache_implementation)
         return Sampling(self.max_new_tokens, self.sample_temperature, self.top_k, self.top_p,
                         cache=self.cache_implementation)  # fmt: skip
 
@@ -174,8 +180,8 @@ OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "includ
 OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 #: Options of the loss that pre-distillation does not use.
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
-                          "student_every", "student_server", "student_server_path", "normalize", "pack", "memory",
-                          "label_smoothing_factor")  # fmt: skip
+                          "beams", "student_every", "student_server", "student_server_path", "normalize", "pack",
+                          "memory", "label_smoothing_factor")  # fmt: skip
 
 
 def _of_json(name: str, value: Any) -> Any:

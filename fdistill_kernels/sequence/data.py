@@ -202,17 +202,25 @@ class Encoder:
     """Turns rows into token ids, for a causal or an encoder–decoder model."""
 
     def __init__(
-        self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None, ends: Sequence[int] = ()
-    ):
+        self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None, ends: Sequence[int] = (),
+        begins: Sequence[int | None] = (),
+    ):  # fmt: skip
         self.tokenizer, self.encoder_decoder, self.teacher_system = tokenizer, encoder_decoder, teacher_system
         self.ends = ends
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token")
         self.end: int = tokenizer.eos_token_id
         self.before, self.behind = _around(tokenizer, text="a")
-        target = _around(tokenizer, text_target="a")[1] if encoder_decoder else []
+        before, target = _around(tokenizer, text_target="a") if encoder_decoder else ([], [])
         # a language's code may follow the end token, where generation stops
         self.beyond = target[::-1].index(self.end) if self.end in target else 0
+        codes = {*before, *target} - {self.end} if hasattr(tokenizer, "tgt_lang") else set()
+        if codes and begins and not codes & set(begins):
+            first = tokenizer.convert_ids_to_tokens([i for i in begins if i is not None])
+            raise ValueError(f"the tokenizer's targets are of the language tgt_lang={tokenizer.tgt_lang!r}, and "
+                             f"generation begins with {', '.join(first)}: set forced_bos_token_id in the models' "
+                             "generation configs, or tgt_lang")  # fmt: skip
+        self.forced = [i for i in begins[1:] if i is not None and i not in before]  # as generation writes it
 
     def __call__(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
         """A row's ids, the ids of the teacher's prompt if it has its own, and the text of the answer.
@@ -225,13 +233,13 @@ class Encoder:
             return self._chat(row)
         if self.teacher_system:
             raise ValueError("--teacher_system is of messages, and this is text: give it a teacher_prompt")
+        own = self._teacher_prompt(row)
         if "text" in row:
             if self.encoder_decoder:
                 raise ValueError("text without a prompt is for causal models")
             whole = self._prompt(_text(row, "text"))
             begin = max(len(self.before), 1)
-            return Ids(whole[:begin], self._ended(whole[begin:]), None), None, row["text"]
-        own = self._teacher_prompt(row)
+            return Ids(whole[:begin], self._ended(whole[begin:]), None), own, row["text"]
         rest = self._target(_text(row, "target")) if "target" in row else None
         return Ids(self._prompt(_text(row, "prompt")), rest, None), own, row.get("target", "")
 
@@ -270,7 +278,7 @@ class Encoder:
         if not self.encoder_decoder:
             return self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         found = self.tokenizer(text_target=text)["input_ids"]
-        return self._ended(found[: len(found) - self.beyond])
+        return [*self.forced, *self._ended(found[: len(found) - self.beyond])]
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids and ids[-1] == self.end else [*ids, self.end]
@@ -328,7 +336,7 @@ def _text(row: dict[str, Any], name: str) -> str:
 def tokenize(
     rows: Any, tokenizer: Any, config: Any, max_target: int | None = None, *, teacher: Any = None, new_tokens: int = 1,
     long_prompts: str = "refuse", long_targets: str = "cut", answers: str = "together",
-    teacher_system: str | None = None, ends: Sequence[int] = (), name: str = "data",
+    teacher_system: str | None = None, ends: Sequence[int] = (), begins: Sequence[int | None] = (), name: str = "data",
     tell: Callable[[str], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Rows as token ids, in the columns prompt_ids, labels (all that follows the prompt, usually with an end token),
@@ -346,18 +354,19 @@ def tokenize(
         teacher_system: system message for the teacher's prompts alone.
         ends: tokens that also end an answer, besides the tokenizer's end token (as Gemma's <end_of_turn>), because
             generation stops at them.
+        begins: what an encoder–decoder model's generation begins with (`models.beginning`), for targets to begin so.
         name: of the data, for error messages.
         tell: called with a line that says how many rows were cut or dropped.
 
     Raises:
         ValueError: a row that is neither text nor messages, an empty or too long prompt; new tokens leave no room for a
-            prompt; or no rows are left.
+            prompt; no rows are left; or the tokenizer's target language is not the one that generation begins with.
     """
     from datasets import Features, Value
     from datasets import Sequence as ListOf
 
     causal = not config.is_encoder_decoder
-    encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends)
+    encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends, begins)
     contexts = [context(config), context(teacher or config)]
     if causal and min(contexts) - new_tokens <= len(encode_row.before):
         raise ValueError(f"{new_tokens} new tokens leave a prompt no room in a context of {min(contexts):g}")

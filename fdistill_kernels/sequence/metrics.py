@@ -18,7 +18,17 @@ from transformers import TrainerCallback
 
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import Rows, chosen, evaluating, forward_to_head, rows_of, step_loss, tokens_counted, vocabulary_of
+from .models import (
+    Rows,
+    chosen,
+    evaluating,
+    forward_to_head,
+    ids_of_tokenizer,
+    rows_of,
+    step_loss,
+    tokens_counted,
+    vocabulary_of,
+)
 from .sampling import Sampling, draw, special_tokens
 
 BATCH = 32
@@ -180,7 +190,7 @@ def measured(
         The table, and its `summary`.
     """
     sizes = [vocabulary_of(m.config) for m in (student, teacher) if m is not None]
-    shared = min(*sizes, len(tokenizer))  # what a padded head has beyond, the other does not know
+    shared = min(*sizes, ids_of_tokenizer(tokenizer))  # what a padded head has beyond, the other does not know
     nats, tokens = sentence_sums(student, prompts, gold)
     outputs = searched(student, prompts, tokenizer, sampling.max_new_tokens, vocabulary=shared)
     columns = {"reference": list(references), **outputs,

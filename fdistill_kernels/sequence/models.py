@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ..deferred import Deferral, Logits, active, hook, is_plain, output_embedding, watch
 from ..divergences import Divergence
@@ -217,10 +217,25 @@ def ids_read(model: Any) -> int:
     return int(getattr(model.get_input_embeddings(), "num_embeddings", vocabulary_of(model.config)))
 
 
-def context(config: Any) -> float:
-    """The number of tokens a model can read, or infinity."""
+def ids_of_tokenizer(tokenizer: Any) -> int:
+    """One more than a tokenizer's largest id, which is more than its length where it leaves ids out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def context(of: Any) -> float:
+    """The number of tokens that a model, or one of a configuration, can read beside its virtual tokens; or infinity."""
+    config = getattr(of, "config", of)
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if found and found > 0 else float("inf")  # XLNet's is −1
+    if not found or found < 0:  # XLNet's is −1
+        return float("inf")
+    if getattr(config, "is_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # BERT and its kin
+        if of is config:
+            with torch.device("meta"):
+                of = AutoModelForCausalLM.from_config(config)
+        tables = [m for m in of.modules() if isinstance(m, nn.Embedding) and m is not of.get_input_embeddings()]
+        # RoBERTa's positions begin behind its padding id
+        found -= max((t.padding_idx + 1 for t in tables if t.num_embeddings == found and t.padding_idx), default=0)
+    return found - virtual_tokens(of)
 
 
 def check_context(model: Any, tokens: int) -> None:
@@ -229,7 +244,7 @@ def check_context(model: Any, tokens: int) -> None:
     Raises:
         ValueError: it has too few.
     """
-    limit = context(model.config)
+    limit = context(model)
     if limit < tokens:
         raise ValueError(f"a prompt with its continuation has {tokens} tokens, the model's context {limit}")
 
@@ -263,7 +278,7 @@ def teacher_forced(
             "decoder_input_ids": written,
         }, nn.functional.pad(labels, (0, written.shape[1] - labels.shape[1]), value=IGNORE)  # fmt: skip
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
-    check_context(model, max(map(len, pairs)) + virtual_tokens(model))
+    check_context(model, max(map(len, pairs)))
     targets = [torch.cat((p.new_full((len(p) - 1,), IGNORE), t, p.new_full((1,), IGNORE)))
                for p, t in zip(prompts, targets, strict=True)]  # fmt: skip
     if pack:

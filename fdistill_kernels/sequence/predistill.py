@@ -108,7 +108,7 @@ def predistillation_loss(
     Args:
         prompts, targets: rows of ids; pad: the id that pads them.
         weights: of the KL, which must be positive, and of the cross-entropy.
-        hidden_weight: weight of the MSE.
+        hidden_weight: weight of the MSE; with 0 it is not computed, and the models' sizes may differ.
         hidden_normalize: layer-normalise both models' hidden states before the MSE, as f-DISTILL does for T5 and GPT-2.
             Models that normalise inside their layers have residual streams of any size: without this their MSE is
             nearly all of the loss (98 % for a small T5). For others, such as BART, it changes little.
@@ -127,7 +127,7 @@ def predistillation_loss(
         raise ValueError(f"the weight of the KL must be positive, not {weights[0]}")
     here = [torch.ones_like(t, dtype=torch.bool) for t in targets] if counted is None else list(counted)
     of_prompts, of_targets = counts or (sum(map(len, prompts)), int(torch.cat(here).sum()))
-    options: dict[str, Any] = dict(output_hidden_states=True, counted=counted)
+    options: dict[str, Any] = dict(output_hidden_states=hidden_weight > 0, counted=counted)
     with torch.no_grad():
         teacher, theirs = rows_of(teacher_model, prompts, targets, pad, **options)
 
@@ -136,6 +136,10 @@ def predistillation_loss(
                                       ce_weight=weights[1] / weights[0])  # fmt: skip
 
     loss, ours = forward_to_head(student_model, prompts, targets, pad, soft_and_hard, wrapped=wrapped, **options)
+    if getattr(ours, "loss", None) is not None:  # a mixture of experts' own
+        loss = loss + ours.loss
+    if not hidden_weight:
+        return loss
     of_prompt = [torch.ones_like(p, dtype=torch.bool) for p in prompts]
     matched = {"decoder_hidden_states": (here, of_targets), "encoder_hidden_states": (of_prompt, of_prompts)}
     if not student_model.config.is_encoder_decoder:

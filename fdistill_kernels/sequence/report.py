@@ -93,7 +93,8 @@ def plot(folder: Path, config: FDistillConfig) -> None:
             draw(axis, stages[-1], key, label=key.replace("_", " "))
         axis.set(title=title, ylabel=PANELS[title][1])
     for axis in axes[len(stages) : count]:
-        axis.legend()
+        if axis.lines:  # none without evaluation
+            axis.legend()
     for axis in axes[:count]:
         axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)

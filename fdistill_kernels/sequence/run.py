@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,12 +34,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
-from .arguments import Asked, ask
+from .arguments import LENGTHS, Asked, ask, how_long
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
-from .models import load_config, load_model, load_student, token_id, vocabulary_of
+from .models import beginning, ids_of_tokenizer, load_config, load_model, load_student, token_id, vocabulary_of
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
@@ -51,7 +52,7 @@ from .sampling import (
     write_table,
     write_whole,
 )
-from .teachers import InRoom, Served, Stored, Teacher, is_store
+from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 
@@ -84,7 +85,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
     """Returns the teacher, its tokenizer, and the model configuration that text is tokenized for."""
     model, run = asked.model, asked.run
     assert model.teacher is not None
-    if model.teacher.startswith(("http://", "https://")):
+    if is_url(model.teacher):
         if not model.student:
             raise ValueError("a server's teacher needs --student")
         config = load_config(model.student, **model.source())
@@ -96,8 +97,6 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         return Served(endpoint, run.tail), tokenizer, config
     if is_store(model.teacher):
         return _stored_teacher(asked)
-    if asked.command != "teacher build" and {"tail", "k"} & asked.given.keys():
-        raise ValueError("--tail and --k are of lists, which the teacher's own weights need none of")
     teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
     tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, model.teacher_revision)
     return teacher, tokenizer, teacher.model.config
@@ -109,8 +108,6 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     A store that was filled by a reader has neither; then they are the student's.
     """
     model = asked.model
-    if ignored := [f"--{n}" for n in ("samples", "vllm_url", "online_teacher", "k") if n in asked.given]:
-        raise ValueError(f"{', '.join(ignored)}: not beside a store, which draws nothing and has its own samples and k")
     assert model.teacher is not None
     teacher = Stored(TeacherStore(model.teacher), asked.run.tail)
     folder = teacher.store.folder
@@ -144,6 +141,7 @@ class Run:
         columns, limit, alone = (data.prompt_column, data.target_column), data.limit, asked.command == "evaluate"
         if alone and data.data and data.eval_data:
             raise ValueError("evaluate measures one file: give --data or --eval_data")
+        self._check_used()
         pairs: Any = None
         held_out: Any = None
         if data.data:
@@ -160,11 +158,15 @@ class Run:
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.device)
 
+        speaker = self._speaker(of_student)
+
         def ids(rows: Any, name: Any) -> Any:
             return tokenize(
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=config, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
-                answers=data.answers, teacher_system=data.teacher_system, ends=self._ends(), tell=console.print,
+                answers=data.answers, teacher_system=data.teacher_system, tell=console.print,
+                ends=end_tokens(token_id(speaker, "eos_token_id")),
+                begins=beginning(speaker) if config.is_encoder_decoder else (),
             )  # fmt: skip
 
         rows: Any = pairs if pairs is None else ids(pairs, data.data)
@@ -176,14 +178,14 @@ class Run:
             self.pairs = rows.select(range(max(1, len(rows) - count)))
         self._check_columns()
 
-    def _ends(self) -> list[int]:
-        """The tokens at which generation stops, of the teacher at hand or of the student's files."""
+    def _speaker(self, of_student: Any) -> Any:
+        """Who has the configurations of generation: the teacher's model, or what the student's files say of it."""
         if self.model is not None:
-            return end_tokens(token_id(self.model, "eos_token_id"))
-        try:
-            return end_tokens(GenerationConfig.from_pretrained(str(self.asked.model.student)).eos_token_id)
-        except OSError:  # no such file: the tokenizer's alone
-            return []
+            return self.model
+        own = None
+        with contextlib.suppress(OSError):  # there is no such file
+            own = GenerationConfig.from_pretrained(str(self.asked.model.student))
+        return SimpleNamespace(config=of_student, generation_config=own)
 
     def _check_pair(self, config: Any) -> None:
         """The student must be of the teacher's kind, and its tokenizer the same."""
@@ -213,6 +215,26 @@ class Run:
         on_gold = any(half.source == "gold" for half in self.config.halves()) or self.asked.run.predistill_steps
         if command == "train" and on_gold and "labels" not in self.pairs.column_names:
             raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone")
+
+    def _check_used(self) -> None:
+        """Raises ValueError for options that are given and that such a run makes nothing of."""
+        asked, sources, builds = self.asked, self.sources(), self.asked.command == "teacher build"
+        served, stored = is_url(asked.model.teacher), is_store(str(asked.model.teacher))
+        drawing = {"samples", "vllm_url", "online_teacher"}
+        unused = (
+            (stored, {*drawing, "k"}, "a store draws nothing and has its own samples and k"),
+            (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
+            (served or stored, {"teacher_dtype", "teacher_revision", "teacher_quantization", "device_map"},
+             "the teacher's weights are not loaded"),
+            (not asked.model.student, {"revision", "quantization"}, "no --student is loaded"),
+            (asked.run.online_teacher, {"samples", "vllm_url"}, "--online_teacher draws anew at every step"),
+            (not sources and not builds, drawing - ({"samples"} if served else set()),
+             "the objective is on no sequences that the teacher draws"),
+            ("beam" not in sources and not builds, {"beams"}, "the objective is on no beams"),
+        )  # fmt: skip
+        for here, names, why in unused:
+            if here and (found := sorted(n for n in names if asked.given.get(n))):
+                raise ValueError(f"--{', --'.join(found)}: not used, as {why}")
 
     def begin(self) -> None:
         """Makes the folder, or checks that it holds this run; called when everything else has been checked.
@@ -244,18 +266,25 @@ class Run:
             write_whole(path, yaml.safe_dump(asked, sort_keys=False).encode())
 
     def _check_same(self, known: dict[str, Any], asked: dict[str, Any]) -> None:
-        """Settings must be the same, but for more steps, for which a finished student is trained on."""
-        before, now = ({**self.asked.defaults, "num_train_epochs": None, **s} for s in (known, asked))
-        elsewhere = {"output_dir", "student_server", "student_server_path"}
-        differ = {n for n in {*known, *asked} - elsewhere if before.get(n) != now.get(n)}
-        more = {n for n in differ & {"max_steps", "num_train_epochs"} if before[n] and now[n] and now[n] > before[n]}
-        if differ - more:
-            told = "; ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in sorted(differ - more))
+        """Settings must be the same, but for more steps or epochs, for which a finished student is trained on."""
+        before, now = ({**self.asked.defaults, **s} for s in (known, asked))
+        elsewhere = {"output_dir", "student_server", "student_server_path", *LENGTHS}
+        differ = [(n, before.get(n), now.get(n)) for n in sorted({*known, *asked} - elsewhere)
+                  if before.get(n) != now.get(n)]  # fmt: skip
+        (of, was), (unit, wanted) = map(how_long, (known, asked))
+        last = last_checkpoint(self.folder / f"trainer-{stage_of(self.config)}")
+        if unit != of:  # it must go beyond where the run is
+            state = json.loads(Path(last, "trainer_state.json").read_text()) if last else {}
+            was = state.get(LENGTHS[unit], 0)
+        if wanted < was:
+            differ.append((unit, was, wanted))
+        if differ:
+            told = "; ".join(f"{name} was {was!r} and is {now!r}" for name, was, now in differ)
             raise ValueError(f"{self.folder} holds another run: {told}")
         done = self.folder / "student"
-        if more and done.exists():
-            if last_checkpoint(self.folder / f"trainer-{stage_of(self.config)}") is None:
-                raise ValueError(f"{', '.join(sorted(more))} cannot grow: {self.folder} has no checkpoint")
+        if wanted > was and done.exists():
+            if last is None:
+                raise ValueError(f"{unit} cannot grow: {self.folder} has no checkpoint")
             (self.folder / "results.json").unlink(missing_ok=True)
             shutil.rmtree(done)
 
@@ -274,7 +303,7 @@ class Run:
     def drawn(self, beams: bool) -> TeacherSamples:
         """The teacher's samples (or beams) for all training rows; those that are missing are drawn and stored."""
         run, teacher = self.asked.run, str(self.asked.model.teacher)
-        name, sampling = "teacher_beams" if beams else "teacher_samples", self.asked.sampling(beams)
+        name, sampling = "teacher_beams" if beams else "teacher_samples", self.config.sampling(beams)
         folder, prompts = Path(run.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
         if is_store(folder.parent):  # which may grow: other prompts have other samples
             folder = folder.with_name(f"{name}-{data_hash(prompts)}")
@@ -294,7 +323,7 @@ class Run:
         if store.missing():
             with Progress(console=self.console) as bar:
                 task = bar.add_task("teacher samples", total=len(self.pairs))
-                for done in store.fill(source, *rank(), vocabulary=len(self.tokenizer)):
+                for done in store.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):
                     bar.update(task, completed=done)
             while store.missing():  # other ranks draw; no collective waits for hours
                 time.sleep(1)
@@ -366,7 +395,7 @@ class Run:
             raise ValueError(str(error)) from error
         trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
         if stage != "predistill" and self.asked.run.eval_measures:
-            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(),
+            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
                                           trainer.log))  # fmt: skip
         return trainer
 
@@ -411,15 +440,16 @@ class Run:
         """The name of the column that holds the teacher's prompts."""
         return prompts_of_teacher(self.held_out.column_names)
 
-    def measure(self, model: Any, into: Path | None = None) -> dict[str, float]:
-        """Measures a model on the held-out rows by `metrics.measured`.
+    def measure(self, model: Any, draws: int = 1, keep: bool = True) -> dict[str, float]:
+        """Measures a model on the held-out rows by `metrics.measured`, with `draws` samples of the teacher.
 
-        Returns the summary; the table with a row for each sentence is written to the file `into`, if given.
+        Returns the summary. If `keep`, sentences.parquet in the run's folder has a row for each sentence.
         """
-        table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.asked.sampling(),
-                                self.config.seed, 1)  # fmt: skip
-        if into is not None:
-            write_table(table, into)
+        table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
+                                self.config.seed, draws)  # fmt: skip
+        if keep:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_table(table, self.folder / "sentences.parquet")
         return found
 
 
@@ -494,7 +524,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     results = {"method": name_of(run.config), "parameters": student.num_parameters()}
     if run.model is not None:
         results["teacher_parameters"] = run.model.num_parameters()
-    results |= run.measure(student, run.folder / "sentences.parquet")
+    results |= run.measure(student)
     results["seconds"] = time.perf_counter() - started
     plot(run.folder, run.config)
     write_report(run.folder, asked, results)
@@ -511,11 +541,14 @@ def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:
-    """Runs `fdistill evaluate`: all measures of --student on all rows of --data or --eval_data."""
+    """Runs `fdistill evaluate`: all measures of --student, TeacherDist too, on all rows of --data or --eval_data.
+
+    With --output_dir the table of sentences is kept there.
+    """
     if not asked.model.student:
         raise ValueError("--student is needed")
     run = Run(asked, console)
-    return run.measure(run.loaded(asked.model.student))
+    return run.measure(run.loaded(asked.model.student), 5, "output_dir" in asked.given)
 
 
 def _disk_is_full(error: BaseException | None, folder: Any) -> bool:

@@ -131,7 +131,7 @@ def draw(
     pad, ends = special_tokens(model)
     device, new = next(model.parameters()).device, sampling.max_new_tokens
     encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
-    check_context(model, max(longest, new) if encoder_decoder else longest + new + virtual_tokens(model))
+    check_context(model, max(longest, new) if encoder_decoder else longest + new)
     config = model.config.get_text_config()
     size, routers = vocabulary_of(config), getattr(config, "output_router_logits", None)
     beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None

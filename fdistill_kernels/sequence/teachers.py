@@ -59,6 +59,11 @@ class Teacher(Protocol):
         """A continuation of each prompt."""
 
 
+def is_url(path: Any) -> bool:
+    """Whether a teacher's path is a server's URL."""
+    return str(path).startswith(("http://", "https://"))
+
+
 def is_store(path: str | Path) -> bool:
     """Whether a folder is that of a `TeacherStore`."""
     return (Path(path) / "manifest.json").exists() and (Path(path) / "shards").exists()
@@ -71,7 +76,7 @@ def teacher_of(given: Any) -> Teacher:
         TypeError: anything else. ValueError: a URL, which does not tell enough about its server.
     """
     if isinstance(given, (str, Path)):
-        if str(given).startswith(("http://", "https://")):
+        if is_url(given):
             raise ValueError(f"give fk.Endpoint({str(given)!r}, vocabulary=...) for a server")
         return teacher_of(TeacherStore(given) if is_store(given) else load_model(given))
     if isinstance(given, TeacherStore):

@@ -32,10 +32,12 @@ from .batches import (
 from .config import OF_PREDISTILLATION, FDistillConfig
 from .models import (
     Rows,
+    beginning,
     check_forward,
     check_head,
     chosen,
     forward_to_head,
+    ids_of_tokenizer,
     ids_read,
     load_student,
     step_loss,
@@ -45,7 +47,7 @@ from .models import (
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
-from .sampling import Sampling, draw, special_tokens
+from .sampling import draw, special_tokens
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, parts_of, teacher_of
 from .watch import Watch, wide
@@ -78,6 +80,9 @@ REFUSED = {
     "compute_loss_func": "the loss is the objective's: give a divergence of your own, or override step_loss",
     "model_init": "give the model itself",
 }
+
+#: Options of `TrainingArguments` that only some optimizers are made with.
+OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
 
 
 @dataclass
@@ -146,6 +151,10 @@ class FDistillTrainer(Trainer):
             self.teacher.bind(model)
         if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
+        of_each = [beginning(m)[1] for m in (model, *_models_of(self.teacher)) if m.config.is_encoder_decoder]
+        if len(set(of_each) - {None}) > 1:
+            raise ValueError(f"generation is forced to begin with other tokens by student and teacher, {of_each}: set "
+                             "the same forced_bos_token_id in their generation configs")  # fmt: skip
         if args.pack and model.config.is_encoder_decoder:
             raise ValueError("pack puts a causal model's batch in one row; the student is an encoder–decoder")
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
@@ -157,11 +166,10 @@ class FDistillTrainer(Trainer):
         own = {"student": vocabulary_of(model.config), "teacher": self.teacher.vocabulary}
         self.vocabulary, read = min(own.values()), (ids_read(model), *map(ids_read, _models_of(self.teacher)))
         for (whose, most), tokenizer in zip(own.items(), (ours, theirs), strict=True):
-            size = len(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else 0
+            size = ids_of_tokenizer(tokenizer) if hasattr(tokenizer, "get_vocab") else 0
             if size > (max(most, *read) if self.teacher.encoder_decoder else most):
-                raise ValueError(
-                    f"the {whose}'s tokenizer has {size} tokens, the {whose} {most}: it is another model's"
-                )
+                raise ValueError(f"the {whose}'s tokenizer has {size} ids, the {whose} {most}: it is another model's, "
+                                 "or has tokens for which the model's embedding was not resized")  # fmt: skip
         self._check_data(model, args, trainer)
         self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
         self._kept: list[Sequences] = []  # the student's samples that are used again
@@ -216,7 +224,7 @@ class FDistillTrainer(Trainer):
         return found
 
     def _check_optimizer(self) -> None:
-        """Before any work, that optimizer and schedule can be made; the latter of a plain optimizer.
+        """Before any work, that the optimizer can be made and uses its options, and that a schedule of a plain one can.
 
         Raises:
             ValueError: no weights to train, or options that they have not. ImportError: a package that is not there.
@@ -227,12 +235,44 @@ class FDistillTrainer(Trainer):
             raise ValueError("no weight of the student has requires_grad: there is nothing to train")
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return
-        self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+        if not self.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
+            self._check_optim_args()
         plain, name = torch.optim.SGD([torch.zeros(1)], self.args.learning_rate), self.args.lr_scheduler_type
         try:
             get_scheduler(name, plain, 1, sys.maxsize, dict(self.args.lr_scheduler_kwargs or {}))  # type: ignore[arg-type]
         except TypeError as error:
             raise ValueError(f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r}: {error}") from error
+
+    def _check_optim_args(self) -> None:
+        """Raises ValueError for an option that is given and that the optimizer is made without, whatever its value."""
+
+        optim = getattr(self.args.optim, "value", self.args.optim)
+
+        def made(**changes: Any) -> str:
+            args = copy.copy(self.args)
+            vars(args).update(changes)
+            return str(self.get_optimizer_cls_and_kwargs(args, self.model))  # type: ignore[arg-type]
+
+        def unused(name: str, values: Sequence[Any]) -> bool:
+            try:
+                return all(made(**{name: value}) == known for value in values)
+            except (LookupError, ValueError, AttributeError, TypeError):  # of a value that it reads
+                return False
+
+        try:
+            known = made()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"optim={optim}, optim_args={self.args.optim_args!r}: {error}") from error
+        parts = [part.strip() for part in (self.args.optim_args or "").split(",") if part.strip()]
+        ignored = []
+        for i, part in enumerate(parts):
+            others = f"{part}1", f"{part.partition('=')[0]}=True"
+            if unused("optim_args", [",".join([*parts[:i], other, *parts[i + 1 :]]) for other in others]):
+                ignored.append(f"optim_args {part}")
+        ignored += [name for name in OF_OPTIMIZERS if getattr(self.args, name) != getattr(FDistillConfig, name)
+                    and unused(name, [getattr(FDistillConfig, name)])]  # fmt: skip
+        if ignored:
+            raise ValueError(f"optim={optim} makes nothing of {', '.join(ignored)}")
 
     def _check_models(self) -> None:
         """Before any work, what the first step would refuse; models that are sharded later are asked in that step.
@@ -325,8 +365,8 @@ class FDistillTrainer(Trainer):
             column = column_of(source, columns)
             new = 0 if column else self.sampling.max_new_tokens
             for other in _models_of(self.teacher) if source in compared or source == "student" else ():
-                check_contexts(name, data, theirs, column, new, "the teacher's", other.config, virtual_tokens(other))
-            check_contexts(name, data, "prompt_ids", column, new, "the student's", model.config, virtual_tokens(model))
+                check_contexts(name, data, theirs, column, new, "the teacher's", other)
+            check_contexts(name, data, "prompt_ids", column, new, "the student's", model)
 
     # --- an update: its batches, what is drawn for them, what losses are divided by
 
@@ -387,10 +427,9 @@ class FDistillTrainer(Trainer):
         elif source == "student":
             made = draw(student, prompts, self.sampling, None, self.vocabulary)
         else:
-            beams = Sampling(self.sampling.max_new_tokens, beams=4, cache=self.sampling.cache)
             if isinstance(self.teacher, OfRows):
                 self.teacher.choose(teachers)
-            made = self.teacher.draw(teacher_prompts, beams if source == "beam" else self.sampling, self.vocabulary)
+            made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.vocabulary)
         return Sequences(
             prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
         )
