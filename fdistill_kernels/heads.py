@@ -51,8 +51,8 @@ def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
     else:
         head = Head(weight, keywords[bias], 1.0 if keywords[scale] is None else keywords[scale], keywords[softcap])
         names = (scale, softcap)
-    scale = checks.check_number(names[0], head.scale, -LARGEST, LARGEST)
-    return Head(head.weight, head.bias, scale, checked_cap(names[1], head.softcap))
+    factor = checks.check_number(names[0], head.scale, -LARGEST, LARGEST)
+    return Head(head.weight, head.bias, factor, checked_cap(names[1], head.softcap))
 
 
 def checked_head(

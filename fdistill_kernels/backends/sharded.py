@@ -215,7 +215,8 @@ class _Rows:
             _sums(statistics.sums(self.anchored(self.entry(n, logits)[0], n), *numbers)) for n, logits in self.chunks()
         ]
         whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
-        of_row = Entry(*[torch.zeros_like(self.u_at_peaks[0])] * 7, *self.u_at_peaks)
+        nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
+        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher)
         self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
 
     def anchored(self, entry: Entry, n: slice) -> Entry:

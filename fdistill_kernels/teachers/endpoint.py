@@ -652,7 +652,14 @@ def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def _locked(file: int, kind: int, begin: int = 0, length: int = 0) -> bool:
-    """Locks or unlocks bytes of a file (length 0: all) for this descriptor, where `lockf` does it for the process."""
+    """Locks or unlocks bytes of a file (length 0: all) for this descriptor.
+
+    Systems without such locks (macOS) have `lockf`, whose locks are the process's: batches of one process then do not
+    wait for each other.
+    """
+    if not hasattr(fcntl, "F_OFD_SETLK"):
+        how = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
+        return _had(fcntl.lockf, file, how, length, begin)
     return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, begin, length, 0))
 
 
