@@ -260,17 +260,21 @@ def check_tokens(name: str, value: Tensor, logits: Tensor) -> None:
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
-    """A finite number in [low, high], or (low, high] with `open_low`, of any kind, as a float."""
-    if torch.compiler.is_compiling() and not isinstance(value, (bool, int, float, Tensor, str)) and value is not None:
+    """A finite number in [low, high], or (low, high] with `open_low`, of any kind, as a float.
+
+    Inside compilers it stays what it is: to make it a float, or to ask `isfinite`, would be a graph for each value.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and not isinstance(value, (bool, int, float, Tensor, str)) and value is not None:
         return value  # a symbolic one
     if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {_shown(value)}")
     try:
-        number = float(value)
+        number: Any = value if compiling else float(value)
     except OverflowError:
         number = value = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     inside = low < number <= high if open_low else low <= number <= high
-    if not (inside and math.isfinite(number)):
+    if not (inside and -math.inf < number < math.inf):
         if low == -math.inf and high == math.inf:
             raise ValueError(f"{name} must be finite, not {value!r}")
         ends = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"

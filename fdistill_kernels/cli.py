@@ -148,7 +148,7 @@ def _remedy(library: str) -> list[str]:
         editable = installed.get("dir_info", {}).get("editable", False)
         source = ("--editable " if editable else "") + installed["url"].removeprefix("file://")
     compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
-    return [f"to build the {library} library (log of the failed build: {log}), install {compiler}, then run",
+    return [f"log of the {library} library's failed build: {log}", f"to build it, install {compiler}, then run",
             f"    pip install --no-cache-dir --force-reinstall --no-deps {source}"]  # fmt: skip
 
 

@@ -17,6 +17,13 @@ TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file
 #: Bytes put aside once: of a row before its sweeps, of a tile beside its products.
 PUT_ASIDE = {
     "3.9.0": {"tile_kernel/Gjs/bf16/totals @ sm_100": 8, "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16},
+    "3.4.0": {
+        "statistics_kernel/bf16/plain/all @ sm_80": 8, "statistics_kernel/bf16/plain/all @ sm_120": 24,
+        "statistics_kernel/fp16/plain/all @ sm_80": 8, "statistics_kernel/fp16/plain/all @ sm_120": 24,
+        "tile_kernel/bf16/smoothed/totals/all @ sm_100": 16, "tile_kernel/Gjs/fp32/gradient @ sm_80": 16,
+        "tile_kernel/Gjs/fp32/gradient @ sm_90": 8, "statistics/Lk/bf16 @ sm_80": 8,
+        "rest/statistics/bf16/labels @ sm_90": 16,
+    },
     "3.6.0": {
         "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16, "tile_kernel/Gjs/bf16/plain/gradient @ sm_100": 32,
         "tile_kernel/Gjs/fp32/totals @ sm_90": 16, "tile_kernel/Gjs/fp32/totals @ sm_100": 32,

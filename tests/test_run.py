@@ -400,6 +400,11 @@ def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, 
         assert more[0][2:] in config((tmp_path / "run" / "config.yaml").read_text())
     assert cli.main([*call, "--num_train_epochs", "1"]) == 2
     assert "holds another run: num_train_epochs was 1.5 and is 1" in capsys.readouterr().err
+    call[-1] = f"{tmp_path}/weights"
+    assert cli.main([*call, "--save_only_model", "--max_steps", "1"]) == 0
+    assert cli.main([*call, "--save_only_model", "--max_steps", "2"]) == 2
+    assert "checkpoint-1 has no optimizer, as --save_only_model says" in capsys.readouterr().err
+    assert (tmp_path / "weights" / "student").exists()
 
 
 def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):

@@ -282,6 +282,8 @@ class Run:
             told = "; ".join(f"{name} was {was!r} and is {now!r}" for name, was, now in differ)
             raise ValueError(f"{self.folder} holds another run: {told}")
         done = self.folder / "student"
+        if last and self.config.save_only_model and (wanted > was or not done.exists()):
+            raise ValueError(f"{last} has no optimizer, as --save_only_model says: the run cannot go on from it")
         if wanted > was and done.exists():
             if last is None:
                 raise ValueError(f"{unit} cannot grow: {self.folder} has no checkpoint")
