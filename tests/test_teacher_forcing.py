@@ -180,10 +180,6 @@ def test_a_context_is_the_positions_behind_those_that_padding_takes(kind, usable
         model(input_ids=torch.full((1, usable + 1), 5))
 
 
-def test_a_context_of_two_sides_is_the_shorter_one():
-    assert context(transformers.LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=20)) == 20
-
-
 def test_a_cache_that_is_named_is_used_or_refused_and_rounding_is_no_difference(monkeypatch):
     with pytest.raises(
         ValueError, match="BartForConditionalGeneration does not generate with cache_implementation='quan"

@@ -222,16 +222,11 @@ def ids_of_tokenizer(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-#: Of a configuration's `max_…position_embeddings`; LED has one for each side.
-PARTS = ("", "encoder_", "decoder_")
-
-
 def context(of: Any) -> float:
     """The number of tokens that a model, or one of a configuration, can read beside its virtual tokens; or infinity."""
     config = getattr(of, "config", of)
-    limits = [getattr(config.get_text_config(), f"max_{part}position_embeddings", None) for part in PARTS]
-    found = min((limit for limit in limits if limit and limit > 0), default=None)  # XLNet's is −1
-    if found is None:
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not found or found < 0:  # XLNet's is −1
         return float("inf")
     if getattr(config, "is_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # BERT and its kin
         if of is config:
