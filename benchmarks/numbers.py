@@ -165,7 +165,7 @@ def peers(number: Numbers) -> str:
     """Every peer that ran on the CPU: time and memory over ours, and the error of the gradient for large logits."""
     if not (ROOT / RESULTS / PEERS).exists():
         return "No run of `make bench` with all peers has been committed yet.\n"
-    found, ours, scale = number.file(PEERS), "fdistill", 30.0
+    found, ours, scale = number.file(PEERS), "fdistill", 4.0
     results = {(r["form"], r["divergence"], r["what"]): r for r in found["results"]}
 
     def cell(form: str, divergence: str, what: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from benchmarks import numbers
 from fdistill_kernels import cli
 from fdistill_kernels.peers import FORMS, Peer, __main__, distillkit, every, found, ours, pytorch, trl
-from fdistill_kernels.peers.measure import DIVERGENCES, compare, inputs, losses, peak_bytes
+from fdistill_kernels.peers.measure import DIVERGENCES, SCALES, compare, errors_by_scale, inputs, losses, peak_bytes
 
 CHOSEN = [peer for peer in every() if peer.divergence in DIVERGENCES]
 COMPARE = functools.partial(compare, device="cpu", dtype=torch.float32, shape=(5, 300))
@@ -51,6 +51,17 @@ def test_most_run_here():
     if importlib.util.find_spec("liger_kernel"):
         assert {("liger-kernel", "rows", "js"), ("liger-kernel", "linear", "labels"), ("liger-kernel", "beside", "kl"),
                 ("liger-kernel fused", "linear", "kl")} <= run  # fmt: skip
+
+
+@pytest.mark.parametrize("form, divergence", [("rows", d) for d in DIVERGENCES] + [("linear", "js"), ("linear", "tvd")])
+def test_errors_are_the_losses_own_at_every_scale(form, divergence):
+    """Of models that hardly overlap the gradients are tiny: the exact ones have digits there, as ours do."""
+    calls = {"ours": ours(form, divergence), "eager": pytorch.written(None, form, divergence)}
+    found = {(e["what"], e["scale"]): e["gradient_error"]
+             for e in errors_by_scale(form, divergence, calls, (8, 2000), torch.float32, "cpu")}  # fmt: skip
+    most = 2e-6 if form == "rows" else 5e-5
+    assert all(found["ours", scale] < most for scale in SCALES), found
+    assert found["eager", 30.0] > 1 or divergence not in ("js", "tvd")
 
 
 def changed(how):

@@ -108,15 +108,21 @@ def ours(form: str, divergence: str | Divergence, backend: str = "auto") -> Loss
     return linear if form == "linear" else lambda hidden, weight, teacher: linear(hidden, weight, Logits(teacher))
 
 
-def truth(form: str, divergence: str | Divergence) -> Loss:
-    """The definition of a divergence in plain torch, for float64 tensors of a form."""
+def truth(form: str, divergence: str | Divergence, rows: Loss | None = None) -> Loss:
+    """A divergence of float64 tensors of a form, through whole logits; `rows` is the loss of logits.
+
+    By default it is the definition in plain torch, which shares nothing with our formulas.
+    """
+
+    def definition(student: Tensor, teacher: Tensor) -> Tensor:
+        if divergence == "labels":
+            return torch.nn.functional.cross_entropy(student, teacher)
+        labels = example_labels(resolve(divergence), student)
+        return f_divergence_rows(student, teacher, divergence, labels=labels).mean()
 
     def loss(*inputs: Tensor) -> Tensor:
         student, *teacher = inputs if form == "rows" else (inputs[0] @ inputs[1].T, *inputs[2:])
-        if divergence == "labels":
-            return torch.nn.functional.cross_entropy(student, teacher[0])
         logits = teacher[0] if len(teacher) == 1 else teacher[0] @ teacher[1].T
-        labels = example_labels(resolve(divergence), student)
-        return f_divergence_rows(student, logits, divergence, labels=labels).mean()
+        return (rows or definition)(student, logits)
 
     return loss
