@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import pictures
+from benchmarks import beside, pictures
 
 FOUND = json.loads(pictures.RESULT.read_text())
 U = pictures.RATIOS
@@ -40,3 +41,12 @@ def test_what_the_page_says_of_them():
         min(mass["kl"], mass["js"]) > 0.3 > 0.05 > max(mass["rkl"], mass["tvd"], mass["gjs(0.7)"], mass["skew_kl(0.5)"])
     )
     assert abs(mass["skew_kl(0.1)"] - mass["kl"]) < 0.01 and mass["alpha(-1)"] < 0.01 < 0.3 < mass["alpha(2)"]
+
+
+def test_the_first_page_shows_the_result_files():
+    shown = beside.bars()
+    assert json.loads(Image.open(beside.PICTURE).text["Description"]) == shown
+    for title, values in shown.items():
+        ours = [value for name, value in values.items() if name.startswith("fdistill")]
+        others = [value for name, value in values.items() if not name.startswith("fdistill")]
+        assert ours and len(others) >= 3 and max(ours) < min(others), title
