@@ -80,6 +80,8 @@ FDISTILL_DEVICE void copy(void* to, const void* from, uint32_t bytes, Barrier* b
       : "memory");
 }
 
+// Acquires over the block. Over the cluster it would drop all of L1 at every wait (CCTL.IVALL); what is waited for is in shared
+// memory, which L1 does not hold.
 FDISTILL_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"

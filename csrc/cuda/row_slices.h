@@ -33,6 +33,7 @@ struct RowSlices {
       for (Barrier& barrier : shared.arrived) start_barrier(&barrier);
       for (Barrier& barrier : shared.met) start_barrier(&barrier);
     }
+    warp_barrier();  // a cluster's barrier wants whole warps
     before_copies();
     cluster_barrier();
   }
