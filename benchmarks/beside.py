@@ -20,19 +20,21 @@ def bars() -> dict[str, dict[str, float]]:
     """What is drawn: the title of each panel, and each library's number."""
     number = Numbers()
 
-    def found(name: str, key: str, factor: float = 1, **which) -> dict[str, Any]:
+    def found(name: str, key: str, **which) -> dict[str, Any]:
         results = number.file(name)["results"]
-        return {r["what"]: factor * r[key] for r in results if all(r.get(k) == v for k, v in which.items())}
+        return {r["what"]: r[key] for r in results if all(r.get(k) == v for k, v in which.items())}
 
     kl, js = {"divergence": "kl", "shape": LOGITS, "alike": False}, {"divergence": "js", "shape": HIDDEN}
     logits = [found(f"rows_{of}.json", "milliseconds", **kl) for of in ("cuda", "triton", "peers")]
     hidden = [found(f"linear_{of}.json", "milliseconds", **js) for of in ("ours", "peers")]
     hidden[0] = {"fdistill triton": hidden[0]["fdistill triton"]}  # js by CUDA has changed since it was timed
     errors = found("peers_cpu.json", "errors", form="rows", divergence="js")
+    peaks, gradients = (found("peers_cpu.json", key, form="linear", divergence="js")
+                        for key in ("peak_bytes", "gradient_bytes"))  # fmt: skip
     return {
         "kl from logits, H200: ms": {who: ms for file in logits for who, ms in file.items()},
         "js from hidden states, H200: ms": {who: ms for file in hidden for who, ms in file.items()},
-        "js from hidden states, CPU: MB": found("peers_cpu.json", "peak_bytes", 1e-6, form="linear", divergence="js"),
+        "js from hidden states, CPU: MB": {who: 1e-6 * (peaks[who] - gradients[who]) for who in peaks},
         "js: gradient's error, logarithmic": {
             who: next(e["gradient_error"] for e in of_scales if e["scale"] == SCALE)
             for who, of_scales in errors.items()

@@ -57,7 +57,7 @@ def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: to
     floors = {size: floor_seconds(torch.zeros(size, dtype=dtype, device=device), SECONDS) for size in every}
     for divergence in divergences:
         name = {"divergence": str(divergence)}
-        calls = losses("rows", divergence, device, dtype, backend, compiled)
+        calls, _ = losses("rows", divergence, device, dtype, backend, compiled)
         calls.setdefault("eager", eager_loss(divergence))  # the peers have default parameters only
         data["errors"] += [{**name, **e} for e in errors_by_scale("rows", divergence, calls, shape, dtype, device)]
         for (what, loss), size in itertools.product(calls.items(), every):

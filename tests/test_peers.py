@@ -86,7 +86,17 @@ def test_another_meaning_is_found(how, monkeypatch):
     beside = COMPARE(peer)
     assert not beside.ok and (beside.reason is None or "size" in beside.reason)
     monkeypatch.setattr("fdistill_kernels.peers.measure.found", lambda *_: [peer])
-    assert list(losses("rows", "kl", "cpu", torch.float32)) == ["fdistill"], "it is not timed"
+    chosen, left_out = losses("rows", "kl", "cpu", torch.float32)
+    assert list(chosen) == ["fdistill"] and [left["what"] for left in left_out] == ["changed"], "it is not timed"
+    assert "another loss" in left_out[0]["why"] or "size" in left_out[0]["why"]
+
+
+def test_a_fallback_is_compared_and_not_timed(monkeypatch):
+    peer = Peer("of a card", "rows", "kl", lambda: pytorch.written(None, "rows", "kl"), timed="card")
+    monkeypatch.setattr("fdistill_kernels.peers.measure.found", lambda *_: [peer])
+    chosen, (left,) = losses("rows", "kl", "cpu", torch.float32)
+    assert max(COMPARE(peer).error) < 2e-6 and list(chosen) == ["fdistill"] and "not timed" in left["why"]
+    assert peer.why_not_timed("cuda") is None and peer.why_not("cpu") is None
 
 
 def test_the_call_is_ours():

@@ -44,6 +44,8 @@ class Peer:
         divergence: our name for what it computes; "labels" is the cross-entropy to labels.
         make: imports the library and returns its loss as a mean over rows.
         where: "any" device; "triton", a GPU or Triton's interpreter; or "card", a GPU only.
+        timed: in the same words, where its own implementation runs. Elsewhere a fallback in plain torch takes the call,
+            which is compared with ours, but not timed.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Peer:
     divergence: str
     make: Callable[[], Loss]
     where: str = "any"
+    timed: str = "any"
 
     @property
     def call(self) -> str:
@@ -69,14 +72,23 @@ class Peer:
 
     def why_not(self, device: str) -> str | None:
         """The reason why the loss cannot run on a device, or None if it can."""
-        interpreted = self.where == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        if self.where != "any" and not (interpreted or device.startswith("cuda")):
+        if not _serves(self.where, device):
             return "its kernels need a card"
         try:
             _ = self.loss
         except Exception as error:  # other libraries raise all kinds of errors when they, or parts of them, are missing
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
         return None
+
+    def why_not_timed(self, device: str) -> str | None:
+        """The reason why the loss cannot be timed on a device, or None if it can."""
+        fallback = "compared, but not timed: its kernels need a card, and a fallback in plain torch took the call"
+        return self.why_not(device) or (None if _serves(self.timed, device) else fallback)
+
+
+def _serves(where: str, device: str) -> bool:
+    interpreted = where == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+    return where == "any" or interpreted or device.startswith("cuda")
 
 
 @functools.cache
@@ -94,8 +106,8 @@ def found(form: str | None, divergence: str | Divergence) -> list[Peer]:
 
 
 def running(form: str, divergence: str, device: str) -> dict[str, Loss]:
-    """The losses of `found` that can run on a device, by name."""
-    return {peer.name: peer.loss for peer in found(form, divergence) if peer.why_not(device) is None}
+    """The losses of `found` that can be timed on a device, by name."""
+    return {peer.name: peer.loss for peer in found(form, divergence) if peer.why_not_timed(device) is None}
 
 
 def ours(form: str, divergence: str | Divergence, backend: str = "auto") -> Loss:

@@ -19,8 +19,8 @@ import torch
 from fdistill_kernels.cli import DTYPES, _shape
 from fdistill_kernels.provenance import provenance, versions
 
-from . import FORMS, every, found
-from .measure import DIVERGENCES, compare, errors_by_scale, losses, measured
+from . import FORMS, found
+from .measure import DIVERGENCES, errors_by_scale, losses, measured
 
 PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
             "distillkit", "speculators")  # fmt: skip
@@ -41,22 +41,18 @@ def main() -> None:
     dtype = DTYPES[args.dtype]
     content: dict[str, Any] = {
         **provenance(f"python -m benchmarks.peers --device {args.device} --dtype {args.dtype}", args.device),
-        "versions": versions(PACKAGES), "shape": args.shape, "depth": args.depth, "dtype": args.dtype, "results": [],
+        "versions": versions(PACKAGES), "shape": args.shape, "depth": args.depth, "dtype": args.dtype,
+        "results": [], "left_out": [],
     }  # fmt: skip
 
     def save() -> None:
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
-    beside = [compare(peer, args.device, dtype, (4, 300)) for peer in every() if peer.divergence in args.divergence]
-    content["left_out"] = [
-        {"what": c.what, "form": c.form, "divergence": c.divergence, "why": c.reason or f"another loss: {c.error}"}
-        for c in beside if c.reason or not c.ok
-    ]  # fmt: skip
-    save()
     for form, name in itertools.product(args.form, args.divergence):
         if not found(form, name):
             continue
-        chosen = losses(form, name, args.device, dtype)
+        chosen, left_out = losses(form, name, args.device, dtype)
+        content["left_out"] += left_out
         of_scales = list(errors_by_scale(form, name, chosen, args.shape, dtype, args.device))
         for what, loss in chosen.items():
             torch._dynamo.reset()

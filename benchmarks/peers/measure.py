@@ -58,9 +58,14 @@ def results(loss: Loss, given: tuple[Tensor, ...]) -> list[Tensor]:
 
 def errors(loss: Loss, wanted: list[Tensor], given: tuple[Tensor, ...]) -> tuple[float, float]:
     """The relative error of the loss, and the largest error of a gradient relative to that gradient's largest entry."""
-    sizes = [float(((x - y).abs().max() / y.abs().max()).nan_to_num(torch.inf))
-             for x, y in zip(results(loss, given), wanted, strict=True)]  # fmt: skip
+    sizes = [_relative(x, y) for x, y in zip(results(loss, given), wanted, strict=True)]
     return sizes[0], max(sizes[1:])
+
+
+def _relative(got: Tensor, wanted: Tensor) -> float:
+    """The largest distance over the largest entry: 0 of equal ones, infinite where one is NaN."""
+    distance = (got - wanted).abs().max()
+    return 0.0 if distance == 0 else float((distance / wanted.abs().max()).nan_to_num(torch.inf))
 
 
 def exact(loss: Loss, given: tuple[Tensor, ...]) -> list[Tensor]:
@@ -125,7 +130,7 @@ def measured(form: str, divergence: str | Divergence, loss: Loss, shape: tuple[i
              device: str, seconds: float, depth: int = DEPTH) -> dict[str, Any]:  # fmt: skip
     """The median `seconds` of a forward and backward pass, timed for about `seconds`, and its `peak_bytes`.
 
-    The gradients count as memory.
+    `gradient_bytes` of them are the gradients' own.
     """
     given = inputs(form, divergence, shape, dtype, device, depth=depth)
 
@@ -137,7 +142,8 @@ def measured(form: str, divergence: str | Divergence, loss: Loss, shape: tuple[i
     step()
     for x in given:
         x.grad = None
-    return {"peak_bytes": peak_bytes(step, device), "seconds": median_seconds(step, seconds)}
+    peak, held = peak_bytes(step, device), sum(x.nbytes for x in given if x.requires_grad)
+    return {"peak_bytes": peak, "gradient_bytes": held, "seconds": median_seconds(step, seconds)}
 
 
 def errors_by_scale(form: str, divergence: str | Divergence, losses: dict[str, Loss], shape: tuple[int, int],
@@ -157,12 +163,16 @@ def errors_by_scale(form: str, divergence: str | Divergence, losses: dict[str, L
 
 
 def losses(form: str, divergence: str | Divergence, device: str, dtype: torch.dtype, backend: str = "auto",
-           compiled: bool = True) -> dict[str, Loss]:  # fmt: skip
-    """Our loss, and those of the peers that run here and compute the same."""
-    chosen = {"fdistill": ours(form, divergence, backend)}
+           compiled: bool = True) -> tuple[dict[str, Loss], list[dict[str, str]]]:  # fmt: skip
+    """Our loss and those of the peers that compute the same and can be timed here; the others, each with `why` not."""
+    chosen, left_out = {"fdistill": ours(form, divergence, backend)}, []
     for peer in found(form, divergence):
-        if compiled or peer.name != "torch.compile":
-            beside = compare(peer, device, dtype, (4, 300))
-            if beside.error is not None and beside.ok:
-                chosen[peer.name] = peer.loss
-    return chosen
+        if peer.name == "torch.compile" and not compiled:
+            continue
+        beside = compare(peer, device, dtype, (4, 300))
+        why = None if beside.ok else f"another loss: errors {beside.error}"
+        if why := beside.reason or why or peer.why_not_timed(device):
+            left_out.append({"what": peer.name, "form": form, "divergence": peer.divergence, "why": why})
+        else:
+            chosen[peer.name] = peer.loss
+    return chosen, left_out

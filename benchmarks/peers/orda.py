@@ -1,4 +1,7 @@
-"""orda-kernel: its distillation loss, with a weight of 0 for the cross-entropies. Its skew_js with α = ½ is js."""
+"""orda-kernel: its distillation loss, with a weight of 0 for the cross-entropies. Its skew_js with α = ½ is js.
+
+Its fused kernel is for GPUs. On a CPU its reference in plain torch takes the call, with a warning.
+"""
 
 from __future__ import annotations
 
@@ -29,4 +32,4 @@ def linear(divergence: str) -> Loss:
     return loss
 
 
-PEERS = [Peer("orda-kernel", "linear", name, partial(linear, name)) for name in OPTIONS]
+PEERS = [Peer("orda-kernel", "linear", name, partial(linear, name), timed="card") for name in OPTIONS]
