@@ -56,6 +56,8 @@ def test_logits_with_their_cap():
     same(
         fk.cross_entropy(fk.Logits(student, 5.0), target), fk.cross_entropy(student, target, logit_softcap=5.0), student
     )
+    ours, wanted = fk.log_sum_exp(fk.Logits(student, 5.0)), fk.log_sum_exp(student, logit_softcap=5.0)
+    same(ours.sum(), wanted.sum(), student)
 
 
 def test_terms(backend):
