@@ -300,7 +300,8 @@ def _apply(name: str, function: Any, args: tuple[Any, ...], keywords: dict[str, 
     """An operation by its rule, or on the logits themselves."""
     if name in ("add", "mul") and len(args) == 2 and isinstance(args[1], Logits):  # also how a compiler swaps them
         args = args[::-1]
-    if name in RULES and args and isinstance(args[0], Logits) and args[0].real is None:
+    ruled = name in RULES and args and isinstance(args[0], Logits) and (not keywords or name in WITH_KEYWORDS)
+    if ruled and args[0].real is None:
         result = RULES[name](*args, **keywords)
         if result is not NotImplemented:
             return result
@@ -415,6 +416,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "size": lambda z, dim=None: z.shape if dim is None else z.shape[dim], "dim": lambda z: z.hidden.dim(),
     "__getitem__": _getitem, "cross_entropy": _cross_entropy,
 }  # fmt: skip
+#: Those whose rules know all keywords; others' (alpha, rounding_mode, out) would be lost.
+WITH_KEYWORDS = ("to", "flatten", "size", "contiguous", "clone", "is_contiguous", "cross_entropy")
 
 
 def _operator(name: str) -> Callable[..., Any]:
