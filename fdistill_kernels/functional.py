@@ -12,7 +12,7 @@ from . import checks
 from .backends.rows import LISTS, NO_LIST, Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
-from .heads import check_alone, head_here, head_of, logits_of, many_heads, path_of, teacher_of
+from .heads import check_alone, cut_shard, head_here, head_of, logits_of, many_heads, path_of, teacher_of
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
@@ -143,8 +143,7 @@ def _logits_here(
     if shard is None:
         return checks.shared_vocabulary(name, logits, vocab_size), None, 0
     checks.check_logits(name, logits)
-    if vocab_size is not None:
-        shard = shard._replace(size=min(shard.size, vocab_size))
+    shard = cut_shard(shard, vocab_size)
     return valid(name, logits, shard, -1), shard, logits.shape[-1]
 
 

@@ -92,9 +92,16 @@ def head_here(
     if shard is None:
         return *checked_head(states, head, names, vocab_size), None, 0
     checks.check_tensor(names[1], weight)
-    if vocab_size is not None:
-        shard = shard._replace(size=min(shard.size, vocab_size))
+    shard = cut_shard(shard, vocab_size)
     return *checked_head(states, parallel.local_head(names[1], head, shard), names, None), shard, weight.shape[0]
+
+
+def cut_shard(shard: VocabShard, vocab_size: int | None) -> VocabShard:
+    """The shard of the first `vocab_size` entries."""
+    if vocab_size is None:
+        return shard
+    checks.check_vocab_size(vocab_size, shard.size, "the entries of all shards")
+    return shard._replace(size=vocab_size)
 
 
 def teacher_of(

@@ -185,6 +185,15 @@ def test_values_are_checked(name):
         BAD[name]()
 
 
+@pytest.mark.parametrize("size, error", [(V + 1, ValueError), (0, ValueError), ("5", TypeError), (2.0, TypeError)])
+def test_a_part_of_shards_is_one_of_their_vocabulary(size, error):
+    shard, logits, (hidden, weight, *_) = fk.VocabShard(None, 0, V), torch.randn(N, V), problem()
+    with pytest.raises(error, match="vocab_size must be"):
+        fk.f_divergence(logits, logits, shard=shard, vocab_size=size)
+    with pytest.raises(error, match="vocab_size must be"):
+        fk.linear_f_divergence(hidden, weight, hidden, weight, shard=shard, vocab_size=size)
+
+
 def test_values_are_copied_and_compiled():
     hidden, weight, bias, teacher, teacher_weight = problem()
     head = copy.deepcopy(fk.Head(weight.detach(), bias.detach(), 2.0))
