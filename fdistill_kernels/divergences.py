@@ -6,6 +6,7 @@ The formulas at each vocabulary entry are in formulas.py and row_formulas.py.
 from __future__ import annotations
 
 import functools
+import inspect
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -289,21 +290,12 @@ def CSD(weight: str = "teacher") -> Divergence:
     return _of_kernel("csd", "Csd", weights.get(weight, weight))  # type: ignore[arg-type]
 
 
+_FAMILIES: dict[str, Callable[..., Divergence]] = {
+    "gjs": GJS, "skew_kl": SkewKL, "skew_rkl": SkewRKL, "alpha": Alpha, "renyi": Renyi, "ab": AB, "todi": ToDi,
+    "akl": AKL, "entropy_gated": EntropyGated, "tail_aware": TailAware, "dkd": DKD, "csd": CSD,
+}  # fmt: skip
 #: Each family and the names of its parameters, which `resolve` reads.
-PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
-    "gjs": (GJS, ("beta",)),
-    "skew_kl": (SkewKL, ("lam",)),
-    "skew_rkl": (SkewRKL, ("lam",)),
-    "alpha": (Alpha, ("alpha",)),
-    "renyi": (Renyi, ("alpha",)),
-    "ab": (AB, ("alpha", "beta")),
-    "todi": (ToDi, ("beta",)),
-    "akl": (AKL, ("mu",)),
-    "entropy_gated": (EntropyGated, ("tau",)),
-    "tail_aware": (TailAware, ("k", "beta")),
-    "dkd": (DKD, ("alpha", "beta")),
-    "csd": (CSD, ("weight",)),
-}
+PARAMETERS = {name: (make, tuple(inspect.signature(make).parameters)) for name, make in _FAMILIES.items()}
 
 TABLE: dict[str, Divergence] = {
     d.name: d

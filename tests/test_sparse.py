@@ -16,12 +16,8 @@ from .conftest import WHOLE
 
 CPU = torch.device("cpu")
 N, V = 7, 101
-INTERPRETED = (
-    "kl",
-    "js",
-    "ab",
-    "dkd",
-)  # of Triton's interpreter, which is slow; their own kernels are tested elsewhere
+#: Of Triton's interpreter, which is slow; their own kernels are tested elsewhere.
+INTERPRETED = ("kl", "js", "ab", "dkd")
 ALL = list(fk.TABLE.values())
 SUMS = [d for d in ALL if d.statistics is None]  # of what each entry contributes
 names = [str(d) for d in ALL]
