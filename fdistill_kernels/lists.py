@@ -84,7 +84,7 @@ def sample_of(
         generator: for torch.multinomial.
 
     Returns:
-        `TopK` with tail="sampled" and ids (..., n): the distinct ids first, then −1.
+        `TopK` with tail="sampled" and ids (..., n), the distinct ones first, then −1.
 
     Raises:
         ValueError, TypeError: as in `top_k_of`.
