@@ -97,6 +97,19 @@ struct Terms {
   T student, value;
 };
 
+// Entries in a row's set: none; the label; or the teacher's largest, as many as the parameter, or as few as hold the
+// parameter's share of its mass.
+enum class Members { kNone, kLabel, kCount, kMass };
+
+// What a divergence is beside its terms; `Other`: with the models exchanged. row_divergences.h has those that ask for
+// statistics of their row, and some of these for the largest of what they name.
+template <typename Other, bool is_centred = false>
+struct OfEntries {
+  using Exchanged = Other;
+  static constexpr bool centred = is_centred, asks = false, has_largest = false;
+  static constexpr Members members = Members::kNone;
+};
+
 template <typename T, int count>
 FDISTILL_INLINE T polynomial(const T& x, const float (&coefficients)[count]) {  // from the constant one on
   T value = T(coefficients[count - 1]);
@@ -143,10 +156,7 @@ struct LogSum {
   }
 };
 
-struct Rkl;
-struct Kl {  // f = t log t - t + 1
-  static constexpr bool centred = true;
-  using Exchanged = Rkl;
+struct Kl : OfEntries<struct Rkl, true> {  // f = t log t - t + 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T series = e.q * e.u * e.u * (T(1.0f) + (e.u - T(1.0f)) * second_order(e.u)), apart = difference(e);
@@ -154,9 +164,7 @@ struct Kl {  // f = t log t - t + 1
   }
 };
 
-struct Rkl {  // f = -log t + t - 1
-  static constexpr bool centred = false;
-  using Exchanged = Kl;
+struct Rkl : OfEntries<Kl> {  // f = -log t + t - 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T student = e.near(T(0.0f) - e.q * e.u, Math<T>::times(e.q, e.log_q - e.log_p));
@@ -164,9 +172,7 @@ struct Rkl {  // f = -log t + t - 1
   }
 };
 
-struct Jeffreys {  // f = (t - 1) log t
-  static constexpr bool centred = false;
-  using Exchanged = Jeffreys;
+struct Jeffreys : OfEntries<Jeffreys> {  // f = (t - 1) log t
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T backward = e.near(T(0.0f) - e.q * e.u, Math<T>::times(e.q, e.log_q - e.log_p)), apart = difference(e);
@@ -174,9 +180,7 @@ struct Jeffreys {  // f = (t - 1) log t
   }
 };
 
-struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1
-  static constexpr bool centred = false;
-  using Exchanged = Gjs;
+struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1
 
   // From log m, in a row about p = q alone: where models barely overlap log(q/m) keeps no digit of what is left.
   // Near p = q by h = log(m/q) = log(1 - beta + beta e^u), whose coefficients are a coin's cumulants, and the
@@ -209,10 +213,7 @@ struct Gjs {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q,
   }
 };
 
-struct SkewRkl;
-struct SkewKl {  // KL(p || lambda p + (1 - lambda) q), 0 < lambda < 1
-  static constexpr bool centred = false;
-  using Exchanged = SkewRkl;
+struct SkewKl : OfEntries<struct SkewRkl> {  // KL(p || lambda p + (1 - lambda) q), 0 < lambda < 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
     const T a = T(lambda.value) * e.p, b = T(lambda.rest) * e.q, x = excess(e.u), apart = difference(e);
@@ -224,9 +225,8 @@ struct SkewKl {  // KL(p || lambda p + (1 - lambda) q), 0 < lambda < 1
   }
 };
 
-struct SkewRkl {  // KL(q || lambda q + (1 - lambda) p): g = x / (1 + x) - log1p(x), x = (1 - lambda) t / lambda
-  static constexpr bool centred = false;
-  using Exchanged = SkewKl;
+// KL(q || lambda q + (1 - lambda) p): g = x / (1 + x) - log1p(x), x = (1 - lambda) t / lambda
+struct SkewRkl : OfEntries<SkewKl> {
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
     const T a = T(lambda.rest) * e.p, b = T(lambda.value) * e.q, y = T(lambda.rest) * excess(e.u);
@@ -245,9 +245,7 @@ struct SkewRkl {  // KL(q || lambda q + (1 - lambda) p): g = x / (1 + x) - log1p
   }
 };
 
-struct Tvd {  // f = |t - 1| / 2, with the zero subgradient at ties
-  static constexpr bool centred = false;
-  using Exchanged = Tvd;
+struct Tvd : OfEntries<Tvd> {  // f = |t - 1| / 2, with the zero subgradient at ties
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T apart = difference(e);
@@ -275,9 +273,7 @@ FDISTILL_INLINE T power_of(const E& e, float a, float b, float less = 0.0f) {
 
 // f = (t^alpha - alpha t - (1 - alpha)) / (alpha (alpha - 1)), alpha not 0 or 1.
 // Scaled by 1/4 at alpha = 1/2 it is hellinger, by 2 at 2 and -1 pearson and neyman.
-struct Alpha {
-  static constexpr bool centred = false;
-  using Exchanged = Alpha;
+struct Alpha : OfEntries<Alpha> {
 
   // w - x for w = x exp(d), without cancellation where d is small
   template <typename T>
@@ -300,9 +296,7 @@ struct Alpha {
   }
 };
 
-struct Triangular {  // f = (t - 1)^2 / (t + 1)
-  static constexpr bool centred = false;
-  using Exchanged = Triangular;
+struct Triangular : OfEntries<Triangular> {  // f = (t - 1)^2 / (t + 1)
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T total = Math<T>::at_least(e.p + e.q, kSmallestNormal), apart = difference(e);
@@ -313,9 +307,7 @@ struct Triangular {  // f = (t - 1)^2 / (t + 1)
 };
 
 // phi = (q^s (t^s - 1) / s - q^s (t^alpha - 1) / alpha) / beta, s = alpha + beta, and its limits
-struct Ab {
-  static constexpr bool centred = false;
-  using Exchanged = Ab;
+struct Ab : OfEntries<Ab> {
 
   // q^total (t^a - 1) / a, and at a = 0 its limit
   template <typename E, typename T = typename E::T>
@@ -340,9 +332,7 @@ struct Ab {
   }
 };
 
-struct Todi {  // phi = a p log(p/q) + (1 - a) q log(q/p), a = sigma(beta u) held still
-  static constexpr bool centred = false;
-  using Exchanged = Todi;
+struct Todi : OfEntries<Todi> {  // phi = a p log(p/q) + (1 - a) q log(q/p), a = sigma(beta u) held still
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
     // a number where neither model has the entry
@@ -355,19 +345,14 @@ struct Todi {  // phi = a p log(p/q) + (1 - a) q log(q/p), a = sigma(beta u) hel
   }
 };
 
-struct CrossEntropy;
-struct Engine {  // -sum q log p: not an f-divergence, but linear in q like one
-  static constexpr bool centred = false;
-  using Exchanged = CrossEntropy;
+struct Engine : OfEntries<struct CrossEntropy> {  // -sum q log p: not an f-divergence, but linear in q like one
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     return {T(0.0f) - Math<T>::times(e.q, e.p_shifted), T(0.0f) - Math<T>::times(e.q, e.log_p)};
   }
 };
 
-struct CrossEntropy {  // -sum p log q: a one-hot p gives the label's cross-entropy
-  static constexpr bool centred = true;
-  using Exchanged = Engine;
+struct CrossEntropy : OfEntries<Engine, true> {  // -sum p log q: a one-hot p gives the label's cross-entropy
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     return {T(0.0f) - difference(e), T(0.0f) - Math<T>::times(e.p, e.log_q)};

@@ -10,17 +10,15 @@ namespace fdistill {
 
 constexpr int kCoefficients = 8, kMostSums = 5;
 
-// The label; or the teacher's largest, as many as the parameter, or as few as hold the parameter's share of its mass.
-enum class Members { kNone, kLabel, kCount, kMass };
-
 // What `coefficients` sees of a row.
 struct RowFacts {
   float sums[kMostSums], u_at_peak, u_at_other_peak;
   float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; at least kNoOverlap
 };
 
-struct WithoutSet {
-  static constexpr Members members = Members::kNone;
+template <typename Other, bool is_centred = false>
+struct OfRows : OfEntries<Other, is_centred> {
+  static constexpr bool asks = true;
 };
 
 template <typename T>
@@ -31,9 +29,7 @@ FDISTILL_INLINE T where_inside(const T& inside, const T& yes, const T& no) {
 template <typename E, typename T = typename E::T>
 FDISTILL_INLINE T entry_of_whole(const E& e) { return Math<T>::times(e.q, T(e.of_row[1])); }
 
-struct Lk : WithoutSet {  // -log(1 - TVD)
-  static constexpr bool centred = false;
-  using Exchanged = Lk;
+struct Lk : OfRows<Lk> {  // -log(1 - TVD)
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
     sums[0] = T(0.5f) * Math<T>::magnitude(difference(e));
@@ -52,9 +48,8 @@ struct Lk : WithoutSet {  // -log(1 - TVD)
   }
 };
 
-struct Renyi : WithoutSet {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
-  static constexpr bool centred = false;
-  using Exchanged = Renyi;
+struct Renyi : OfRows<Renyi> {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
+  static constexpr bool has_largest = true;
   // What keeps the sum in float: its largest logarithm. Models without a common entry have none.
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE T largest(const E& e, const Parameter& alpha) {
@@ -84,8 +79,8 @@ struct Renyi : WithoutSet {  // log(sum p^alpha q^(1 - alpha)) / (alpha - 1)
 };
 
 // of_row: the weight of kl, and last that of rkl
-struct Mixed : WithoutSet {
-  static constexpr bool centred = false;
+template <typename Self>
+struct Mixed : OfRows<Self> {
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
     const T of_kl(e.of_row[0]), of_rkl(e.of_row[kCoefficients - 1]);
@@ -95,9 +90,8 @@ struct Mixed : WithoutSet {
   }
 };
 
-struct Akl : Mixed {  // the weights are the shares of sum |p - q| of the teacher's head, and of its tail
+struct Akl : Mixed<Akl> {  // the weights are the shares of sum |p - q| of the teacher's head, and of its tail
   static constexpr Members members = Members::kMass;
-  using Exchanged = Akl;
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
     const T gap = Math<T>::magnitude(difference(e));
@@ -111,8 +105,7 @@ struct Akl : Mixed {  // the weights are the shares of sum |p - q| of the teache
   }
 };
 
-struct EntropyGated : Mixed {  // rkl, and kl where the teacher's entropy is above the parameter
-  using Exchanged = EntropyGated;
+struct EntropyGated : Mixed<EntropyGated> {  // rkl, and kl where the teacher's entropy is above the parameter
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE void sums(const E& e, const Parameter&, const RowFacts&, T (&sums)[kMostSums]) {
     sums[0] = T(0.0f) - Math<T>::times(e.p, e.log_p);
@@ -123,9 +116,7 @@ struct EntropyGated : Mixed {  // rkl, and kl where the teacher's entropy is abo
   }
 };
 
-struct Csd : WithoutSet {  // sum w (u - sum w u)^2, w = p (the parameter is 1) or q (0) held still
-  static constexpr bool centred = true;
-  using Exchanged = Csd;
+struct Csd : OfRows<Csd, true> {  // sum w (u - sum w u)^2, w = p (the parameter is 1) or q (0) held still
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE void sums(const E& e, const Parameter& of_teacher, const RowFacts& row, T (&sums)[kMostSums]) {
     sums[0] = Math<T>::times(of_teacher.value != 0.0f ? e.p : e.q, e.u - T(at_peak(row, of_teacher)));
@@ -151,10 +142,7 @@ struct Csd : WithoutSet {  // sum w (u - sum w u)^2, w = p (the parameter is 1) 
 };
 
 // weight kl(the set's entries and the rest as one) + within kl(inside the rest)
-struct GroupedRkl;
-struct GroupedKl {
-  static constexpr bool centred = true;
-  using Exchanged = GroupedRkl;
+struct GroupedKl : OfRows<struct GroupedRkl, true> {
   enum { kWeight, kExcess, kLogRatio, kOfP, kOfQ, kShare, kWithin, kKl };  // coefficients
 
   template <typename E, typename T = typename E::T>
@@ -197,7 +185,6 @@ struct GroupedKl {
 };
 
 struct GroupedRkl {  // the teacher's term of GroupedKl, by an exchanged entry
-  static constexpr bool centred = false;
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
     const auto of_row = [&](int i) { return T(e.of_row[kCoefficients - 1 - i]); };

@@ -13,15 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
 
 def check_tensor(name: str, value: object, floating: bool = True) -> None:
-    """A dense tensor with data, floating point unless it may be of any dtype.
-
-    Raises:
-        TypeError: anything else.
-    """
+    """A dense tensor with data, floating point unless it may be of any dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -92,11 +89,8 @@ def _shown(value: object) -> str:
 
 
 def check_overwritten(name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
-    """A tensor that a kernel writes to: each of its entries has a place of its own, which no other argument shares.
-
-    Raises:
-        ValueError: rows that are not dense, strides that overlap, or memory shared with another argument, through
-            whatever storage.
+    """A tensor that a kernel writes to: dense rows, each of whose entries has a place of its own, which no other
+    argument shares, through whatever storage.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) not in (0, 1):
         raise ValueError(f"inplace=True needs {name} of dense rows, not strides {tensor.stride()}")
@@ -126,9 +120,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_pair(student: Tensor, teacher: Tensor) -> None:
-    """Two models' logits: one shape, dtype and device."""
-    check_logits("student_logits", student)
-    check_logits("teacher_logits", teacher)
+    """Two models' logits: one shape and device."""
     check_vocabularies(student.shape[-1], teacher.shape[-1])
     if student.shape != teacher.shape:
         raise ValueError(
@@ -215,13 +207,13 @@ def check_class_weight(weight: Tensor | None, vocabulary: int, device: torch.dev
     check_tensor("weight", weight)
     if weight.shape != (vocabulary,):
         raise ValueError(f"weight must have shape ({vocabulary},), not {tuple(weight.shape)}")
-    if weight.device != device:
-        raise ValueError(f"weight is on {weight.device} but the logits on {device}")
-    check_constant("weight", weight)
+    check_constant("weight", weight, device)
 
 
-def check_constant(name: str, value: Tensor) -> None:
-    """A tensor that no gradient is expected of."""
+def check_constant(name: str, value: Tensor, device: torch.device | None = None) -> None:
+    """A tensor that no gradient is expected of; on the logits' device, if that is given."""
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device} but the logits on {device}")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but the loss is not differentiable in it; detach it")
 
@@ -238,7 +230,7 @@ def shared_vocabulary(name: str, logits: Tensor, vocab_size: int | None) -> Tens
 def check_labels(labels: Tensor, logits: Tensor, name: str = "labels") -> None:
     """Class indices of the logits' leading shape."""
     check_tensor(name, labels, floating=False)
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    if labels.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integer class indices, not {labels.dtype}")
     check_tokens(name, labels, logits)
 
@@ -252,9 +244,7 @@ def check_tokens(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"{name} must have the logits' leading shape {tuple(logits.shape[:-1])}, not {tuple(value.shape)}"
         )
-    if value.device != logits.device:
-        raise ValueError(f"{name} is on {value.device} but the logits on {logits.device}")
-    check_constant(name, value)
+    check_constant(name, value, logits.device)
 
 
 def check_number(
@@ -288,9 +278,7 @@ def check_per_token(name: str, value: object, logits: Tensor, low: float = -math
         check_number(name, value, low, high)
     elif value.dim() == 0:
         check_tensor(name, value)
-        if value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device} but the logits on {logits.device}")
-        check_constant(name, value)
+        check_constant(name, value, logits.device)
     else:
         check_tokens(name, value, logits)
 

@@ -66,11 +66,7 @@ def active() -> Deferral | None:
 
 
 def output_embedding(model: Any) -> Any:
-    """The module that makes a Hugging Face model's logits.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The module that makes a Hugging Face model's logits; ValueError where there is none."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embedding: not a language model with a head")
@@ -284,8 +280,6 @@ class Logits:
     def __len__(self) -> int:
         return self.shape[0]
 
-    __hash__ = object.__hash__
-
 
 def _made(value: Any, why: str) -> Any:
     """With every deferred logit in it made."""
@@ -306,7 +300,8 @@ def _apply(name: str, function: Any, args: tuple[Any, ...], keywords: dict[str, 
     """An operation by its rule, or on the logits themselves."""
     if name in ("add", "mul") and len(args) == 2 and isinstance(args[1], Logits):  # also how a compiler swaps them
         args = args[::-1]
-    if name in RULES and isinstance(args[0], Logits) and args[0].real is None:
+    ruled = name in RULES and args and isinstance(args[0], Logits) and (not keywords or name in WITH_KEYWORDS)
+    if ruled and args[0].real is None:
         result = RULES[name](*args, **keywords)
         if result is not NotImplemented:
             return result
@@ -421,6 +416,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "size": lambda z, dim=None: z.shape if dim is None else z.shape[dim], "dim": lambda z: z.hidden.dim(),
     "__getitem__": _getitem, "cross_entropy": _cross_entropy,
 }  # fmt: skip
+#: Those whose rules know all keywords; others' (alpha, rounding_mode, out) would be lost.
+WITH_KEYWORDS = ("to", "flatten", "size", "contiguous", "clone", "is_contiguous", "cross_entropy")
 
 
 def _operator(name: str) -> Callable[..., Any]:

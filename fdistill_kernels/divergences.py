@@ -6,6 +6,7 @@ The formulas at each vocabulary entry are in formulas.py and row_formulas.py.
 from __future__ import annotations
 
 import functools
+import inspect
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -129,6 +130,11 @@ LK = _of_kernel("lk", "Lk")
 In float32 it is inf, with a zero gradient, where the sum is below 1e-38."""
 
 
+def _symbol(family: str, parameter: float, limits: dict[float, str]) -> str:
+    """The kernel at a parameter: the family's, but for its limits'."""
+    return next((limit for at, limit in limits.items() if abs(parameter - at) <= NEAR), family)
+
+
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) and low <= value <= high):
         raise ValueError(f"{name} must be a number in {shown}, not {value!r}")
@@ -145,7 +151,7 @@ def GJS(beta: float = 0.5) -> Divergence:
     beta = _parameter("beta", beta, 0, 1, "[0, 1]")
     if 0 < min(beta, 1 - beta) < 1e-6:
         raise ValueError(f"beta must be 0, 1, or at least 1e-6 from both, not {beta!r}: 0 is kl and 1 is rkl")
-    return _at_limit("gjs", beta, {0.0: KL, 1.0: RKL}) or _of_kernel("gjs", "Gjs", beta)
+    return _of_kernel("gjs", _symbol("Gjs", beta, {0.0: "Kl", 1.0: "Rkl"}), beta)
 
 
 def SkewKL(lam: float = 0.1) -> Divergence:
@@ -155,7 +161,7 @@ def SkewKL(lam: float = 0.1) -> Divergence:
         ValueError: λ is outside [0, 1 − 1e-6].
     """
     lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
-    return _at_limit("skew_kl", lam, {0.0: KL}) or _of_kernel("skew_kl", "SkewKl", lam)
+    return _of_kernel("skew_kl", _symbol("SkewKl", lam, {0.0: "Kl"}), lam)
 
 
 def SkewRKL(lam: float = 0.1) -> Divergence:
@@ -165,7 +171,7 @@ def SkewRKL(lam: float = 0.1) -> Divergence:
         ValueError: λ is outside [0, 1 − 1e-6].
     """
     lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
-    return _at_limit("skew_rkl", lam, {0.0: RKL}) or _of_kernel("skew_rkl", "SkewRkl", lam)
+    return _of_kernel("skew_rkl", _symbol("SkewRkl", lam, {0.0: "Rkl"}), lam)
 
 
 def Alpha(alpha: float = 0.5) -> Divergence:
@@ -177,7 +183,7 @@ def Alpha(alpha: float = 0.5) -> Divergence:
         ValueError: α is outside [−8, 8].
     """
     alpha = _parameter("alpha", alpha, -8, 8, "[-8, 8]")
-    return _at_limit("alpha", alpha, {0.0: RKL, 1.0: KL}) or _of_kernel("alpha", "Alpha", alpha)
+    return _of_kernel("alpha", _symbol("Alpha", alpha, {0.0: "Rkl", 1.0: "Kl"}), alpha)
 
 
 def Renyi(alpha: float = 0.5) -> Divergence:
@@ -187,7 +193,7 @@ def Renyi(alpha: float = 0.5) -> Divergence:
         ValueError: α is outside [1e-3, 8].
     """
     alpha = _parameter("alpha", alpha, 1e-3, 8, "[0.001, 8]")
-    return _at_limit("renyi", alpha, {1.0: KL}) or _of_kernel("renyi", "Renyi", alpha)
+    return _of_kernel("renyi", _symbol("Renyi", alpha, {1.0: "Kl"}), alpha)
 
 
 def AB(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
@@ -205,8 +211,7 @@ def AB(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
             raise ValueError(f"{name} must be 0 or at least 1e-3 from it, not {value!r}")
     alpha, beta = (0.0 if abs(x) <= NEAR else x for x in (alpha, beta))
     if abs(alpha + beta - 1) <= NEAR:
-        of_alpha = Alpha(alpha)
-        return Divergence("ab", of_alpha.terms, of_alpha.symbol, alpha, 1.0, of_alpha.centred, other=beta)
+        return _of_kernel("ab", _symbol("Alpha", alpha, {0.0: "Rkl", 1.0: "Kl"}), alpha, 1.0, beta)
     return _of_kernel("ab", "Ab", alpha, 1.0, 0.0 - alpha if abs(alpha + beta) <= NEAR else beta)
 
 
@@ -267,8 +272,7 @@ def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     Raises:
         ValueError: α or β is outside [0, 1e6].
     """
-    numbers = (_parameter(n, x, 0, 1e6, "[0, 1e6]") for n, x in (("alpha", alpha), ("beta", beta)))
-    alpha, beta = numbers
+    alpha, beta = (_parameter(n, x, 0, 1e6, "[0, 1e6]") for n, x in (("alpha", alpha), ("beta", beta)))
     return _of_kernel("dkd", "Dkd", alpha, 1.0, beta)
 
 
@@ -286,28 +290,12 @@ def CSD(weight: str = "teacher") -> Divergence:
     return _of_kernel("csd", "Csd", weights.get(weight, weight))  # type: ignore[arg-type]
 
 
-def _at_limit(name: str, parameter: float, limits: dict[float, Divergence]) -> Divergence | None:
-    for at, limit in limits.items():
-        if abs(parameter - at) <= NEAR:
-            return Divergence(name, limit.terms, limit.symbol, parameter, limit.scale, limit.centred)
-    return None
-
-
+_FAMILIES: dict[str, Callable[..., Divergence]] = {
+    "gjs": GJS, "skew_kl": SkewKL, "skew_rkl": SkewRKL, "alpha": Alpha, "renyi": Renyi, "ab": AB, "todi": ToDi,
+    "akl": AKL, "entropy_gated": EntropyGated, "tail_aware": TailAware, "dkd": DKD, "csd": CSD,
+}  # fmt: skip
 #: Each family and the names of its parameters, which `resolve` reads.
-PARAMETERS: dict[str, tuple[Callable[..., Divergence], tuple[str, ...]]] = {
-    "gjs": (GJS, ("beta",)),
-    "skew_kl": (SkewKL, ("lam",)),
-    "skew_rkl": (SkewRKL, ("lam",)),
-    "alpha": (Alpha, ("alpha",)),
-    "renyi": (Renyi, ("alpha",)),
-    "ab": (AB, ("alpha", "beta")),
-    "todi": (ToDi, ("beta",)),
-    "akl": (AKL, ("mu",)),
-    "entropy_gated": (EntropyGated, ("tau",)),
-    "tail_aware": (TailAware, ("k", "beta")),
-    "dkd": (DKD, ("alpha", "beta")),
-    "csd": (CSD, ("weight",)),
-}
+PARAMETERS = {name: (make, tuple(inspect.signature(make).parameters)) for name, make in _FAMILIES.items()}
 
 TABLE: dict[str, Divergence] = {
     d.name: d

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends.rows import Teacher
+from .backends.rows import LISTS, NO_LIST, Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
-from .heads import (
-    check_alone,
-    checked_cap,
-    head_here,
-    head_of,
-    logits_of,
-    many_heads,
-    path_of,
-    teacher_of,
-)
+from .heads import check_alone, cut_shard, head_here, head_of, logits_of, many_heads, path_of, teacher_of
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
@@ -96,11 +87,11 @@ def f_divergence(
 
     Returns:
         The loss, () or (...), float32 (float64 for float64 logits); with return_parts a pair of loss and parts. If no
-            token counts, it is 0 with zero gradients. An infinite divergence is inf; a NaN logit makes its token's loss
-            NaN. 16-bit gradients are rounded once, after the upstream factor: float16 ones are made only in the
-            backward pass; bfloat16 ones on a CPU are made again there if the factor is not a power of two. The graph
-            keeps the logits for this. With `inplace`, and for bfloat16 on a GPU or inside torch.compile, such a factor
-            rounds a second time.
+        token counts, it is 0 with zero gradients. An infinite divergence is inf; a NaN logit makes its token's loss
+        NaN. 16-bit gradients are rounded once, after the upstream factor: float16 ones are made only in the backward
+        pass; bfloat16 ones on a CPU are made again there if the factor is not a power of two. The graph keeps the
+        logits for this. With `inplace`, and for bfloat16 on a GPU or inside torch.compile, such a factor rounds a
+        second time.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, range or name does not fit; before any kernel starts.
@@ -117,42 +108,31 @@ def f_divergence(
     ))  # fmt: skip
     check_shard("shard", shard)
     check_shard("teacher_shard", teacher_shard)
-    given = logits_of("student_logits", student_logits, "logit_softcap", logit_softcap)
-    student, shard, padded = _logits_here("student_logits", given.values, vocab_size, shard)
+    checks.check_flag("inplace", inplace)
+    checks.check_parts(return_parts)
+    student, softcap = logits_of("student_logits", student_logits, "logit_softcap", logit_softcap)
+    student, shard, padded = _logits_here("student_logits", student, vocab_size, shard)
+    vocabulary = _vocabulary(student.shape[-1], shard)
     if isinstance(teacher_logits, TopK):
         check_alone("teacher_logits", teacher_logits, teacher_logit_softcap=teacher_logit_softcap,
                     teacher_shard=teacher_shard)  # fmt: skip
-        given = Logits(student, given.softcap)
-        return _beside_list(given, teacher_logits, terms, inplace, backend, return_parts, shard)
-    models = given, logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap)
-    teacher = _teacher_here("teacher_logits", models[1].values, vocab_size, student, padded, shard, teacher_shard)
-    checks.check_pair(student, teacher)
-    checks.check_flag("inplace", inplace)
-    if student.dtype != teacher.dtype:
-        if inplace:
-            raise ValueError(f"inplace=True needs logits of one dtype, not {student.dtype} and {teacher.dtype}")
-        wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-        student, teacher = student.to(wide), teacher.to(wide)
-    checked_terms(terms, student, _vocabulary(student.shape[-1], shard))
-    inplace = inplace and _overwritten("student_logits", student, teacher_logits=teacher, terms=terms)
-    checks.check_parts(return_parts)
-    models = Logits(student, models[0].softcap), Logits(teacher, models[1].softcap)
-    return loss_of_logits(*models, terms, backend, return_parts, inplace, shard=carried_shard(shard))
-
-
-def _beside_list(
-    student: Logits, teacher: TopK, terms: LossTerms, inplace: bool, backend: str, return_parts: bool | str,
-    shard: VocabShard | None,
-) -> Any:  # fmt: skip
-    """`f_divergence` from a list of ids."""
-    logits = student.values
-    checks.check_flag("inplace", inplace)
-    checks.check_parts(return_parts)
-    checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard))
-    targets = targets_of(teacher, logits, terms, "teacher_logits")
-    lists = {f"teacher_logits.{n}": getattr(teacher, n) for n in ("ids", "log_probs", "weights")}
-    inplace = inplace and _overwritten("student_logits", logits, terms=terms, **lists)
-    return loss_of_logits(student, None, terms, backend, return_parts, inplace, targets, carried_shard(shard))
+        checked_terms(terms, student, vocabulary)
+        teacher, targets = None, targets_of(teacher_logits, student, terms, "teacher_logits")
+        others = {f"teacher_logits.{n}": getattr(teacher_logits, n) for n in LISTS}
+    else:
+        given = logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap)
+        values = _teacher_here("teacher_logits", given.values, vocab_size, student, padded, shard, teacher_shard)
+        checks.check_pair(student, values)
+        if student.dtype != values.dtype:
+            if inplace:
+                raise ValueError(f"inplace=True needs logits of one dtype, not {student.dtype} and {values.dtype}")
+            wide = torch.float64 if torch.float64 in (student.dtype, values.dtype) else torch.float32
+            student, values = student.to(wide), values.to(wide)
+        checked_terms(terms, student, vocabulary)
+        teacher, targets, others = Logits(values, given.softcap), NO_LIST, {"teacher_logits": values}
+    inplace = inplace and _overwritten("student_logits", student, terms=terms, **others)
+    return loss_of_logits(Logits(student, softcap), teacher, terms, backend, return_parts, inplace, targets,
+                          carried_shard(shard))  # fmt: skip
 
 
 def _logits_here(
@@ -163,8 +143,7 @@ def _logits_here(
     if shard is None:
         return checks.shared_vocabulary(name, logits, vocab_size), None, 0
     checks.check_logits(name, logits)
-    if vocab_size is not None:
-        shard = shard._replace(size=min(shard.size, vocab_size))
+    shard = cut_shard(shard, vocab_size)
     return valid(name, logits, shard, -1), shard, logits.shape[-1]
 
 
@@ -222,7 +201,7 @@ def cross_entropy(
 
     Returns:
         The loss, () or the shape of class indices, float32 (float64 for float64 logits). If all targets are ignored, or
-            there are none, it is 0 (torch: NaN).
+        there are none, it is 0 (torch: NaN).
 
     Raises:
         ValueError, TypeError: as in `f_divergence`.
@@ -236,7 +215,11 @@ def cross_entropy(
     if isinstance(values, Tensor) and values.dim() > 2:
         values = values.movedim(1, -1)
     logits, shard, _ = _logits_here("input", values, None, shard)
-    terms = _label_terms(target, weight, ignore_index, label_smoothing, z_loss, token_weight, reduction, num_items)
+    checks.check_tensor("target", target, floating=False)
+    terms = LossTerms(
+        None, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight,
+        ignore_index=ignore_index, token_weight=token_weight, reduction=reduction, num_items=num_items,
+    )  # fmt: skip
     if target.is_floating_point():
         if inplace or shard is not None:
             raise ValueError(f"{'shard' if shard else 'inplace=True'} is for class indices as target")
@@ -247,23 +230,24 @@ def cross_entropy(
         return as_cross_entropy(loss, return_parts)
     checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard), "target")
     inplace = inplace and _overwritten("input", logits, target=target, weight=weight, token_weight=token_weight)
-    return loss_of_logits(
-        Logits(logits, softcap), None, terms, backend, return_parts, inplace, shard=carried_shard(shard)
-    )
+    return loss_of_logits(Logits(logits, softcap), None, terms, backend, return_parts, inplace, NO_LIST,
+                          carried_shard(shard))  # fmt: skip
 
 
 def log_sum_exp(
-    logits: Tensor, *, logit_softcap: float | None = None, backend: str = "auto", shard: VocabShard | None = None
-) -> Tensor:
+    logits: Tensor | Logits, *, logit_softcap: float | None = None, backend: str = "auto",
+    shard: VocabShard | None = None,
+) -> Tensor:  # fmt: skip
     """``log Σ_v exp z_v`` of logits (..., V), differentiable, as (...) float32 (float64 for float64 logits).
 
     Args:
         logits, logit_softcap, backend, shard: as in `f_divergence`.
     """
     check_shard("shard", shard)
-    values, shard, _ = _logits_here("logits", logits, None, shard)
+    values, softcap = logits_of("logits", logits, "logit_softcap", logit_softcap)
+    values, shard, _ = _logits_here("logits", values, None, shard)
     checked_terms(LossTerms(None), values, values.shape[-1])
-    return log_sum_exp_of(values, checked_cap("logit_softcap", logit_softcap), backend, carried_shard(shard))
+    return log_sum_exp_of(values, softcap, backend, carried_shard(shard))
 
 
 def linear_f_divergence(
@@ -335,10 +319,9 @@ def linear_f_divergence(
 
     Returns:
         As `f_divergence`. Gradients are summed in float32, then multiplied by the upstream factor and rounded once to
-            the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too.
-            ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is
-            not known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the
-            graph.
+        the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too.
+        ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is not
+        known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the graph.
 
     Raises:
         ValueError, TypeError: as `f_divergence`; also for heads that are not plain tensors (LoRA, quantised, ZeRO-3).
@@ -419,8 +402,8 @@ def linear_cross_entropy(
     """
     check_shard("shard", shard)
     checks.check_hidden("input", input)
+    checks.check_tensor("target", target, floating=False)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        checks.check_tensor("target", target, floating=False)
         if shard is not None:
             raise ValueError("shard splits one head; linear_weight has several: call each with its shard")
         return many_heads(
@@ -430,7 +413,10 @@ def linear_cross_entropy(
             vocab_size=vocab_size, memory=memory, skip_tiles=skip_tiles, chunk_bytes=chunk_bytes, backend=backend,
             return_parts=return_parts,
         )  # fmt: skip
-    terms = _label_terms(target, weight, ignore_index, label_smoothing, z_loss, token_weight, reduction, num_items)
+    terms = LossTerms(
+        None, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight,
+        ignore_index=ignore_index, token_weight=token_weight, reduction=reduction, num_items=num_items,
+    )  # fmt: skip
     head = head_of("linear_weight", linear_weight, linear_bias=linear_bias, logit_scale=logit_scale,
                    logit_softcap=logit_softcap)  # fmt: skip
     names = "input", "linear_weight", "linear_bias"
@@ -479,7 +465,7 @@ def log_probs(
 
     Returns:
         Log-probabilities (...), float32 (float64 for float64 hidden states); with `entropy` a pair of them and the
-            entropies. The backward pass computes the chunks again, with the upstream factors of each row.
+        entropies. The backward pass computes the chunks again, with the upstream factors of each row.
 
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.
@@ -522,18 +508,6 @@ def _terms(divergence: Any, given: LossTerms) -> LossTerms:
 
 def _same(x: Any, default: Any) -> bool:
     return x is default or (not isinstance(x, Tensor) and x == default)
-
-
-def _label_terms(
-    target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
-    token_weight: Tensor | None, reduction: str, num_items: float | Tensor | None,
-) -> LossTerms:  # fmt: skip
-    """The terms of a cross-entropy to class indices; `soft_targets` takes them for class probabilities."""
-    checks.check_tensor("target", target, floating=False)
-    return LossTerms(
-        None, labels=target, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss, class_weight=weight,
-        ignore_index=ignore_index, token_weight=token_weight, reduction=reduction, num_items=num_items,
-    )  # fmt: skip
 
 
 def _overwritten(name: str, logits: Tensor, terms: LossTerms | None = None, **others: Any) -> bool:

@@ -21,17 +21,11 @@ LARGEST = torch.finfo(torch.float32).max
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
     """A positive number, or None."""
-    if softcap is not None:
-        return checks.check_number(name, softcap, 0, open_low=True)
-    return None
+    return None if softcap is None else checks.check_number(name, softcap, 0, open_low=True)
 
 
 def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: float | None) -> Logits:
-    """Logits given as a tensor and a keyword, or as one value.
-
-    Raises:
-        ValueError: a value, and the keyword beside it.
-    """
+    """Logits given as a tensor and a keyword, or as one value, which goes alone."""
     if not isinstance(logits, Logits):
         return Logits(logits, checked_cap(softcap_name, softcap))
     check_alone(name, logits, **{softcap_name: softcap})
@@ -39,11 +33,7 @@ def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: fl
 
 
 def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
-    """A head given as a weight and keywords (None: not given), or as one value.
-
-    Raises:
-        ValueError: a value, and one of the keywords beside it.
-    """
+    """A head given as a weight and keywords (None: not given), or as one value, which goes alone."""
     bias, scale, softcap = keywords  # their names
     if isinstance(weight, Head):
         check_alone(name, weight, **keywords)
@@ -87,9 +77,6 @@ def head_here(
 
     A DTensor beside hidden states that are a whole one is split over ranks with the same rows, as tensor parallelism
     has it; beside plain ones over ranks with rows of their own, as FSDP has it, which is right for the same ones, too.
-
-    Raises:
-        ValueError: a head without rows here, or a shard beside a DTensor.
     """
     states = hidden
     if parallel.same_rows(hidden) or shard is not None:
@@ -105,9 +92,16 @@ def head_here(
     if shard is None:
         return *checked_head(states, head, names, vocab_size), None, 0
     checks.check_tensor(names[1], weight)
-    if vocab_size is not None:
-        shard = shard._replace(size=min(shard.size, vocab_size))
+    shard = cut_shard(shard, vocab_size)
     return *checked_head(states, parallel.local_head(names[1], head, shard), names, None), shard, weight.shape[0]
+
+
+def cut_shard(shard: VocabShard, vocab_size: int | None) -> VocabShard:
+    """The shard of the first `vocab_size` entries."""
+    if vocab_size is None:
+        return shard
+    checks.check_vocab_size(vocab_size, shard.size, "the entries of all shards")
+    return shard._replace(size=vocab_size)
 
 
 def teacher_of(
@@ -115,11 +109,7 @@ def teacher_of(
     student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, padded: int = 0,
     shard: VocabShard | None = None, own: VocabShard | None = None, **keywords: Any,
 ) -> Teacher:  # fmt: skip
-    """The teacher beside the student's hidden states; keywords: of its head (None: not given).
-
-    Raises:
-        ValueError, TypeError: what does not fit the student, or what is given twice.
-    """
+    """The teacher beside the student's hidden states; keywords: of its head (None: not given)."""
     names = "teacher_hidden", "teacher_weight", "teacher_bias"
     if isinstance(teacher, (Hidden, Logits)):
         check_alone("teacher_hidden", teacher, teacher_weight=weight, **keywords)
@@ -189,10 +179,8 @@ def _check_teacher(teacher: Tensor, student: Tensor) -> None:
             "both models' logits to f_divergence"
         )
     if teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device:
-        raise ValueError(
-            f"teacher_hidden must have student_hidden's leading shape {tuple(student.shape[:-1])} on "
-            f"{student.device}, not {tuple(teacher.shape[:-1])} on {teacher.device}"
-        )
+        raise ValueError(f"teacher_hidden must have student_hidden's leading shape {tuple(student.shape[:-1])} on "
+                         f"{student.device}, not {tuple(teacher.shape[:-1])} on {teacher.device}")  # fmt: skip
 
 
 def path_of(

@@ -84,7 +84,7 @@ def sample_of(
         generator: for torch.multinomial.
 
     Returns:
-        `TopK` with tail="sampled" and ids (..., n): the distinct ids first, then −1.
+        `TopK` with tail="sampled" and ids (..., n), the distinct ones first, then −1.
 
     Raises:
         ValueError, TypeError: as in `top_k_of`.
@@ -142,11 +142,7 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Of logits less their largest, whose differences a temperature leaves their digits.
-
-    Raises:
-        ValueError: a row has a NaN, or no largest.
-    """
+    """Of logits less their largest, whose differences a temperature leaves their digits; rows that have one."""
     top = logits.amax(-1, keepdim=True)
     if logits.device.type == "cpu" and not torch.isfinite(top).all():
         raise ValueError("a row of logits holds a NaN or +inf, or nothing but -inf")

@@ -19,15 +19,9 @@ from .values import Logits, LossTerms
 
 
 def loss_of_logits(
-    student: Logits,
-    teacher: Logits | None,
-    terms: LossTerms,
-    backend: str,
-    return_parts: bool | str,
-    inplace: bool = False,
-    targets: Targets = NO_LIST,
-    shard: Shard = WHOLE,
-) -> Any:
+    student: Logits, teacher: Logits | None, terms: LossTerms, backend: str, return_parts: bool | str,
+    inplace: bool = False, targets: Targets = NO_LIST, shard: Shard = WHOLE,
+) -> Any:  # fmt: skip
     """The loss of logits (..., V) of one dtype, all of it checked; with its parts, if asked for."""
     values = student.values
     backend = backends.choose(backend, values.device, values.dtype, divergence_of(terms))

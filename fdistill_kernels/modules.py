@@ -14,29 +14,20 @@ from .functional import cross_entropy, f_divergence, linear_cross_entropy, linea
 from .own import resolve
 
 
-def checked_settings(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, if all are keyword arguments of the function.
-
-    Raises:
-        TypeError: one is not.
-    """
-    known = inspect.signature(function).parameters
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
-    return settings
-
-
 class _Loss(nn.Module):
-    """A loss function with fixed settings; `printed` stands before them where it is shown."""
+    """A loss function with fixed settings, arguments of its; `printed` stands before them where it is shown."""
 
     printed = ""
 
     def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
         super().__init__()
-        self.settings = checked_settings(function, settings)
+        known = inspect.signature(function).parameters
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
+        self.settings = settings
 
     def extra_repr(self) -> str:
         """The settings, for printing."""
@@ -81,7 +72,7 @@ class CrossEntropyLoss(_Loss):
 
     def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
         """The loss of logits (N, C, ...) and a target; `batch`: more keyword arguments of `cross_entropy`."""
-        return cross_entropy(input, target, self.weight, **{**self.settings, **batch})
+        return cross_entropy(input, target, **{"weight": self.weight, **self.settings, **batch})
 
 
 class LinearFDivergenceLoss(_Loss):

@@ -18,8 +18,6 @@ from .values import LossTerms
 TAILS = ("bucket", "uniform", "renormalize", "within", "ignore", "sampled")
 #: Tails whose teacher is a whole distribution, which any temperature makes another of.
 WHOLE = ("uniform", "renormalize", "within")
-#: Divergences that are no sum of what each entry contributes.
-NO_SUMS = ("lk", "renyi", "akl", "entropy_gated", "tail_aware", "dkd", "csd")
 
 
 def checked_tail(tail: str) -> str:
@@ -67,11 +65,7 @@ class TopK(NamedTuple):
 
 
 def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> Targets:
-    """A teacher's list as rows, its shapes and settings checked; student: logits (..., V) or hidden states (..., D).
-
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
-    """
+    """A teacher's list as rows, its shapes and settings checked; student: logits (..., V) or hidden states (..., D)."""
     given = {n: getattr(teacher, n) for n in LISTS if n != "weights" or teacher.weights is not None}
     for field, value in given.items():
         checks.check_tensor(f"{name}.{field}", value, floating=field != "ids")
@@ -82,7 +76,7 @@ def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> T
         if value.shape != teacher.ids.shape:
             raise ValueError(f"{name}.{field} must have the shape of ids, {tuple(teacher.ids.shape)}, not "
                              f"{tuple(value.shape)}")  # fmt: skip
-    if teacher.ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    if teacher.ids.dtype not in checks.INTEGERS:
         raise TypeError(f"{name}.ids must be integers, not {teacher.ids.dtype}")
     _check_settings(teacher, terms, name)
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -98,7 +92,7 @@ def _check_settings(teacher: TopK, terms: LossTerms, name: str) -> None:
     if (tail == "sampled") != (teacher.weights is not None):
         raise ValueError(f"{name}.weights are importance weights, of tail='sampled', which needs them; not of {tail!r}")
     assert isinstance(divergence, Divergence)
-    if tail == "sampled" and divergence.name in NO_SUMS:
+    if tail == "sampled" and divergence.statistics is not None:
         raise ValueError(f"{divergence} is no sum of entries' own terms, which importance weights would be of")
     temperature = checks.check_number(f"{name}.temperature", teacher.temperature, *TEMPERATURES)
     asked = terms.temperature if terms.teacher_temperature is None else terms.teacher_temperature

@@ -18,11 +18,7 @@ TEMPERATURES = (1e-18, 1e18)
 
 
 def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_name: str = "labels") -> None:
-    """The terms fit the tokens of `student`, (..., V) logits or (..., D) hidden states.
-
-    Raises:
-        ValueError, TypeError: one does not, by its name.
-    """
+    """The terms fit the tokens of `student`, (..., V) logits or (..., D) hidden states."""
     checks.check_flag("temperature_squared", terms.temperature_squared)
     checks.check_number("ce_weight", terms.ce_weight)
     checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
@@ -100,10 +96,8 @@ class _Vectors:
 def token_terms(
     terms: LossTerms, student: Tensor, metrics: bool = False
 ) -> tuple[TokenTerms, int | Tensor, Known | None]:
-    """The terms as numbers of each row, the number of tokens that count, and what is known of them outside compilers.
-
-    Raises:
-        ValueError: a denominator or a temperature of a token that counts is out of range.
+    """The terms as numbers of each row, the number of tokens that count, and what is known of them outside compilers;
+    checks what needs these: the denominator, and temperatures of tokens that count.
     """
     vectors, labels, mask = _Vectors(student), None, None
     tokens: int | Tensor = (vectors.full(1.0) > 0).sum() if vectors.compiling else vectors.rows

@@ -70,20 +70,9 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
         "LINE": 16 // itemsize if padded else 1,
     }  # fmt: skip
-    name = "/".join(
-        filter(
-            None,
-            [
-                symbol or "labels alone",
-                dtype,
-                gradients or "no gradient",
-                labels,
-                phase.lower(),
-                "capped" if capped else None,
-                "padded" if padded else None,
-            ],
-        )
-    )
+    parts = (symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower(),
+             "capped" if capped else None, "padded" if padded else None)  # fmt: skip
+    name = "/".join(filter(None, parts))
     return name, rows.row_kernel, types, constants, chosen.warps
 
 

@@ -33,18 +33,8 @@ def models(n=N, v=V, dtype=torch.float32):
 
 
 def heads(n=N, v=V, dtype=torch.float32):
-    student, weight, teacher, teacher_weight = (
-        torch.randn(n, D),
-        torch.randn(v, D),
-        torch.randn(n, D),
-        torch.randn(v, D),
-    )
-    return (
-        student.to(dtype).requires_grad_(),
-        weight.to(dtype).requires_grad_(),
-        teacher.to(dtype),
-        teacher_weight.to(dtype),
-    )
+    student, weight, teacher, teacher_weight = (torch.randn(size, D).to(dtype) for size in (n, v, n, v))
+    return student.requires_grad_(), weight.requires_grad_(), teacher, teacher_weight
 
 
 VIEWS = {

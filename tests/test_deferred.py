@@ -28,6 +28,8 @@ MADE = {
     "one token": lambda z: z[..., 3], "some tokens": lambda z: z[..., 2:], "after the cap": lambda z: z.tanh() + BIAS,
     "regrouped": lambda z: z.view(3, -1), "comparison": lambda z: z > 0, "minus": lambda z: 1 - z, "rows": lambda z: torch.stack(list(z)),
     "assignment": lambda z: (operator.setitem(z, (..., 0), 0.0), z + 0)[1], "axis at the end": lambda z: z[..., None],
+    "keyword": lambda z: torch.tanh(input=z), "rounded": lambda z: torch.div(z, 2.0, rounding_mode="floor"),
+    "times": lambda z: z.add(BIAS, alpha=2.0), "shape": lambda z: z.reshape(shape=(6, V)),
 }  # fmt: skip
 
 

@@ -184,6 +184,8 @@ def test_modules(backend):
     module = fk.CrossEntropyLoss(weight, label_smoothing=0.1, backend=backend)
     expected = F.cross_entropy(student, labels, weight, label_smoothing=0.1)
     torch.testing.assert_close(module(student, labels), expected)
+    without = F.cross_entropy(student, labels, label_smoothing=0.1)
+    torch.testing.assert_close(module(student, labels, weight=None), without)
     assert list(module.state_dict()) == ["weight"]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fdistill_kernels as fk
-from fdistill_kernels.backends.rows import Shard, Targets, TokenTerms
+from fdistill_kernels.backends.rows import RowCall, TokenTerms
+from fdistill_kernels.carried import flat
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -256,15 +257,5 @@ def test_an_operator_called_by_hand_without_labels():
     terms = TokenTerms(ones, ones, ones, ones, ones, ones, None, None, TABLE["dkd"].key, 0.0)
     with pytest.raises(ValueError, match="needs labels"):
         torch.ops.fdistill_kernels.divergence_rows(
-            torch.randn(1, 2, 9),
-            torch.randn(1, 2, 9),
-            *terms,
-            None,
-            None,
-            False,
-            False,
-            False,
-            *Targets(),
-            *Shard(),
-            "cpu",
+            *flat(RowCall(torch.randn(1, 2, 9), torch.randn(1, 2, 9), terms)), "cpu"
         )

@@ -120,6 +120,14 @@ def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
     launch.remember(tuned, launch.device_of(cpu), "Kl", 3000, 4)
     assert launch.choose(10, 3000, 4, cpu, "Kl") == tuned
     assert launch.choose(1, 3000, 4, cpu, "Kl").programs == 1 and launch.choose(10, 3001, 4, cpu, "Kl") != tuned
+    path = tmp_path / "launches.json"
+    path.write_text(path.read_text().replace("|Kl|", "|Rkl|"))  # another process's, since
+    launch.remember(tuned, launch.device_of(cpu), "Tvd", 3000, 4)
+    assert {key.split("|")[1] for key in json.loads(path.read_text())} == {"Rkl", "Tvd"}
+    with launch.forced(tuned):
+        with launch.forced(launch.Launch(1024, 8, 2)):
+            pass
+        assert launch.choose(10, 77, 4, cpu, "Kl") == tuned
     launch._tuned.cache_clear()
 
 

@@ -56,6 +56,8 @@ def test_logits_with_their_cap():
     same(
         fk.cross_entropy(fk.Logits(student, 5.0), target), fk.cross_entropy(student, target, logit_softcap=5.0), student
     )
+    ours, wanted = fk.log_sum_exp(fk.Logits(student, 5.0)), fk.log_sum_exp(student, logit_softcap=5.0)
+    same(ours.sum(), wanted.sum(), student)
 
 
 def test_terms(backend):
@@ -181,6 +183,15 @@ BAD = {
 def test_values_are_checked(name):
     with pytest.raises((ValueError, TypeError)):
         BAD[name]()
+
+
+@pytest.mark.parametrize("size, error", [(V + 1, ValueError), (0, ValueError), ("5", TypeError), (2.0, TypeError)])
+def test_a_part_of_shards_is_one_of_their_vocabulary(size, error):
+    shard, logits, (hidden, weight, *_) = fk.VocabShard(None, 0, V), torch.randn(N, V), problem()
+    with pytest.raises(error, match="vocab_size must be"):
+        fk.f_divergence(logits, logits, shard=shard, vocab_size=size)
+    with pytest.raises(error, match="vocab_size must be"):
+        fk.linear_f_divergence(hidden, weight, hidden, weight, shard=shard, vocab_size=size)
 
 
 def test_values_are_copied_and_compiled():

@@ -103,7 +103,7 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
   }
   const Softmax teacher = softmax_of(teacher_logits, vocabulary, task.teacher_inverse_temperature[n], p_row,
                                      p_factors);
-  constexpr Members members = Asks<Divergence>::members;
+  constexpr Members members = Divergence::members;
   Entries<scalar_t> entries(student_logits, teacher_logits, vocabulary, student, teacher);
   if (task.metrics) {
     metrics.of_models(vocabulary, [&](int64_t v, int64_t count, int64_t begin) {
@@ -118,7 +118,7 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
   of_student.row = teacher_gradient ? scratch + 2 * stride : p_row;  // p is not needed again
   of_student.peak = student.peak;
   of_student.u_at_peak = entries.log_ratio_at(student.peak);
-  if constexpr (Asks<Divergence>::value)
+  if constexpr (Divergence::asks)
     ask_row<Divergence>(task, n, &entries, of_student.u_at_peak, entries.log_ratio_at(teacher.peak));
   const bool close = teacher_gradient || are_close(of_student.u_at_peak);  // trained teachers have one form of the passes
   // sum(term) is 0 but for the rounding of the softmaxes' sums, which models that nearly agree would feel

@@ -80,8 +80,8 @@ def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str
     if divergence is None:
         return {"TERMS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True, "MEMBERS": none}
     if not divergence.kernel:
-        own = {"TERMS": divergence.triton, "EXCHANGED": "own", "CENTRED": False, "TEACHER_CENTRED": False}
-        return {**own, "MEMBERS": none}
+        return {"TERMS": divergence.triton, "EXCHANGED": "own", "CENTRED": False, "TEACHER_CENTRED": False,
+                "MEMBERS": none}  # fmt: skip
     exchanged, known = KERNELS[divergence.kernel].exchanged, {**terms.BY_SYMBOL, **row_terms.BY_SYMBOL}
     members = divergence.statistics.members if divergence.statistics else ""
     return {
@@ -154,9 +154,9 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     _, inner, vocabulary = student.shape
     rows = terms.row_scale.shape[0]
     parts = torch.empty(call.parts, rows, dtype=torch.float32, device=student.device)
-    fresh = _empty_like(student) if call.student_gradient and not call.inplace else None
-    student_gradient = student if call.inplace else fresh
-    of_teacher = _empty_like(student) if call.teacher_gradient else None
+    of_student, of_teacher = call.empty_gradients()
+    student_gradient = student if call.inplace else of_student if call.student_gradient else None
+    teacher_gradient = of_teacher if call.teacher_gradient else None
     if divergence and divergence.scale != 1:
         terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
     class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
@@ -173,11 +173,11 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     if terms.metrics:
         write_metrics(call, parts, chosen)
 
-    line = _line(chosen.block, student, teacher, student_gradient, of_teacher)
+    line = _line(chosen.block, student, teacher, student_gradient, teacher_gradient)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
         kernels.row_kernel[grid](
-            student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=of_teacher,
+            student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=teacher_gradient,
             parts=parts, partials=partials, coefficients=coefficients,
             **{name: getattr(terms, name) for name in VECTORS}, rows=rows, inner=inner,
             vocabulary=vocabulary, span=span,
@@ -197,7 +197,6 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
                 phase(number, (rows, splits) if splits > 1 else (chosen.programs, 1))
                 if wire is not None and number < 3:
                     _meet(wire, partials, chosen.splits, number)
-    of_student, of_teacher = (student.new_empty(0) if x is None else x for x in (fresh, of_teacher))
     return parts, of_student, of_teacher
 
 
@@ -320,10 +319,6 @@ def _launch_beside(student: Tensor, row_scale: Tensor) -> Launch:
     """For the kernels of `rest`, whose blocks are of whole words of marks."""
     chosen = launch.choose(len(row_scale), student.shape[2], student.element_size(), student.device, "rest")
     return dataclasses.replace(chosen, block=max(32, chosen.block))
-
-
-def _empty_like(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _empty_partials(rows: int, splits: int, device: torch.device) -> Tensor:

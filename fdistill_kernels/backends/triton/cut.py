@@ -237,11 +237,7 @@ class _Sweeps:
 
 def _launch(kernel: Any, *arguments: Any, **keywords: Any) -> Callable[..., None]:
     """``kernel[grid](*arguments, **keywords, **more)`` as a function of grid and more; what stays is made once."""
-
-    def launched(grid: tuple[int, ...], **more: Any) -> None:
-        kernel[grid](*arguments, **keywords, **more)
-
-    return launched
+    return lambda grid, **more: kernel[grid](*arguments, **keywords, **more)
 
 
 class _Model:

@@ -60,10 +60,6 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _next_power_of_two(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()
-
-
 def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: bool = False) -> Launch:
     """The launch for a call that nobody tuned.
 
@@ -72,7 +68,7 @@ def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: 
     at least one a multiprocessor. Fewer rows than that are split.
     """
     entries = 16 // itemsize  # of a thread
-    block = min(_next_power_of_two(vocabulary), (8 if heavy else 16) * 32 * entries)
+    block = min(1 << (vocabulary - 1).bit_length(), (8 if heavy else 16) * 32 * entries)
     warps = max(1, block // (device.lanes * entries))
     resident = device.l2 // 2 // (2 * vocabulary * itemsize)
     per_processor = max(1, min(resident // device.processors, 1024 // (warps * device.lanes)))
@@ -119,6 +115,7 @@ def remember(launch: Launch, device: Device, symbol: str, vocabulary: int, items
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
+    _tuned.cache_clear()  # other processes have tuned since
     partial.write_text(json.dumps({**_tuned(), _key(device, symbol, vocabulary, itemsize): asdict(launch)}, indent=1))
     partial.replace(path)
     _tuned.cache_clear()
@@ -131,11 +128,11 @@ _forced: Launch | None = None
 def forced(launch: Launch) -> Iterator[None]:
     """Every call inside runs with this launch."""
     global _forced
-    _forced = launch
+    before, _forced = _forced, launch
     try:
         yield
     finally:
-        _forced = None
+        _forced = before
 
 
 def choose(rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str, heavy: bool = False) -> Launch:

@@ -8,10 +8,9 @@ own[FIRST] and on, with the models exchanged in reverse.
 import triton
 import triton.language as tl
 
-from .terms import Alpha, Kl, Rkl, Tvd, difference, log1p, power, power_log, times
+from .terms import SMALLEST_NORMAL, Alpha, Kl, Rkl, Tvd, difference, log1p, power, power_log, times
 
 FIRST, LAST = tl.constexpr(11), tl.constexpr(18)
-SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit

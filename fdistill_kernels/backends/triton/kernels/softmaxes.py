@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .loads import load_logits
-from .terms import LOG2E, exp, times
+from .terms import LARGEST, LOG2E, exp, times
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that −inf − maximum is −inf
+LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
 
 
 @triton.jit
