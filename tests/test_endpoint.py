@@ -674,11 +674,25 @@ def test_hidden_states(tmp_path):
         assert sum(server.answered.values()) == answered + 1
 
 
+def test_hidden_states_beside_a_head_that_trains(tmp_path):
+    with Server(folder=tmp_path) as server:
+        trained = head(server.model)._replace(weight=server.model.weight.clone().requires_grad_())
+        how = {"kind": "vllm_hidden", "norm": server.model.norm, "states_folder": tmp_path}
+        with endpoint(server, head=trained, **how) as teacher:
+            assert not teacher.targets([[1, 2]], [[3]]).states.requires_grad
+
+
 def test_hidden_states_that_cannot_be_had(tmp_path):
     model = Model()
     with pytest.raises(ValueError, match="needs norm and states_folder"):
         Endpoint("http://localhost:1", vocabulary=V, kind="vllm_hidden", head=head(model))
     how = {"kind": "vllm_hidden", "norm": model.norm, "retries": 0, "head": head(model)}
+    for more, says in (
+        ({"short_rows": True, "padded": True}, "makes nothing of short_rows and padded"),
+        ({"head": Head(model.weight[1:])}, rf"the head \({V - 1}, 8\) must have vocabulary={V} rows"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Endpoint("http://localhost:1", vocabulary=V, states_folder=tmp_path, **how | more)
     refused = pytest.raises(EndpointError, match="extract_hidden_states")
     with Server() as server, endpoint(server, states_folder=tmp_path, **how) as teacher, refused:
         teacher.targets([[1]], [[2]])
@@ -705,6 +719,7 @@ def test_arguments():
         ({"kind": "other"}, "kind must be"),
         ({"k": 0}, "k and concurrency"),
         ({"timeout": 0}, "timeout"),
+        ({"layer": 0}, "vllm makes nothing of layer"),
     ):
         with pytest.raises(ValueError, match=says):
             Endpoint("http://localhost:1", **{"vocabulary": V, **wrong})
@@ -725,6 +740,9 @@ def test_arguments():
             for tail in ("other", "sampled"):
                 with pytest.raises(ValueError, match="tail must be one of bucket, uniform"):
                     call([[1]], [[2]], tail=tail)
+        for ahead, error in ((-1, ValueError), (1.0, TypeError)):
+            with pytest.raises(error, match="ahead must be"):
+                teacher.prefetch([([[1]], [[2]])], ahead=ahead)
         assert not server.asked
         assert teacher.ask([[1]], [[2]], "uniform")().tail == "uniform"
         assert teacher.ask([np.array([1])], [[np.int32(2)]])("ignore").tail == "ignore"

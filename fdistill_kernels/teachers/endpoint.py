@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
@@ -117,6 +118,11 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if wrong:
             raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
                              "are for a connector's states, files without the teacher's output norm")  # fmt: skip
+        other = {"layer": layer != -1} if head is None else {"short_rows": short_rows, "padded": padded}
+        if ignored := [name for name, given in other.items() if given]:
+            raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
+        if head is not None and head.weight.shape[0] != vocabulary:
+            raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
         if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
             raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
         self.url, k = url.rstrip("/").removesuffix("/v1"), min(k, vocabulary)
@@ -130,12 +136,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if head is not None:
             states = str(head.weight.dtype).removeprefix("torch.")
             self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
-        self.store = store if isinstance(store, TeacherStore) else None
-        self._folder = None if store is None or isinstance(store, TeacherStore) else Path(store)  # of one to be made
-        if self.store is not None:
-            known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
-            check_same(f"{self.store.folder} holds other targets", known,
-                       _settings(**self._kept | {n: known[n] for n in free if n in known}))  # fmt: skip
+        self.store: TeacherStore | None = None
+        self._folder: Path | None = None  # of a store to be made
+        if isinstance(store, TeacherStore):
+            self.store, free = store, ("states", "rank") if head else ("log_probs",)
+            asked = _settings(**self._kept | {n: x for n, x in store.settings.items() if n in free})
+            check_same(f"{store.folder} holds other targets", store.settings, asked)
+        elif store is not None:
+            self._folder = Path(store)
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -180,6 +188,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
     ) -> Generator[tuple[Any, TopK | Hidden], None, None]:
         """Yields each batch (prompts, continuations, …) with its targets, while `ahead` further ones are asked for."""
+        check_integer("ahead", ahead, 0)
         return self._prefetched(iter(batches), ahead, checked_tail(tail))
 
     def _prefetched(self, source: Any, ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
@@ -298,7 +307,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
     def _together(self, rows: list[Any]) -> TopK | Hidden:
         if self.head is not None:
-            return Hidden(torch.cat([self.head.weight[:0], *rows]), self.head)
+            return Hidden(torch.cat([self.head.weight.detach()[:0], *rows]), self.head)
         rows = [TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k)), *rows]
         return TopK(torch.cat([row.ids for row in rows]), torch.cat([row.log_probs for row in rows]))
 
