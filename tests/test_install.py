@@ -49,10 +49,10 @@ def test_without_a_compiler(tmp_path):
 def test_a_library_that_is_named_is_the_one_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     native.log_of("cpu").write_text("there was no compiler\nand so on")
-    with pytest.raises(OSError, match="not built: there was no compiler$"):
+    with pytest.raises(OSError, match=r"not built: there was no compiler$"):
         native.open_library("cpu", 1)
     monkeypatch.setenv("FDISTILL_CPU_LIBRARY", "/nosuch/library.so")
-    with pytest.raises(OSError, match="not built: there is no /nosuch/library.so"):
+    with pytest.raises(OSError, match=r"not built: there is no /nosuch/library\.so"):
         native.open_library("cpu", 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -136,7 +135,7 @@ def _terms(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The value at each entry, and both models' gradients by rate·logit."""
     u = log_ratio(teacher.logits, student.logits, teacher, student)
-    entry = entry_of(teacher, student, u, (u.gather(1, student.peak), u.gather(1, teacher.peak)))
+    entry = entry_of(teacher, student, u, u.gather(1, student.peak), u.gather(1, teacher.peak))
     if (statistics := divergence.statistics) is not None:
         inside = _members(statistics.members, teacher, labels, divergence.parameter)
         entry = _with_statistics(entry._replace(inside=inside), statistics, divergence.numbers)
@@ -146,13 +145,13 @@ def _terms(
     return value, of_student, _about_peak(of_teacher[0], teacher) if teacher_gradient else None
 
 
-def entry_of(teacher: Any, student: Any, u: Tensor, at_peaks: Iterable[Tensor]) -> Entry:
+def entry_of(teacher: Any, student: Any, u: Tensor, u_at_peak: Tensor, u_at_other_peak: Tensor) -> Entry:
     """Both models at some entries, and log(p/q) there and at the student's and the teacher's peak.
 
     teacher, student: what has `probability`, `log_probability` and `shifted` of the entries, such as `_Model`.
     """
     return Entry(teacher.probability, student.probability, teacher.log_probability, student.log_probability, u,
-                 teacher.shifted, student.shifted, *at_peaks)  # fmt: skip
+                 teacher.shifted, student.shifted, u_at_peak, u_at_other_peak)  # fmt: skip
 
 
 def terms_at(divergence: Divergence, entry: Entry, of_teacher: bool) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ largest, and akl finds its threshold by halving. Every rank has the same loss, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -191,7 +191,7 @@ class _Rows:
         local = [_local(x, m) for x, m in zip(logits, models, strict=True)]
         (s, t), (student, teacher) = local, models
         u = log_ratio(t.logits, s.logits, teacher, student)
-        entry = entry_of(t, s, u, (x[n] for x in self.u_at_peaks))
+        entry = entry_of(t, s, u, *(x[n] for x in self.u_at_peaks))
         return self.with_row(entry, n, t.logits, 0), local, models
 
     def with_row(self, entry: Entry, n: slice, teacher_logits: Tensor, at: int | Tensor) -> Entry:
@@ -221,7 +221,8 @@ class _Rows:
             _sums(statistics.sums(self.anchored(self.entry(n, logits)[0], n), *numbers)) for n, logits in self.chunks()
         ]
         whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
-        of_row = Entry(*[torch.zeros_like(self.u_at_peaks[0])] * 7, *self.u_at_peaks)
+        nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
+        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher)
         self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
 
     def anchored(self, entry: Entry, n: slice) -> Entry:
@@ -274,7 +275,7 @@ class _Rows:
         s, t = (_local(z[n], m.of_rows(n)) for z, m in zip(self.at_tops(i), self.models, strict=True))
         peaks = [x[n] for x in self.u_at_peaks]
         at = self.peak_ids(i)[n] if divergence.needs_labels else 0
-        entry = self.with_row(entry_of(t, s, peaks[i], peaks), n, t.logits, at)
+        entry = self.with_row(entry_of(t, s, peaks[i], *peaks), n, t.logits, at)
         return terms_at(divergence, self.anchored(entry, n), of_teacher=i == 1)[1 + i]
 
     def peak_ids(self, i: int) -> Tensor:
@@ -304,18 +305,23 @@ class _Rows:
                 self.sums[0] = torch.zeros_like(whole[0])
             if terms.metrics:
                 parts += self.metrics(whole[1 + count :])
+        elif terms.metrics:
+            alone = (_local(logits[0], self.models[0].of_rows(n)) for n, logits in self.chunks())
+            entropy = self.wire.reduced(torch.cat([_sums(self.metrics_at([student])) for student in alone]))
+            parts += self.metrics([entropy.to(self.dtype), nothing, nothing])
         scale = terms.row_scale.unsqueeze(1)
         return torch.cat([torch.where(self.live, scale * x, 0) for x in parts], 1).T.contiguous()
 
-    def metrics_at(self, both: list[Local]) -> tuple[Tensor, ...]:
-        s, t = both
-        return (-times(s.probability, s.log_probability), -times(t.probability, t.log_probability),
-                torch.minimum(s.probability, t.probability))  # fmt: skip
+    def metrics_at(self, models: list[Local]) -> list[Tensor]:
+        """What is summed: each model's entropy and, of two, their overlap."""
+        of_each = [-times(m.probability, m.log_probability) for m in models]
+        return of_each if len(models) == 1 else [*of_each, torch.minimum(*(m.probability for m in models))]
 
-    def metrics(self, sums: Any) -> list[Tensor]:
-        """`values.Metrics` behind the losses."""
+    def metrics(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """`values.Metrics` behind the losses; without a teacher 0 for what there is none of."""
         student_entropy, teacher_entropy, overlap = sums
-        agreement = (self.peak_ids(0) == self.peak_ids(1)).to(overlap)
+        alone = len(self.models) == 1
+        agreement = 0 * overlap if alone else (self.peak_ids(0) == self.peak_ids(1)).to(overlap)
         label = self.label_logit - self.models[0].top - self.log_plain if self.labels is not None else 0 * overlap
         return [student_entropy, teacher_entropy, agreement, overlap, self.models[0].top + self.log_plain, label]
 
