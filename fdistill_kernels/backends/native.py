@@ -18,7 +18,6 @@ from .rows import VECTORS, RowCall
 #: In the order of csrc/row_task.h's `Scalar`.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 FOLDER = Path(__file__).parent.parent
 
 
@@ -125,4 +124,4 @@ def row_task(
     )  # fmt: skip
     if divergence and divergence.kernel:
         task.parameter, task.exchanged = parameters(divergence.key)
-    return (divergence.kernel or "") if divergence else "", task, vectors
+    return (divergence and divergence.kernel) or "", task, vectors
