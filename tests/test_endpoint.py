@@ -674,6 +674,23 @@ def test_hidden_states(tmp_path):
         assert sum(server.answered.values()) == answered + 1
 
 
+def test_hidden_states_that_nobody_reads_are_removed(tmp_path, monkeypatch):
+    """Those of samples, and what cannot be read."""
+    from fdistill_kernels.sequence.sampling import Sampling
+
+    with Server(folder=tmp_path) as server:
+        how = {"kind": "vllm_hidden", "head": head(server.model), "norm": server.model.norm, "states_folder": tmp_path}
+        with endpoint(server, retries=0, **how) as teacher:
+            made = teacher.draw([[1, 2], [3]], Sampling(max_new_tokens=4), seed=7)
+            assert [m.tolist() for m in made] == [server.sample(p, 4, 7 + i) for i, p in enumerate([[1, 2], [3]])]
+            teacher.targets([[1, 2]], [[3]])
+            assert not list(tmp_path.iterdir())
+            monkeypatch.setattr("safetensors.torch.save_file", lambda _, path: open(path, "w").close())
+            with pytest.raises(EndpointError, match="cannot be read"):
+                teacher.targets([[1, 2]], [[4]])
+    assert not list(tmp_path.iterdir())
+
+
 def test_hidden_states_beside_a_head_that_trains(tmp_path):
     with Server(folder=tmp_path) as server:
         trained = head(server.model)._replace(weight=server.model.weight.clone().requires_grad_())
