@@ -13,6 +13,7 @@ largest, and akl finds its threshold by halving. Every rank has the same loss, t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -103,7 +104,6 @@ class _Rows:
         self.coefficients: tuple[Tensor, ...] | None = None  # what `ask` finds
         self.threshold: Tensor | None = None
         self.anchor: Tensor | None = None
-        self._ids: Tensor | None = None
         self.labels = None if call.terms.labels is None else torch.where(self.live[:, 0], call.terms.labels, 0)
 
     def chunks(self) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -195,7 +195,7 @@ class _Rows:
         return self.with_row(entry, n, t.logits, 0), local, models
 
     def with_row(self, entry: Entry, n: slice, teacher_logits: Tensor, at: int | Tensor) -> Entry:
-        """With the set's members among entries at places from `at`, and the row's coefficients."""
+        """With the set's members among entries at places from `at`, and the row's coefficients and anchor."""
         members = self.divergence.statistics.members if self.divergence.statistics else ""
         inside = NOTHING
         if members == "label":
@@ -206,7 +206,7 @@ class _Rows:
             assert self.threshold is not None
             inside = teacher_logits >= self.threshold[n]
         of_row = () if self.coefficients is None else tuple(c[n] for c in self.coefficients)
-        return entry._replace(inside=inside, of_row=of_row)
+        return entry._replace(inside=inside, of_row=of_row, anchor=None if self.anchor is None else self.anchor[n])
 
     def ask(self, statistics: RowStatistics) -> None:
         """What the divergence asks of its rows."""
@@ -217,16 +217,12 @@ class _Rows:
         if statistics.anchor is not None:
             largest = torch.cat([statistics.anchor(self.entry(n, x)[0], *numbers) for n, x in self.chunks()])
             self.anchor = self.wire.reduced(largest, dist.ReduceOp.MAX)
-        sums = [
-            _sums(statistics.sums(self.anchored(self.entry(n, logits)[0], n), *numbers)) for n, logits in self.chunks()
-        ]
+        sums = [_sums(statistics.sums(self.entry(n, logits)[0], *numbers)) for n, logits in self.chunks()]
         whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
         nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
-        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher)
-        self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
-
-    def anchored(self, entry: Entry, n: slice) -> Entry:
-        return entry if self.anchor is None else entry._replace(anchor=self.anchor[n])
+        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher,
+                       anchor=self.anchor)  # fmt: skip
+        self.coefficients = statistics.coefficients(of_row, tuple(whole), *numbers)
 
     def largest(self, count: float) -> Tensor:
         """The teacher's count-th largest logit of each row: of each rank's own largest."""
@@ -237,29 +233,26 @@ class _Rows:
     def heaviest(self, mass: float) -> Tensor:
         """The smallest of the fewest largest logits of the teacher that hold a mass."""
         teacher = self.models[1]
+
+        def above(log_p: Tensor) -> Iterator[tuple[Tensor, Local]]:
+            for n, logits in self.chunks():
+                found = _local(logits[1], teacher.of_rows(n))
+                yield found.log_probability >= log_p[n], found
+
         low, high = (torch.full_like(teacher.top, x) for x in (-104.0, 1e-6))  # of log p: too much, and too little
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            held = self.wire.reduced(torch.cat([self.mass_above(n, x[1], middle[n]) for n, x in self.chunks()]))
-            enough = held >= mass
+            held = [_sums([torch.where(inside, x.probability, 0)]) for inside, x in above(middle)]
+            enough = self.wire.reduced(torch.cat(held)) >= mass
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        smallest = torch.cat([self.smallest_above(n, x[1], low[n]) for n, x in self.chunks()])
-        return self.wire.reduced(smallest, dist.ReduceOp.MIN)
-
-    def mass_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
-        found = _local(logits, self.models[1].of_rows(n))
-        held = torch.where(found.log_probability >= log_p, found.probability, 0)
-        return held.sum(1, keepdim=True, dtype=widest(logits))
-
-    def smallest_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
-        found = _local(logits, self.models[1].of_rows(n))
-        return torch.where(found.log_probability >= log_p, logits, torch.inf).amin(1, keepdim=True)
+        smallest = [torch.where(inside, x.logits, torch.inf).amin(1, keepdim=True) for inside, x in above(low)]
+        return self.wire.reduced(torch.cat(smallest), dist.ReduceOp.MIN)
 
     def terms_at(self, n: slice, logits: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Local]]:
         """The value at each entry here, and both models' terms, measured from their peak's, which is then 0."""
         divergence = self.divergence
         entry, local, models = self.entry(n, logits)
-        value, *found = terms_at(divergence, self.anchored(entry, n), self.call.teacher_gradient)
+        value, *found = terms_at(divergence, entry, self.call.teacher_gradient)
         for i, term in enumerate(found):
             if i == 0 and divergence.centred:
                 continue
@@ -274,16 +267,15 @@ class _Rows:
         divergence = self.divergence
         s, t = (_local(z[n], m.of_rows(n)) for z, m in zip(self.at_tops(i), self.models, strict=True))
         peaks = [x[n] for x in self.u_at_peaks]
-        at = self.peak_ids(i)[n] if divergence.needs_labels else 0
+        at = self.peak_ids[i][n] if divergence.needs_labels else 0
         entry = self.with_row(entry_of(t, s, peaks[i], *peaks), n, t.logits, at)
-        return terms_at(divergence, self.anchored(entry, n), of_teacher=i == 1)[1 + i]
+        return terms_at(divergence, entry, of_teacher=i == 1)[1 + i]
 
-    def peak_ids(self, i: int) -> Tensor:
-        """The whole vocabulary's ids of the largest entries."""
-        if self._ids is None:
-            mine = [torch.where(m.mine, m.peak + self.shard.begin, 0) for m in self.models]
-            self._ids = self.wire.reduced(torch.cat(mine, 1))
-        return self._ids[:, i : i + 1]
+    @functools.cached_property
+    def peak_ids(self) -> tuple[Tensor, ...]:
+        """The whole vocabulary's ids of each model's largest entries."""
+        mine = [torch.where(m.mine, m.peak + self.shard.begin, 0) for m in self.models]
+        return self.wire.reduced(torch.cat(mine, 1)).split(1, 1)
 
     def totals(self) -> Tensor:
         """The parts of each row, and `sums`, the terms' own, of which the gradients are made."""
@@ -320,8 +312,9 @@ class _Rows:
     def metrics(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """`values.Metrics` behind the losses; without a teacher 0 for what there is none of."""
         student_entropy, teacher_entropy, overlap = sums
-        alone = len(self.models) == 1
-        agreement = 0 * overlap if alone else (self.peak_ids(0) == self.peak_ids(1)).to(overlap)
+        agreement = 0 * overlap
+        if len(self.models) == 2:
+            agreement = (self.peak_ids[0] == self.peak_ids[1]).to(overlap)
         label = self.label_logit - self.models[0].top - self.log_plain if self.labels is not None else 0 * overlap
         return [student_entropy, teacher_entropy, agreement, overlap, self.models[0].top + self.log_plain, label]
 
