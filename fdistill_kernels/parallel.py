@@ -140,8 +140,7 @@ def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
 
 def local_head(name: str, head: Head, shard: VocabShard) -> Head:
     """A head's rows on this rank, without padding."""
-    bias = None if head.bias is None else valid(name, head.bias, shard, 0)
-    return head._replace(weight=valid(name, head.weight, shard, 0), bias=bias)
+    return head.with_each(lambda x: valid(name, x, shard, 0))
 
 
 def is_dtensor(value: Any) -> bool:

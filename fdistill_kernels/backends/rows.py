@@ -374,11 +374,10 @@ class LinearCall(NamedTuple):
         if (teacher.rows is None and not teacher.itself and not listed) != (self.terms.divergence is None):
             raise ValueError("a divergence needs a teacher, and a teacher a divergence")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
         other = teacher.rows if teacher.rows is not None else teacher.itself or None
         targets = checked_targets(teacher.targets, other, self.terms, rows, wide, hidden.device)
         return self._replace(
-            head=head._replace(weight=head.weight.to(hidden.dtype), bias=bias),
+            head=head.with_each(lambda x: x.to(hidden.dtype)),
             teacher=teacher._replace(targets=targets),
             terms=checked_terms(self.terms, rows, self.vocabulary, wide, hidden.device),
         )
