@@ -47,10 +47,11 @@ def vocab_shard(
     """
     sizes: list[Any] = [None] * group.size()
     dist.all_gather_object(sizes, local_size, group=group)
-    begin, held = sum(sizes[: group.rank()]), sum(sizes)
-    if min(sizes) < 1 or not 1 <= (held if vocab_size is None else vocab_size) <= held:
+    held = sum(sizes)
+    size = held if vocab_size is None else vocab_size
+    if min(sizes) < 1 or not 1 <= size <= held:
         raise ValueError(f"vocab_size={vocab_size} does not fit shards of {sizes} entries, each at least 1")
-    return VocabShard(group, begin, held if vocab_size is None else vocab_size, sum_hidden)
+    return VocabShard(group, sum(sizes[: group.rank()]), size, sum_hidden)
 
 
 def carried_shard(shard: VocabShard | None) -> Shard:
@@ -133,16 +134,13 @@ def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
         ValueError: the bias has neither these rows nor all.
     """
     if values.dim() != 1 or values.shape[0] < shard.size:  # on all ranks alike
-        raise ValueError(
-            f"{name} has {tuple(values.shape)} entries, neither the head's {rows} here nor all {shard.size}"
-        )
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, neither the head's {rows} here nor all {shard.size}")
     return values[shard.begin : shard.begin + rows]
 
 
 def local_head(name: str, head: Head, shard: VocabShard) -> Head:
     """A head's rows on this rank, without padding."""
-    bias = None if head.bias is None else valid(name, head.bias, shard, 0)
-    return head._replace(weight=valid(name, head.weight, shard, 0), bias=bias)
+    return head.with_each(lambda x: valid(name, x, shard, 0))
 
 
 def is_dtensor(value: Any) -> bool:

@@ -47,7 +47,8 @@ def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: to
 
     Returns:
         The provenance of the run; `sizes`, with the seconds, peak bytes and floor of each loss at each size; and
-        `errors`, with the errors of each loss at each scale of the logits, against float64.
+        `errors`, with the errors of each loss at each scale of the logits, against float64; infinite ones are null in
+        the page.
     """
     from .peers.measure import errors_by_scale, losses, measured
 
@@ -145,7 +146,8 @@ def page(data: dict[str, Any]) -> str:
     head = ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB above inputs")
     table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in (head, *cells))
     origin = ", ".join(f"{k}: {v}" for k, v in data.items() if not isinstance(v, list))
-    numbers = json.dumps(data).replace("</", "<\\/")
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)  # JSON has no infinity
+    numbers = json.dumps(finite).replace("</", "<\\/")
     return (
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>fdistill bench</title><style>{STYLE}</style>\n'
         f"<h1>Forward and backward, N, V = {data['shape'][0]}, {data['shape'][1]}, {data['dtype']}</h1>\n"

@@ -23,7 +23,7 @@ from . import checks
 from .backends import sharded
 from .backends.collectives import Collectives
 from .backends.rows import LinearCall
-from .carried import built, flat, names_of, replaced
+from .carried import built, flat, names_of
 from .parallel import VocabShard, is_dtensor, scattered_shard
 from .sparse import TopK
 from .values import Head, Hidden
@@ -69,7 +69,6 @@ def head_here(
         raise ValueError("of a head's weight and bias both must be DTensors, of the same placements, or neither")
     head, device = cast(head, hidden), hidden.device.type
     weight: Any = head.weight
-    bias: Any = head.bias
     itemsize = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype).itemsize
     size = weight.shape[0] if vocab_size is None else vocab_size
     shard = scattered_shard(weight, size) if size <= weight.shape[0] else None
@@ -82,10 +81,9 @@ def head_here(
         states = f"{hidden.shape[-1]} of {weight.dtype}, beside a teacher of {of_teacher}"
         wire = Collectives(shard.group.group_name)
         rows = sum(wire.agree(hidden.device, hidden.shape[:-1].numel(), hidden_states=states, vocabulary=size))
-        if of_teacher >= 0 and takes_turns(
-            rows, size, weight.shape[1], of_teacher, itemsize, is_dtensor(teacher_weight)
-        ):
-            return head._replace(weight=weight.to_local(), bias=None if bias is None else bias.to_local()), shard
+        split = is_dtensor(teacher_weight)
+        if of_teacher >= 0 and takes_turns(rows, size, weight.shape[1], of_teacher, itemsize, split):
+            return head.with_each(lambda x: x.to_local()), shard  # type: ignore[attr-defined]
     return whole(head), None
 
 
@@ -93,8 +91,7 @@ def cast(head: Head, states: Tensor) -> Head:
     """A head that is a DTensor in the dtype of hidden states, as FSDP's mixed precision does; autocast casts later."""
     if not is_dtensor(head.weight) or torch.is_autocast_enabled(states.device.type):
         return head
-    bias = None if head.bias is None else head.bias.to(states.dtype)
-    return head._replace(weight=head.weight.to(states.dtype), bias=bias)
+    return head.with_each(lambda x: x.to(states.dtype))
 
 
 def _teacher_width(teacher: Any, teacher_weight: Any, weight: Any) -> int:
@@ -114,9 +111,7 @@ def _teacher_width(teacher: Any, teacher_weight: Any, weight: Any) -> int:
 
 def whole(head: Head) -> Head:
     """All of a head that is a DTensor, differentiable: its gradient is the mean of the ranks'. Another is as it is."""
-    tensors: tuple[Any, ...] = (head.weight, head.bias)
-    weight, bias = (_Whole.apply(x) if is_dtensor(x) else x for x in tensors)
-    return replaced(head, weight=weight, bias=bias)
+    return head.with_each(lambda x: _Whole.apply(x) if is_dtensor(x) else x)
 
 
 class _Whole(torch.autograd.Function):

@@ -31,6 +31,10 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """With its weight and bias changed alike."""
+        return Head(change(self.weight), None if self.bias is None else change(self.bias), self.scale, self.softcap)
+
 
 class Hidden(NamedTuple):
     """A teacher given by hidden states (..., D) and its own head."""

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import fdistill_kernels as fk
-from fdistill_kernels.backends.rows import LinearCall, RowCall, Teacher, TokenTerms, Wants
-from fdistill_kernels.carried import flat
+from fdistill_kernels.backends.rows import LinearCall, RowCall, Targets, Teacher, TokenTerms, Wants
+from fdistill_kernels.carried import flat, names_of
 from fdistill_kernels.integrations.transformers import causal_loss
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -99,6 +99,25 @@ BAD_ROWS = {
 def test_operators_called_by_hand_read_nothing_foreign(name, backend):
     with pytest.raises(ValueError):
         OPERATORS.divergence_rows(*row_arguments(**BAD_ROWS[name], backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+def test_a_vector_given_twice_is_looked_at_for_each_of_its_uses(backend):
+    once = row_arguments(labels=torch.ones(N).long(), backend=backend)
+    names, ones = [*names_of(RowCall), "backend"], once[names_of(RowCall).index("terms_row_scale")]
+    twice = [ones if name == "terms_labels" else x for name, x in zip(names, once, strict=True)]
+    for a, b in zip(OPERATORS.divergence_rows(*once), OPERATORS.divergence_rows(*twice), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="class_weight must be dense"):
+        OPERATORS.divergence_rows(*[ones if n == "terms_class_weight" else x for n, x in zip(names, once, strict=True)])
+
+
+@pytest.mark.parametrize("log_probs", [torch.zeros(N, 3), torch.zeros(2, 2), None])
+def test_a_list_of_another_shape_is_named(log_probs):
+    targets = Targets(torch.tensor([[0, 1]] * N), log_probs)
+    call = row_arguments(teacher=None, teacher_gradient=False, class_weight=None, targets=targets)
+    with pytest.raises(ValueError, match=rf"log_probs must be dense, of shape \({N}, 2\) on cpu, not"):
+        OPERATORS.divergence_rows(*call)
 
 
 def test_operators_by_hand_take_what_they_can():

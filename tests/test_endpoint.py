@@ -674,11 +674,42 @@ def test_hidden_states(tmp_path):
         assert sum(server.answered.values()) == answered + 1
 
 
+def test_hidden_states_that_nobody_reads_are_removed(tmp_path, monkeypatch):
+    """Those of samples, and what cannot be read."""
+    from fdistill_kernels.sequence.sampling import Sampling
+
+    with Server(folder=tmp_path) as server:
+        how = {"kind": "vllm_hidden", "head": head(server.model), "norm": server.model.norm, "states_folder": tmp_path}
+        with endpoint(server, retries=0, **how) as teacher:
+            made = teacher.draw([[1, 2], [3]], Sampling(max_new_tokens=4), seed=7)
+            assert [m.tolist() for m in made] == [server.sample(p, 4, 7 + i) for i, p in enumerate([[1, 2], [3]])]
+            teacher.targets([[1, 2]], [[3]])
+            assert not list(tmp_path.iterdir())
+            monkeypatch.setattr("safetensors.torch.save_file", lambda _, path: open(path, "w").close())
+            with pytest.raises(EndpointError, match="cannot be read"):
+                teacher.targets([[1, 2]], [[4]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_beside_a_head_that_trains(tmp_path):
+    with Server(folder=tmp_path) as server:
+        trained = head(server.model)._replace(weight=server.model.weight.clone().requires_grad_())
+        how = {"kind": "vllm_hidden", "norm": server.model.norm, "states_folder": tmp_path}
+        with endpoint(server, head=trained, **how) as teacher:
+            assert not teacher.targets([[1, 2]], [[3]]).states.requires_grad
+
+
 def test_hidden_states_that_cannot_be_had(tmp_path):
     model = Model()
     with pytest.raises(ValueError, match="needs norm and states_folder"):
         Endpoint("http://localhost:1", vocabulary=V, kind="vllm_hidden", head=head(model))
     how = {"kind": "vllm_hidden", "norm": model.norm, "retries": 0, "head": head(model)}
+    for more, says in (
+        ({"short_rows": True, "padded": True}, "makes nothing of short_rows and padded"),
+        ({"head": Head(model.weight[1:])}, rf"the head \({V - 1}, 8\) must have vocabulary={V} rows"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Endpoint("http://localhost:1", vocabulary=V, states_folder=tmp_path, **how | more)
     refused = pytest.raises(EndpointError, match="extract_hidden_states")
     with Server() as server, endpoint(server, states_folder=tmp_path, **how) as teacher, refused:
         teacher.targets([[1]], [[2]])
@@ -705,6 +736,7 @@ def test_arguments():
         ({"kind": "other"}, "kind must be"),
         ({"k": 0}, "k and concurrency"),
         ({"timeout": 0}, "timeout"),
+        ({"layer": 0}, "vllm makes nothing of layer"),
     ):
         with pytest.raises(ValueError, match=says):
             Endpoint("http://localhost:1", **{"vocabulary": V, **wrong})
@@ -725,6 +757,9 @@ def test_arguments():
             for tail in ("other", "sampled"):
                 with pytest.raises(ValueError, match="tail must be one of bucket, uniform"):
                     call([[1]], [[2]], tail=tail)
+        for ahead, error in ((-1, ValueError), (1.0, TypeError)):
+            with pytest.raises(error, match="ahead must be"):
+                teacher.prefetch([([[1]], [[2]])], ahead=ahead)
         assert not server.asked
         assert teacher.ask([[1]], [[2]], "uniform")().tail == "uniform"
         assert teacher.ask([np.array([1])], [[np.int32(2)]])("ignore").tail == "ignore"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fdistill_kernels.backends import cpu
+from fdistill_kernels.backends import cpu, native
 
 from .conftest import WHOLE
 
@@ -44,6 +44,16 @@ def test_without_a_compiler(tmp_path):
     assert not list(tmp_path.glob("lib/**/*.so")) and not list(tmp_path.glob("lib/**/*.partial"))
     use = "import torch, fdistill_kernels as fk; x = torch.zeros(2, 9, requires_grad=True); fk.f_divergence(x, x).backward()"
     assert run("-c", use, cwd=tmp_path / "lib").returncode == 0
+
+
+def test_a_library_that_is_named_is_the_one_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native.log_of("cpu").write_text("there was no compiler\nand so on")
+    with pytest.raises(OSError, match=r"not built: there was no compiler$"):
+        native.open_library("cpu", 1)
+    monkeypatch.setenv("FDISTILL_CPU_LIBRARY", "/nosuch/library.so")
+    with pytest.raises(OSError, match=r"not built: there is no /nosuch/library\.so"):
+        native.open_library("cpu", 1)
 
 
 @pytest.fixture

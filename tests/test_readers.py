@@ -157,6 +157,13 @@ def test_other_lines_that_do_not_fit(tmp_path):
     assert row.ids.shape == (4, 30) and ((row.ids >= 0).sum(1) >= K).all() and (row.ids[:, -1] == -1).all()
 
 
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"k": -1}, {"vocabulary": 0}])
+def test_lists_of_nothing_are_refused(tmp_path, wrong):
+    path = lines(tmp_path / "lines", vllm_lines())
+    with pytest.raises(Misfit, match=rf"{path.name}:1: k=.* must be at least 1"):
+        next(readers.vllm_replies(path, **{"k": K, "vocabulary": V, **wrong}))
+
+
 def test_minus_nine_thousand_is_minus_infinity(tmp_path):
     found = vllm_lines()[:1]
     row = found[0]["choices"][0]["prompt_logprobs"][1]
@@ -184,7 +191,8 @@ def test_columns():
     }
     _, _, rows = next(readers.columns([ragged], **names))
     assert (rows.ids >= 0).sum(1).tolist() == [3, 4, 5, 6] and rows.ids[:, :3].tolist() == [r[:3] for r in data[0]["i"]]
-    for spoil, says in (({"i": data[1]["i"]}, r"\(2, 8\)"), ({"l": ragged["l"]}, "not"), ({"c": data[0]["c"][:-1]}, r"\(3, K\)"),
+    for spoil, says in (({"i": data[1]["i"]}, r"\(2, 8\)"), ({"l": ragged["l"]}, "position 0 .* 8 ids and 3 log"),
+                        ({"i": ragged["i"], "l": ragged["l"][::-1]}, "position 0 .* 3 ids and 6 log"), ({"c": data[0]["c"][:-1]}, r"\(3, K\)"),
                         ({"i": [[1] * K] * 4}, "twice"), ({"p": []}, "prompt of 0"), ({"l": [[0.5] * K] * 4}, "positive")):  # fmt: skip
         with pytest.raises(Misfit, match=f"train 1: .*{says}"):
             list(readers.columns([data[0], {**data[0], **spoil}], name="train", **names))

@@ -106,6 +106,14 @@ def test_error(page):
     assert error < 1e-5
 
 
+def test_numbers_are_json_where_a_peer_overflows(page):
+    """JSON has no infinity, and a browser would read nothing."""
+    overflown = {**page.data, "errors": [{**page.data["errors"][0], "gradient_error": math.inf}]}
+    text = report.page(overflown)
+    kept = re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1)
+    assert json.loads(kept, parse_constant=pytest.fail)["errors"][0]["gradient_error"] is None
+
+
 def test_sizes_that_are_one():
     assert report.sizes((1, 2)) == {"N": [(1, 2)], "V": [(1, 2)]}
 

@@ -479,6 +479,12 @@ def test_states_that_do_not_fit_are_refused(tmp_path, states, what):
         writer.add([1], [2, 3], states)
 
 
+@pytest.mark.parametrize("precision", packing.STATES)
+def test_states_beyond_a_precision_are_refused(precision):
+    with pytest.raises(ValueError, match=f"states beyond {precision}"):
+        packing.encode_states(torch.full((2, 16), 1e41, dtype=torch.float64), precision)
+
+
 @pytest.mark.parametrize(("given", "what"), [
     ({"kind": "logits"}, "kind must be one of"), ({"k": None}, "k=None"), ({"k": 0}, "k=0"), ({"vocabulary": 0}, "posi"),
     ({"log_probs": "int4"}, "log_probs='int4'"), ({"temperature": 0.0}, "temperature=0"), ({"rank": 3}, "rank=3"),
@@ -486,6 +492,9 @@ def test_states_that_do_not_fit_are_refused(tmp_path, states, what):
     ({"kind": "hidden", "k": None, "head": head(30)}, "must have vocabulary=40 rows"),
     ({"kind": "hidden", "k": None, "head": head(), "rank": 17}, r"in \[1, 16\]"),
     ({"kind": "hidden", "k": None, "head": head(), "states": "int4"}, "states='int4'"),
+    ({"kind": "hidden", "k": None, "head": head(), "temperature": 2.0}, "no k, log_probs or temperature"),
+    ({"kind": "hidden", "k": None, "head": head(), "log_probs": "uint8"}, "no k, log_probs or temperature"),
+    ({"states": "int8"}, "no head, rank or states"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(tmp_path, given, what):
     with pytest.raises(ValueError, match=what):
@@ -502,6 +511,8 @@ def test_what_is_no_row_of_token_ids_is_refused(tmp_path, ids):
         store.targets([[1]], [ids])
     with pytest.raises(ValueError, match="validate must be"):
         TeacherStore(tmp_path, validate="some")
+    with pytest.raises(ValueError, match="tail must be one of"):
+        store.targets([[1]], [[2]], tail="sampled")
 
 
 def test_only_old_partial_files_are_removed(tmp_path):

@@ -41,10 +41,12 @@ CPU = torch.device("cpu")
 def stored(folder, teacher, rows, **settings):
     """A store of every sequence of some examples."""
     room = InRoom(teacher)
-    made = dict(kind="hidden", states="float32", vocabulary=room.vocabulary, key={"teacher": "t"},
+    made = dict(kind="hidden", vocabulary=room.vocabulary, key={"teacher": "t"},
                 extra={"encoder_decoder": room.encoder_decoder}) | settings  # fmt: skip
-    head = room.rows([torch.tensor([3])], [torch.tensor([4])], CPU).value.head
-    store = fk.TeacherStore.create(folder, head=head if made["kind"] == "hidden" else None, **made)
+    if made["kind"] == "hidden":
+        head = room.rows([torch.tensor([3])], [torch.tensor([4])], CPU).value.head
+        made = {"states": "float32", "head": head, **made}
+    store = fk.TeacherStore.create(folder, **made)
     with store.writer() as writer:
         for row in rows:
             for name in {"labels", "sample_ids"} & row.keys():

@@ -76,7 +76,7 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
 
     metrics = _metrics(student, teacher, labels) if student is not None and terms.metrics else ()
     every = (divergence, cross_entropy, squared_lse, *metrics)
-    parts = torch.stack([finish(x).expand(-1, 1).squeeze(1) for x in every])
+    parts = torch.cat([finish(x) for x in every], 1).T
     return parts, finish(student_gradient), finish(teacher_gradient)
 
 
@@ -134,10 +134,8 @@ def _terms(
     divergence: Divergence, student: _Model, teacher: _Model, labels: Tensor | None, teacher_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The value at each entry, and both models' gradients by rate·logit."""
-    p, q, log_p, log_q = (getattr(m, x) for x in ("probability", "log_probability") for m in (teacher, student))
     u = log_ratio(teacher.logits, student.logits, teacher, student)
-    peaks = u.gather(1, student.peak), u.gather(1, teacher.peak)
-    entry = Entry(p, q, log_p, log_q, u, teacher.shifted, student.shifted, *peaks)
+    entry = entry_of(teacher, student, u, u.gather(1, student.peak), u.gather(1, teacher.peak))
     if (statistics := divergence.statistics) is not None:
         inside = _members(statistics.members, teacher, labels, divergence.parameter)
         entry = _with_statistics(entry._replace(inside=inside), statistics, divergence.numbers)
@@ -145,6 +143,15 @@ def _terms(
     if not divergence.centred:
         of_student = _about_peak(of_student, student)
     return value, of_student, _about_peak(of_teacher[0], teacher) if teacher_gradient else None
+
+
+def entry_of(teacher: Any, student: Any, u: Tensor, u_at_peak: Tensor, u_at_other_peak: Tensor) -> Entry:
+    """Both models at some entries, and log(p/q) there and at the student's and the teacher's peak.
+
+    teacher, student: what has `probability`, `log_probability` and `shifted` of the entries, such as `_Model`.
+    """
+    return Entry(teacher.probability, student.probability, teacher.log_probability, student.log_probability, u,
+                 teacher.shifted, student.shifted, u_at_peak, u_at_other_peak)  # fmt: skip
 
 
 def terms_at(divergence: Divergence, entry: Entry, of_teacher: bool) -> tuple[Tensor, ...]:

@@ -62,9 +62,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     of_student, of_teacher = call.empty_gradients(empty)
     to = call.student if call.inplace else of_student
     parts = call.terms.row_scale.new_empty(call.parts, call.terms.row_scale.shape[0])
-    symbol, task, _held = row_task(
-        call, to if call.student_gradient else None, of_teacher if call.teacher_gradient else None, parts
-    )
+    gradients = to if call.student_gradient else None, of_teacher if call.teacher_gradient else None
+    symbol, task, _held = row_task(call, *gradients, parts)
     error = LIBRARY.fdistill_cpu_divergence_rows(
         CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads()
     )
@@ -79,8 +78,7 @@ def rest_statistics(
     """As `chunked.rest_statistics`."""
     found = rate.new_empty(3, len(rate))
     _run_rest(student, softcap, row_scale, rate, ids, plain, statistics=found.data_ptr())
-    top, log_rest, plain_rest = found
-    return top, log_rest, plain_rest
+    return found[0], found[1], found[2]
 
 
 def rest_gradient_(

@@ -58,18 +58,14 @@ def cut(slice: int) -> tuple[int, int]:
     return threads, -(-slice // threads)
 
 
-def plan(vocabulary: int, itemsize: int, models: int, aligned: bool) -> Launch | None:
+@functools.lru_cache
+def plan(
+    vocabulary: int, itemsize: int, models: int, aligned: bool, places: tuple[tuple[int, int], ...] = PLACES
+) -> Launch | None:
     """The first of the places whose shared memory holds a row; None if the row is too long for any.
 
     models: 2, or 1 without a teacher. aligned: every row starts at a multiple of 16 bytes.
     """
-    return _plan(vocabulary, itemsize, models, aligned, PLACES)
-
-
-@functools.lru_cache
-def _plan(
-    vocabulary: int, itemsize: int, models: int, aligned: bool, places: tuple[tuple[int, int], ...]
-) -> Launch | None:
     entries = 16 // itemsize
     vectors = -(-(vocabulary + (0 if aligned else entries - 1)) // entries)
     for blocks, cluster in places:
@@ -86,12 +82,12 @@ class Library:
     def __init__(self, path: Path | None = None):
         """Raises OSError where it was not built, cannot be loaded, or is of another version of this package."""
         library = open_library("cuda", INTERFACE, path)
-        library.fdistill_cuda_architectures.restype = library.fdistill_cuda_divergence_rows.restype = ctypes.c_char_p
+        for function in ("architectures", "divergence_rows", "trouble"):
+            getattr(library, f"fdistill_cuda_{function}").restype = ctypes.c_char_p
         self.architectures = library.fdistill_cuda_architectures().decode()
         self.emulated = self.architectures == "emulation"
         self.version = f"interface {INTERFACE}, for {self.architectures}"
         self._divergence_rows = library.fdistill_cuda_divergence_rows
-        library.fdistill_cuda_trouble.restype = ctypes.c_char_p
         trouble = library.fdistill_cuda_trouble()
         #: Why the driver cannot run the library, or None; asked once, since compilers cannot trace the question.
         self.trouble: str | None = trouble and trouble.decode()

@@ -18,7 +18,6 @@ from .rows import VECTORS, RowCall
 #: In the order of csrc/row_task.h's `Scalar`.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 FOLDER = Path(__file__).parent.parent
 
 
@@ -33,10 +32,11 @@ def open_library(library: str, interface: int, path: Path | None = None) -> Any:
     Raises:
         OSError: it was not built, and why; it cannot be loaded, or speaks another interface.
     """
-    named = os.environ.get(f"FDISTILL_{library.upper()}_LIBRARY")
-    path, log = path or Path(named or FOLDER / f"libfdistill_{library}.so"), log_of(library)
+    own, log = FOLDER / f"libfdistill_{library}.so", log_of(library)
+    path = path or Path(os.environ.get(f"FDISTILL_{library.upper()}_LIBRARY") or own)
     if not path.exists():
-        reason = log.read_text(encoding="utf-8").partition("\n")[0] if log.exists() else f"there is no {path}"
+        failed = path == own and log.exists()  # else the log is of another build
+        reason = log.read_text(encoding="utf-8").partition("\n")[0] if failed else f"there is no {path}"
         raise OSError(f"the {library} library is not built: {reason}")
     try:
         opened = ctypes.CDLL(str(path))
@@ -124,4 +124,4 @@ def row_task(
     )  # fmt: skip
     if divergence and divergence.kernel:
         task.parameter, task.exchanged = parameters(divergence.key)
-    return (divergence.kernel or "") if divergence else "", task, vectors
+    return (divergence and divergence.kernel) or "", task, vectors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..carried import carried, replaced, tensors
+from ..carried import Value, carried, replaced, tensors
 from ..divergences import Divergence, by_key
 from ..values import Head, Metrics, RowFunction, SparseParts
 
@@ -34,10 +34,7 @@ class Targets(NamedTuple):
 
     def of_rows(self, rows: slice | Tensor) -> Targets:
         """Some of the rows."""
-        if self.ids is None:
-            return self
-        some = {n: x[rows] for n in ("ids", "log_probs", "weights") if (x := getattr(self, n)) is not None}
-        return replaced(self, **some)
+        return _of_rows(self, LISTS, rows)
 
 
 NO_LIST = Targets()
@@ -94,13 +91,24 @@ class TokenTerms(NamedTuple):
 
     def of_rows(self, rows: slice | Tensor) -> TokenTerms:
         """The terms of some of the rows."""
-        vectors = {name: getattr(self, name) for name in VECTORS if name != "class_weight"}
-        some: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vectors.items()}
-        return self._replace(**some)
+        return _of_rows(self, (*SCALES, "labels"), rows)
 
 
-#: The fields that are tensors, one entry a row (a class for `class_weight`); and of a list.
+#: The fields that are tensors, one entry a row (a class for `class_weight`); those of numbers; and a list's.
 VECTORS, LISTS = tensors(TokenTerms), tensors(Targets)
+SCALES = VECTORS[:6]
+
+
+def _of_rows(value: Value, names: tuple[str, ...], rows: slice | Tensor) -> Value:
+    return replaced(value, **{n: x[rows] for n in names if (x := getattr(value, n)) is not None})
+
+
+def _dense(name: str, value: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Raises ValueError unless it is a dense tensor of the shape on the device."""
+    if value is None or value.shape != shape or value.device != device or value.layout != torch.strided:
+        given = value if value is None else f"{value.layout} of shape {tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{name} must be dense, of shape {shape} on {device}, not {given}")
+    return value
 
 
 def checked_terms(
@@ -114,13 +122,11 @@ def checked_terms(
     found: dict[str, Any] = {}
     before = None
     for name in VECTORS:
-        value = getattr(terms, name)
-        if value is None or value is before:  # many are one, of equal numbers
-            continue
         size, kind = vocabulary if name == "class_weight" else rows, torch.int64 if name == "labels" else dtype
-        if value.shape != (size,) or value.device != device or value.layout != torch.strided:
-            raise ValueError(f"{name} must be dense, of shape ({size},) on {device}, "
-                             f"not {value.layout} of shape {tuple(value.shape)} on {value.device}")  # fmt: skip
+        value = getattr(terms, name)
+        if value is None or (value is before and name in SCALES):  # many are one, of equal numbers
+            continue
+        _dense(name, value, (size,), device)
         if value.dtype == kind and value.is_contiguous():
             before = value
         else:
@@ -146,13 +152,9 @@ def checked_targets(
         raise ValueError("a teacher that is a list goes without another one, and without class weights")
     found: dict[str, Any] = {}
     for name in LISTS:
-        value = getattr(targets, name)
-        if value is None and name == "weights":
-            continue
-        shape = (rows, targets.ids.shape[-1])
-        if value is None or value.shape != shape or value.device != device or value.layout != torch.strided:
-            raise ValueError(f"{name} must be dense, of shape {shape} on {device}, not {value and value.shape}")
-        found[name] = value.to(torch.int64 if name == "ids" else dtype).contiguous()
+        if (value := getattr(targets, name)) is not None or name != "weights":
+            value = _dense(name, value, (rows, targets.ids.shape[-1]), device)
+            found[name] = value.to(torch.int64 if name == "ids" else dtype).contiguous()
     return replaced(targets, **found)
 
 
@@ -372,11 +374,10 @@ class LinearCall(NamedTuple):
         if (teacher.rows is None and not teacher.itself and not listed) != (self.terms.divergence is None):
             raise ValueError("a divergence needs a teacher, and a teacher a divergence")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
         other = teacher.rows if teacher.rows is not None else teacher.itself or None
         targets = checked_targets(teacher.targets, other, self.terms, rows, wide, hidden.device)
         return self._replace(
-            head=head._replace(weight=head.weight.to(hidden.dtype), bias=bias),
+            head=head.with_each(lambda x: x.to(hidden.dtype)),
             teacher=teacher._replace(targets=targets),
             terms=checked_terms(self.terms, rows, self.vocabulary, wide, hidden.device),
         )

@@ -13,15 +13,17 @@ largest, and akl finds its threshold by halving. Every rank has the same loss, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..formulas import NOTHING, Entry, Formula, times
-from .chunked import CHUNK_ELEMENTS, log_ratio, terms_at, widest
+from ..divergences import Divergence
+from ..formulas import NOTHING, Entry, RowStatistics, times
+from .chunked import CHUNK_ELEMENTS, entry_of, log_ratio, terms_at, widest
 from .collectives import Collectives
 from .rows import LinearCall, RowCall, cap_slope, capped
 
@@ -77,6 +79,12 @@ def rows_at_once(logits: Tensor, entries: int) -> int:
     return max(1, (CARD_ELEMENTS if logits.is_cuda else CHUNK_ELEMENTS) // max(1, entries))
 
 
+def largest_of_all(wire: Collectives, mine: Tensor, count: int) -> Tensor:
+    """The largest (n, count) of what all ranks have, of each one's own largest, which may be fewer."""
+    padded = torch.nn.functional.pad(mine, (0, count - mine.shape[1]), value=-torch.inf)
+    return wire.gathered(padded).movedim(0, 1).flatten(1).topk(count, 1).values
+
+
 def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `RowCall`; the rows' numbers and all they are made of must be the same on every rank."""
     return _Rows(call).run()
@@ -91,13 +99,11 @@ class _Rows:
         self.rows, self.dtype = len(call.terms.row_scale), call.terms.row_scale.dtype
         self.step = rows_at_once(call.student, -(-call.shard.size // self.wire.ranks))
         self.live = (call.terms.row_scale != 0).unsqueeze(1)
-        self.rates = [
-            x.unsqueeze(1) for x in (call.terms.student_inverse_temperature, call.terms.teacher_inverse_temperature)
-        ]
+        rates = call.terms.student_inverse_temperature, call.terms.teacher_inverse_temperature
+        self.rates = [x.unsqueeze(1) for x in rates]
         self.coefficients: tuple[Tensor, ...] | None = None  # what `ask` finds
         self.threshold: Tensor | None = None
         self.anchor: Tensor | None = None
-        self._ids: Tensor | None = None
         self.labels = None if call.terms.labels is None else torch.where(self.live[:, 0], call.terms.labels, 0)
 
     def chunks(self) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -109,13 +115,18 @@ class _Rows:
             given = [(x.flatten(0, 1)[n].to(self.dtype), cap) for x, cap in models if x is not None]
             yield n, [capped(torch.where(self.live[n], x, 0), cap) for x, cap in given]
 
+    @property
+    def divergence(self) -> Divergence:
+        """Of a call that has one."""
+        assert self.call.divergence is not None
+        return self.call.divergence
+
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Parts and gradients."""
-        call, divergence = self.call, self.call.divergence
+        call = self.call
         self.statistics()
-        formula = divergence.terms if divergence is not None else None
-        if isinstance(formula, Formula) and formula.statistics is not None:
-            self.ask(formula)
+        if call.divergence is not None and (statistics := call.divergence.statistics) is not None:
+            self.ask(statistics)
         of_student, of_teacher = call.empty_gradients()
         outs = call.student if call.inplace else of_student, of_teacher
         parts = self.totals()
@@ -150,7 +161,7 @@ class _Rows:
             owner = (tops == top).byte().argmax(0)
             weight = torch.where(tops == -torch.inf, 0, ((tops - top) * rate).exp())
             log_total = times(weight, totals).sum(0).log()  # of models that nearly agree every digit counts
-            mine = owner == self.wire.group.rank()
+            mine = owner == self.wire.rank
             self.models.append(Model(top.to(self.dtype), log_total, rate, mine, places[:, i : i + 1]))
             self.there.append(others.gather(0, owner.unsqueeze(0))[0].to(self.dtype))
         tops, plain = gathered[:, :, :1], gathered[:, :, -2:-1]
@@ -158,7 +169,8 @@ class _Rows:
         self.log_plain = times(weight, plain).sum(0).log().to(self.dtype)
         self.label_logit = gathered[:, :, -1:].amax(0).to(self.dtype)
         if len(self.models) == 2:
-            self.u_at_peaks = [self.u_at_peak(i) for i in (0, 1)]
+            student, teacher = self.models
+            self.u_at_peaks = [log_ratio(z_t, z_s, teacher, student) for z_s, z_t in map(self.at_tops, (0, 1))]
 
     def at_labels(self, logits: Tensor, n: slice) -> Tensor:
         """The label's logit (n, 1) where it is here; −inf elsewhere."""
@@ -168,11 +180,10 @@ class _Rows:
         here = (at >= 0) & (at < logits.shape[1])
         return torch.where(here, logits.gather(1, at.clamp(0, logits.shape[1] - 1)), -torch.inf)
 
-    def u_at_peak(self, i: int) -> Tensor:
-        """log(p/q) at the student's (0) or the teacher's (1) largest logit."""
-        student, teacher = self.models
-        z_s, z_t = (student.top, self.there[0]) if i == 0 else (self.there[1], teacher.top)
-        return log_ratio(z_t, z_s, teacher, student)
+    def at_tops(self, i: int) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's logit where the student's (0) or the teacher's (1) is largest."""
+        top = self.models[i].top
+        return (top, self.there[0]) if i == 0 else (self.there[1], top)
 
     def entry(self, n: slice, logits: list[Tensor]) -> tuple[Entry, list[Local], list[Model]]:
         """The entries here, with what is known of the whole rows."""
@@ -180,15 +191,12 @@ class _Rows:
         local = [_local(x, m) for x, m in zip(logits, models, strict=True)]
         (s, t), (student, teacher) = local, models
         u = log_ratio(t.logits, s.logits, teacher, student)
-        of_student, of_teacher = (x[n] for x in self.u_at_peaks)
-        entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, u, t.shifted, s.shifted,
-                      of_student, of_teacher)  # fmt: skip
+        entry = entry_of(t, s, u, *(x[n] for x in self.u_at_peaks))
         return self.with_row(entry, n, t.logits, 0), local, models
 
     def with_row(self, entry: Entry, n: slice, teacher_logits: Tensor, at: int | Tensor) -> Entry:
-        """With the set's members among entries at places from `at`, and the row's coefficients."""
-        divergence = self.call.divergence
-        members = divergence.statistics.members if divergence is not None and divergence.statistics else ""
+        """With the set's members among entries at places from `at`, and the row's coefficients and anchor."""
+        members = self.divergence.statistics.members if self.divergence.statistics else ""
         inside = NOTHING
         if members == "label":
             assert self.labels is not None
@@ -198,97 +206,76 @@ class _Rows:
             assert self.threshold is not None
             inside = teacher_logits >= self.threshold[n]
         of_row = () if self.coefficients is None else tuple(c[n] for c in self.coefficients)
-        return entry._replace(inside=inside, of_row=of_row)
+        return entry._replace(inside=inside, of_row=of_row, anchor=None if self.anchor is None else self.anchor[n])
 
-    def ask(self, formula: Formula) -> None:
-        """The statistics that the divergence asks of its rows."""
-        divergence = self.call.divergence
-        assert divergence is not None and formula.statistics is not None
-        statistics, numbers = formula.statistics, divergence.numbers
+    def ask(self, statistics: RowStatistics) -> None:
+        """What the divergence asks of its rows."""
+        numbers = self.divergence.numbers
         if statistics.members in ("count", "mass"):
             find = self.largest if statistics.members == "count" else self.heaviest
             self.threshold = find(numbers[0])
         if statistics.anchor is not None:
             largest = torch.cat([statistics.anchor(self.entry(n, x)[0], *numbers) for n, x in self.chunks()])
             self.anchor = self.wire.reduced(largest, dist.ReduceOp.MAX)
-        sums = [
-            _sums(statistics.sums(self.anchored(self.entry(n, logits)[0], n), *numbers)) for n, logits in self.chunks()
-        ]
+        sums = [_sums(statistics.sums(self.entry(n, logits)[0], *numbers)) for n, logits in self.chunks()]
         whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
         nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
-        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher)
-        self.coefficients = statistics.coefficients(self.anchored(of_row, slice(None)), tuple(whole), *numbers)
-
-    def anchored(self, entry: Entry, n: slice) -> Entry:
-        return entry if self.anchor is None else entry._replace(anchor=self.anchor[n])
+        of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher,
+                       anchor=self.anchor)  # fmt: skip
+        self.coefficients = statistics.coefficients(of_row, tuple(whole), *numbers)
 
     def largest(self, count: float) -> Tensor:
         """The teacher's count-th largest logit of each row: of each rank's own largest."""
         most = min(int(count), self.shard.size)
-        mine = []
-        for _, logits in self.chunks():
-            found = logits[1].topk(min(most, logits[1].shape[1]), 1).values
-            mine.append(torch.nn.functional.pad(found, (0, most - found.shape[1]), value=-torch.inf))
-        every = self.wire.gathered(torch.cat(mine)).movedim(0, 1).flatten(1)
-        return every.topk(most, 1).values[:, -1:]
+        mine = [x[1].topk(min(most, x[1].shape[1]), 1).values for _, x in self.chunks()]
+        return largest_of_all(self.wire, torch.cat(mine), most)[:, -1:]
 
     def heaviest(self, mass: float) -> Tensor:
         """The smallest of the fewest largest logits of the teacher that hold a mass."""
         teacher = self.models[1]
+
+        def above(log_p: Tensor) -> Iterator[tuple[Tensor, Local]]:
+            for n, logits in self.chunks():
+                found = _local(logits[1], teacher.of_rows(n))
+                yield found.log_probability >= log_p[n], found
+
         low, high = (torch.full_like(teacher.top, x) for x in (-104.0, 1e-6))  # of log p: too much, and too little
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            held = self.wire.reduced(torch.cat([self.mass_above(n, x[1], middle[n]) for n, x in self.chunks()]))
-            enough = held >= mass
+            held = [_sums([torch.where(inside, x.probability, 0)]) for inside, x in above(middle)]
+            enough = self.wire.reduced(torch.cat(held)) >= mass
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        smallest = torch.cat([self.smallest_above(n, x[1], low[n]) for n, x in self.chunks()])
-        return self.wire.reduced(smallest, dist.ReduceOp.MIN)
-
-    def mass_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
-        found = _local(logits, self.models[1].of_rows(n))
-        held = torch.where(found.log_probability >= log_p, found.probability, 0)
-        return held.sum(1, keepdim=True, dtype=widest(logits))
-
-    def smallest_above(self, n: slice, logits: Tensor, log_p: Tensor) -> Tensor:
-        found = _local(logits, self.models[1].of_rows(n))
-        return torch.where(found.log_probability >= log_p, logits, torch.inf).amin(1, keepdim=True)
+        smallest = [torch.where(inside, x.logits, torch.inf).amin(1, keepdim=True) for inside, x in above(low)]
+        return self.wire.reduced(torch.cat(smallest), dist.ReduceOp.MIN)
 
     def terms_at(self, n: slice, logits: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Local]]:
         """The value at each entry here, and both models' terms, measured from their peak's, which is then 0."""
-        divergence = self.call.divergence
-        assert divergence is not None
+        divergence = self.divergence
         entry, local, models = self.entry(n, logits)
-        value, *every = terms_at(divergence, self.anchored(entry, n), self.call.teacher_gradient)
-        found = []
-        for i, term in enumerate(every):
+        value, *found = terms_at(divergence, entry, self.call.teacher_gradient)
+        for i, term in enumerate(found):
             if i == 0 and divergence.centred:
-                found.append(term)
                 continue
             peak, p = self.at_peak(n, i), local[i].probability
             measured = term - times(p, peak / (-models[i].log_total).exp().to(p.dtype))
             mine = models[i].mine & (torch.arange(p.shape[1], device=p.device) == models[i].peak)
-            found.append(torch.where(mine, 0, measured))
+            found[i] = torch.where(mine, 0, measured)
         return value, found, local
 
     def at_peak(self, n: slice, i: int) -> Tensor:
         """A model's term at its own largest entry, which every rank can make."""
-        divergence = self.call.divergence
-        assert divergence is not None
-        student, teacher = (m.of_rows(n) for m in self.models)
-        z_s, z_t = (student.top, self.there[0][n]) if i == 0 else (self.there[1][n], teacher.top)
-        s, t = _local(z_s, student), _local(z_t, teacher)
+        divergence = self.divergence
+        s, t = (_local(z[n], m.of_rows(n)) for z, m in zip(self.at_tops(i), self.models, strict=True))
         peaks = [x[n] for x in self.u_at_peaks]
-        entry = Entry(t.probability, s.probability, t.log_probability, s.log_probability, peaks[i], t.shifted,
-                      s.shifted, peaks[0], peaks[1])  # fmt: skip
-        at = self.peak_ids(i)[n] if divergence.needs_labels else 0
-        return terms_at(divergence, self.anchored(self.with_row(entry, n, z_t, at), n), of_teacher=i == 1)[1 + i]
+        at = self.peak_ids[i][n] if divergence.needs_labels else 0
+        entry = self.with_row(entry_of(t, s, peaks[i], *peaks), n, t.logits, at)
+        return terms_at(divergence, entry, of_teacher=i == 1)[1 + i]
 
-    def peak_ids(self, i: int) -> Tensor:
-        """The whole vocabulary's ids of the largest entries."""
-        if self._ids is None:
-            mine = [torch.where(m.mine, m.peak + self.shard.begin, 0) for m in self.models]
-            self._ids = self.wire.reduced(torch.cat(mine, 1))
-        return self._ids[:, i : i + 1]
+    @functools.cached_property
+    def peak_ids(self) -> tuple[Tensor, ...]:
+        """The whole vocabulary's ids of each model's largest entries."""
+        mine = [torch.where(m.mine, m.peak + self.shard.begin, 0) for m in self.models]
+        return self.wire.reduced(torch.cat(mine, 1)).split(1, 1)
 
     def totals(self) -> Tensor:
         """The parts of each row, and `sums`, the terms' own, of which the gradients are made."""
@@ -310,18 +297,24 @@ class _Rows:
                 self.sums[0] = torch.zeros_like(whole[0])
             if terms.metrics:
                 parts += self.metrics(whole[1 + count :])
+        elif terms.metrics:
+            alone = (_local(logits[0], self.models[0].of_rows(n)) for n, logits in self.chunks())
+            entropy = self.wire.reduced(torch.cat([_sums(self.metrics_at([student])) for student in alone]))
+            parts += self.metrics([entropy.to(self.dtype), nothing, nothing])
         scale = terms.row_scale.unsqueeze(1)
         return torch.cat([torch.where(self.live, scale * x, 0) for x in parts], 1).T.contiguous()
 
-    def metrics_at(self, both: list[Local]) -> tuple[Tensor, ...]:
-        s, t = both
-        return (-times(s.probability, s.log_probability), -times(t.probability, t.log_probability),
-                torch.minimum(s.probability, t.probability))  # fmt: skip
+    def metrics_at(self, models: list[Local]) -> list[Tensor]:
+        """What is summed: each model's entropy and, of two, their overlap."""
+        of_each = [-times(m.probability, m.log_probability) for m in models]
+        return of_each if len(models) == 1 else [*of_each, torch.minimum(*(m.probability for m in models))]
 
-    def metrics(self, sums: Any) -> list[Tensor]:
-        """`values.Metrics` behind the losses."""
+    def metrics(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """`values.Metrics` behind the losses; without a teacher 0 for what there is none of."""
         student_entropy, teacher_entropy, overlap = sums
-        agreement = (self.peak_ids(0) == self.peak_ids(1)).to(overlap)
+        agreement = 0 * overlap
+        if len(self.models) == 2:
+            agreement = (self.peak_ids[0] == self.peak_ids[1]).to(overlap)
         label = self.label_logit - self.models[0].top - self.log_plain if self.labels is not None else 0 * overlap
         return [student_entropy, teacher_entropy, agreement, overlap, self.models[0].top + self.log_plain, label]
 

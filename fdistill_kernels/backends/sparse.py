@@ -68,23 +68,20 @@ def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
         ids = torch.where(counts.unsqueeze(1), ids, -1)
     order = ids.sort(1).values
     mass = torch.where(ids >= 0, targets.log_probs, -torch.inf).exp().sum(1)
+    outside = (order[:, :1] < -1) | (order[:, -1:] >= vocabulary)
     faults = {
-        f"ids must be in [0, {vocabulary}), or -1 where a list is shorter": (order[:, :1] < -1)
-        | (order[:, -1:] >= vocabulary),
+        f"ids must be in [0, {vocabulary}), or -1 where a list is shorter": outside,
         "ids must differ within a row": (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0),
         f"log_probs of a row must be of a mass of {MOST_MASS:g} at most": (mass > MOST_MASS).unsqueeze(1),
     }
-    if targets.weights is not None:
-        faults["weights must be finite and not negative"] = (ids >= 0) & ~(
-            (targets.weights >= 0) & (targets.weights < torch.inf)
-        )
+    if (weights := targets.weights) is not None:
+        faults["weights must be finite and not negative"] = (ids >= 0) & ~((weights >= 0) & (weights < torch.inf))
     for what, wrong in faults.items():
         if wrong.is_cuda:
             torch._assert_async(~wrong.any(), what)
         elif wrong.any():
             row = int(wrong.any(1).nonzero()[0])
-            field = what.split()[0]
-            values = getattr(targets, field)[row]
+            values = getattr(targets, what.split()[0])[row]
             shown = ", ".join(f"{x:.6g}" for x in values[:8].tolist()) + (", ..." if len(values) > 8 else "")
             raise ValueError(f"{what}: row {row} of those given has {shown}")
 
@@ -148,10 +145,9 @@ def _pieces(call: RowCall, whole: bool, ranks: Ranks, backend: Any) -> Iterator[
     (outer, inner, vocabulary), ids = call.student.shape, call.targets.ids
     vocabulary = ranks.rows(vocabulary)
     assert ids is not None
-    most = LIST_PIECE // (ids.shape[1] + 1)
+    most = max(1, LIST_PIECE // (ids.shape[1] + 1))
     if whole or backend is chunked:
-        most = min(most, (CARD_PIECE if call.student.is_cuda else ROW_PIECE) // vocabulary)
-    most = max(1, most)
+        most = max(1, min(most, (CARD_PIECE if call.student.is_cuda else ROW_PIECE) // vocabulary))
     some, step = max(1, most // inner), min(inner, most)
     for i in range(0, outer, some):
         for j in range(0, inner, step):
@@ -168,10 +164,8 @@ def _categories(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: A
     logits = row.logits(rate)
     teacher, student_logits = _categories_of(call, ids, given, logits)
     losses, of_logits = _of_categories(call, student_logits, teacher, ids, live, gradient is not None, backend)
-    parts = [losses]
     labels = _Labels(call, row, live, ranks) if terms.labels is not None else None
-    nothing = torch.zeros_like(losses)
-    parts += [nothing, nothing] if labels is None else labels.parts
+    parts = [losses, *([torch.zeros_like(losses)] * 2 if labels is None else labels.parts)]
     if terms.metrics:
         parts += _masses(call, logits, given, ids, z, ranks)
     if gradient is not None:
@@ -297,9 +291,8 @@ def _truncated(
     assert divergence is not None
     wide = chunked.widest(student)
     with torch.inference_mode(False), torch.set_grad_enabled(wanted), autograd_inside_an_operator():
-        given = (student, teacher, terms.row_scale * terms.divergence_scale, call.targets.weights)
-        z, log_p, scale, weights = (None if x is None else x.to(wide, copy=True) for x in given)
-        assert z is not None and log_p is not None and scale is not None
+        z, log_p, scale = (x.to(wide, copy=True) for x in (student, teacher, terms.row_scale * terms.divergence_scale))
+        weights = None if call.targets.weights is None else call.targets.weights.to(wide, copy=True)
         listed, counts, place = ids.clone() >= 0, live & (scale != 0), None if labels is None else labels.clone()
         z = torch.where(counts.unsqueeze(1), z, 0).requires_grad_(wanted)
         log_q = z.log_softmax(1)[:, :-1]
@@ -370,8 +363,7 @@ def _masses(call: RowCall, logits: Tensor, given: Tensor, ids: Tensor, z: Tensor
         return [teacher_mass, torch.zeros_like(teacher_mass), torch.zeros_like(teacher_mass)]
     largest = call.student.topk(min(most, call.student.shape[-1]), -1).values.flatten(0, 1).to(z.dtype)
     if ranks.wire:
-        padded = torch.nn.functional.pad(largest, (0, most - largest.shape[1]), value=-torch.inf)
-        largest = ranks.gathered(padded).movedim(0, 1).flatten(1).topk(most, 1).values
+        largest = sharded.largest_of_all(ranks.wire, largest, most)
     last = capped(largest, call.student_softcap).gather(1, (count - 1).clamp_min(0).unsqueeze(1))
     shared = ((z >= last) & (ids >= 0)).sum(1).to(z.dtype)
     return [teacher_mass, student_mass, torch.where(count > 0, shared / count.clamp_min(1), 0)]

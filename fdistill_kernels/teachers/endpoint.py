@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
@@ -117,6 +118,11 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if wrong:
             raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
                              "are for a connector's states, files without the teacher's output norm")  # fmt: skip
+        other = {"layer": layer != -1} if head is None else {"short_rows": short_rows, "padded": padded}
+        if ignored := [name for name, given in other.items() if given]:
+            raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
+        if head is not None and head.weight.shape[0] != vocabulary:
+            raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
         if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
             raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
         self.url, k = url.rstrip("/").removesuffix("/v1"), min(k, vocabulary)
@@ -130,12 +136,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if head is not None:
             states = str(head.weight.dtype).removeprefix("torch.")
             self._kept = {"vocabulary": vocabulary, "kind": "hidden", "head": head, "states": states}
-        self.store = store if isinstance(store, TeacherStore) else None
-        self._folder = None if store is None or isinstance(store, TeacherStore) else Path(store)  # of one to be made
-        if self.store is not None:
-            known, free = self.store.settings, ("states", "rank") if head else ("log_probs",)
-            check_same(f"{self.store.folder} holds other targets", known,
-                       _settings(**self._kept | {n: known[n] for n in free if n in known}))  # fmt: skip
+        self.store: TeacherStore | None = None
+        self._folder: Path | None = None  # of a store to be made
+        if isinstance(store, TeacherStore):
+            self.store, free = store, ("states", "rank") if head else ("log_probs",)
+            asked = _settings(**self._kept | {n: x for n, x in store.settings.items() if n in free})
+            check_same(f"{store.folder} holds other targets", store.settings, asked)
+        elif store is not None:
+            self._folder = Path(store)
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -180,6 +188,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self, batches: Iterable[Any], ahead: int = 2, tail: str = "bucket"
     ) -> Generator[tuple[Any, TopK | Hidden], None, None]:
         """Yields each batch (prompts, continuations, …) with its targets, while `ahead` further ones are asked for."""
+        check_integer("ahead", ahead, 0)
         return self._prefetched(iter(batches), ahead, checked_tail(tail))
 
     def _prefetched(self, source: Any, ahead: int, tail: str) -> Generator[tuple[Any, Any], None, None]:
@@ -298,7 +307,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
     def _together(self, rows: list[Any]) -> TopK | Hidden:
         if self.head is not None:
-            return Hidden(torch.cat([self.head.weight[:0], *rows]), self.head)
+            return Hidden(torch.cat([self.head.weight.detach()[:0], *rows]), self.head)
         rows = [TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k)), *rows]
         return TopK(torch.cat([row.ids for row in rows]), torch.cat([row.log_probs for row in rows]))
 
@@ -447,29 +456,35 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             if choice.get("prompt_logprobs") is None:
                 raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
             return vllm_rows(choice, ids, begin, self._lists)
-        if not isinstance(made := choice["kv_transfer_params"], dict):
+        if (files := self._files(choice)) is None:
             raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
-        return await self._states(str(made.get("hidden_states_path")), ids, begin)
+        return await self._states(*files, ids, begin)
 
-    async def _states(self, name: str, ids: list[int], begin: int) -> Tensor:
-        """The normed states that predict the tokens from `begin` on. The file is removed when it has been read.
-
-        The server holds a lock on name.lock until it has written the file, unless use_synchronization_lock is false.
+    def _files(self, choice: dict[str, Any]) -> tuple[Path, Path] | None:
+        """Where the server writes a reply's hidden states, and the file that it holds a lock on until it has, unless
+        use_synchronization_lock is false; None: it writes none.
         """
+        if self.states_folder is None or not isinstance(made := choice["kv_transfer_params"], dict):
+            return None
+        path = Path(str(made.get("hidden_states_path")))
+        if not path.resolve().is_relative_to(Path(self.states_folder).resolve()):
+            raise EndpointError(f"the server's hidden_states_path {path} is outside of {self.states_folder}")
+        return path, Path(f"{path}.lock")
+
+    async def _states(self, path: Path, lock: Path, ids: list[int], begin: int) -> Tensor:
+        """The normed states that predict the tokens from `begin` on. The file is removed when it has been read."""
         from safetensors.torch import load_file
 
-        assert self.head is not None and self.norm is not None and self.states_folder is not None
-        path, lock, weight = Path(name), Path(name + ".lock"), self.head.weight
-        if not path.resolve().is_relative_to(Path(self.states_folder).resolve()):
-            raise EndpointError(f"the server's hidden_states_path {name} is outside of {self.states_folder}")
+        assert self.head is not None and self.norm is not None
+        weight = self.head.weight
         while not path.exists() or _is_locked(lock):
             await asyncio.sleep(0.005)
         try:
             found = load_file(path)
         except Exception as error:  # safetensors' own has no public base
             raise Misfit(f"{path} cannot be read: {error}") from error
-        for file in (path, lock):
-            file.unlink(missing_ok=True)
+        finally:
+            _remove(path, lock)
         states, read = found.get("hidden_states"), found.get("token_ids")
         if states is None or read is None or read.tolist() != ids or states.ndim != 3 or len(states) != len(ids):
             raise Misfit(f"{path} does not have the states of the {len(ids)} tokens sent")
@@ -494,7 +509,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         of_seed, of_ids = ("sampling_seed", "output_ids") if self.kind == "sglang" else ("seed", "token_ids")
 
         async def once() -> Tensor:
-            made = (await self._generate(ids, new, {**how, of_seed: seed})).get(of_ids)
+            reply = await self._generate(ids, new, {**how, of_seed: seed})
+            if (files := self._files(reply)) is not None:  # nobody reads the states of a sample
+                while _is_locked(files[1]):
+                    await asyncio.sleep(0.005)
+                _remove(*files)
+            made = reply.get(of_ids)
             if not isinstance(made, list) or not 0 < len(made) <= new:
                 raise Misfit(f"it has no list of 1 to {new} token ids")
             if not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in made):
@@ -661,6 +681,11 @@ def _locked(file: int, kind: int, begin: int = 0, length: int = 0) -> bool:
         how = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
         return _had(fcntl.lockf, file, how, length, begin)
     return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, begin, length, 0))
+
+
+def _remove(*files: Path) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _is_locked(path: Path) -> bool:

@@ -129,12 +129,13 @@ def encode_states(states: Tensor, precision: str) -> dict[str, Tensor]:
         exact = states.float().abs().amax(1) / 127
         scales = exact.bfloat16()
         scales = torch.where(scales.float() < exact, scales.nextafter(torch.tensor(torch.inf).bfloat16()), scales)
-        kept = (states.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
-        return {"states": kept.to(torch.int8), "scales": scales}
-    kept = states.to(STATES[precision])
-    if not kept.isfinite().all():
+        whole = (states.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
+        kept = {"states": whole.to(torch.int8), "scales": scales}
+    else:
+        kept = {"states": states.to(STATES[precision])}
+    if not all(x.isfinite().all() for x in kept.values()):
         raise ValueError(f"targets has states beyond {precision}")
-    return {"states": kept}
+    return kept
 
 
 def decode_states(kept: dict[str, Tensor], into: Tensor) -> Tensor:

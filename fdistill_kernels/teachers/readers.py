@@ -76,6 +76,8 @@ def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
             it then. It pads a row, too, that has ids outside the vocabulary where `padded` leaves those out.
     """
     vocabulary, k = lists.vocabulary, min(lists.k, lists.vocabulary)
+    if k < 1:
+        raise Misfit(f"k={lists.k} and vocabulary={vocabulary} must be at least 1")
     for position, row in enumerate(rows):
         if len(row) < k and not lists.short_rows:
             raise Misfit(f"position {position} of the continuation has {len(row)} ids of the {k} asked for: "
@@ -202,6 +204,9 @@ def columns(
     """
     for number, row in enumerate(rows):
         with _at(f"{name} {number}"):
+            for place, (a, b) in enumerate(zip(row[ids], row[log_probs], strict=False)):  # `checked` compares the rest
+                if len(a) != len(b):
+                    raise Misfit(f"position {place} has {len(a)} ids and {len(b)} log-probabilities")
             listed, values = (_rectangle(row[column], fill) for column, fill in ((ids, -1), (log_probs, -torch.inf)))
             split = _split([*row[prompt], *row[continuation]], len(row[prompt]))
             yield *split, checked(listed, values, vocabulary, len(split[1]))

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..backends.rows import Targets
 from ..backends.sparse import check_targets
-from ..sparse import TopK
+from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from . import packing
 
@@ -182,15 +182,19 @@ def _settings(
     if kind not in KINDS or vocabulary < 1:
         raise ValueError(f"kind must be one of {', '.join(KINDS)} and vocabulary positive, not {kind!r}, {vocabulary}")
     if kind == "top_k":
-        if k is None or k < 1 or log_probs not in packing.LOG_PROBS or not temperature > 0 or head or rank is not None:
+        of_states = head is not None or rank is not None or states != "bfloat16"
+        if k is None or k < 1 or log_probs not in packing.LOG_PROBS or not temperature > 0 or of_states:
             raise ValueError(
                 f"a store of top_k has k ≥ 1, log_probs of {', '.join(packing.LOG_PROBS)}, a temperature above 0 and "
-                f"no head or rank; not k={k}, log_probs={log_probs!r}, temperature={temperature}, rank={rank}"
+                f"no head, rank or states; not k={k}, log_probs={log_probs!r}, temperature={temperature}, rank={rank}, "
+                f"states={states!r}"
             )
         return {**common, "k": int(k), "log_probs": log_probs, "temperature": float(temperature)}
-    if head is None or states not in packing.STATES or k is not None:
-        raise ValueError(f"a store of hidden has a head, states of {', '.join(packing.STATES)} and no k; not "
-                         f"states={states!r}, k={k}")  # fmt: skip
+    if head is None or states not in packing.STATES or k is not None or log_probs != "float16" or temperature != 1:
+        raise ValueError(
+            f"a store of hidden has a head, states of {', '.join(packing.STATES)}, and no k, log_probs or temperature; "
+            f"not states={states!r}, k={k}, log_probs={log_probs!r}, temperature={temperature}"
+        )
     rows, width = head.weight.shape
     if rows != vocabulary or (rank is not None and not 1 <= rank <= width):
         raise ValueError(f"the head {(rows, width)} must have vocabulary={vocabulary} rows, and rank={rank} be in "
@@ -438,8 +442,10 @@ class TeacherStore:
 
         Raises:
             MissingTargets: (a ValueError) sequences are not in the store; with what is damaged.
-            ValueError: the numbers of prompts and continuations differ, or are 0.
+            ValueError: the numbers of prompts and continuations differ, or are 0; a tail that lists without weights do
+                not have.
         """
+        checked_tail(tail)
         keys = [_pair(*pair)[0] for pair in zip(prompts, continuations, strict=True)]
         if not keys:
             raise ValueError("targets of no sequence were asked for")
