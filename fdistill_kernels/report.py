@@ -10,6 +10,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,23 @@ import torch
 
 from .bench import eager_loss, floor_seconds
 from .divergences import Divergence
-from .provenance import provenance
+from .provenance import provenance, versions
 
 #: For how long each loss is timed at each size.
 SECONDS = 0.2
 LEAST = 1e-9  # smaller errors are drawn here, because a logarithmic axis has no 0
+#: The packages whose versions decide what is measured.
+PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
+            "distillkit", "speculators")  # fmt: skip
+#: A library keeps its mark and colour in all charts. Other libraries' marks are hollow, so that ours is seen below them.
+MARKS = "osDv^<>pP*XhdH"
 CHARTS = ("time-N", "memory-N", "roofline", "time-V", "memory-V", "error")
 STYLE = """
-body {font: 15px sans-serif; max-width: 78em; margin: 2em auto}
+:root {color-scheme: light dark}
+body {font: 15px sans-serif; max-width: 78em; margin: 2em auto; padding: 0 1em}
 td {padding: .2em .8em; text-align: right}
-svg {width: 100%; height: auto}
+.wide {overflow-x: auto}
+svg {width: 100%; min-width: 60em; height: auto; background: white}
 """
 
 
@@ -42,24 +50,31 @@ def sizes(shape: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
 
 
 def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str, backend: str,
-            compiled: bool) -> dict[str, Any]:  # fmt: skip
-    """Measures everything that the page shows.
+            compiled: bool, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:  # fmt: skip
+    """Measures everything that the page shows; `say` is told what comes next.
 
     Returns:
-        The provenance of the run; `sizes`, with the seconds, peak bytes and floor of each loss at each size; and
-        `errors`, with the errors of each loss at each scale of the logits, against float64; infinite ones are null in
-        the page.
+        The provenance of the run; `sizes`, with the seconds, peak bytes and floor of each loss at each size;
+        `errors`, with the errors of each loss at each scale of the logits, against float64 (infinite ones are null in
+        the page); and `left_out`, the libraries that are not measured, with the reason.
     """
     from .peers.measure import errors_by_scale, losses, measured
 
-    data: dict[str, Any] = {**provenance("fdistill bench --report", device), "shape": shape,
-                            "dtype": str(dtype).removeprefix("torch."), "sizes": [], "errors": []}  # fmt: skip
+    divergences, name_of_dtype = list(divergences), str(dtype).removeprefix("torch.")
+    command = f"fdistill bench --report FILE --shape {shape[0]},{shape[1]} --dtype {name_of_dtype} --device {device} " \
+        f"--backend {backend}{' --compile' * compiled} --divergence {' '.join(map(str, divergences))}"  # fmt: skip
+    data: dict[str, Any] = {
+        **provenance(command, device), "versions": versions(PACKAGES), "backend": backend, "shape": shape,
+        "dtype": name_of_dtype, "sizes": [], "errors": [], "left_out": [],
+    }  # fmt: skip
     every = sorted({size for axis in sizes(shape).values() for size in axis})
     floors = {size: floor_seconds(torch.zeros(size, dtype=dtype, device=device), SECONDS) for size in every}
     for divergence in divergences:
         name = {"divergence": str(divergence)}
-        calls, _ = losses("rows", divergence, device, dtype, backend, compiled)
+        calls, left_out = losses("rows", divergence, device, dtype, backend, compiled)
         calls.setdefault("eager", eager_loss(divergence))  # the peers have default parameters only
+        data["left_out"] += left_out
+        say(f"{divergence}: {', '.join(calls)}, each at {len(every)} sizes")
         data["errors"] += [{**name, **e} for e in errors_by_scale("rows", divergence, calls, shape, dtype, device)]
         for (what, loss), size in itertools.product(calls.items(), every):
             entry = measured("rows", divergence, loss, size, dtype, device, SECONDS)
@@ -85,18 +100,25 @@ def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:
         "memory": (axis, "MB above inputs", lambda r: r["shape"]["NV".index(axis)], lambda r: r["peak_bytes"] / 1e6),
         "roofline": ("MB of a logit matrix", "GB/s of 3·N·V", matrix, lambda r: 3e-3 * matrix(r) / r["seconds"]),
         "error": ("standard deviation of logits", "gradient's error, of its largest entry", lambda r: r["scale"],
-                  lambda r: min(max(LEAST, r["gradient_error"]), 1e3)),
+                  lambda r: max(LEAST, r["gradient_error"]) if math.isfinite(r["gradient_error"]) else math.nan),
     }  # fmt: skip
     x_label, y_label, x, y = values[kind]
     lines = {what: sorted((x(r), y(r)) for r in rows if r["what"] == what) for what in {r["what"]: 0 for r in rows}}
     if kind == "roofline":
-        roof = sorted({(matrix(r), 3e-3 * matrix(r) / r["floor"]) for r in rows})
+        rates = {matrix(r): 0.0 for r in sorted(rows, key=matrix)}
+        for r in rows:
+            rates[matrix(r)] = max(rates[matrix(r)], 3e-3 * matrix(r) / r["floor"])
+        roof = list(rates.items())
         axes.plot(
             *zip(*roof, strict=True), color="grey", linestyle=":", label="a copy", gid=f"{divergence}/{name}/a copy"
         )
+    known = list(dict.fromkeys(("fdistill", *(r["what"] for r in data["sizes"]))))
     for what, line in lines.items():
         joined = "" if kind == "roofline" else "-"  # there, two shapes may have the same size
-        axes.plot(*zip(*line, strict=True), marker="o", linestyle=joined, label=what, gid=f"{divergence}/{name}/{what}")
+        k = known.index(what)
+        axes.plot(*zip(*line, strict=True), marker=MARKS[k % len(MARKS)], linestyle=joined, color=f"C{k % 10}",
+                  fillstyle="none" if k else "full", zorder=2 + (k > 0), label=what,
+                  gid=f"{divergence}/{name}/{what}")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=name.replace("-", " against "))
     axes.set_gid(f"{divergence}/{name}")
     low, high = axes.get_ylim()
@@ -106,14 +128,14 @@ def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:
 
 def _marks(axes: Any, places: list[float]) -> None:
     """Labels the axes with plain numbers: x at the measured sizes, y at 1, 2 and 5 of each decade, or at decades."""
-    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
     axes.xaxis.set_major_locator(FixedLocator(places))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(StrMethodFormatter("{x:g}" if axis is axes.yaxis else "{x:.4g}"))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}" if 1e4 <= x < 1e9 else f"{x:.4g}"))
 
 
 def charts(data: dict[str, Any]) -> str:
@@ -145,23 +167,28 @@ def page(data: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB above inputs")
     table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in (head, *cells))
-    origin = ", ".join(f"{k}: {v}" for k, v in data.items() if not isinstance(v, list))
+    origin = ", ".join(f"{k}: {v}" for k, v in data.items() if not isinstance(v, list | dict))
+    installed = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    texts = [f"{r['what']}, {r['divergence']}: {r['why']}" for r in data["left_out"]]
+    left_out = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(texts))
     finite = json.loads(json.dumps(data), parse_constant=lambda _: None)  # JSON has no infinity
     numbers = json.dumps(finite).replace("</", "<\\/")
     return (
-        f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>fdistill bench</title><style>{STYLE}</style>\n'
+        f'<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>fdistill bench</title><style>{STYLE}</style>\n'
         f"<h1>Forward and backward, N, V = {data['shape'][0]}, {data['shape'][1]}, {data['dtype']}</h1>\n"
-        f"<p>{html.escape(origin)}</p>\n<table>{table}</table>\n"
+        f"<p>{html.escape(origin)}; {html.escape(installed)}</p>\n<div class=wide><table>{table}</table></div>\n"
         "<p>Memory is the peak of torch's allocator above the inputs, including the gradient. The floor is the time of "
         "three passes over N·V at the rate of a copy. The error is the largest error of the student's gradient against "
-        f"float64, divided by the gradient's largest entry.</p>\n{charts(data)}\n"
+        f"float64, divided by the gradient's largest entry; infinite ones are not drawn.</p>\n"
+        f"<div class=wide>{charts(data)}</div>\n<p>Not measured:</p><ul>{left_out or '<li>none</li>'}</ul>\n"
         f'<script type="application/json" id="data">{numbers}</script>\n</html>\n'
     )
 
 
 def write(path: str, divergences: Iterable[Divergence], shape: tuple[int, int], dtype: torch.dtype, device: str,
-          backend: str, compiled: bool) -> dict[str, Any]:  # fmt: skip
-    """Measures the losses, writes the page to `path`, and returns its numbers.
+          backend: str, compiled: bool, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:  # fmt: skip
+    """Measures the losses, writes the page to `path`, and returns its numbers; `say` is told what comes next.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -169,7 +196,13 @@ def write(path: str, divergences: Iterable[Divergence], shape: tuple[int, int], 
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--report needs matplotlib: pip install 'fdistill_kernels[demo]'")
+    new = not Path(path).exists()
     Path(path).open("a").close()
-    data = measure(divergences, shape, dtype, device, backend, compiled)
+    try:
+        data = measure(divergences, shape, dtype, device, backend, compiled, say)
+    except BaseException:
+        if new:
+            Path(path).unlink()
+        raise
     Path(path).write_text(page(data), encoding="utf-8")
     return data
