@@ -376,13 +376,18 @@ def test_options_and_what_they_were_called(tmp_path):
     config = ask("train", [*base, "--config", str(tmp_path / "no.yaml")]).config
     assert config.save_strategy == config.eval_strategy == "no" and config.report_to == []
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert "hub_token" not in ask("train", [*base, "--hub_token", "secret"]).settings()  # which report.html shows
     assert ask("train", [*base, "--report_to", "wandb", "tensorboard"]).config.report_to == ["wandb", "tensorboard"]
     (tmp_path / "bad.yaml").write_text("steps: 3\nstepz: 4\n")
+    (tmp_path / "empty.yaml").write_text("k:\nseed: null\neval_steps: null\n")
+    (tmp_path / "nested.yaml").write_text("config: run.yaml\njson: true\n")
     for argv, words in {
         ("--steps", "4", "--batch=2"): "--steps is --max_steps; --batch is --per_device_train_batch_size",
         ("--out", "x"): "--out is --output_dir", ("--evaluate-every", "2"): "--eval_steps", ("--stepz", "4"): "unrecognized arguments: --stepz",
         ("--model_name_or_path", "x"): "--model_name_or_path is --student",
         ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
+        ("--config", str(tmp_path / "empty.yaml")): "--k, --seed needs a value: leave it out for the default",
+        ("--config", str(tmp_path / "nested.yaml")): "nested.yaml has unknown keys: config, json",
         ("--num_train_epochs", "2", "--max_steps", "9"): "both say how long the run is",
         ("--torch_dtype", "auto"): "--torch_dtype is --dtype", ("--num_train_epochs", "0"): "--num_train_epochs must be positive",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",

@@ -574,6 +574,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="{no"), "divergence is no JSON"),
     (dict(divergence='{"gold": 3}'), "divergence must name each source's"),
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
+    (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
     (dict(temperature=0.0), "temperature must be positive"),
     (dict(method="predistill", hidden_weight=-1.0), "hidden_weight must be at least 0, not -1"),

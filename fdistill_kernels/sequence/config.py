@@ -202,7 +202,10 @@ def _shares(value: Any) -> dict[str, float] | None:
     value = _of_json("shares", value)
     try:
         pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else dict(value or {}).items()
-        return {source.strip(): float(share) for source, share in pairs} or None
+        found = {source.strip(): float(share) for source, share in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a source twice")
+        return found or None
     except (TypeError, ValueError):
         raise ValueError(f"shares must be as in student=0.7,gold=0.3, or a mapping, not {value!r}") from None
 

@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
-from .arguments import LENGTHS, Asked, ask, how_long
+from .arguments import LENGTHS, Asked, ask, how_long, without_secrets
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
@@ -245,7 +245,7 @@ class Run:
         if is_store(self.folder):
             raise ValueError(f"{self.folder} is a store: give a run another --output_dir")
         path, of_data = self.folder / "config.yaml", self.folder / "data.json"
-        asked = {k: v for k, v in self.asked.given.items() if not k.endswith("_token")}  # secrets stay out of files
+        asked = without_secrets(self.asked.given)
         known = ("prompt_ids", "labels", "labels_mask", "teacher_prompt_ids")
         read = {name: data_hash([ids for column in known if column in rows.column_names for ids in rows[column]])
                 for name, rows in (("data", self.pairs), ("eval_data", self.held_out))}  # fmt: skip
