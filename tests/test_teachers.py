@@ -444,6 +444,11 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
     off = dict(echo=False, logprobs=None, n=1, stream=False, stop=None, min_p=0.0, temperature=None)
     assert len(serve.completions(room, tokenizer, body | off, 9)["choices"]) == 2
     assert serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 0}, 9)["choices"][0]["token_ids"] == []
+    with monkeypatch.context() as patch:
+        for drawn, why in (([5, EOS], "stop"), ([5, 6], "length")):  # also where the end token is the last allowed
+            patch.setattr(serve, "draw", lambda *_, drawn=drawn: [torch.tensor(drawn)])
+            (choice,) = serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 2}, 9)["choices"]
+            assert (choice["token_ids"], choice["finish_reason"]) == (drawn, why)
     logits = torch.zeros(1, room.vocabulary)
     logits[:, 4:] = -torch.inf
     monkeypatch.setattr(teachers, "logits_function", lambda *_: lambda begin, end: logits)
