@@ -226,6 +226,8 @@ def _bench(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.tune and args.report:
         raise ValueError("--tune and --report are different runs: give only one of them")
+    if args.tune and (args.compile or args.backend not in ("auto", "triton")):
+        raise ValueError("--tune times the Triton backend alone: leave out --compile and --backend")
     if args.tune:
         return _tune(args)
     how = args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile
@@ -344,7 +346,7 @@ def _sequence(argv: Sequence[str]) -> int | None:
 
     Returns None for the other commands, whose options `parser` has.
     """
-    name, *rest = [*argv, ""]
+    name, *rest = argv or [""]
     if name not in (*SEQUENCE, "teacher"):
         return None
     if missing := _missing(*NEEDED):
@@ -352,11 +354,14 @@ def _sequence(argv: Sequence[str]) -> int | None:
             return None
         print(f"fdistill: {_install(missing, 'sequence')}", file=sys.stderr)
         return 2
-    if name == "teacher" and rest[0] != "build":
-        return None
+    if name == "teacher":
+        action = next((i for i, word in enumerate(rest) if word != "--json"), 0)  # which may also stand before it
+        if rest[action : action + 1] != ["build"]:
+            return None
+        del rest[action]
     from .sequence import build, run
 
-    return run.main("teacher build", argv[2:], build.build) if name == "teacher" else run.main(name, argv[1:])
+    return run.main("teacher build", rest, build.build) if name == "teacher" else run.main(name, rest)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -154,8 +154,8 @@ def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, f
     return nats / len(windows), kl / len(windows)
 
 
-def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: Console) -> None:
-    """Trains each stage to its end and saves a checkpoint at every evaluation.
+def run(stages: list[Stage], text: Text, of: dict[str, Any], checkpoint: Path, console: Console) -> None:
+    """Trains each stage to its end and saves a checkpoint at every evaluation, with `of`: its seed, and what it is of.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is saved.
@@ -164,7 +164,7 @@ def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: C
 
     def save() -> None:
         partial = checkpoint.with_suffix(".partial")
-        torch.save({stage.name: stage.state() for stage in stages}, partial)
+        torch.save({"of": of, **{stage.name: stage.state() for stage in stages}}, partial)
         partial.replace(checkpoint)
 
     columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -174,7 +174,7 @@ def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: C
         try:
             for stage, bar in zip(stages, bars, strict=True):
                 while stage.done < stage.steps:
-                    stage.train_step(text, seed)
+                    stage.train_step(text, of["seed"])
                     if stage.done % EVALUATE_EVERY == 0 or stage.done == stage.steps:
                         stage.curve.append((stage.done, evaluate(stage.model, windows)[0]))
                         progress.update(bar, perplexity=f"{math.exp(stage.curve[-1][1]):.1f}")
@@ -237,15 +237,17 @@ def main(args: argparse.Namespace) -> int:
     students = [Stage(name, gpt2(STUDENT, args.seed + 1), args.student_steps, loss, start)
                 for name, loss in losses.items()]  # fmt: skip
     stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
+    of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses)}
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
-        if set(saved) != {stage.name for stage in stages}:
-            raise ValueError(f"{checkpoint} was made with other divergences: give --restart to start again")
+        if saved.get("of") != of:
+            raise ValueError(f"{checkpoint} was made with other divergences, another text or another seed: give "
+                             "--restart to start again")  # fmt: skip
         for stage in stages:
             stage.restore(saved[stage.name])
         console.print(f"continuing from {checkpoint}")
     try:
-        run(stages, text, args.seed, checkpoint, console)
+        run(stages, text, of, checkpoint, console)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues from {checkpoint}", file=sys.stderr)
         return 130
@@ -255,18 +257,13 @@ def main(args: argparse.Namespace) -> int:
     rows = {}
     for stage in stages:
         nats, kl = evaluate(stage.model, windows, teacher)
-        parameters = sum(p.numel() for p in stage.model.parameters())
-        rows[stage.name] = {
-            "parameters": parameters,
-            "steps": stage.done,
-            "perplexity": math.exp(nats),
-            "kl_to_teacher": kl,
-        }
+        rows[stage.name] = dict(parameters=stage.model.num_parameters(), steps=stage.done, perplexity=math.exp(nats),
+                                kl_to_teacher=kl)  # fmt: skip
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     results = {
         "models": rows, "loss": str(args.divergence[-1]), "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
-        "peak_memory_mib": kilobytes / 1024, "text_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "peak_memory_mib": kilobytes / 1024, "text_sha256": of["text_sha256"],
         **provenance(" ".join(["fdistill", *sys.argv[1:]])),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

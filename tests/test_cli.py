@@ -1,6 +1,7 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -13,8 +14,11 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainingArguments
 
 from fdistill_kernels import TABLE, cli, demo, provenance, verify
+from fdistill_kernels.sequence import arguments
+from fdistill_kernels.sequence.trainer import FDistillConfig
 
 COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
 
@@ -127,6 +131,9 @@ BAD = {
     "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
     "of another report": (["verify", "--backend", "cpu"], "--backend is used only with --precision"),
     "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype only without it"),
+    "not tuned": (["bench", "--tune", "--compile"], "--tune times the Triton backend alone"),
+    "nor this": (["bench", "--tune", "--backend", "cpu"], "--tune times the Triton backend alone"),
+    "json first": (["teacher", "--json", "build"], "--teacher is needed"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
     "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
@@ -136,11 +143,11 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_line_and_no_traceback(name, tmp_path, capsys):
-    arguments, message = BAD[name]
+    call, message = BAD[name]
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     places = {"OUT": str(tmp_path / "out"), "BYTES": str(tmp_path / "bytes.txt")}
     try:
-        status = cli.main([places.get(a, a) for a in arguments])
+        status = cli.main([places.get(a, a) for a in call])
     except SystemExit as stop:
         status = stop.code
     last = capsys.readouterr().err.splitlines()[-1]
@@ -166,6 +173,10 @@ def test_every_option_has_a_help():
                 yield action
 
     assert [o.dest for o in options(cli.parser()) if not o.help] == []
+    own = {f.name for kind in (*arguments.KINDS.values(), FDistillConfig) for f in dataclasses.fields(kind)}
+    own -= {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert [name for name in own if len(arguments.HELP.get(name, "").split()) < 4] == []
+    assert arguments.HELP.keys() - own == {"output_dir", "max_steps", "num_train_epochs"}
 
 
 def test_help(capsys, monkeypatch):
@@ -176,7 +187,10 @@ def test_help(capsys, monkeypatch):
         return capsys.readouterr().out
 
     own = shown("evaluate")
-    assert "--eval-data" in own and "--learning-rate" not in own and "(default: )" not in own + shown("train")
+    assert "--eval-data" in own and "--learning-rate" not in own
+    told = " ".join((own + shown("train")).split())
+    assert "(default: )" not in told and "(default: None)" not in told
+    assert "number of passes over the data, in place of --max_steps --max_steps" in told  # which has a default
     monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))
     assert "needs fdistill_kernels[sequence]" in shown("train").replace("\n  ", "")
     assert cli.main(["train", "--data", "x"]) == 2
@@ -197,10 +211,10 @@ raise SystemExit(cli.main())
 def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text(demo.read_text(None)[:120_000])
-    arguments = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
+    call = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
                  "--start-steps", "20", "--student-steps", "60", "--divergence", "kl"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", INTERRUPTED, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 240
@@ -213,7 +227,7 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     assert 50 <= saved["teacher"]["done"] < 300
     for name, value in SMALL.items():
         monkeypatch.setattr(demo, name, value)
-    assert cli.main(arguments) == 0
+    assert cli.main(call) == 0
     finished = capsys.readouterr()
     assert "continuing from" in finished.err
     results = json.loads(finished.out)
@@ -228,3 +242,5 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     other["models"]["kl"]["perplexity"] *= 1.1
     assert demo._compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*call, "--seed", "1"]) == 2
+    assert "another text or another seed: give --restart" in capsys.readouterr().err
