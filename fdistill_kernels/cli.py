@@ -24,6 +24,7 @@ from .doctor import details, lines
 from .own import resolve
 
 STUDENTS = ("kl", "js", "tvd")  # the default divergences of demo and bench
+SEQUENCES = 16  # that `teacher verify --teacher` computes again
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -300,8 +301,8 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     held.add_argument("--repair", action="store_true", help="move damaged shards into FOLDER/damaged; nothing may be "
                       "writing to the store; then the command that built it adds their sequences again")  # fmt: skip
     held.add_argument("--teacher", help="folder or hub name of the model")
-    held.add_argument("--sequences", type=_count, default=16, metavar="N",
-                      help="how many sequences are computed again with --teacher; default: 16")  # fmt: skip
+    held.add_argument("--sequences", type=_count, default=SEQUENCES, metavar="N",
+                      help=f"how many sequences are computed again with --teacher; default: {SEQUENCES}")  # fmt: skip
     held.add_argument("--seed", type=int, default=0, help="which sequences these are; default: 0")
     served = action("serve", "Serve a model over HTTP, for `--teacher http://...` and for clients of vLLM's API.")
     served.add_argument("--teacher", required=True, help="folder or hub name of the model")
@@ -323,6 +324,8 @@ def _teacher(args: argparse.Namespace) -> int:
         return 0
     if args.action == "inspect":
         found = build.inspect(args.folder, args.plot)
+    elif not args.teacher and (args.seed or args.sequences != SEQUENCES):
+        raise ValueError("--sequences and --seed choose what --teacher computes again: give --teacher, too")
     else:
         found = build.verify(args.folder, args.teacher, args.sequences, args.seed, args.repair)
     print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from .bench import eager_loss, median_seconds, training_step
+from .bench import eager_loss, median_seconds, our_loss, training_step
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence
 from .provenance import provenance
@@ -191,7 +191,7 @@ def loss_speed(student: Any, teacher: Any, divergence: Divergence, tokens: Tenso
         of_teacher = teacher(tokens[:, :-1]).logits.flatten(0, 1)
         logits = student(tokens[:, :-1]).logits.flatten(0, 1)
     logits = logits.clone().requires_grad_()
-    calls: list[Loss] = [lambda s, t: f_divergence(s, t, divergence), eager_loss(divergence)]
+    calls = our_loss(divergence), eager_loss(divergence)
     ours, eager = (len(logits) / median_seconds(training_step(call, logits, of_teacher)) for call in calls)
     return ours, eager
 
@@ -216,6 +216,7 @@ def plot(stages: list[Stage], path: Path) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
     started = time.perf_counter()
+    expected = json.loads(args.expect.read_text()) if args.expect else {"models": {}}
     console = Console(stderr=args.json)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -228,7 +229,8 @@ def main(args: argparse.Namespace) -> int:
         def loss(logits: Tensor, tokens: Tensor) -> Tensor:
             with torch.no_grad():
                 of_teacher = teacher(tokens[:, :-1]).logits
-            return f_divergence(logits, of_teacher, divergence)
+            labels = tokens[:, 1:] if divergence.needs_labels else None
+            return f_divergence(logits, of_teacher, divergence, labels=labels)
 
         return loss
 
@@ -238,6 +240,8 @@ def main(args: argparse.Namespace) -> int:
                 for name, loss in losses.items()]  # fmt: skip
     stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
     of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses)}
+    if other := expected["models"].keys() - {stage.name for stage in stages}:
+        raise ValueError(f"{args.expect} has results of {', '.join(sorted(other))}, which are not asked for")
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
         if saved.get("of") != of:
@@ -272,7 +276,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1))
     else:
         _print(results, out, console)
-    return _compare(rows, json.loads(args.expect.read_text()), console) if args.expect else 0
+    return _compare(rows, expected, console) if args.expect else 0
 
 
 #: How far a model's perplexity and KL may be from the committed ones: rounding differs between processors, and a few

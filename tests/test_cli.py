@@ -133,6 +133,8 @@ BAD = {
     "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype only without it"),
     "not tuned": (["bench", "--tune", "--compile"], "--tune times the Triton backend alone"),
     "nor this": (["bench", "--tune", "--backend", "cpu"], "--tune times the Triton backend alone"),
+    "no teacher to compare with": (["teacher", "verify", "OUT", "--seed", "3"], "--sequences and --seed choose what"),
+    "no expectations": (["demo", "--expect", "nosuch.json", "--out", "OUT"], "nosuch.json"),
     "json first": (["teacher", "--json", "build"], "--teacher is needed"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
@@ -212,7 +214,7 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text(demo.read_text(None)[:120_000])
     call = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
-                 "--start-steps", "20", "--student-steps", "60", "--divergence", "kl"]  # fmt: skip
+                 "--start-steps", "20", "--student-steps", "60", "--divergence", "dkd", "kl"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
@@ -232,7 +234,7 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     assert "continuing from" in finished.err
     results = json.loads(finished.out)
     models = results["models"]
-    assert models["kl"]["steps"] == models["baseline"]["steps"] == 60
+    assert models["kl"]["steps"] == models["baseline"]["steps"] == models["dkd(1, 8)"]["steps"] == 60
     assert models["kl"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"] < models["start"]["kl_to_teacher"]
     assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
     assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
@@ -242,5 +244,9 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     other["models"]["kl"]["perplexity"] *= 1.1
     assert demo._compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    other["models"]["js"] = {}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert cli.main([*call, "--expect", str(tmp_path / "other.json")]) == 2
+    assert "other.json has results of js, which are not asked for" in capsys.readouterr().err
     assert cli.main([*call, "--seed", "1"]) == 2
     assert "another text or another seed: give --restart" in capsys.readouterr().err

@@ -151,7 +151,7 @@ class BuildArguments:
 
 #: What --help says: of each own option, and of those of `TrainingArguments` that mean something else here.
 HELP = {
-    "output_dir": "folder of the run, or of the store; the same command goes on with what is there",
+    "output_dir": "folder of the run, the store, or evaluate's sentences; train and build go on with what is there",
     "max_steps": "number of training steps; a finished run goes on if it grows; not beside --num_train_epochs",
     "num_train_epochs": "number of passes over the data, in place of --max_steps",
     "teacher": "model folder or hub name of the teacher, a store's folder (`teacher build`), or a server's URL",
@@ -367,8 +367,8 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
 
     first = vars(parser.parse_known_args(argv, blank())[0])
     said = {**(settings or {}), **_yaml(None if first["config"] is absent else first["config"], set(names) - OF_LINE)}
-    kind_of = {name: kind for of in types for name, kind in get_type_hints(of).items()}
-    if empty := [name for name, value in said.items() if value is None and type(None) not in get_args(kind_of[name])]:
+    may_be_none = {name for of in types for name, kind in get_type_hints(of).items() if type(None) in get_args(kind)}
+    if empty := [name for name, value in said.items() if value is None and name not in may_be_none]:
         raise ValueError(f"--{', --'.join(empty)} needs a value: leave it out for the default")
     if any(first[name] is not absent for name in LENGTHS):  # one goes before the other, too
         said = {name: value for name, value in said.items() if name not in LENGTHS}
@@ -455,7 +455,7 @@ def _check(asked: Asked) -> None:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
         raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
-    if asked.lora.use_peft and (Path(model.student or "") / "adapter_config.json").exists():
+    if asked.lora.use_peft and model.student and (Path(model.student) / "adapter_config.json").exists():
         raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
                          "merge it into its base model for a new one")  # fmt: skip
     if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
