@@ -60,11 +60,8 @@ def test_every_sentence_is_what_float64_says(make, tmp_path):
         assert row["gold_nats"] == pytest.approx(nats(student, asked[i], gold[i]), rel=1e-10)
         assert row["likelihood_nats"] == pytest.approx(nats(teacher, longer[i], drawn), rel=1e-10)
         assert row["coverage_nats"] == pytest.approx(nats(student, asked[i], y), rel=1e-10)
-        assert (row["gold_tokens"], row["likelihood_tokens"], row["coverage_tokens"]) == (
-            len(gold[i]),
-            len(drawn),
-            len(y),
-        )
+        for name, of in (("gold", gold[i]), ("likelihood", drawn), ("coverage", y)):
+            assert row[f"{name}_tokens"] == len(of)
         log_q, log_p = log_probs(student, asked[i], y), log_probs(teacher, longer[i], y)
         assert row["kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-9)
         assert row["tvd"] == pytest.approx(float((log_p.exp() - log_q.exp()).abs().sum() / 2), rel=1e-9)

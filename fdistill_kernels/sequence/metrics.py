@@ -144,10 +144,8 @@ def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dic
     """BLEU, chrF and TER of a corpus, by sacrebleu."""
     import sacrebleu
 
-    references_once = [list(references)]
-    return {"bleu": sacrebleu.corpus_bleu(list(outputs), references_once).score,
-            "chrf": sacrebleu.corpus_chrf(list(outputs), references_once).score,
-            "ter": sacrebleu.corpus_ter(list(outputs), references_once).score}  # fmt: skip
+    given = list(outputs), [list(references)]
+    return {name: getattr(sacrebleu, f"corpus_{name}")(*given).score for name in ("bleu", "chrf", "ter")}
 
 
 def searched(
