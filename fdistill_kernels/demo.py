@@ -79,7 +79,7 @@ def tokenize(text: str) -> Text:
     tokenizer.train_from_iterator([train], vocab_size=VOCABULARY, show_progress=False)
     ids = Text(*(torch.tensor(tokenizer.encode(part).ids) for part in (train, held_out)))
     if len(ids.train) < 2 * CONTEXT or len(ids.held_out) < CONTEXT + 1:
-        raise SystemExit(f"the text is too short: {len(ids.train)} tokens to train on, {len(ids.held_out)} held out")
+        raise ValueError(f"the text is too short: {len(ids.train)} tokens to train on, {len(ids.held_out)} held out")
     return ids
 
 

@@ -138,6 +138,7 @@ BAD = {
     "json first": (["teacher", "--json", "build"], "--teacher is needed"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
+    "too little": (["demo", "--text", "SHORT", "--out", "OUT"], "fdistill demo: the text is too short"),
     "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
     "no data": (["train", "--teacher", "nosuch", "--data", "nosuch.tsv", "--output_dir", "OUT"], "nosuch.tsv"),
 }  # fmt: skip
@@ -146,8 +147,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_line_and_no_traceback(name, tmp_path, capsys):
     call, message = BAD[name]
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    places = {"OUT": str(tmp_path / "out"), "BYTES": str(tmp_path / "bytes.txt")}
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
+    (tmp_path / "SHORT").write_text("a few words")
+    places = {name: str(tmp_path / name) for name in ("OUT", "BYTES", "SHORT")}
     try:
         status = cli.main([places.get(a, a) for a in call])
     except SystemExit as stop:

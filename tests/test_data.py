@@ -322,8 +322,10 @@ def test_bad_rows_are_named(tmp_path):
         with pytest.raises(ValueError) as told:
             tokenize(read_pairs(tmp_path / name), tokenizer_of(PLAIN, bos=False), llama(320).config, name=name)
         assert words in str(told.value), str(told.value)
-    with pytest.raises(ValueError, match="lacks the column 'answer'"):
-        read_pairs(tmp_path / "null.jsonl", columns=("prompt", "answer"))
+    for name, columns, words in (("null.jsonl", ("prompt", "answer"), "'answer'; it has prompt, target"),
+                                 ("turns.jsonl", ("question", "target"), "'question'; it has messages")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"lacks the column {words}"):
+            read_pairs(tmp_path / name, columns=columns)
 
 
 QUANTO = '{"quant_method": "quanto", "weights": "int4"}'
@@ -362,6 +364,7 @@ def test_options_and_what_they_were_called(tmp_path):
         ("--torch_dtype", "auto"): "--torch_dtype is --dtype", ("--num_train_epochs", "0"): "--num_train_epochs must be positive",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",
         ("--student_layers", "1"): "--student_layers makes a student, and --student names another",
+        ("--eval_measures", "--eval_strategy", "no"): "--eval_measures measures at every evaluation",
         ("--shares", "gold=1"): "is not used without a divergence", ("--lora_r", "4"): "--lora_r: of an adapter, which --use_peft asks for",
         ("--warmup_steps", "30", "--max_steps", "20"): "--warmup_steps 30 are more than --max_steps 20",
         ("--warmup_steps", "30", "--predistill_steps", "5"): "more than --predistill_steps 5",

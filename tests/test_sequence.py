@@ -405,11 +405,9 @@ def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatc
 
 
 def test_full_disk_leaves_whole_files(tmp_path, monkeypatch):
-    from pathlib import Path
-
     from fdistill_kernels.sequence import sampling as module
 
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="could not be written"):
         module.write_whole(tmp_path / "x.parquet", b"1")
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,6 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
 from .metrics import MEASURES
-from .objectives import METHODS
 from .trainer import FDistillConfig
 
 #: Batches of similar lengths need little padding; transformers 5 has another name for it.
@@ -149,6 +149,13 @@ class BuildArguments:
     log_probs: str = "float16"
 
 
+def _attributes(kind: Any) -> dict[str, str]:
+    """The first sentence that a dataclass's docstring has of each of its own fields."""
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(kind.__doc__ or ""), re.MULTILINE)
+    words = {name: " ".join(said.split()) for name, said in found if name in kind.__annotations__}
+    return {name: said.removesuffix(".").split(". ")[0] for name, said in words.items()}
+
+
 #: What --help says: of each own option, and of those of `TrainingArguments` that mean something else here.
 HELP = {
     "output_dir": "folder of the run, the store, or evaluate's sentences; train and build go on with what is there",
@@ -208,32 +215,7 @@ HELP = {
     "states": "dtype of stored states, for --kind hidden: float32, float16, bfloat16 or int8",
     "log_probs": "dtype of stored log-probabilities, for --kind top_k: float16 or uint8",
     "head_rank": "for --kind hidden, store states in this many singular directions of the head; default: whole states",
-    "method": "objective: " + ", ".join(METHODS),
-    "beta": "weight of the student's half in --method js and tvd, from 0 to 1",
-    "divergence": "instead of --method: a divergence of `fdistill list`, on the sequences of --shares",
-    "shares": "with --divergence: weights of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3; "
-              "default: gold alone",
-    "ce_weight": "weight of a cross-entropy on gold targets that is added to the objective",
-    "temperature": "temperature of both models' distributions in the loss",
-    "temperature_squared": "multiply the divergences by the square of --temperature",
-    "student_every": "number of steps from one drawing of the student's samples to the next",
-    "student_server": "URL of a vLLM server that draws the student's samples, with --student_server_path",
-    "student_server_path": "folder for the weights, which --student_server sees under the same path",
-    "normalize": "what the loss is a mean over: token, or sequence (each a sum over its tokens)",
-    "pack": "give causal models a batch as one row, without padding",
-    "freeze_embeddings": "do not train the student's input embeddings, nor a head that is tied to them",
-    "memory": "chunks, or minimal: less memory for the loss's logits and more time, and no entropies are logged",
-    "on_nan": "if the loss is not finite: stop, with the batch in a file, or skip the batch",
-    "max_new_tokens": "largest length of a sample of either model, in tokens",
-    "sample_temperature": "temperature at which samples of both models are drawn",
-    "top_k": "draw from this many of the likeliest tokens; 0: from all",
-    "top_p": "draw from the likeliest tokens with this total probability; 1: from all",
-    "cache_implementation": "cache of keys and values while drawing: dynamic, static (compiled on a GPU), ...; "
-                            "default: the model's own",
-    "beams": "number of beams of the teacher's search, for sequences of beam (--method seqkd)",
-    "hidden_weight": "with --predistill_steps: weight of the hidden states' MSE; 0: leave it out",
-    "hidden_normalize": "with --predistill_steps: layer-normalise the hidden states before their MSE",
-    "hidden_reduction": "with --predistill_steps: mean or sum of the MSE over the student's layers",
+    **_attributes(FDistillConfig),
 }  # fmt: skip
 
 
@@ -469,4 +451,5 @@ def _check(asked: Asked) -> None:
             raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
     for prefix in ("", "teacher_"):
         model.options(prefix)
-    _ = asked.config  # which checks its own
+    if asked.config.eval_strategy == "no" and asked.run.eval_measures:  # a configuration checks its own
+        raise ValueError("--eval_measures measures at every evaluation, and --eval_strategy no leaves none")

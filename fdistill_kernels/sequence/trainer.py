@@ -500,8 +500,8 @@ class FDistillTrainer(Trainer):
         counts = (update.items["prompts"], update.items["gold"]) if update.items else None
         return predistillation_loss(
             self._unwrapped(model), self.teacher.model, gold.prompts, gold.continuations, self.pad,
-            hidden_weight=self.args.hidden_weight, hidden_normalize=self.args.hidden_normalize,
-            hidden_reduction=self.args.hidden_reduction, wrapped=model, counts=counts, counted=gold.counted,
+            wrapped=model, counts=counts, counted=gold.counted,
+            **{name: getattr(self.args, name) for name in OF_PREDISTILLATION},
         )  # fmt: skip
 
     def _half(self, half: Half, model: Any, update: Update) -> Tensor:
