@@ -219,7 +219,7 @@ def test_measures_of_few_and_empty_outputs(files):
     teacher.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(60).index_fill(0, torch.tensor(0), 1e4))
     ends = [torch.tensor([teacher.config.eos_token_id])]
     prompts = [torch.tensor([5, 6, 0])]
-    measured = metrics.evaluate(teacher, teacher, prompts, prompts, ends, [""], tokenizer, Sampling(4))
+    _, measured = metrics.measured(teacher, teacher, prompts, prompts, ends, [""], tokenizer, Sampling(4))
     assert measured["perplexity"] == pytest.approx(1) and measured["bleu"] == 0
     assert measured["likelihood_risk"] == pytest.approx(0, abs=1e-5)
 

@@ -492,6 +492,9 @@ def test_predistillation_is_its_formula(make, options):
         assert hidden < 0.9 * got  # of states that are not normalised it is all but everything
     with pytest.raises(ValueError, match="hidden_reduction must be mean or sum, not 'max'"):
         predistillation_loss(student, teacher, prompts, targets, EOS, hidden_reduction="max")
+    for wrong in (dict(weights=(0.0, 1.0)), dict(hidden_weight=-1.0)):
+        with pytest.raises(ValueError, match=r"the weight of the KL must be positive, not .* at least 0, not"):
+            predistillation_loss(student, teacher, prompts, targets, EOS, **wrong)
 
 
 def test_layers_with_settings_or_shapes_of_their_own():

@@ -255,6 +255,8 @@ def test_bad_input(tmp_path):
         check_vocabularies(Tokenizer(a=0, b=1), Tokenizer(a=0, b=2))
     with pytest.raises(ValueError, match="'c' is 1 in one and 'b' has that id"):
         check_vocabularies(Tokenizer(a=0, c=1), Tokenizer(a=0, b=1))
+    with pytest.raises(ValueError, match="'a' is 0 in one and missing in the other"):
+        check_vocabularies(Tokenizer(a=0), Tokenizer(b=1))
 
 
 @pytest.mark.parametrize("sizes", [(60, 64), (64, 60)])

@@ -397,8 +397,8 @@ class Run:
             raise ValueError(str(error)) from error
         trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
         if stage != "predistill" and self.asked.run.eval_measures:
-            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
-                                          trainer.log))  # fmt: skip
+            trainer.add_callback(Measures(trainer.log, self.model, *self.held_out_rows(), self.tokenizer,
+                                          self.config.sampling()))  # fmt: skip
         return trainer
 
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
