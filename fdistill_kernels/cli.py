@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +55,10 @@ def _divergence(text: str) -> Divergence:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    try:
-        rows, vocabulary = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"shape must be N,V, such as 1024,32000, not {text!r}") from None
-    if rows < 1 or vocabulary < 1:
-        raise argparse.ArgumentTypeError("N and V must be at least 1")
-    return rows, vocabulary
+    found = re.fullmatch(r"0*([1-9]\d*),\s*0*([1-9]\d*)", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"shape must be N,V, such as 1024,32000, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _count(text: str) -> int:

@@ -115,6 +115,7 @@ def test_bench(capsys):
 @pytest.mark.parametrize(
     "args, message",
     [(["verify", "--divergence", "jss"], "did you mean 'js'"), (["bench", "--shape", "12"], "shape must be N,V"),
+     (["bench", "--shape", "0,5"], "shape must be N,V"),
      (["verify", "--divergence", "kl=2"], "takes no parameter"), (["bench", "--divergence", "gjs=2"], "beta must be")],
 )  # fmt: skip
 def test_misuse(args, message, capsys):
