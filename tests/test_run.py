@@ -106,11 +106,13 @@ def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypat
 
     def killed(self, *args, **keywords):
         if self.args.method == "kl" and self.state.global_step == 2 and self.model.training:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **keywords)
 
     monkeypatch.setattr(run.FDistillTrainer, "compute_loss", killed)
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(arguments(files, "--method", "kl")) == 130
+    assert signal.getsignal(signal.SIGTERM) is before  # this process has its own again
     monkeypatch.setattr(run.FDistillTrainer, "compute_loss", original)
     assert not (files / "run" / "student").exists()
     assert cli.main(arguments(files, "--method", "kl")) == 0

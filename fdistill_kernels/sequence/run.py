@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -562,17 +562,27 @@ def _disk_is_full(error: BaseException | None, folder: Any) -> bool:
     return error is not None
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is a Ctrl-C inside: what is kept at one is kept at the other."""
+    alone = threading.current_thread() is not threading.main_thread()  # where signals cannot be asked for
+    before = None if alone else signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if not alone:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 WORK = {"train": train, "sample-teacher": sample_teacher, "evaluate": evaluate_student}
 
 
 def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dict[str, Any]] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 after one line on bad input, or 130 after Ctrl-C."""
     console, asked = Console(stderr=True, quiet=rank()[0] > 0), None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is kept at Ctrl-C is kept then, too
     try:
         asked = ask(command, argv)
-        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
+        with contextlib.redirect_stdout(sys.stderr), _interruptible():  # the trainer prints its logs
             results = (work or WORK[command])(asked, console)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
