@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .doctor import details, lines
 from .own import resolve
 
 STUDENTS = ("kl", "js", "tvd")  # the default divergences of demo and bench
+SEQUENCES = 16  # that `teacher verify --teacher` computes again
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -53,13 +55,10 @@ def _divergence(text: str) -> Divergence:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    try:
-        rows, vocabulary = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"shape must be N,V, such as 1024,32000, not {text!r}") from None
-    if rows < 1 or vocabulary < 1:
-        raise argparse.ArgumentTypeError("N and V must be at least 1")
-    return rows, vocabulary
+    found = re.fullmatch(r"0*([1-9]\d*),\s*0*([1-9]\d*)", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"shape must be N,V, such as 1024,32000, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _count(text: str) -> int:
@@ -226,6 +225,8 @@ def _bench(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.tune and args.report:
         raise ValueError("--tune and --report are different runs: give only one of them")
+    if args.tune and (args.compile or args.backend not in ("auto", "triton")):
+        raise ValueError("--tune times the Triton backend alone: leave out --compile and --backend")
     if args.tune:
         return _tune(args)
     how = args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile
@@ -298,8 +299,8 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     held.add_argument("--repair", action="store_true", help="move damaged shards into FOLDER/damaged; nothing may be "
                       "writing to the store; then the command that built it adds their sequences again")  # fmt: skip
     held.add_argument("--teacher", help="folder or hub name of the model")
-    held.add_argument("--sequences", type=_count, default=16, metavar="N",
-                      help="how many sequences are computed again with --teacher; default: 16")  # fmt: skip
+    held.add_argument("--sequences", type=_count, default=SEQUENCES, metavar="N",
+                      help=f"how many sequences are computed again with --teacher; default: {SEQUENCES}")  # fmt: skip
     held.add_argument("--seed", type=int, default=0, help="which sequences these are; default: 0")
     served = action("serve", "Serve a model over HTTP, for `--teacher http://...` and for clients of vLLM's API.")
     served.add_argument("--teacher", required=True, help="folder or hub name of the model")
@@ -321,6 +322,8 @@ def _teacher(args: argparse.Namespace) -> int:
         return 0
     if args.action == "inspect":
         found = build.inspect(args.folder, args.plot)
+    elif not args.teacher and (args.seed or args.sequences != SEQUENCES):
+        raise ValueError("--sequences and --seed choose what --teacher computes again: give --teacher, too")
     else:
         found = build.verify(args.folder, args.teacher, args.sequences, args.seed, args.repair)
     print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
@@ -344,7 +347,7 @@ def _sequence(argv: Sequence[str]) -> int | None:
 
     Returns None for the other commands, whose options `parser` has.
     """
-    name, *rest = [*argv, ""]
+    name, *rest = argv or [""]
     if name not in (*SEQUENCE, "teacher"):
         return None
     if missing := _missing(*NEEDED):
@@ -352,11 +355,14 @@ def _sequence(argv: Sequence[str]) -> int | None:
             return None
         print(f"fdistill: {_install(missing, 'sequence')}", file=sys.stderr)
         return 2
-    if name == "teacher" and rest[0] != "build":
-        return None
+    if name == "teacher":
+        action = next((i for i, word in enumerate(rest) if word != "--json"), 0)  # which may also stand before it
+        if rest[action : action + 1] != ["build"]:
+            return None
+        del rest[action]
     from .sequence import build, run
 
-    return run.main("teacher build", argv[2:], build.build) if name == "teacher" else run.main(name, argv[1:])
+    return run.main("teacher build", rest, build.build) if name == "teacher" else run.main(name, rest)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from .bench import eager_loss, median_seconds, training_step
+from .bench import eager_loss, median_seconds, our_loss, training_step
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence
 from .provenance import provenance
@@ -79,7 +79,7 @@ def tokenize(text: str) -> Text:
     tokenizer.train_from_iterator([train], vocab_size=VOCABULARY, show_progress=False)
     ids = Text(*(torch.tensor(tokenizer.encode(part).ids) for part in (train, held_out)))
     if len(ids.train) < 2 * CONTEXT or len(ids.held_out) < CONTEXT + 1:
-        raise SystemExit(f"the text is too short: {len(ids.train)} tokens to train on, {len(ids.held_out)} held out")
+        raise ValueError(f"the text is too short: {len(ids.train)} tokens to train on, {len(ids.held_out)} held out")
     return ids
 
 
@@ -154,8 +154,8 @@ def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, f
     return nats / len(windows), kl / len(windows)
 
 
-def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: Console) -> None:
-    """Trains each stage to its end and saves a checkpoint at every evaluation.
+def run(stages: list[Stage], text: Text, of: dict[str, Any], checkpoint: Path, console: Console) -> None:
+    """Trains each stage to its end and saves a checkpoint at every evaluation, with `of`: its seed, and what it is of.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is saved.
@@ -164,7 +164,7 @@ def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: C
 
     def save() -> None:
         partial = checkpoint.with_suffix(".partial")
-        torch.save({stage.name: stage.state() for stage in stages}, partial)
+        torch.save({"of": of, **{stage.name: stage.state() for stage in stages}}, partial)
         partial.replace(checkpoint)
 
     columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -174,7 +174,7 @@ def run(stages: list[Stage], text: Text, seed: int, checkpoint: Path, console: C
         try:
             for stage, bar in zip(stages, bars, strict=True):
                 while stage.done < stage.steps:
-                    stage.train_step(text, seed)
+                    stage.train_step(text, of["seed"])
                     if stage.done % EVALUATE_EVERY == 0 or stage.done == stage.steps:
                         stage.curve.append((stage.done, evaluate(stage.model, windows)[0]))
                         progress.update(bar, perplexity=f"{math.exp(stage.curve[-1][1]):.1f}")
@@ -191,7 +191,7 @@ def loss_speed(student: Any, teacher: Any, divergence: Divergence, tokens: Tenso
         of_teacher = teacher(tokens[:, :-1]).logits.flatten(0, 1)
         logits = student(tokens[:, :-1]).logits.flatten(0, 1)
     logits = logits.clone().requires_grad_()
-    calls: list[Loss] = [lambda s, t: f_divergence(s, t, divergence), eager_loss(divergence)]
+    calls = our_loss(divergence), eager_loss(divergence)
     ours, eager = (len(logits) / median_seconds(training_step(call, logits, of_teacher)) for call in calls)
     return ours, eager
 
@@ -216,6 +216,7 @@ def plot(stages: list[Stage], path: Path) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
     started = time.perf_counter()
+    expected = json.loads(args.expect.read_text()) if args.expect else {"models": {}}
     console = Console(stderr=args.json)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -228,7 +229,8 @@ def main(args: argparse.Namespace) -> int:
         def loss(logits: Tensor, tokens: Tensor) -> Tensor:
             with torch.no_grad():
                 of_teacher = teacher(tokens[:, :-1]).logits
-            return f_divergence(logits, of_teacher, divergence)
+            labels = tokens[:, 1:] if divergence.needs_labels else None
+            return f_divergence(logits, of_teacher, divergence, labels=labels)
 
         return loss
 
@@ -237,15 +239,19 @@ def main(args: argparse.Namespace) -> int:
     students = [Stage(name, gpt2(STUDENT, args.seed + 1), args.student_steps, loss, start)
                 for name, loss in losses.items()]  # fmt: skip
     stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
+    of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses)}
+    if other := expected["models"].keys() - {stage.name for stage in stages}:
+        raise ValueError(f"{args.expect} has results of {', '.join(sorted(other))}, which are not asked for")
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
-        if set(saved) != {stage.name for stage in stages}:
-            raise ValueError(f"{checkpoint} was made with other divergences: give --restart to start again")
+        if saved.get("of") != of:
+            raise ValueError(f"{checkpoint} was made with other divergences, another text or another seed: give "
+                             "--restart to start again")  # fmt: skip
         for stage in stages:
             stage.restore(saved[stage.name])
         console.print(f"continuing from {checkpoint}")
     try:
-        run(stages, text, args.seed, checkpoint, console)
+        run(stages, text, of, checkpoint, console)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues from {checkpoint}", file=sys.stderr)
         return 130
@@ -255,18 +261,13 @@ def main(args: argparse.Namespace) -> int:
     rows = {}
     for stage in stages:
         nats, kl = evaluate(stage.model, windows, teacher)
-        parameters = sum(p.numel() for p in stage.model.parameters())
-        rows[stage.name] = {
-            "parameters": parameters,
-            "steps": stage.done,
-            "perplexity": math.exp(nats),
-            "kl_to_teacher": kl,
-        }
+        rows[stage.name] = dict(parameters=stage.model.num_parameters(), steps=stage.done, perplexity=math.exp(nats),
+                                kl_to_teacher=kl)  # fmt: skip
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     results = {
         "models": rows, "loss": str(args.divergence[-1]), "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
-        "peak_memory_mib": kilobytes / 1024, "text_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "peak_memory_mib": kilobytes / 1024, "text_sha256": of["text_sha256"],
         **provenance(" ".join(["fdistill", *sys.argv[1:]])),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -275,7 +276,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1))
     else:
         _print(results, out, console)
-    return _compare(rows, json.loads(args.expect.read_text()), console) if args.expect else 0
+    return _compare(rows, expected, console) if args.expect else 0
 
 
 #: How far a model's perplexity and KL may be from the committed ones: rounding differs between processors, and a few

@@ -1,6 +1,7 @@
 """The command, run as a person does; and the demo, interrupted and gone on with."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -13,8 +14,11 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainingArguments
 
 from fdistill_kernels import TABLE, cli, demo, provenance, verify
+from fdistill_kernels.sequence import arguments
+from fdistill_kernels.sequence.trainer import FDistillConfig
 
 COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
 
@@ -111,6 +115,7 @@ def test_bench(capsys):
 @pytest.mark.parametrize(
     "args, message",
     [(["verify", "--divergence", "jss"], "did you mean 'js'"), (["bench", "--shape", "12"], "shape must be N,V"),
+     (["bench", "--shape", "0,5"], "shape must be N,V"),
      (["verify", "--divergence", "kl=2"], "takes no parameter"), (["bench", "--divergence", "gjs=2"], "beta must be")],
 )  # fmt: skip
 def test_misuse(args, message, capsys):
@@ -127,8 +132,14 @@ BAD = {
     "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
     "of another report": (["verify", "--backend", "cpu"], "--backend is used only with --precision"),
     "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype only without it"),
+    "not tuned": (["bench", "--tune", "--compile"], "--tune times the Triton backend alone"),
+    "nor this": (["bench", "--tune", "--backend", "cpu"], "--tune times the Triton backend alone"),
+    "no teacher to compare with": (["teacher", "verify", "OUT", "--seed", "3"], "--sequences and --seed choose what"),
+    "no expectations": (["demo", "--expect", "nosuch.json", "--out", "OUT"], "nosuch.json"),
+    "json first": (["teacher", "--json", "build"], "--teacher is needed"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
+    "too little": (["demo", "--text", "SHORT", "--out", "OUT"], "fdistill demo: the text is too short"),
     "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
     "no data": (["train", "--teacher", "nosuch", "--data", "nosuch.tsv", "--output_dir", "OUT"], "nosuch.tsv"),
 }  # fmt: skip
@@ -136,11 +147,12 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_line_and_no_traceback(name, tmp_path, capsys):
-    arguments, message = BAD[name]
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    places = {"OUT": str(tmp_path / "out"), "BYTES": str(tmp_path / "bytes.txt")}
+    call, message = BAD[name]
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
+    (tmp_path / "SHORT").write_text("a few words")
+    places = {name: str(tmp_path / name) for name in ("OUT", "BYTES", "SHORT")}
     try:
-        status = cli.main([places.get(a, a) for a in arguments])
+        status = cli.main([places.get(a, a) for a in call])
     except SystemExit as stop:
         status = stop.code
     last = capsys.readouterr().err.splitlines()[-1]
@@ -166,6 +178,10 @@ def test_every_option_has_a_help():
                 yield action
 
     assert [o.dest for o in options(cli.parser()) if not o.help] == []
+    own = {f.name for kind in (*arguments.KINDS.values(), FDistillConfig) for f in dataclasses.fields(kind)}
+    own -= {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert [name for name in own if len(arguments.HELP.get(name, "").split()) < 4] == []
+    assert arguments.HELP.keys() - own == {"output_dir", "max_steps", "num_train_epochs"}
 
 
 def test_help(capsys, monkeypatch):
@@ -176,7 +192,10 @@ def test_help(capsys, monkeypatch):
         return capsys.readouterr().out
 
     own = shown("evaluate")
-    assert "--eval-data" in own and "--learning-rate" not in own and "(default: )" not in own + shown("train")
+    assert "--eval-data" in own and "--learning-rate" not in own
+    told = " ".join((own + shown("train")).split())
+    assert "(default: )" not in told and "(default: None)" not in told
+    assert "number of passes over the data, in place of --max_steps --max_steps" in told  # which has a default
     monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))
     assert "needs fdistill_kernels[sequence]" in shown("train").replace("\n  ", "")
     assert cli.main(["train", "--data", "x"]) == 2
@@ -197,10 +216,10 @@ raise SystemExit(cli.main())
 def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text(demo.read_text(None)[:120_000])
-    arguments = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
-                 "--start-steps", "20", "--student-steps", "60", "--divergence", "kl"]  # fmt: skip
+    call = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
+                 "--start-steps", "20", "--student-steps", "60", "--divergence", "dkd", "kl"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", INTERRUPTED, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 240
@@ -213,12 +232,12 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     assert 50 <= saved["teacher"]["done"] < 300
     for name, value in SMALL.items():
         monkeypatch.setattr(demo, name, value)
-    assert cli.main(arguments) == 0
+    assert cli.main(call) == 0
     finished = capsys.readouterr()
     assert "continuing from" in finished.err
     results = json.loads(finished.out)
     models = results["models"]
-    assert models["kl"]["steps"] == models["baseline"]["steps"] == 60
+    assert models["kl"]["steps"] == models["baseline"]["steps"] == models["dkd(1, 8)"]["steps"] == 60
     assert models["kl"]["kl_to_teacher"] < models["baseline"]["kl_to_teacher"] < models["start"]["kl_to_teacher"]
     assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
     assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
@@ -228,3 +247,9 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     other["models"]["kl"]["perplexity"] *= 1.1
     assert demo._compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    other["models"]["js"] = {}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert cli.main([*call, "--expect", str(tmp_path / "other.json")]) == 2
+    assert "other.json has results of js, which are not asked for" in capsys.readouterr().err
+    assert cli.main([*call, "--seed", "1"]) == 2
+    assert "another text or another seed: give --restart" in capsys.readouterr().err

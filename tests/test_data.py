@@ -13,6 +13,7 @@ from fdistill_kernels.sequence.data import conversation, read_pairs, tokenize
 
 from .test_sequence import bart, llama
 
+SPECIAL = ["</s>", "<s>", "<|im_start|>"]
 TURN = "<|im_start|>{{ m['role'] }}\n"
 OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TOOLS = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}</s>\n{% endif %}"
@@ -32,14 +33,18 @@ TURNS = [{"role": "user", "content": "hello there"}, {"role": "assistant", "cont
 def tokenizer_of(template=None, bos=True, end=False, words=None):
     trained = ByteLevelBPETokenizer()
     words = words or [t["content"] for t in TURNS] * 5 + ["user assistant system tools\n"]
-    special = ["</s>", "<s>", "<|im_start|>"]
-    trained.train_from_iterator(words, vocab_size=320, special_tokens=special)
+    trained.train_from_iterator(words, vocab_size=320, special_tokens=SPECIAL)
     made = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>", bos_token="<s>")
     if bos or end:
-        around = f"{'<s> ' * bos}$A{' </s>' * end}"
-        made._tokenizer.post_processor = TemplateProcessing(around, special_tokens=[("<s>", 1), ("</s>", 0)])
+        surround(made, f"{'<s> ' * bos}$A{' </s>' * end}")
     made.chat_template = template
     return made
+
+
+def surround(tokenizer, around):
+    """Makes a tokenizer put special tokens around each text, $A."""
+    special = [(token, i) for i, token in enumerate(SPECIAL) if token in around]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(around, special_tokens=special)
 
 
 def ids_of(tokenizer, rows, tmp_path, model=None, **options):
@@ -51,9 +56,8 @@ def ids_of(tokenizer, rows, tmp_path, model=None, **options):
 def counted(tokenizer, row):
     """The text that counts, and all that follows the prompt."""
     mask = row.get("labels_mask") or [True] * len(row["labels"])
-    return [
-        tokenizer.decode(ids) for ids in ([i for i, m in zip(row["labels"], mask, strict=True) if m], row["labels"])
-    ]
+    kept = [i for i, m in zip(row["labels"], mask, strict=True) if m]
+    return tokenizer.decode(kept), tokenizer.decode(row["labels"])
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by prefixes", "by marks"])
@@ -69,9 +73,8 @@ def test_assistant_turns_count(template, tmp_path):
     assert row["length"] == len(row["prompt_ids"]) + len(row["labels"])
     row = ids_of(tokenizer, [one], tmp_path)[0]
     assert "labels_mask" not in row and counted(tokenizer, row)[0] == "good day</s>"
-    assert tokenizer.decode(ids_of(tokenizer, [tools], tmp_path)[0]["prompt_ids"]).startswith(
-        '<s><|im_start|>tools\n[{"name": "f"}]'
-    )
+    shown = tokenizer.decode(ids_of(tokenizer, [tools], tmp_path)[0]["prompt_ids"])
+    assert shown.startswith('<s><|im_start|>tools\n[{"name": "f"}]')
     parts = [{"prompt": TURNS[:3], "completion": TURNS[3:]}, {"prompt": TURNS[:3], "completion": "the end"}]
     for part in parts:  # an answer within the prompt is prompt
         row = ids_of(tokenizer, [part], tmp_path)[0]
@@ -90,15 +93,11 @@ def test_an_answer_in_parts_is_its_text(tmp_path):
 def test_the_teacher_s_own_prompts(tmp_path):
     tokenizer = tokenizer_of(PLAIN)
     system = [{"role": "system", "content": "be brief"}]
-    for row in (
-        {"messages": TURNS[:2]},
-        {"messages": system + TURNS[:2]},
-        {"prompt": TURNS[:1], "completion": TURNS[1:2]},
-    ):
+    for row in ({"messages": TURNS[:2]}, {"messages": system + TURNS[:2]},
+                {"prompt": TURNS[:1], "completion": TURNS[1:2]}):  # fmt: skip
         row = ids_of(tokenizer, [row], tmp_path, teacher_system="be kind")[0]
-        assert tokenizer.decode(row["teacher_prompt_ids"]).startswith(
-            "<s><|im_start|>system\nbe kind</s>\n<|im_start|>user\nhello"
-        )
+        shown = tokenizer.decode(row["teacher_prompt_ids"])
+        assert shown.startswith("<s><|im_start|>system\nbe kind</s>\n<|im_start|>user\nhello")
         assert "kind" not in tokenizer.decode(row["prompt_ids"])
     row = ids_of(tokenizer, [{"messages": TURNS[:2], "teacher_prompt": system + TURNS[:1]}], tmp_path)[0]
     assert "be brief" in tokenizer.decode(row["teacher_prompt_ids"]) and counted(tokenizer, row)[0] == "good day</s>"
@@ -126,10 +125,8 @@ def test_prompts_of_the_teacher_s_own_are_text_or_messages_beside_either(tmp_pat
     text, chat = {"prompt": "hello", "target": "day"}, {"messages": TURNS[:2]}
     for row in (text, chat):
         kept = ids_of(tokenizer, [row], tmp_path)[0]["prompt_ids"]
-        for own, told in (
-            ("now?", "<s>now?"),
-            (TURNS[2:3], "<s><|im_start|>user\nand now?</s>\n<|im_start|>assistant\n"),
-        ):
+        rendered = "<s><|im_start|>user\nand now?</s>\n<|im_start|>assistant\n"
+        for own, told in (("now?", "<s>now?"), (TURNS[2:3], rendered)):
             made = ids_of(tokenizer, [{**row, "teacher_prompt": own}, {**row, "teacher_prompt": own[:0]}], tmp_path)
             assert tokenizer.decode(made[0]["teacher_prompt_ids"]) == told
             assert made[1]["teacher_prompt_ids"] == kept == made[0]["prompt_ids"]  # an empty one is none
@@ -203,25 +200,19 @@ def test_end_and_begin_tokens_are_there_once(tmp_path):
     assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
     row = ids_of(tokenizer, [{"text": "hello there"}], tmp_path)[0]
     assert tokenizer.decode(row["prompt_ids"]) == "<s>" and tokenizer.decode(row["labels"]) == "hello there</s>"
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        "$A </s> <|im_start|>", special_tokens=[("</s>", 0), ("<|im_start|>", 2)]
-    )
+    surround(tokenizer, "$A </s> <|im_start|>")
     row = ids_of(tokenizer, [{"prompt": "hello", "target": "day"}], tmp_path, bart(320))[0]  # a language's code follows
-    assert (
-        tokenizer.decode(row["prompt_ids"]) == "hello</s><|im_start|>" and tokenizer.decode(row["labels"]) == "day</s>"
-    )
+    assert tokenizer.decode(row["prompt_ids"]) == "hello</s><|im_start|>"
+    assert tokenizer.decode(row["labels"]) == "day</s>"
 
 
 @pytest.mark.parametrize("around", ["$A", "$A </s>", "<s> $A", "<s> $A </s>", "</s> $A", "</s> $A </s>"])
 def test_targets_are_whole_whatever_a_tokenizer_puts_around_them(around, tmp_path):
     """OPT's puts its end token before a text; an end token inside a text is the text's own."""
     tokenizer = tokenizer_of()
-    tokenizer._tokenizer.post_processor = TemplateProcessing(around, special_tokens=[("<s>", 1), ("</s>", 0)])
+    surround(tokenizer, around)
     before = around.partition("$A")[0].strip()
-    for model, target in (
-        (None, ""),
-        (bart(320), before),
-    ):  # an encoder–decoder model writes what begins its texts, too
+    for model, target in (None, ""), (bart(320), before):  # an encoder–decoder model writes what begins its texts, too
         row = ids_of(tokenizer, [{"prompt": "hello</s>there", "target": "good</s>day"}], tmp_path, model)[0]
         end = "</s>" if model is not None else ""
         assert tokenizer.decode(row["prompt_ids"]) == f"{before}hello</s>there{end}"
@@ -232,7 +223,7 @@ def test_targets_are_whole_whatever_a_tokenizer_puts_around_them(around, tmp_pat
 def test_targets_are_of_the_language_that_generation_begins_with(around, tmp_path):
     """NLLB's and mBART's tokenizers put a language's code before a target or behind its end token."""
     tokenizer, rows = tokenizer_of(), [{"prompt": "hello", "target": "day"}]
-    tokenizer._tokenizer.post_processor = TemplateProcessing(around, special_tokens=[("</s>", 0), ("<|im_start|>", 2)])
+    surround(tokenizer, around)
     plain = ids_of(tokenizer, rows, tmp_path, bart(320), begins=(0, 2))[0]["labels"]
     assert tokenizer.decode(plain) == "<|im_start|>day</s>"  # as generation writes it
     tokenizer.tgt_lang = "ron_Latn"
@@ -244,11 +235,8 @@ def test_targets_are_of_the_language_that_generation_begins_with(around, tmp_pat
 
 def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     tokenizer, told = tokenizer_of(), []
-    rows = [
-        {"prompt": "hello", "target": "there " * 40},
-        {"prompt": "now " * 200, "target": "the end"},
-        {"prompt": "a", "target": "b"},
-    ]
+    texts = ("hello", "there " * 40), ("now " * 200, "the end"), ("a", "b")
+    rows = [dict(prompt=prompt, target=target) for prompt, target in texts]
     common = dict(new_tokens=8, tell=told.append)
     made = ids_of(tokenizer, rows, tmp_path, max_target=9, long_prompts="cut", **common)
     assert len(made[0]["labels"]) == 9 and made[0]["labels"][-1] != tokenizer.eos_token_id
@@ -265,13 +253,8 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     for bos, new in ((True, 63), (False, 64), (False, 80)):
         with pytest.raises(ValueError, match=f"{new} new tokens leave a prompt no room in a context of 64"):
             ids_of(tokenizer_of(bos=bos), [rows[2]], tmp_path, new_tokens=new, long_prompts="cut")
-    long = ids_of(
-        tokenizer,
-        [{"prompt": "hello", "target": "x" * 200}],
-        tmp_path,
-        teacher=LlamaConfig(max_position_embeddings=40),
-        **common,
-    )[0]
+    shorter = LlamaConfig(max_position_embeddings=40)
+    long = ids_of(tokenizer, [{"prompt": "hello", "target": "x" * 200}], tmp_path, teacher=shorter, **common)[0]
     assert len(long["prompt_ids"]) + len(long["labels"]) == 40  # the shorter of both models' contexts
 
 
@@ -306,18 +289,13 @@ def test_files_of_every_kind(tmp_path):
         assert read_pairs(path).to_list() == rows, path
     assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]
     (tmp_path / "chat.csv").write_text('messages,tools\n"' + json.dumps(TURNS[:2]).replace('"', '""') + '",\n')
-    tokenizer = tokenizer_of(PLAIN)
-    assert (
-        counted(tokenizer, tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, llama(320).config)[0])[0]
-        == "good day</s>"
-    )
+    tokenizer, config = tokenizer_of(PLAIN), llama(320).config
+    row = tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, config)[0]
+    assert counted(tokenizer, row)[0] == "good day</s>"
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": "a", "x": x}, TURNS[1]]}) + "\n"
                                                   for x in ({"q": 1}, {"r": "s"})))  # fmt: skip
     tokenizer.chat_template = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.x | tojson if m.x }}")
-    told = [
-        tokenizer.decode(p)
-        for p in tokenize(read_pairs(tmp_path / "calls.jsonl"), tokenizer, llama(320).config)["prompt_ids"]
-    ]
+    told = tokenizer.batch_decode(tokenize(read_pairs(tmp_path / "calls.jsonl"), tokenizer, config)["prompt_ids"][:])
     assert '{"q": 1}' in told[0] and '{"r": "s"}' in told[1]  # without the nulls of a table's other rows
 
 
@@ -344,8 +322,10 @@ def test_bad_rows_are_named(tmp_path):
         with pytest.raises(ValueError) as told:
             tokenize(read_pairs(tmp_path / name), tokenizer_of(PLAIN, bos=False), llama(320).config, name=name)
         assert words in str(told.value), str(told.value)
-    with pytest.raises(ValueError, match="lacks the column 'answer'"):
-        read_pairs(tmp_path / "null.jsonl", columns=("prompt", "answer"))
+    for name, columns, words in (("null.jsonl", ("prompt", "answer"), "'answer'; it has prompt, target"),
+                                 ("turns.jsonl", ("question", "target"), "'question'; it has messages")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"lacks the column {words}"):
+            read_pairs(tmp_path / name, columns=columns)
 
 
 QUANTO = '{"quant_method": "quanto", "weights": "int4"}'
@@ -355,38 +335,36 @@ def test_options_and_what_they_were_called(tmp_path):
     base = ["--teacher", "t", "--student", "s", "--data", "d"]
     (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nmax-steps: '7'\nbf16: false\nlr_scheduler_type: cosine\n"
                                        "shares: {student: 0.5, gold: 0.5}\ndivergence: js\nlora_target_modules: [q, v]\nuse_peft: true\n")  # fmt: skip
-    found = ask(
-        "train", [*base, "--config", str(tmp_path / "run.yaml"), "--max_steps", "9", "--gradient_accumulation_steps=2"]
-    )
-    assert (
-        found.config.learning_rate == 1e-3
-        and found.config.max_steps == 9
-        and found.config.lr_scheduler_type == "cosine"
-    )
-    assert found.config.shares == {"student": 0.5, "gold": 0.5} and found.lora.lora_target_modules == ["q", "v"]
-    assert (
-        found.config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
-    )
+    file = ("--config", str(tmp_path / "run.yaml"))
+    found = ask("train", [*base, *file, "--max_steps", "9", "--gradient_accumulation_steps=2"])
+    config = found.config
+    assert (config.learning_rate, config.max_steps, config.lr_scheduler_type) == (1e-3, 9, "cosine")
+    assert config.shares == {"student": 0.5, "gold": 0.5} and found.lora.lora_target_modules == ["q", "v"]
+    assert config.gradient_accumulation_steps == 2 and found.given["max_steps"] == 9 and "top_k" not in found.given
     assert ask("train", [*base, "--num-train-epochs", "2"]).config.max_steps == -1
-    assert (
-        ask("train", [*base, "--config", str(tmp_path / "run.yaml"), "--num_train_epochs", "2"]).config.max_steps == -1
-    )
+    assert ask("train", [*base, *file, "--num_train_epochs", "2"]).config.max_steps == -1
     (tmp_path / "no.yaml").write_text("save_strategy: no\neval_strategy: no\nreport_to: []\nlr_scheduler_type: cosine_with_min_lr\n"
                                       "lr_scheduler_kwargs: {min_lr: 1e-6}\n")  # fmt: skip
     config = ask("train", [*base, "--config", str(tmp_path / "no.yaml")]).config
     assert config.save_strategy == config.eval_strategy == "no" and config.report_to == []
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert "hub_token" not in ask("train", [*base, "--hub_token", "secret"]).settings()  # which report.html shows
     assert ask("train", [*base, "--report_to", "wandb", "tensorboard"]).config.report_to == ["wandb", "tensorboard"]
     (tmp_path / "bad.yaml").write_text("steps: 3\nstepz: 4\n")
+    (tmp_path / "empty.yaml").write_text("k:\nseed: null\neval_steps: null\n")
+    (tmp_path / "nested.yaml").write_text("config: run.yaml\njson: true\n")
     for argv, words in {
         ("--steps", "4", "--batch=2"): "--steps is --max_steps; --batch is --per_device_train_batch_size",
         ("--out", "x"): "--out is --output_dir", ("--evaluate-every", "2"): "--eval_steps", ("--stepz", "4"): "unrecognized arguments: --stepz",
         ("--model_name_or_path", "x"): "--model_name_or_path is --student",
         ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
+        ("--config", str(tmp_path / "empty.yaml")): "--k, --seed needs a value: leave it out for the default",
+        ("--config", str(tmp_path / "nested.yaml")): "nested.yaml has unknown keys: config, json",
         ("--num_train_epochs", "2", "--max_steps", "9"): "both say how long the run is",
         ("--torch_dtype", "auto"): "--torch_dtype is --dtype", ("--num_train_epochs", "0"): "--num_train_epochs must be positive",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",
         ("--student_layers", "1"): "--student_layers makes a student, and --student names another",
+        ("--eval_measures", "--eval_strategy", "no"): "--eval_measures measures at every evaluation",
         ("--shares", "gold=1"): "is not used without a divergence", ("--lora_r", "4"): "--lora_r: of an adapter, which --use_peft asks for",
         ("--warmup_steps", "30", "--max_steps", "20"): "--warmup_steps 30 are more than --max_steps 20",
         ("--warmup_steps", "30", "--predistill_steps", "5"): "more than --predistill_steps 5",
@@ -398,11 +376,7 @@ def test_options_and_what_they_were_called(tmp_path):
         with pytest.raises(ValueError) as told:
             ask("train", [*base, *argv])
         assert words in str(told.value), (argv, str(told.value))
-    options = ask("train", [*base, "--teacher_quantization", QUANTO, "--teacher_revision", "main"]).model.options(
-        "teacher_"
-    )
-    assert (
-        options["quantization_config"].weights == "int4"
-        and options["revision"] == "main"
-        and not options["trust_remote_code"]
-    )
+    found = ask("train", [*base, "--teacher_quantization", QUANTO, "--teacher_revision", "main"])
+    options = found.model.options("teacher_")
+    assert (options["revision"], options["trust_remote_code"]) == ("main", False)
+    assert options["quantization_config"].weights == "int4"

@@ -31,13 +31,16 @@ def make_files(tmp_path):
     (tmp_path / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in PAIRS))
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator([x for pair in PAIRS for x in pair], vocab_size=300, special_tokens=["</s>", "<s>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, eos_token="</s>", pad_token="</s>", bos_token="<s>"
-    )
+    special = dict(eos_token="</s>", pad_token="</s>", bos_token="<s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **special)
     teacher = bart(len(tokenizer))
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     return tokenizer
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -53,16 +56,8 @@ def arguments(files, *more):
 
 
 def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
-    best = (
-        "--hidden-weight",
-        "2",
-        "--save-steps",
-        "2",
-        "--load-best-model-at-end",
-        "yes",
-        "--metric-for-best-model",
-        "perplexity",
-    )
+    best = ("--hidden-weight", "2", "--save-steps", "2", "--load-best-model-at-end", "yes", "--metric-for-best-model",
+            "perplexity")  # fmt: skip
     assert cli.main(arguments(files, "--method", "tvd", "--eval-steps", "2", "--eval-measures", *best)) == 0
     results = json.loads(capsys.readouterr().out)
     assert {"perplexity", "likelihood_risk", "coverage_risk", "bleu", "chrf", "ter"} <= results.keys()
@@ -72,10 +67,9 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
         assert (folder / name).exists(), name
     assert "http" not in (folder / "report.html").read_text().split("Configuration")[0]
     student = AutoModelForSeq2SeqLM.from_pretrained(folder / "student")
-    assert (
-        len(student.model.decoder.layers) == 1 and AutoTokenizer.from_pretrained(folder / "student").eos_token == "</s>"
-    )
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(student.model.decoder.layers) == 1
+    assert AutoTokenizer.from_pretrained(folder / "student").eos_token == "</s>"
+    logged = lines_of(folder)
     assert any("eval_bleu" in line for line in logged) and {line["stage"] for line in logged} == {"predistill", "tvd"}
     perplexities = [line["eval_perplexity"] for line in logged if "eval_perplexity" in line]
     assert len(perplexities) == 2 and results["perplexity"] == pytest.approx(min(perplexities), rel=1e-4)  # the best's
@@ -89,7 +83,7 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
         assert "holds another run: beta was 0.5 and is 0.25" in capsys.readouterr().err
     assert cli.main(["train", "--config", f"{folder}/config.yaml", "--max-steps", "6", "--json"]) == 0  # it grows
     assert json.loads(capsys.readouterr().out) != results
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = lines_of(folder)
     assert [line["step"] for line in logged if line["stage"] == "tvd" and "loss" in line] == [1, 2, 3, 4, 5, 6]
     rows, measured = [], run.measured
     monkeypatch.setattr(run, "measured", lambda *a: rows.append(len(a[2])) or measured(*a))
@@ -112,11 +106,13 @@ def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypat
 
     def killed(self, *args, **keywords):
         if self.args.method == "kl" and self.state.global_step == 2 and self.model.training:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **keywords)
 
     monkeypatch.setattr(run.FDistillTrainer, "compute_loss", killed)
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(arguments(files, "--method", "kl")) == 130
+    assert signal.getsignal(signal.SIGTERM) is before  # this process has its own again
     monkeypatch.setattr(run.FDistillTrainer, "compute_loss", original)
     assert not (files / "run" / "student").exists()
     assert cli.main(arguments(files, "--method", "kl")) == 0
@@ -174,11 +170,8 @@ def test_sigkill_loses_and_doubles_nothing(files, capsys):
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
     def logged(name):
-        lines = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
-        return [
-            {k: v for k, v in line.items() if not k.endswith(("runtime", "second", "share", "train_loss"))}
-            for line in lines
-        ]
+        timed = ("runtime", "second", "share", "train_loss")
+        return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines_of(files / name)]
 
     assert logged("whole") == logged("run")
 
@@ -228,7 +221,7 @@ def test_measures_of_few_and_empty_outputs(files):
     teacher.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(60).index_fill(0, torch.tensor(0), 1e4))
     ends = [torch.tensor([teacher.config.eos_token_id])]
     prompts = [torch.tensor([5, 6, 0])]
-    measured = metrics.evaluate(teacher, teacher, prompts, prompts, ends, [""], tokenizer, Sampling(4))
+    _, measured = metrics.measured(teacher, teacher, prompts, prompts, ends, [""], tokenizer, Sampling(4))
     assert measured["perplexity"] == pytest.approx(1) and measured["bleu"] == 0
     assert measured["likelihood_risk"] == pytest.approx(0, abs=1e-5)
 
@@ -300,10 +293,8 @@ def causal(tmp_path_factory):
     write(folder / "own.jsonl", [{"prompt": "a", "target": "b", "teacher_prompt": "c"}] * 3)
     write(folder / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
     write(folder / "long.jsonl", [{"prompt": "numărul " * 6, "target": "b"}] * 3)
-    turns = [
-        {"role": r, "content": c}
-        for r, c in (("user", "say it"), ("assistant", "it!"), ("user", "say 3"), ("assistant", "3!"))
-    ]
+    turns = [{"role": "assistant" if i % 2 else "user", "content": said}
+             for i, said in enumerate(("say it", "it!", "say 3", "3!"))]  # fmt: skip
     write(folder / "chats.jsonl", [{"messages": turns[: 2 + i % 2 * 2]} for i in range(12)])
     return folder
 
@@ -320,48 +311,46 @@ def of(causal, command, teacher, student, data, *more):
 def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
     for name in ("drawn", "fit", "measure"):
         monkeypatch.setattr(run.Run, name, lambda *_: pytest.fail("work was begun"))
-    out = ("--output_dir", f"{tmp_path}/run")
-    for words, call in {
-        "row 0: prompt has": of(causal, "train", "teacher", "shorter", "long.jsonl", *out),  # the student's context
-        "room for 16: see --long_prompts": of(causal, "train", "shorter", "student", "long.jsonl", *out),
-        "lacks the column teacher_prompt, which": of(causal, "train", "teacher", "student", "own.jsonl", "--eval_data", f"{causal}/pairs.jsonl", *out),
-        "prompts.jsonl has prompts alone, and held-out rows need": of(causal, "train", "teacher", "student", "prompts.jsonl", *out),
-        "the objective is on gold targets, and": of(causal, "train", "teacher", "student", "prompts.jsonl", "--eval_data",
-                                                    f"{causal}/pairs.jsonl", "--method", "mle", *out),
-        "bare has no tokenizer that can be loaded": of(causal, "train", "teacher", "bare", "pairs.jsonl", *out),
-        "different tokenizers": of(causal, "train", "teacher", "stranger", "pairs.jsonl", *out),
-        "must both be causal, or both encoder–decoder": of(causal, "train", "bart", "student", "pairs.jsonl", *out),
-        "must both be causal": of(causal, "evaluate", "bart", "student", "pairs.jsonl"),
-        "have different tokenizers": of(causal, "evaluate", "teacher", "stranger", "pairs.jsonl"),
-        "rkl asks for no sequences of the teacher": of(causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "rkl", *out),
-        "--use_peft makes a new adapter, and": of(causal, "train", "teacher", "adapter", "pairs.jsonl", "--use_peft", *out),
-        "there is no file": of(causal, "train", "teacher", "student", "nothing.tsv", *out),
-        "--student or --student_layers is needed": of(causal, "train", "teacher", None, "pairs.jsonl", *out),
-        "--teacher is needed": of(causal, "train", None, "student", "pairs.jsonl", *out),
-        "there is no folder": of(causal, "train", "nosuch", "student", "pairs.jsonl", *out),
-        "bitsandbytes": of(causal, "train", "teacher", "student", "pairs.jsonl", "--teacher_quantization", "4bit", *out),
-        "lr_scheduler_kwargs=None: ": of(causal, "train", "teacher", "student", "pairs.jsonl", "--lr_scheduler_type", "warmup_stable_decay", *out),
-        "lomo": of(causal, "train", "teacher", "student", "pairs.jsonl", "--optim", "lomo", *out),
-        "--dataset_train_split is of a hub dataset": of(causal, "train", "teacher", "student", "pairs.jsonl", "--dataset_train_split", "x", *out),
-        "--dataset_test_split is of a hub": of(causal, "train", "teacher", "student", "pairs.jsonl", "--dataset_test_split", "x", *out),
-        "output embedding is LoRA or quantised": of(causal, "train", "teacher", "student", "pairs.jsonl", "--use_peft",
-                                                    "--lora_target_modules", "lm_head", *out),
-        "must be loss, or beside --eval_measures one of bleu": of(causal, "train", "teacher", "student", "pairs.jsonl",
-                                                                  "--metric_for_best_model", "bleu", *out),
-        "--device_map, --teacher_dtype: not used, as the teacher's weights": of(
-            causal, "train", None, "student", "pairs.jsonl", "--teacher", "http://127.0.0.1:9", "--device_map", "auto", "--teacher_dtype", "float32", *out),
-        "--revision: not used, as no --student": of(causal, "train", "teacher", None, "pairs.jsonl", "--student_layers", "1",
-                                                    "--revision", "main", *out),
-        "--samples, --vllm_url: not used, as the objective is": of(
-            causal, "train", "teacher", "student", "pairs.jsonl", "--method", "rkl", "--samples", "x", "--vllm_url", "http://x", *out),
-        "--samples: not used, as --online_teacher draws": of(causal, "train", "teacher", "student", "pairs.jsonl", "--online_teacher",
-                                                             "--samples", "x", *out),
-        "--beams: not used, as the objective is on no beams": of(causal, "train", "teacher", "student", "pairs.jsonl", "--beams", "2", *out),
-        "hidden_weight=0.1 is not used but by predistill": of(causal, "train", "teacher", "student", "pairs.jsonl",
-                                                              "--hidden_weight", "0.1", *out),
-        "nosuch is not supported": of(causal, "train", "teacher", "student", "pairs.jsonl", "--report_to", "nosuch", *out),
+
+    def call(*more, command="train", teacher="teacher", student="student", data="pairs.jsonl"):
+        out = () if command == "evaluate" else ("--output_dir", f"{tmp_path}/run")
+        return of(causal, command, teacher, student, data, *more, *out)
+
+    pairs, url = ("--eval_data", f"{causal}/pairs.jsonl"), "http://127.0.0.1:9"
+    for words, asked in {
+        "row 0: prompt has": call(student="shorter", data="long.jsonl"),  # the student's context
+        "room for 16: see --long_prompts": call(teacher="shorter", data="long.jsonl"),
+        "lacks the column teacher_prompt, which": call(*pairs, data="own.jsonl"),
+        "prompts.jsonl has prompts alone, and held-out rows need": call(data="prompts.jsonl"),
+        "the objective is on gold targets, and": call(*pairs, "--method", "mle", data="prompts.jsonl"),
+        "bare has no tokenizer that can be loaded": call(student="bare"),
+        "different tokenizers": call(student="stranger"),
+        "must both be causal, or both encoder–decoder": call(teacher="bart"),
+        "must both be causal": call(command="evaluate", teacher="bart"),
+        "have different tokenizers": call(command="evaluate", student="stranger"),
+        "rkl asks for no sequences of the teacher": call("--method", "rkl", command="sample-teacher", student=None),
+        "--use_peft makes a new adapter, and": call("--use_peft", student="adapter"),
+        "there is no file": call(data="nothing.tsv"),
+        "--student or --student_layers is needed": call(student=None),
+        "--teacher is needed": call(teacher=None),
+        "there is no folder": call(teacher="nosuch"),
+        "bitsandbytes": call("--teacher_quantization", "4bit"),
+        "lr_scheduler_kwargs=None: ": call("--lr_scheduler_type", "warmup_stable_decay"),
+        "lomo": call("--optim", "lomo"),
+        "--dataset_train_split is of a hub dataset": call("--dataset_train_split", "x"),
+        "--dataset_test_split is of a hub": call("--dataset_test_split", "x"),
+        "output embedding is LoRA or quantised": call("--use_peft", "--lora_target_modules", "lm_head"),
+        "must be loss, or beside --eval_measures one of bleu": call("--metric_for_best_model", "bleu"),
+        "--device_map, --teacher_dtype: not used, as the teacher's weights":
+            call("--teacher", url, "--device_map", "auto", "--teacher_dtype", "float32", teacher=None),
+        "--revision: not used, as no --student": call("--student_layers", "1", "--revision", "main", student=None),
+        "--samples, --vllm_url: not used, as the objective is": call("--method", "rkl", "--samples", "x", "--vllm_url", url),
+        "--samples: not used, as --online_teacher draws": call("--online_teacher", "--samples", "x"),
+        "--beams: not used, as the objective is on no beams": call("--beams", "2"),
+        "hidden_weight=0.1 is not used but by predistill": call("--hidden_weight", "0.1"),
+        "nosuch is not supported": call("--report_to", "nosuch"),
     }.items():  # fmt: skip
-        assert cli.main(call) == 2, call
+        assert cli.main(asked) == 2, asked
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert words in told and told.startswith("fdistill: "), told
     assert not (tmp_path / "run" / "config.yaml").exists()  # so that the folder is free for the command put right
@@ -411,20 +400,15 @@ def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
     """What nothing foresees, here the weights' end, leaves the folder free for other settings; a checkpoint binds."""
     call = of(causal, "train", "teacher", "padded", "pairs.jsonl", "--method", "rkl", "--eval_pairs", "4", "--use_peft",
               "--lora_target_modules", "all-linear", "--output_dir", f"{tmp_path}/run")  # fmt: skip
-    assert (
-        cli.main(
-            [*call, "--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "no", "--learning_rate", "1e30"]
-        )
-        == 2
-    )
+    failing = ("--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "no", "--learning_rate", "1e30")
+    assert cli.main([*call, *failing]) == 2
     assert "has logits that are not finite" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.yaml").exists()
     assert cli.main([*call, "--max_steps", "2"]) == 0
     adapter = json.loads((tmp_path / "run" / "student" / "adapter_config.json").read_text())
     linear = {name.rpartition(".")[2] for name in adapter["target_modules"]}
     assert {"q_proj", "down_proj"} <= linear and "lm_head" not in linear
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines) == 2
+    assert max(line["step"] for line in lines_of(tmp_path / "run")) == 2
     assert cli.main([*call, "--max_steps", "2", "--learning_rate", "1e-5"]) == 2
     assert "holds another run: learning_rate was" in capsys.readouterr().err
 
@@ -440,9 +424,8 @@ def test_padded_heads_prompts_alone_and_both_of_the_teacher_s_kinds(causal, tmp_
     rows = run.Run(ask("train", both[1:]), run.Console(quiet=True)).samples()
     assert {"sample_ids", "beam_ids"} <= set(rows.column_names) and rows["sample_ids"][:] != rows["beam_ids"][:]
     assert {p.name for p in (tmp_path / "both").iterdir()} == {"teacher_beams", "teacher_samples"}
-    one = of(
-        causal, "sample-teacher", "teacher", None, "pairs.jsonl", "--method", "kl", "--output_dir", f"{tmp_path}/one"
-    )
+    alone = ("--method", "kl", "--output_dir", f"{tmp_path}/one")
+    one = of(causal, "sample-teacher", "teacher", None, "pairs.jsonl", *alone)
     assert cli.main(one) == 0  # the student need not be known yet
     assert cli.main(["train", *one[1:], "--student", f"{causal}/student", "--max_steps", "1"]) == 0
 

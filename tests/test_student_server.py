@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .openai_server import Server, _head, _send
-from .test_sequence import bart, gpt2
+from .test_sequence import bart, flat, gpt2
 from .test_trainer import trainer
 
 SETTINGS = dict(method="js", top_k=1, max_steps=3, learning_rate=1e-3)
@@ -130,7 +130,7 @@ def trained(folder, student, settings, stops=(3,), **more):
     for i, stop in enumerate(stops):
         run = trainer(folder, student(), gpt2(60, seed=2), **{**SETTINGS, **settings, **more, "max_steps": stop})
         run.train(resume_from_checkpoint=bool(i))
-    return torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad]), run
+    return flat(run.model), run
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
@@ -183,11 +183,9 @@ def test_a_server_that_keeps_its_weights_is_refused(rate, words, lora, tmp_path)
     (dict(gone=True), "does not answer to /collective_rpc: ConnectError"),
 ])  # fmt: skip
 def test_refused_servers(how, words, tmp_path):
-    served_one = gpt2(how.get("vocabulary", 64), seed=how.get("seed", 1))
-    with served(tmp_path, served_one, ways=how.get("ways", ("dev",)), ignoring="seed" in how, short="short" in how) as (
-        where,
-        _,
-    ):
+    of = gpt2(how.get("vocabulary", 64), seed=how.get("seed", 1))
+    ways = how.get("ways", ("dev",))
+    with served(tmp_path, of, ways=ways, ignoring="seed" in how, short="short" in how) as (where, _):
         if "gone" in how:
             where["student_server"] = "http://127.0.0.1:9"
         with pytest.raises(ConnectionError, match=words):

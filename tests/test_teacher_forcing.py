@@ -59,10 +59,8 @@ def test_teachers_leave_out_rows_that_do_not_count(kind, tmp_path):
         with store.writer() as writer:
             for prompt, target in zip(PROMPTS, TARGETS, strict=True):
                 rows = room.rows([prompt], [target], CPU)
-                logits = logits_function(rows, CPU)(0, len(target))
-                writer.add(
-                    prompt.tolist(), target.tolist(), rows.value.states if kind == "hidden" else fk.top_k_of(logits, 8)
-                )
+                listed = fk.top_k_of(logits_function(rows, CPU)(0, len(target)), 8)
+                writer.add(prompt.tolist(), target.tolist(), rows.value.states if kind == "hidden" else listed)
         teacher = Stored(fk.TeacherStore(tmp_path))
     else:
         teacher = teacher()
@@ -120,11 +118,8 @@ def test_teacher_forcing_begins_with_what_generation_begins_with(name):
     assert [row.tolist() for row in drawn] == [_until_end(row[1:], ends).tolist() for row in said.sequences]
     free = chosen(model, drawn)
     forced = FAMILIES[name][1].get("forced_bos_token_id")
-    assert (
-        free is None
-        if forced is None
-        else [m.tolist() for m in free] == [[i > 0 for i in range(len(d))] for d in drawn]
-    )
+    kept = None if forced is None else [[i > 0 for i in range(len(d))] for d in drawn]
+    assert (free and [m.tolist() for m in free]) == kept
     rows, _ = rows_of(model, PROMPTS, drawn, 1, counted=free)
     want = [torch.stack(said.logits)[forced is not None : len(d), i] for i, d in enumerate(drawn)]
     torch.testing.assert_close(rows.logits(rows.hidden), torch.cat(want), atol=1e-4, rtol=1e-4)
@@ -155,10 +150,8 @@ def test_models_whose_generate_says_otherwise_are_drawn_by_their_forward(monkeyp
             for p in model.parameters():
                 p.add_(0.4 * torch.randn_like(p)) if p.dim() > 1 else None
         drawn = draw(model.eval(), PROMPTS, Sampling(5, beams=1))
-        model.generation_config.eos_token_id = ends = [
-            2,
-            int(drawn[0][1]),
-        ]  # an end that its configuration does not know
+        ends = [2, int(drawn[0][1])]  # one that its configuration does not know
+        model.generation_config.eos_token_id = ends
         until = draw(model, PROMPTS, Sampling(5, beams=1))
         assert [u.tolist() for u in until] == [_until_end(row, ends).tolist() for row in drawn] and len(until[0]) <= 2
         for prompt, row in zip(PROMPTS, drawn, strict=True):
@@ -181,9 +174,7 @@ def test_a_context_is_the_positions_behind_those_that_padding_takes(kind, usable
 
 
 def test_a_cache_that_is_named_is_used_or_refused_and_rounding_is_no_difference(monkeypatch):
-    with pytest.raises(
-        ValueError, match="BartForConditionalGeneration does not generate with cache_implementation='quan"
-    ):
+    with pytest.raises(ValueError, match=r"Bart.* does not generate with cache_implementation='quantized'"):
         draw(of_family("BART"), PROMPTS, Sampling(5, cache="quantized"))
     for dtype, factor, goes_on in ((torch.float32, 1.05, False), (torch.bfloat16, 1.05, True),
                                    (torch.bfloat16, 1.5, False)):  # fmt: skip
@@ -197,15 +188,12 @@ def test_a_cache_that_is_named_is_used_or_refused_and_rounding_is_no_difference(
             return made
 
         monkeypatch.setattr(model, "generate", other)
-        monkeypatch.setattr(
-            sampling, "drawn_by_forward", lambda *a, to=by_forward: to.append(a) or drawn_by_forward(*a)
-        )
+        noted = lambda *a, to=by_forward: to.append(a) or drawn_by_forward(*a)  # noqa: E731
+        monkeypatch.setattr(sampling, "drawn_by_forward", noted)
         draw(model, PROMPTS, Sampling(5))
         assert bool(by_forward) != goes_on
         if not goes_on:
-            with pytest.raises(
-                ValueError, match="cache_implementation='static' is not used: LlamaForCausalLM is drawn"
-            ):
+            with pytest.raises(ValueError, match=r"cache_implementation='static' is not used: Llama.* is drawn"):
                 draw(model, PROMPTS, Sampling(5, cache="static"))
 
 
@@ -230,8 +218,7 @@ def test_an_adapters_folder_is_a_teacher(kind, tmp_path):
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p)) if p.requires_grad else None
     model.save_pretrained(tmp_path / "adapter")
-    loaded, of_base = (
-        teacher_of(str(tmp_path / name)).rows(PROMPTS, TARGETS, CPU).value.states for name in ("adapter", "base")
-    )
+    of_folders = (teacher_of(str(tmp_path / name)) for name in ("adapter", "base"))
+    loaded, of_base = (teacher.rows(PROMPTS, TARGETS, CPU).value.states for teacher in of_folders)
     torch.testing.assert_close(loaded, InRoom(model).rows(PROMPTS, TARGETS, CPU).value.states)
     assert (loaded - of_base).abs().max() > 1e-2

@@ -15,7 +15,7 @@ import fdistill_kernels as fk
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import build, run, serve, teachers
 from fdistill_kernels.sequence.arguments import ask
-from fdistill_kernels.sequence.models import Rows, TeacherRows, forward_to_head, rows_of, step_loss
+from fdistill_kernels.sequence.models import TeacherRows, rows_of, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.teachers import (
     InRoom,
@@ -32,7 +32,7 @@ from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 from .conftest import WHOLE
 from .openai_server import Model, Server
 from .test_run import make_files
-from .test_sequence import EOS, bart, batch, gpt2, llama
+from .test_sequence import EOS, bart, batch, flat, gpt2, llama
 from .test_trainer import BASE, data, trainer
 
 CPU = torch.device("cpu")
@@ -62,25 +62,21 @@ def stored(folder, teacher, rows, **settings):
 
 def weights_after(run):
     run.train()
-    return torch.cat([p.detach().flatten() for p in run.model.parameters()]), run.evaluate()["eval_loss"]
+    return flat(run.model), run.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize(
-    "make", [lambda seed: llama(seed=seed), lambda seed: bart(seed=seed)], ids=["causal", "seq2seq"]
-)
+@pytest.mark.parametrize("make", [llama, bart], ids=["causal", "seq2seq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", ["kl", "js", "rkl"] if WHOLE else ["js"])
 def test_a_store_of_exact_states_is_the_teacher_in_the_room(divergence, dtype, make, tmp_path):
     """Bit for bit, also of a loss that nobody thought of when the store was made; batches of one, as it was built."""
-    teacher = make(2).to(dtype)
+    teacher = make(seed=2).to(dtype)
     rows = data(sample_ids=[[3, 4, 5, EOS], [3, EOS], [EOS], [5, EOS]] * 2)
     store = stored(tmp_path / "store", teacher, [*rows, *data(4)], states=str(dtype).removeprefix("torch."))
     settings = dict(divergence=divergence, shares={"teacher": 0.5, "gold": 0.5}, max_steps=4, temperature=1.3,
                     per_device_train_batch_size=1, per_device_eval_batch_size=1)  # fmt: skip
-    results = [
-        weights_after(trainer(tmp_path / "run", make(1), t, rows, **settings))
-        for t in (teacher, store, str(tmp_path / "store"))
-    ]
+    results = [weights_after(trainer(tmp_path / "run", make(seed=1), t, rows, **settings))
+               for t in (teacher, store, str(tmp_path / "store"))]  # fmt: skip
     for weights, loss in results[1:]:
         assert torch.equal(weights, results[0][0]) and loss == results[0][1]
 
@@ -91,7 +87,7 @@ def test_what_a_store_keeps_in_fewer_bits_is_near(settings, tmp_path):
     teacher, rows = llama(seed=2), data()
     room = stored(tmp_path / "store", teacher, [*rows, *data(4)], **settings)
     run = dict(divergence="js", shares={"gold": 1.0}, max_steps=4, optim="sgd")
-    start = torch.cat([p.detach().flatten() for p in llama(seed=1).parameters()])
+    start = flat(llama(seed=1))
     one, loss = weights_after(trainer(tmp_path, llama(seed=1), teacher, rows, **run))
     other, near = weights_after(trainer(tmp_path, llama(seed=1), room, rows, **run))
     least = 0.5 if "rank" in settings or settings.get("k") == 40 else 0.05  # that keeps a part of the teacher alone
@@ -102,12 +98,10 @@ def test_what_a_store_keeps_in_fewer_bits_is_near(settings, tmp_path):
 def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
     teacher, rows = llama(seed=2), data()
     store = stored(tmp_path / "store", teacher, rows)
-    for words, settings in {
-        "student's samples, which a store has never seen": dict(method="rkl"),
-        "predistill matches hidden states": dict(method="predistill"),
-    }.items():
+    for words, method in (("student's samples, which a store has never seen", "rkl"),
+                          ("predistill matches hidden states", "predistill")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            trainer(tmp_path, llama(seed=1), store, rows, **settings)
+            trainer(tmp_path, llama(seed=1), store, rows, method=method)
     with pytest.raises(ValueError, match="must both be causal"):
         trainer(tmp_path, bart(), store, rows, method="mle")
     texts = [{"input_ids": row["prompt_ids"] + row["labels"], "labels": [-100] * len(row["prompt_ids"]) + row["labels"]}
@@ -116,10 +110,9 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
     texts[4]["input_ids"][0] += 1
     with pytest.raises(ValueError, match=r"1 of 5 sequences of train_dataset \(labels: 4\) are not"):
         trainer(tmp_path, llama(seed=1), store, texts, divergence="kl")
-    with pytest.raises(
-        ValueError, match=r"8 of 8 sequences of train_dataset \(sample_ids: 0, 1, 2, 3, 4, ...\) are not"
-    ):
-        trainer(tmp_path, llama(seed=1), store, data(8, sample_ids=[[7, 7, EOS]] * 8), method="kl")
+    unknown = data(8, sample_ids=[[7, 7, EOS]] * 8)
+    with pytest.raises(ValueError, match=r"8 of 8 sequences of train_dataset \(sample_ids: 0, 1, 2, 3, 4, ...\) are"):
+        trainer(tmp_path, llama(seed=1), store, unknown, method="kl")
     with pytest.raises(ValueError, match="tail must be one of"):
         Stored(store, "junk")
     with pytest.raises(ValueError, match="holds hidden states"):
@@ -149,27 +142,23 @@ def test_mixtures(tmp_path):
     geometric = dense(Mixture([one, other], [3, 1], geometric=True), prompts, targets).double().softmax(-1)
     torch.testing.assert_close(geometric, (0.75 * p + 0.25 * q).softmax(-1), rtol=1e-4, atol=1e-6)
     store = stored(tmp_path / "store", other, [*data(), *data(4)])
-    both = dense(Mixture([one, store], [3, 1]), *batch(n=8)).softmax(-1)
-    torch.testing.assert_close(
-        both, dense(Mixture([one, other], [3, 1]), *batch(n=8)).softmax(-1), rtol=1e-4, atol=1e-6
-    )
+    both, want = (dense(Mixture([one, t], [3, 1]), *batch(n=8)).softmax(-1) for t in (store, other))
+    torch.testing.assert_close(both, want, rtol=1e-4, atol=1e-6)
     assert trainer(tmp_path, llama(seed=1), Mixture([one, store]), divergence="js").train()
     alone = [weights_after(trainer(tmp_path, llama(seed=1), t, divergence="js"))[0] for t in (one, Mixture([one]))]
     torch.testing.assert_close(*alone, rtol=1e-3, atol=1e-4)
     trainer(tmp_path, llama(seed=1), Mixture([one, other]), method="tvd").train()  # it draws, too
+    lists, unknown = stored(tmp_path / "k", one, data(), kind="top_k", k=3), data(8, sample_ids=[[7, 7, EOS]] * 8)
     for words, make in {
         "a positive weight for each of 2": lambda: Mixture([one, other], [1]),
         "must all be causal": lambda: Mixture([one, bart()]),
-        "knows lists of ids alone": lambda: dense(
-            Mixture([one, stored(tmp_path / "k", one, data(), kind="top_k", k=3)]), *batch(n=8)
-        ),
+        "knows lists of ids alone": lambda: Mixture([one, lists]),
         "draws nothing": lambda: Mixture([one, other], geometric=True).draw([], Sampling(2), 60),
         "not one of several": lambda: Mixture([one, Itself(decay=0.5)]),
         "a run's teacher": lambda: Mixture([one, OfRows({"a": other})]),
-        "sequences of train_dataset .* are not in the store": lambda: trainer(
-            tmp_path, llama(seed=1), Mixture([one, store]), data(8, sample_ids=[[7, 7, EOS]] * 8), method="kl"
-        ),
-    }.items():
+        "sequences of train_dataset .* are not in the store":
+            lambda: trainer(tmp_path, llama(seed=1), Mixture([one, store]), unknown, method="kl"),
+    }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             make()
 
@@ -181,17 +170,19 @@ def test_a_teacher_for_each_example(tmp_path):
     both = OfRows(teachers)
     both.choose(names)
     found = dense(both, prompts, targets)
-    for n, (name, logits) in enumerate(zip(names, found.split([len(t) for t in targets]), strict=True)):
-        torch.testing.assert_close(
-            logits, dense(InRoom(teachers[name]), prompts[n : n + 1], targets[n : n + 1]), rtol=1e-4, atol=1e-5
-        )
+    for name, logits, prompt, target in zip(
+        names, found.split([len(t) for t in targets]), prompts, targets, strict=True
+    ):
+        torch.testing.assert_close(logits, dense(InRoom(teachers[name]), [prompt], [target]), rtol=1e-4, atol=1e-5)
     rows = [{**row, "teacher": name} for row, name in zip(data(), names, strict=True)]
     trainer(tmp_path, llama(seed=1), OfRows(teachers), rows, divergence="js").train()
     trainer(tmp_path, llama(seed=1), OfRows(teachers), rows, method="tvd").train()
     of_one = [{**row, "teacher": "a"} for row in data()]
-    results = [weights_after_without_evaluation(trainer(tmp_path, llama(seed=1), t, r, divergence="js"))
-               for t, r in ((OfRows(teachers), of_one), (teachers["a"], data()))]  # fmt: skip
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    runs = [trainer(tmp_path, llama(seed=1), t, r, divergence="js")
+            for t, r in ((OfRows(teachers), of_one), (teachers["a"], data()))]  # fmt: skip
+    for each in runs:
+        each.train()
+    torch.testing.assert_close(*(flat(each.model) for each in runs), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="names the teacher 'c'; known: a, b"):
         trainer(tmp_path, llama(seed=1), OfRows(teachers), [{**r, "teacher": "c"} for r in data()], divergence="js")
 
@@ -215,11 +206,6 @@ def test_each_of_several_teachers_is_looked_at_and_moved_before_any_work(several
         assert tried == looks
 
 
-def weights_after_without_evaluation(run):
-    run.train()
-    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
-
-
 def test_the_student_as_its_own_teacher(tmp_path, monkeypatch):
     """With a longer prompt, whose knowledge it takes over; and as its own average, which a checkpoint keeps."""
     longer = [[7, 8, 9, *row["prompt_ids"]] for row in data()]
@@ -232,13 +218,8 @@ def test_the_student_as_its_own_teacher(tmp_path, monkeypatch):
             model = run.model.eval()
             prompts, targets = batch(n=8)
             theirs, _ = rows_of(model, [torch.tensor(p) for p in longer], targets, EOS)
-            apart.append(
-                float(
-                    forward_to_head(model, prompts, targets, EOS, lambda r, t=theirs: step_loss(r, t, fk.TABLE["kl"]))[
-                        0
-                    ]
-                )
-            )
+            ours, _ = rows_of(model, prompts, targets, EOS)
+            apart.append(float(step_loss(ours, theirs, fk.TABLE["kl"])))
         if len(apart) == 1:
             run.train()
     assert apart[1] < 0.7 * apart[0]
@@ -251,17 +232,15 @@ def test_the_student_as_its_own_teacher(tmp_path, monkeypatch):
                           save_strategy="steps", save_steps=2, lr_scheduler_type="constant")  # fmt: skip
             run.train(resume_from_checkpoint=bool(i))
             student = run.model
-        results.append([torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (student, own.average)])
+        results.append([flat(student), flat(own.average)])
         assert not torch.equal(*results[-1])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
-    moved = shutil.copytree(
-        tmp_path / "2" / "checkpoint-2", tmp_path / "moved" / "checkpoint-2"
-    )  # another run's folder
+    moved = shutil.copytree(tmp_path / "2" / "checkpoint-2", tmp_path / "moved")  # another run's folder
     own = Itself(decay=0.5)
     run = trainer(tmp_path / "on", llama(seed=1), own, rows, divergence="kl", max_steps=4, lr_scheduler_type="constant")
     run.train(resume_from_checkpoint=str(moved))
-    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in own.average.parameters()]), results[0][1])
+    torch.testing.assert_close(flat(own.average), results[0][1])
     (moved / "average.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"a run without Itself\(decay"):
         run.train(resume_from_checkpoint=str(moved))
@@ -318,18 +297,11 @@ def test_lists_and_rows_are_compared_alike():
         theirs = InRoom(teacher).rows(prompts, targets, CPU)
     whole = fk.top_k_of(theirs.value, 60)
 
-    def loss(of, name):
-        return float(
-            forward_to_head(student, prompts, targets, EOS, lambda rows: step_loss(rows, of, fk.TABLE[name]))[0]
-        )
-
+    ours, _ = rows_of(student, prompts, targets, EOS)
     for name in ("js", "rkl", "dkd", "akl"):
-        wanted = loss(theirs, name)
-        assert loss(TeacherRows(whole, 60), name) == pytest.approx(wanted, rel=1e-4)
-        assert loss(TeacherRows(lambda a, b: logits_function(theirs, CPU)(a, b), 60), name) == pytest.approx(
-            wanted, rel=1e-5
-        )
-        assert isinstance(rows_of(teacher, prompts, targets, EOS)[0], Rows)
+        wanted, listed, called = (step_loss(ours, of, fk.TABLE[name]).item() for of in (
+            theirs, TeacherRows(whole, 60), TeacherRows(logits_function(theirs, CPU), 60)))  # fmt: skip
+        assert listed == pytest.approx(wanted, rel=1e-4) and called == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -384,20 +356,12 @@ def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
     command("train", "--teacher", store, "--output-dir", run, *settings)
     results.append(json.loads(capsys.readouterr().out))
     shutil.move(hidden, causal_files / "causal")
-    command(
-        "train",
-        "--teacher",
-        causal_files / "causal",
-        "--output-dir",
-        tmp_path / "room",
-        "--samples",
-        tmp_path / "room",
-        *settings,
-    )
+    room = tmp_path / "room"
+    command("train", "--teacher", causal_files / "causal", "--output-dir", room, "--samples", room, *settings)
     results.append(json.loads(capsys.readouterr().out))
     assert results[0]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-3)
     assert "likelihood_risk" in results[1] and "likelihood_risk" not in results[0]
-    students = [AutoModelForCausalLM.from_pretrained(folder / "student") for folder in (run, tmp_path / "room")]
+    students = [AutoModelForCausalLM.from_pretrained(folder / "student") for folder in (run, room)]
     for one, other in zip(*(s.parameters() for s in students), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     command("train", "--teacher", store, "--student-layers", "1", "--data", causal_files / "pairs.tsv", "--output-dir",
@@ -446,6 +410,11 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
     off = dict(echo=False, logprobs=None, n=1, stream=False, stop=None, min_p=0.0, temperature=None)
     assert len(serve.completions(room, tokenizer, body | off, 9)["choices"]) == 2
     assert serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 0}, 9)["choices"][0]["token_ids"] == []
+    with monkeypatch.context() as patch:
+        for drawn, why in (([5, EOS], "stop"), ([5, 6], "length")):  # also where the end token is the last allowed
+            patch.setattr(serve, "draw", lambda *_, drawn=drawn: [torch.tensor(drawn)])
+            (choice,) = serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 2}, 9)["choices"]
+            assert (choice["token_ids"], choice["finish_reason"]) == (drawn, why)
     logits = torch.zeros(1, room.vocabulary)
     logits[:, 4:] = -torch.inf
     monkeypatch.setattr(teachers, "logits_function", lambda *_: lambda begin, end: logits)
@@ -515,9 +484,7 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
         shard.write_bytes(content)
     command("teacher", "verify", store, expect=1)
     build_store(causal_files, store)
-    command(
-        "teacher", "verify", store, "--teacher", causal_files / "causal", expect=1
-    )  # the damaged files are named still
+    command("teacher", "verify", store, "--teacher", causal_files / "causal", expect=1)  # they are named still
     told = capsys.readouterr()
     assert "kl_largest" in told.out and "--repair" in told.err
     command("teacher", "verify", store, "--repair", "--json")
@@ -589,19 +556,8 @@ def test_a_read_only_store_and_one_that_was_poured(causal_files, tmp_path, capsy
     adapter = tmp_path / "adapter"  # whose configuration is its base model's
     base = AutoModelForCausalLM.from_pretrained(causal_files / "student")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
-    words = [
-        "--teacher",
-        store,
-        "--student",
-        adapter,
-        "--tokenizer",
-        causal_files / "student",
-        "--data",
-        "x",
-        "--tensor_parallel",
-        "2",
-    ]
-    asked = ask("train", [str(word) for word in words])
+    asked = ask("train", settings={"teacher": store, "student": adapter, "tokenizer": causal_files / "student", "data": "x",
+                                   "tensor_parallel": 2})  # fmt: skip
     assert run.teacher_for(asked)[2].vocab_size == base.config.vocab_size
     with pytest.raises(ValueError, match="--tensor_parallel splits whole weights"):
         run.Run._loaded(SimpleNamespace(asked=asked), adapter)
@@ -629,12 +585,8 @@ def test_a_model_s_fingerprint_is_what_it_says_not_where_it_lies(causal_files, t
 
 
 def test_an_adapter_s_folder_is_a_teacher(causal_files, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(causal_files / "causal"),
-        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
-    )
+    base = AutoModelForCausalLM.from_pretrained(causal_files / "causal")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "lora")
     prompts, targets = batch()
     found = dense(teacher_of(str(tmp_path / "lora")), prompts, targets)

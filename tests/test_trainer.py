@@ -30,7 +30,7 @@ from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, draw, drawn_by_forward
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
-from .test_sequence import EOS, bart, batch, gpt2, llama
+from .test_sequence import EOS, bart, batch, flat, gpt2, llama
 
 BASE = dict(report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_steps=2, per_device_train_batch_size=4,
             learning_rate=1e-2, max_new_tokens=5, top_k=30, seed=0)  # fmt: skip
@@ -51,12 +51,10 @@ def trainer(folder, student, teacher, train=None, **settings):
 @pytest.mark.parametrize("method", ["seqkd", "kl", "engine", "rkl", "js", "tvd", "mle", "predistill"])
 def test_every_method_trains(method, make, tmp_path):
     student, teacher = make(1), make(2)
-    before = [p.clone() for p in student.parameters()]
-    theirs = [p.clone() for p in teacher.parameters()]
+    before, theirs = flat(student), flat(teacher)
     run = trainer(tmp_path, student, teacher, method=method)
     run.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(theirs, teacher.parameters(), strict=True))
+    assert not torch.equal(before, flat(student)) and torch.equal(theirs, flat(teacher))
     assert run.evaluate()["eval_loss"] > 0
 
 
@@ -257,6 +255,8 @@ def test_bad_input(tmp_path):
         check_vocabularies(Tokenizer(a=0, b=1), Tokenizer(a=0, b=2))
     with pytest.raises(ValueError, match="'c' is 1 in one and 'b' has that id"):
         check_vocabularies(Tokenizer(a=0, c=1), Tokenizer(a=0, b=1))
+    with pytest.raises(ValueError, match="'a' is 0 in one and missing in the other"):
+        check_vocabularies(Tokenizer(a=0), Tokenizer(b=1))
 
 
 @pytest.mark.parametrize("sizes", [(60, 64), (64, 60)])
@@ -327,8 +327,8 @@ def test_accumulated_batches_are_one_large_batch(method, settings, tmp_path, mon
         drawn.clear()
         run.train()
         assert set(before) <= {len(drawn)}  # all is drawn before the first loss
-        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
-    change = (weights[0] - torch.cat([p.flatten() for p in gpt2(60, seed=1).double().parameters()])).abs().max()
+        weights.append(flat(student))
+    change = (weights[0] - flat(gpt2(60, seed=1).double())).abs().max()
     assert (weights[0] - weights[1]).abs().max() < 1e-12 * change
 
 
@@ -342,7 +342,7 @@ def test_a_run_that_goes_on_uses_its_kept_samples(stop, tmp_path):
                           per_device_train_batch_size=2, gradient_accumulation_steps=2,
                           lr_scheduler_type="constant")  # fmt: skip
             run.train(resume_from_checkpoint=bool(i))
-        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+        weights.append(flat(run.model))
     assert torch.equal(*weights)
 
 
@@ -422,9 +422,8 @@ def test_objectives(tmp_path, monkeypatch):
         (dict(method="rkl", ce_weight=2, label_smoothing_factor=0.1), mean["x"]["rkl"] + 2 * gold_ce),
     ]  # fmt: skip
     for settings, want in cases:
-        assert training_loss(trainer(tmp_path, student, teacher, rows, **settings), rows) == pytest.approx(want), (
-            settings
-        )
+        got = training_loss(trainer(tmp_path, student, teacher, rows, **settings), rows)
+        assert got == pytest.approx(want), settings
     hot = dict(divergence="kl", temperature=2.0)
     once, squared = (training_loss(trainer(tmp_path, student, teacher, rows, **hot, temperature_squared=t), rows)
                      for t in (False, True))  # fmt: skip
@@ -459,8 +458,11 @@ def test_tokens_that_do_not_count(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             run.data_collator([wrong])
-    with pytest.raises(ValueError, match="others have none"):
-        run.data_collator([{"prompt_ids": [2], "labels": [3], "sample_ids": [3]}, {"prompt_ids": [2], "labels": [3]}])
+    one = {"prompt_ids": [2], "labels": [3]}
+    for more in ({"sample_ids": [3]}, {"teacher": "a"}):
+        for both in ([{**one, **more}, one], [one, {**one, **more}]):
+            with pytest.raises(ValueError, match=f"have the column {next(iter(more))}, and others have none"):
+                run.data_collator(both)
     assert run.data_collator([{"prompt_ids": [-100, 2], "labels": [3, -100]}])["labels"].tolist() == [[3]]
 
 
@@ -544,9 +546,8 @@ def test_configuration_of_a_command_line(tmp_path):
         halves = parsed("--divergence", "js", "--shares", shares).halves()
         assert [(h.source, h.weight) for h in halves] == [("student", 0.7), ("gold", 0.3)]
     assert parsed("--beams", "2").sampling(beams=True) == Sampling(64, beams=2)
-    warm = parsed("--method", "js", "--beta", "0.3", "--temperature", "2", "--student_every", "4").for_predistillation(
-        max_steps=3
-    )
+    warm = parsed("--method", "js", "--beta", "0.3", "--temperature", "2", "--student_every", "4")
+    warm = warm.for_predistillation(max_steps=3)
     assert (warm.halves(), warm.max_steps, warm.temperature, warm.student_every) == ((), 3, 1.0, 1)
 
 
@@ -574,6 +575,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="{no"), "divergence is no JSON"),
     (dict(divergence='{"gold": 3}'), "divergence must name each source's"),
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
+    (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
     (dict(temperature=0.0), "temperature must be positive"),
     (dict(method="predistill", hidden_weight=-1.0), "hidden_weight must be at least 0, not -1"),
@@ -710,16 +712,8 @@ def test_experts_own_loss_and_a_base_model_as_teacher(tmp_path):
     assert training_loss(run, rows) == pytest.approx(plain + 0.5 * sum(aux) / 2, rel=1e-5)
 
     adapted = get_peft_model(llama(seed=1), LoraConfig(target_modules=["q_proj"]))
-    run = trainer(
-        tmp_path,
-        adapted,
-        Itself(adapter=False),
-        rows,
-        divergence="kl",
-        ce_weight=1.0,
-        logging_steps=1,
-        learning_rate=0.3,
-    )
+    run = trainer(tmp_path, adapted, Itself(adapter=False), rows, divergence="kl", ce_weight=1.0, logging_steps=1,
+                  learning_rate=0.3)  # fmt: skip
     run.train()
     first, last = [line["overlap_on_gold"] for line in run.state.log_history if "loss" in line]
     assert first == pytest.approx(1) and last < 0.9999  # the adapter is 0 at first
@@ -731,9 +725,8 @@ def test_a_forced_first_token_does_not_count(tmp_path):
     rows = [{**row, "labels": [7, *row["labels"]]} for row in rows]
     steps = []
     for row in rows:
-        given = dict(
-            input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=torch.tensor([[EOS, *row["labels"][:-1]]])
-        )
+        begun = torch.tensor([[EOS, *row["labels"][:-1]]])
+        given = dict(input_ids=torch.tensor([row["prompt_ids"]]), decoder_input_ids=begun)
         with torch.no_grad():
             log_q, log_p = (m.eval()(**given).logits[0, 1:].double().log_softmax(-1) for m in (student, teacher))
         steps.append(table(log_q, log_p)["kl"])
@@ -764,9 +757,9 @@ def test_padding_ids_that_are_no_ids_of_the_model(make, tmp_path):
 def test_batches_without_a_token(make, tmp_path):
     rows = [{"prompt_ids": [5], "labels": []}] * 8
     student = make(60, seed=1)
-    before = [p.clone() for p in student.parameters()]
+    before = flat(student)
     for settings in (dict(divergence="kl"), dict(method="mle")):
         run = trainer(tmp_path, student, make(60, seed=2), rows, **settings)
         run.train()
         assert run.evaluate(rows)["eval_loss"] == 0
-    assert all(map(torch.equal, before, student.parameters()))
+    assert torch.equal(before, flat(student))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import transformers
@@ -20,7 +21,6 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
 from .metrics import MEASURES
-from .objectives import METHODS
 from .trainer import FDistillConfig
 
 #: Batches of similar lengths need little padding; transformers 5 has another name for it.
@@ -149,76 +149,73 @@ class BuildArguments:
     log_probs: str = "float16"
 
 
+def _attributes(kind: Any) -> dict[str, str]:
+    """The first sentence that a dataclass's docstring has of each of its own fields."""
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(kind.__doc__ or ""), re.MULTILINE)
+    words = {name: " ".join(said.split()) for name, said in found if name in kind.__annotations__}
+    return {name: said.removesuffix(".").split(". ")[0] for name, said in words.items()}
+
+
+#: What --help says: of each own option, and of those of `TrainingArguments` that mean something else here.
 HELP = {
-    "teacher": "model folder or hub name; or a store's folder (`fdistill teacher build`); or a server's URL",
-    "student": "model folder or hub name; may be an adapter",
-    "student_layers": "make the student of the teacher's layers: 3,1 (encoder,decoder) or 4 (causal) of them",
-    "tokenizer": "folder or hub name; default: the teacher's, or the student's if the teacher is a server",
-    "chat_template_path": "Jinja file to use instead of the tokenizer's chat template",
+    "output_dir": "folder of the run, the store, or evaluate's sentences; train and build go on with what is there",
+    "max_steps": "number of training steps; a finished run goes on if it grows; not beside --num_train_epochs",
+    "num_train_epochs": "number of passes over the data, in place of --max_steps",
+    "teacher": "model folder or hub name of the teacher, a store's folder (`teacher build`), or a server's URL",
+    "student": "model folder or hub name of the student; may be an adapter, which is trained on",
+    "student_layers": "in place of --student: so many of the teacher's layers, 3,1 (encoder,decoder) or 4 (causal)",
+    "tokenizer": "folder or hub name of the tokenizer; default: the teacher's, or the student's beside a server",
+    "chat_template_path": "Jinja file to use instead of the tokenizer's chat template, for data of messages",
     "dtype": "dtype of the student's weights, which the optimizer updates; auto: as in its files",
     "teacher_dtype": "dtype of the teacher's weights; auto: as in its files",
-    "attn_implementation": "attention of both models: sdpa, flash_attention_2, eager, ...",
-    "device_map": "device map of the teacher; auto spreads it over all cards",
-    "revision": "revision of the student on the hub", "teacher_revision": "revision of the teacher on the hub",
-    "trust_remote_code": "run code that comes with a model",
+    "attn_implementation": "attention of both models: sdpa, flash_attention_2, eager, ...; default: transformers' own",
+    "device_map": "device map of the teacher; auto spreads it over all cards; default: the student's device",
+    "revision": "branch, tag or commit of the --student on the hub; default: its main branch",
+    "teacher_revision": "branch, tag or commit of the teacher on the hub; default: its main branch",
+    "trust_remote_code": "run the code that comes with a model or its tokenizer",
     "quantization": "quantise the student (to train it, add --use_peft): 4bit, 8bit (bitsandbytes), a quant_method of "
-                    "transformers, or its configuration as JSON",
+                    "transformers, or its configuration as JSON; default: not quantised",
     "teacher_quantization": "quantise the teacher, as in --quantization",
-    "use_peft": "train only an adapter on the student", "lora_r": "rank of the adapter",
-    "lora_alpha": "scale of the adapter: lora_alpha/lora_r", "lora_dropout": "dropout before the adapter",
-    "lora_target_modules": "modules that get an adapter; default: PEFT's for the architecture",
-    "lora_modules_to_save": "modules to train whole, beside the adapter",
-    "use_rslora": "scale by the square root of the rank: lora_alpha/sqrt(lora_r)",
-    "use_dora": "adapt direction and magnitude of the weights separately (DoRA)",
-    "data": "training rows: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub dataset",
-    "eval_data": "held-out rows; default: the last tenth of the data, at most --eval_pairs",
-    "eval_pairs": "maximum number of held-out rows",
-    "dataset_config": "configuration of a hub dataset", "dataset_train_split": "split of a hub dataset for --data",
-    "dataset_test_split": "split of a hub dataset for --eval_data", "limit": "use only the first rows of the data",
-    "prompt_column": "column of prompts, text or messages",
-    "target_column": "column of targets, text or messages; completion is found, too",
+    "use_peft": "train only a new LoRA adapter on the student, as the options of this group say",
+    "lora_r": "rank of the adapter's matrices, with --use_peft",
+    "lora_alpha": "scale of the adapter, with --use_peft: its output is multiplied by lora_alpha/lora_r",
+    "lora_dropout": "share of the adapter's inputs that are dropped in training, with --use_peft",
+    "lora_target_modules": "names of modules that get an adapter, or all-linear; default: PEFT's for the architecture",
+    "lora_modules_to_save": "names of modules to train whole, beside the adapter; default: none",
+    "use_rslora": "with --use_peft, multiply the adapter's output by lora_alpha/sqrt(lora_r)",
+    "use_dora": "with --use_peft, adapt direction and magnitude of the weights separately (DoRA)",
+    "data": "training rows: a .jsonl, .json, .csv, .tsv or .parquet file, or the name of a hub dataset",
+    "eval_data": "held-out rows, in such a file or dataset; default: the last tenth of --data, at most --eval_pairs",
+    "eval_pairs": "largest number of held-out rows",
+    "dataset_config": "configuration of the hub dataset, if it has several",
+    "dataset_train_split": "split of the hub dataset that --data names",
+    "dataset_test_split": "split of the hub dataset that --eval_data names",
+    "limit": "number of rows of --data to use, from the first on; default: all",
+    "prompt_column": "column of the prompts, which are text or messages",
+    "target_column": "column of the targets, which are text or messages; a column completion is found, too",
     "long_prompts": "prompts too long for a model's context: cut them from the left, drop the row, or refuse",
     "long_targets": "targets too long for a model's context or --max_target_tokens: cut them (without an end token), "
                     "drop the row, or refuse",
-    "max_target_tokens": "maximum length of a gold target, in tokens",
+    "max_target_tokens": "largest length of a gold target, in tokens; default: as the models' contexts allow",
     "answers": "answers of a conversation: together in one row, or each in its own row, for any chat template",
-    "teacher_system": "system message that only the teacher sees",
-    "predistill_steps": "steps of pre-distillation before training", "beams": "beams of the teacher's beam search",
-    "online_teacher": "draw new samples of the teacher at every step",
+    "teacher_system": "system message that only the teacher sees, for data of messages",
+    "predistill_steps": "steps of pre-distillation before training; 0: none",
+    "online_teacher": "draw new samples of the teacher at every step, instead of once before training",
     "samples": "folder of the teacher's samples, which several runs may share; default: in the run's folder",
-    "vllm_url": "URL of a vLLM server of the teacher that draws its samples",
-    "k": "log-probabilities per token to ask a server for, or to keep in a store of lists",
-    "tail": "what becomes of the teacher's mass outside a list: " + ", ".join(t for t in TAILS if t != "sampled"),
+    "vllm_url": "URL of a vLLM server of the teacher that draws its samples; default: the teacher itself draws",
+    "k": "log-probabilities per token to ask a server's --teacher for, or to keep in a store of --kind top_k",
+    "tail": "what becomes of the teacher's mass outside a server's or a store's lists: "
+            + ", ".join(t for t in TAILS if t != "sampled"),
     "tensor_parallel": "number of ranks that share each of the student's layers and its head; such groups share "
                        "the weights by FSDP2; a run that is killed starts from the beginning",
-    "eval_measures": "compute perplexity, risks, BLEU, chrF and TER at every evaluation",
-    "kind": "hidden: states after the final norm, for any divergence and temperature; top_k: the largest "
-            "log-probabilities",
+    "eval_measures": "compute perplexity, risks, BLEU, chrF and TER at every evaluation, which --eval_strategy sets",
+    "kind": "hidden: states after the final norm, for any divergence and temperature; top_k: the --k largest "
+            "log-probabilities of each token",
     "sequences": "sequences to store for later objectives, of gold, teacher and beam; held-out rows are always gold",
-    "states": "dtype of stored states: float32, float16, bfloat16 or int8",
-    "log_probs": "dtype of stored log-probabilities: float16 or uint8",
-    "head_rank": "store states in this many singular directions of the head",
-    "method": "objective: " + ", ".join(METHODS), "beta": "weight of the student's half in js and tvd",
-    "divergence": "instead of --method: a divergence of `fdistill list`, on the sequences of --shares",
-    "shares": "weights of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3",
-    "ce_weight": "weight of an added cross-entropy on gold targets",
-    "temperature": "temperature of both models in the loss",
-    "temperature_squared": "multiply the divergences by the square of --temperature",
-    "student_every": "steps between new samples of the student",
-    "student_server": "URL of a vLLM server that draws the student's samples",
-    "student_server_path": "folder for the weights, which that server sees under the same path",
-    "normalize": "what the loss is a mean over: token or sequence", "pack": "give causal models a batch in one row",
-    "freeze_embeddings": "do not train the student's input embeddings",
-    "memory": "memory of the loss: chunks or minimal",
-    "on_nan": "stop, or skip the batch, if the loss is not finite",
-    "max_new_tokens": "maximum length of a sample, in tokens",
-    "sample_temperature": "temperature of samples",
-    "top_k": "draw from this many of the likeliest tokens; 0: from all",
-    "top_p": "draw from the likeliest tokens with this total probability; 1: from all",
-    "cache_implementation": "cache of keys and values while drawing: dynamic, static (compiled on a GPU), ...",
-    "hidden_weight": "pre-distillation: weight of the hidden states' MSE",
-    "hidden_normalize": "pre-distillation: layer-normalise the hidden states before their MSE",
-    "hidden_reduction": "pre-distillation: mean or sum of the MSE over the student's layers",
+    "states": "dtype of stored states, for --kind hidden: float32, float16, bfloat16 or int8",
+    "log_probs": "dtype of stored log-probabilities, for --kind top_k: float16 or uint8",
+    "head_rank": "for --kind hidden, store states in this many singular directions of the head; default: whole states",
+    **_attributes(FDistillConfig),
 }  # fmt: skip
 
 
@@ -238,12 +235,14 @@ USED: dict[str, set[str]] = {
 #: Smallest values of numbers that nothing else checks.
 LEAST = {
     "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1,
-    "tensor_parallel": 1,
-    "max_steps": 1,
+    "tensor_parallel": 1, "max_steps": 1,
 }  # fmt: skip
 
 #: Options of `TrainingArguments` that are meant for scripts; nothing here uses them.
 UNUSED = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "overwrite_output_dir"}
+
+#: Options of the command line alone.
+OF_LINE = {"help", "config", "json"}
 
 #: Other names of options: this command's before 0.3, and TRL's.
 CALLED = {
@@ -267,10 +266,22 @@ def how_long(given: Mapping[str, Any]) -> tuple[str, float]:
     return ("num_train_epochs", epochs) if epochs and steps <= 0 else ("max_steps", steps or DEFAULTS["max_steps"])
 
 
+def without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that may be written to files: those but --hub_token and its kin."""
+    return {name: value for name, value in options.items() if not name.endswith("_token")}
+
+
 def _hint(words: str) -> str:
     told = [f"--{old} is --{CALLED[name]}" for old in re.findall(r"[\w-]+", words)
             if (name := old.lstrip("-").replace("-", "_")) in CALLED]  # fmt: skip
     return f"{words} ({'; '.join(told)})".replace("----", "--") if told else words
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but no None: what that means an option's help says."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(HfArgumentParser):
@@ -304,7 +315,7 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """Everything that decides a run, for people to read."""
         kinds = (self.model, self.data, self.run, *([self.lora] if self.lora.use_peft else []))
-        return {n: v for kind in kinds for n, v in vars(kind).items() if v is not None} | self.training
+        return {n: v for kind in kinds for n, v in vars(kind).items() if v is not None} | without_secrets(self.training)
 
 
 KINDS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, "run": RunArguments,
@@ -319,16 +330,17 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     """
     kinds = {name: kind for name, kind in KINDS.items() if name != "build" or command == "teacher build"}
     types: Any = [*kinds.values(), FDistillConfig]
-    parser = Parser(types, prog=f"fdistill {command}", usage="%(prog)s [options]", allow_abbrev=False)
+    parser = Parser(types, prog=f"fdistill {command}", usage="%(prog)s [options]", allow_abbrev=False,
+                    formatter_class=_Help)  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML of these options, as a run's config.yaml")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**DEFAULTS, num_train_epochs=None)
     names, used = {a.dest: a.default for a in parser._actions}, USED.get(command)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
         if action.dest == "report_to":  # its type is a text or a list, of which HfArgumentParser takes the text alone
             action.nargs = "*"
-        if action.dest in UNUSED or (used and action.dest not in used | {"help", "config", "json"}):
+        if action.dest in UNUSED or (used and action.dest not in used | OF_LINE):
             action.help = argparse.SUPPRESS
     absent = object()
 
@@ -336,7 +348,10 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
         return argparse.Namespace(**dict.fromkeys(names, absent))  # so that what is not said stays absent
 
     first = vars(parser.parse_known_args(argv, blank())[0])
-    said = {**(settings or {}), **_yaml(None if first["config"] is absent else first["config"], set(names))}
+    said = {**(settings or {}), **_yaml(None if first["config"] is absent else first["config"], set(names) - OF_LINE)}
+    may_be_none = {name for of in types for name, kind in get_type_hints(of).items() if type(None) in get_args(kind)}
+    if empty := [name for name, value in said.items() if value is None and name not in may_be_none]:
+        raise ValueError(f"--{', --'.join(empty)} needs a value: leave it out for the default")
     if any(first[name] is not absent for name in LENGTHS):  # one goes before the other, too
         said = {name: value for name, value in said.items() if name not in LENGTHS}
     no = {a.dest for a in parser._actions if "no" in (a.choices or ())}
@@ -344,7 +359,7 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     found = vars(parser.parse_args([*_arguments(said), *argv], blank()))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
-    given = {name: value for name, value in given.items() if name not in ("config", "json")}
+    given = {name: value for name, value in given.items() if name not in OF_LINE}
     if unused := sorted(given.keys() - used if used else given.keys() & UNUSED):
         raise ValueError(f"`fdistill {command}` makes nothing of --{', --'.join(unused)}")
     made: dict[str, Any] = {name: kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})
@@ -422,7 +437,7 @@ def _check(asked: Asked) -> None:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
         raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
-    if asked.lora.use_peft and (Path(model.student or "") / "adapter_config.json").exists():
+    if asked.lora.use_peft and model.student and (Path(model.student) / "adapter_config.json").exists():
         raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
                          "merge it into its base model for a new one")  # fmt: skip
     if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
@@ -436,4 +451,5 @@ def _check(asked: Asked) -> None:
             raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
     for prefix in ("", "teacher_"):
         model.options(prefix)
-    _ = asked.config  # which checks its own
+    if asked.config.eval_strategy == "no" and asked.run.eval_measures:  # a configuration checks its own
+        raise ValueError("--eval_measures measures at every evaluation, and --eval_strategy no leaves none")

@@ -129,8 +129,10 @@ def collate(
     if any("labels_mask" in row for row in rows):
         masks = [row.get("labels_mask", torch.ones(len(row["labels"]), dtype=torch.bool)) for row in rows]
         batch["labels_mask"] = padded(masks, False)
-    if "teacher" in examples[0]:
-        batch["teacher"] = [str(e["teacher"]) for e in examples]
+    if named := [str(e["teacher"]) for e in examples if "teacher" in e]:
+        if len(named) < len(examples):
+            raise ValueError("some examples of a batch have the column teacher, and others have none")
+        batch["teacher"] = named
     return batch
 
 

@@ -208,14 +208,10 @@ def verify(
         raise ValueError(f"{teacher} has the fingerprint {mark}, and {folder} is of {store.key.get('teacher')}")
     chosen = set(torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:sequences].tolist())
     apart = torch.cat([_apart(store, model, *pair) for i, pair in enumerate(store.sequences()) if i in chosen])
-    names = ("kl_mean", "kl_largest", "tvd_mean", "tvd_largest")
-    numbers = (apart[:, 0].mean(), apart[:, 0].max(), apart[:, 1].mean(), apart[:, 1].max())
-    return {
-        **found,
-        "compared": len(chosen),
-        "tokens": len(apart),
-        **dict(zip(names, map(float, numbers), strict=True)),
-    }
+    kl, tvd = apart.T
+    return found | {"compared": len(chosen), "tokens": len(apart), "kl_mean": float(kl.mean()),
+                    "kl_largest": float(kl.max()), "tvd_mean": float(tvd.mean()),
+                    "tvd_largest": float(tvd.max())}  # fmt: skip
 
 
 def _apart(store: TeacherStore, model: InRoom, prompt: Tensor, continuation: Tensor) -> Tensor:

@@ -24,40 +24,44 @@ class FDistillConfig(TrainingArguments):
     """`TrainingArguments` with the settings of distillation.
 
     label_smoothing_factor applies to the cross-entropies. Options of `TrainingArguments` about the logits of evaluation
-    are refused, because no logits are made.
+    are refused, because no logits are made. ``fdistill train --help`` shows the first sentence of each attribute.
 
     Attributes:
-        method: "seqkd", "kl", "engine", "rkl", "js", "tvd" or "mle" (Wen et al., ACL 2023), or "predistill".
-        beta: weight of the student's half in js and tvd; js uses the mixture βq + (1 − β)p.
-        divergence: instead of a method, a divergence: "js", "alpha=0.3" or an instance; or one for each source of
-            sequences, {"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"}. May be JSON text, as on a command line.
-        shares: weights of the sequences that the divergence is taken on, {"student": 0.7, "gold": 0.3}, also as text.
-            By default gold only; with several divergences equal weights that sum to 1.
+        method: objective: seqkd, kl, engine, rkl, js, tvd or mle (Wen et al., ACL 2023), or predistill.
+        beta: weight of the student's half in method js and tvd, from 0 to 1; js uses the mixture βq + (1 − β)p.
+        divergence: instead of a method, a divergence of `fdistill list`, such as js or alpha=0.3, or JSON with one for
+            each source of sequences, {"teacher": "skew_kl=0.1", "student": "skew_rkl=0.1"}. In Python also instances
+            and a mapping.
+        shares: with a divergence: weights of teacher, student, gold and beam sequences, as in student=0.7,gold=0.3;
+            default: gold alone, or for several divergences equal weights that sum to 1. In Python also a mapping.
         ce_weight: weight of −log q of the gold targets, which is added to the objective.
-        temperature: of both models' distributions in the loss.
-        temperature_squared: multiply the divergences by temperature² (Hinton et al. 2015).
-        max_new_tokens: maximum length of samples drawn during training.
-        sample_temperature: their temperature.
+        temperature: temperature of both models' distributions in the loss.
+        temperature_squared: multiply the divergences by temperature² (Hinton et al., 2015).
+        max_new_tokens: maximum length of a sample of either model, in tokens.
+        sample_temperature: temperature at which samples of both models are drawn.
         top_k: draw from this many of the likeliest tokens; 0: from all.
         top_p: draw from the likeliest tokens with this total probability; 1: from all.
-        cache_implementation: transformers' cache of keys and values while drawing ("static" is compiled on a GPU).
-        beams: beams of the teacher's beam search, where the data has no beam_ids.
-        student_every: steps between new samples of the student. In between the last ones are used again; checkpoints
-            keep them.
-        student_server: URL of a vLLM server that draws the student's samples; see `student_server.StudentServer`.
-        student_server_path: folder for the weights, of this run alone, with the same path for server and trainer.
-        normalize: "token": a mean over steps; "sequence": a sum over steps and a mean over sequences, as in the paper.
-            The mean is over all accumulated batches and all ranks, with the samples drawn for them, so that they give
-            the gradient of one large batch.
+        cache_implementation: transformers' cache of keys and values while drawing, such as dynamic or static (compiled
+            on a GPU); default: the model's own.
+        beams: number of beams of the teacher's search, for beam sequences (method seqkd) of which the data has no
+            beam_ids.
+        student_every: number of steps between new samples of the student. In between the last ones are used again;
+            checkpoints keep them.
+        student_server: URL of a vLLM server that draws the student's samples, with student_server_path. See
+            `student_server.StudentServer`.
+        student_server_path: folder for the weights, of this run alone, which student_server sees under the same path.
+        normalize: what the loss is a mean over: token, or sequence (each a sum over its tokens, as in the paper). The
+            mean is over all accumulated batches and all ranks, with the samples drawn for them, so that they give the
+            gradient of one large batch.
         freeze_embeddings: do not train the student's input embeddings (nor an output embedding tied to them).
         pack: give causal models a batch as one row of sequences, without padding.
-        memory: of the loss, "chunks" or "minimal"; see `linear_f_divergence`. With "minimal" no entropies are logged,
-            because they need another pass over the rows.
-        on_nan: if the loss is not finite, "stop" and save the batch, or "skip" the batch.
-        hidden_weight: of "predistill", as the next two; see `predistillation_loss`, which uses none of the options of
-            the loss above.
-        hidden_normalize: layer-normalise the hidden states before their MSE.
-        hidden_reduction: "mean" or "sum" of the MSE over the student's layers.
+        memory: how the loss holds its logits: chunks, or minimal (less memory, more time, and no entropies are logged,
+            because they need another pass over the rows). See `linear_f_divergence`.
+        on_nan: if the loss is not finite, stop (and save the batch) or skip (the batch).
+        hidden_weight: in pre-distillation, weight of the hidden states' MSE; 0: none. See `predistillation_loss`, which
+            uses the next two beside, and none of the options of the loss above.
+        hidden_normalize: in pre-distillation, layer-normalise the hidden states before their MSE.
+        hidden_reduction: in pre-distillation, mean or sum of the MSE over the student's layers.
 
     Raises:
         ValueError: an option is out of range, unknown, or would not be used; the message names it.
@@ -202,7 +206,10 @@ def _shares(value: Any) -> dict[str, float] | None:
     value = _of_json("shares", value)
     try:
         pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else dict(value or {}).items()
-        return {source.strip(): float(share) for source, share in pairs} or None
+        found = {source.strip(): float(share) for source, share in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a source twice")
+        return found or None
     except (TypeError, ValueError):
         raise ValueError(f"shares must be as in student=0.7,gold=0.3, or a mapping, not {value!r}") from None
 

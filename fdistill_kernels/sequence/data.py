@@ -40,9 +40,10 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
     wanted = next(
         (w for w in ((columns[0], target), ("messages",), (columns[0],), ("text",)) if set(w) <= set(has)), ()
     )
-    if not wanted or (columns[1] != COLUMNS[1] and columns[1] not in has):
-        lacking = columns[1] if columns[0] in has else columns[0]
-        raise ValueError(f"{path} lacks the column {lacking!r}, and messages and text; it has {', '.join(has)}")
+    named = [name for name, usual in zip(columns, COLUMNS, strict=True) if name != usual and name not in has]
+    if named or not wanted:
+        lacking = repr(named[0]) if named else f"{columns[0]!r}, and messages and text"
+        raise ValueError(f"{path} lacks the column {lacking}; it has {', '.join(has)}")
     kept = [n for n in dict.fromkeys((*wanted, "teacher_prompt", "tools")) if n in has]
     rows = rows.select_columns(kept)
     names = dict(zip((columns[0], target), COLUMNS, strict=True))

@@ -34,7 +34,7 @@ from .sampling import Sampling, draw, special_tokens
 BATCH = 32
 #: A greedy output loops if a smaller share of its bigrams is distinct.
 LOOPS_BELOW = 0.7
-#: The measures of `evaluate`, and whether larger is better.
+#: What `Measures` adds, and whether larger is better.
 MEASURES = {"bleu": True, "chrf": True, **dict.fromkeys((
     "ter", "perplexity", "likelihood_risk", "coverage_risk", "likelihood_risk_by_sentence", "coverage_risk_by_sentence",
     "kl", "rkl", "tvd", "without_end", "looping"), False)}  # fmt: skip
@@ -144,10 +144,8 @@ def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dic
     """BLEU, chrF and TER of a corpus, by sacrebleu."""
     import sacrebleu
 
-    references_once = [list(references)]
-    return {"bleu": sacrebleu.corpus_bleu(list(outputs), references_once).score,
-            "chrf": sacrebleu.corpus_chrf(list(outputs), references_once).score,
-            "ter": sacrebleu.corpus_ter(list(outputs), references_once).score}  # fmt: skip
+    given = list(outputs), [list(references)]
+    return {name: getattr(sacrebleu, f"corpus_{name}")(*given).score for name in ("bleu", "chrf", "ter")}
 
 
 def searched(
@@ -240,25 +238,18 @@ def summary(table: pyarrow.Table) -> dict[str, float]:
             **translation_scores(values["output"], values["reference"])}  # fmt: skip
 
 
-def evaluate(
-    student: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor], gold: Sequence[Tensor],
-    references: Sequence[str], tokenizer: Any, sampling: Sampling, seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
-    """Only the summary of `measured`, without teacher_dist."""
-    return measured(student, teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling, seed, 1)[1]
-
-
 class Measures(TrainerCallback):
-    """Adds the measures of `evaluate` to every evaluation and its log, for reports and for the best model."""
+    """Adds `measured`'s summary, without teacher_dist, to every evaluation and its log, for reports and the best model.
 
-    def __init__(self, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor],
-                 gold: Sequence[Tensor], references: Sequence[str], tokenizer: Any, sampling: Sampling,
-                 log: Any):  # fmt: skip
-        self.arguments = (teacher, prompts, teacher_prompts, gold, references, tokenizer, sampling)
-        self.log = log
+    log: the trainer's; arguments: of `measured`, from the teacher to the sampling.
+    """
+
+    def __init__(self, log: Any, *arguments: Any):
+        self.log, self.arguments = log, arguments
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called by the trainer."""
-        measures = {f"eval_{k}": v for k, v in evaluate(given["model"], *self.arguments).items()}
+        _, found = measured(given["model"], *self.arguments, teacher_draws=1)  # type: ignore[misc]
+        measures = {f"eval_{name}": value for name, value in found.items()}
         given["metrics"].update(measures)
         self.log(measures)

@@ -44,13 +44,16 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
+def base_of(path: str | Path) -> str | None:
+    """The base model that an adapter's folder names; None: it is no folder of an adapter."""
+    adapter = Path(path) / "adapter_config.json"
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+
+
 def load_config(path: str | Path, **options: Any) -> Any:
     """A model's configuration, or that of a PEFT adapter's base model. options: as in `load_model`."""
-    base = path
-    if (adapter := Path(path) / "adapter_config.json").exists():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
     try:
-        return AutoConfig.from_pretrained(base, **options)
+        return AutoConfig.from_pretrained(base_of(path) or path, **options)
     except (OSError, ValueError) as error:
         if Path(path).exists():
             raise
@@ -71,14 +74,11 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
     """
     config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if (Path(path) / "adapter_config.json").exists():
+    if base := base_of(path):
         from peft import PeftConfig, PeftModel
 
-        adapter = PeftConfig.from_pretrained(str(path))
-        if adapter.is_prompt_learning:  # transformers puts no virtual tokens into a model
-            return PeftModel.from_pretrained(
-                kind.from_pretrained(adapter.base_model_name_or_path, **options), str(path)
-            )
+        if PeftConfig.from_pretrained(str(path)).is_prompt_learning:  # transformers puts no virtual tokens into a model
+            return PeftModel.from_pretrained(kind.from_pretrained(base, **options), str(path))
     if split == 1:
         return kind.from_pretrained(path, **options)
     ranks = rank()[1]
@@ -99,15 +99,15 @@ def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
     Raises:
         ValueError: as `load_model`; or an adapter, whose weights are not split.
     """
-    if not (Path(path) / "adapter_config.json").exists():
+    base = base_of(path)
+    if base is None:
         return load_model(path, split, **options)
     if split > 1:
         raise ValueError(f"--tensor_parallel splits whole weights as they are loaded, and {path} is an adapter: merge "
                          "it into its base model first")  # fmt: skip
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = load_model(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, **options)
-    return PeftModel.from_pretrained(base, path, is_trainable=True)
+    return PeftModel.from_pretrained(load_model(base, **options), path, is_trainable=True)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
@@ -562,7 +562,8 @@ def _first(logits: RowFunction, vocabulary: int) -> RowFunction:
 def of_model(rows: Rows, device: torch.device) -> TeacherRows:
     """A model's rows for a student on a device; as logits if the head is on another device or is not one matrix."""
     if rows.head is not None and rows.head.weight.device == device:
-        return TeacherRows(Hidden(rows.hidden, rows.head), rows.vocabulary)
+        head: Any = (x.detach() if isinstance(x, Tensor) else x for x in rows.head)
+        return TeacherRows(Hidden(rows.hidden, Head(*head)), rows.vocabulary)
 
     @torch.no_grad()
     def logits(begin: int, end: int) -> Tensor:

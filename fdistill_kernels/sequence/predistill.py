@@ -108,7 +108,7 @@ def predistillation_loss(
     Args:
         prompts, targets: rows of ids; pad: the id that pads them.
         weights: of the KL, which must be positive, and of the cross-entropy.
-        hidden_weight: weight of the MSE; with 0 it is not computed, and the models' sizes may differ.
+        hidden_weight: weight of the MSE, at least 0; with 0 it is not computed, and the models' sizes may differ.
         hidden_normalize: layer-normalise both models' hidden states before the MSE, as f-DISTILL does for T5 and GPT-2.
             Models that normalise inside their layers have residual streams of any size: without this their MSE is
             nearly all of the loss (98 % for a small T5). For others, such as BART, it changes little.
@@ -123,8 +123,9 @@ def predistillation_loss(
     """
     if hidden_reduction not in ("mean", "sum"):
         raise ValueError(f"hidden_reduction must be mean or sum, not {hidden_reduction!r}")
-    if not weights[0] > 0:
-        raise ValueError(f"the weight of the KL must be positive, not {weights[0]}")
+    if not (weights[0] > 0 and hidden_weight >= 0):
+        raise ValueError(f"the weight of the KL must be positive, not {weights[0]}, and that of the hidden states at "
+                         f"least 0, not {hidden_weight}")  # fmt: skip
     here = [torch.ones_like(t, dtype=torch.bool) for t in targets] if counted is None else list(counted)
     of_prompts, of_targets = counts or (sum(map(len, prompts)), int(torch.cat(here).sum()))
     options: dict[str, Any] = dict(output_hidden_states=hidden_weight > 0, counted=counted)

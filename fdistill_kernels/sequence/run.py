@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
-from .arguments import LENGTHS, Asked, ask, how_long
+from .arguments import LENGTHS, Asked, ask, how_long, without_secrets
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
@@ -245,7 +245,7 @@ class Run:
         if is_store(self.folder):
             raise ValueError(f"{self.folder} is a store: give a run another --output_dir")
         path, of_data = self.folder / "config.yaml", self.folder / "data.json"
-        asked = {k: v for k, v in self.asked.given.items() if not k.endswith("_token")}  # secrets stay out of files
+        asked = without_secrets(self.asked.given)
         known = ("prompt_ids", "labels", "labels_mask", "teacher_prompt_ids")
         read = {name: data_hash([ids for column in known if column in rows.column_names for ids in rows[column]])
                 for name, rows in (("data", self.pairs), ("eval_data", self.held_out))}  # fmt: skip
@@ -397,8 +397,8 @@ class Run:
             raise ValueError(str(error)) from error
         trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
         if stage != "predistill" and self.asked.run.eval_measures:
-            trainer.add_callback(Measures(self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
-                                          trainer.log))  # fmt: skip
+            trainer.add_callback(Measures(trainer.log, self.model, *self.held_out_rows(), self.tokenizer,
+                                          self.config.sampling()))  # fmt: skip
         return trainer
 
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
@@ -562,17 +562,27 @@ def _disk_is_full(error: BaseException | None, folder: Any) -> bool:
     return error is not None
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is a Ctrl-C inside: what is kept at one is kept at the other."""
+    alone = threading.current_thread() is not threading.main_thread()  # where signals cannot be asked for
+    before = None if alone else signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if not alone:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 WORK = {"train": train, "sample-teacher": sample_teacher, "evaluate": evaluate_student}
 
 
 def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dict[str, Any]] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 after one line on bad input, or 130 after Ctrl-C."""
     console, asked = Console(stderr=True, quiet=rank()[0] > 0), None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is kept at Ctrl-C is kept then, too
     try:
         asked = ask(command, argv)
-        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs
+        with contextlib.redirect_stdout(sys.stderr), _interruptible():  # the trainer prints its logs
             results = (work or WORK[command])(asked, console)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..teachers.packing import hash_tensor
+from ..teachers.store import _write as write_whole
 from ..teachers.store import check_same
 from .models import (
     IGNORE,
@@ -391,19 +391,6 @@ class TeacherSamples:
         if rows["index"].to_pylist() != list(range(len(self.prompts))):
             raise ValueError(f"the shards in {self.folder} do not hold each prompt once; remove it to sample anew")
         return rows["sample_ids"].to_pylist()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """All of the file or none of it, also when the disk is full or the process killed."""
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # several ranks, of several machines, may write the same
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"{path} could not be written ({error.strerror}); what was there is whole"
-        ) from error
 
 
 def write_table(table: Any, path: str | Path) -> None:

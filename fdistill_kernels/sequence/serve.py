@@ -13,9 +13,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ..teachers.readers import MINUS_INFINITY
-from .models import load_model
+from .models import load_model, token_id
 from .run import device, tokenizer_hash
-from .sampling import Sampling, draw, fingerprint
+from .sampling import Sampling, draw, end_tokens, fingerprint
 from .teachers import InRoom, logits_in_pieces
 
 
@@ -111,14 +111,14 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     sampling = Sampling(max(1, tokens), float(body.get("temperature", 1.0)) or 1e-4,
                         max(0, int(body.get("top_k", 0))), float(body.get("top_p", 1.0)))  # fmt: skip
     seed, device = body.get("seed"), next(room.model.parameters()).device
-    choices = []
+    choices, ends = [], end_tokens(token_id(room.model, "eos_token_id"))
     for i, prompt in enumerate(prompts):
         made: list[int] = []
         if tokens > 1 or (tokens == 1 and k is None):
             made = draw(room.model, [torch.tensor(prompt, device=device)], sampling, seed, room.vocabulary)[0].tolist()
         text = tokenizer.decode(made, skip_special_tokens=bool(body.get("skip_special_tokens", False)))
         choice: dict[str, Any] = {"index": i, "text": text, "token_ids": made}
-        choice["finish_reason"] = "length" if len(made) in (0, tokens) else "stop"
+        choice["finish_reason"] = "stop" if made and made[-1] in ends else "length"
         if k is not None:
             choice["prompt_logprobs"] = prompt_log_probs(room, tokenizer, prompt, int(k))
             choice["prompt_token_ids"] = prompt

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .. import products
 from ..backends.rows import capped
 from ..sparse import TopK, checked_tail
 from ..teachers import Endpoint, TeacherStore
-from ..values import Hidden, RowFunction
+from ..values import Head, Hidden, RowFunction
 from .batches import prompts_of_teacher
 from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted, vocabulary_of
 from .sampling import Sampling, draw, special_tokens
@@ -34,7 +34,17 @@ AHEAD = 4
 ENTRIES = 1 << 22
 
 
-class Teacher(Protocol):
+class Batch(NamedTuple):
+    """What a teacher is asked about; counted: as in `teacher_forced`."""
+
+    prompts: Sequence[Tensor]
+    continuations: Sequence[Tensor]
+    device: torch.device
+    pack: bool
+    counted: Sequence[Tensor] | None
+
+
+class Teacher:
     """What the trainer needs of a teacher.
 
     Attributes:
@@ -54,9 +64,14 @@ class Teacher(Protocol):
         counted: Sequence[Tensor] | None = None,
     ) -> TeacherRows:  # fmt: skip
         """The rows of a batch's continuations, one after the other; counted: as in `teacher_forced`."""
+        return self._rows(Batch(prompts, continuations, device, pack, counted))
+
+    def _rows(self, batch: Batch) -> TeacherRows:
+        raise NotImplementedError
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """A continuation of each prompt."""
+        raise NotImplementedError
 
 
 def is_url(path: Any) -> bool:
@@ -83,7 +98,7 @@ def teacher_of(given: Any) -> Teacher:
         return Stored(given)
     if isinstance(given, Endpoint):
         return Served(given)
-    if isinstance(given, (InRoom, Stored, Served, Mixture, OfRows, Itself)):
+    if isinstance(given, Teacher):
         return given
     if isinstance(given, torch.nn.Module) and hasattr(given, "config"):
         return InRoom(given)
@@ -101,7 +116,7 @@ def parts_of(teacher: Teacher) -> list[Teacher]:
     return [part for one in (several.values() if isinstance(several, dict) else several) for part in parts_of(one)]
 
 
-class InRoom:
+class InRoom(Teacher):
     """A model at hand, of any dtype or device, quantised or not. It is never trained."""
 
     anything = whole = True
@@ -122,23 +137,15 @@ class InRoom:
         """Raises ValueError as `models.check_forward`."""
         check_forward(self.model, self.model, _pad(self.model), pack)
 
-    def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
-        counted: Sequence[Tensor] | None = None,
-    ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`."""
-        at = next(self.model.parameters()).device
-        moved, continued = ([x.to(at) for x in rows] for rows in (prompts, continuations))
-        with torch.no_grad():
-            found, _ = rows_of(self.model, moved, continued, _pad(self.model), pack=pack, counted=counted)
-        return of_model(found, device)
+    def _rows(self, batch: Batch) -> TeacherRows:
+        return _rows_of(self.model, batch)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
         return draw(self.model, prompts, sampling, None, vocabulary)
 
 
-class Stored:
+class Stored(Teacher):
     """A `TeacherStore`: works without the teacher's weights, but knows only the sequences in the store.
 
     Args:
@@ -154,16 +161,12 @@ class Stored:
             raise ValueError(f"tail={tail!r} is of lists, and {store.folder} holds hidden states")
         self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
 
-    def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
-        counted: Sequence[Tensor] | None = None,
-    ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`."""
-        pairs = [(p.tolist(), c.tolist()) for p, c in zip(prompts, continuations, strict=True) if len(c)]
+    def _rows(self, batch: Batch) -> TeacherRows:
+        pairs = [(p.tolist(), c.tolist()) for p, c in zip(batch.prompts, batch.continuations, strict=True) if len(c)]
         if not pairs:
             return TeacherRows(lambda begin, end: torch.empty(0, self.vocabulary), self.vocabulary)
         found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
-        return TeacherRows(_moved(found, device, counted), self.vocabulary)
+        return TeacherRows(_moved(found, batch), self.vocabulary)
 
     def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
         """Checks that all sequences of a dataset's columns are in the store.
@@ -194,7 +197,7 @@ class Stored:
         )
 
 
-class Served:
+class Served(Teacher):
     """An `Endpoint`: a server scores any sequence by top-k lists or hidden states."""
 
     anything, encoder_decoder = True, False
@@ -210,14 +213,10 @@ class Served:
             self._ahead.pop(next(iter(self._ahead)))
         self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
 
-    def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
-        counted: Sequence[Tensor] | None = None,
-    ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`."""
-        asked = [p.tolist() for p in prompts], [c.tolist() for c in continuations]
+    def _rows(self, batch: Batch) -> TeacherRows:
+        asked = [p.tolist() for p in batch.prompts], [c.tolist() for c in batch.continuations]
         begun = self._ahead.pop(_batch_key(*asked), None) or self.endpoint.ask(*asked)
-        return TeacherRows(_moved(begun(self.tail), device, counted), self.vocabulary)
+        return TeacherRows(_moved(begun(self.tail), batch), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`; the seed of a batch is the next number of torch's generator."""
@@ -225,7 +224,7 @@ class Served:
         return self.endpoint.draw([p.cpu() for p in prompts], sampling, seed)
 
 
-class Mixture:
+class Mixture(Teacher):
     """Several teachers as one, with weights w: ``p = Σ w p_i``, or with geometric=True ``p ∝ Π p_i^w``.
 
     Args:
@@ -239,6 +238,8 @@ class Mixture:
             only lists of ids, which cannot be mixed.
     """
 
+    whole = True
+
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None, geometric: bool = False):
         self.teachers = [teacher_of(t) for t in teachers]
         weights = [1.0] * len(self.teachers) if weights is None else list(weights)
@@ -246,17 +247,10 @@ class Mixture:
             raise ValueError(f"a Mixture needs a positive weight for each of {len(self.teachers)} teachers: {weights}")
         self.weights, self.geometric = [w / sum(weights) for w in weights], geometric
         self.vocabulary, self.encoder_decoder = _alike(self.teachers)
-        self.whole = True
         self.anything = all(t.anything for t in self.teachers)
 
-    def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
-        counted: Sequence[Tensor] | None = None,
-    ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`."""
-        of_each = [
-            logits_function(t.rows(prompts, continuations, device, pack, counted), device) for t in self.teachers
-        ]
+    def _rows(self, batch: Batch) -> TeacherRows:
+        of_each = [logits_function(t.rows(*batch), batch.device) for t in self.teachers]
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
@@ -275,15 +269,16 @@ class Mixture:
         return _by_teacher(self.teachers, chosen, prompts, sampling, vocabulary)
 
 
-class OfRows:
+class OfRows(Teacher):
     """One teacher for each example, named in its column `teacher`: OfRows({"math": ..., "code": ...})."""
+
+    whole = True
 
     def __init__(self, teachers: dict[str, Any]):
         if not teachers:
             raise ValueError("OfRows needs a teacher at least")
         self.teachers = {str(name): teacher_of(t) for name, t in teachers.items()}
         self.vocabulary, self.encoder_decoder = _alike(list(self.teachers.values()))
-        self.whole = True
         self.anything = all(t.anything for t in self.teachers.values())
         self.names: list[str] = []  # of the batch's examples
 
@@ -298,11 +293,9 @@ class OfRows:
             raise ValueError(f"an example names the teacher {unknown[0]!r}; known: {', '.join(self.teachers)}")
         self.names = list(names)
 
-    def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
-        counted: Sequence[Tensor] | None = None,
-    ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`: the examples of each teacher are computed together, then put in the batch's order."""
+    def _rows(self, batch: Batch) -> TeacherRows:
+        """The examples of each teacher are computed together, then put in the batch's order."""
+        prompts, continuations, device, pack, counted = batch
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
         lengths = torch.tensor(tokens_counted(continuations, counted))
@@ -321,8 +314,7 @@ class OfRows:
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
-        order = list(self.teachers)
-        teachers = list(self.teachers.values())
+        order, teachers = list(self.teachers), list(self.teachers.values())
         return _by_teacher(teachers, [order.index(n) for n in self.names], prompts, sampling, vocabulary)
 
 
@@ -346,7 +338,7 @@ def _interleaved(functions: list[Any], owner: Tensor, place: Tensor, vocabulary:
     return logits
 
 
-class Itself:
+class Itself(Teacher):
     """The student as its own teacher (self-distillation): seen with the example's teacher_prompt_ids, as the moving
     average of its weights, or with its PEFT adapter off.
 
@@ -445,19 +437,9 @@ class Itself:
         for name, mine in _tensors(self.average).items():
             mine.copy_(self.exact()[name].copy_(kept[name]))
 
-    def rows(
-        self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,
-        counted: Sequence[Tensor] | None = None,
-    ) -> TeacherRows:  # fmt: skip
-        """As `Teacher.rows`: without dropout, and without a graph."""
-        with self._speaking() as model, torch.no_grad():
-            found, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)
-        if found.head is not None:
-            weight, bias = found.head.weight.detach(), found.head.bias
-            found = found._replace(
-                head=found.head._replace(weight=weight, bias=None if bias is None else bias.detach())
-            )
-        return of_model(found, device)
+    def _rows(self, batch: Batch) -> TeacherRows:
+        with self._speaking() as model:
+            return _rows_of(model, batch)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
@@ -497,6 +479,14 @@ def _pad(model: Any) -> int:
         return special_tokens(model)[0]
     except ValueError:
         return 0
+
+
+@torch.no_grad()
+def _rows_of(model: Any, batch: Batch) -> TeacherRows:
+    """A model's rows, without a graph."""
+    at, (_, _, device, pack, counted) = next(model.parameters()).device, batch
+    prompts, continuations = ([x.to(at) for x in rows] for rows in batch[:2])
+    return of_model(rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)[0], device)
 
 
 def _batch_key(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Any:
@@ -539,10 +529,9 @@ def _by_teacher(
 ) -> list[Tensor]:
     """Continuations of prompts, each by the teacher of its number."""
     made: list[Any] = [None] * len(prompts)
-    for i, teacher in enumerate(teachers):
+    for i in sorted(set(chosen)):
         mine = [n for n, owner in enumerate(chosen) if owner == i]
-        for n, row in zip(mine, teacher.draw([prompts[n] for n in mine], sampling, vocabulary) if mine else (),
-                          strict=True):  # fmt: skip
+        for n, row in zip(mine, teachers[i].draw([prompts[n] for n in mine], sampling, vocabulary), strict=True):
             made[n] = row
     return made
 
@@ -559,11 +548,11 @@ def _alike(teachers: Sequence[Teacher]) -> tuple[int, bool]:
     return min(t.vocabulary for t in teachers), teachers[0].encoder_decoder
 
 
-def _moved(value: Any, device: torch.device, counted: Sequence[Tensor] | None) -> Any:
-    """A list or hidden states on a device, without the rows that do not count."""
-    here = slice(None) if counted is None else torch.cat(list(counted)).cpu()
+def _moved(value: Any, batch: Batch) -> Any:
+    """A list or hidden states on the batch's device, without the rows that do not count."""
+    here = slice(None) if batch.counted is None else torch.cat(list(batch.counted)).cpu()
     if isinstance(value, TopK):
-        return value._replace(ids=value.ids[here].to(device), log_probs=value.log_probs[here].to(device))
-    states, head = value[0][here], value[1]
-    bias = None if head.bias is None else head.bias.to(device)
-    return Hidden(states.to(device), head._replace(weight=head.weight.to(device), bias=bias))
+        return value._replace(ids=value.ids[here].to(batch.device), log_probs=value.log_probs[here].to(batch.device))
+    states, head = value
+    moved: Any = (x.to(batch.device) if isinstance(x, Tensor) else x for x in head)
+    return Hidden(states[here].to(batch.device), Head(*moved))

@@ -66,11 +66,10 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
     differ = [t for t, i in ours.items() if theirs.get(t, i) != i or (t not in theirs and i in tokens)]
     if differ or not set(ours) & set(theirs):
         token = next(iter(differ or ours))
-        i, j = ours[token], theirs.get(token)
-        raise ValueError(
-            f"student and teacher have different tokenizers: {token!r} is {i} in one and "
-            f"{f'{tokens.get(i)!r} has that id' if j is None else j} in the other; step-wise losses need one vocabulary"
-        )
+        i = ours[token]
+        other = theirs.get(token, f"{tokens[i]!r} has that id" if i in tokens else "missing")
+        raise ValueError(f"student and teacher have different tokenizers: {token!r} is {i} in one and {other} in the "
+                         "other; step-wise losses need one vocabulary")  # fmt: skip
 
 
 #: What `Trainer` takes and has no place here, and what to do instead.
@@ -500,8 +499,8 @@ class FDistillTrainer(Trainer):
         counts = (update.items["prompts"], update.items["gold"]) if update.items else None
         return predistillation_loss(
             self._unwrapped(model), self.teacher.model, gold.prompts, gold.continuations, self.pad,
-            hidden_weight=self.args.hidden_weight, hidden_normalize=self.args.hidden_normalize,
-            hidden_reduction=self.args.hidden_reduction, wrapped=model, counts=counts, counted=gold.counted,
+            wrapped=model, counts=counts, counted=gold.counted,
+            **{name: getattr(self.args, name) for name in OF_PREDISTILLATION},
         )  # fmt: skip
 
     def _half(self, half: Half, model: Any, update: Update) -> Tensor:
