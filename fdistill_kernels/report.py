@@ -27,7 +27,7 @@ LEAST = 1e-9  # smaller errors are drawn here, because a logarithmic axis has no
 #: The packages whose versions decide what is measured.
 PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
             "distillkit", "speculators")  # fmt: skip
-#: A library keeps its mark and colour in all charts. Other libraries' marks are hollow, so that ours is seen below them.
+#: A library keeps its mark and colour in all charts; a later one's mark is smaller, so that those below are seen.
 MARKS = "osDv^<>pP*XhdH"
 CHARTS = ("time-N", "memory-N", "roofline", "time-V", "memory-V", "error")
 STYLE = """
@@ -117,11 +117,13 @@ def chart(axes: Any, name: str, data: dict[str, Any], divergence: str) -> None:
         joined = "" if kind == "roofline" else "-"  # there, two shapes may have the same size
         k = known.index(what)
         axes.plot(*zip(*line, strict=True), marker=MARKS[k % len(MARKS)], linestyle=joined, color=f"C{k % 10}",
-                  fillstyle="none" if k else "full", zorder=2 + (k > 0), label=what,
+                  markersize=max(3, 9 - k), zorder=2 + k / 100, label=what,
                   gid=f"{divergence}/{name}/{what}")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=name.replace("-", " against "))
     axes.set_gid(f"{divergence}/{name}")
     low, high = axes.get_ylim()
+    if not low > 0:  # nothing is drawn
+        low, high = LEAST, 1
     axes.set_ylim(low / 2, high * 2)  # so that the axis has at least two labelled ticks
     _marks(axes, sorted({point[0] for line in lines.values() for point in line}))
 
@@ -135,7 +137,7 @@ def _marks(axes: Any, places: list[float]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(places))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}" if 1e4 <= x < 1e9 else f"{x:.4g}"))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}" if 1e4 <= x < 1e6 else f"{x:.4g}"))
 
 
 def charts(data: dict[str, Any]) -> str:

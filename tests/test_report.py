@@ -114,6 +114,26 @@ def test_numbers_are_json_where_a_peer_overflows(page):
     assert json.loads(kept, parse_constant=pytest.fail)["errors"][0]["gradient_error"] is None
 
 
+def test_what_is_left_out_and_how_it_was_measured_is_said(page):
+    assert page.data["command"] == "fdistill bench --report FILE --shape 16,1600 --dtype float32 --device cpu " \
+        "--backend auto --divergence kl alpha(0.3)" and page.data["versions"]  # fmt: skip
+    assert "<li>speculators, kl: " in page.text
+    colours = [
+        ElementTree.tostring(page.group(f"{d}/time-N/eager")).decode().count("#ff7f0e") for d in ("kl", "alpha(0.3)")
+    ]
+    assert all(colours), "a library has one colour"
+
+
+def test_no_empty_page_stays(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(str(tmp_path / "page.html"), [], (4, 9), None, "cpu", "auto", False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sizes_that_are_one():
     assert report.sizes((1, 2)) == {"N": [(1, 2)], "V": [(1, 2)]}
 
