@@ -192,8 +192,12 @@ def test_help(capsys, monkeypatch):
         return capsys.readouterr().out
 
     own = shown("evaluate")
-    assert "--eval-data" in own and "--learning-rate" not in own
-    told = " ".join((own + shown("train")).split())
+    assert "--eval_data" in own and "--learning_rate" not in own
+    train = shown("train")
+    titles = "options", "models", "data", "the run", "the objective", "transformers.TrainingArguments"
+    order = [train.index(f"\n{title}:") for title in titles]
+    assert order == sorted(order), "this package's options come first"
+    told = " ".join((own + train).split())
     assert "(default: )" not in told and "(default: None)" not in told
     assert "number of passes over the data, in place of --max_steps --max_steps" in told  # which has a default
     monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))

@@ -17,6 +17,7 @@ import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
@@ -277,11 +278,35 @@ def _hint(words: str) -> str:
     return f"{words} ({'; '.join(told)})".replace("----", "--") if told else words
 
 
+_METAVARS: dict[Any, str] = {int: "N", float: "X", string_to_bool: "BOOL"}
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but no None: what that means an option's help says."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = (
+            action.option_strings[:1] if len(action.option_strings[0]) > 2 else action.option_strings
+        )  # not max-steps
+        arguments = "" if action.nargs == 0 else " " + self._format_args(action, _METAVARS.get(action.type, "TEXT"))
+        return ", ".join(shown) + arguments
+
+
+def _in_order(parser: argparse.ArgumentParser) -> None:
+    """Puts this package's options before those of TrainingArguments."""
+    options, *groups = (group for group in parser._action_groups if group._group_actions)
+    theirs = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
+    ours = {f.name for f in dataclasses.fields(FDistillConfig)} - theirs
+    objective, last = (
+        parser.add_argument_group(title) for title in ("the objective", "transformers.TrainingArguments")
+    )
+    objective._group_actions = [a for a in options._group_actions if a.dest in ours]
+    last._group_actions = [a for a in options._group_actions if a.dest in theirs]
+    options._group_actions = [a for a in options._group_actions if a.dest not in ours | theirs]
+    parser._action_groups = [options, *groups, objective, last]
 
 
 class Parser(HfArgumentParser):
@@ -342,6 +367,7 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
             action.nargs = "*"
         if action.dest in UNUSED or (used and action.dest not in used | OF_LINE):
             action.help = argparse.SUPPRESS
+    _in_order(parser)
     absent = object()
 
     def blank() -> argparse.Namespace:
