@@ -21,8 +21,10 @@ class _Loss(nn.Module):
 
     def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
         super().__init__()
-        known = inspect.signature(function).parameters
+        known, of_batch = inspect.signature(function).parameters, inspect.signature(self.forward).parameters
         for name in settings:
+            if name in of_batch:
+                raise TypeError(f"{name} is given with each batch, not to {type(self).__name__}")
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

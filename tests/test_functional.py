@@ -189,6 +189,18 @@ def test_modules(backend):
     assert list(module.state_dict()) == ["weight"]
 
 
+@pytest.mark.parametrize(
+    "kind, name",
+    [(fk.FDivergenceLoss, "student_logits"), (fk.FDivergenceLoss, "labels"), (fk.CrossEntropyLoss, "target"),
+     (fk.LinearFDivergenceLoss, "teacher_weight"), (fk.LinearCrossEntropyLoss, "linear_weight")],
+)  # fmt: skip
+def test_what_comes_with_each_batch_is_no_setting(kind, name):
+    with pytest.raises(TypeError, match=f"{name} is given with each batch, not to {kind.__name__}"):
+        kind(**{name: torch.randn(3, 5)})
+    with pytest.raises(TypeError, match="no argument 'temperatur'; did you mean 'temperature'|no argument"):
+        kind(temperatur=2.0)
+
+
 def test_no_gradient_is_made_under_no_grad(backend):
     student, teacher = models(4, 60)
     with torch.no_grad():
