@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 EXAMPLE = re.compile(r"<!-- example: (.+) -->")
 CELL = re.compile(r"^# %%(.*)\n", re.MULTILINE)
+FORMATTER = re.compile(r"  # fmt: (skip|off|on)$", re.MULTILINE)
 
 
 def on_files(files, config):
@@ -31,12 +32,13 @@ def on_page_markdown(markdown, page, **_):
 
 
 def _cells(example):
-    """The cells of an example as Markdown and blocks of Python, with headings one level lower."""
+    """An example's cells as Markdown and blocks of Python, with headings one level lower, and a link to its file."""
     parts = CELL.split((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8"))[1:]
     made = []
     for kind, cell in zip(parts[::2], parts[1::2], strict=True):
         if kind.strip() == "[markdown]":
             made.append(re.sub(r"^#", "##", re.sub(r"^# ?", "", cell.strip(), flags=re.MULTILINE), flags=re.MULTILINE))
         else:
-            made.append(f"```python\n{cell.strip()}\n```")
+            made.append(f"```python\n{FORMATTER.sub('', cell.strip())}\n```")
+    made.insert(1, f"The whole file: [{example}.py](examples/{example}.py).")
     return "\n\n".join(made)

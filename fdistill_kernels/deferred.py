@@ -67,6 +67,11 @@ def active() -> Deferral | None:
 
 def output_embedding(model: Any) -> Any:
     """The module that makes a Hugging Face model's logits; ValueError where there is none."""
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            f"{type(model).__name__} is no model of Hugging Face: it has no get_output_embeddings, which names the "
+            "head; of a wrapper such as DistributedDataParallel give the model inside"
+        )
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embedding: not a language model with a head")

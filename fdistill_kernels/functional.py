@@ -12,7 +12,17 @@ from . import checks
 from .backends.rows import LISTS, NO_LIST, Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
-from .heads import check_alone, cut_shard, head_here, head_of, logits_of, many_heads, path_of, teacher_of
+from .heads import (
+    check_alone,
+    check_no_divergence,
+    cut_shard,
+    head_here,
+    head_of,
+    logits_of,
+    many_heads,
+    path_of,
+    teacher_of,
+)
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
@@ -330,6 +340,7 @@ def linear_f_divergence(
     """
     check_shard("shard", shard)
     check_shard("teacher_shard", teacher_shard)
+    check_no_divergence(teacher_weight)
     terms = _terms(divergence, LossTerms(
         divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
         label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight,

@@ -11,12 +11,15 @@ from torch import Tensor
 from . import checks, parallel, scattered
 from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
+from .divergences import Divergence
 from .parallel import VocabShard
 from .tokens import sum_of_target_weights
-from .values import Head, Hidden, Logits, RowFunction
+from .values import Head, Hidden, Logits, LossTerms, RowFunction
 
 #: The products of hidden states and heads take no factor beyond it.
 LARGEST = torch.finfo(torch.float32).max
+#: What a teacher's tensor without a head is.
+AS_LOGITS = "teacher_hidden, taken as logits without teacher_weight,"
 
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
@@ -104,6 +107,17 @@ def cut_shard(shard: VocabShard, vocab_size: int | None) -> VocabShard:
     return shard._replace(size=vocab_size)
 
 
+def check_no_divergence(weight: Any) -> None:
+    """Raises TypeError for a divergence in the place of the teacher's head."""
+    function = callable(weight) and not isinstance(weight, (torch.nn.Module, type))
+    if function or isinstance(weight, (str, Divergence, LossTerms)):
+        shown = repr(weight) if isinstance(weight, str) else f"a {type(weight).__name__}"
+        raise TypeError(
+            f"teacher_weight is the teacher's head, a tensor (V, D) or a Head, not {shown}: without one the divergence "
+            "is given by keyword, divergence="
+        )
+
+
 def teacher_of(
     teacher: Tensor | RowFunction | Hidden | Logits, weight: Tensor | Head | None,
     student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, padded: int = 0,
@@ -139,10 +153,16 @@ def teacher_of(
         if keywords["teacher_bias"] is not None:
             raise ValueError("teacher_bias needs teacher_weight")
         if isinstance(teacher, Tensor):
+            checks.check_logits("teacher_hidden", teacher)
             if shard is not None:
-                teacher = parallel.teacher_part("teacher_hidden", teacher, -1, vocabulary, padded, shard, own)
-            teacher = checks.shared_vocabulary("teacher_hidden", teacher, None if shard else vocab_size)
-            checks.check_vocabularies(vocabulary, teacher.shape[-1])
+                teacher = parallel.teacher_part(AS_LOGITS, teacher, -1, vocabulary, padded, shard, own)
+            size = teacher.shape[-1]
+            if size < vocabulary or (size > vocabulary and vocab_size is None):
+                raise ValueError(
+                    f"{AS_LOGITS} has {size} entries a row, and the student's vocabulary {vocabulary}: hidden states "
+                    "need teacher_weight, and padded logits vocab_size="
+                )
+            teacher = teacher[..., :vocabulary]
             teacher = teacher.detach().reshape(-1, vocabulary)
         assert not isinstance(teacher, (Hidden, Logits))  # taken apart above
         return Teacher(teacher, softcap=cap)

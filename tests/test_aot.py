@@ -29,6 +29,7 @@ PUT_ASIDE = {
         "tile_kernel/Gjs/fp32/totals @ sm_90": 16, "tile_kernel/Gjs/fp32/totals @ sm_100": 32,
         "tile_kernel/Gjs/fp32/totals @ sm_120": 16, "tile_kernel/Gjs/fp32/gradient @ sm_100": 24,
         "Kl/fp32/student/whole @ sm_80": 8, "Akl/bf16/student/whole @ sm_120": 16,
+        "SkewKl/bf16/student/whole @ sm_120": 40,
         "labels alone/bf16/student/smoothed/whole @ sm_100": 8,
     },
 }  # fmt: skip

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from .pages import ROOT
+from .pages import PAGES, ROOT
 
 FOLDER = ROOT / "examples"
 
@@ -48,3 +48,6 @@ def test_examples(check, run):
 
 def test_every_example_is_run():
     assert {path.stem for path in FOLDER.glob("*.py")} == {check.__name__ for check in CHECKS} | {"small"}
+    for check in CHECKS:
+        name = check.__name__
+        assert f"](../examples/{name}.py)" in PAGES["examples"] and f"<!-- example: {name} -->" in PAGES["examples"]

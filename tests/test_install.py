@@ -9,7 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import fdistill_kernels as fk
 from fdistill_kernels.backends import cpu, native
 
 from .conftest import WHOLE
@@ -104,3 +106,12 @@ def test_every_instruction_set(capability):
     if json.loads(report)["instruction_set"].lower() not in (capability, "no avx"):
         pytest.skip(f"this CPU has no {capability}")
     assert done.returncode == 0 and "js" in table, done.stdout + done.stderr
+
+
+def test_a_library_older_than_a_divergence_says_so(monkeypatch):
+    own = cpu.row_task
+    monkeypatch.setattr(cpu, "row_task", lambda *given: ("Newer", *own(*given)[1:]))
+    with pytest.raises(
+        RuntimeError, match=r"'Newer' did not run: there is no such kernel; .*build it again.*cpu/build.sh \S+_cpu.so"
+    ):
+        fk.f_divergence(torch.zeros(2, 3), torch.zeros(2, 3), backend="cpu")

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fdistill_kernels.integrations import transformers as integration
 from fdistill_kernels.integrations.transformers import causal_loss, patch_model, seq2seq_loss, undo_patch
+from fdistill_kernels.sequence.models import check_head
 
 from .test_sequence import bart, gpt2, llama, t5
 
@@ -319,6 +320,10 @@ def test_models_without_a_head_or_labels():
         patch_model(Bare(llama().config))
     with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
         patch_model(llama().model)
+    for other in (torch.nn.Linear(3, 3), torch.nn.Sequential(llama()), "gpt2"):
+        for of in (patch_model, check_head):
+            with pytest.raises(ValueError, match=f"{type(other).__name__} is no model of Hugging Face"):
+                of(other)
     model = gpt2(60)
     model.set_output_embeddings(torch.nn.Embedding(60, 16))
     with pytest.raises(TypeError, match="Embedding, is LoRA or quantised or has a forward of its own"):

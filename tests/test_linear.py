@@ -251,6 +251,14 @@ def test_memory_beyond_the_gradients_is_under_64_mb_and_flat(shape):
 HIDDEN, WEIGHT, TEACHER, TEACHER_WEIGHT = problem()
 MISUSES = {
     "vocabularies": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, TEACHER, TEACHER_WEIGHT[:-1]), "vocabularies of 301 and 300.*vocab_size"),
+    "hidden states for logits": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, TEACHER), "taken as logits without teacher_weight, has 40 entries a row, and the student's vocabulary 301"),
+    "the same, of a value": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, fk.Logits(TEACHER), vocab_size=300), "has 40 entries a row, and the student's vocabulary 300: hidden states need teacher_weight"),
+    "padded logits": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, torch.zeros(N, V + 3)), "padded logits vocab_size="),
+    "a scalar": (lambda: fk.linear_f_divergence(HIDDEN[0], WEIGHT, torch.zeros(())), "teacher_hidden must have shape .*, but is a scalar"),
+    "a name for the head": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, torch.zeros(N, V), "kl"), "not 'kl': without one the divergence is given by keyword"),
+    "a divergence for it": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, lambda a, b: None, fk.Alpha(0.3)), "teacher_weight is the teacher's head.*given by keyword"),
+    "a function for it": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, fk.Logits(torch.zeros(N, V)), lambda t: t * t.log()), "not a function: .*divergence="),
+    "terms for it": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT, fk.TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1)), fk.LossTerms("kl")), "not a LossTerms: .*divergence="),
     "sizes": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT[:, 1:], TEACHER, TEACHER_WEIGHT), r"student_weight must have shape \(V, 24\)"),
     "lora": (lambda: fk.linear_f_divergence(HIDDEN, torch.nn.Linear(D, V), TEACHER, TEACHER_WEIGHT), "not Linear.*merge a LoRA"),
     "quantised": (lambda: fk.linear_f_divergence(HIDDEN, WEIGHT.detach().char(), TEACHER, TEACHER_WEIGHT), "dequantise"),

@@ -192,12 +192,14 @@ FORMULAS = {
     "ABKD": ab,
     "AKL": akl,
     "ToDi": todi,
+    "BitDistiller's CAKLD": lambda g: 0.7 * kl(*both(g)[::-1]) + 0.3 * kl(*both(g)),
     "Entropy-aware on-policy distillation": entropy_gated,
     "Tail-aware KD": tail_aware,
     "Top-K KD": top_k,
     "Random sampling KD": sampled,
     "A list and its rest": lambda g: in_groups(*both(g), largest(both(g)[0], 5))[0],
     "EAGLE": eagle,
+    "HASS": lambda g: -(both(g)[0].exp() * both(g)[1] * largest(both(g)[0], 10)).sum(-1),
     "DistillSpec": lambda g: tvd(*both(g)),
     "LK losses": lambda g: -torch.minimum(*(x.exp() for x in both(g))).sum(-1).log(),
     "Mean teacher": mean_teacher,
@@ -217,6 +219,7 @@ def test_every_line_has_its_formula():
     assert [name for name, _ in LINES] == list(FORMULAS) and PAGE.count("\n| ") == len(LINES) + 7  # headers
 
 
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
 @pytest.mark.parametrize("name, call", LINES)
 def test_a_papers_loss(name, call):
     names, sample = given()
@@ -268,3 +271,30 @@ def test_spans():
     log_q = -of_tokens(exact[0] @ exact[1].T, labels)
     q, p = torch.stack([(log_q[spans == i].sum() / 10).exp() for i in range(3)]), (theirs.double() / 10).exp()
     check(got, (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(), given, exact)
+
+
+def logits_of_both(vocabulary):
+    """The student's logits, in float32 and in float64, and the teacher's, of a vocabulary of its own."""
+    student = 2 * torch.randn(N, V)
+    return student.clone().requires_grad_(), student.double().requires_grad_(), 2 * torch.randn(N, vocabulary)
+
+
+@pytest.mark.parametrize("vocabulary", [V - 7, V, V + 7])
+def test_sorted_probabilities(vocabulary):
+    student, exact, teacher = logits_of_both(vocabulary)
+    q, p = (soft(z).exp().sort(-1, descending=True).values for z in (exact, teacher.double()))
+    q, p = (F.pad(x, (0, max(V, vocabulary) - x.shape[-1])) for x in (q, p))
+    got = IMPORTED["sorted_distance"](student, teacher)
+    check(got, (p - q).abs().sum(-1).mean(), [student], [exact])
+
+
+def test_differences_of_logits():
+    """The paper's, written pair by pair: t-LD and s-LD, at temperature 3."""
+    student, exact, teacher = logits_of_both(V)
+    want = 0
+    for z_t, z_s in zip(teacher.double(), exact, strict=True):
+        for ids in (z_t.topk(8).indices, z_s.topk(8).indices):
+            pairs = [(a, b) for i, a in enumerate(ids) for b in ids[i + 1 :]]
+            log_p, log_q = (soft(torch.stack([z[a] - z[b] for a, b in pairs]), 3) for z in (z_t, z_s))
+            want = want + kl(log_p, log_q) / N
+    check(IMPORTED["logit_differences"](student, teacher), want, [student], [exact])

@@ -658,7 +658,7 @@ def test_a_rank_that_does_not_come_is_named_on_all_others_in_time(tmp_path, how)
     ranks[1].kill()
     for rank in (0, 2):
         seconds, words = Path(f"{meeting}.{rank}").read_text().split(" ", 1)
-        assert f"loss ended on rank {rank}: ranks [1] of its group were not heard of" in words
+        assert f"loss ended on rank {rank}: ranks [1] of its group were not heard from" in words
         assert float(seconds) < 2 * 3 + 4  # the group's limit twice: until the last has noticed, and for its name
 
 

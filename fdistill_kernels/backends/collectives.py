@@ -89,7 +89,9 @@ class Collectives:
             yield
         except RuntimeError as error:
             missing = self._missing()
-            who = f"ranks {missing} of its group were not heard of" if missing else "a rank of its group came too late"
+            who = (
+                f"ranks {missing} of its group were not heard from" if missing else "a rank of its group came too late"
+            )
             raise RuntimeError(f"a split vocabulary's loss ended on rank {self.rank}: {who} ({error})") from error
 
     def _missing(self) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from .native import DTYPES, NOWHERE, RestTask, open_library, row_task, rows_of
+from .native import DTYPES, NOWHERE, RestTask, open_library, row_task, rows_of, words
 from .rows import RowCall
 
 INTERFACE = 6  # of csrc/cpu/rows.cpp
@@ -68,7 +68,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads()
     )
     if error:
-        raise RuntimeError(f"the CPU row kernel {symbol!r} did not run: {error.decode()}")
+        raise RuntimeError(f"the CPU row kernel {symbol!r} did not run: {words('cpu', error)}")
     return parts, of_student, of_teacher
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from . import triton
-from .native import DTYPES, open_library, row_task
+from .native import DTYPES, open_library, row_task, words
 from .rows import RowCall
 
 INTERFACE, NO_ROOM = 8, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
@@ -97,7 +97,7 @@ class Library:
         error = self._divergence_rows(symbol.encode(), ctypes.byref(task), ctypes.byref(launch.request),
                                       ctypes.c_void_p(stream))  # fmt: skip
         if error and error != NO_ROOM:
-            raise RuntimeError(f"the CUDA row kernel did not start with {launch}: {error.decode()}")
+            raise RuntimeError(f"the CUDA row kernel did not start with {launch}: {words('cuda', error)}")
         return not error
 
 

@@ -19,6 +19,7 @@ from .rows import VECTORS, RowCall
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FOLDER = Path(__file__).parent.parent
+NO_KERNEL = b"there is no such kernel"  # of csrc/cpu/rows.cpp and csrc/cuda/rows.cu
 
 
 def log_of(library: str) -> Path:
@@ -44,8 +45,15 @@ def open_library(library: str, interface: int, path: Path | None = None) -> Any:
     except (OSError, AttributeError) as error:
         raise OSError(f"the {library} library does not load: {error}") from error
     if found != interface:
-        raise OSError(f"{path.name} is of interface {found}, not {interface}: it is left of another version")
+        raise OSError(f"{path.name} is of interface {found}, not {interface}: it is left over from another version")
     return opened
+
+
+def words(library: str, error: bytes) -> str:
+    """What the library "cpu" or "cuda" says of a call that failed, and what to do about a divergence that it lacks."""
+    remedy = ("; the library is older than the divergence: build it again, in a checkout by "
+              f"bash csrc/{library}/build.sh {FOLDER / f'libfdistill_{library}.so'}")  # fmt: skip
+    return error.decode() + (remedy if error == NO_KERNEL else "")
 
 
 class Rows(ctypes.Structure):
