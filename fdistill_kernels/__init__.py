@@ -40,8 +40,10 @@ def __getattr__(name: str) -> Any:
         try:
             from . import teachers
         except ImportError as error:
+            from .provenance import install
+
             extra = "sequence" if name == "TeacherStore" else "served"
-            raise ImportError(f"{name} needs {error.name}: pip install 'fdistill_kernels[{extra}]'") from error
+            raise ImportError(f"{name} needs the package {error.name}: {install(extra)}") from error
         return getattr(teachers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__, backends
-from .backends import cuda, native
-from .divergences import PARAMETERS, TABLE, Divergence
-from .doctor import details, lines
+from .backends import cuda
+from .divergences import TABLE, Divergence
+from .doctor import build_command, details, lines, remedy, shareable
+from .options import OnceParser
 from .own import resolve
+from .provenance import install
 
 STUDENTS = ("kl", "js", "tvd")  # the default divergences of demo and bench
 SEQUENCES = 16  # that `teacher verify --teacher` computes again
@@ -35,12 +38,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _json(found: Any) -> str:
+    """JSON, which has no infinity and no NaN: they are null."""
+    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1)
+
+
 def _show(
     args: argparse.Namespace, found: Any, header: Sequence[str], rows: Sequence[Sequence[object]], *after: str
 ) -> None:
     """Prints `found` as JSON with --json, and otherwise a table followed by the lines in `after`."""
     if args.json:
-        return print(json.dumps(found, indent=1))
+        return print(_json(found))
     _table(header, rows)
     for line in after:
         print(line)
@@ -54,11 +62,19 @@ def _divergence(text: str) -> Divergence:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _checked(text: str) -> Divergence | str:
+    """A divergence to verify; or "labels", the peers' cross-entropy to labels."""
+    return text if text == "labels" else _divergence(text)
+
+
 def _shape(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"0*([1-9]\d*),\s*0*([1-9]\d*)", text, re.ASCII)
     if found is None:
         raise argparse.ArgumentTypeError(f"shape must be N,V, such as 1024,32000, not {text!r}")
-    return int(found[1]), int(found[2])
+    n, v = int(found[1]), int(found[2])
+    if n * v >= 2**60:
+        raise argparse.ArgumentTypeError(f"no tensor has {n}·{v} entries")
+    return n, v
 
 
 def _count(text: str) -> int:
@@ -77,7 +93,8 @@ def _device(text: str) -> str:
     try:
         torch.zeros(1, device=text)
     except Exception as error:  # torch raises different types for a missing driver, a missing card and a wrong name
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]  # of a device that torch was not built for, a page
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {textwrap.shorten(reason, 200)}") from error
     return text
 
 
@@ -87,11 +104,10 @@ def _list(args: argparse.Namespace) -> int:
         return [name for name, m in backends.BACKENDS.items() if m.why_not(cpu, torch.float32, divergence) is None]
 
     found: list[dict[str, Any]] = [
-        {"name": d.name, "parameters": dict(zip(PARAMETERS.get(d.name, (None, ()))[1], d.parameters, strict=True)),
-         "backends": ready(d)} for d in TABLE.values()
-    ]  # fmt: skip
-    rows = [(r["name"], " ".join(f"{k}={v:g}" for k, v in r["parameters"].items()), " ".join(r["backends"]))
-            for r in found]  # fmt: skip
+        {"name": d.name, "parameters": d.named, "backends": ready(d)} for d in TABLE.values()
+    ]
+    rows = [(r["name"], " ".join(f"{k}={v if isinstance(v, str) else f'{v:g}'}" for k, v in r["parameters"].items()),
+             " ".join(r["backends"])) for r in found]  # fmt: skip
     _show(args, found, ("divergence", "parameters", "backends here"), rows)
     return 0
 
@@ -105,7 +121,7 @@ def _state(backend: str, device: torch.device) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    remedies = [line for library in ("cpu", "cuda") for line in _remedy(library)]
+    remedies = [line for library in ("cpu", "cuda") for line in remedy(library)]
     report: dict[str, Any] = {
         "fdistill_kernels": __version__,
         "torch": torch.__version__,
@@ -119,10 +135,10 @@ def _doctor(args: argparse.Namespace) -> int:
         "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
         "remedies": remedies,
     }
-    more = details() if args.report else {}
-    report |= more
+    more = shareable(details() if args.report else {})
+    report = shareable(report) | more
     if args.json:
-        print(json.dumps(report, indent=1))
+        print(_json(report))
         return 0
     for key in ("fdistill_kernels", "torch", "python", "threads", "instruction_set", "triton", "cuda_library", "cuda"):
         print(f"{key}: {report[key]}")
@@ -131,24 +147,9 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"backend {name} on {device}: {state}")
     for device, name in report["auto"].items():
         print(f"auto on {device} logits: {name}")
-    for line in (*remedies, *(lines(more) if more else ())):
+    for line in (*report["remedies"], *(lines(more) if more else ())):
         print(line)
     return 0
-
-
-def _remedy(library: str) -> list[str]:
-    """How to rebuild a library whose build failed; no lines if it was built, or if this machine cannot use it."""
-    log = native.log_of(library)
-    if not log.exists() or (library == "cuda" and not torch.cuda.is_available()):
-        return []
-    source = "fdistill_kernels"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
-        installed = json.loads(importlib.metadata.distribution("fdistill_kernels").read_text("direct_url.json") or "{}")
-        editable = installed.get("dir_info", {}).get("editable", False)
-        source = ("--editable " if editable else "") + installed["url"].removeprefix("file://")
-    compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
-    return [f"log of the {library} library's failed build: {log}", f"to build it, install {compiler}, then run",
-            f"    pip install --no-cache-dir --force-reinstall --no-deps {source}"]  # fmt: skip
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -156,13 +157,21 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.precision and args.peers:
         raise ValueError("--precision and --peers are different reports: give only one of them")
-    if (args.backend != "auto" and not args.precision) or (args.dtype and args.precision):
-        raise ValueError("--backend is used only with --precision, and --dtype only without it")
+    if args.backend != "auto" and not args.precision:
+        raise ValueError("--backend is used only with --precision: without it every backend that can run is compared")
+    if args.dtype and args.precision:
+        raise ValueError("--dtype is not used with --precision, which is about float32")
+    if "labels" in (args.divergence or ()) and not args.peers:
+        raise ValueError("--divergence labels, the cross-entropy to labels, is compared only with --peers")
     if args.precision or args.peers:
         return (_peers if args.peers else _precision)(args)
+    args.shape = args.shape or (8, 5003)
     default = ["float32", "bfloat16", "float16"] + (["float64"] if args.device == "cpu" else [])
     dtypes = [DTYPES[name] for name in args.dtype or default]
     outcomes = list(verify(args.device, dtypes, args.shape, args.divergence or list(TABLE.values())))
+    if not outcomes:
+        raise ValueError(f"no backend can compute {' or '.join(map(str, args.dtype or default))} on {args.device}: "
+                         "nothing was compared")  # fmt: skip
     rows = [(o.divergence, o.dtype, o.backend, f"{o.loss_error:.1e}", f"{o.student_gradient_error:.1e}",
              f"{o.teacher_gradient_error:.1e}", f"{o.loss_tolerance:.0e} / {o.gradient_tolerance:.0e}",
              "ok" if o.ok else "MISS") for o in outcomes]  # fmt: skip
@@ -185,13 +194,17 @@ def _peers(args: argparse.Namespace) -> int:
     chosen = [peer for d in asked for peer in peers.found(None, d) if peer.name != "torch.compile"]
     if not chosen:
         raise ValueError(f"--divergence: no peer computes {', '.join(map(str, asked))}")
+    shape = args.shape or (8, 5003)
     found = [{"dtype": dtype, **dataclasses.asdict(one), "ok": one.ok} for dtype in args.dtype or ["float32"]
-             for peer in chosen for one in [compare(peer, args.device, DTYPES[dtype], args.shape)]]  # fmt: skip
+             for peer in chosen for one in [compare(peer, args.device, DTYPES[dtype], shape)]]  # fmt: skip
     rows = [(r["what"], r["form"], r["divergence"], r["dtype"],
              *(_errors(r["error"] or (), r["ours"] or ()) or ("", "")),
              "MISS" if not r["ok"] else "not run" if r["reason"] else "ok", r["reason"] or r["call"])
             for r in found]  # fmt: skip
     missed, ran = [r for r in found if not r["ok"]], [r for r in found if r["ok"] and not r["reason"]]
+    if not missed and not ran:
+        reasons = dict.fromkeys(f"{r['what']}: {r['reason']}" for r in found)
+        raise ValueError(f"no peer can run here, so that nothing was compared ({'; '.join(reasons)})")
     _show(args, found, ("peer", "form", "loss", "dtype", "loss (ours)", "gradients (ours)", "", "our call"), rows,
           f"{len(ran)} mean the same, {len(missed)} do not, {len(found) - len(ran) - len(missed)} cannot run "
           "here")  # fmt: skip
@@ -199,22 +212,30 @@ def _peers(args: argparse.Namespace) -> int:
 
 
 def _precision(args: argparse.Namespace) -> int:
-    from .precision import TOLERANCES, precision
+    from .precision import ROWS, TOLERANCES, precision, tolerances
 
-    device = torch.device(args.device)
-    found = [
-        {"backend": name, **dataclasses.asdict(one), "ok": one.ok}
-        for divergence in args.divergence or list(TABLE.values())
-        for name, module in backends.BACKENDS.items()
-        if args.backend in (name, "auto")
-        if module.why_not(device, torch.float32, divergence) is None
-        for one in precision(divergence, args.device, name, args.shape[1])
-    ]
-    rows = [(r["divergence"], r["backend"], r["case"], *_errors(r["ours"], r["eager"]), "ok" if r["ok"] else "MISS")
+    rows_asked, vocabulary = args.shape or (ROWS, 5003)
+    if rows_asked != ROWS:
+        raise ValueError(f"--precision has {ROWS} rows of each kind: give --shape {ROWS},{vocabulary}")
+    device, asked = torch.device(args.device), args.divergence or list(TABLE.values())
+    found = []
+    for divergence in asked:
+        for name, module in backends.BACKENDS.items():
+            if args.backend not in (name, "auto") or module.why_not(device, torch.float32, divergence) is not None:
+                continue
+            for one in precision(divergence, args.device, name, vocabulary):
+                limits = tolerances(divergence, name, one.case)
+                found.append({"backend": name, **dataclasses.asdict(one), "limits": limits, "ok": one.within(limits)})
+    if not found:
+        backends.choose(args.backend, device, torch.float32, asked[0])  # raises, with the reason
+    rows = [(r["divergence"], r["backend"], r["case"], *_errors(r["ours"], r["eager"]),
+             "" if r["limits"] == TOLERANCES else f"{max(r['limits'][1:]):g}", "ok" if r["ok"] else "MISS")
             for r in found]  # fmt: skip
-    _show(args, found, ("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)", ""),
+    _show(args, found, ("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)",
+                        "own limit", ""),
           rows, f"{sum(r['ok'] for r in found)} of {len(found)} within {TOLERANCES[0]:g} of the loss and "
-                f"{TOLERANCES[1]:g} of a gradient's largest entry")  # fmt: skip
+                f"{TOLERANCES[1]:g} (or their own limit, as docs/precision.md says) of a gradient's largest "
+                "entry")  # fmt: skip
     return 0 if all(r["ok"] for r in found) else 1
 
 
@@ -233,8 +254,13 @@ def _bench(args: argparse.Namespace) -> int:
     if args.report:
         from .report import write
 
-        found = write(args.report, args.divergence, *how)
-        print(json.dumps(found, indent=1) if args.json else f"wrote {args.report}")
+        report = write(args.report, args.divergence, *how, say=lambda line: print(line, file=sys.stderr, flush=True))
+        whole = [r for r in report["sizes"] if tuple(r["shape"]) == args.shape]
+        seconds = {r["divergence"]: r["seconds"] for r in whole if r["what"] == "fdistill"}
+        cells = [(r["divergence"], r["what"], f"{1e3 * r['seconds']:.2f}", f"{r['seconds'] / r['floor']:.2f}",
+                  f"{r['seconds'] / seconds[r['divergence']]:.2f}", f"{r['peak_bytes'] / 1e6:.1f}")
+                 for r in whole]  # fmt: skip
+        _show(args, report, ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB"), cells, f"wrote {args.report}")
         return 0
     results = [{"divergence": str(divergence), **dataclasses.asdict(timing)}
                for divergence in args.divergence for timing in measure(divergence, *how)]  # fmt: skip
@@ -326,7 +352,9 @@ def _teacher(args: argparse.Namespace) -> int:
         raise ValueError("--sequences and --seed choose what --teacher computes again: give --teacher, too")
     else:
         found = build.verify(args.folder, args.teacher, args.sequences, args.seed, args.repair)
-    print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
+    print(_json(found) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
+    if args.action == "verify" and not (found["damaged"] or found["sequences"] or found.get("set_aside")):
+        raise ValueError(f"{args.folder} holds no sequences: nothing was verified")
     if not found["damaged"] or args.action != "verify":
         return 0
     print("damaged shards can be moved aside with --repair; the command that built the store then adds what they had, "
@@ -339,7 +367,7 @@ def _missing(*names: str) -> list[str]:
 
 
 def _install(missing: Sequence[str], extra: str) -> str:
-    return f"{', '.join(missing)} missing: pip install 'fdistill_kernels[{extra}]'"
+    return f"{', '.join(missing)} missing: {install(extra)}"
 
 
 def _sequence(argv: Sequence[str]) -> int | None:
@@ -367,7 +395,7 @@ def _sequence(argv: Sequence[str]) -> int | None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. The options of `SEQUENCE` and of `teacher build` are not in it."""
-    top = argparse.ArgumentParser("fdistill", description="Fused f-divergence losses for language-model distillation.")
+    top = OnceParser("fdistill", description="Fused f-divergence losses for language-model distillation.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="command")
 
@@ -377,9 +405,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
-    def divergences(sub: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
+    def divergences(
+        sub: argparse.ArgumentParser, default: Sequence[str] = (), read: Callable[[str], Any] = _divergence
+    ) -> None:
         help = f"names, with parameters as in alpha=0.3 (see `fdistill list`); default: {' '.join(default) or 'all'}"
-        sub.add_argument("--divergence", nargs="+", type=_divergence, metavar="NAME", help=help,
+        sub.add_argument("--divergence", nargs="+", type=read, metavar="NAME", help=help,
                          default=[TABLE[name] for name in default] or None)  # fmt: skip
 
     # fmt: off
@@ -400,11 +430,11 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "Compare every backend with a float64 reference; exit with status 1 if an "
                                         "error is above its limit.")
     verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes of the logits; default: all that can run")
-    verify.add_argument("--shape", type=_shape, default=(8, 5003), metavar="N,V",
-                        help="rows and vocabulary; default: 8,5003")
-    divergences(verify)
+    verify.add_argument("--shape", type=_shape, metavar="N,V",
+                        help="rows and vocabulary; default: 8,5003, and with --precision, which has 4 rows, 4,5003")
+    divergences(verify, read=_checked)
     verify.add_argument("--precision", action="store_true",
-                        help="show the errors in numerically hard rows, beside those of eager PyTorch")
+                        help="compare in numerically hard rows, beside the errors of eager PyTorch")
     verify.add_argument("--peers", action="store_true",
                         help="compare the losses of other installed libraries with ours and with the reference")
 
@@ -426,7 +456,7 @@ def parser() -> argparse.ArgumentParser:
     # fmt: on
 
     missing = _missing(*NEEDED)
-    needs = " (needs fdistill_kernels[sequence])" if missing else ""
+    needs = f" (needs {install('sequence')})" if missing else ""
     for name, help in SEQUENCE.items():
         command(name, None, help + needs)  # `_sequence` runs it
     help = "Build, inspect or verify a store of a teacher's outputs, or serve a model."
@@ -440,19 +470,53 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 1 if a check failed, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command and returns its exit status.
+
+    It is 0; 1 if a check failed; 2 for bad input, after one line; 130 after Ctrl-C; 141 if nobody reads the output.
+    """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? in place of ÷
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as in `fdistill list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+        return 141
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str]) -> int:
     if (status := _sequence(argv)) is not None:
         return status
     args = parser().parse_args(argv)
     try:
-        return args.run(args)
-    except (OSError, ValueError) as error:  # a missing file, a read-only folder, a call that is refused
-        print(f"fdistill {argv[0]}: {error}", file=sys.stderr)
+        return int(args.run(args))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        print(f"fdistill {argv[0]}: {told}", file=sys.stderr)
         return 2
+
+
+def _told(error: Exception) -> str | None:
+    """What a user can make of an error, in one line; None for those that are faults of the program."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (OSError, ValueError)):  # a missing file, a read-only folder, a call that is refused
+        return text
+    asked = re.search(r"can't allocate memory: you (tried to allocate \d+ bytes)|(Tried to allocate [\d.]+ \w+)", text)
+    if asked or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"there is not enough memory ({(asked[1] or asked[2]).lower() if asked else text})"
+    if "there is no such kernel" in text:
+        return f"{text}: the library is of another version than the Python files; build it again: {build_command()}"
+    return None
 
 
 if __name__ == "__main__":

@@ -240,6 +240,8 @@ def main(args: argparse.Namespace) -> int:
                 for name, loss in losses.items()]  # fmt: skip
     stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
     of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses)}
+    if args.expect and not expected.get("models"):
+        raise ValueError(f"{args.expect} has results of no model: there is nothing to compare with")
     if other := expected["models"].keys() - {stage.name for stage in stages}:
         raise ValueError(f"{args.expect} has results of {', '.join(sorted(other))}, which are not asked for")
     if checkpoint.exists() and not args.restart:

@@ -82,6 +82,13 @@ class Divergence:
         return self.numbers[: len(PARAMETERS[self.name][1])] if self.name in PARAMETERS else ()
 
     @property
+    def named(self) -> dict[str, float | str]:
+        """The parameters by their names, as its family's function takes them: of csd the model whose weights it has."""
+        if self.name == "csd":
+            return {"weight": _WEIGHTS[self.parameter]}
+        return dict(zip(PARAMETERS[self.name][1], self.parameters, strict=True)) if self.parameters else {}
+
+    @property
     def numbers(self) -> tuple[float, float]:
         """The two numbers in its formulas: `parameter`, and `other` or 1 − parameter."""
         return self.parameter, 1 - self.parameter if self.other is None else self.other
@@ -284,10 +291,13 @@ def CSD(weight: str = "teacher") -> Divergence:
     Raises:
         ValueError: weight is neither "teacher" nor "student".
     """
-    weights = {"student": 0.0, "teacher": 1.0}
+    weights = {word: number for number, word in _WEIGHTS.items()}
     if not isinstance(weight, (str, int, float)) or weight not in (*weights, *weights.values()):
         raise ValueError(f"weight must be 'teacher' or 'student', not {weight!r}")
     return _of_kernel("csd", "Csd", weights.get(weight, weight))  # type: ignore[arg-type]
+
+
+_WEIGHTS = {0.0: "student", 1.0: "teacher"}  # of csd
 
 
 _FAMILIES: dict[str, Callable[..., Divergence]] = {

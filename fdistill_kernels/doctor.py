@@ -1,44 +1,74 @@
-"""`fdistill doctor --report`: what a bug report needs in addition to the state of the backends, on one screen."""
+"""`fdistill doctor`: how to build what is missing; and with --report, on one screen, what a bug report needs."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import textwrap
+from pathlib import Path
 from typing import Any
 
-from .backends import native
+import torch
+
+from .backends import cpu, cuda, native
 from .provenance import provenance, versions
 
 WIDTH, LOG_LINES = 118, 6
 PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "tokenizers", "datasets", "peft", "trl",
             "liger-kernel", "deepspeed", "vllm")  # fmt: skip
 #: The environment variables that decide which kernels are built, found and run. No other variable is shown.
-PREFIXES = ("FDISTILL_", "TRITON_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "TORCHDYNAMO_",
-            "TORCHINDUCTOR_", "ACCELERATE_", "NCCL_")  # fmt: skip
+PREFIXES = ("FDISTILL_", "TRITON_", "OMP_", "MKL_", "KMP_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH_",
+            "TORCHDYNAMO_", "TORCHINDUCTOR_", "ACCELERATE_", "NCCL_")  # fmt: skip
 NAMES = ("ATEN_CPU_CAPABILITY", "CXX", "NVCC", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "RANK", "WORLD_SIZE")
-SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+SECRET = ("TOKEN", "SECRET", "PASS", "PWD", "CREDENTIAL", "KEY", "AUTH", "COOKIE")
+
+
+def shareable(found: Any) -> Any:
+    """The same, made of dicts, lists and text, with ~ for the home folder and without credentials in URLs."""
+    if isinstance(found, dict):
+        return {name: shareable(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [shareable(value) for value in found]
+    if not isinstance(found, str):
+        return found
+    if len(home := os.path.expanduser("~").rstrip("/")) > 1:
+        found = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])", "~", found)
+    return re.sub(r"://\S*@", "://***@", found)
 
 
 def details() -> dict[str, Any]:
-    """Collects the system, commit, versions, devices, last lines of failed builds and environment variables."""
+    """Collects the system, package, commit, versions, compilers, libraries, devices, failed builds and environment."""
     origin = provenance("fdistill doctor --report")
     return {
         "system": f"{platform.platform()}, {platform.python_implementation()} {platform.python_version()}",
+        "package": f"{native.FOLDER}{', editable' * _installed()[1]}",
         "commit": origin["commit"] and origin["commit"] + ", changed" * bool(origin["dirty"]),
         "versions": versions(PACKAGES),
-        "devices": [f"{origin['device']}, {os.cpu_count()} cores", *_cards()],
+        "torch_built_for": {"cuda": torch.version.cuda, "hip": torch.version.hip},
+        "compilers": {name: _answer([command, "--version"], wanted) for name, command, wanted in _compilers()},
+        "libraries": {"cpu": f"interface {cpu.INTERFACE}, {cpu.capability()}" if cpu.LIBRARY else cpu.NOT_LOADED,
+                      "cuda": cuda.LIBRARY.version if cuda.LIBRARY else cuda.NOT_LOADED},
+        "devices": [f"{origin['device']}, {_cores()}, {_memory()}", *_cards()],
         "build_logs": {name: _last_lines(name) for name in ("cpu", "cuda") if native.log_of(name).exists()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
-    }
+    }  # fmt: skip
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The text of `details`, in lines of at most WIDTH characters."""
     installed = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    shown = [f"system: {found['system']}", f"commit: {found['commit']}"]
-    shown += textwrap.wrap(f"versions: {installed}", WIDTH, subsequent_indent="    ")
+    built = ", ".join(f"{name} {version}" for name, version in found["torch_built_for"].items() if version)
+    shown = [f"{name}: {found[name]}" for name in ("system", "package", "commit")]
+    shown += textwrap.wrap(f"versions: {installed}; torch built for {built or 'the CPU'}", WIDTH,
+                           subsequent_indent="    ")  # fmt: skip
+    shown += [f"{name}: {answer}" for name, answer in found["compilers"].items()]
+    shown += [f"{name} library: {state}" for name, state in found["libraries"].items()]
     shown += [f"device: {device}" for device in found["devices"]]
     for name, log in found["build_logs"].items():
         shown += [f"last lines of the {name} library's failed build:", *(f"    {line}" for line in log)]
@@ -46,19 +76,85 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in shown]
 
 
-def _cards() -> list[str]:
-    """The GPUs that the driver lists, including those that torch cannot use."""
-    command = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+def build_command() -> str:
+    """The command that builds the libraries again: in the clone that is used, or from what pip installed."""
+    root, (source, _) = native.FOLDER.parent, _installed()
+    what = f"--editable {root}" if (root / "setup.py").exists() else source
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {what}"
+
+
+def remedy(library: str) -> list[str]:
+    """How to build a library that this machine could use; no lines if it loads, or if another was named and does not.
+
+    Of a build that failed its log is named, too.
+    """
+    log, loaded = native.log_of(library), {"cpu": cpu.LIBRARY, "cuda": cuda.LIBRARY}[library] is not None
+    named = os.environ.get(variable := f"FDISTILL_{library.upper()}_LIBRARY")
+    if (loaded and not log.exists()) or (library == "cuda" and not torch.cuda.is_available()):
+        return []
+    if named and not loaded:
+        return [f"{variable} names a {library} library that does not load: without it, the package's own is used"]
+    compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
+    failed = [f"log of the {library} library's failed build: {log}"] if log.exists() else []
+    return [*failed, f"to build the {library} library, install {compiler}, then run", f"    {build_command()}"]
+
+
+def _installed() -> tuple[str, bool]:
+    """What pip installed the package from, and whether the files that are used are those of an editable install."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        found = json.loads(importlib.metadata.distribution("fdistill_kernels").read_text("direct_url.json") or "{}")
+        source = found["url"].removeprefix("file://")
+        editable = found.get("dir_info", {}).get("editable", False) and Path(source) == native.FOLDER.parent
+        return f"{found['vcs_info']['vcs']}+{source}" if "vcs_info" in found else source, editable
+    return "fdistill_kernels", False
+
+
+def _answer(command: list[str], wanted: str = "") -> str | None:
+    """The first line that a program prints, or the first that holds `wanted`; None if it cannot be run."""
+    found = _printed(command)
+    return next((line.strip() for line in found if wanted in line), None)
+
+
+def _printed(command: list[str]) -> list[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return []
 
 
+def _compilers() -> list[tuple[str, str, str]]:
+    """Name, command and a word of the line that has the version, of the compilers that setup.py takes."""
+    cxx = (os.environ.get("CXX") or "c++").split()[0]
+    beside = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    return [("C++ compiler", cxx, ""), ("nvcc", shutil.which("nvcc") or os.path.join(beside, "nvcc"), "release")]
+
+
+def _cores() -> str:
+    every = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    return f"{usable} of {every} cores usable"
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB of RAM"
+    except (OSError, ValueError, AttributeError):
+        return "RAM unknown"
+
+
+def _cards() -> list[str]:
+    """The GPUs that the drivers list, including those that torch cannot use."""
+    query = ["--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+    amd = [line for line in _printed(["rocm-smi", "--showproductname", "--csv"]) if line.startswith("card")]
+    if torch.version.hip and torch.cuda.is_available() and not amd:
+        amd = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return _printed(["nvidia-smi", *query]) + amd
+
+
 def _last_lines(library: str) -> list[str]:
-    text = native.log_of(library).read_text(encoding="utf-8", errors="replace")
+    text = Path(native.log_of(library)).read_text(encoding="utf-8", errors="replace")
     return [line.rstrip() for line in text.splitlines() if line.strip()][-LOG_LINES:]
 
 
 def _matters(name: str) -> bool:
-    return (name in NAMES or name.startswith(PREFIXES)) and not any(word in name for word in SECRET)
+    return (name in NAMES or name.startswith(PREFIXES)) and not any(word in name.upper() for word in SECRET)

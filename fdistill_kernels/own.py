@@ -140,9 +140,9 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
     if isinstance(divergence, str):
         if divergence in TABLE:
             return TABLE[divergence]
-        if (given := re.fullmatch(r"(\w+)(?:=([^()=]+)|\(([^()=]+)\))", divergence)) and given[1] in TABLE:
+        if (given := re.fullmatch(r"(\w+)(?:=([^()]+)|\(([^()]+)\))", divergence)) and given[1] in TABLE:
             return _with_parameters(given[1], given[2] or given[3])
-        near = difflib.get_close_matches(divergence.lower(), TABLE, n=3, cutoff=0.4)
+        near = _meant(divergence)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(TABLE)}"
         raise ValueError(f"unknown divergence {divergence!r}; {hint}")
     if isinstance(divergence, type) or any(divergence is make for make, _ in PARAMETERS.values()):
@@ -153,12 +153,56 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
     raise TypeError(f"divergence must be a name, a Divergence or a function f(t), not {type(divergence).__name__}")
 
 
+#: What papers and other libraries call the divergences, and our names. Only an error's suggestion reads it.
+ALIASES = {
+    ("forward_kl", "fkl", "kl_div", "kld", "kullback_leibler"): ("kl",),
+    ("reverse_kl", "reversed_kl", "backward_kl", "rev_kl"): ("rkl",),
+    ("jensen_shannon", "jsd"): ("js", "gjs"),
+    ("generalized_jsd", "generalized_js", "generalized_jensen_shannon", "gjsd"): ("gjs",),
+    ("total_variation", "tv", "total_variation_distance", "l1"): ("tvd",),
+    ("symmetric_kl", "j"): ("jeffreys",),
+    ("skl", "skew_forward_kl", "sfkl", "skewed_kl"): ("skew_kl",),
+    ("srkl", "skew_reverse_kl", "skewed_rkl"): ("skew_rkl",),
+    ("bhattacharyya",): ("renyi=0.5",),
+    ("chi2", "chi_2", "chi_squared", "chi_square", "chisquare"): ("pearson",),
+    ("reverse_chi2", "reverse_chi_squared"): ("neyman",),
+    ("squared_hellinger", "hellinger_squared", "hellinger2"): ("hellinger",),
+    ("le_cam", "vincze_le_cam"): ("triangular",),
+    ("ce", "crossentropy", "xent", "soft_cross_entropy"): ("cross_entropy",),
+    ("alpha_beta", "abkd"): ("ab",),
+    ("adaptive_kl",): ("akl",),
+    ("decoupled", "decoupled_kd"): ("dkd",),
+}
+
+
+def _meant(text: str) -> list[str]:
+    """The names of the table that someone may have meant."""
+    word = re.sub(r"[^a-z0-9]+", "_", re.split(r"[=(]", text.lower())[0]).strip("_")
+    word = re.sub(r"(?<=.)_(divergence|loss)$", "", word)
+    for others, names in ALIASES.items():
+        if word in others:
+            return list(names)
+    return [word] if word in TABLE else difflib.get_close_matches(word, TABLE, n=3, cutoff=0.6)
+
+
+def _without_names(name: str, names: tuple[str, ...], values: list[str]) -> str:
+    """Parameters that were given by name, in the form that is read: with the others' defaults, in order."""
+    named = {key.strip(): value.strip() for key, _, value in (x.rpartition("=") for x in values)}
+    if unknown := [key for key in named if key not in names]:
+        raise ValueError(f"{name} takes {', '.join(names)}, not {unknown[0] or named[unknown[0]]}")
+    defaults = {key: f"{x:g}" if isinstance(x, float) else x for key, x in TABLE[name].named.items()}
+    return f"{name}={','.join((defaults | named).values())}"
+
+
 def _with_parameters(name: str, given: str) -> Divergence:
     """A family's divergence, with its parameters given as text."""
     if name not in PARAMETERS:
         raise ValueError(f"{name} takes no parameter")
     make, names = PARAMETERS[name]
     values = [x.strip() for x in given.split(",")]
+    if "=" in given:
+        shown = _without_names(name, names, values)
+        raise ValueError(f"{name}'s parameters are given without their names: {shown}")
     if len(values) > len(names):
         raise ValueError(f"{name} takes {', '.join(names)}, not {given}")
     try:

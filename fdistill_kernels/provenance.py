@@ -18,6 +18,11 @@ from . import __version__
 ROOT = Path(__file__).parents[1]
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra. The package is on no index, so that its name alone would not be found."""
+    return f'pip install ".[{extra}]" in a clone'
+
+
 def _git(*arguments: str) -> str | None:
     """git's answer about this checkout; None if this is no checkout, or if git is missing or fails."""
     if not (ROOT / ".git").exists():  # an installed package, which may lie inside another repository

@@ -19,7 +19,7 @@ import torch
 
 from .bench import eager_loss, floor_seconds
 from .divergences import Divergence
-from .provenance import provenance, versions
+from .provenance import install, provenance, versions
 
 #: For how long each loss is timed at each size.
 SECONDS = 0.2
@@ -197,7 +197,7 @@ def write(path: str, divergences: Iterable[Divergence], shape: tuple[int, int], 
         OSError: the file cannot be written; this is checked before anything is measured.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--report needs matplotlib: pip install 'fdistill_kernels[demo]'")
+        raise ValueError(f"--report needs matplotlib: {install('demo')}")
     new = not Path(path).exists()
     Path(path).open("a").close()
     try:

@@ -55,7 +55,12 @@ def verify(
 
     Yields:
         An `Outcome` for each, as soon as it is known.
+
+    Raises:
+        ValueError: the shape has no rows, or no vocabulary.
     """
+    if min(shape) < 1:
+        raise ValueError(f"the shape (N, V) must have at least one row and one entry, not {tuple(shape)}")
     generator = torch.Generator().manual_seed(seed)
     student64, teacher64 = (1.5 * torch.randn(shape, generator=generator) for _ in range(2))
     for divergence in divergences:

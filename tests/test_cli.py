@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import TrainingArguments
 
-from fdistill_kernels import TABLE, cli, demo, provenance, verify
+from fdistill_kernels import TABLE, backends, cli, demo, doctor, peers, provenance, verify
 from fdistill_kernels.sequence import arguments
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
@@ -31,6 +32,8 @@ def run(capsys, *args):
 def test_list_names_every_divergence(capsys):
     status, out = run(capsys, "list", "--json")
     assert status == 0 and [row["name"] for row in json.loads(out)] == list(TABLE)
+    parameters = {row["name"]: row["parameters"] for row in json.loads(out)}
+    assert parameters["csd"] == {"weight": "teacher"} and parameters["ab"] == {"alpha": 0.2, "beta": 0.7}
     assert "skew_kl" in run(capsys, "list")[1]
 
 
@@ -44,7 +47,11 @@ def test_doctor_without_the_native_backend(capsys, monkeypatch):
     from fdistill_kernels.backends import cpu
 
     monkeypatch.setattr(cpu, "NOT_LOADED", "the cpu library is not built")
+    monkeypatch.setattr(cpu, "LIBRARY", None)
     out = run(capsys, "doctor")[1]
+    assert "    pip install --no-cache-dir --force-reinstall --no-deps" in out, "without a log, too"
+    monkeypatch.setenv("FDISTILL_CPU_LIBRARY", "/nosuch.so")
+    assert "FDISTILL_CPU_LIBRARY names a cpu library that does not load" in run(capsys, "doctor")[1]
     assert "backend cpu on cpu: the cpu library is not built" in out and "auto on cpu logits: torch" in out
 
 
@@ -74,6 +81,38 @@ def test_doctor_report_is_one_screen(capsys, monkeypatch, tmp_path):
     report = json.loads(run(capsys, "doctor", "--report", "--json")[1])
     assert report["environment"]["FDISTILL_CACHE"] == "x" * 500 and len(report["build_logs"]["cpu"]) == 6
     assert "build_logs" not in json.loads(run(capsys, "doctor", "--json")[1])
+    for name in ("package", "C++ compiler", "nvcc", "cpu library: interface", "cuda library"):
+        assert any(line.startswith(name) for line in screen), name
+    assert "cores usable, " in out and "GiB of RAM" in out and "torch built for " in out
+
+
+def test_doctor_keeps_secrets_and_the_home_folder(capsys, monkeypatch, tmp_path):
+    from fdistill_kernels.backends import native
+
+    home = tmp_path / "home" / "ada"
+    home.mkdir(parents=True)
+    (home / "cpu.log").write_text(f"there was no compiler\n{home}/x.cpp: fetched https://ada:hunter2@host/x\n")
+    monkeypatch.setattr(native, "log_of", lambda name: home / f"{name}.log")
+    monkeypatch.setenv("HOME", str(home))
+    words = ("API_KEY", "AUTH", "PASSWD", "PASS", "DB_PWD", "COOKIE", "TOKEN", "SECRET_X", "CREDENTIALS", "auth_x")
+    for word in words:
+        monkeypatch.setenv(f"FDISTILL_{word}", "hidden")
+    monkeypatch.setenv("FDISTILL_MIRROR", "https://ada:hunter2@host/x")
+    monkeypatch.setenv("FDISTILL_CACHE", f"{home}/cache")
+    for more in ([], ["--json"]):
+        out = run(capsys, "doctor", "--report", *more)[1]
+        assert "hidden" not in out and "hunter2" not in out and "https://***@host/x" in out
+        assert "~/cache" in out and "~/x.cpp" in out and "~/cpu.log" in out and str(home) not in out
+    others = f"/mnt{home}/x:{home}2:{home}.old"
+    assert doctor.shareable({"a": [f"{others}:{home}", 3, None]}) == {"a": [f"{others}:~", 3, None]}
+
+
+def test_doctor_shows_amd_cards(capsys, monkeypatch, tmp_path):
+    smi = tmp_path / "rocm-smi"
+    smi.write_text("#!/bin/sh\necho 'device,Card Series,GFX Version'\necho 'card0,AMD Instinct MI300X,gfx942'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert "device: card0,AMD Instinct MI300X,gfx942" in run(capsys, "doctor", "--report")[1]
 
 
 def test_a_commit_is_this_checkouts_or_none(capsys, monkeypatch, tmp_path):
@@ -99,6 +138,88 @@ def test_verify_passes_and_prints_json(capsys):
     assert status == 0 and all(o["ok"] for o in outcomes)
     assert {o["divergence"].partition("(")[0] for o in outcomes} == set(TABLE)
     assert {(o["backend"], o["dtype"]) for o in outcomes} >= {("cpu", "bfloat16"), ("torch", "float64")}
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_verify_of_nothing(shape):
+    with pytest.raises(ValueError, match="at least one row and one entry"):
+        list(verify.verify("cpu", [torch.float32], shape, [TABLE["kl"]]))
+
+
+def test_nothing_compared_is_no_success(capsys, monkeypatch):
+    for backend in backends.BACKENDS.values():
+        monkeypatch.setattr(backend, "why_not", lambda *_: "it is away")
+    assert cli.main(["verify", "--divergence", "kl"]) == 2 and "nothing was compared" in capsys.readouterr().err
+    assert cli.main(["verify", "--precision", "--backend", "torch"]) == 2
+    assert "backend 'torch' cannot take this call: it is away" in capsys.readouterr().err
+    monkeypatch.setattr(peers.Peer, "why_not", lambda *_: "it is not installed")
+    assert cli.main(["verify", "--peers", "--divergence", "kl"]) == 2
+    assert "eager: it is not installed" in capsys.readouterr().err
+
+
+def test_an_empty_store_is_not_verified(capsys, tmp_path):
+    from fdistill_kernels.teachers import TeacherStore
+
+    TeacherStore.create(tmp_path / "store", kind="top_k", vocabulary=100, key={}, k=8)
+    assert cli.main(["teacher", "verify", str(tmp_path / "store")]) == 2
+    assert "holds no sequences: nothing was verified" in capsys.readouterr().err
+
+
+def test_peers_json_has_no_infinity(capsys, monkeypatch):
+    def fails():
+        def loss(*_):
+            raise RuntimeError("its own fault")
+
+        return loss
+
+    monkeypatch.setattr(peers, "found", lambda form, name: [peers.Peer("theirs", "rows", name, fails)])
+    call = ["verify", "--peers", "--divergence", "labels", "--shape", "2,100", "--json"]
+    status, out = run(capsys, *call)
+    (found,) = json.loads(out, parse_constant=pytest.fail)
+    assert status == 1 and found["error"] == [None, None] and found["divergence"] == "labels"
+
+
+def test_a_library_of_another_version_is_named(capsys, monkeypatch):
+    from fdistill_kernels.backends import cpu
+
+    class Stale:
+        def __getattr__(self, name):
+            return lambda *_: b"there is no such kernel" if name.endswith("rows") else None
+
+    monkeypatch.setattr(cpu, "LIBRARY", Stale())
+    assert cli.main(["verify", "--divergence", "kl", "--shape", "2,100", "--dtype", "float32"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no such kernel: the library is of another version" in line
+    assert "build it again: pip install --no-cache-dir --force-reinstall --no-deps" in line
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_list", lambda args: [][1])
+    with pytest.raises(IndexError):
+        cli.main(["list"])
+
+
+def test_an_interrupt_has_no_traceback(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_list", interrupted)
+    assert cli.main(["list"]) == 130 and capsys.readouterr().err == "\nstopped\n"
+
+
+def test_nobody_reads_the_output():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*COMMAND, "list"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
+
+
+def test_a_device_that_torch_was_not_built_for_is_a_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--device", "mps"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "'mps' cannot be used" in line and len(line) < 320
 
 
 def test_verify_fails_on_a_miss(capsys, monkeypatch):
@@ -130,8 +251,18 @@ BAD = {
     "no such device": (["verify", "--device", "nosuch"], "'nosuch' cannot be used"),
     "threads": (["bench", "--threads", "0"], "must be a positive number"),
     "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
-    "of another report": (["verify", "--backend", "cpu"], "--backend is used only with --precision"),
-    "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype only without it"),
+    "of another report": (["verify", "--backend", "torch"], "--backend is used only with --precision: without it every"),
+    "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype is not used with --precision"),
+    "labels alone": (["verify", "--divergence", "labels"], "labels, is compared only with --peers"),
+    "twice": (["bench", "--shape", "4,100", "--shape", "5,100"], "argument --shape: given twice"),
+    "twice after train": (["train", "--data", "x", "--max_steps", "3", "--max_steps", "4"], "given twice"),
+    "no tensor": (["bench", "--shape", "9999999999,9999999999"], "no tensor has 9999999999·9999999999 entries"),
+    "no memory": (["bench", "--divergence", "kl", "--shape", "100000000,100000000"], "there is not enough memory (tried to"),
+    "no memory to verify in": (["verify", "--shape", "100000000,100000000"], "there is not enough memory (tried to"),
+    "parameters by name": (["bench", "--divergence", "gjs=beta=0.1"], "given without their names: gjs=0.1"),
+    "divergence is no source": (["train", "--teacher", "x", "--data", "x.tsv", "--divergence", "js", "--shares",
+                                 "divergence=1"], "shares have unknown sources ['divergence']"),
+    "expects nothing": (["demo", "--expect", "EMPTY", "--out", "OUT"], "has results of no model"),
     "not tuned": (["bench", "--tune", "--compile"], "--tune times the Triton backend alone"),
     "nor this": (["bench", "--tune", "--backend", "cpu"], "--tune times the Triton backend alone"),
     "no teacher to compare with": (["teacher", "verify", "OUT", "--seed", "3"], "--sequences and --seed choose what"),
@@ -150,7 +281,8 @@ def test_a_line_and_no_traceback(name, tmp_path, capsys):
     call, message = BAD[name]
     (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
     (tmp_path / "SHORT").write_text("a few words")
-    places = {name: str(tmp_path / name) for name in ("OUT", "BYTES", "SHORT")}
+    (tmp_path / "EMPTY").write_text("{}")
+    places = {name: str(tmp_path / name) for name in ("OUT", "BYTES", "SHORT", "EMPTY")}
     try:
         status = cli.main([places.get(a, a) for a in call])
     except SystemExit as stop:
@@ -201,9 +333,15 @@ def test_help(capsys, monkeypatch):
     assert "(default: )" not in told and "(default: None)" not in told
     assert "number of passes over the data, in place of --max_steps --max_steps" in told  # which has a default
     monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))
-    assert "needs fdistill_kernels[sequence]" in shown("train").replace("\n  ", "")
+    assert '(needs pip install ".[sequence]" in a clone)' in " ".join(shown("train").split())
     assert cli.main(["train", "--data", "x"]) == 2
-    assert "nosuch_package missing: pip install" in capsys.readouterr().err
+    assert 'nosuch_package missing: pip install ".[sequence]" in a clone' in capsys.readouterr().err
+
+
+def test_no_message_names_the_package_on_an_index():
+    """It is on none: `pip install 'fdistill_kernels[demo]'` finds nothing."""
+    folder = Path(cli.__file__).parent
+    assert [p for p in folder.rglob("*.py") if "fdistill_kernels[" in p.read_text(encoding="utf-8")] == []
 
 
 #: Sizes at which all that the demo does takes seconds; its own are `make demo`'s.

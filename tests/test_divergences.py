@@ -1,6 +1,7 @@
 """The table's formulas: every backend against the float64 reference, invariants, limits and hard inputs."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import fdistill_kernels as fk
 from fdistill_kernels.divergences import JEFFREYS, KL, RKL, TABLE
+from fdistill_kernels.own import ALIASES, resolve
 from fdistill_kernels.reference import f_divergence_rows
 
 from .conftest import labelled, reference, relative
@@ -75,6 +77,45 @@ def test_gradcheck(divergence):
     assert torch.autograd.gradcheck(
         lambda s, t: fk.f_divergence(s, t, divergence, temperature=2.0, **labelled(divergence, 2)), (student, teacher)
     )
+
+
+CALLED = {
+    "forward_kl": "kl", "reverse_kl": "rkl", "reverse-kl": "rkl", "total_variation": "tvd", "tv": "tvd",
+    "jensen_shannon": "js' or 'gjs", "Jensen-Shannon divergence": "js' or 'gjs", "jsd": "js' or 'gjs", "skl": "skew_kl",
+    "srkl": "skew_rkl", "bhattacharyya": "renyi=0.5", "chi2": "pearson", "squared_hellinger": "hellinger",
+    "ce": "cross_entropy", "KL": "kl", "kl_divergence": "kl", "kl_loss": "kl", "reverse_kl=1": "rkl", "jeffrey": "jeffreys",
+    "skew-kl": "skew_kl",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_other_names_are_suggested(name):
+    with pytest.raises(ValueError, match=re.escape(f"unknown divergence {name!r}; did you mean '{CALLED[name]}'?")):
+        resolve(name)
+
+
+def test_aliases_are_of_the_table():
+    every = [word for words in ALIASES for word in words]
+    assert len(set(every)) == len(every) and not set(every) & set(TABLE)
+    assert all(resolve(name) for names in ALIASES.values() for name in names)
+
+
+@pytest.mark.parametrize("name", ["wasserstein", "mse", "emd", "cosine", "="])
+def test_no_silly_suggestion(name):
+    with pytest.raises(ValueError, match=f"unknown divergence '{name}'; known: kl, "):
+        resolve(name)
+
+
+@pytest.mark.parametrize("given, shown", [
+    ("gjs=beta=0.1", "gjs=0.1"), ("gjs(beta=0.1)", "gjs=0.1"), ("ab=beta=0.7", "ab=0.2,0.7"),
+    ("ab(beta=0.3, alpha=0.4)", "ab=0.4,0.3"), ("csd=weight=student", "csd=student"), ("tail_aware=k=32", "tail_aware=32,1"),
+])  # fmt: skip
+def test_parameters_by_name(given, shown):
+    with pytest.raises(ValueError, match=re.escape(f"parameters are given without their names: {shown}") + "$"):
+        resolve(given)
+    assert resolve(shown)
+    with pytest.raises(ValueError, match=r"gjs takes beta, not (lam|0\.5)"):
+        resolve("gjs=lam=0.1" if "gjs" in given else "gjs=0.5,beta=0.1")
 
 
 @settings(max_examples=60, deadline=None)

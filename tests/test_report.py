@@ -134,6 +134,25 @@ def test_no_empty_page_stays(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_says_what_comes_and_prints_the_table(tmp_path, capsys, monkeypatch):
+    def measured(*how, say):
+        say("kl: fdistill, eager, each at 5 sizes")
+        return {"sizes": [{"divergence": "kl", "what": what, "shape": shape, "seconds": seconds, "floor": 1e-3,
+                           "peak_bytes": 5e6} for shape in ((4, 1600), SHAPE)
+                          for what, seconds in (("fdistill", 2e-3), ("eager", 9e-3))]}  # fmt: skip
+
+    monkeypatch.setattr(report, "measure", lambda *how: measured(*how[:-1], say=how[-1]))
+    monkeypatch.setattr(report, "page", lambda data: "")
+    call = ["bench", "--report", str(tmp_path / "x.html"), "--shape", "16,1600", "--divergence", "kl"]
+    assert cli.main(call) == 0
+    told = capsys.readouterr()
+    assert told.err == "kl: fdistill, eager, each at 5 sizes\n"
+    assert [line.split() for line in told.out.splitlines()] == [
+        ["divergence", "loss", "ms", "÷", "floor", "÷", "ours", "MB"], ["kl", "fdistill", "2.00", "2.00", "1.00", "5.0"],
+        ["kl", "eager", "9.00", "9.00", "4.50", "5.0"], ["wrote", str(tmp_path / "x.html")]]  # fmt: skip
+    assert cli.main([*call, "--json"]) == 0 and len(json.loads(capsys.readouterr().out)["sizes"]) == 4
+
+
 def test_sizes_that_are_one():
     assert report.sizes((1, 2)) == {"N": [(1, 2)], "V": [(1, 2)]}
 

@@ -121,6 +121,15 @@ def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypat
         torch.testing.assert_close(a, b)
 
 
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
+    for name in ("checkpoint-best", "checkpoint-9", "checkpoint-10", "checkpoint-11"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-11":
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert run.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert (tmp_path / "checkpoint-best").exists() and not (tmp_path / "checkpoint-11").exists(), "partly written"
+
+
 #: A process that gets SIGKILL with half of a shard of samples written, or half of a log line.
 KILLED = """
 import os, signal, sys

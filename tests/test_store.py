@@ -605,4 +605,4 @@ def test_the_key_of_samples_has_what_decides_beams(tmp_path):
 def test_without_its_libraries_the_extra_is_named():
     code = "import sys; sys.modules['xxhash'] = None\nimport fdistill_kernels as fk\nfk.TeacherStore"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "TeacherStore needs xxhash: pip install 'fdistill_kernels[sequence]'" in done.stderr
+    assert 'TeacherStore needs the package xxhash: pip install ".[sequence]"' in done.stderr

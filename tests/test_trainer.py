@@ -575,6 +575,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="{no"), "divergence is no JSON"),
     (dict(divergence='{"gold": 3}'), "divergence must name each source's"),
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
+    (dict(divergence="kl", shares="divergence=1"), "shares have unknown sources ['divergence']"),
     (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
     (dict(temperature=0.0), "temperature must be positive"),

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from ..options import OnceParser
 from ..sparse import TAILS
 from .metrics import MEASURES
 from .trainer import FDistillConfig
@@ -309,7 +310,7 @@ def _in_order(parser: argparse.ArgumentParser) -> None:
     parser._action_groups = [options, *groups, objective, last]
 
 
-class Parser(HfArgumentParser):
+class Parser(OnceParser, HfArgumentParser):  # type: ignore[misc]
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> Any:
@@ -382,10 +383,11 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
         said = {name: value for name, value in said.items() if name not in LENGTHS}
     no = {a.dest for a in parser._actions if "no" in (a.choices or ())}
     said = {name: "no" if value is False and name in no else value for name, value in said.items()}  # YAML's no
+    said = {name: value for name, value in said.items() if first[name] is absent}
     found = vars(parser.parse_args([*_arguments(said), *argv], blank()))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
-    given = {name: value for name, value in given.items() if name not in OF_LINE}
+    given = {name: value for name, value in given.items() if name in names.keys() - OF_LINE}
     if unused := sorted(given.keys() - used if used else given.keys() & UNUSED):
         raise ValueError(f"`fdistill {command}` makes nothing of --{', --'.join(unused)}")
     made: dict[str, Any] = {name: kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..own import resolve
-from .objectives import Half, method, mixture, with_cross_entropy
+from .objectives import SOURCES, Half, method, mixture, with_cross_entropy
 from .ranks import join
 from .sampling import Sampling
 
@@ -209,9 +209,11 @@ def _shares(value: Any) -> dict[str, float] | None:
         found = {source.strip(): float(share) for source, share in pairs}
         if len(found) < len(pairs):
             raise ValueError("a source twice")
-        return found or None
     except (TypeError, ValueError):
         raise ValueError(f"shares must be as in student=0.7,gold=0.3, or a mapping, not {value!r}") from None
+    if unknown := found.keys() - set(SOURCES):
+        raise ValueError(f"shares have unknown sources {sorted(unknown)}; known: {', '.join(SOURCES)}")
+    return found or None
 
 
 def _as_text(divergence: Any) -> Any:

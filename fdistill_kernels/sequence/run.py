@@ -457,7 +457,8 @@ class Run:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint of a folder, or None. Checkpoints that were only partly written are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    found = sorted((p for p, number in numbered.items() if number.isdecimal()), key=lambda path: int(numbered[path]))
     for path in found[::-1]:
         with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())  # what the trainer writes last

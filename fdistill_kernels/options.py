@@ -1,0 +1,33 @@
+"""What the parsers of the command line have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+
+class _Once(argparse._StoreAction):
+    """Stores an option's value, and refuses a second one, of which only the last would count."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Raises argparse.ArgumentError if the option was given before."""
+        given = vars(namespace).setdefault("_given", set())
+        if option_string and self.dest in given:
+            raise argparse.ArgumentError(self, "given twice, and only the last would count")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class OnceParser(argparse.ArgumentParser):
+    """A parser that takes each option with a value once; its namespace keeps their names in `_given`."""
+
+    def register(self, registry_name: str, value: Any, object: Any) -> None:
+        """As argparse's, with another action for options with a value."""
+        super().register(registry_name, value, _Once if object is argparse._StoreAction else object)
