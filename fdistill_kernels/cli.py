@@ -22,7 +22,7 @@ import torch
 from . import __version__, backends
 from .backends import cuda
 from .divergences import TABLE, Divergence
-from .doctor import build_command, details, lines, remedy, shareable
+from .doctor import details, lines, remedy, shareable
 from .options import OnceParser
 from .own import resolve
 from .provenance import install
@@ -515,7 +515,7 @@ def _told(error: Exception) -> str | None:
     if asked or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"there is not enough memory ({(asked[1] or asked[2]).lower() if asked else text})"
     if "there is no such kernel" in text:
-        return f"{text}: the library is of another version than the Python files; build it again: {build_command()}"
+        return text  # which says how to build it again
     return None
 
 

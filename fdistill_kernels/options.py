@@ -1,4 +1,4 @@
-"""What the parsers of the command line have in common."""
+"""A parser for commands whose options count once."""
 
 from __future__ import annotations
 

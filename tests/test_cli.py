@@ -189,8 +189,7 @@ def test_a_library_of_another_version_is_named(capsys, monkeypatch):
     monkeypatch.setattr(cpu, "LIBRARY", Stale())
     assert cli.main(["verify", "--divergence", "kl", "--shape", "2,100", "--dtype", "float32"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "there is no such kernel: the library is of another version" in line
-    assert "build it again: pip install --no-cache-dir --force-reinstall --no-deps" in line
+    assert "there is no such kernel; the library is older than the divergence: build it again" in line
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
@@ -255,7 +254,6 @@ BAD = {
     "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype is not used with --precision"),
     "labels alone": (["verify", "--divergence", "labels"], "labels, is compared only with --peers"),
     "twice": (["bench", "--shape", "4,100", "--shape", "5,100"], "argument --shape: given twice"),
-    "twice after train": (["train", "--data", "x", "--max_steps", "3", "--max_steps", "4"], "given twice"),
     "no tensor": (["bench", "--shape", "9999999999,9999999999"], "no tensor has 9999999999·9999999999 entries"),
     "no memory": (["bench", "--divergence", "kl", "--shape", "100000000,100000000"], "there is not enough memory (tried to"),
     "no memory to verify in": (["verify", "--shape", "100000000,100000000"], "there is not enough memory (tried to"),

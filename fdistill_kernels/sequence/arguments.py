@@ -20,7 +20,6 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from ..options import OnceParser
 from ..sparse import TAILS
 from .metrics import MEASURES
 from .trainer import FDistillConfig
@@ -310,7 +309,7 @@ def _in_order(parser: argparse.ArgumentParser) -> None:
     parser._action_groups = [options, *groups, objective, last]
 
 
-class Parser(OnceParser, HfArgumentParser):  # type: ignore[misc]
+class Parser(HfArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> Any:
