@@ -25,7 +25,7 @@ from .divergences import TABLE, Divergence
 from .doctor import details, lines, remedy, shareable
 from .options import OnceParser
 from .own import resolve
-from .provenance import install
+from .provenance import finite, install
 
 STUDENTS = ("kl", "js", "tvd")  # the default divergences of demo and bench
 SEQUENCES = 16  # that `teacher verify --teacher` computes again
@@ -39,8 +39,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def _json(found: Any) -> str:
-    """JSON, which has no infinity and no NaN: they are null."""
-    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1)
+    return json.dumps(finite(found), indent=1)
 
 
 def _show(
@@ -252,15 +251,11 @@ def _bench(args: argparse.Namespace) -> int:
         return _tune(args)
     how = args.shape, DTYPES[args.dtype], args.device, args.backend, args.compile
     if args.report:
-        from .report import write
+        from .report import of_whole_shape, write
 
         report = write(args.report, args.divergence, *how, say=lambda line: print(line, file=sys.stderr, flush=True))
-        whole = [r for r in report["sizes"] if tuple(r["shape"]) == args.shape]
-        seconds = {r["divergence"]: r["seconds"] for r in whole if r["what"] == "fdistill"}
-        cells = [(r["divergence"], r["what"], f"{1e3 * r['seconds']:.2f}", f"{r['seconds'] / r['floor']:.2f}",
-                  f"{r['seconds'] / seconds[r['divergence']]:.2f}", f"{r['peak_bytes'] / 1e6:.1f}")
-                 for r in whole]  # fmt: skip
-        _show(args, report, ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB"), cells, f"wrote {args.report}")
+        _show(args, report, ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB"), of_whole_shape(report, args.shape),
+              f"wrote {args.report}")  # fmt: skip
         return 0
     results = [{"divergence": str(divergence), **dataclasses.asdict(timing)}
                for divergence in args.divergence for timing in measure(divergence, *how)]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -21,6 +22,11 @@ ROOT = Path(__file__).parents[1]
 def install(extra: str) -> str:
     """The command that installs an extra. The package is on no index, so that its name alone would not be found."""
     return f'pip install ".[{extra}]" in a clone'
+
+
+def finite(found: Any) -> Any:
+    """What JSON can hold of dicts, lists and numbers: it has no infinity and no NaN, which are None."""
+    return json.loads(json.dumps(found), parse_constant=lambda _: None)
 
 
 def _git(*arguments: str) -> str | None:

@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,11 @@ import torch
 
 from .bench import eager_loss, floor_seconds
 from .divergences import Divergence
-from .provenance import install, provenance, versions
+from .provenance import finite, install, provenance, versions
 
 #: For how long each loss is timed at each size.
 SECONDS = 0.2
 LEAST = 1e-9  # smaller errors are drawn here, because a logarithmic axis has no 0
-#: The packages whose versions decide what is measured.
-PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
-            "distillkit", "speculators")  # fmt: skip
 #: A library keeps its mark and colour in all charts; a later one's mark is smaller, so that those below are seen.
 MARKS = "osDv^<>pP*XhdH"
 CHARTS = ("time-N", "memory-N", "roofline", "time-V", "memory-V", "error")
@@ -58,6 +55,7 @@ def measure(divergences: Iterable[Divergence], shape: tuple[int, int], dtype: to
         `errors`, with the errors of each loss at each scale of the logits, against float64 (infinite ones are null in
         the page); and `left_out`, the libraries that are not measured, with the reason.
     """
+    from .peers import PACKAGES
     from .peers.measure import errors_by_scale, losses, measured
 
     divergences, name_of_dtype = list(divergences), str(dtype).removeprefix("torch.")
@@ -158,23 +156,27 @@ def charts(data: dict[str, Any]) -> str:
     return drawn.getvalue()[drawn.getvalue().index("<svg") :]
 
 
-def page(data: dict[str, Any]) -> str:
-    """The HTML of the page."""
-    whole = [r for r in data["sizes"] if tuple(r["shape"]) == tuple(data["shape"])]
+def of_whole_shape(data: dict[str, Any], shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """The rows of the table: divergence, loss, ms, over the floor, over ours, and MB above the inputs."""
+    whole = [r for r in data["sizes"] if tuple(r["shape"]) == tuple(shape)]
     ours = {r["divergence"]: r["seconds"] for r in whole if r["what"] == "fdistill"}
-    cells = [
+    return [
         (r["divergence"], r["what"], f"{1e3 * r['seconds']:.2f}", f"{r['seconds'] / r['floor']:.2f}",
          f"{r['seconds'] / ours[r['divergence']]:.2f}", f"{r['peak_bytes'] / 1e6:.1f}")
         for r in whole
     ]  # fmt: skip
+
+
+def page(data: dict[str, Any]) -> str:
+    """The HTML of the page."""
+    cells = of_whole_shape(data, data["shape"])
     head = ("divergence", "loss", "ms", "÷ floor", "÷ ours", "MB above inputs")
     table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in (head, *cells))
     origin = ", ".join(f"{k}: {v}" for k, v in data.items() if not isinstance(v, list | dict))
     installed = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     texts = [f"{r['what']}, {r['divergence']}: {r['why']}" for r in data["left_out"]]
     left_out = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(texts))
-    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)  # JSON has no infinity
-    numbers = json.dumps(finite).replace("</", "<\\/")
+    numbers = json.dumps(finite(data)).replace("</", "<\\/")
     return (
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>fdistill bench</title><style>{STYLE}</style>\n'

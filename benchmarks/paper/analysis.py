@@ -33,6 +33,7 @@ import pyarrow.parquet
 import sacrebleu
 
 from benchmarks.paper.stages import ARMS, GATE
+from fdistill_kernels.provenance import finite
 from fdistill_kernels.sequence.metrics import summary
 from fdistill_kernels.sequence.sampling import write_whole
 
@@ -326,7 +327,7 @@ def analyse(out: Path, draws: int = DRAWS) -> str:
     """Writes everything; the report."""
     found = results(out, draws)
     text = report(found)
-    clean = json.loads(json.dumps(found), parse_constant=lambda _: None)  # of one seed there are no intervals
+    clean = finite(found)  # of one seed there are no intervals
     write_whole(out / "results.json", (json.dumps(clean, indent=1, ensure_ascii=False) + "\n").encode())
     write_whole(out / "report.md", text.encode())
     draw(found, out / "results.png")

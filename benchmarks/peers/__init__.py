@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fdistill_kernels import Divergence, Logits, cross_entropy, linear_cross_entropy, linear_f_divergence
+from fdistill_kernels.backends import triton
 from fdistill_kernels.bench import our_loss
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.own import resolve
@@ -31,6 +31,9 @@ FORMS = {
     "linear": ("hidden", "weight", "teacher_hidden", "teacher_weight"),
     "beside": ("hidden", "weight", "teacher_logits"),
 }
+#: The packages whose versions decide what is measured.
+PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
+            "distillkit", "speculators")  # fmt: skip
 ADAPTERS = ("pytorch", "liger", "orda", "trl", "cce", "quack", "modelopt", "distillkit", "speculators")
 
 
@@ -87,8 +90,7 @@ class Peer:
 
 
 def _serves(where: str, device: str) -> bool:
-    interpreted = where == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-    return where == "any" or interpreted or device.startswith("cuda")
+    return where == "any" or (where == "triton" and triton.interpreting()) or device.startswith("cuda")
 
 
 @functools.cache

@@ -17,13 +17,10 @@ from typing import Any
 import torch
 
 from fdistill_kernels.cli import DTYPES, _shape
-from fdistill_kernels.provenance import provenance, versions
+from fdistill_kernels.provenance import finite, provenance, versions
 
-from . import FORMS, found
+from . import FORMS, PACKAGES, found
 from .measure import DIVERGENCES, errors_by_scale, losses, measured
-
-PACKAGES = ("triton", "liger-kernel", "orda-kernel", "trl", "cut-cross-entropy", "quack-kernels", "nvidia-modelopt",
-            "distillkit", "speculators")  # fmt: skip
 
 
 def main() -> None:
@@ -46,7 +43,7 @@ def main() -> None:
     }  # fmt: skip
 
     def save() -> None:
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        args.out.write_text(json.dumps(finite(content), indent=1) + "\n")
 
     for form, name in itertools.product(args.form, args.divergence):
         if not found(form, name):
