@@ -497,12 +497,12 @@ def test_what_is_damaged_is_asked_again(tmp_path):
 
 
 def test_a_disk_that_damages_every_write_is_told(tmp_path, monkeypatch):
-    write = store_module._write
+    write = store_module.write_whole
 
     def damaging(path, content, **more):
         write(path, content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content, **more)
 
-    monkeypatch.setattr(store_module, "_write", damaging)
+    monkeypatch.setattr(store_module, "write_whole", damaging)
     with Server() as server, endpoint(server, store=tmp_path) as teacher:
         with pytest.raises(OSError, match=f"{tmp_path} damages what is written.*another checksum"):
             teacher.targets([[1]], [[2]])

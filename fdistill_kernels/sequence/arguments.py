@@ -288,9 +288,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = (
-            action.option_strings[:1] if len(action.option_strings[0]) > 2 else action.option_strings
-        )  # not max-steps
+        short = len(action.option_strings[0]) == 2
+        shown = action.option_strings if short else action.option_strings[:1]  # not max-steps beside max_steps
         arguments = "" if action.nargs == 0 else " " + self._format_args(action, _METAVARS.get(action.type, "TEXT"))
         return ", ".join(shown) + arguments
 

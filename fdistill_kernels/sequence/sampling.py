@@ -26,8 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..teachers.packing import hash_tensor
-from ..teachers.store import _write as write_whole
-from ..teachers.store import check_same
+from ..teachers.store import check_same, write_whole
 from .models import (
     IGNORE,
     accepted,

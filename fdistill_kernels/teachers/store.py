@@ -90,7 +90,7 @@ def _unsealed(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write(path: Path, content: bytes, first: bool = False) -> None:
+def write_whole(path: Path, content: bytes, first: bool = False) -> None:
     """Writes a file whole or not at all; it is on the disk when this returns.
 
     Raises:
@@ -302,7 +302,7 @@ class TeacherStore:
             kept = {} if head is None else _kept_head(head, rank)
             made = {**settings, "key": key, "extra": extra or {}, "head_file": packing.hash_tensors(kept.items())}
             with contextlib.suppress(FileExistsError):  # then another was first, and is compared with
-                _write(folder / "manifest.json", _sealed(made, indent=1), first=True)
+                write_whole(folder / "manifest.json", _sealed(made, indent=1), first=True)
         store = cls(folder)
         check_same(f"{folder} holds other targets", {**store.key, **store.settings}, {**key, **settings})
         if head is not None:
@@ -318,7 +318,7 @@ class TeacherStore:
             if packing.hash_tensors(kept.items()) != self._head_hash:  # states of one projection are not the other's
                 raise Damaged(f"{error}, and its directions come out otherwise on this machine: remove "
                               f"{self.folder} to make it anew") from error  # fmt: skip
-            _write(self.folder / HEAD, save(kept))
+            write_whole(self.folder / HEAD, save(kept))
 
     def _head_tensors(self) -> dict[str, Tensor]:
         """The head's tensors, memory-mapped, verified once."""
@@ -597,7 +597,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         paths = [self.store.folder / "shards" / f"{name}.{suffix}" for suffix in ("safetensors", "json")]
         try:
             for path, written in zip(paths, (content, _sealed(side)), strict=True):
-                _write(path, written)
+                write_whole(path, written)
         except OSError:
             for path in paths[::-1]:  # it will be tried again, under another name
                 with contextlib.suppress(OSError):
