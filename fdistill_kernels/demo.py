@@ -27,7 +27,7 @@ from torch import Tensor
 from .bench import eager_loss, median_seconds, our_loss, training_step
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence
-from .provenance import provenance
+from .provenance import finite, provenance
 
 VOCABULARY = 8000
 CONTEXT = 128
@@ -275,7 +275,7 @@ def main(args: argparse.Namespace) -> int:
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(stages, out / "curves.png")
     if args.json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(finite(results), indent=1))
     else:
         _print(results, out, console)
     return _compare(rows, expected, console) if args.expect else 0

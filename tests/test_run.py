@@ -1,6 +1,7 @@
 """`fdistill train` end to end on a tiny encoder–decoder teacher: a student, a report, resumption, bad input."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -450,3 +451,11 @@ def test_servers_of_both_models(causal, tmp_path):
             assert len(ours.told) == 2 and ours.bodies
     assert {body["model"] for body in theirs.bodies} == {f"{causal}/teacher"}
     assert len({body["seed"] for body in theirs.bodies}) == len(theirs.bodies) > 8
+
+
+def test_json_has_no_infinity(tmp_path, capsys):
+    """A perplexity may overflow; strict readers take neither Infinity nor NaN."""
+    arguments = ["--teacher", "t", "--student", "s", "--data", "x.jsonl", "--output_dir", str(tmp_path), "--json"]
+    assert run.main("evaluate", arguments, lambda *_: {"perplexity": math.inf, "kl": math.nan, "bleu": 1.5}) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"perplexity": None, "kl": None, "bleu": 1.5}

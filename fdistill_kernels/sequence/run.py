@@ -32,6 +32,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..provenance import finite
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import LENGTHS, Asked, ask, how_long, without_secrets
@@ -599,6 +600,6 @@ def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dic
         return 2
     if rank()[0]:
         return 0
-    print(json.dumps(results, indent=1) if asked.json else "\n".join(
+    print(json.dumps(finite(results), indent=1) if asked.json else "\n".join(
         f"{k:20s} {v:.4f}" if isinstance(v, float) else f"{k:20s} {v}" for k, v in results.items()))  # fmt: skip
     return 0
