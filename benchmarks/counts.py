@@ -134,7 +134,7 @@ VARIANTS = {
     "kl": dict(symbol="Kl"), "js": dict(symbol="Gjs"), "tvd": dict(symbol="Tvd"), "rkl": dict(symbol="Rkl"),
     "labels": dict(symbol=None, labels="plain"), "js with labels": dict(symbol="Gjs", labels="plain"),
     "js, V = 50257": dict(symbol="Gjs", vocabulary=50257),
-    "js, V = 50257, padded": dict(symbol="Gjs", vocabulary=50257, padded=True),
+    "js, V = 50257, views": dict(symbol="Gjs", vocabulary=50257, lines=False),
 }  # fmt: skip
 
 

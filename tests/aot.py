@@ -44,7 +44,7 @@ TARGETS = {
 
 
 def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False,
-                padded=False, card=None):  # fmt: skip
+                lines=True, card=None):  # fmt: skip
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
     chosen = launch.heuristic(8192, vocabulary, itemsize, card, "teacher" in gradients or symbol in HEAVY)
@@ -68,10 +68,10 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
     constants = {
         **functions(by_key(f"{symbol} 0.5 1.0 0.5") if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
-        "LINE": 16 // itemsize if padded else 1,
+        "LINE": 16 // itemsize if lines else 1,
     }  # fmt: skip
     parts = (symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower(),
-             "capped" if capped else None, "padded" if padded else None)  # fmt: skip
+             "capped" if capped else None, None if lines else "views")  # fmt: skip
     name = "/".join(filter(None, parts))
     return name, rows.row_kernel, types, constants, chosen.warps
 
@@ -180,7 +180,8 @@ VARIANTS = [
     *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
         dict(labels="plain"), dict(labels="smoothed"))],
-    dict(symbol="Gjs", vocabulary=50257, padded=True), dict(symbol="Kl", vocabulary=50257, padded=True, dtype="fp32"),
+    dict(symbol="Gjs", vocabulary=50257), dict(symbol="Kl", vocabulary=50257, dtype="fp32"),
+    dict(symbol="Gjs", lines=False),
     dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
     *[dict(symbol=symbol) for symbol in row_terms.STATISTICS],
     dict(symbol="Dkd", gradients="student teacher"), dict(symbol="TailAware", phase="TOTALS"),
@@ -206,8 +207,8 @@ def compiled(arguments, target_name):
     constants.update({n: None for n in names if n in types and types[n] is None})
     divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] == "i32"]
     odd = {"rows", "inner", "list_size", "words"}
-    if arguments.get("vocabulary", 0) % 16:  # rows start anywhere, but in a padded buffer
-        odd |= {"vocabulary"} if arguments.get("padded") else {"vocabulary", *STRIDES}
+    if arguments.get("vocabulary", 0) % 16:  # rows start anywhere
+        odd |= {"vocabulary", *STRIDES}
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in odd}
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     stages = cut.stages(card) if "kernel" in arguments else 2 if target.backend == "hip" else 3

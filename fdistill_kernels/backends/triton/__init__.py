@@ -18,7 +18,7 @@ from ...row_formulas import KERNELS
 from ..collectives import Collectives
 from ..rows import VECTORS, RowCall, TokenTerms
 from . import launch
-from .launch import ALWAYS, Launch
+from .launch import ALWAYS, LINE_BYTES, Launch
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -160,9 +160,10 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     if divergence and divergence.scale != 1:
         terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
     class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
-    blocks = -(-vocabulary // chosen.block)
-    span = -(-blocks // chosen.splits) * chosen.block
-    splits = -(-vocabulary // span)
+    line = _line(chosen.block, student, teacher, student_gradient, teacher_gradient)
+    most = vocabulary + line - 1  # entries from the start of a row's first line
+    span = -(-most // (chosen.splits * chosen.block)) * chosen.block
+    splits = -(-most // span)
     wire = Collectives(call.shard.group) if call.shard.group else None
     if wire is not None and terms.labels is not None:
         terms = terms._replace(labels=terms.labels - call.shard.begin)
@@ -173,7 +174,6 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     if terms.metrics:
         write_metrics(call, parts, chosen)
 
-    line = _line(chosen.block, student, teacher, student_gradient, teacher_gradient)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
         kernels.row_kernel[grid](
@@ -208,20 +208,24 @@ def _meet(wire: Collectives, partials: Tensor, splits: int, phase: int) -> None:
         of_label = every[:, 8, :, :1]
         partials[8] = torch.where(of_label.isnan(), -torch.inf, of_label).amax(0)
     else:
-        total = wire.reduced(partials[9:].sum(2))
-        partials[9:] = 0
-        partials[9:, :, 0] = total
+        total = wire.reduced(partials[9:12].sum(2))
+        partials[9:12] = 0
+        partials[9:12, :, 0] = total
 
 
 def _line(block: int, student: Tensor, *others: Tensor | None) -> int:
-    """Entries of 16 bytes, where every row starts on a multiple that the compiler looks for, blocks are of whole such
-    lines and the vocabulary ends within one; else 1: the compiler finds out by itself what it may load at once.
+    """Entries of the 16-byte lines that rows are read by, which each row must start at the same place of in all tensors
+    of the call; 1 where it does not, or blocks are not of whole lines.
     """
-    entries = 16 // student.element_size()
-    if student.shape[2] % entries == 0 or block % entries:
+    entries = LINE_BYTES // student.element_size()
+    if block % entries:
         return 1
-    for x in (student, *others):
-        if x is not None and (x.data_ptr() % 16 or any(x.stride(d) % 16 for d in (0, 1) if x.shape[d] > 1)):
+    for x in others:
+        if x is None:
+            continue
+        if x.element_size() != student.element_size() or (x.data_ptr() - student.data_ptr()) % LINE_BYTES:
+            return 1
+        if any((x.stride(d) - student.stride(d)) % entries for d in (0, 1) if x.shape[d] > 1):
             return 1
     return entries
 

@@ -25,6 +25,8 @@ class Launch:
     splits: int = 1
 
 
+#: What one instruction loads or stores for a thread.
+LINE_BYTES = 16
 #: Options of every launch: a product and a sum may be one instruction, which newer Triton does not take for granted.
 ALWAYS = {"enable_fp_fusion": True}
 
@@ -67,7 +69,7 @@ def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: 
     has 8. As many programs stay resident as have their pairs of rows in half of L2, for the sweeps after the first, but
     at least one a multiprocessor. Fewer rows than that are split.
     """
-    entries = 16 // itemsize  # of a thread
+    entries = LINE_BYTES // itemsize  # of a thread
     block = min(1 << (vocabulary - 1).bit_length(), (8 if heavy else 16) * 32 * entries)
     warps = max(1, block // (device.lanes * entries))
     resident = device.l2 // 2 // (2 * vocabulary * itemsize)

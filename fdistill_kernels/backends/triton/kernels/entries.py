@@ -78,18 +78,19 @@ def peaks_of(
 
 @triton.jit
 def terms_at(
-    x, y, inside, models, peaks, own, other, close, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
-    TEACHER_CENTRED: tl.constexpr,
+    x, y, inside, models, peaks, own, other, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr,
+    EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Entries' probabilities, values and both terms, measured from the peaks', whose own is 0."""
+    """Entries' probabilities, values and both terms, measured from the peaks', whose own is 0; CLEAR: the student's is
+    not among these entries.
+    """
     u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there, inside_there = peaks
     entry = entry_of(x, y, models, u_at_peak, inside)
-    if close:
-        student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, True)
-    else:
-        student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, False)
+    student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, CLOSE)
     if not CENTRED:
-        student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student - entry[1] * at_peak)
+        student -= entry[1] * at_peak
+        if not CLEAR:
+            student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student)
     if EXCHANGED is not None and not TEACHER_CENTRED:
         there = (y == models[3]) & (x == student_there) & (inside == inside_there)
         teacher = tl.where(there, 0.0, teacher - entry[0] * at_teacher_peak)

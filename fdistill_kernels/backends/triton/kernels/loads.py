@@ -1,9 +1,17 @@
-"""Rows of logits as every sweep reads them."""
+"""Rows of logits as every sweep reads them, and their gradients as it writes them.
+
+A row lies in lines of 16 bytes, LINE entries each, and need not start with one: it is then read and written by lines from
+the one that it starts in, where its entries are `bounds`, [first, last), and what is beside them is somebody else's. Rows
+that are not to be read by lines, as the models' rows start at different places of theirs, have LINE 1.
+"""
 
 import triton
 import triton.language as tl
 
+from ..launch import LINE_BYTES as _LINE_BYTES
 from .terms import exp
+
+LINE_BYTES = tl.constexpr(_LINE_BYTES)
 
 
 @triton.jit
@@ -26,44 +34,77 @@ def capped(x, cap):
 
 
 @triton.jit
-def load_logits(row, v, vocabulary, cap, edge=False, LINE: tl.constexpr = 1):
-    """A row's logits at v, capped; −inf beyond the vocabulary.
-
-    LINE: entries that are read at once, or not, as one: more than 1 only where rows start on whole lines, so that
-    the last line lies in memory, though the vocabulary may end in it; `edge`: whether it may end within v.
-    """
-    x = tl.load(row + v, mask=v // LINE * LINE < vocabulary, other=float("-inf")).to(tl.float32)
-    if LINE > 1:  # noqa: SIM102  (one is known to the compiler, the other to the card)
-        if edge:
-            x = tl.where(v < vocabulary, x, float("-inf"))
-    if cap is not None:
-        x = tl.where(v < vocabulary, capped(x, cap), float("-inf"))
-    return x
-
-
-@triton.jit
-def store_gradient(row, v, vocabulary, gradient, edge, LINE: tl.constexpr):
-    """Whole lines at once, what the vocabulary leaves of its last one entry by entry."""
-    if LINE > 1:
-        whole = v // LINE * LINE + LINE <= vocabulary
-        tl.store(row + v, gradient, mask=whole)
-        if edge:
-            tl.store(row + v, gradient, mask=(v < vocabulary) & (v // LINE * LINE + LINE > vocabulary))
-    else:
-        tl.store(row + v, gradient, mask=v < vocabulary)
-
-
-@triton.jit
-def zero_row(row, begin, end, vocabulary, BLOCK: tl.constexpr):
-    """Zeros in [begin, end) of an ignored row's gradient."""
-    if row is not None:
-        for start in tl.range(begin, end, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            tl.store(row + v, tl.zeros([BLOCK], tl.float32), mask=v < vocabulary)
-
-
-@triton.jit
 def row_at(base, n, inner, outer_stride, inner_stride):
     """Where row n of (outer, inner, V) starts; 64 bits, since N·V may be beyond 2³¹."""
     n = tl.cast(n, tl.int64)
     return base + (n // inner) * outer_stride + (n % inner) * inner_stride
+
+
+@triton.jit
+def first_of(row, LINE: tl.constexpr):
+    """How many entries of its first line lie before a row."""
+    if LINE == 1:
+        return 0
+    else:
+        return (row.to(tl.int64) % LINE_BYTES).to(tl.int32) // (LINE_BYTES // LINE)
+
+
+@triton.jit
+def line_of(row, first, LINE: tl.constexpr):
+    """Where a row's first line starts; an absent row stays so."""
+    if row is None or LINE == 1:
+        return row
+    else:
+        return tl.multiple_of(row - first, LINE_BYTES)
+
+
+@triton.jit
+def load_logits(row, v, vocabulary, cap):
+    """A row's logits at v, capped; −inf beyond the vocabulary."""
+    x = tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
+    return x if cap is None else tl.where(v < vocabulary, capped(x, cap), float("-inf"))
+
+
+@triton.jit
+def _pairs(row, start, BLOCK: tl.constexpr):
+    """A whole block of bfloat16, two in a word, which are two instructions to float32 where one by one they are three."""
+    words = tl.load(row.to(tl.pointer_type(tl.int32)) + start // 2 + tl.arange(0, BLOCK // 2))
+    low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), [BLOCK])
+
+
+@triton.jit
+def load_block(row, start, bounds, cap, CLEAR: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """Logits from `start`, capped; −inf out of bounds. CLEAR: none of the block is."""
+    v = start + tl.arange(0, BLOCK)
+    if CLEAR and LINE > 1 and row.dtype.element_ty == tl.bfloat16:
+        return capped(_pairs(row, start, BLOCK), cap)
+    elif CLEAR:
+        return capped(tl.load(row + v).to(tl.float32), cap)
+    else:
+        x = tl.load(row + v, mask=v // LINE * LINE < bounds[1], other=float("-inf")).to(tl.float32)
+        return tl.where((v >= bounds[0]) & (v < bounds[1]), capped(x, cap), float("-inf"))
+
+
+@triton.jit
+def store_block(row, start, bounds, x, CLEAR: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """CLEAR: all of it; else whole lines, and of lines that are not all the row's own what is."""
+    v = start + tl.arange(0, BLOCK)
+    if CLEAR:
+        tl.store(row + v, x)
+    else:
+        inside = (v >= bounds[0]) & (v < bounds[1])
+        if LINE > 1:
+            line = v // LINE * LINE
+            whole = (line >= bounds[0]) & (line + LINE <= bounds[1])
+            tl.store(row + v, x, mask=whole)
+            inside = inside & (whole == 0)
+        tl.store(row + v, x, mask=inside)
+
+
+@triton.jit
+def zero_row(row, begin, end, bounds, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """Zeros in [begin, end) of an ignored row's gradient."""
+    if row is not None:
+        for start in tl.range(begin, end, BLOCK):
+            store_block(row, start, bounds, tl.zeros([BLOCK], tl.float32), False, BLOCK, LINE)

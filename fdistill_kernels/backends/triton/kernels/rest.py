@@ -7,8 +7,8 @@ listed.
 import triton
 import triton.language as tl
 
-from .loads import load_logits, row_at
-from .softmaxes import LOWEST, _advance, _sum_of_rests
+from .loads import LINE_BYTES, load_logits, row_at
+from .softmaxes import LOWEST, advanced, played, sum_of_rests
 from .terms import LOG2E, exp, log1p, times
 
 BITS = tl.constexpr(32)
@@ -21,9 +21,9 @@ def _entries(start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _log_total(top, rest, highest, rate, BLOCK: tl.constexpr):
+def _log_total(top, rest, highest, rate):
     """Lanes' sums to ``log Σ exp(rate·(z − highest))``; −inf of nothing."""
-    total = _sum_of_rests(tl.reshape(top, [BLOCK]), tl.reshape(rest, [BLOCK]), highest, rate)
+    total = sum_of_rests(top, rest, highest, rate)
     return tl.where(total == -1, float("-inf"), log1p(total))
 
 
@@ -36,6 +36,7 @@ def rest_statistics_kernel(
     rows, inner, vocabulary, words, student_outer, student_inner, cap, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ...; those whose row_scale is 0 are not looked at."""
+    GROUP: tl.constexpr = LINE_BYTES * 8 // student.dtype.element_ty.primitive_bitwidth
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         if tl.load(row_scale + n) == 0:
             for i in tl.static_range(3):
@@ -43,7 +44,7 @@ def rest_statistics_kernel(
         else:
             row, rate = row_at(student, n, inner, student_outer, student_inner), tl.load(rates + n)
             words_of_row = marks + tl.cast(n, tl.int64) * words
-            zeros = tl.zeros([BLOCK // BITS, BITS], tl.float32)
+            zeros = tl.zeros([BLOCK // GROUP], tl.float32)
             top, rest, plain = zeros + LOWEST, zeros - 1, zeros - 1
             for start in tl.range(0, vocabulary, BLOCK):
                 v = _entries(start, BLOCK)
@@ -51,15 +52,17 @@ def rest_statistics_kernel(
                 word = tl.load(words_of_row + at, mask=at < words, other=0)[:, None]
                 listed = word >> tl.arange(0, BITS)[None, :]
                 x = load_logits(row, v, vocabulary, cap)
-                x = tl.where((listed & 1) != 0, float("-inf"), x)
+                x = tl.reshape(tl.where((listed & 1) != 0, float("-inf"), x), [BLOCK])
+                new, _, losers = played(top, x, GROUP)
                 if PLAIN:
-                    _, plain = _advance(top, plain, x, LOG2E)
-                top, rest = _advance(top, rest, x, rate * LOG2E)
-            highest = tl.max(tl.reshape(top, [BLOCK]), 0)
+                    plain = advanced(plain, top, new, losers, LOG2E, GROUP)
+                rest = advanced(rest, top, new, losers, rate * LOG2E, GROUP)
+                top = new
+            highest = tl.max(top, 0)
             tl.store(statistics + n, tl.where(highest == LOWEST, float("-inf"), highest))
-            tl.store(statistics + rows + n, _log_total(top, rest, highest, rate, BLOCK))
+            tl.store(statistics + rows + n, _log_total(top, rest, highest, rate))
             if PLAIN:
-                tl.store(statistics + 2 * rows + n, _log_total(top, plain, highest, 1.0, BLOCK))
+                tl.store(statistics + 2 * rows + n, _log_total(top, plain, highest, 1.0))
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "list_size"])

@@ -34,10 +34,10 @@ def row_metrics_kernel(
                 teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
                 teacher_rate = tl.load(teacher_inverse_temperature + n)
             found = softmaxes_of(
-                student_row, teacher_row, None, 0, vocabulary, vocabulary, student_rate, teacher_rate, student_cap,
+                student_row, teacher_row, None, 0, vocabulary, (0, vocabulary), student_rate, teacher_rate, student_cap,
                 teacher_cap, 0.0, True, False, False, BLOCK,
             )  # fmt: skip
-            student_top, student_rest, plain_rest, _, teacher_top, teacher_rest, _, _ = found
+            student_top, student_rest, plain_rest, _, teacher_top, teacher_rest, _, _, _ = found
             if teacher is None:  # at temperature 1, as the labels' terms
                 plain_rest = student_rest
             models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)

@@ -62,10 +62,10 @@ def row_statistics_kernel(
             student_rate = tl.load(student_inverse_temperature + n)
             teacher_rate = tl.load(teacher_inverse_temperature + n)
             found = softmaxes_of(
-                student_row, teacher_row, None, 0, vocabulary, vocabulary, student_rate, teacher_rate, student_cap,
+                student_row, teacher_row, None, 0, vocabulary, (0, vocabulary), student_rate, teacher_rate, student_cap,
                 teacher_cap, 0.0, False, False, True, BLOCK,
             )  # fmt: skip
-            student_top, student_rest, _, _, teacher_top, teacher_rest, teacher_there, student_there = found
+            student_top, student_rest, _, _, teacher_top, teacher_rest, teacher_there, student_there, _ = found
             models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
             u_at_peak = entry_of(student_top, teacher_there, models, 0.0, False)[4]
             u_at_other_peak = entry_of(student_there, teacher_top, models, 0.0, False)[4]

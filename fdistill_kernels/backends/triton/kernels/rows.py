@@ -16,24 +16,65 @@ import triton
 import triton.language as tl
 
 from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
-from .loads import capped, load_logits, row_at, store_gradient, zero_row
-from .softmaxes import met, save, softmaxes_of
-from .terms import ABOUT_ONE, exp, log1p, times
+from .loads import capped, first_of, line_of, load_block, row_at, store_block, zero_row
+from .softmaxes import ANYWHERE, NOWHERE, met, save, softmaxes_of
+from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
-PARTIALS = 12  # values a span leaves: nine of sweep 1, three of sweep 2
+PARTIALS = 14  # values a span leaves: nine of sweep 1, three of sweep 2, and what only it asks for, its place and top
 
 
 @triton.jit
-def _within(term, v, vocabulary, EXCHANGED: tl.constexpr):
-    """The term at entries v; 0 beyond the vocabulary, as all of ours are of logits that are −inf in both models."""
-    return tl.where(v < vocabulary, term, 0.0) if EXCHANGED == "own" else term
+def _is_clear(start, bounds, place, label, PEAK: tl.constexpr, LABELLED: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether all of the block from `start` is the row's, and, where it matters, neither its peak nor its label."""
+    clear = (start >= bounds[0]) & (start + BLOCK <= bounds[1])
+    if PEAK:
+        clear = clear & (place != ANYWHERE) & ((place < start) | (place >= start + BLOCK))
+    if LABELLED:
+        clear = clear & ((label < start) | (label >= start + BLOCK))
+    return clear
+
+
+@triton.jit
+def _set_of(y, start, label, threshold, CLEAR: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether a block's entries are in the row's set; no label is in a clear one."""
+    if MEMBERS == LABEL and CLEAR:
+        return False
+    else:
+        return in_set(y, start + tl.arange(0, BLOCK), label, threshold, MEMBERS)
+
+
+@triton.jit
+def _within(term, start, bounds, CLEAR: tl.constexpr, EXCHANGED: tl.constexpr, BLOCK: tl.constexpr):
+    """The terms of a block; 0 out of bounds, as all of ours are of logits that are −inf in both models."""
+    v = start + tl.arange(0, BLOCK)
+    return tl.where((v >= bounds[0]) & (v < bounds[1]), term, 0.0) if EXCHANGED == "own" and not CLEAR else term
+
+
+@triton.jit
+def _add_totals(
+    value, weight, teacher_weight, rows, start, bounds, caps, models, peaks, own, other, label, threshold,
+    CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
+    TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """The shares of D and of both terms' sums, lane by lane, with a block's added."""
+    x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
+    y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    _, _, of_student, here, of_teacher = terms_at(
+        x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, CLEAR, CLOSE,
+        TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
+    )  # fmt: skip
+    value += _within(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
+    weight += _within(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK)
+    if EXCHANGED is not None:
+        teacher_weight += _within(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK)
+    return value, weight, teacher_weight
 
 
 @triton.jit
 def _totals(
-    student, teacher, begin, end, vocabulary, models, peaks, own, other, close, label, threshold, student_cap,
-    teacher_cap, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
+    rows, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, CLOSE: tl.constexpr,
+    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
     MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2 over [begin, end), backwards: the shares of D and of both terms' sums."""
@@ -41,17 +82,16 @@ def _totals(
     weight, teacher_weight = value, value
     last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
     for offset in tl.range(0, end - begin, BLOCK):
-        v, edge = last - offset + tl.arange(0, BLOCK), last - offset + BLOCK > vocabulary
-        x = load_logits(student, v, vocabulary, student_cap, edge, LINE)
-        y = load_logits(teacher, v, vocabulary, teacher_cap, edge, LINE)
-        _, _, of_student, here, of_teacher = terms_at(
-            x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED, CENTRED,
-            TEACHER_CENTRED,
-        )  # fmt: skip
-        value += _within(here, v, vocabulary, EXCHANGED)
-        weight += _within(of_student, v, vocabulary, EXCHANGED)
-        if EXCHANGED is not None:
-            teacher_weight += _within(of_teacher, v, vocabulary, EXCHANGED)
+        if _is_clear(last - offset, bounds, place, label, not CENTRED, MEMBERS == LABEL, BLOCK):
+            value, weight, teacher_weight = _add_totals(
+                value, weight, teacher_weight, rows, last - offset, bounds, caps, models, peaks, own, other, label,
+                threshold, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+            )  # fmt: skip
+        else:
+            value, weight, teacher_weight = _add_totals(
+                value, weight, teacher_weight, rows, last - offset, bounds, caps, models, peaks, own, other, label,
+                threshold, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+            )  # fmt: skip
     return tl.sum(value, 0), tl.sum(weight, 0), tl.sum(teacher_weight, 0)
 
 
@@ -76,47 +116,85 @@ def _label_terms(
 
 
 @triton.jit
+def _of_labels(
+    x, start, bounds, label, class_weight, plain_top, plain_log_total, of_q, of_label, of_weight, CLEAR: tl.constexpr,
+    SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block's label terms; the label is in no clear one."""
+    v = start + tl.arange(0, BLOCK)
+    gradient = of_q * tl.exp2((x - plain_top) * LOG2E - plain_log_total * LOG2E)
+    if SMOOTHED and class_weight is not None:
+        inside = (v >= bounds[0]) & (v < bounds[1])
+        gradient -= of_weight * tl.load(class_weight + v, mask=inside, other=0.0)
+    elif SMOOTHED:
+        gradient -= of_weight
+    return gradient if CLEAR else tl.where(v == label, gradient - of_label, gradient)
+
+
+@triton.jit
+def _slope(z, cap):
+    """``∂ capped / ∂z`` of what is capped already."""
+    return 1.0 if cap is None else 1 - (z / cap) * (z / cap)
+
+
+@triton.jit
+def _write_gradient(
+    value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, weights,
+    class_weight, of_labels, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
+    CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr,
+    SMOOTHED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of a block; returns the shares of D, lane by lane, with the block's added."""
+    x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    if rows[1] is not None:
+        y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+        p, q, of_student, here, of_teacher = terms_at(
+            x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, CLEAR, CLOSE,
+            TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
+        )  # fmt: skip
+        value += _within(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
+        if not CENTRED:
+            of_student -= q * weights[0]
+        gradient = scales[0] * of_student
+        if gradients[1] is not None:
+            if not TEACHER_CENTRED:
+                of_teacher -= p * weights[1]
+            store_block(gradients[1], start, bounds, scales[1] * of_teacher * _slope(y, caps[1]), CLEAR, BLOCK, LINE)
+    if gradients[0] is not None:
+        if LABELS:
+            gradient += _of_labels(
+                x, start, bounds, label, class_weight, of_labels[0], of_labels[1], of_labels[2], of_labels[3],
+                of_labels[4], CLEAR, SMOOTHED, BLOCK,
+            )  # fmt: skip
+        store_block(gradients[0], start, bounds, gradient * _slope(x, caps[0]), CLEAR, BLOCK, LINE)
+    return value
+
+
+@triton.jit
 def _gradient(
-    student, teacher, student_gradient, teacher_gradient, class_weight, begin, end, vocabulary, models, peaks, own,
-    other, close, plain_top, plain_log_total, student_scale, teacher_scale, label_scale, weight, teacher_weight, label,
-    threshold, of_q, of_label, of_weight, student_cap, teacher_cap,
-    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    MEMBERS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr,
-    LINE: tl.constexpr,
+    rows, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, scales, weights,
+    class_weight, of_labels, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
+    TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
+    FORWARD: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
     value = tl.zeros([BLOCK], tl.float32)
     last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
     for offset in tl.range(0, end - begin, BLOCK):
         start = begin + offset if FORWARD else last - offset
-        v = start + tl.arange(0, BLOCK)
-        inside, edge = v < vocabulary, start + BLOCK > vocabulary
-        x = load_logits(student, v, vocabulary, student_cap, edge, LINE)
-        gradient = tl.zeros([BLOCK], tl.float32)
-        if teacher is not None:
-            y = load_logits(teacher, v, vocabulary, teacher_cap, edge, LINE)
-            p, q, of_student, here, of_teacher = terms_at(
-                x, y, in_set(y, v, label, threshold, MEMBERS), models, peaks, own, other, close, TERMS, EXCHANGED,
-                CENTRED, TEACHER_CENTRED,
+        if _is_clear(start, bounds, place, label, not CENTRED, LABELS or MEMBERS == LABEL, BLOCK):
+            value = _write_gradient(
+                value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales,
+                weights, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
+                LABELS, SMOOTHED, BLOCK, LINE,
             )  # fmt: skip
-            value += _within(here, v, vocabulary, EXCHANGED)
-            gradient = student_scale * (of_student - q * weight)
-            if teacher_gradient is not None:
-                result = teacher_scale * (of_teacher - p * teacher_weight)
-                if teacher_cap is not None:
-                    result *= 1 - (y / teacher_cap) * (y / teacher_cap)
-                store_gradient(teacher_gradient, v, vocabulary, result, edge, LINE)
-        if student_gradient is not None:
-            if LABELS:
-                of_labels = of_q * exp(x - plain_top - plain_log_total)
-                if SMOOTHED and class_weight is not None:
-                    of_labels -= of_weight * tl.load(class_weight + v, mask=inside, other=0.0)
-                elif SMOOTHED:
-                    of_labels -= of_weight
-                gradient += label_scale * tl.where(v == label, of_labels - of_label, of_labels)
-            if student_cap is not None:
-                gradient *= 1 - (x / student_cap) * (x / student_cap)
-            store_gradient(student_gradient, v, vocabulary, gradient, edge, LINE)
+        else:
+            value = _write_gradient(
+                value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales,
+                weights, class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
+                LABELS, SMOOTHED, BLOCK, LINE,
+            )  # fmt: skip
     return tl.sum(value, 0)
 
 
@@ -170,24 +248,31 @@ def row_kernel(
     SWEEP_2: tl.constexpr = DIVERGENCE and not LATE
     numbers = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
     other_numbers = (other_parameter, other_rest, other_log, other_log_rest, c2, c3, c4, c5, c6, c7, c8)
-    begin, end = 0, vocabulary
-    if PHASE != WHOLE:
-        begin = tl.program_id(1) * span
-        end = tl.minimum(begin + span, vocabulary)
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        student_row = row_at(student, n, inner, student_outer, student_inner)
-        teacher_row, student_gradient_row, teacher_gradient_row = teacher, student_gradient, teacher_gradient
+        student_row, teacher_row = row_at(student, n, inner, student_outer, student_inner), teacher
+        first = first_of(student_row, LINE)  # the same in all of these
+        student_row = line_of(student_row, first, LINE)
+        student_gradient_row, teacher_gradient_row, weight_row = student_gradient, teacher_gradient, class_weight
         if DIVERGENCE:
-            teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
+            teacher_row = line_of(row_at(teacher, n, inner, teacher_outer, teacher_inner), first, LINE)
         if student_gradient is not None:
             student_gradient_row = row_at(student_gradient, n, inner, gradient_outer, gradient_inner)
+            student_gradient_row = line_of(student_gradient_row, first, LINE)
         if teacher_gradient is not None:
-            teacher_gradient_row = teacher_gradient + tl.cast(n, tl.int64) * vocabulary
+            teacher_gradient_row = line_of(teacher_gradient + tl.cast(n, tl.int64) * vocabulary, first, LINE)
+        if class_weight is not None:
+            weight_row = class_weight - first
+        bounds = (first, first + vocabulary)
+        begin, end = 0, first + vocabulary
+        if PHASE != WHOLE:
+            begin = tl.program_id(1) * span
+            end = tl.minimum(begin + span, first + vocabulary)
+        caps = (student_cap, teacher_cap)
         scale = tl.load(row_scale + n)
         if scale == 0:
             if PHASE == WHOLE or PHASE == GRADIENT:
-                zero_row(student_gradient_row, begin, end, vocabulary, BLOCK)
-                zero_row(teacher_gradient_row, begin, end, vocabulary, BLOCK)
+                zero_row(student_gradient_row, begin, end, bounds, BLOCK, LINE)
+                zero_row(teacher_gradient_row, begin, end, bounds, BLOCK, LINE)
                 for part in tl.static_range(3):
                     tl.store(parts + part * rows + n, 0.0)
         else:
@@ -200,15 +285,17 @@ def row_kernel(
                 if not LATE or coefficients is not None:
                     teacher_row = tl.where(of_divergence == 0, student_row, teacher_row)
                     teacher_rate = tl.where(of_divergence == 0, student_rate, teacher_rate)
-            saved, step = partials, rows * SPLITS
+            saved, here, step = partials, partials, rows * SPLITS  # of all spans, and of this one
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS
+                here = saved + tl.program_id(1)
 
-            label, label_logit, pivot = -1, 0.0, 0.0
+            label, known, label_logit, pivot = -1, False, 0.0, 0.0
             if LABELS:
                 label = tl.load(labels + n)
+                known = (label >= 0) & (label < vocabulary)
+                label = tl.where(known, label, -LINE) + first
                 if PHASE == WHOLE or PHASE == STATISTICS:
-                    known = (label >= 0) & (label < vocabulary)
                     label_logit = tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32)
                     label_logit = capped(label_logit, student_cap)
                 else:
@@ -217,16 +304,21 @@ def row_kernel(
 
             if PHASE == WHOLE or PHASE == STATISTICS:
                 statistics = softmaxes_of(
-                    student_row, teacher_row, class_weight, begin, end, vocabulary, student_rate, teacher_rate,
-                    student_cap, teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
+                    student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, student_cap,
+                    teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
                 )  # fmt: skip
             else:
                 statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
             if PHASE == STATISTICS:
-                save(saved + tl.program_id(1), step, statistics)
-                tl.store(saved + tl.program_id(1) + 8 * step, label_logit)
+                save(here, step, statistics)
+                tl.store(here + 8 * step, label_logit)
+                tl.store(here + 12 * step, statistics[8].to(tl.float32, bitcast=True))
+                tl.store(here + 13 * step, statistics[0])
             else:
-                student_top, student_rest, plain_rest, linear, teacher_top, teacher_rest, _, _ = statistics
+                student_top, student_rest, plain_rest, linear, teacher_top, teacher_rest, _, _, place = statistics
+                if PHASE != WHOLE:
+                    place = tl.load(here + 12 * step).to(tl.int32, bitcast=True)
+                    place = tl.where(tl.load(here + 13 * step) == student_top, place, NOWHERE)
                 if not DIVERGENCE:
                     plain_rest = student_rest
                 divergence, weight, teacher_weight = 0.0, 0.0, 0.0
@@ -237,7 +329,8 @@ def row_kernel(
                     other = _with_coefficients(other_numbers, coefficients + 7 * rows + n, -rows)
                     threshold = tl.load(coefficients + 8 * rows + n)
                 if MEMBERS == LABEL:
-                    label_there = capped(tl.load(teacher_row + label).to(tl.float32), teacher_cap)
+                    label_there = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
+                    label_there = capped(label_there, teacher_cap)
                     inside_there = (teacher_top == label_there) & (statistics[7] == label_logit)
                 elif MEMBERS == LARGEST:
                     inside_there = teacher_top >= threshold
@@ -247,23 +340,24 @@ def row_kernel(
                                    CENTRED, TEACHER_CENTRED)  # fmt: skip
                     close = (tl.abs(peaks[0]) < ABOUT_ONE) | (tl.abs(peaks[3]) < ABOUT_ONE)
                 if SWEEP_2 and PHASE != GRADIENT:
-                    divergence, weight, teacher_weight = _totals(
-                        student_row, teacher_row, begin, end, vocabulary, models, peaks, own, other, close, label,
-                        threshold, student_cap, teacher_cap, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK,
-                        LINE,
-                    )  # fmt: skip
+                    sources = (student_row, teacher_row)
+                    if close:
+                        divergence, weight, teacher_weight = _totals(
+                            sources, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, True,
+                            TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+                        )  # fmt: skip
+                    else:
+                        divergence, weight, teacher_weight = _totals(
+                            sources, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold,
+                            False, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+                        )  # fmt: skip
                 if PHASE == TOTALS:
-                    here = saved + tl.program_id(1)
                     tl.store(here + 9 * step, divergence)
                     tl.store(here + 10 * step, weight)
                     tl.store(here + 11 * step, teacher_weight)
                 if SWEEP_2 and PHASE == GRADIENT:
                     divergence, weight = _all(saved + 9 * step, SPLITS), _all(saved + 10 * step, SPLITS)
                     teacher_weight = _all(saved + 11 * step, SPLITS)
-                if CENTRED:
-                    weight = 0.0
-                if TEACHER_CENTRED:
-                    teacher_weight = 0.0
 
                 if PHASE == WHOLE or PHASE == GRADIENT:
                     plain_log_total = log1p(plain_rest)
@@ -273,18 +367,26 @@ def row_kernel(
                         if class_weight is not None:
                             weight_sum = tl.load(class_weight_sum)
                         cross_entropy, squared_lse, of_q, of_label, of_weight = _label_terms(
-                            label, label_logit, student_top, plain_log_total, linear, pivot, class_weight, vocabulary,
-                            tl.load(cross_entropy_scale + n), smoothing, tl.load(z_loss_scale + n), weight_sum,
-                            SMOOTHED,
+                            tl.where(known, label - first, -1), label_logit, student_top, plain_log_total, linear,
+                            pivot, class_weight, vocabulary, tl.load(cross_entropy_scale + n), smoothing,
+                            tl.load(z_loss_scale + n), weight_sum, SMOOTHED,
                         )  # fmt: skip
                     if GRADIENTS:
-                        value = _gradient(
-                            student_row, teacher_row, student_gradient_row, teacher_gradient_row, class_weight, begin,
-                            end, vocabulary, models, peaks, own, other, close, student_top, plain_log_total,
-                            of_divergence * student_rate, of_divergence * teacher_rate, scale, weight, teacher_weight,
-                            label, threshold, of_q, of_label, of_weight, student_cap, teacher_cap, TERMS, EXCHANGED,
-                            CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
-                        )  # fmt: skip
+                        sources, gradients = (student_row, teacher_row), (student_gradient_row, teacher_gradient_row)
+                        scales = (of_divergence * student_rate, of_divergence * teacher_rate)
+                        of_labels = (student_top, plain_log_total, scale * of_q, scale * of_label, scale * of_weight)
+                        if close:
+                            value = _gradient(
+                                sources, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label,
+                                threshold, scales, (weight, teacher_weight), weight_row, of_labels, True, TERMS,
+                                EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
+                            )  # fmt: skip
+                        else:
+                            value = _gradient(
+                                sources, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label,
+                                threshold, scales, (weight, teacher_weight), weight_row, of_labels, False, TERMS,
+                                EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
+                            )  # fmt: skip
                         if LATE:
                             divergence = value
                     if tl.program_id(1) == 0:

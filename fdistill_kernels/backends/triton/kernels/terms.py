@@ -207,11 +207,17 @@ def SkewRkl(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
+def _half_sign(x):
+    """±1/2 of |x| above 2e-39; what is not a number stays so."""
+    x = tl.maximum(x * LARGEST, -0.5, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, 0.5, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def Tvd(e, own, CLOSE: tl.constexpr):
     p, q, _, _, u, _, _, _, _ = e
     apart = difference(p, q, u, CLOSE)
-    half_sign = tl.where(apart > 0, 0.5, tl.where(apart < 0, -0.5, 0.0 * apart))  # the last is 0 or NaN
-    return -q * half_sign, 0.5 * tl.abs(apart)
+    return -q * _half_sign(apart), 0.5 * tl.abs(apart)
 
 
 @triton.jit
