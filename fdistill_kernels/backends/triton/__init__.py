@@ -174,7 +174,6 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     if terms.metrics:
         write_metrics(call, parts, chosen)
 
-
     def phase(number: int, grid: tuple[int, int]) -> None:
         kernels.row_kernel[grid](
             student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=teacher_gradient,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .terms import LN2, LOG2E, log1p, pair
+from .terms import LOG2E, log1p, pair
 
 #: Which entries are in a row's set: none, the label, or the teacher's largest.
 NONE, LABEL, LARGEST = (tl.constexpr(members) for members in range(3))
@@ -27,13 +27,11 @@ def entry_of(x, y, models, u_at_peak, inside):
     teacher_top, teacher_rate, teacher_log_total = models[3], models[4], models[5]
     log_ratio, alike = models[6], models[7]
     q_shifted, p_shifted = (x - student_top) * student_rate, (y - teacher_top) * teacher_rate
-    # to base 2 first, whose exponential is one instruction
     log2_q = (x - student_top) * (student_rate * LOG2E) - student_log_total * LOG2E
     log2_p = (y - teacher_top) * (teacher_rate * LOG2E) - teacher_log_total * LOG2E
-    log_q, log_p = log2_q * LN2, log2_p * LN2
     # of models that nearly agree by their logits' own differences, which are exact
     apart = tl.where(alike, ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
-    return (tl.exp2(log2_p), tl.exp2(log2_q), log_p, log_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak,
+    return (tl.exp2(log2_p), tl.exp2(log2_q), log2_p, log2_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak,
             inside)  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Rows of logits as every sweep reads them, and their gradients as it writes them.
 
-A row lies in lines of 16 bytes, LINE entries each, and need not start with one: it is then read and written by lines from
-the one that it starts in, where its entries are `bounds`, [first, last), and what is beside them is somebody else's. Rows
-that are not to be read by lines, as the models' rows start at different places of theirs, have LINE 1.
+A row lies in lines of 16 bytes, LINE entries each, and need not start with one: it is read and written by lines from the
+one that it starts in, where its entries are `bounds`, [first, last), and what is beside them is somebody else's. LINE is
+1 where rows of the models, or of a gradient, start at different places of their lines: then each entry is by itself.
 """
 
 import triton
@@ -67,7 +67,7 @@ def load_logits(row, v, vocabulary, cap):
 
 @triton.jit
 def _pairs(row, start, BLOCK: tl.constexpr):
-    """A whole block of bfloat16, two in a word, which are two instructions to float32 where one by one they are three."""
+    """A block of bfloat16 by pairs: an instruction each to float32, where one by one the second of a pair takes two."""
     words = tl.load(row.to(tl.pointer_type(tl.int32)) + start // 2 + tl.arange(0, BLOCK // 2))
     low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
     return tl.reshape(tl.join(low, high), [BLOCK])

@@ -6,7 +6,7 @@ import triton.language as tl
 from .entries import entry_of, models_of
 from .loads import capped, load_logits, row_at
 from .softmaxes import softmaxes_of
-from .terms import log1p, times
+from .terms import LN2, log1p, times
 
 FIRST = tl.constexpr(3)  # of the parts
 COUNT = tl.constexpr(6)
@@ -66,8 +66,8 @@ def row_metrics_kernel(
             agreement, entropy, common = 0.0, 0.0, 0.0
             if teacher is not None:
                 agreement = (tl.min(first, 0) == tl.min(other_first, 0)).to(tl.float32)
-                entropy, common = tl.sum(of_teacher, 0), tl.sum(overlap, 0)
-            tl.store(at, scale * tl.sum(of_student, 0))
+                entropy, common = tl.sum(of_teacher, 0) * LN2, tl.sum(overlap, 0)
+            tl.store(at, scale * (tl.sum(of_student, 0) * LN2))
             tl.store(at + rows, scale * entropy)
             tl.store(at + 2 * rows, scale * agreement)
             tl.store(at + 3 * rows, scale * common)

@@ -8,7 +8,7 @@ own[FIRST] and on, with the models exchanged in reverse.
 import triton
 import triton.language as tl
 
-from .terms import SMALLEST_NORMAL, Alpha, Kl, Rkl, Tvd, difference, log1p, power, power_log, times
+from .terms import LN2, LOG2E, SMALLEST_NORMAL, Alpha, Kl, Rkl, Tvd, difference, log1p, power, power_log, times
 
 FIRST, LAST = tl.constexpr(11), tl.constexpr(18)
 
@@ -45,7 +45,7 @@ def Lk(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def RenyiLargest(e, own):
-    """What keeps Σ p^α q^(1−α) in float: its largest logarithm."""
+    """What keeps Σ p^α q^(1−α) in float: its largest logarithm, to base 2."""
     return power_log(e[2], e[3], own[0], own[1])
 
 
@@ -62,7 +62,7 @@ def RenyiCoefficients(sums, own, facts):
     change, total = -own[0] * own[1] * sums[0], sums[1]
     anchor, near = facts[2], tl.abs(change) < 0.5
     slope, of_power = tl.where(near, own[0] / (1 + change), 0.0), tl.where(total > 0, own[0] / total, 0.0 * total)
-    loss = tl.where(near, log1p(tl.where(near, change, 0.0)), tl.log(total) + anchor) / -own[1]
+    loss = tl.where(near, log1p(tl.where(near, change, 0.0)), tl.log(total) + anchor * LN2) / -own[1]
     return slope, loss, anchor, of_power, of_power, anchor, 0.0, slope
 
 
@@ -98,7 +98,7 @@ def AklCoefficients(sums, own, facts):
 @triton.jit
 def EntropyGatedSums(e, own, facts):
     p = e[0]
-    return -times(p, e[2]), 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
+    return -times(p, e[2] * LN2), 0.0 * p, 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _grouped_coefficients(sums, weight, within):
     ratio = apart / tl.maximum(q, SMALLEST_NORMAL)
     little = tl.abs(2 * apart) < q
     u = tl.where(little, log1p(tl.where(little, ratio, 0.0)), tl.log(p) - tl.log(q))
-    _, loss = Kl((p, q, tl.log(p), tl.log(q), u, p, q, u, False), (0.0, 0.0), True)
+    _, loss = Kl((p, q, tl.log2(p), tl.log2(q), u, p, q, u, False), (0.0, 0.0), True)
     u = tl.where(p > 0, u, 0.0)  # nothing of the teacher's is there to be measured
     of_p, of_q = 1 / tl.maximum(p, SMALLEST_NORMAL), 1 / tl.maximum(q, SMALLEST_NORMAL)
     share = times(weight, loss) / tl.maximum(p + q, SMALLEST_NORMAL)
@@ -171,10 +171,20 @@ def DkdCoefficients(sums, own, facts):
 
 @triton.jit
 def GroupedKl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, p_shifted, q_shifted, _, inside = e
+    p, q, log2_p, log2_q, u, p_shifted, q_shifted, _, inside = e
     weight, excess, apart, within = own[FIRST], own[FIRST + 1], own[FIRST + 2], own[FIRST + 6]
     student, value = Kl(e, own, CLOSE)
-    rest = (p * own[FIRST + 3], q * own[FIRST + 4], log_p - apart, log_q, u - apart, p_shifted, q_shifted, 0.0, inside)
+    rest = (
+        p * own[FIRST + 3],
+        q * own[FIRST + 4],
+        log2_p - apart * LOG2E,
+        log2_q,
+        u - apart,
+        p_shifted,
+        q_shifted,
+        0.0,
+        inside,
+    )
     of_rest, value_of_rest = Kl(rest, own, True)
     outside = times(within, of_rest) - weight * times(q, excess)
     value_outside = times(p + q, own[FIRST + 5]) + times(within, value_of_rest)

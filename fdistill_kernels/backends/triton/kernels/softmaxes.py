@@ -1,8 +1,8 @@
 """Sweep 1 of the row kernel: both models' softmaxes, online and lane by lane, and lanes or spans as one.
 
 A lane takes a group of entries at a time, those that one 16-byte load brings to a thread, as a tournament whose winner
-plays against the lane's largest so far. Only losers have an exponential: the largest entry's own 1 never enters a sum that
-may be far below it.
+plays against the lane's largest so far. Only losers have an exponential: the largest entry's own 1 never enters a sum
+that may be far below it.
 """
 
 import triton
@@ -25,7 +25,9 @@ def _round(x):
 
 @triton.jit
 def played(top, x, GROUP: tl.constexpr):
-    """The lanes' new tops, their groups' own, and the losers: one a lane of the last two rounds, two and four before."""
+    """The lanes' new tops, their groups' own, and the losers: of a lane one in the last round and the one before it,
+    two and four in those before.
+    """
     winners = x
     none = tl.zeros([x.shape[0] // GROUP], tl.float32)
     last, two, four = none, none, none
@@ -51,7 +53,7 @@ def _worth(losers, top, rate2, EACH: tl.constexpr):
 
 @triton.jit
 def advanced(rest, top, new, losers, rate2, GROUP: tl.constexpr):
-    """1 + rest = Σ 2^(rate2·(x − top)), whose 1 is the maximum's own, after the losers of a group. An empty sum has rest −1."""
+    """1 + rest = Σ 2^(rate2·(x − top)), whose 1 is the maximum's own, with a group's losers; of nothing rest is −1."""
     rest = rest * tl.exp2((top - new) * rate2) + _worth(losers[0], new, rate2, 1)
     if GROUP >= 2:
         rest += _worth(losers[1], new, rate2, 1)

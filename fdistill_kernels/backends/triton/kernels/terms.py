@@ -1,9 +1,10 @@
 """Each divergence's terms at vocabulary entries, as csrc/divergences.h has them and formulas.py explains them.
 
-A function takes an entry ``(p, q, log_p, log_q, u, p_shifted, q_shifted, u_at_peak, inside)`` and the divergence's
+A function takes an entry ``(p, q, log2_p, log2_q, u, p_shifted, q_shifted, u_at_peak, inside)`` and the divergence's
 constants ``(parameter, rest, log_parameter, log_rest, series...)``, with the row's coefficients behind them where
-row_terms.py asks for them; it returns the student's term and the value. CLOSE: the models agree about a row's peak, so
-that near entries need their series.
+row_terms.py asks for them; it returns the student's term and the value. The models' logarithms are to base 2, whose
+exponential is one instruction; u is log(p/q). CLOSE: the models agree about a row's peak, so that near entries need
+their series.
 """
 
 import triton
@@ -90,32 +91,36 @@ def _log1p_of(t):
 
 @triton.jit
 def _log1p_to_one(x):
-    """log(1 + x), x in [0, 1], within 5e-9 of its own: no quotient."""
-    return x * polynomial(x, (1.0, -4.9999901652e-1, 3.3329963684e-1, -2.4954134226e-1, 1.9675940275e-1,
-                              -1.5305593610e-1, 1.0603656620e-1, -5.6959543377e-2, 1.9851464778e-2,
-                              -3.2440253999e-3))  # fmt: skip
+    """log(1 + x), x in [0, 1], within 3.4e-8 of its own: no quotient."""
+    return x * polynomial(x, (1.0, -4.9999647962e-1, 3.3321322588e-1, -2.4857163397e-1, 1.9153653781e-1,
+                              -1.3753799685e-1, 7.9204502143e-2, -3.0065770514e-2, 5.3648185905e-3))  # fmt: skip
 
 
 @triton.jit
-def _log_sum(a, b, log_a, log_b, u, u_at_peak, near, CLOSE: tl.constexpr):
-    """log(a/b), log(a + b) less log b, and in a row about one, of a near entry, log(1 + near)."""
-    apart = log_a - log_b
-    apart = tl.minimum(tl.where(apart > -LARGEST, apart, -LARGEST), LARGEST)  # of neither a number, which max may keep
+def _log_ratio(log2_p, log2_q, log_of_p, log_of_q):
+    """log2(a/b) of a = p·exp(log_of_p) and b = q·exp(log_of_q); large where that is infinite, or neither is there."""
+    apart = (log2_p - log2_q) + (log_of_p - log_of_q) * LOG2E
+    return tl.where(apart < LARGEST, apart, LARGEST)
+
+
+@triton.jit
+def _log_sum(apart, a, b, u, u_at_peak, near, CLOSE: tl.constexpr):
+    """By log2(a/b): log(a + b) less log b; and in a row about one, of a near entry, log(1 + near)."""
     if CLOSE:
         small, large = tl.where(a < b, a, b), tl.where(a < b, b, a) + SMALLEST_NORMAL
         given = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, tl.abs(u), ABOUT_ONE) < NEAR
         small, large = tl.where(given, near, small), tl.where(given, 1.0, large)
         tail = _log1p_of(small / (large + 0.5 * small))
     else:
-        tail = _log1p_to_one(exp(-tl.abs(apart)))
-    return apart, tail + tl.maximum(apart, 0.0), tail
+        tail = _log1p_to_one(tl.exp2(-tl.abs(apart)))
+    return tl.maximum(apart, 0.0) * LN2 + tail, tail
 
 
 @triton.jit
 def Kl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, _, _ = e
+    p, q, log2_p, log2_q, u, _, _, _, _ = e
     apart = difference(p, q, u, CLOSE)
-    value = times(p, log_p - log_q) - apart
+    value = times(p, (log2_p - log2_q) * LN2) - apart
     if CLOSE:
         value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value)
     return -apart, value
@@ -123,8 +128,8 @@ def Kl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Rkl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, _, _ = e
-    student = times(q, log_q - log_p)
+    p, q, log2_p, log2_q, u, _, _, _, _ = e
+    student = times(q, (log2_q - log2_p) * LN2)
     value = student + (p - q)
     if CLOSE:
         student = _near(u, -q * u, student)
@@ -134,10 +139,10 @@ def Rkl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Jeffreys(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, _, _ = e
-    backward = times(q, log_q - log_p)
+    p, q, log2_p, log2_q, u, _, _, _, _ = e
+    backward = times(q, (log2_q - log2_p) * LN2)
     apart = difference(p, q, u, CLOSE)
-    value = times(p, log_p - log_q) + backward
+    value = times(p, (log2_p - log2_q) * LN2) + backward
     if CLOSE:
         backward = _near(u, -q * u, backward)
         value = _near(u, apart * u, value)
@@ -162,11 +167,11 @@ def _gjs_near(u, q, beta, rest):
 
 @triton.jit
 def Gjs(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
-    a, b = own[0] * p, own[1] * q
-    apart, above_b, _ = _log_sum(a, b, log_p + own[2], log_q + own[3], u, u_at_peak, 0.0, False)
+    p, q, log2_p, log2_q, u, _, _, u_at_peak, _ = e
+    a, b, apart = own[0] * p, own[1] * q, _log_ratio(log2_p, log2_q, own[2], own[3])
+    above_b, _ = _log_sum(apart, a, b, u, u_at_peak, 0.0, False)
     g = above_b
-    value = a * (apart - above_b - own[2]) - b * (above_b + own[3])
+    value = a * (tl.maximum(apart, -LARGEST) * LN2 - above_b - own[2]) - b * (above_b + own[3])
     if CLOSE:
         log_of_q, near_value = _gjs_near(u, q, own[0], own[1])
         g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, _near(u, log_of_q, g + own[3]), g)
@@ -176,11 +181,11 @@ def Gjs(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def SkewKl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, _, u, _, _, u_at_peak, _ = e
+    p, q, log2_p, _, u, _, _, u_at_peak, _ = e
     b = own[1] * q
     m = tl.maximum(own[0] * p + b, SMALLEST_NORMAL)
     apart = difference(p, q, u, CLOSE)
-    value = times(p, log_p - tl.log(m)) - own[1] * apart
+    value = times(p, (log2_p - tl.log2(m)) * LN2) - own[1] * apart
     of = p
     if CLOSE:
         of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
@@ -190,11 +195,11 @@ def SkewKl(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def SkewRkl(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
+    p, q, log2_p, log2_q, u, _, _, u_at_peak, _ = e
     a, b = own[1] * p, own[0] * q
     about_one = tl.abs(u_at_peak) < ABOUT_ONE
     y = own[1] * _excess(u)
-    _, above_b, tail = _log_sum(a, b, log_p + own[3], log_q + own[2], u, u_at_peak, y, CLOSE)
+    above_b, tail = _log_sum(_log_ratio(log2_p, log2_q, own[3], own[2]), a, b, u, u_at_peak, y, CLOSE)
     g = a / (a + b + SMALLEST_NORMAL) - above_b
     value = -q * (above_b + own[2]) + own[1] * (p - q)
     x = a / (b + SMALLEST_NORMAL)
@@ -227,27 +232,27 @@ def _above(w, x, d):
 
 
 @triton.jit
-def power_log(log_p, log_q, a, b):
-    """``log(p^a q^b)``; −inf where neither model has the entry."""
-    neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
-    either = a * tl.maximum(log_p, LOWEST_LOG) + b * tl.maximum(log_q, LOWEST_LOG)
+def power_log(log2_p, log2_q, a, b):
+    """``log2(p^a q^b)``; −inf where neither model has the entry."""
+    neither = (log2_p <= LOWEST_LOG) & (log2_q <= LOWEST_LOG)
+    either = a * tl.maximum(log2_p, LOWEST_LOG) + b * tl.maximum(log2_q, LOWEST_LOG)
     return tl.where(neither, float("-inf"), either)
 
 
 @triton.jit
-def power(log_p, log_q, a, b, less):
-    """``p^a q^b``, its logarithm less a number; 0 where neither model has the entry."""
-    neither = (log_p <= LOWEST_LOG) & (log_q <= LOWEST_LOG)
+def power(log2_p, log2_q, a, b, less):
+    """``p^a q^b``, its logarithm to base 2 less a number; 0 where neither model has the entry."""
+    neither = (log2_p <= LOWEST_LOG) & (log2_q <= LOWEST_LOG)
     # a times finfo.min would overflow; max(NaN, x) may be x
-    log_p = tl.where(log_p < LOWEST_LOG, LOWEST_LOG, log_p)
-    log_q = tl.where(log_q < LOWEST_LOG, LOWEST_LOG, log_q)
-    return tl.where(neither, 0.0, exp(a * log_p + b * log_q - less))
+    log2_p = tl.where(log2_p < LOWEST_LOG, LOWEST_LOG, log2_p)
+    log2_q = tl.where(log2_q < LOWEST_LOG, LOWEST_LOG, log2_q)
+    return tl.where(neither, 0.0, tl.exp2(a * log2_p + b * log2_q - less))
 
 
 @triton.jit
 def Alpha(e, own, CLOSE: tl.constexpr):
-    p, q, log_p, log_q, u, _, _, u_at_peak, _ = e
-    w = power(log_p, log_q, own[0], own[1], 0.0)
+    p, q, log2_p, log2_q, u, _, _, u_at_peak, _ = e
+    w = power(log2_p, log2_q, own[0], own[1], 0.0)
     above_q = _above(w, q, own[0] * u)
     value = above_q / -own[0] - _above(w, p, -own[1] * u) / own[1]
     # the parts of an infinite w have opposite signs
@@ -259,26 +264,26 @@ def Alpha(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def _slope(log_p, log_q, u, base, a, total):
+def _slope(log2_p, log2_q, u, base, a, total):
     """``q^total·(t^a − 1)/a``, and at a = 0 its limit; base: q^total."""
     slope = times(base, u)
     if a != 0:
-        slope = _above(power(log_p, log_q, a, total - a, 0.0), base, a * u) / a
+        slope = _above(power(log2_p, log2_q, a, total - a, 0.0), base, a * u) / a
     return slope
 
 
 @triton.jit
 def Ab(e, own, CLOSE: tl.constexpr):
-    _, _, log_p, log_q, u, _, _, _, _ = e
+    _, _, log2_p, log2_q, u, _, _, _, _ = e
     alpha, beta = own[0], own[1]
     total = alpha + beta
-    base = power(log_p, log_q, 0.0, total, 0.0)
-    one, other = _slope(log_p, log_q, u, base, alpha, total), _slope(log_p, log_q, u, base, total, total)
+    base = power(log2_p, log2_q, 0.0, total, 0.0)
+    one, other = _slope(log2_p, log2_q, u, base, alpha, total), _slope(log2_p, log2_q, u, base, total, total)
     value = times(base, 0.5 * u * u)
     if beta != 0:
         value = (other - one) / beta
     elif alpha != 0:
-        value = (times(power(log_p, log_q, alpha, 0.0, 0.0), u) - one) / alpha
+        value = (times(power(log2_p, log2_q, alpha, 0.0, 0.0), u) - one) / alpha
     value = tl.where(value < 0, 0.0, value)
     value = tl.where((tl.abs(one) == float("inf")) | (tl.abs(other) == float("inf")), float("inf"), value)
     if CLOSE:
@@ -315,14 +320,14 @@ def Triangular(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def Engine(e, own, CLOSE: tl.constexpr):
-    _, q, log_p, _, _, p_shifted, _, _, _ = e
-    return -times(q, p_shifted), -times(q, log_p)
+    _, q, log2_p, _, _, p_shifted, _, _, _ = e
+    return -times(q, p_shifted), -times(q, log2_p * LN2)
 
 
 @triton.jit
 def CrossEntropy(e, own, CLOSE: tl.constexpr):
-    p, q, _, log_q, u, _, _, _, _ = e
-    return -difference(p, q, u, CLOSE), -times(p, log_q)
+    p, q, _, log2_q, u, _, _, _, _ = e
+    return -difference(p, q, u, CLOSE), -times(p, log2_q * LN2)
 
 
 BY_SYMBOL = {
@@ -337,14 +342,14 @@ def pair(e, own, other, u_at_teacher_peak, TERMS: tl.constexpr, EXCHANGED: tl.co
 
     A user's own TERMS, without EXCHANGED's symbol, are a pair ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``.
     """
-    p, q, log_p, log_q, u, p_shifted, q_shifted, _, inside = e
+    p, q, log2_p, log2_q, u, p_shifted, q_shifted, _, inside = e
     if EXCHANGED == "own":
-        student, teacher = TERMS(p, q, log_p, log_q, own[0])
+        student, teacher = TERMS(p, q, log2_p * LN2, log2_q * LN2, own[0])
         value = student + teacher
     else:
         student, value = TERMS(e, own, CLOSE)
         teacher = student
         if EXCHANGED is not None:
-            exchanged = (q, p, log_q, log_p, -u, q_shifted, p_shifted, -u_at_teacher_peak, inside)
+            exchanged = (q, p, log2_q, log2_p, -u, q_shifted, p_shifted, -u_at_teacher_peak, inside)
             teacher, _ = EXCHANGED(exchanged, other, CLOSE)
     return student, value, teacher

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .heads import head_logits
-from .terms import exp, pair, times
+from .terms import LOG2E, exp, pair, times
 
 BLOCK = 128
 TOTALS, GRADIENT = tl.constexpr(0), tl.constexpr(1)
@@ -138,9 +138,10 @@ def tile_kernel(
                         result -= tl.where(v[None, :] == label, _fact(facts, OF_LABEL, n, rows), 0.0)
                 if teacher is not None:
                     log_q = (z - student_top) * student_rate - student_log_total
-                    p, q = exp(log_p), exp(log_q)
+                    log2_p, log2_q = log_p * LOG2E, log_q * LOG2E
+                    p, q = tl.exp2(log2_p), tl.exp2(log2_q)
                     # without the row's peak, which no sweep looks for, and series, for which there are no registers
-                    entry = (p, q, log_p, log_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
+                    entry = (p, q, log2_p, log2_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
                     own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
                     of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
                     if PHASE == TOTALS:
