@@ -3,9 +3,9 @@
     python -m benchmarks.counts [--out FILE]     prints the table, and writes it
 
 Triton's kernels are compiled here ahead of time. A sweep is a loop that loads logits; its instructions are counted
-along the shortest and the longest way through it, since rows whose models agree about a peak (`close`) take other
-formulas, and divided by the entries that its loads bring. A multiprocessor issues 128 lanes of instructions a cycle and
-16 of MUFU.
+along the shortest way through it, that of blocks within a row without its peak and label, and divided by the entries
+that their loads bring. Sweeps after the first are there twice: rows whose models agree about a peak (`close`) take other
+formulas, and more instructions. A multiprocessor issues 128 lanes of instructions a cycle and 16 of MUFU.
 
 Predicted time of N×V: the larger of issue, at ISSUE of its rate, and memory at the copy rate, of three passes over N·V
 and the sweeps that L2 does not hold. What a card says may differ: nothing here waits, no latency is hidden or shown.
@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Of a loop, per entry of both models: instructions and MUFU along the shortest and the longest way."""
+    """Of a loop, per entry of both models: instructions, those of close rows, and MUFU; and its loads by their width."""
 
     entries: int
-    shortest: float
-    longest: float
+    instructions: float
+    close: float
     mufu: float
     loads: dict[str, int]
 
@@ -79,38 +79,45 @@ def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
             yield [x for x in code if first <= x.address <= last]
 
 
-def ways(body: list[Instruction], opcodes: str = "") -> tuple[int, int]:
-    """The fewest and the most instructions, of opcodes that begin so, from a loop's first to its last."""
+def shortest(body: list[Instruction]) -> list[Instruction]:
+    """The fewest instructions that lead from a loop's first to its last."""
     places = {x.address: i for i, x in enumerate(body)}
-    least, most = [0] * len(body), [0] * len(body)
+    length, after = [0] * len(body), [len(body)] * len(body)
     for i in range(len(body) - 1, -1, -1):
-        x, after = body[i], []
+        x, next_ones = body[i], []
         if i + 1 < len(body) and not (x.target is not None and not x.conditional):
-            after.append(i + 1)
-        if x.target is not None and x.target in places and places[x.target] > i:
-            after.append(places[x.target])
-        own = x.opcode.startswith(opcodes)
-        least[i] = own + min((least[j] for j in after), default=0)
-        most[i] = own + max((most[j] for j in after), default=0)
-    return least[0], most[0]
+            next_ones.append(i + 1)
+        if x.target is not None and places.get(x.target, 0) > i:
+            next_ones.append(places[x.target])
+        if next_ones:
+            after[i] = min(next_ones, key=length.__getitem__)
+            length[i] = length[after[i]]
+        length[i] += 1
+    way, i = [], 0
+    while i < len(body):
+        way.append(body[i])
+        i = after[i]
+    return way
 
 
 def sweeps(sass: str, models: int, itemsize: int) -> list[Sweep]:
     """The loops of a function that load logits, in order."""
     found = []
     for body in loops(instructions(sass)):
-        loads: dict[str, int] = {}
-        for x in body:
+        way, loads = shortest(body), {}
+        for x in way:
             if x.opcode.startswith("LDG"):
                 width = next((part for part in x.opcode.split(".") if part in WIDTH), "32")
                 loads[width] = loads.get(width, 0) + 1
         entries = sum(WIDTH.get(width, 4) * count for width, count in loads.items()) // (models * itemsize)
-        if entries < 4:
-            continue
-        (shortest, longest), (mufu, _) = ways(body), ways(body, "MUFU")
-        each = round(shortest / entries, 1), round(longest / entries, 1), round(mufu / entries, 2)
-        found.append(Sweep(entries, *each, loads))
-    return found
+        if entries >= 4:
+            mufu = sum(x.opcode.startswith("MUFU") for x in way)
+            found.append(Sweep(entries, round(len(way) / entries, 1), 0.0, round(mufu / entries, 2), loads))
+    later = found[1:]
+    if models == 2:
+        later = [sorted(pair, key=lambda s: s.instructions) for pair in zip(later[::2], later[1::2], strict=True)]
+        later = [replace(far, close=close.instructions) for far, close in later]
+    return [replace(s, close=s.close or s.instructions) for s in (found[0], *later)]
 
 
 def predicted(found: list[Sweep], rows: int, vocabulary: int, card: Card, programs: int, models: int = 2,
@@ -120,7 +127,7 @@ def predicted(found: list[Sweep], rows: int, vocabulary: int, card: Card, progra
     programs: rows that are swept at a time; what of them L2 cannot hold is read again by every later sweep.
     """
     entries = rows * vocabulary
-    lanes = sum(max(s.longest if close else s.shortest, 8 * ISSUE * s.mufu) for s in found)
+    lanes = sum(max(s.close if close else s.instructions, 8 * ISSUE * s.mufu) for s in found)
     issue = entries * lanes / (card.processors * 128 * card.clock * ISSUE)
     floor = entries * itemsize * (models + 1) / card.copy
     resident = programs * vocabulary * itemsize * models
@@ -149,7 +156,7 @@ def measured() -> dict[str, Any]:
         models = 1 if arguments["symbol"] is None else 2
         found = sweeps(sass, models, 2)
         entry: dict[str, Any] = {"registers": aot.registers(usage), "sweeps": [asdict(s) for s in found]}
-        entry |= {way: round(sum(getattr(s, way) for s in found), 1) for way in ("shortest", "longest", "mufu")}
+        entry |= {way: round(sum(getattr(s, way) for s in found), 1) for way in ("instructions", "close", "mufu")}
         for vocabulary in (128256, 32000) if "V" not in name else (50257,):
             launch = aot.launch.heuristic(8192, vocabulary, 2, aot.TARGETS["sm_90"][1])
             for close in (False, True):
@@ -169,9 +176,9 @@ def main() -> None:
     args = parser.parse_args()
     table = measured()
     for name, entry in table.items():
-        each = " + ".join(f"{s['shortest']}..{s['longest']}" for s in entry["sweeps"])
+        each = " + ".join(f"{s['instructions']}..{s['close']}" for s in entry["sweeps"])
         ratios = "  ".join(f"{k}: {v['over_floor']}" for k, v in entry.items() if k.startswith("V"))
-        print(f"{name:16s} {each} = {entry['shortest']}..{entry['longest']}  MUFU {entry['mufu']}  "
+        print(f"{name:16s} {each} = {entry['instructions']}..{entry['close']}  MUFU {entry['mufu']}  "
               f"registers {entry['registers']}  ÷ floor {ratios}")  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps({"triton": triton.__version__, "card": asdict(H100), "table": table}, indent=1))

@@ -1,8 +1,8 @@
 """Rows of logits as every sweep reads them, and their gradients as it writes them.
 
-A row lies in lines of 16 bytes, LINE entries each, and need not start with one: it is read and written by lines from the
-one that it starts in, where its entries are `bounds`, [first, last), and what is beside them is somebody else's. LINE is
-1 where rows of the models, or of a gradient, start at different places of their lines: then each entry is by itself.
+A row lies in lines of 16 bytes, LINE entries each, and need not start with one: it is read and written by lines from
+the one that it starts in, where its entries are `bounds`, [first, last), and what is beside them is somebody else's.
+LINE is 1 where rows of the models, or of a gradient, start at different places of lines: each entry is then by itself.
 """
 
 import triton

@@ -42,25 +42,35 @@ def played(top, x, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _worth(losers, top, rate2, EACH: tl.constexpr):
-    """Σ 2^(rate2·(loser − top)) over EACH losers of a lane."""
-    if EACH == 1:
-        return tl.exp2((losers - top) * rate2)
-    else:
-        one, other = tl.split(tl.reshape(losers, [losers.shape[0] // 2, 2]))
-        return _worth(one, top, rate2, EACH // 2) + _worth(other, top, rate2, EACH // 2)
+def _worth(losers, top, rate2):
+    """``2^(rate2·(loser − top))``."""
+    return tl.exp2((losers - top) * rate2)
+
+
+@triton.jit
+def _worth_of_two(losers, top, rate2):
+    """Its sum over two losers a lane."""
+    one, other = tl.split(tl.reshape(losers, [losers.shape[0] // 2, 2]))
+    return _worth(one, top, rate2) + _worth(other, top, rate2)
+
+
+@triton.jit
+def _worth_of_four(losers, top, rate2):
+    """Its sum over four losers a lane."""
+    one, other = tl.split(tl.reshape(losers, [losers.shape[0] // 2, 2]))
+    return _worth_of_two(one, top, rate2) + _worth_of_two(other, top, rate2)
 
 
 @triton.jit
 def advanced(rest, top, new, losers, rate2, GROUP: tl.constexpr):
     """1 + rest = Σ 2^(rate2·(x − top)), whose 1 is the maximum's own, with a group's losers; of nothing rest is −1."""
-    rest = rest * tl.exp2((top - new) * rate2) + _worth(losers[0], new, rate2, 1)
+    rest = rest * _worth(top, new, rate2) + _worth(losers[0], new, rate2)
     if GROUP >= 2:
-        rest += _worth(losers[1], new, rate2, 1)
+        rest += _worth(losers[1], new, rate2)
     if GROUP >= 4:
-        rest += _worth(losers[2], new, rate2, 2)
+        rest += _worth_of_two(losers[2], new, rate2)
     if GROUP == 8:
-        rest += _worth(losers[3], new, rate2, 4)
+        rest += _worth_of_four(losers[3], new, rate2)
     return rest
 
 

@@ -31,6 +31,12 @@ def exp(x):
 
 
 @triton.jit
+def minus(x):
+    """−x by its sign alone; −x as such is 0 − x to older Triton."""
+    return x * -1.0
+
+
+@triton.jit
 def times(x, y):
     """``x·y`` with 0·y = 0 for infinite or undefined y."""
     return tl.where(x == 0, 0.0, x * y)
@@ -112,18 +118,18 @@ def _log_sum(apart, a, b, u, u_at_peak, near, CLOSE: tl.constexpr):
         small, large = tl.where(given, near, small), tl.where(given, 1.0, large)
         tail = _log1p_of(small / (large + 0.5 * small))
     else:
-        tail = _log1p_to_one(tl.exp2(-tl.abs(apart)))
+        tail = _log1p_to_one(tl.exp2(minus(tl.abs(apart))))
     return tl.maximum(apart, 0.0) * LN2 + tail, tail
 
 
 @triton.jit
 def Kl(e, own, CLOSE: tl.constexpr):
     p, q, log2_p, log2_q, u, _, _, _, _ = e
-    apart = difference(p, q, u, CLOSE)
-    value = times(p, (log2_p - log2_q) * LN2) - apart
+    less = minus(difference(p, q, u, CLOSE))
+    value = times(p, (log2_p - log2_q) * LN2) + less
     if CLOSE:
         value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value)
-    return -apart, value
+    return less, value
 
 
 @triton.jit
@@ -176,7 +182,7 @@ def Gjs(e, own, CLOSE: tl.constexpr):
         log_of_q, near_value = _gjs_near(u, q, own[0], own[1])
         g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, _near(u, log_of_q, g + own[3]), g)
         value = _near(u, near_value, value)
-    return -b * g, value
+    return minus(b * g), value
 
 
 @triton.jit
@@ -190,7 +196,7 @@ def SkewKl(e, own, CLOSE: tl.constexpr):
     if CLOSE:
         of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
         value = _near(u, q * _series(_excess(u), own), value)
-    return -of * (b / m), value
+    return minus(of * (b / m)), value
 
 
 @triton.jit
@@ -222,7 +228,7 @@ def _half_sign(x):
 def Tvd(e, own, CLOSE: tl.constexpr):
     p, q, _, _, u, _, _, _, _ = e
     apart = difference(p, q, u, CLOSE)
-    return -q * _half_sign(apart), 0.5 * tl.abs(apart)
+    return minus(q * _half_sign(apart)), 0.5 * tl.abs(apart)
 
 
 @triton.jit
@@ -315,7 +321,7 @@ def Triangular(e, own, CLOSE: tl.constexpr):
     g = 4 * r * r
     if CLOSE:
         g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, apart / total * (s + 3 * r), g)
-    return -q * g, apart / total * apart
+    return minus(q * g), apart / total * apart
 
 
 @triton.jit
