@@ -67,7 +67,9 @@ def test_masks_weights_strides_and_in_place(name, backend):
     broken.requires_grad_()
     loss, clean = (fk.f_divergence(s, t, name, **keywords) for s, t in ((broken, other), (student, teacher)))
     (gradient,), (expected,) = (torch.autograd.grad(x, i) for x, i in ((loss, broken), (clean, student)))
-    assert torch.equal(loss, clean) and torch.equal(gradient, expected) and (gradient[2] == 0).all()
+    # Triton's sums follow the 16-byte lines that rows lie in, which are not the same in a copy
+    close = 1e-6 if "triton" in backend else 0.0
+    assert relative(loss, clean) <= close and relative(gradient, expected) <= close and (gradient[2] == 0).all()
     exact = student.detach().double().requires_grad_()
     rows = f_divergence_rows(exact, teacher.double(), name, 1.5, labels=labels.clamp_min(0))
     rows = rows + 0.3 * torch.nn.functional.cross_entropy(exact, labels, reduction="none")
@@ -76,7 +78,7 @@ def test_masks_weights_strides_and_in_place(name, backend):
     assert relative(expected, torch.autograd.grad(whole, exact)[0]) < 2e-5
     leaf = student.detach().clone().contiguous().requires_grad_()
     (overwritten,) = torch.autograd.grad(fk.f_divergence(leaf, teacher, name, inplace=True, **keywords), leaf)
-    assert torch.equal(overwritten, expected)
+    assert relative(overwritten, expected) <= close
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -39,7 +39,7 @@ def _is_clear(start, bounds, place, label, PEAK: tl.constexpr, LABELLED: tl.cons
 def _set_of(y, start, label, threshold, CLEAR: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
     """Whether a block's entries are in the row's set; no label is in a clear one."""
     if MEMBERS == LABEL and CLEAR:
-        return False
+        return tl.zeros([BLOCK], tl.int1)
     else:
         return in_set(y, start + tl.arange(0, BLOCK), label, threshold, MEMBERS)
 
