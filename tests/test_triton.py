@@ -9,7 +9,10 @@ import triton.language as tl
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
+from fdistill_kernels.backends import triton as triton_backend
+from fdistill_kernels.backends.rows import RowCall, TokenTerms
 from fdistill_kernels.backends.triton import launch, why_not
+from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.verify import verify
 
 from .conftest import reference, relative
@@ -94,6 +97,71 @@ def test_vocabularies_and_launches_change_nothing(vocabulary, splits, monkeypatc
         (gradient,) = torch.autograd.grad(got, student)
         assert relative(got, loss) < 1e-5 or vocabulary == 1
         assert relative(gradient, expected_gradient) < 1e-5 or vocabulary == 1
+
+
+LINE = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
+
+
+@pytest.mark.parametrize("dtype", LINE, ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0), (3, 3), (5, 2)], ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_start_anywhere_in_their_lines(dtype, offsets, splits, monkeypatch):
+    """Both models' at the same places, or not; nothing beside a row is read as its own, or written."""
+    vocabulary, beside, lines, original = 203, 11, [], triton_backend._line
+    monkeypatch.setattr(triton_backend, "_line", lambda *a: lines.append(original(*a)) or lines[-1])
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2, splits))
+    buffers = [torch.full((2000,), 1e4).to(dtype) for _ in offsets]
+    student, teacher = (
+        b[16 + k :].as_strided((1, 5, vocabulary), (0, vocabulary + beside, 1))
+        for b, k in zip(buffers, offsets, strict=True)
+    )
+    for x in (student, teacher):
+        x.copy_(2 * torch.randn(x.shape))
+    x, t = student[0].clone(), teacher[0].clone()
+    labels = torch.tensor([0, 202, 77, 63, 64])
+    ones, untouched = torch.ones(5), buffers[0].clone()
+    terms = TokenTerms(ones, ones, ones, ones, 0.5 * ones, 0 * ones, labels, None, fk.TABLE["js"], 0.0)
+    parts, *_ = triton_backend.divergence_rows(RowCall(student, teacher, terms, student_gradient=True, inplace=True))
+    assert lines == [LINE[dtype] if offsets[0] == offsets[1] else 1]
+    exact = x.double().requires_grad_()
+    divergence = f_divergence_rows(exact, t.double(), "js")
+    loss = divergence.sum() + 0.5 * torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
+    torch.testing.assert_close(parts[0].double(), divergence.detach(), rtol=1e-5, atol=1e-6)
+    error = relative(student[0], torch.autograd.grad(loss, exact)[0])
+    assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    student.copy_(x)
+    assert torch.equal(buffers[0], untouched)
+
+
+TIES = [(3, 4), (3, 3 + 8), (3, 3 + 256), (3, 130), (7, 499)]
+
+
+@pytest.mark.parametrize(
+    "name, peaks", [*((name, tie) for name in ("rkl", "js") for tie in TIES), *((n, (299,)) for n in PASSES)], ids=str
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_peaks_far_above_the_rest_keep_the_rest_s_digits(name, peaks, splits, monkeypatch):
+    """Alone, or a tie within a group of entries, a lane, a block, or none of them: both models are the same there."""
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(256, 1, 2, splits))
+    student, teacher = torch.randn(3, 700), torch.randn(3, 700)
+    for x in (student, teacher):
+        x[:, list(peaks)] = 30.0
+    student.requires_grad_()
+    loss, expected, _ = reference(student, teacher, name)
+    got = fk.f_divergence(student, teacher, name, reduction="sum", backend="triton")
+    assert relative(got, loss) < 1e-4 and 0 < loss < 1e-7
+    assert relative(torch.autograd.grad(got, student)[0], expected) < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_told(value):
+    logits = torch.randn(2, 300)
+    logits[0, 77] = value
+    logits.requires_grad_()
+    losses = fk.cross_entropy(logits, torch.tensor([5, 5]), reduction="none", backend="triton")
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert not losses[0].isfinite() and losses[1].isfinite()
+    assert gradient[0].isnan().any() and gradient[1].isfinite().all()
 
 
 H100 = launch.Device("H100", 132, 50 << 20)
