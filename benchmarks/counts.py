@@ -4,11 +4,11 @@
 
 Triton's kernels are compiled here ahead of time. A sweep is a loop that loads logits; its instructions are counted
 along the shortest way through it, that of blocks within a row without its peak and label, and divided by the entries
-that their loads bring. Sweeps after the first are there twice: rows whose models agree about a peak (`close`) take other
-formulas, and more instructions. A multiprocessor issues 128 lanes of instructions a cycle and 16 of MUFU.
+that their loads bring. Sweeps after the first are there twice: rows whose models agree about a peak (`close`) have
+formulas of their own. A multiprocessor issues 128 lanes of instructions a cycle and 16 of MUFU.
 
-Predicted time of N×V: the larger of issue, at ISSUE of its rate, and memory at the copy rate, of three passes over N·V
-and the sweeps that L2 does not hold. What a card says may differ: nothing here waits, no latency is hidden or shown.
+Predicted time of N×V: the larger of issue, at a share of its rate, and memory at the copy rate, of three passes over
+N·V and the sweeps that L2 does not hold. A card may say otherwise: nothing here waits, no latency is hidden or shown.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-#: Of the issue rate, assumed: warps wait for L2 and each other.
-ISSUE = 0.5
+#: Of the issue rate, by programs on a multiprocessor; assumed: warps wait for memory and each other.
+ISSUE = {1: 0.5, 2: 0.7}
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1}
 
@@ -52,7 +52,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Of a loop, per entry of both models: instructions, those of close rows, and MUFU; and its loads by their width."""
+    """Of a loop, per entry of both models: instructions, those of close rows, and MUFU; and loads by their width."""
 
     entries: int
     instructions: float
@@ -127,8 +127,9 @@ def predicted(found: list[Sweep], rows: int, vocabulary: int, card: Card, progra
     programs: rows that are swept at a time; what of them L2 cannot hold is read again by every later sweep.
     """
     entries = rows * vocabulary
-    lanes = sum(max(s.close if close else s.instructions, 8 * ISSUE * s.mufu) for s in found)
-    issue = entries * lanes / (card.processors * 128 * card.clock * ISSUE)
+    share = ISSUE[min(2, programs // card.processors)]
+    lanes = sum(max(s.close if close else s.instructions, 8 * share * s.mufu) for s in found)
+    issue = entries * lanes / (card.processors * 128 * card.clock * share)
     floor = entries * itemsize * (models + 1) / card.copy
     resident = programs * vocabulary * itemsize * models
     missed = max(0.0, 1 - 0.6 * card.l2 / resident)
@@ -158,7 +159,8 @@ def measured() -> dict[str, Any]:
         entry: dict[str, Any] = {"registers": aot.registers(usage), "sweeps": [asdict(s) for s in found]}
         entry |= {way: round(sum(getattr(s, way) for s in found), 1) for way in ("instructions", "close", "mufu")}
         for vocabulary in (128256, 32000) if "V" not in name else (50257,):
-            launch = aot.launch.heuristic(8192, vocabulary, 2, aot.TARGETS["sm_90"][1])
+            symbol = arguments["symbol"] or "labels"
+            launch = aot.launch.heuristic(8192, vocabulary, 2, aot.TARGETS["sm_90"][1], symbol)
             for close in (False, True):
                 said = predicted(found, 8192, vocabulary, H100, launch.programs, models, close=close)
                 key = f"V = {vocabulary}{', close' if close else ''}"

@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdistill_kernels.backends.triton import CONSTANTS, HEAVY, OTHERS, cut, functions, launch
+from benchmarks import counts
+from fdistill_kernels.backends.triton import CONSTANTS, OTHERS, cut, functions, launch
 from fdistill_kernels.backends.triton.kernels import (
     head_statistics,
     rest,
@@ -35,10 +36,22 @@ from fdistill_kernels.divergences import by_key
 
 RESULTS = Path(__file__).with_suffix("")
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("A100", 108, 40 << 20, without_wide_products=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("H100", 132, 50 << 20, generation=9)),
-    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("B200", 148, 126 << 20, generation=10)),
-    "sm_120": (GPUTarget("cuda", 120, 32), launch.Device("RTX 5090", 170, 96 << 20, without_wide_products=True)),
+    "sm_80": (
+        GPUTarget("cuda", 80, 32),
+        launch.Device("A100", 108, 40 << 20, without_wide_products=True, registers=launch.REGISTERS),
+    ),
+    "sm_90": (
+        GPUTarget("cuda", 90, 32),
+        launch.Device("H100", 132, 50 << 20, generation=9, registers=launch.REGISTERS),
+    ),
+    "sm_100": (
+        GPUTarget("cuda", 100, 32),
+        launch.Device("B200", 148, 126 << 20, generation=10, registers=launch.REGISTERS),
+    ),
+    "sm_120": (
+        GPUTarget("cuda", 120, 32),
+        launch.Device("RTX 5090", 170, 96 << 20, without_wide_products=True, registers=launch.REGISTERS),
+    ),
     "gfx942": (GPUTarget("hip", "gfx942", 64), launch.Device("MI300X", 304, 4 << 20, lanes=64)),
 }
 
@@ -47,7 +60,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
                 lines=True, card=None):  # fmt: skip
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
-    chosen = launch.heuristic(8192, vocabulary, itemsize, card, "teacher" in gradients or symbol in HEAVY)
+    chosen = launch.heuristic(8192, vocabulary, itemsize, card, symbol or "labels", "teacher" in gradients)
     logits, f32 = f"*{dtype}", "*fp32"
     labelled, weighted = labels is not None or symbol == "Dkd", labels == "smoothed"
     types = {
@@ -73,12 +86,12 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
     parts = (symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower(),
              "capped" if capped else None, None if lines else "views")  # fmt: skip
     name = "/".join(filter(None, parts))
-    return name, rows.row_kernel, types, constants, chosen.warps
+    return name, rows.row_kernel, types, constants, chosen.options
 
 
 def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256, card=None):
     """The same for what a divergence asks of its rows."""
-    chosen = launch.heuristic(8192, vocabulary, 2, card, symbol in HEAVY)
+    chosen = launch.heuristic(8192, vocabulary, 2, card, symbol)
     sums, coefficients = row_terms.STATISTICS[symbol]
     divergence = by_key(f"{symbol} 0.5 1.0 0.5")
     types = {
@@ -94,7 +107,7 @@ def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256, card
         "SUMS": sums, "OF_SUMS": coefficients, "LARGEST_OF": row_terms.LARGEST.get(symbol), "MEMBERS": functions(divergence, False)["MEMBERS"],
         "BY": int(divergence.statistics.members == "mass"), "BLOCK": chosen.block,
     }  # fmt: skip
-    return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.warps
+    return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.options
 
 
 def metrics_variant(teacher, vocabulary=128256, card=None):
@@ -125,7 +138,7 @@ def rest_variant(rest_kernel, dtype="bf16", labels=False, capped=False, vocabula
     types = {n: types.get(n, i32) for n in function.arg_names if n not in constants}
     shown = rest_kernel.removesuffix("_kernel").replace("_", "/")
     name = "/".join(filter(None, (shown, dtype, "labels" if labels else None, "capped" if capped else None)))
-    return name, function, types, constants, chosen.warps
+    return name, function, types, constants, chosen.options
 
 
 def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=None, live=True, share=False,
@@ -164,7 +177,13 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
     parts = (kernel, symbol, dtype, labels, phase.lower() if kernel == "tile_kernel" else None, None if live else "all",
              "shares" if share else None)  # fmt: skip
     constants = {k: v for k, v in constants.items() if k in names}
-    return "/".join(filter(None, parts)), function, types, constants, 8 * 32 // card.lanes
+    return (
+        "/".join(filter(None, parts)),
+        function,
+        types,
+        constants,
+        {"num_warps": 8 * 32 // card.lanes, **launch.ALWAYS},
+    )
 
 
 VARIANTS = [
@@ -201,7 +220,7 @@ def compiled(arguments, target_name):
     """One variant for one target, and its name."""
     target, card = TARGETS[target_name]
     kind = next((known for asked, known in KINDS.items() if asked in arguments), metrics_variant)
-    name, function, types, constants, warps = kind(**arguments, card=card)
+    name, function, types, constants, options = kind(**arguments, card=card)
     names = function.arg_names
     signature = {n: types[n] if types.get(n) else "constexpr" for n in names}
     constants.update({n: None for n in names if n in types and types[n] is None})
@@ -212,8 +231,7 @@ def compiled(arguments, target_name):
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible if names[i] not in odd}
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     stages = cut.stages(card) if "kernel" in arguments else 2 if target.backend == "hip" else 3
-    options = {"num_warps": warps, "num_stages": stages, **launch.ALWAYS}
-    return triton.compile(source, target=target, options=options), name
+    return triton.compile(source, target=target, options={"num_stages": stages, **options}), name
 
 
 def compile_one(job):
@@ -247,11 +265,18 @@ def resources_nvidia(compiled):
     return {
         "registers": registers(usage),
         "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "aside": put_aside(code),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.\S*128", code)),
         "wide_stores": len(re.findall(r"\bSTG\.\S*128", code)),
         "double": len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b", code)),
         "matrix": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code)),
     }
+
+
+def put_aside(code):
+    """The largest share of a loop's instructions that move what registers do not hold, along its shortest way."""
+    ways = [counts.shortest(body) for body in counts.loops(counts.instructions(code))]
+    return max((round(sum(x.opcode.startswith(("LDL", "STL")) for x in way) / len(way), 2) for way in ways), default=0)
 
 
 @contextlib.contextmanager

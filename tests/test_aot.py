@@ -14,7 +14,7 @@ from .conftest import WHOLE
 TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("aot").glob("*.json"))}
 
 
-#: Bytes put aside once: of a row before its sweeps, of a tile beside its products.
+#: Bytes put aside once, of a tile beside its products.
 PUT_ASIDE = {
     "3.9.0": {"tile_kernel/Gjs/bf16/totals @ sm_100": 8, "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16},
     "3.4.0": {
@@ -36,9 +36,14 @@ PUT_ASIDE = {
 
 
 def faults(table, version):
-    """What no kernel may have: spills, double precision by accident, narrow loads, products without tensor cores."""
+    """What no kernel may have: spills, double precision by accident, narrow loads, products without tensor cores. Rows
+    may put something aside: two programs share a multiprocessor's registers. In a sweep it is a tenth at most.
+    """
     for name, found in table.items():
-        if found["spill_bytes"] > PUT_ASIDE.get(version, {}).get(name, 0) or found["double"] or not found["wide_loads"]:
+        spilled = found["spill_bytes"] > PUT_ASIDE.get(version, {}).get(name, 0)
+        if "aside" in found and "_kernel/" not in name:
+            spilled = found["aside"] > 0.1
+        if spilled or found["double"] or not found["wide_loads"]:
             yield name, found
         if "_kernel/" in name and "fp32" not in name and not found["matrix"]:
             yield name, "no tensor-core instruction", found
@@ -79,6 +84,6 @@ def test_instructions_of_an_entry_are_those_of_the_table(tmp_path):
     now, committed = (json.loads(p.read_text()) for p in (path, Path(__file__).with_name("counts.json")))
     for name, found in now["table"].items():
         before = committed["table"][name]
-        assert found["sweeps"] and all(s["loads"].get("128") or "V" in name for s in found["sweeps"]), (name, found)
+        assert found["sweeps"] and all(s["loads"].get("128") or "views" in name for s in found["sweeps"]), (name, found)
         if now["triton"] == committed["triton"]:
-            assert all(found[way] <= before[way] for way in ("shortest", "longest", "mufu")), (name, before, found)
+            assert all(found[way] <= before[way] for way in ("instructions", "close", "mufu")), (name, before, found)

@@ -18,7 +18,7 @@ from ...row_formulas import KERNELS
 from ..collectives import Collectives
 from ..rows import VECTORS, RowCall, TokenTerms
 from . import launch
-from .launch import ALWAYS, LINE_BYTES, Launch
+from .launch import LINE_BYTES, Launch
 
 #: Asked once: compilers cannot trace the question.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -33,8 +33,6 @@ def _interpreter_trouble() -> str | None:
     return None
 
 
-#: Symbols whose registers would spill in a program of 16 warps, as a trained teacher's do.
-HEAVY = ("SkewRkl", "SkewKl", "Akl")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,8 +129,8 @@ def _launch(call: RowCall) -> Launch:
     rows, vocabulary = call.terms.row_scale.shape[0], call.student.shape[2]
     if call.shard.group:  # the same for all ranks, though their shards may differ
         vocabulary = -(-call.shard.size // Collectives(call.shard.group).ranks)
-    heavy = call.teacher_gradient or symbol in HEAVY
-    return launch.choose(rows, vocabulary, call.student.element_size(), call.student.device, symbol, heavy)
+    size, device = call.student.element_size(), call.student.device
+    return launch.choose(rows, vocabulary, size, device, symbol, call.teacher_gradient)
 
 
 def takes_split(call: RowCall) -> bool:
@@ -185,7 +183,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
             smoothing=terms.label_smoothing, class_weight_sum=class_weight_sum,
             **arguments(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
-            BLOCK=chosen.block, LINE=line, num_warps=chosen.warps, **ALWAYS,
+            BLOCK=chosen.block, LINE=line, **chosen.options,
         )  # fmt: skip
 
     with launch.on(student.device):
@@ -275,7 +273,7 @@ def _over_rows(kernel: Any, student: Tensor, row_scale: Tensor, chosen: Launch, 
     with launch.on(student.device):
         kernel[(min(rows, chosen.programs * chosen.splits),)](
             student=student, row_scale=row_scale, rows=rows, inner=student.shape[1], vocabulary=student.shape[2],
-            **_strides(student=student), **more, BLOCK=chosen.block, num_warps=chosen.warps, **ALWAYS,
+            **_strides(student=student), **more, BLOCK=chosen.block, **chosen.options,
         )  # fmt: skip
 
 
@@ -348,5 +346,5 @@ def scale_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None = None) ->
     with launch.on(gradient.device):
         scale_kernel[(chosen.programs,)](
             gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *gradient.stride()[:2],
-            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, num_warps=chosen.warps, **ALWAYS,
+            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, **chosen.options,
         )  # fmt: skip

@@ -17,16 +17,26 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Entries of a block, warps of a program, programs in the grid, and spans that share a row (1: whole rows)."""
+    """Entries of a block, warps of a program, programs in the grid, spans that share a row (1: whole rows), and the
+    most registers of a thread (0: as many as the compiler likes).
+    """
 
     block: int
     warps: int
     programs: int
     splits: int = 1
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        return {"num_warps": self.warps, **({"maxnreg": self.registers} if self.registers else {}), **ALWAYS}
 
 
 #: What one instruction loads or stores for a thread.
 LINE_BYTES = 16
+#: Of a multiprocessor, from sm_80 on.
+REGISTERS = 1 << 16
 #: Options of every launch: a product and a sum may be one instruction, which newer Triton does not take for granted.
 ALWAYS = {"enable_fp_fusion": True}
 
@@ -34,7 +44,8 @@ ALWAYS = {"enable_fp_fusion": True}
 @dataclass(frozen=True)
 class Device:
     """What the choice depends on. L2 in bytes; lanes of a warp; whether matrix products take their operands by way of
-    registers, as they do without the instructions of sm_90 and sm_100; which of the two it is, 9 or 10, else 0.
+    registers, as they do without the instructions of sm_90 and sm_100; which of the two it is, 9 or 10, else 0; and the
+    registers of a multiprocessor, where the compiler can be told how many of them a thread may have, else 0.
     """
 
     name: str
@@ -43,6 +54,7 @@ class Device:
     lanes: int = 32
     without_wide_products: bool = False
     generation: int = 0
+    registers: int = 0
 
 
 @functools.lru_cache
@@ -51,10 +63,12 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         return Device("interpreter", 2, 1 << 22)
     properties = torch.cuda.get_device_properties(device)
-    generation = properties.major if torch.version.hip is None and properties.major in (9, 10) else 0
-    older = torch.version.hip is None and not generation
-    lanes = getattr(properties, "warp_size", 32)
-    return Device(properties.name, properties.multi_processor_count, properties.L2_cache_size, lanes, older, generation)
+    nvidia = torch.version.hip is None
+    generation = properties.major if nvidia and properties.major in (9, 10) else 0
+    return Device(
+        properties.name, properties.multi_processor_count, properties.L2_cache_size,
+        getattr(properties, "warp_size", 32), nvidia and not generation, generation, REGISTERS if nvidia else 0,
+    )  # fmt: skip
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -62,22 +76,38 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, heavy: bool = False) -> Launch:
+#: Symbols whose programs have 8 warps, as do those of trained teachers: with 16 their registers would spill.
+HEAVY = ("SkewRkl", "SkewKl", "Akl")
+#: Symbols with so few instructions an entry that where L2 does not hold the rows their sweeps wait for memory.
+LIGHT = ("labels", "Kl", "CrossEntropy", "Rkl", "Tvd", "Lk", "Engine")
+
+
+def heuristic(
+    rows: int, vocabulary: int, itemsize: int, device: Device, symbol: str = "", trained: bool = False
+) -> Launch:
     """The launch for a call that nobody tuned.
 
-    A 16-byte load a thread and tensor: with two, registers spill; `heavy`, which would spill in a program of 16 warps,
-    has 8. As many programs stay resident as have their pairs of rows in half of L2, for the sweeps after the first, but
-    at least one a multiprocessor. Fewer rows than that are split.
+    A 16-byte load a thread and tensor: with two, registers spill. Two programs share a multiprocessor, so that one
+    works while the other waits for its rows or its sums; more where all their pairs of rows are in half of L2, for the
+    sweeps after the first; and one where a second pair would cost L2 the rows that LIGHT ones wait for. Where a few
+    rows would leave multiprocessors idle, spans share a row.
     """
     entries = LINE_BYTES // itemsize  # of a thread
-    block = min(1 << (vocabulary - 1).bit_length(), (8 if heavy else 16) * 32 * entries)
+    block = min(1 << (vocabulary - 1).bit_length(), (8 if trained or symbol in HEAVY else 16) * 32 * entries)
     warps = max(1, block // (device.lanes * entries))
-    resident = device.l2 // 2 // (2 * vocabulary * itemsize)
-    per_processor = max(1, min(resident // device.processors, 1024 // (warps * device.lanes)))
+    pairs = device.processors * 2 * vocabulary * itemsize  # bytes, of a program on each multiprocessor
+    least = 1 if symbol in LIGHT and 2 * pairs > 0.75 * device.l2 else 2
+    per_processor = max(least, min(device.l2 // 2 // pairs, 1024 // (warps * device.lanes)))
     programs = min(rows, per_processor * device.processors)
     blocks = -(-vocabulary // block)
     splits = min(device.processors // rows, blocks, 64) if 2 * rows <= device.processors else 1
-    return Launch(block, warps, programs, max(1, splits))
+    return Launch(block, warps, programs, max(1, splits), registers_of(device, warps, per_processor))
+
+
+def registers_of(device: Device, warps: int, per_processor: int) -> int:
+    """What a thread may have, so that so many programs fit on a multiprocessor; 0 where the compiler is not told."""
+    most = device.registers // (warps * device.lanes * per_processor) // 8 * 8
+    return most if 0 < most < 255 else 0
 
 
 def candidates(rows: int, vocabulary: int, itemsize: int, device: Device) -> Iterator[Launch]:
@@ -92,7 +122,8 @@ def candidates(rows: int, vocabulary: int, itemsize: int, device: Device) -> Ite
                 continue
             for per_processor in (1, 2, 4):
                 if per_processor * threads <= 2048:
-                    yield Launch(block, warps, min(rows, per_processor * device.processors), splits)
+                    registers = registers_of(device, warps, per_processor)
+                    yield Launch(block, warps, min(rows, per_processor * device.processors), splits, registers)
 
 
 def cache_file() -> Path:
@@ -137,13 +168,15 @@ def forced(launch: Launch) -> Iterator[None]:
         _forced = before
 
 
-def choose(rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str, heavy: bool = False) -> Launch:
+def choose(
+    rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str, trained: bool = False
+) -> Launch:
     """The tuned launch where there is one, for whole rows; else the heuristic."""
     if _forced is not None:
         return _forced
     card = device_of(device)
-    launch = heuristic(rows, vocabulary, itemsize, card, heavy)
+    launch = heuristic(rows, vocabulary, itemsize, card, symbol, trained)
     tuned = _tuned().get(_key(card, symbol, vocabulary, itemsize))
     if tuned is None or launch.splits > 1:
         return launch
-    return Launch(tuned["block"], tuned["warps"], min(rows, tuned["programs"]))
+    return Launch(**{**tuned, "programs": min(rows, tuned["programs"])})
