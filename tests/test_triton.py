@@ -209,7 +209,7 @@ def test_tune_command(tmp_path, monkeypatch, capsys):
     tried = json.loads(capsys.readouterr().out)
     assert len(tried) > 3 and tried == sorted(tried, key=lambda row: row["seconds"])
     (kept,) = json.loads((tmp_path / "launches.json").read_text()).values()
-    assert kept == {k: tried[0][k] for k in ("block", "warps", "programs", "splits")}
+    assert kept == {k: tried[0][k] for k in ("block", "warps", "programs", "splits", "registers")}
     launch._tuned.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert cli.main(arguments) == 2 and "the logits are on cpu" in capsys.readouterr().err
