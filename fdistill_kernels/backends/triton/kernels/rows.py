@@ -294,7 +294,7 @@ def row_kernel(
             if LABELS:
                 label = tl.load(labels + n)
                 known = (label >= 0) & (label < vocabulary)
-                label = tl.where(known, label, -LINE) + first
+                label = tl.where(known, label, -LINE).to(tl.int32) + first
                 if PHASE == WHOLE or PHASE == STATISTICS:
                     label_logit = tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32)
                     label_logit = capped(label_logit, student_cap)
