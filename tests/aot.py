@@ -121,7 +121,7 @@ def metrics_variant(teacher, vocabulary=128256, card=None):
                          "teacher_inner"), "i32"),
     }  # fmt: skip
     name = f"metrics/bf16/{'two models' if teacher else 'student'}"
-    return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block}, chosen.warps
+    return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block}, chosen.options
 
 
 def rest_variant(rest_kernel, dtype="bf16", labels=False, capped=False, vocabulary=128256, card=None):
