@@ -105,7 +105,7 @@ def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256, card
     }  # fmt: skip
     constants = {
         "SUMS": sums, "OF_SUMS": coefficients, "LARGEST_OF": row_terms.LARGEST.get(symbol), "MEMBERS": functions(divergence, False)["MEMBERS"],
-        "BY": int(divergence.statistics.members == "mass"), "BLOCK": chosen.block,
+        "BY": int(divergence.statistics.members == "mass"), "BLOCK": chosen.block, "LINE": 8,
     }  # fmt: skip
     return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.options
 
@@ -121,7 +121,7 @@ def metrics_variant(teacher, vocabulary=128256, card=None):
                          "teacher_inner"), "i32"),
     }  # fmt: skip
     name = f"metrics/bf16/{'two models' if teacher else 'student'}"
-    return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block}, chosen.options
+    return name, row_metrics.row_metrics_kernel, types, {"BLOCK": chosen.block, "LINE": 8}, chosen.options
 
 
 def rest_variant(rest_kernel, dtype="bf16", labels=False, capped=False, vocabulary=128256, card=None):

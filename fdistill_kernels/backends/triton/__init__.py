@@ -263,7 +263,8 @@ def _look(kernel: Any, call: RowCall, terms: TokenTerms, chosen: Launch, **more:
         kernel, call.student, terms.row_scale, chosen, teacher=call.teacher, labels=terms.labels,
         student_inverse_temperature=terms.student_inverse_temperature,
         teacher_inverse_temperature=terms.teacher_inverse_temperature, **_strides(teacher=call.teacher),
-        student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None, **more,
+        student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None,
+        LINE=_line(chosen.block, call.student, call.teacher), **more,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .entries import entry_of, models_of
-from .loads import capped, load_logits, row_at
+from .loads import capped, first_of, line_of, load_block, row_at
 from .softmaxes import softmaxes_of
 from .terms import LN2, log1p, times
 
@@ -18,7 +18,7 @@ def row_metrics_kernel(
     parts,  # (FIRST + COUNT, rows)
     row_scale, student_inverse_temperature, teacher_inverse_temperature, labels,  # (rows)
     rows, inner, vocabulary, student_outer, student_inner, teacher_outer, teacher_inner,  # strides
-    student_cap, teacher_cap, BLOCK: tl.constexpr,
+    student_cap, teacher_cap, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ...; those whose row_scale is 0 are not looked at."""
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -29,13 +29,15 @@ def row_metrics_kernel(
                 tl.store(at + i * rows, 0.0)
         else:
             student_row, teacher_row = row_at(student, n, inner, student_outer, student_inner), teacher
+            begin = first_of(student_row, LINE)
+            student_row, bounds = line_of(student_row, begin, LINE), (begin, begin + vocabulary)
             student_rate, teacher_rate = tl.load(student_inverse_temperature + n), 1.0
             if teacher is not None:
-                teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
+                teacher_row = line_of(row_at(teacher, n, inner, teacher_outer, teacher_inner), begin, LINE)
                 teacher_rate = tl.load(teacher_inverse_temperature + n)
             found = softmaxes_of(
-                student_row, teacher_row, None, 0, vocabulary, (0, vocabulary), student_rate, teacher_rate, student_cap,
-                teacher_cap, 0.0, True, False, False, BLOCK,
+                student_row, teacher_row, None, 0, bounds[1], bounds, student_rate, teacher_rate, student_cap,
+                teacher_cap, 0.0, True, False, False, BLOCK, LINE,
             )  # fmt: skip
             student_top, student_rest, plain_rest, _, teacher_top, teacher_rest, _, _, _ = found
             if teacher is None:  # at temperature 1, as the labels' terms
@@ -44,12 +46,12 @@ def row_metrics_kernel(
             zeros = tl.zeros([BLOCK], tl.float32)
             of_student, of_teacher, overlap = zeros, zeros, zeros
             first, other_first = tl.full([BLOCK], 2147483647, tl.int32), tl.full([BLOCK], 2147483647, tl.int32)
-            for start in tl.range(0, vocabulary, BLOCK):
+            for start in tl.range(0, bounds[1], BLOCK):
                 v = start + tl.arange(0, BLOCK)
-                x = load_logits(student_row, v, vocabulary, student_cap)
+                x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
                 y = x
                 if teacher is not None:
-                    y = load_logits(teacher_row, v, vocabulary, teacher_cap)
+                    y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
                 entry = entry_of(x, y, models, 0.0, False)
                 of_student -= times(entry[1], entry[3])
                 of_teacher -= times(entry[0], entry[2])
@@ -61,7 +63,8 @@ def row_metrics_kernel(
             if labels is not None:
                 label = tl.load(labels + n)
                 known = (label >= 0) & (label < vocabulary)
-                logit = capped(tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32), student_cap)
+                logit = tl.load(student_row + begin + label, mask=known, other=float("nan")).to(tl.float32)
+                logit = capped(logit, student_cap)
                 label_log_prob = (logit - student_top) - log_total
             agreement, entropy, common = 0.0, 0.0, 0.0
             if teacher is not None:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
-from .loads import load_logits, row_at
+from .loads import first_of, line_of, load_block, row_at
 from .softmaxes import softmaxes_of
 from .terms import LOWEST_LOG, NO_OVERLAP, exp
 
@@ -20,7 +20,9 @@ def _float_of(key):
 
 
 @triton.jit
-def _threshold(teacher, vocabulary, models, enough, cap, BY: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(
+    teacher, bounds, models, enough, cap, BY: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr
+):  # fmt: skip
     """The largest t that enough entries, or their mass, are at or above: by the bits of floats, one a sweep."""
     low = tl.full([], -0x7F800001, tl.int64)  # −inf
     high = (models[3] + 0.0).to(tl.int32, bitcast=True)
@@ -29,13 +31,13 @@ def _threshold(teacher, vocabulary, models, enough, cap, BY: tl.constexpr, BLOCK
         middle = low + (high - low + 1) // 2
         threshold = _float_of(middle.to(tl.int32))
         found = tl.zeros([BLOCK], tl.float32)
-        for start in tl.range(0, vocabulary, BLOCK):
+        for start in tl.range(0, bounds[1], BLOCK):
             v = start + tl.arange(0, BLOCK)
-            y = load_logits(teacher, v, vocabulary, cap)
+            y = load_block(teacher, start, bounds, cap, False, BLOCK, LINE)
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
                 weight = exp((y - models[3]) * models[4] - models[5])
-            found += tl.where((y >= threshold) & (v < vocabulary), weight, 0.0)
+            found += tl.where((y >= threshold) & (v >= bounds[0]) & (v < bounds[1]), weight, 0.0)
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
@@ -51,19 +53,21 @@ def row_statistics_kernel(
     student_cap, teacher_cap,
     parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8,  # `Formula.constants`
     SUMS: tl.constexpr, OF_SUMS: tl.constexpr, LARGEST_OF: tl.constexpr, MEMBERS: tl.constexpr, BY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... whose row_scale is not 0."""
     own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         if tl.load(row_scale + n) != 0:
             student_row = row_at(student, n, inner, student_outer, student_inner)
-            teacher_row = row_at(teacher, n, inner, teacher_outer, teacher_inner)
+            first = first_of(student_row, LINE)
+            student_row, bounds = line_of(student_row, first, LINE), (first, first + vocabulary)
+            teacher_row = line_of(row_at(teacher, n, inner, teacher_outer, teacher_inner), first, LINE)
             student_rate = tl.load(student_inverse_temperature + n)
             teacher_rate = tl.load(teacher_inverse_temperature + n)
             found = softmaxes_of(
-                student_row, teacher_row, None, 0, vocabulary, (0, vocabulary), student_rate, teacher_rate, student_cap,
-                teacher_cap, 0.0, False, False, True, BLOCK,
+                student_row, teacher_row, None, 0, bounds[1], bounds, student_rate, teacher_rate, student_cap,
+                teacher_cap, 0.0, False, False, True, BLOCK, LINE,
             )  # fmt: skip
             student_top, student_rest, _, _, teacher_top, teacher_rest, teacher_there, student_there, _ = found
             models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
@@ -71,35 +75,34 @@ def row_statistics_kernel(
             u_at_other_peak = entry_of(student_there, teacher_top, models, 0.0, False)[4]
             label, threshold = -1, 0.0
             if MEMBERS == LABEL:
-                label = tl.load(labels + n)
+                label = tl.load(labels + n) + first
             if MEMBERS == LARGEST:
                 enough = parameter
                 if BY == COUNT:
                     enough = tl.minimum(parameter, vocabulary * 1.0)
-                threshold = _threshold(teacher_row, vocabulary, models, enough, teacher_cap, BY, BLOCK)
+                threshold = _threshold(teacher_row, bounds, models, enough, teacher_cap, BY, BLOCK, LINE)
             zeros = tl.zeros([BLOCK], tl.float32)
             most = zeros + NO_OVERLAP
             if LARGEST_OF is not None:
-                for start in tl.range(0, vocabulary, BLOCK):
-                    v = start + tl.arange(0, BLOCK)
-                    x = load_logits(student_row, v, vocabulary, student_cap)
-                    y = load_logits(teacher_row, v, vocabulary, teacher_cap)
+                for start in tl.range(0, bounds[1], BLOCK):
+                    x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
+                    y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
                     most = tl.maximum(most, LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own))
             facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -LOWEST_LOG)
-            first, second, third, fourth, fifth = zeros, zeros, zeros, zeros, zeros
-            for start in tl.range(0, vocabulary, BLOCK):
+            one, two, three, four, five = zeros, zeros, zeros, zeros, zeros
+            for start in tl.range(0, bounds[1], BLOCK):
                 v = start + tl.arange(0, BLOCK)
-                x = load_logits(student_row, v, vocabulary, student_cap)
-                y = load_logits(teacher_row, v, vocabulary, teacher_cap)
+                x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
+                y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
                 entry = entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS))
                 here = SUMS(entry, own, facts)
-                valid = v < vocabulary
-                first += tl.where(valid, here[0], 0.0)
-                second += tl.where(valid, here[1], 0.0)
-                third += tl.where(valid, here[2], 0.0)
-                fourth += tl.where(valid, here[3], 0.0)
-                fifth += tl.where(valid, here[4], 0.0)
-            sums = tl.sum(first, 0), tl.sum(second, 0), tl.sum(third, 0), tl.sum(fourth, 0), tl.sum(fifth, 0)
+                inside = (v >= bounds[0]) & (v < bounds[1])
+                one += tl.where(inside, here[0], 0.0)
+                two += tl.where(inside, here[1], 0.0)
+                three += tl.where(inside, here[2], 0.0)
+                four += tl.where(inside, here[3], 0.0)
+                five += tl.where(inside, here[4], 0.0)
+            sums = tl.sum(one, 0), tl.sum(two, 0), tl.sum(three, 0), tl.sum(four, 0), tl.sum(five, 0)
             of_row = OF_SUMS(sums, own, facts)
             for i in tl.static_range(COEFFICIENTS):
                 tl.store(coefficients + i * rows + n, of_row[i])

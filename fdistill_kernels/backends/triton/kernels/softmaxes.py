@@ -120,7 +120,7 @@ def _taken(
 @triton.jit
 def softmaxes_of(
     student, teacher, class_weight, begin, end, bounds, student_rate, teacher_rate, student_cap, teacher_cap, pivot,
-    LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr = 1,
+    LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 1 over [begin, end), to scalars.
 
