@@ -133,6 +133,27 @@ def test_rows_start_anywhere_in_their_lines(dtype, offsets, splits, monkeypatch)
     assert torch.equal(buffers[0], untouched)
 
 
+@pytest.mark.parametrize("dtype", LINE, ids=str)
+@pytest.mark.parametrize("name", ["akl", "dkd", "renyi", "csd", "js"])
+def test_looks_at_rows_that_start_anywhere(name, dtype, monkeypatch):
+    """Statistics of rows, and metrics, of views into something larger."""
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2, 1))
+    wide = [torch.full((5, 230), 100.0).to(dtype) for _ in range(2)]
+    for x in wide:
+        x[:, 3:206] = 2 * torch.randn(5, 203)
+    student, teacher = (x[:, 3:206] for x in wide)
+    labels = torch.tensor([0, 202, 77, 63, 64])
+    keywords = dict(labels=labels, reduction="none", return_parts="metrics", backend="triton")
+    got, want = (
+        fk.f_divergence(s, t, name, **keywords)
+        for s, t in ((student, teacher), (student.contiguous(), teacher.contiguous()))
+    )
+    flat = torch.utils._pytree.tree_leaves
+    assert len(flat(got)) > 6
+    for a, b in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 TIES = [(3, 4), (3, 3 + 8), (3, 3 + 256), (3, 130), (7, 499)]
 
 
