@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -174,6 +175,78 @@ def test_peaks_far_above_the_rest_keep_the_rest_s_digits(name, peaks, splits, mo
     assert relative(torch.autograd.grad(got, student)[0], expected) < 1e-4
 
 
+@pytest.fixture(params=["left", "right"])
+def contracted(request, monkeypatch):
+    """The interpreter with a card's arithmetic, where a product that is added is not rounded before; in small blocks."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2))
+    product = Builder.create_fmul
+
+    def multiplied(self, lhs, rhs):
+        result = product(self, lhs, rhs)
+        if result.data.dtype == np.float32:
+            with np.errstate(all="ignore"):
+                result.exact = lhs.data.astype(np.float64) * rhs.data.astype(np.float64)
+        return result
+
+    def summed(original, sign):
+        def sum_of(self, lhs, rhs):
+            result = original(self, lhs, rhs)
+            of = [side for side in (lhs, rhs) if hasattr(side, "exact")]
+            if of:
+                fused = of[0] if request.param == "left" else of[-1]
+                one, other = (side.exact if side is fused else side.data for side in (lhs, rhs))
+                with np.errstate(all="ignore"):
+                    result.data = (one + sign * other).astype(np.float32)
+            return result
+
+        return sum_of
+
+    monkeypatch.setattr(Builder, "create_fmul", multiplied)
+    monkeypatch.setattr(Builder, "create_fadd", summed(Builder.create_fadd, 1.0))
+    monkeypatch.setattr(Builder, "create_fsub", summed(Builder.create_fsub, -1.0))
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e6, -1e30, torch.finfo(torch.float32).min, -torch.inf])
+def test_contracted_sums_of_masked_models(mask, contracted):
+    """Models that have nothing in common but entries that neither has."""
+    student, teacher = torch.full((2, 300), mask), torch.full((2, 300), mask)
+    student[:, 5], teacher[:, 200] = 0.0, 0.0
+    for name in ("js", "gjs=0.1", "tvd"):
+        student.requires_grad_()
+        loss = fk.f_divergence(student, teacher, name, reduction="none", backend="triton")
+        wanted, gradient, _ = reference(student, teacher, name)
+        assert relative(loss.sum(), wanted) < 1e-6, name
+        got = torch.autograd.grad(loss.sum(), student)[0]
+        assert (got.double() - gradient).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("name", [*PASSES, "lk"])
+def test_contracted_sums_of_equal_models(name, cap, contracted):
+    logits = (3 * torch.randn(3, 300)).requires_grad_()
+    keywords = dict(logit_softcap=cap, teacher_logit_softcap=cap)
+    loss = fk.f_divergence(logits, logits.detach(), name, backend="triton", **keywords)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    if name in ("tvd", "lk"):
+        assert loss == 0 and (gradient == 0).all()
+    elif name not in ("engine", "cross_entropy"):
+        assert loss.abs() < 1e-9 and gradient.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 15.0])
+def test_contracted_sums_keep_every_divergence(spread, contracted):
+    outcomes = []
+    for name in PASSES:
+        student, teacher = (spread * torch.randn(3, 700) for _ in range(2))
+        student.requires_grad_()
+        loss, gradient, _ = reference(student, teacher, name)
+        got = fk.f_divergence(student, teacher, name, reduction="sum", backend="triton")
+        outcomes.append((name, relative(got, loss), relative(torch.autograd.grad(got, student)[0], gradient)))
+    assert not [o for o in outcomes if max(o[1:]) > 5e-5]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_is_told(value):
     logits = torch.randn(2, 300)
@@ -183,6 +256,12 @@ def test_what_is_not_a_number_is_told(value):
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert not losses[0].isfinite() and losses[1].isfinite()
     assert gradient[0].isnan().any() and gradient[1].isfinite().all()
+    for name in (*PASSES, "gjs=0.1"):
+        student = torch.randn(2, 300, requires_grad=True)
+        loss = fk.f_divergence(student, logits.detach(), name, reduction="none", backend="triton")
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert not loss[0].isfinite() and loss[1].isfinite(), name
+        assert gradient[1].isfinite().all() and gradient[0].nan_to_num(0.0).abs().max() <= 1, name
 
 
 H100 = launch.Device("H100", 132, 50 << 20, registers=launch.REGISTERS)

@@ -30,7 +30,11 @@ def _tanh(x):
 @triton.jit
 def capped(x, cap):
     """``cap·tanh(x/cap)``."""
-    return x if cap is None else cap * _tanh(x / cap)
+    if cap is None:
+        return x
+    else:
+        # a choice, so that the product is no part of a sum's instruction: logits of equal models are equal
+        return tl.where(x == x, cap * _tanh(x / cap), x)
 
 
 @triton.jit

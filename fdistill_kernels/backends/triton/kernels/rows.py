@@ -307,6 +307,8 @@ def row_kernel(
                     student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, student_cap,
                     teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
                 )  # fmt: skip
+                if LATE:  # in place, no warp may write where another has still to look for the peak
+                    tl.debug_barrier()
             else:
                 statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
             if PHASE == STATISTICS:

@@ -75,15 +75,16 @@ def advanced(rest, top, new, losers, rate2, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _place(top, lanes_top, lanes_rest, at):
+def _place(top, lanes_top, lanes_rest, at, GROUP: tl.constexpr):
     """The group of a row's top, the first of several; and whether it is known to hold the only entry that large.
 
     at: where the group of each lane's own top starts; a lane whose rest is below 1 holds no second one.
     """
-    key = 2 * at + (lanes_rest >= 1).to(tl.int32)
-    first = tl.min(tl.where(lanes_top == top, key, 2147483647), 0)
+    EVEN: tl.constexpr = 2 if GROUP == 1 else 1  # makes the lowest bit free, as it is of larger groups' starts
+    key = at * EVEN + (lanes_rest >= 1).to(tl.int32)
+    first = tl.min(tl.where(lanes_top == top, key, 2147483646), 0)
     last = tl.max(tl.where(lanes_top == top, key, 0), 0)
-    return first // 2, (first == last) & (first % 2 == 0)
+    return (first - first % 2) // EVEN, (first == last) & (first % 2 == 0)
 
 
 @triton.jit
@@ -159,11 +160,11 @@ def softmaxes_of(
     found = combined(top, rest, plain_rest, linear, other_top, other_rest, student_rate, teacher_rate)
     teacher_there, student_there, place = -float("inf"), -float("inf"), tl.full([], ANYWHERE, tl.int32)
     if teacher is not None:
-        group, alone = _place(found[0], top, rest, at)
+        group, alone = _place(found[0], top, rest, at, GROUP)
         teacher_there = _there(group, found[0], student, teacher, bounds, student_cap, teacher_cap, GROUP)
         place = tl.where(alone, group, place)
         if TRAINED:
-            group, _ = _place(found[4], other_top, other_rest, other_at)
+            group, _ = _place(found[4], other_top, other_rest, other_at, GROUP)
             student_there = _there(group, found[4], teacher, student, bounds, teacher_cap, student_cap, GROUP)
     return (found[0], found[1], found[2], found[3], found[4], found[5], teacher_there, student_there,
             place)  # fmt: skip

@@ -104,9 +104,9 @@ def _log1p_to_one(x):
 
 @triton.jit
 def _log_ratio(log2_p, log2_q, log_of_p, log_of_q):
-    """log2(a/b) of a = p·exp(log_of_p) and b = q·exp(log_of_q); large where that is infinite, or neither is there."""
+    """log2(a/b) of a = p·exp(log_of_p) and b = q·exp(log_of_q); the lowest number where that is none."""
     apart = (log2_p - log2_q) + (log_of_p - log_of_q) * LOG2E
-    return tl.where(apart < LARGEST, apart, LARGEST)
+    return tl.minimum(tl.where(apart > -LARGEST, apart, -LARGEST), LARGEST)  # max(NaN, x) may be NaN
 
 
 @triton.jit
@@ -175,9 +175,10 @@ def _gjs_near(u, q, beta, rest):
 def Gjs(e, own, CLOSE: tl.constexpr):
     p, q, log2_p, log2_q, u, _, _, u_at_peak, _ = e
     a, b, apart = own[0] * p, own[1] * q, _log_ratio(log2_p, log2_q, own[2], own[3])
-    above_b, _ = _log_sum(apart, a, b, u, u_at_peak, 0.0, False)
+    above_b, tail = _log_sum(apart, a, b, u, u_at_peak, 0.0, False)
     g = above_b
-    value = a * (tl.maximum(apart, -LARGEST) * LN2 - above_b - own[2]) - b * (above_b + own[3])
+    # not apart less above_b: their products with LN2, each part of a sum, would be rounded differently and not cancel
+    value = a * (tl.minimum(apart, 0.0) * LN2 - tail - own[2]) - b * (above_b + own[3])
     if CLOSE:
         log_of_q, near_value = _gjs_near(u, q, own[0], own[1])
         g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, _near(u, log_of_q, g + own[3]), g)
