@@ -59,9 +59,9 @@ def interpreter(version: str) -> str:
 def copied(place: Path) -> Path:
     """The wheel of the working tree; and the tree in `place`, but no package that would be imported for the wheel's."""
     for name in output("git", "ls-files", "-z", "-co", "--exclude-standard", cwd=ROOT).split("\0"):
-        if (ROOT / name).is_file():
+        if name and (ROOT / name).exists():  # a link, as the package's to the peers, stays one
             (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
+            shutil.copy2(ROOT / name, place / name, follow_symlinks=False)
     command = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", place / "dist", place
     output(*command, env={**os.environ, "FDISTILL_CUDA": "0"})
     shutil.rmtree(place / "fdistill_kernels")
