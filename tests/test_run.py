@@ -345,7 +345,7 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--teacher is needed": call(teacher=None),
         "there is no folder": call(teacher="nosuch"),
         "bitsandbytes": call("--teacher_quantization", "4bit"),
-        "lr_scheduler_kwargs=None: ": call("--lr_scheduler_type", "warmup_stable_decay"),
+        "lr_scheduler_kwargs={}: ": call("--lr_scheduler_type", "warmup_stable_decay"),
         "lomo": call("--optim", "lomo"),
         "--dataset_train_split is of a hub dataset": call("--dataset_train_split", "x"),
         "--dataset_test_split is of a hub": call("--dataset_test_split", "x"),
