@@ -38,7 +38,7 @@ ROWS = [
     Row("newest-python", "3.13", "2.12.1", None, None, None, None, None, f"{CORE} {MODELS}"),
 ]
 
-TOOLS = "datasets matplotlib pyyaml rich sacrebleu tokenizers hypothesis pytest pytest-benchmark pytest-xdist"
+TOOLS = "datasets httpx matplotlib pyyaml rich sacrebleu tokenizers hypothesis pytest pytest-benchmark pytest-xdist"
 ROOT = Path(__file__).resolve().parent.parent
 PLACE, REPORT = ROOT / "build" / "matrix", ROOT / "tests" / "MATRIX.md"
 SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONNOUSERSITE": "1"}
