@@ -21,10 +21,11 @@ CORE = "functional linear divergences contract triton"  # tests/test_*.py
 MODELS = "deferred integrations run sequence trainer"
 # of pytest's -k, left out everywhere: what is slow, and what knows nothing of versions
 SLOW = "spans or cuda or gpu_check or opcheck or deterministic or (triton and (float16 or strides)) or (compile and not breaks)"
-OLD_MODELS = {  # of pytest's -k, left out in a row, and why
-    "test_padding_sides_and_packing or test_accumulation_packing": "before 4.54 models mix packed sequences: refused by name",
-    "test_word_level_sums or test_gradient_of_kl or test_monte_carlo": "before 4.52 no float64 models with padding",
-}  # fmt: skip
+# of pytest's -k, left out in a row, and why
+READ = {"test_optim_args_that_are_read": "before 5.3 torch's optimizers are made without them: refused by name"}
+PACKED = "test_padding_sides_and_packing or test_accumulation_packing or test_packing_changes_nothing or count[packed]"
+OLD_MODELS = {PACKED: "before 4.54 models mix packed sequences: refused by name", **READ}
+MIDDLE = {**READ, "losses_of_experts[Switch": "5.0's own forward of Switch Transformers with router logits fails"}
 
 # None: the newest that pip takes; Triton's is for a torch that brings none. Triton before 3.7 needs numpy < 2.4
 PINNED = "torch", "triton", "numpy", "transformers", "accelerate", "peft"
@@ -32,12 +33,12 @@ Row = namedtuple("Row", ("name", "python", *PINNED, "tests", "left_out"), defaul
 ROWS = [
     Row("oldest", "3.10", "2.8.0", "3.4.0", "1.26.4", "4.50.0", "1.3.0", "0.14.0", f"{CORE} {MODELS}", OLD_MODELS),
     Row("floors", "3.11", "2.13.0", "3.9.0", "2.3.5", "4.50.0", "1.3.0", "0.14.0", f"functional {MODELS}", OLD_MODELS),
-    Row("middle", "3.12", "2.11.0", "3.6.0", "2.3.5", "5.0.0", "1.3.0", "0.18.1", f"{CORE} {MODELS}"),
+    Row("middle", "3.12", "2.11.0", "3.6.0", "2.3.5", "5.0.0", "1.3.0", "0.18.1", f"{CORE} {MODELS}", MIDDLE),
     Row("newest", "3.11", "2.14.1", None, None, None, None, None, f"{CORE} {MODELS}"),
     Row("newest-python", "3.13", "2.12.1", None, None, None, None, None, f"{CORE} {MODELS}"),
 ]
 
-TOOLS = "datasets matplotlib pyyaml rich sacrebleu tokenizers hypothesis pytest pytest-benchmark pytest-xdist"
+TOOLS = "datasets httpx matplotlib pyyaml rich sacrebleu tokenizers hypothesis pytest pytest-benchmark pytest-xdist"
 ROOT = Path(__file__).resolve().parent.parent
 PLACE, REPORT = ROOT / "build" / "matrix", ROOT / "tests" / "MATRIX.md"
 SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONNOUSERSITE": "1"}
@@ -59,9 +60,9 @@ def interpreter(version: str) -> str:
 def copied(place: Path) -> Path:
     """The wheel of the working tree; and the tree in `place`, but no package that would be imported for the wheel's."""
     for name in output("git", "ls-files", "-z", "-co", "--exclude-standard", cwd=ROOT).split("\0"):
-        if (ROOT / name).is_file():
+        if name and (ROOT / name).exists():  # a link, as the package's to the peers, stays one
             (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
+            shutil.copy2(ROOT / name, place / name, follow_symlinks=False)
     command = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", place / "dist", place
     output(*command, env={**os.environ, "FDISTILL_CUDA": "0"})
     shutil.rmtree(place / "fdistill_kernels")

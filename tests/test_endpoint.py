@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import multiprocessing
 import random
+import sys
 import threading
 import time
 
@@ -776,3 +777,10 @@ def test_arguments():
         with pytest.raises(kind, match=r"list of models: given up after 2 tries.*broke"):
             nobody.targets([[1]], [[2]])
     nobody.close()
+
+
+@pytest.mark.parametrize("package", ["httpx", "anyio"])
+def test_without_its_packages_the_extra_is_named(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"Endpoint needs the package {package}: pip install .*\[served\]"):
+        Endpoint("http://127.0.0.1:9", vocabulary=V)

@@ -328,6 +328,8 @@ def forward_to_head(
     with _ToRows(model, head, labels, call) as deferral:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         outputs = wrapped(**moved, **more)
+    if isinstance(getattr(outputs, "loss", None), dict):
+        outputs.loss = None  # it is all fields, where accelerate has made float32 of the outputs of transformers 4.50
     return deferral.made + outputs.logits.sum(), outputs  # the sum of nothing: FSDP waits for a gradient of the output
 
 

@@ -44,6 +44,8 @@ def _set_layers(config: Any, names: tuple[str, ...], count: int) -> None:
     for key, values in list(vars(config).items()) if names is not DECODER else ():  # attention_window, layer_types, ...
         if isinstance(values, (list, tuple)) and len(values) == of > 1 and "token" not in key:
             setattr(config, key, [values[i] for i in chosen_layers(of, count)])
+    if names is ENCODER and "num_hidden_layers" in vars(config):  # as BART's before transformers 5.4
+        config.num_hidden_layers = count
     setattr(config, name, count)
 
 

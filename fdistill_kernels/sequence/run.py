@@ -70,13 +70,25 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def load_tokenizer(path: Any, **options: Any) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ValueError: it has none. For many models transformers 5 makes one then that has special tokens alone.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+    if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) <= {"▁"}:  # SentencePiece's space, of T5's
+        raise ValueError(f"{path} has no tokenizer that can be loaded (but one of special tokens alone)")
+    return tokenizer
+
+
 def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
     """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any."""
-    try:
-        options = {"revision": revision} if revision else {}
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=asked.model.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(f"{path} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+    options = {"revision": revision} if revision else {}
+    tokenizer = load_tokenizer(path, trust_remote_code=asked.model.trust_remote_code, **options)
     if asked.model.chat_template_path:
         tokenizer.chat_template = Path(asked.model.chat_template_path).read_text(encoding="utf-8")
     return tokenizer

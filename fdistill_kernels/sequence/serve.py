@@ -10,11 +10,10 @@ from threading import Lock
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..teachers.readers import MINUS_INFINITY
 from .models import load_model, token_id
-from .run import device, tokenizer_hash
+from .run import device, load_tokenizer, tokenizer_hash
 from .sampling import Sampling, draw, end_tokens, fingerprint
 from .teachers import InRoom, logits_in_pieces
 
@@ -34,7 +33,7 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     if room.encoder_decoder:
         raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
     room.to(device())
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer = load_tokenizer(teacher)
     known = {"id": name, "object": "model", "fingerprint": fingerprint(room.model), "vocabulary": room.vocabulary,
              "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
     lock = Lock()  # a model is asked by one thread at a time

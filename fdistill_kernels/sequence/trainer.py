@@ -237,10 +237,11 @@ class FDistillTrainer(Trainer):
         if not self.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
             self._check_optim_args()
         plain, name = torch.optim.SGD([torch.zeros(1)], self.args.learning_rate), self.args.lr_scheduler_type
+        keywords: dict[str, Any] = dict(self.args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
         try:
-            get_scheduler(name, plain, 1, sys.maxsize, dict(self.args.lr_scheduler_kwargs or {}))  # type: ignore[arg-type]
+            get_scheduler(name, plain, 1, sys.maxsize, keywords)
         except TypeError as error:
-            raise ValueError(f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r}: {error}") from error
+            raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
 
     def _check_optim_args(self) -> None:
         """Raises ValueError for an option that is given and that the optimizer is made without, whatever its value."""

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integer
+from ..provenance import install
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
@@ -100,6 +101,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         EndpointError: (a ConnectionError) in any call: the server's own message, or what happened in the last try, with
             the sequence.
         OSError: in any call: a store's file could not be written, or was damaged whenever it was read back.
+        ImportError: a package of the extra served is missing.
     """
 
     def __init__(
@@ -109,8 +111,11 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         head: Head | None = None, norm: Callable[[Tensor], Tensor] | None = None,
         states_folder: str | Path | None = None, layer: int = -1,
     ):  # fmt: skip
-        import httpx
-
+        try:
+            import anyio  # noqa: F401
+            import httpx
+        except ImportError as error:
+            raise ImportError(f"Endpoint needs the package {error.name}: {install('served')}") from error
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         hidden = {"norm": norm, "head": head, "states_folder": states_folder}
