@@ -14,35 +14,12 @@ from .conftest import WHOLE
 TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("aot").glob("*.json"))}
 
 
-#: Bytes put aside once, of a tile beside its products.
-PUT_ASIDE = {
-    "3.9.0": {"tile_kernel/Gjs/bf16/totals @ sm_100": 8, "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16},
-    "3.4.0": {
-        "statistics_kernel/bf16/plain/all @ sm_80": 8, "statistics_kernel/bf16/plain/all @ sm_120": 24,
-        "statistics_kernel/fp16/plain/all @ sm_80": 8, "statistics_kernel/fp16/plain/all @ sm_120": 24,
-        "tile_kernel/bf16/smoothed/totals/all @ sm_100": 16, "tile_kernel/Gjs/fp32/gradient @ sm_80": 16,
-        "tile_kernel/Gjs/fp32/gradient @ sm_90": 8, "statistics/Lk/bf16 @ sm_80": 8,
-        "rest/statistics/bf16/labels @ sm_90": 16,
-    },
-    "3.6.0": {
-        "tile_kernel/Gjs/bf16/smoothed/totals/all @ sm_100": 16, "tile_kernel/Gjs/bf16/plain/gradient @ sm_100": 32,
-        "tile_kernel/Gjs/fp32/totals @ sm_90": 16, "tile_kernel/Gjs/fp32/totals @ sm_100": 32,
-        "tile_kernel/Gjs/fp32/totals @ sm_120": 16, "tile_kernel/Gjs/fp32/gradient @ sm_100": 24,
-        "Kl/fp32/student/whole @ sm_80": 8, "Akl/bf16/student/whole @ sm_120": 16,
-        "SkewKl/bf16/student/whole @ sm_120": 40,
-        "labels alone/bf16/student/smoothed/whole @ sm_100": 8,
-    },
-}  # fmt: skip
-
-
-def faults(table, version):
-    """What no kernel may have: spills, double precision by accident, narrow loads, products without tensor cores. Rows
-    may put something aside: two programs share a multiprocessor's registers. In a sweep it is a tenth at most.
+def faults(table):
+    """What no kernel may have: spills, double precision by accident, narrow loads, products without tensor cores. Where
+    programs share a multiprocessor's registers, a tenth of a loop's instructions may move what is put aside.
     """
     for name, found in table.items():
-        spilled = found["spill_bytes"] > PUT_ASIDE.get(version, {}).get(name, 0)
-        if "aside" in found and "_kernel/" not in name:
-            spilled = found["aside"] > 0.1
+        spilled = found["aside"] > 0.1 if "aside" in found else found["spill_bytes"]
         if spilled or found["double"] or not found["wide_loads"]:
             yield name, found
         if "_kernel/" in name and "fp32" not in name and not found["matrix"]:
@@ -52,7 +29,7 @@ def faults(table, version):
 @pytest.mark.parametrize("version", TABLES)
 def test_tables_of_every_version(version):
     assert {name.rpartition(" @ ")[2] for name in TABLES[version]} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
-    assert not list(faults(TABLES[version], version))
+    assert not list(faults(TABLES[version]))
 
 
 def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
@@ -63,11 +40,11 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     measured = json.loads(process.stdout.splitlines()[-1])
-    wrong = list(faults(measured["kernels"], measured["triton"]))
+    wrong = list(faults(measured["kernels"]))
     committed = TABLES.get(measured["triton"])
     for name, now in measured["kernels"].items() if committed else ():
         before = committed[name]
-        worse = now["registers"] > before["registers"] or now["shared"] > before["shared"]
+        worse = any(now.get(kind, 0) > before.get(kind, 0) for kind in ("registers", "shared", "aside"))
         if worse or now["wide_loads"] < before["wide_loads"] or now["wide_stores"] < before["wide_stores"]:
             wrong.append((name, before, now))
     assert not wrong

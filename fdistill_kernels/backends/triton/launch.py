@@ -77,7 +77,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 #: Symbols whose programs have 8 warps, as do those of trained teachers: with 16 their registers would spill.
-HEAVY = ("SkewRkl", "SkewKl", "Akl")
+HEAVY = ("SkewRkl", "SkewKl", "Akl", "Ab")
 #: Symbols with so few instructions an entry that where L2 does not hold the rows their sweeps wait for memory.
 LIGHT = ("labels", "Kl", "CrossEntropy", "Rkl", "Tvd", "Lk", "Engine")
 
