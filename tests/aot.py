@@ -323,7 +323,7 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{triton.__version__}.json").write_text(f"{{\n{lines}\n}}\n")
     for name, found in table.items():
-        print(f"{name:55s}", *(f"{k} {v:4d}" for k, v in found.items()))
+        print(f"{name:55s}", *(f"{k} {v:4}" for k, v in found.items()))
 
 
 if __name__ == "__main__":
