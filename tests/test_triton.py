@@ -280,6 +280,9 @@ def test_heuristic(rows, vocabulary, itemsize, symbol):
         shared = 1 if symbol == "Kl" and vocabulary > 32000 else 2  # where L2 does not hold so many rows
         assert chosen.programs == shared * H100.processors
         assert 0.95 < shared * 32 * chosen.warps * chosen.registers / H100.registers <= 1
+    assert chosen.options["maxnreg"] == chosen.registers
+    other = launch.heuristic(rows, vocabulary, itemsize, launch.Device("MI300X", 304, 4 << 20, lanes=64), symbol)
+    assert "maxnreg" not in other.options  # it cannot be told
 
 
 def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
