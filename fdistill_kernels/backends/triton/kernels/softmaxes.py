@@ -76,15 +76,18 @@ def advanced(rest, top, new, losers, rate2, GROUP: tl.constexpr):
 
 @triton.jit
 def _place(top, lanes_top, lanes_rest, at, GROUP: tl.constexpr):
-    """The group of a row's top, the last of several; and whether it is known to hold the only entry that large.
+    """The group of a row's top, the first of several; and whether it is known to hold the only entry that large.
 
-    at: where the group of each lane's own top starts; a lane whose rest is below 1 holds no second one.
+    at: where the group of each lane's own top starts; a lane whose rest is below 1 holds no second one. The first lane
+    holds an entry of the row, if any does: others may have LOWEST of nothing.
     """
     EVEN: tl.constexpr = 2 if GROUP == 1 else 1  # makes the lowest bit free, as it is of larger groups' starts
     key = at * EVEN + (lanes_rest >= 1).to(tl.int32)
     first = tl.min(tl.where(lanes_top == top, key, 2147483647), 0)
-    last = tl.max(tl.where(lanes_top == top, key, 0), 0)  # 0 where the top is not a number
-    return (last - last % 2) // EVEN, (first == last) & (last % 2 == 0)
+    last = tl.max(tl.where(lanes_top == top, key, 0), 0)
+    alone = (first == last) & (first % 2 == 0)
+    first = tl.minimum(first, last)  # no lane has a top that is not a number
+    return (first - first % 2) // EVEN, alone
 
 
 @triton.jit
