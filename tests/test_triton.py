@@ -155,6 +155,19 @@ def test_looks_at_rows_that_start_anywhere(name, dtype, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("vocabulary", [2, 70, 203])
+def test_rows_of_float32_s_lowest_number(vocabulary, splits, monkeypatch):
+    """A uniform distribution, whose lanes without an entry have the same top."""
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2, splits))
+    for name in ("kl", "rkl", "js", "tvd", "jeffreys", "entropy_gated", "skew_kl"):
+        student, teacher = torch.full((2, 3, vocabulary), torch.finfo(torch.float32).min)
+        student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+        loss = fk.f_divergence(student, teacher, name, backend="triton")
+        gradients = torch.autograd.grad(loss, (student, teacher))
+        assert abs(loss) < 1e-7 and all(g.abs().max() < 1e-7 for g in gradients), name
+
+
 TIES = [(3, 4), (3, 3 + 8), (3, 3 + 256), (3, 130), (7, 499)]
 
 
