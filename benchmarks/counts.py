@@ -112,12 +112,13 @@ def sweeps(sass: str, models: int, itemsize: int) -> list[Sweep]:
         entries = sum(WIDTH.get(width, 4) * count for width, count in loads.items()) // (models * itemsize)
         if entries >= 4:
             mufu = sum(x.opcode.startswith("MUFU") for x in way)
-            found.append(Sweep(entries, round(len(way) / entries, 1), 0.0, round(mufu / entries, 2), loads))
-    later = found[1:]
+            each = round(len(way) / entries, 1)
+            found.append(Sweep(entries, each, each, round(mufu / entries, 2), loads))
+    first, *later = found
     if models == 2:
-        later = [sorted(pair, key=lambda s: s.instructions) for pair in zip(later[::2], later[1::2], strict=True)]
-        later = [replace(far, close=close.instructions) for far, close in later]
-    return [replace(s, close=s.close or s.instructions) for s in (found[0], *later)]
+        pairs = [sorted(pair, key=lambda s: s.instructions) for pair in zip(later[::2], later[1::2], strict=True)]
+        later = [replace(far, close=close.instructions) for far, close in pairs]
+    return [first, *later]
 
 
 def predicted(found: list[Sweep], rows: int, vocabulary: int, card: Card, programs: int, models: int = 2,

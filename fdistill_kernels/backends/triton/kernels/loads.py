@@ -38,6 +38,12 @@ def capped(x, cap):
 
 
 @triton.jit
+def cap_slope(z, cap):
+    """``∂ capped / ∂z`` of what is capped already."""
+    return 1.0 if cap is None else 1 - (z / cap) * (z / cap)
+
+
+@triton.jit
 def row_at(base, n, inner, outer_stride, inner_stride):
     """Where row n of (outer, inner, V) starts; 64 bits, since N·V may be beyond 2³¹."""
     n = tl.cast(n, tl.int64)
@@ -60,6 +66,18 @@ def line_of(row, first, LINE: tl.constexpr):
         return row
     else:
         return tl.multiple_of(row - first, LINE_BYTES)
+
+
+@triton.jit
+def within(v, bounds):
+    """Whether entries are the row's own."""
+    return (v >= bounds[0]) & (v < bounds[1])
+
+
+@triton.jit
+def is_whole(start, bounds, BLOCK: tl.constexpr):
+    """Whether all of the block from `start` is the row's own."""
+    return (start >= bounds[0]) & (start + BLOCK <= bounds[1])
 
 
 @triton.jit
@@ -87,7 +105,7 @@ def load_block(row, start, bounds, cap, CLEAR: tl.constexpr, BLOCK: tl.constexpr
         return capped(tl.load(row + v).to(tl.float32), cap)
     else:
         x = tl.load(row + v, mask=v // LINE * LINE < bounds[1], other=float("-inf")).to(tl.float32)
-        return tl.where((v >= bounds[0]) & (v < bounds[1]), capped(x, cap), float("-inf"))
+        return tl.where(within(v, bounds), capped(x, cap), float("-inf"))
 
 
 @triton.jit
@@ -97,7 +115,7 @@ def store_block(row, start, bounds, x, CLEAR: tl.constexpr, BLOCK: tl.constexpr,
     if CLEAR:
         tl.store(row + v, x)
     else:
-        inside = (v >= bounds[0]) & (v < bounds[1])
+        inside = within(v, bounds)
         if LINE > 1:
             line = v // LINE * LINE
             whole = (line >= bounds[0]) & (line + LINE <= bounds[1])

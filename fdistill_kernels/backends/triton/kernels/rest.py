@@ -7,7 +7,7 @@ listed.
 import triton
 import triton.language as tl
 
-from .loads import LINE_BYTES, load_logits, row_at
+from .loads import LINE_BYTES, cap_slope, load_logits, row_at
 from .softmaxes import LOWEST, advanced, played, sum_of_rests
 from .terms import LOG2E, exp, log1p, times
 
@@ -89,8 +89,7 @@ def rest_gradient_kernel(
             if PLAIN:
                 of_labels = times(tl.load(of_plain + n), exp(x - tl.load(top + n) - tl.load(log_all + n)))
                 value += of_labels + tl.load(constant + n)
-            if cap is not None:
-                value *= 1 - (x / cap) * (x / cap)
+            value *= cap_slope(x, cap)
             tl.store(out + v, tl.where(live, value, 0.0), mask=v < vocabulary)
         tl.debug_barrier()  # the list's places have been written by other threads
         for start in tl.range(0, list_size, LIST_BLOCK):

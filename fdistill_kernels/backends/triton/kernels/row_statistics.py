@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
-from .loads import first_of, line_of, load_block, row_at
+from .loads import first_of, line_of, load_block, row_at, within
 from .softmaxes import softmaxes_of
 from .terms import LOWEST_LOG, NO_OVERLAP, exp
 
@@ -37,7 +37,7 @@ def _threshold(
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
                 weight = exp((y - models[3]) * models[4] - models[5])
-            found += tl.where((y >= threshold) & (v >= bounds[0]) & (v < bounds[1]), weight, 0.0)
+            found += tl.where((y >= threshold) & within(v, bounds), weight, 0.0)
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
@@ -96,7 +96,7 @@ def row_statistics_kernel(
                 y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
                 entry = entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS))
                 here = SUMS(entry, own, facts)
-                inside = (v >= bounds[0]) & (v < bounds[1])
+                inside = within(v, bounds)
                 one += tl.where(inside, here[0], 0.0)
                 two += tl.where(inside, here[1], 0.0)
                 three += tl.where(inside, here[2], 0.0)

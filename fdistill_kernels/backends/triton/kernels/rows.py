@@ -6,7 +6,9 @@ a reduction before its end:
     2. totals: the divergence D and Σ student's terms, measured from the peak's (formulas.py), and Σ teacher's
     3. gradient: term − probability·Σ terms
 Sweep 2 falls away where the divergence is centred (D is summed in sweep 3), and for label terms alone. Each sweep runs
-over the row in the opposite direction of the one before: what was read last is still in L2.
+over the row in the opposite direction of the one before: what was read last is still in L2. A block that is whole and
+without the row's peak and label is CLEAR: it needs no masks and no choices. Rows that are `close` to their teacher have
+sweeps of their own.
 
 A program takes whole rows, or one span of each row (few rows, a huge vocabulary); spans meet in `partials`, one launch
 a phase.
@@ -16,7 +18,18 @@ import triton
 import triton.language as tl
 
 from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
-from .loads import capped, first_of, line_of, load_block, row_at, store_block, zero_row
+from .loads import (
+    cap_slope,
+    capped,
+    first_of,
+    is_whole,
+    line_of,
+    load_block,
+    row_at,
+    store_block,
+    within,
+    zero_row,
+)
 from .softmaxes import ANYWHERE, NOWHERE, met, save, softmaxes_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
@@ -27,7 +40,7 @@ PARTIALS = 14  # values a span leaves: nine of sweep 1, three of sweep 2, and wh
 @triton.jit
 def _is_clear(start, bounds, place, label, PEAK: tl.constexpr, LABELLED: tl.constexpr, BLOCK: tl.constexpr):
     """Whether all of the block from `start` is the row's, and, where it matters, neither its peak nor its label."""
-    clear = (start >= bounds[0]) & (start + BLOCK <= bounds[1])
+    clear = is_whole(start, bounds, BLOCK)
     if PEAK:
         clear = clear & (place != ANYWHERE) & ((place < start) | (place >= start + BLOCK))
     if LABELLED:
@@ -45,10 +58,10 @@ def _set_of(y, start, label, threshold, CLEAR: tl.constexpr, MEMBERS: tl.constex
 
 
 @triton.jit
-def _within(term, start, bounds, CLEAR: tl.constexpr, EXCHANGED: tl.constexpr, BLOCK: tl.constexpr):
+def _counted(term, start, bounds, CLEAR: tl.constexpr, EXCHANGED: tl.constexpr, BLOCK: tl.constexpr):
     """The terms of a block; 0 out of bounds, as all of ours are of logits that are −inf in both models."""
     v = start + tl.arange(0, BLOCK)
-    return tl.where((v >= bounds[0]) & (v < bounds[1]), term, 0.0) if EXCHANGED == "own" and not CLEAR else term
+    return tl.where(within(v, bounds), term, 0.0) if EXCHANGED == "own" and not CLEAR else term
 
 
 @triton.jit
@@ -64,10 +77,10 @@ def _add_totals(
         x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, CLEAR, CLOSE,
         TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
     )  # fmt: skip
-    value += _within(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
-    weight += _within(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK)
+    value += _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
+    weight += _counted(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK)
     if EXCHANGED is not None:
-        teacher_weight += _within(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK)
+        teacher_weight += _counted(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK)
     return value, weight, teacher_weight
 
 
@@ -97,13 +110,13 @@ def _totals(
 
 @triton.jit
 def _label_terms(
-    label, label_logit, top, log_total, linear, pivot, class_weight, vocabulary, ce_scale, smoothing, z_scale,
+    label, known, label_logit, top, log_total, linear, pivot, class_weight, vocabulary, ce_scale, smoothing, z_scale,
     class_weight_sum, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Cross-entropy and lse², and the factors of q, of the label's entry and of each class weight in their gradient."""
     of_label = 1.0 - smoothing
     if class_weight is not None:
-        of_label *= tl.load(class_weight + label, mask=(label >= 0) & (label < vocabulary), other=0.0)
+        of_label *= tl.load(class_weight + label, mask=known, other=0.0)
     cross_entropy = times(of_label, top - label_logit + log_total)
     spread = smoothing / vocabulary
     if SMOOTHED:
@@ -124,17 +137,10 @@ def _of_labels(
     v = start + tl.arange(0, BLOCK)
     gradient = of_q * tl.exp2((x - plain_top) * LOG2E - plain_log_total * LOG2E)
     if SMOOTHED and class_weight is not None:
-        inside = (v >= bounds[0]) & (v < bounds[1])
-        gradient -= of_weight * tl.load(class_weight + v, mask=inside, other=0.0)
+        gradient -= of_weight * tl.load(class_weight + v, mask=within(v, bounds), other=0.0)
     elif SMOOTHED:
         gradient -= of_weight
     return gradient if CLEAR else tl.where(v == label, gradient - of_label, gradient)
-
-
-@triton.jit
-def _slope(z, cap):
-    """``∂ capped / ∂z`` of what is capped already."""
-    return 1.0 if cap is None else 1 - (z / cap) * (z / cap)
 
 
 @triton.jit
@@ -153,21 +159,21 @@ def _write_gradient(
             x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, CLEAR, CLOSE,
             TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
         )  # fmt: skip
-        value += _within(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
+        value += _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
         if not CENTRED:
             of_student -= q * weights[0]
         gradient = scales[0] * of_student
         if gradients[1] is not None:
             if not TEACHER_CENTRED:
                 of_teacher -= p * weights[1]
-            store_block(gradients[1], start, bounds, scales[1] * of_teacher * _slope(y, caps[1]), CLEAR, BLOCK, LINE)
+            store_block(gradients[1], start, bounds, scales[1] * of_teacher * cap_slope(y, caps[1]), CLEAR, BLOCK, LINE)
     if gradients[0] is not None:
         if LABELS:
             gradient += _of_labels(
                 x, start, bounds, label, class_weight, of_labels[0], of_labels[1], of_labels[2], of_labels[3],
                 of_labels[4], CLEAR, SMOOTHED, BLOCK,
             )  # fmt: skip
-        store_block(gradients[0], start, bounds, gradient * _slope(x, caps[0]), CLEAR, BLOCK, LINE)
+        store_block(gradients[0], start, bounds, gradient * cap_slope(x, caps[0]), CLEAR, BLOCK, LINE)
     return value
 
 
@@ -238,7 +244,7 @@ def row_kernel(
 
     Grid: (programs, 1) for whole rows, (programs, splits) for a phase on spans of `span` entries, a multiple of BLOCK.
     SPLITS is a power of two; what lies in `partials` beyond the grid's splits is ready to be combined. LINE: see
-    `load_logits`.
+    loads.py.
     """
     LABELS: tl.constexpr = labels is not None
     DIVERGENCE: tl.constexpr = teacher is not None
@@ -369,9 +375,9 @@ def row_kernel(
                         if class_weight is not None:
                             weight_sum = tl.load(class_weight_sum)
                         cross_entropy, squared_lse, of_q, of_label, of_weight = _label_terms(
-                            tl.where(known, label - first, -1), label_logit, student_top, plain_log_total, linear,
-                            pivot, class_weight, vocabulary, tl.load(cross_entropy_scale + n), smoothing,
-                            tl.load(z_loss_scale + n), weight_sum, SMOOTHED,
+                            label, known, label_logit, student_top, plain_log_total, linear, pivot, weight_row,
+                            vocabulary, tl.load(cross_entropy_scale + n), smoothing, tl.load(z_loss_scale + n),
+                            weight_sum, SMOOTHED,
                         )  # fmt: skip
                     if GRADIENTS:
                         sources, gradients = (student_row, teacher_row), (student_gradient_row, teacher_gradient_row)

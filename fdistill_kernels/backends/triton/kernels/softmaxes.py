@@ -8,7 +8,7 @@ that may be far below it.
 import triton
 import triton.language as tl
 
-from .loads import LINE_BYTES, load_block, load_logits
+from .loads import LINE_BYTES, is_whole, load_block, load_logits, within
 from .terms import LARGEST, LOG2E, exp, times
 
 LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
@@ -107,7 +107,7 @@ def _taken(
     x = load_block(row, start, bounds, cap, CLEAR, BLOCK, LINE)
     if SMOOTHED:
         v = start + tl.arange(0, BLOCK)
-        inside = (v >= bounds[0]) & (v < bounds[1])
+        inside = within(v, bounds)
         w = inside.to(tl.float32)
         if class_weight is not None:
             w = tl.load(class_weight + v, mask=inside, other=0.0)
@@ -140,7 +140,7 @@ def softmaxes_of(
     top, rest, plain_rest, linear = zeros + LOWEST, zeros - 1, zeros - 1, tl.zeros([BLOCK], tl.float32)
     other_top, other_rest, other_at = top, rest, at
     for start in tl.range(begin, end, BLOCK):
-        if (start >= bounds[0]) & (start + BLOCK <= bounds[1]):
+        if is_whole(start, bounds, BLOCK):
             top, rest, plain_rest, at, linear = _taken(
                 top, rest, plain_rest, at, linear, student, start, bounds, class_weight, student_rate, student_cap,
                 pivot, True, PLAIN, SMOOTHED, BLOCK, GROUP, LINE,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .heads import head_logits
+from .loads import cap_slope
 from .terms import LOG2E, exp, pair, times
 
 BLOCK = 128
@@ -151,8 +152,7 @@ def tile_kernel(
                         rate = _fact(facts, OF_DIVERGENCE, n, rows)
                         result += times(rate, of_student - q * _fact(facts, WEIGHT, n, rows))
                 if PHASE == GRADIENT:
-                    if student_cap is not None:
-                        result *= 1 - (z / student_cap) * (z / student_cap)
+                    result *= cap_slope(z, student_cap)
                     j = v - first_entry
                     to = gradient + i[:, None] * gradient_stride + j[None, :]
                     tl.store(to, tl.where(counts & inside, result, 0.0))
