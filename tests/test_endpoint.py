@@ -36,7 +36,8 @@ def sequences(count, seed=0, longest=6):
 
 
 def endpoint(server, **more):
-    return Endpoint(server.url, **{"vocabulary": V, "k": K, "first_wait": 0.005, **more})
+    lists = {} if more.get("kind") == "vllm_hidden" else {"k": K}
+    return Endpoint(server.url, **{"vocabulary": V, "first_wait": 0.005, **lists, **more})
 
 
 def expected(model, prompts, continuations):
@@ -707,6 +708,7 @@ def test_hidden_states_that_cannot_be_had(tmp_path):
     how = {"kind": "vllm_hidden", "norm": model.norm, "retries": 0, "head": head(model)}
     for more, says in (
         ({"short_rows": True, "padded": True}, "makes nothing of short_rows and padded"),
+        ({"k": 64}, "vllm_hidden makes nothing of k"),
         ({"head": Head(model.weight[1:])}, rf"the head \({V - 1}, 8\) must have vocabulary={V} rows"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 Ids = Sequence[int] | Tensor
 KINDS = ("vllm", "sglang", "vllm_hidden")
+DEFAULT_K = 64
 #: Seconds before the second try, doubled for each further one up to the longest; each is multiplied by 0.5 to 1.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 #: How far a probability, or states relative to their norm, may move when a sequence is asked for again.
@@ -80,7 +81,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     Args:
         url: of the server, with or without /v1.
         model: name of the model on the server; None: the only one there.
-        vocabulary, k: V of the teacher's output embedding; number of ids per position, at most V.
+        vocabulary, k: V of the teacher's output embedding; number of ids per position of lists, at most V (None: 64).
         api_key: sent as a bearer token.
         padded: leave out ids ≥ V instead of refusing them, for a teacher whose output embedding has more than V rows;
             their mass then belongs to the tail. Implied if /v1/models gives a larger `vocabulary`, which must not be
@@ -105,7 +106,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     """
 
     def __init__(
-        self, url: str, *, model: str | None = None, vocabulary: int, k: int = 64, api_key: str | None = None,
+        self, url: str, *, model: str | None = None, vocabulary: int, k: int | None = None, api_key: str | None = None,
         store: TeacherStore | str | Path | None = None, concurrency: int = 8, timeout: float = 600.0, retries: int = 6,
         first_wait: float = FIRST_WAIT, kind: str = "vllm", short_rows: bool = False, padded: bool = False,
         head: Head | None = None, norm: Callable[[Tensor], Tensor] | None = None,
@@ -123,7 +124,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if wrong:
             raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
                              "are for a connector's states, files without the teacher's output norm")  # fmt: skip
-        other = {"layer": layer != -1} if head is None else {"short_rows": short_rows, "padded": padded}
+        other = {"layer": layer != -1}
+        if head is not None:
+            other = {"k": k is not None, "short_rows": short_rows, "padded": padded}
+        k = DEFAULT_K if k is None else k
         if ignored := [name for name, given in other.items() if given]:
             raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
         if head is not None and head.weight.shape[0] != vocabulary:
