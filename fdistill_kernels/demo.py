@@ -272,7 +272,7 @@ def main(args: argparse.Namespace) -> int:
         "peak_memory_mib": kilobytes / 1024, "text_sha256": of["text_sha256"],
         **provenance(" ".join(["fdistill", *sys.argv[1:]])),
     }  # fmt: skip
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(finite(results), indent=1) + "\n")
     plot(stages, out / "curves.png")
     if args.json:
         print(json.dumps(finite(results), indent=1))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,8 +41,13 @@ def make_files(tmp_path):
     return tokenizer
 
 
+def strict(text):
+    """JSON, which has no NaN and no infinity."""
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+
+
 def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -273,6 +279,15 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
         assert len(third.get_legend().get_texts()) == 2
         assert [axis.get_title() for axis in others] == list(report.PANELS)
         assert [len(axis.get_legend().get_texts()) for axis in others] == [2, 2, 1, 1, 2]
+
+
+def test_what_is_not_finite_is_null_in_files_and_missing_in_curves(tmp_path):
+    log = run._Log(tmp_path / "metrics.jsonl", "rkl")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2, log_history=[{"loss": math.inf, "step": 1}])
+    log.on_train_begin(None, state, None)
+    log.on_log(None, state, None, logs={"loss": math.nan, "eval_loss": 1.0})
+    assert [line["loss"] for line in lines_of(tmp_path)] == [None, None]
+    report.plot(tmp_path, ask("train", ["--teacher", "t", "--data", "d"], {"method": "rkl"}).config)
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def plot(folder: Path, config: FDistillConfig) -> None:
     panels = {title: keys for title, keys in panels.items() if keys}
 
     def draw(axis: Any, stage: str, key: str, **style: Any) -> None:
-        points = sorted((x["step"], float(x[key])) for x in lines if x["stage"] == stage and key in x)
+        points = sorted((x["step"], float(x[key])) for x in lines if x["stage"] == stage and x.get(key) is not None)
         if points:
             axis.plot(*zip(*points, strict=True), **style)
 

@@ -482,7 +482,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class _Log(TrainerCallback):
-    """Writes every log line to a file, as JSON.
+    """Writes every log line to a file, as JSON, which has null for what is not finite.
 
     When a stage continues from a checkpoint, the lines that were logged after it are removed first.
     """
@@ -494,12 +494,13 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:
             kept = [line for line in logged(self.path) if line["stage"] != self.stage]
             kept += [{"stage": self.stage, **line} for line in state.log_history]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_whole(self.path, "".join(json.dumps(finite(line)) + "\n" for line in kept).encode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a") as file:
-                file.write(json.dumps({"stage": self.stage, **(logs or {}), "step": state.global_step}) + "\n")
+                line = finite({"stage": self.stage, **(logs or {}), "step": state.global_step})
+                file.write(json.dumps(line) + "\n")
 
 
 def save_whole(model: Any, folder: Path, tokenizer: Any, weights: Any = None) -> None:
@@ -544,7 +545,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     results["seconds"] = time.perf_counter() - started
     plot(run.folder, run.config)
     write_report(run.folder, asked, results)
-    write_whole(results_file, (json.dumps(results, indent=1) + "\n").encode())
+    write_whole(results_file, (json.dumps(finite(results), indent=1) + "\n").encode())
     return results
 
 
