@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import json
 import os
 import platform
 import re
@@ -25,7 +24,7 @@ from .divergences import TABLE, Divergence
 from .doctor import details, lines, remedy, shareable
 from .options import OnceParser
 from .own import resolve
-from .provenance import finite, install
+from .provenance import as_json, install
 
 STUDENTS = ("kl", "js", "tvd")  # the default divergences of demo and bench
 SEQUENCES = 16  # that `teacher verify --teacher` computes again
@@ -38,16 +37,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _json(found: Any) -> str:
-    return json.dumps(finite(found), indent=1)
-
-
 def _show(
     args: argparse.Namespace, found: Any, header: Sequence[str], rows: Sequence[Sequence[object]], *after: str
 ) -> None:
     """Prints `found` as JSON with --json, and otherwise a table followed by the lines in `after`."""
     if args.json:
-        return print(_json(found))
+        return print(as_json(found, 1))
     _table(header, rows)
     for line in after:
         print(line)
@@ -137,7 +132,7 @@ def _doctor(args: argparse.Namespace) -> int:
     more = shareable(details() if args.report else {})
     report = shareable(report) | more
     if args.json:
-        print(_json(report))
+        print(as_json(report, 1))
         return 0
     for key in ("fdistill_kernels", "torch", "python", "threads", "instruction_set", "triton", "cuda_library", "cuda"):
         print(f"{key}: {report[key]}")
@@ -347,7 +342,7 @@ def _teacher(args: argparse.Namespace) -> int:
         raise ValueError("--sequences and --seed choose what --teacher computes again: give --teacher, too")
     else:
         found = build.verify(args.folder, args.teacher, args.sequences, args.seed, args.repair)
-    print(_json(found) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
+    print(as_json(found, 1) if args.json else "\n".join(f"{k:20s} {v}" for k, v in found.items()))
     if args.action == "verify" and not (found["damaged"] or found["sequences"] or found.get("set_aside")):
         raise ValueError(f"{args.folder} holds no sequences: nothing was verified")
     if not found["damaged"] or args.action != "verify":

@@ -27,7 +27,7 @@ from torch import Tensor
 from .bench import eager_loss, median_seconds, our_loss, training_step
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence
-from .provenance import finite, provenance
+from .provenance import as_json, provenance
 
 VOCABULARY = 8000
 CONTEXT = 128
@@ -272,10 +272,10 @@ def main(args: argparse.Namespace) -> int:
         "peak_memory_mib": kilobytes / 1024, "text_sha256": of["text_sha256"],
         **provenance(" ".join(["fdistill", *sys.argv[1:]])),
     }  # fmt: skip
-    (out / "results.json").write_text(json.dumps(finite(results), indent=1) + "\n")
+    (out / "results.json").write_text(as_json(results, 1) + "\n")
     plot(stages, out / "curves.png")
     if args.json:
-        print(json.dumps(finite(results), indent=1))
+        print(as_json(results, 1))
     else:
         _print(results, out, console)
     return _compare(rows, expected, console) if args.expect else 0

@@ -29,6 +29,11 @@ def finite(found: Any) -> Any:
     return json.loads(json.dumps(found), parse_constant=lambda _: None)
 
 
+def as_json(found: Any, indent: int | None = None) -> str:
+    """JSON of what is `finite`, with null for the rest."""
+    return json.dumps(finite(found), indent=indent)
+
+
 def _git(*arguments: str) -> str | None:
     """git's answer about this checkout; None if this is no checkout, or if git is missing or fails."""
     if not (ROOT / ".git").exists():  # an installed package, which may lie inside another repository

@@ -9,7 +9,6 @@ import html
 import importlib.util
 import io
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from .bench import eager_loss, floor_seconds
 from .divergences import Divergence
-from .provenance import finite, install, provenance, versions
+from .provenance import as_json, install, provenance, versions
 
 #: For how long each loss is timed at each size.
 SECONDS = 0.2
@@ -176,7 +175,7 @@ def page(data: dict[str, Any]) -> str:
     installed = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     texts = [f"{r['what']}, {r['divergence']}: {r['why']}" for r in data["left_out"]]
     left_out = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(texts))
-    numbers = json.dumps(finite(data)).replace("</", "<\\/")
+    numbers = as_json(data).replace("</", "<\\/")
     return (
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>fdistill bench</title><style>{STYLE}</style>\n'

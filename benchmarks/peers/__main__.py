@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fdistill_kernels.cli import DTYPES, _shape
-from fdistill_kernels.provenance import finite, provenance, versions
+from fdistill_kernels.provenance import as_json, provenance, versions
 
 from . import FORMS, PACKAGES, found
 from .measure import DIVERGENCES, errors_by_scale, losses, measured
@@ -43,7 +42,7 @@ def main() -> None:
     }  # fmt: skip
 
     def save() -> None:
-        args.out.write_text(json.dumps(finite(content), indent=1) + "\n")
+        args.out.write_text(as_json(content, 1) + "\n")
 
     for form, name in itertools.product(args.form, args.divergence):
         if not found(form, name):

@@ -32,7 +32,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..provenance import finite
+from ..provenance import as_json
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import LENGTHS, Asked, ask, how_long, without_secrets
@@ -494,13 +494,12 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero:
             kept = [line for line in logged(self.path) if line["stage"] != self.stage]
             kept += [{"stage": self.stage, **line} for line in state.log_history]
-            write_whole(self.path, "".join(json.dumps(finite(line)) + "\n" for line in kept).encode())
+            write_whole(self.path, "".join(as_json(line) + "\n" for line in kept).encode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a") as file:
-                line = finite({"stage": self.stage, **(logs or {}), "step": state.global_step})
-                file.write(json.dumps(line) + "\n")
+                file.write(as_json({"stage": self.stage, **(logs or {}), "step": state.global_step}) + "\n")
 
 
 def save_whole(model: Any, folder: Path, tokenizer: Any, weights: Any = None) -> None:
@@ -545,7 +544,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     results["seconds"] = time.perf_counter() - started
     plot(run.folder, run.config)
     write_report(run.folder, asked, results)
-    write_whole(results_file, (json.dumps(finite(results), indent=1) + "\n").encode())
+    write_whole(results_file, (as_json(results, 1) + "\n").encode())
     return results
 
 
@@ -613,6 +612,6 @@ def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dic
         return 2
     if rank()[0]:
         return 0
-    print(json.dumps(finite(results), indent=1) if asked.json else "\n".join(
+    print(as_json(results, 1) if asked.json else "\n".join(
         f"{k:20s} {v:.4f}" if isinstance(v, float) else f"{k:20s} {v}" for k, v in results.items()))  # fmt: skip
     return 0

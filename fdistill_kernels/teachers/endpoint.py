@@ -124,14 +124,13 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if wrong:
             raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
                              "are for a connector's states, files without the teacher's output norm")  # fmt: skip
-        other = {"layer": layer != -1}
-        if head is not None:
-            other = {"k": k is not None, "short_rows": short_rows, "padded": padded}
-        k = DEFAULT_K if k is None else k
+        of_lists = {"k": k is not None, "short_rows": short_rows, "padded": padded}
+        other = {"layer": layer != -1} if head is None else of_lists
         if ignored := [name for name, given in other.items() if given]:
             raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
         if head is not None and head.weight.shape[0] != vocabulary:
             raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
+        k = DEFAULT_K if k is None else k
         if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
             raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
         self.url, k = url.rstrip("/").removesuffix("/v1"), min(k, vocabulary)
