@@ -118,10 +118,12 @@ def token_terms(
         if labels is not None and terms.reduction == "mean" and terms.num_items is None:
             class_weight = class_weight * (tokens / sum_of_target_weights(class_weight, labels, mask))
     labels = labels if terms.ce_weight or terms.z_loss or metrics or needed else None
+    of_student = vectors.inverse(t)
     of_rows = TokenTerms(
         row_scale=row_scale,
-        student_inverse_temperature=vectors.inverse(t),
-        teacher_inverse_temperature=vectors.inverse(t if of_teacher is None else of_teacher),
+        student_inverse_temperature=of_student,
+        # one temperature is in one place, which a kernel may ask; a view, since compilers take no tensor twice
+        teacher_inverse_temperature=of_student.view(-1) if of_teacher is None else vectors.inverse(of_teacher),
         divergence_scale=vectors.squared(weight, t) if terms.temperature_squared else vectors.of(weight),
         cross_entropy_scale=vectors.of(1.0 if labels is None else terms.ce_weight),  # without labels it is not read
         z_loss_scale=vectors.of(1.0 if labels is None else terms.z_loss),

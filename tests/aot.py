@@ -57,7 +57,7 @@ TARGETS = {
 
 
 def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False,
-                lines=True, card=None):  # fmt: skip
+                lines=True, temperatures=1, card=None):  # fmt: skip
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
     chosen = launch.heuristic(8192, vocabulary, itemsize, card, symbol or "labels", "teacher" in gradients)
@@ -68,7 +68,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "student_gradient": logits if "student" in gradients else None,
         "teacher_gradient": logits if "teacher" in gradients else None, "parts": f32,
         "partials": f32 if phase != "WHOLE" else None, "row_scale": f32, "student_inverse_temperature": f32,
-        "teacher_inverse_temperature": f32,
+        "teacher_inverse_temperature": f32 if temperatures == 2 else None,
         "divergence_scale": f32, "cross_entropy_scale": f32, "z_loss_scale": f32,
         "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
         "class_weight_sum": f32 if weighted else None,
@@ -84,7 +84,8 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "LINE": 16 // itemsize if lines else 1,
     }  # fmt: skip
     parts = (symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower(),
-             "capped" if capped else None, None if lines else "views")  # fmt: skip
+             "capped" if capped else None, None if lines else "views",
+             "two temperatures" if temperatures == 2 else None)  # fmt: skip
     name = "/".join(filter(None, parts))
     return name, rows.row_kernel, types, constants, chosen.options
 
@@ -159,7 +160,7 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
     if kernel == "tile_kernel" and phase == "GRADIENT":
         types["partials"] = None
     constants = {
-        "TERMS": getattr(terms, symbol) if symbol else None, "EXCHANGED": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
+        "TERMS": getattr(terms, symbol) if symbol else None, "FACTORS": terms.FACTORS.get(symbol), "EXCHANGED": None, "SMOOTHED": labels == "smoothed", "PLAIN": bool(labels),
         "PHASE": getattr(tiles, phase).value, "EVEN": True, "STUDENT_EVEN": True, "TEACHER_EVEN": True,
         **dict.fromkeys(("PRECISION", "STUDENT_PRECISION", "TEACHER_PRECISION"), "ieee" if dtype == "fp32" else "tf32"),
         "BLOCK": tiles.BLOCK, "BLOCKS": 16, "SHARED": share and dtype == "fp16", "STAGES": cut.stages(card),
@@ -200,7 +201,7 @@ VARIANTS = [
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
         dict(labels="plain"), dict(labels="smoothed"))],
     dict(symbol="Gjs", vocabulary=50257), dict(symbol="Kl", vocabulary=50257, dtype="fp32"),
-    dict(symbol="Gjs", lines=False),
+    dict(symbol="Gjs", lines=False), *[dict(symbol=s, temperatures=2) for s in ("Gjs", "Tvd")],
     dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
     *[dict(symbol=symbol) for symbol in row_terms.STATISTICS],
     dict(symbol="Dkd", gradients="student teacher"), dict(symbol="TailAware", phase="TOTALS"),
@@ -296,8 +297,8 @@ def resources_amd(compiled):
     code = compiled.asm["amdgcn"]
     return {
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
-        "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
-        + int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
+        # in memory; what goes aside into accumulators' registers stays on chip
+        "spill_bytes": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
         "double": len(re.findall(r"\bv_(?:add|mul|fma)_f64", code)),

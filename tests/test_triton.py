@@ -221,6 +221,99 @@ def contracted(request, monkeypatch):
     monkeypatch.setattr(Builder, "create_fsub", summed(Builder.create_fsub, -1.0))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nothing_is_read_or_written_beside_a_tensor(dtype, splits, monkeypatch):
+    """Not in the lines of 16 bytes that its first row starts in and its last row ends in, either."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, splits, 2))
+    owned = []
+
+    def checked(original):
+        def access(self, ptrs, *args, **kwargs):
+            arrays = [a.data for a in args if isinstance(getattr(a, "data", None), np.ndarray)]
+            mask = next(a for a in reversed(arrays) if a.dtype.kind == "b")
+            size = ptrs.dtype.scalar.element_ty.primitive_bitwidth // 8
+            at = ptrs.data[np.broadcast_to(mask, ptrs.data.shape)].astype(np.int64)
+            for first, begin, end, last in owned:  # of a storage, what the tensor has of it
+                wrong = (at + size > first) & (at < last) & ((at < begin) | (at + size > end))
+                assert not wrong.any(), "beside a tensor"
+            return original(self, ptrs, *args, **kwargs)
+
+        return access
+
+    for name in ("create_masked_load", "create_masked_store"):
+        monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name)))
+
+    def inside(offset, rows, vocabulary):
+        storage = torch.randn(rows * vocabulary + 64).to(dtype)
+        x = storage[offset : offset + rows * vocabulary].view(rows, vocabulary)
+        owned.append((storage.data_ptr(), x.data_ptr(), x.data_ptr() + x.nbytes, storage.data_ptr() + storage.nbytes))
+        return x
+
+    for vocabulary in (7, 64, 203):
+        for offsets in ((0, 0), (3, 3), (5, 5), (1, 2)):
+            owned.clear()
+            student, teacher = (inside(offset, 3, vocabulary) for offset in offsets)
+            labels = torch.tensor([0, vocabulary - 1, vocabulary // 2])
+            for name in ("js", "kl", "lk"):
+                of = student.detach().requires_grad_()
+                loss = fk.f_divergence(of, teacher, name, labels=labels, ce_weight=0.5, backend="triton")
+                torch.autograd.grad(loss, of)
+            fk.f_divergence(student, teacher, "js", labels=labels, return_parts="metrics", backend="triton")
+
+
+@pytest.mark.parametrize("name", ["js", "gjs=0.05", "gjs=0.9", "skew_rkl"])
+def test_rows_of_almost_one_entry(name):
+    """Their gradients, of 1e-7 and less, are made of log(1 + x) of such x; float64 has no digits of them from 30 on."""
+    for spread in (0.3, 3.0, 10.0, 14.0):
+        student, teacher = (spread * torch.randn(4, 700) for _ in range(2))
+        student.requires_grad_()
+        exact = fk.f_divergence(student.double(), teacher.double(), name, reduction="sum", backend="torch")
+        got = fk.f_divergence(student, teacher, name, reduction="sum", backend="triton")
+        gradient, found = (torch.autograd.grad(loss, student)[0].double() for loss in (exact, got))
+        of_row = (found - gradient).abs().amax(1) / gradient.abs().amax(1)
+        assert max(relative(got, exact), of_row.max().item()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["js", "gjs=0.1", "skew_rkl", "tvd", "kl"])
+def test_rows_that_differ_at_the_peak_alone(name):
+    """Thousands of entries where the models agree: what a logarithm is wrong by in one direction is there in all."""
+    student = 0.3 * torch.randn(2, 4096)
+    teacher = student.clone()
+    student[:, 7] += 4.0
+    loss, gradient, _ = reference(student, teacher, name)
+    student.requires_grad_()
+    got = fk.f_divergence(student, teacher, name, reduction="sum", backend="triton")
+    assert relative(got, loss) < 3e-5
+    assert relative(torch.autograd.grad(got, student)[0], gradient) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*PASSES, "lk", "csd"])
+def test_one_temperature_and_two(name, dtype):
+    """Of 16-bit logits at one temperature u is made of the models' own differences; at two, or of float32, of these only
+    where the models nearly agree.
+    """
+    outcomes = []
+    for spread, apart in ((1e-3, 1e-3), (0.3, 1e-2), (3.0, 1e-3), (3.0, 1e-1), (10.0, 1.0), (3.0, 3.0), (100.0, 20.0)):
+        student = (spread * torch.randn(3, 700)).to(dtype)
+        teacher = (student + apart * torch.randn(3, 700)).to(dtype)
+        if spread < 0.01:  # entries far below the top, whose distance from it has not all of their digits
+            student[:, 5], teacher[:, 5] = 9.0, 9.0
+        student, teacher = student.requires_grad_(), teacher + (50.0 if spread == 3.0 else 0.0)
+        loss, gradient, _ = reference(student.float(), teacher.float(), name, temperature=2.0)
+        for temperature in (2.0, torch.full((3,), 2.0)):
+            got = fk.f_divergence(student, teacher, name, reduction="sum", backend="triton", temperature=temperature)
+            found = torch.autograd.grad(got, student)[0]
+            # of the row's largest, in what the dtype has of it
+            steps = (found.double() - gradient).abs().max() / (torch.finfo(dtype).eps * gradient.abs().max() + 6e-8)
+            outcomes.append((spread, apart, relative(got, loss), steps.item()))
+    assert not [o for o in outcomes if o[2] > 2e-5 or o[3] > 1], outcomes
+
+
 @pytest.mark.parametrize("mask", [-1e4, -1e6, -1e30, torch.finfo(torch.float32).min, -torch.inf])
 def test_contracted_sums_of_masked_models(mask, contracted):
     """Models that have nothing in common but entries that neither has."""

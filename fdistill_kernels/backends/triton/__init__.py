@@ -45,6 +45,20 @@ def interpreting() -> bool:
 INTERPRETER_TROUBLE = _interpreter_trouble() if interpreting() else None
 
 
+def _mend_interpreter() -> None:
+    """Of a number and what is none the minimum is the number on cards and in newer interpreters, in older ones none."""
+    import numpy
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, function in (("create_minnumf", numpy.fmin), ("create_maxnumf", numpy.fmax)):
+        mended = functools.partialmethod(InterpreterBuilder.binary_op, op=function)
+        setattr(InterpreterBuilder, name, mended)
+
+
+if interpreting() and INSTALLED:
+    _mend_interpreter()
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Of a card; asked once, but by compilers, which know it for a constant."""
     return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
@@ -76,14 +90,16 @@ def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str
 
     none = entries.NONE.value
     if divergence is None:
-        return {"TERMS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True, "MEMBERS": none}
-    if not divergence.kernel:
-        return {"TERMS": divergence.triton, "EXCHANGED": "own", "CENTRED": False, "TEACHER_CENTRED": False,
+        return {"TERMS": None, "FACTORS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True,
                 "MEMBERS": none}  # fmt: skip
+    if not divergence.kernel:
+        return {"TERMS": divergence.triton, "FACTORS": None, "EXCHANGED": "own", "CENTRED": False,
+                "TEACHER_CENTRED": False, "MEMBERS": none}  # fmt: skip
     exchanged, known = KERNELS[divergence.kernel].exchanged, {**terms.BY_SYMBOL, **row_terms.BY_SYMBOL}
     members = divergence.statistics.members if divergence.statistics else ""
     return {
-        "TERMS": known[divergence.kernel], "EXCHANGED": known[exchanged] if teacher_gradient else None,
+        "TERMS": known[divergence.kernel], "FACTORS": terms.FACTORS.get(divergence.kernel),
+        "EXCHANGED": known[exchanged] if teacher_gradient else None,
         "CENTRED": divergence.centred, "TEACHER_CENTRED": KERNELS[exchanged].centred,
         "MEMBERS": {"": none, "label": entries.LABEL.value}.get(members, entries.LARGEST.value),
     }  # fmt: skip
@@ -165,6 +181,9 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     wire = Collectives(call.shard.group) if call.shard.group else None
     if wire is not None and terms.labels is not None:
         terms = terms._replace(labels=terms.labels - call.shard.begin)
+    vectors = {name: getattr(terms, name) for name in VECTORS}
+    if terms.teacher_inverse_temperature.data_ptr() == terms.student_inverse_temperature.data_ptr():
+        vectors["teacher_inverse_temperature"] = None
     met = splits if wire is None else chosen.splits * wire.ranks
     padded = 1 << (met - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
@@ -176,8 +195,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
         kernels.row_kernel[grid](
             student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=teacher_gradient,
             parts=parts, partials=partials, coefficients=coefficients,
-            **{name: getattr(terms, name) for name in VECTORS}, rows=rows, inner=inner,
-            vocabulary=vocabulary, span=span,
+            **vectors, rows=rows, inner=inner, vocabulary=vocabulary, span=span,
             **_strides(student=student, teacher=teacher, gradient=student_gradient),
             student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None,
             smoothing=terms.label_smoothing, class_weight_sum=class_weight_sum,

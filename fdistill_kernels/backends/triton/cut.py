@@ -184,6 +184,7 @@ class _Sweeps:
             teacher and teacher.bias, self.facts, terms.labels, terms.class_weight if self.smoothed else None,
             self.live, partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
             log_threshold=log_threshold, **triton_backend.constants(call.divergence), TERMS=functions["TERMS"],
+            FACTORS=functions["FACTORS"],
             EXCHANGED=functions["EXCHANGED"], SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even,
             STUDENT_PRECISION=student.precision, STUDENT_D=student.depth, TEACHER_EVEN=(teacher or student).even,
             TEACHER_PRECISION=(teacher or student).precision, TEACHER_D=(teacher or student).depth, BLOCK=BLOCK,

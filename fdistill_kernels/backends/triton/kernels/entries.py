@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .terms import LOG2E, log1p, pair
+from .terms import LOG2E, log1p, minus, pair
 
 #: Which entries are in a row's set: none, the label, or the teacher's largest.
 NONE, LABEL, LARGEST = (tl.constexpr(members) for members in range(3))
@@ -23,28 +23,42 @@ def in_set(y, v, label, threshold, MEMBERS: tl.constexpr):
 @triton.jit
 def entry_of(x, y, models, u_at_peak, inside):
     """Entries of a row with the student's logits x and the teacher's y, as terms.py takes them."""
-    student_top, student_rate, student_log_total = models[0], models[1], models[2]
-    teacher_top, teacher_rate, teacher_log_total = models[3], models[4], models[5]
-    log_ratio, alike = models[6], models[7]
+    student_top, student_rate, student_log2_total = models[0], models[1], models[2]
+    teacher_top, teacher_rate, teacher_log2_total = models[3], models[4], models[5]
+    log_ratio, between_tops = models[6], models[7]
     q_shifted, p_shifted = (x - student_top) * student_rate, (y - teacher_top) * teacher_rate
-    log2_q = (x - student_top) * (student_rate * LOG2E) - student_log_total * LOG2E
-    log2_p = (y - teacher_top) * (teacher_rate * LOG2E) - teacher_log_total * LOG2E
-    # of models that nearly agree by their logits' own differences, which are exact
-    apart = tl.where(alike, ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
+    log2_q = (x - student_top) * (student_rate * LOG2E) - student_log2_total
+    log2_p = (y - teacher_top) * (teacher_rate * LOG2E) - teacher_log2_total
+    apart = ((y - x) - between_tops) * student_rate
+    if len(models) == 9:  # differences of float32 are exact where the models nearly agree
+        apart = tl.where(models[8], apart, p_shifted - q_shifted)
     return (tl.exp2(log2_p), tl.exp2(log2_q), log2_p, log2_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak,
             inside)  # fmt: skip
 
 
 @triton.jit
-def models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate):
-    """What `entry_of` needs of a row."""
+def models_of(
+    student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate, of_student=0.0, of_teacher=0.0,
+    DIGITS: tl.constexpr = False,
+):  # fmt: skip
+    """What `entry_of` needs of a row; of_student and of_teacher: terms.py's FACTORS. And whether the models nearly
+    agree, but where their logits' differences have all their DIGITS: of one rate and of 16 bits.
+    """
     apart = (teacher_rest - student_rest) / (1 + student_rest)
     little = tl.abs(apart) < 0.5
     log_ratio = log1p(teacher_rest) - log1p(student_rest)
     log_ratio = tl.where(little, log1p(tl.where(little, apart, 0.0)), log_ratio)
-    alike = (tl.abs(teacher_top - student_top) <= 1) & (teacher_rate == student_rate)
-    return (student_top, student_rate, log1p(student_rest), teacher_top, teacher_rate, log1p(teacher_rest), log_ratio,
-            alike)  # fmt: skip
+    # one rounding: it is of all of a row's probabilities
+    student_log2_total = tl.fma(log1p(student_rest), LOG2E, minus(of_student))
+    teacher_log2_total = tl.fma(log1p(teacher_rest), LOG2E, minus(of_teacher))
+    between_tops = teacher_top - student_top
+    if DIGITS:
+        return (student_top, student_rate, student_log2_total, teacher_top, teacher_rate, teacher_log2_total, log_ratio,
+                between_tops)  # fmt: skip
+    else:
+        alike = (tl.abs(between_tops) <= 1) & (teacher_rate == student_rate)
+        return (student_top, student_rate, student_log2_total, teacher_top, teacher_rate, teacher_log2_total, log_ratio,
+                between_tops, alike)  # fmt: skip
 
 
 @triton.jit
@@ -76,20 +90,24 @@ def peaks_of(
 
 @triton.jit
 def terms_at(
-    x, y, inside, models, peaks, own, other, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr,
+    x, y, inside, models, peaks, own, other, sums, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr,
     EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Entries' probabilities, values and both terms, measured from the peaks', whose own is 0; CLEAR: the student's is
-    not among these entries.
+    """Entries' values and both terms, measured from the peaks', whose own is 0, and less their shares of both terms'
+    sums where these are known. CLEAR: the student's peak is not among these entries.
     """
     u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there, inside_there = peaks
     entry = entry_of(x, y, models, u_at_peak, inside)
     student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, CLOSE)
-    if not CENTRED:
+    if not CENTRED:  # one after the other: of an almost one-hot row the sum is tiny beside the peak's
         student -= entry[1] * at_peak
         if not CLEAR:
             student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student)
+        if sums is not None:
+            student -= entry[1] * sums[0]
     if EXCHANGED is not None and not TEACHER_CENTRED:
         there = (y == models[3]) & (x == student_there) & (inside == inside_there)
         teacher = tl.where(there, 0.0, teacher - entry[0] * at_teacher_peak)
-    return entry[0], entry[1], student, value, teacher
+        if sums is not None:
+            teacher -= entry[0] * sums[1]
+    return student, value, teacher

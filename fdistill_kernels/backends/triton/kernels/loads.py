@@ -96,29 +96,51 @@ def _pairs(row, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_within(row, v, bounds, cap):
+    """A row's logits at v, capped; −inf out of bounds."""
+    inside = within(v, bounds)
+    x = tl.load(row + v, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.where(inside, capped(x, cap), float("-inf"))
+
+
+@triton.jit
+def _in_whole_lines(v, bounds, LINE: tl.constexpr):
+    """Whether entries are in lines that are all the row's own."""
+    line = v // LINE * LINE
+    return (line >= bounds[0]) & (line + LINE <= bounds[1])
+
+
+@triton.jit
 def load_block(row, start, bounds, cap, CLEAR: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
-    """Logits from `start`, capped; −inf out of bounds. CLEAR: none of the block is."""
+    """Logits from `start`, capped; −inf out of bounds. CLEAR: none of the block is; else whole lines, and of lines that
+    are not all the row's own what is: a tensor may end there.
+    """
     v = start + tl.arange(0, BLOCK)
     if CLEAR and LINE > 1 and row.dtype.element_ty == tl.bfloat16:
         return capped(_pairs(row, start, BLOCK), cap)
     elif CLEAR:
         return capped(tl.load(row + v).to(tl.float32), cap)
+    elif LINE == 1:
+        return load_within(row, v, bounds, cap)
     else:
-        x = tl.load(row + v, mask=v // LINE * LINE < bounds[1], other=float("-inf")).to(tl.float32)
-        return tl.where(within(v, bounds), capped(x, cap), float("-inf"))
+        whole, inside = _in_whole_lines(v, bounds, LINE), within(v, bounds)
+        x = tl.load(row + v, mask=whole, other=float("-inf"))
+        if not is_whole(start, bounds, BLOCK):
+            x = tl.where(whole, x, tl.load(row + v, mask=inside & (whole == 0), other=float("-inf")))
+        x = x.to(tl.float32)
+        return x if cap is None else tl.where(inside, capped(x, cap), float("-inf"))
 
 
 @triton.jit
 def store_block(row, start, bounds, x, CLEAR: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
-    """CLEAR: all of it; else whole lines, and of lines that are not all the row's own what is."""
+    """CLEAR: all of it; else as `load_block`."""
     v = start + tl.arange(0, BLOCK)
     if CLEAR:
         tl.store(row + v, x)
     else:
         inside = within(v, bounds)
         if LINE > 1:
-            line = v // LINE * LINE
-            whole = (line >= bounds[0]) & (line + LINE <= bounds[1])
+            whole = _in_whole_lines(v, bounds, LINE)
             tl.store(row + v, x, mask=whole)
             inside = inside & (whole == 0)
         tl.store(row + v, x, mask=inside)

@@ -4,12 +4,38 @@ import triton
 import triton.language as tl
 
 from .entries import entry_of, models_of
-from .loads import capped, first_of, line_of, load_block, row_at
-from .softmaxes import softmaxes_of
+from .loads import capped, first_of, is_whole, line_of, load_block, row_at
+from .softmaxes import added, no_sums, softmaxes_of
 from .terms import LN2, log1p, times
 
 FIRST = tl.constexpr(3)  # of the parts
 COUNT = tl.constexpr(6)
+BEYOND = tl.constexpr(2147483647)  # every place
+
+
+@triton.jit
+def _with_first(first, v, found):
+    """The lanes' first places with a block's, where something was found."""
+    places = tl.reshape(tl.where(found, v, BEYOND), [first.shape[0], v.shape[0] // first.shape[0]])
+    return tl.minimum(first, tl.min(places, 1))
+
+
+@triton.jit
+def _looked_at(
+    of_student, of_teacher, overlap, first, other_first, rows, start, bounds, caps, models, CLEAR: tl.constexpr,
+    BLOCK: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Entropies, the overlap and the first places of both tops, lane by lane, with a block's."""
+    v = start + tl.arange(0, BLOCK)
+    x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
+    y = x
+    if rows[1] is not None:
+        y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    p, q, log2_p, log2_q, _, _, _, _, _ = entry_of(x, y, models, 0.0, False)
+    of_student, of_teacher = added(of_student, -times(q, log2_q)), added(of_teacher, -times(p, log2_p))
+    overlap = added(overlap, tl.where(p < q, p, q))
+    first, other_first = _with_first(first, v, x == models[0]), _with_first(other_first, v, y == models[3])
+    return of_student, of_teacher, overlap, first, other_first
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -43,21 +69,22 @@ def row_metrics_kernel(
             if teacher is None:  # at temperature 1, as the labels' terms
                 plain_rest = student_rest
             models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
-            zeros = tl.zeros([BLOCK], tl.float32)
-            of_student, of_teacher, overlap = zeros, zeros, zeros
-            first, other_first = tl.full([BLOCK], 2147483647, tl.int32), tl.full([BLOCK], 2147483647, tl.int32)
+            of_student = no_sums(student, BLOCK)
+            of_teacher, overlap = of_student, of_student
+            first = tl.full(of_student.shape, BEYOND, tl.int32)
+            other_first = first
+            rows_of, caps = (student_row, teacher_row), (student_cap, teacher_cap)
             for start in tl.range(0, bounds[1], BLOCK):
-                v = start + tl.arange(0, BLOCK)
-                x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
-                y = x
-                if teacher is not None:
-                    y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
-                entry = entry_of(x, y, models, 0.0, False)
-                of_student -= times(entry[1], entry[3])
-                of_teacher -= times(entry[0], entry[2])
-                overlap += tl.where(entry[0] < entry[1], entry[0], entry[1])
-                first = tl.where((x == student_top) & (v < first), v, first)
-                other_first = tl.where((y == teacher_top) & (v < other_first), v, other_first)
+                if is_whole(start, bounds, BLOCK):
+                    of_student, of_teacher, overlap, first, other_first = _looked_at(
+                        of_student, of_teacher, overlap, first, other_first, rows_of, start, bounds, caps, models, True,
+                        BLOCK, LINE,
+                    )  # fmt: skip
+                else:
+                    of_student, of_teacher, overlap, first, other_first = _looked_at(
+                        of_student, of_teacher, overlap, first, other_first, rows_of, start, bounds, caps, models,
+                        False, BLOCK, LINE,
+                    )  # fmt: skip
             log_total = log1p(plain_rest)
             label_log_prob = 0.0
             if labels is not None:

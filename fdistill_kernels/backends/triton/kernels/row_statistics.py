@@ -6,7 +6,7 @@ import triton.language as tl
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import first_of, line_of, load_block, row_at, within
 from .softmaxes import softmaxes_of
-from .terms import LOWEST_LOG, NO_OVERLAP, exp
+from .terms import LOG2E, LOWEST_LOG, NO_OVERLAP
 
 COEFFICIENTS = tl.constexpr(8)
 #: How the teacher's largest entries are told: by their number, or by their mass.
@@ -36,7 +36,7 @@ def _threshold(
             y = load_block(teacher, start, bounds, cap, False, BLOCK, LINE)
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
-                weight = exp((y - models[3]) * models[4] - models[5])
+                weight = tl.exp2((y - models[3]) * (models[4] * LOG2E) - models[5])
             found += tl.where((y >= threshold) & within(v, bounds), weight, 0.0)
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)

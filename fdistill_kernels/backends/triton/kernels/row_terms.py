@@ -8,7 +8,7 @@ own[FIRST] and on, with the models exchanged in reverse.
 import triton
 import triton.language as tl
 
-from .terms import LN2, LOG2E, SMALLEST_NORMAL, Alpha, Kl, Rkl, Tvd, difference, log1p, power, power_log, times
+from .terms import LN2, LOG2E, SMALLEST_NORMAL, Alpha, Kl, Rkl, difference, log1p, minus, power, power_log, sided, times
 
 FIRST, LAST = tl.constexpr(11), tl.constexpr(18)
 
@@ -36,9 +36,9 @@ def LkCoefficients(sums, own, facts):
 
 @triton.jit
 def Lk(e, own, CLOSE: tl.constexpr):
-    q, u_at_peak = e[1], e[7]
+    p, q, u_at_peak = e[0], e[1], e[7]
     side = tl.where(u_at_peak > 0, 0.5, tl.where(u_at_peak < 0, -0.5, 0.0))
-    student, _ = Tvd(e, own, CLOSE)
+    student = sided(minus(difference(p, q, e[4], CLOSE)), 0.5 * q)
     # from the peak's side, whose entries are then 0 without a rounding, which the slope may make large
     return own[FIRST] * (student + q * side), _whole(e, own)
 

@@ -30,7 +30,7 @@ from .loads import (
     within,
     zero_row,
 )
-from .softmaxes import ANYWHERE, NOWHERE, met, save, softmaxes_of
+from .softmaxes import ANYWHERE, NOWHERE, added, met, no_sums, save, softmaxes_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
@@ -73,14 +73,14 @@ def _add_totals(
     """The shares of D and of both terms' sums, lane by lane, with a block's added."""
     x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
     y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
-    _, _, of_student, here, of_teacher = terms_at(
-        x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, CLEAR, CLOSE,
-        TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
+    of_student, here, of_teacher = terms_at(
+        x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, None, CLEAR,
+        CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
     )  # fmt: skip
-    value += _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
-    weight += _counted(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK)
+    value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK))
+    weight = added(weight, _counted(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK))
     if EXCHANGED is not None:
-        teacher_weight += _counted(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK)
+        teacher_weight = added(teacher_weight, _counted(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK))
     return value, weight, teacher_weight
 
 
@@ -91,7 +91,7 @@ def _totals(
     MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2 over [begin, end), backwards: the shares of D and of both terms' sums."""
-    value = tl.zeros([BLOCK], tl.float32)
+    value = no_sums(rows[0], BLOCK)
     weight, teacher_weight = value, value
     last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
     for offset in tl.range(0, end - begin, BLOCK):
@@ -145,7 +145,7 @@ def _of_labels(
 
 @triton.jit
 def _write_gradient(
-    value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, weights,
+    value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
     class_weight, of_labels, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
     CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr,
     SMOOTHED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
@@ -155,17 +155,13 @@ def _write_gradient(
     gradient = tl.zeros([BLOCK], tl.float32)
     if rows[1] is not None:
         y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
-        p, q, of_student, here, of_teacher = terms_at(
-            x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, CLEAR, CLOSE,
-            TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
+        of_student, here, of_teacher = terms_at(
+            x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, sums, CLEAR,
+            CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
         )  # fmt: skip
-        value += _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK)
-        if not CENTRED:
-            of_student -= q * weights[0]
+        value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK))
         gradient = scales[0] * of_student
         if gradients[1] is not None:
-            if not TEACHER_CENTRED:
-                of_teacher -= p * weights[1]
             store_block(gradients[1], start, bounds, scales[1] * of_teacher * cap_slope(y, caps[1]), CLEAR, BLOCK, LINE)
     if gradients[0] is not None:
         if LABELS:
@@ -179,26 +175,26 @@ def _write_gradient(
 
 @triton.jit
 def _gradient(
-    rows, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, scales, weights,
+    rows, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, scales, sums,
     class_weight, of_labels, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
     TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
     FORWARD: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
-    value = tl.zeros([BLOCK], tl.float32)
+    value = no_sums(rows[0], BLOCK)
     last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
     for offset in tl.range(0, end - begin, BLOCK):
         start = begin + offset if FORWARD else last - offset
         if _is_clear(start, bounds, place, label, not CENTRED, LABELS or MEMBERS == LABEL, BLOCK):
             value = _write_gradient(
                 value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales,
-                weights, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
+                sums, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
                 LABELS, SMOOTHED, BLOCK, LINE,
             )  # fmt: skip
         else:
             value = _write_gradient(
                 value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales,
-                weights, class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
+                sums, class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
                 LABELS, SMOOTHED, BLOCK, LINE,
             )  # fmt: skip
     return tl.sum(value, 0)
@@ -225,7 +221,7 @@ def row_kernel(
     student_gradient, teacher_gradient,  # of the same shape; the teacher's dense
     parts,  # (3, rows)
     partials,  # (PARTIALS, rows, SPLITS) float32
-    row_scale, student_inverse_temperature, teacher_inverse_temperature,  # (rows)
+    row_scale, student_inverse_temperature, teacher_inverse_temperature,  # (rows); no teacher's: the student's
     divergence_scale, cross_entropy_scale, z_loss_scale, labels,  # (rows)
     class_weight,  # (vocabulary)
     coefficients,  # (9, rows): of row_statistics.py
@@ -236,9 +232,9 @@ def row_kernel(
     other_parameter, other_rest, other_log, other_log_rest,  # with the models exchanged
     smoothing,
     class_weight_sum,  # (1)
-    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    MEMBERS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    LINE: tl.constexpr,
+    TERMS: tl.constexpr, FACTORS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
+    TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... of (outer, inner, V) logits; see `RowCall`. Absent pointers are None.
 
@@ -252,6 +248,10 @@ def row_kernel(
     # D is summed in the gradient's own sweep: there is no sum to wait for, and every entry passes there
     LATE: tl.constexpr = CENTRED and PHASE == WHOLE and student_gradient is not None and teacher_gradient is None
     SWEEP_2: tl.constexpr = DIVERGENCE and not LATE
+    DIGITS: tl.constexpr = DIVERGENCE and (
+        teacher_inverse_temperature is None and student_cap is None and teacher_cap is None
+        and student.dtype.element_ty.primitive_bitwidth == 16 and teacher.dtype.element_ty.primitive_bitwidth == 16
+    )  # fmt: skip
     numbers = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
     other_numbers = (other_parameter, other_rest, other_log, other_log_rest, c2, c3, c4, c5, c6, c7, c8)
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -285,7 +285,9 @@ def row_kernel(
             student_rate, teacher_rate, of_divergence = 1.0, 1.0, 0.0
             if DIVERGENCE:
                 student_rate = tl.load(student_inverse_temperature + n)
-                teacher_rate = tl.load(teacher_inverse_temperature + n)
+                teacher_rate = student_rate
+                if teacher_inverse_temperature is not None:
+                    teacher_rate = tl.load(teacher_inverse_temperature + n)
                 of_divergence = scale * tl.load(divergence_scale + n)
                 # what weighs nothing may be infinite: the student is compared with itself; kl's term is finite anyway
                 if not LATE or coefficients is not None:
@@ -331,7 +333,7 @@ def row_kernel(
                     plain_rest = student_rest
                 divergence, weight, teacher_weight = 0.0, 0.0, 0.0
                 models, peaks, close, threshold, inside_there = 0.0, 0.0, False, 0.0, False
-                own, other = numbers, other_numbers
+                own, other, factors = numbers, other_numbers, (0.0, 0.0, 1.0, 1.0)
                 if coefficients is not None:
                     own = _with_coefficients(numbers, coefficients + n, rows)
                     other = _with_coefficients(other_numbers, coefficients + 7 * rows + n, -rows)
@@ -343,7 +345,10 @@ def row_kernel(
                 elif MEMBERS == LARGEST:
                     inside_there = teacher_top >= threshold
                 if DIVERGENCE:
-                    models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
+                    if FACTORS is not None:
+                        factors = FACTORS(own)
+                    models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate,
+                                       factors[1], factors[0], DIGITS)  # fmt: skip
                     peaks = peaks_of(models, statistics[6], statistics[7], inside_there, own, other, TERMS, EXCHANGED,
                                    CENTRED, TEACHER_CENTRED)  # fmt: skip
                     close = (tl.abs(peaks[0]) < ABOUT_ONE) | (tl.abs(peaks[3]) < ABOUT_ONE)
@@ -381,18 +386,19 @@ def row_kernel(
                         )  # fmt: skip
                     if GRADIENTS:
                         sources, gradients = (student_row, teacher_row), (student_gradient_row, teacher_gradient_row)
+                        sums = (weight * factors[3], teacher_weight * factors[2])
                         scales = (of_divergence * student_rate, of_divergence * teacher_rate)
                         of_labels = (student_top, plain_log_total, scale * of_q, scale * of_label, scale * of_weight)
                         if close:
                             value = _gradient(
                                 sources, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label,
-                                threshold, scales, (weight, teacher_weight), weight_row, of_labels, True, TERMS,
+                                threshold, scales, sums, weight_row, of_labels, True, TERMS,
                                 EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
                             )  # fmt: skip
                         else:
                             value = _gradient(
                                 sources, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label,
-                                threshold, scales, (weight, teacher_weight), weight_row, of_labels, False, TERMS,
+                                threshold, scales, sums, weight_row, of_labels, False, TERMS,
                                 EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
                             )  # fmt: skip
                         if LATE:

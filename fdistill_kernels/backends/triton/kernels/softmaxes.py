@@ -8,12 +8,25 @@ that may be far below it.
 import triton
 import triton.language as tl
 
-from .loads import LINE_BYTES, is_whole, load_block, load_logits, within
+from .loads import LINE_BYTES, is_whole, load_block, load_within, within
 from .terms import LARGEST, LOG2E, exp, times
 
 LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
 #: The places of an entry that several blocks may hold, and of one that is in another span.
 ANYWHERE, NOWHERE = tl.constexpr(-1), tl.constexpr(-2)
+
+
+@triton.jit
+def no_sums(row, BLOCK: tl.constexpr):
+    """A zero for each lane of a block: the entries that one line of `row` brings to a thread."""
+    ENTRIES: tl.constexpr = LINE_BYTES * 8 // row.dtype.element_ty.primitive_bitwidth
+    return tl.zeros([BLOCK // ENTRIES if BLOCK > ENTRIES else 1], tl.float32)
+
+
+@triton.jit
+def added(sums, x):
+    """The lanes' sums with a block's entries: a register a lane, where one an entry would leave too few."""
+    return sums + tl.sum(tl.reshape(x, [sums.shape[0], x.shape[0] // sums.shape[0]]), 1)
 
 
 @triton.jit
@@ -94,8 +107,8 @@ def _place(top, lanes_top, lanes_rest, at, GROUP: tl.constexpr):
 def _there(group, top, row, other_row, bounds, cap, other_cap, GROUP: tl.constexpr):
     """The other model's logit at a row's top, which is in that group."""
     v = group + tl.arange(0, GROUP)
-    x, y = load_logits(row, v, bounds[1], cap), load_logits(other_row, v, bounds[1], other_cap)
-    return tl.max(tl.where((x == top) & (v >= bounds[0]), y, -float("inf")), 0)
+    x, y = load_within(row, v, bounds, cap), load_within(other_row, v, bounds, other_cap)
+    return tl.max(tl.where(x == top, y, -float("inf")), 0)
 
 
 @triton.jit
@@ -111,7 +124,7 @@ def _taken(
         w = inside.to(tl.float32)
         if class_weight is not None:
             w = tl.load(class_weight + v, mask=inside, other=0.0)
-        linear += times(w, x - pivot)
+        linear = added(linear, times(w, x - pivot))
     new, winners, losers = played(top, x, GROUP)
     if PLAIN:
         plain_rest = advanced(plain_rest, top, new, losers, LOG2E, GROUP)
@@ -132,12 +145,11 @@ def softmaxes_of(
     teacher; the teacher's logit at the student's top, and of a TRAINED teacher the student's at its; and the start of
     the group that holds the student's top and is known to be alone with it, or ANYWHERE.
     """
-    ENTRIES: tl.constexpr = LINE_BYTES * 8 // student.dtype.element_ty.primitive_bitwidth
-    GROUP: tl.constexpr = ENTRIES if BLOCK > ENTRIES else BLOCK
     PLAIN: tl.constexpr = LABELS and teacher is not None
-    zeros = tl.zeros([BLOCK // GROUP], tl.float32)
+    zeros = no_sums(student, BLOCK)
+    GROUP: tl.constexpr = BLOCK // zeros.shape[0]
     at = begin + tl.arange(0, BLOCK // GROUP) * GROUP
-    top, rest, plain_rest, linear = zeros + LOWEST, zeros - 1, zeros - 1, tl.zeros([BLOCK], tl.float32)
+    top, rest, plain_rest, linear = zeros + LOWEST, zeros - 1, zeros - 1, zeros
     other_top, other_rest, other_at = top, rest, at
     for start in tl.range(begin, end, BLOCK):
         if is_whole(start, bounds, BLOCK):

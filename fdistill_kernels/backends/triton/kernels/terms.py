@@ -4,7 +4,7 @@ A function takes an entry ``(p, q, log2_p, log2_q, u, p_shifted, q_shifted, u_at
 constants ``(parameter, rest, log_parameter, log_rest, series...)``, with the row's coefficients behind them where
 row_terms.py asks for them; it returns the student's term and the value. The models' logarithms are to base 2, whose
 exponential is one instruction; u is log(p/q). CLOSE: the models agree about a row's peak, so that near entries need
-their series.
+their series. A divergence with FACTORS has p and q multiplied by them, which costs nothing in an exponent.
 """
 
 import triton
@@ -20,8 +20,10 @@ ABOUT_ONE = tl.constexpr(_ABOUT_ONE)
 NEAR = tl.constexpr(next(iter(_NEAR.values())))
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 LARGEST = tl.constexpr(3.4028234663852886e38)
+FAR = tl.constexpr(1e30)  # more than any two logarithms are apart of entries that both models have
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2_OF_LN2 = tl.constexpr(-0.5287663729448977)
 
 
 @triton.jit
@@ -43,6 +45,12 @@ def times(x, y):
 
 
 @triton.jit
+def by_log(p, log2_p, log2_q):
+    """``p·log(p/q)``, 0 where p is: there, or where neither model has the entry, the logarithm is some number."""
+    return p * (tl.maximum(log2_p - log2_q, minus(FAR)) * LN2)
+
+
+@triton.jit
 def polynomial(x, coefficients):
     """From the constant coefficient on."""
     COUNT: tl.constexpr = len(coefficients)
@@ -54,8 +62,8 @@ def polynomial(x, coefficients):
 
 @triton.jit
 def _second_order(u):
-    """``(exp(u) − 1 − u)/u²``, |u| < 2 NEAR."""
-    return polynomial(u, (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
+    """``(exp(u) − 1 − u)/u²``, |u| < 2 NEAR, within 2e-7 of itself."""
+    return polynomial(u, (0.5, 0.166665437517, 0.0416665130979, 0.00836827876678, 0.00139325536167))
 
 
 @triton.jit
@@ -96,17 +104,20 @@ def _log1p_of(t):
 
 
 @triton.jit
-def _log1p_to_one(x):
-    """log(1 + x), x in [0, 1], within 3.4e-8 of its own: no quotient."""
-    return x * polynomial(x, (1.0, -4.9999647962e-1, 3.3321322588e-1, -2.4857163397e-1, 1.9153653781e-1,
-                              -1.3753799685e-1, 7.9204502143e-2, -3.0065770514e-2, 5.3648185905e-3))  # fmt: skip
+def _log2_of_one_more(x):
+    """log2(1 + x), x in [0, 1], within 1e-7 of its own and exact at 1, where js's models are equal.
+
+    Of its own: where the student has almost all of its mass in one entry the gradient is made of x that 1 + x loses.
+    """
+    return x * polynomial(x, (1.4426949974, -0.721340208, 0.48069295708, -0.35840847091, 0.27564140749, -0.19711896231,
+                              0.11285618698, -0.042567059499, 0.0075491818427))  # fmt: skip
 
 
 @triton.jit
 def _log_ratio(log2_p, log2_q, log_of_p, log_of_q):
     """log2(a/b) of a = p·exp(log_of_p) and b = q·exp(log_of_q); the lowest number where that is none."""
     apart = (log2_p - log2_q) + (log_of_p - log_of_q) * LOG2E
-    return tl.minimum(tl.where(apart > -LARGEST, apart, -LARGEST), LARGEST)  # max(NaN, x) may be NaN
+    return tl.minimum(tl.maximum(apart, -LARGEST), LARGEST)
 
 
 @triton.jit
@@ -118,7 +129,7 @@ def _log_sum(apart, a, b, u, u_at_peak, near, CLOSE: tl.constexpr):
         small, large = tl.where(given, near, small), tl.where(given, 1.0, large)
         tail = _log1p_of(small / (large + 0.5 * small))
     else:
-        tail = _log1p_to_one(tl.exp2(minus(tl.abs(apart))))
+        tail = _log2_of_one_more(tl.exp2(minus(tl.abs(apart)))) * LN2
     return tl.maximum(apart, 0.0) * LN2 + tail, tail
 
 
@@ -126,7 +137,7 @@ def _log_sum(apart, a, b, u, u_at_peak, near, CLOSE: tl.constexpr):
 def Kl(e, own, CLOSE: tl.constexpr):
     p, q, log2_p, log2_q, u, _, _, _, _ = e
     less = minus(difference(p, q, u, CLOSE))
-    value = times(p, (log2_p - log2_q) * LN2) + less
+    value = by_log(p, log2_p, log2_q) + less
     if CLOSE:
         value = _near(u, q * u * u * (1 + (u - 1) * _second_order(u)), value)
     return less, value
@@ -135,7 +146,7 @@ def Kl(e, own, CLOSE: tl.constexpr):
 @triton.jit
 def Rkl(e, own, CLOSE: tl.constexpr):
     p, q, log2_p, log2_q, u, _, _, _, _ = e
-    student = times(q, (log2_q - log2_p) * LN2)
+    student = by_log(q, log2_q, log2_p)
     value = student + (p - q)
     if CLOSE:
         student = _near(u, -q * u, student)
@@ -146,9 +157,9 @@ def Rkl(e, own, CLOSE: tl.constexpr):
 @triton.jit
 def Jeffreys(e, own, CLOSE: tl.constexpr):
     p, q, log2_p, log2_q, u, _, _, _, _ = e
-    backward = times(q, (log2_q - log2_p) * LN2)
+    backward = by_log(q, log2_q, log2_p)
     apart = difference(p, q, u, CLOSE)
-    value = times(p, (log2_p - log2_q) * LN2) + backward
+    value = by_log(p, log2_p, log2_q) + backward
     if CLOSE:
         backward = _near(u, -q * u, backward)
         value = _near(u, apart * u, value)
@@ -156,34 +167,44 @@ def Jeffreys(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def _gjs_near(u, q, beta, rest):
-    """log(m/q) and the value by u: the coefficients are a coin's cumulants, and those of the slope β eᵘ (u − log(m/q));
-    within 3e-7.
+def GjsFactors(own):
+    """``β log 2`` and ``(1 − β) log 2``: logarithms of the mixture's shares, to base 2, then give terms to base e."""
+    of_p, of_q = own[2] * LOG2E + LOG2_OF_LN2, own[3] * LOG2E + LOG2_OF_LN2
+    return of_p, of_q, 1 / (own[0] * LN2), 1 / (own[1] * LN2)
+
+
+@triton.jit
+def _gjs_near(u, b, beta, rest):
+    """log2(m/q) and the value by u: the coefficients are a coin's cumulants, and those of the slope
+    β eᵘ (u − log(m/q)); within 3e-7.
     """
-    v, skew = beta * rest, rest - beta
+    v, skew, of_b = beta * rest, rest - beta, 1 / (rest * LN2)
     h2, h3 = v / 2, v * skew / 6
     h4, h5 = v * (1 - 6 * v) / 24, v * skew * (1 - 12 * v) / 120
-    log = (((h5 * u + h4) * u + h3) * u + h2) * u + beta
-    value = beta * (rest / 24 - h2 / 6 - h3 / 2 - h4 - h5) / 6
-    value = value * u + beta * (rest / 6 - h2 / 2 - h3 - h4) / 5
-    value = value * u + beta * (rest / 2 - h2 - h3) / 4
-    value = value * u + beta * (rest - h2) / 3
-    return log * u, q * u * u * (value * u + v / 2)
+    log = polynomial(u, (beta * LOG2E, h2 * LOG2E, h3 * LOG2E, h4 * LOG2E, h5 * LOG2E))
+    slope = beta * of_b
+    value = polynomial(u, (v / 2 * of_b, slope * (rest - h2) / 3, slope * (rest / 2 - h2 - h3) / 4,
+                           slope * (rest / 6 - h2 / 2 - h3 - h4) / 5,
+                           slope * (rest / 24 - h2 / 6 - h3 / 2 - h4 - h5) / 6))  # fmt: skip
+    return log * u, b * u * u * value
 
 
 @triton.jit
 def Gjs(e, own, CLOSE: tl.constexpr):
-    p, q, log2_p, log2_q, u, _, _, u_at_peak, _ = e
-    a, b, apart = own[0] * p, own[1] * q, _log_ratio(log2_p, log2_q, own[2], own[3])
-    above_b, tail = _log_sum(apart, a, b, u, u_at_peak, 0.0, False)
-    g = above_b
-    # not apart less above_b: their products with LN2, each part of a sum, would be rounded differently and not cancel
-    value = a * (tl.minimum(apart, 0.0) * LN2 - tail - own[2]) - b * (above_b + own[3])
+    """Of shares a and b of the mixture, the models' own times their factors."""
+    a, b, log2_a, log2_b, u, _, _, u_at_peak, _ = e
+    apart, log2_rest = log2_a - log2_b, own[3] * LOG2E
+    gap = tl.minimum(tl.abs(apart), FAR)  # of none, too, where neither model has the entry
+    tail, above = _log2_of_one_more(tl.exp2(minus(gap))), tl.maximum(b * apart, 0.0)
+    value = (a + b) * tail + tl.minimum(a, b) * gap + a * (own[2] * LOG2E) + b * log2_rest
     if CLOSE:
-        log_of_q, near_value = _gjs_near(u, q, own[0], own[1])
-        g = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, _near(u, log_of_q, g + own[3]), g)
-        value = _near(u, near_value, value)
-    return minus(b * g), value
+        about_one = tl.abs(u_at_peak) < ABOUT_ONE
+        log2_of_q, near_value = _gjs_near(u, b, own[0], own[1])
+        student = b * (tail + tl.where(about_one, log2_rest, 0.0)) + above
+        student = tl.where(tl.abs(u) < tl.where(about_one, NEAR, 0.0), b * log2_of_q, student)
+        return minus(student), _near(u, near_value, minus(value))
+    else:
+        return minus(b * tail + above), minus(value)
 
 
 @triton.jit
@@ -192,7 +213,7 @@ def SkewKl(e, own, CLOSE: tl.constexpr):
     b = own[1] * q
     m = tl.maximum(own[0] * p + b, SMALLEST_NORMAL)
     apart = difference(p, q, u, CLOSE)
-    value = times(p, (log2_p - tl.log2(m)) * LN2) - own[1] * apart
+    value = by_log(p, log2_p, tl.log2(m)) - own[1] * apart
     of = p
     if CLOSE:
         of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
@@ -219,17 +240,23 @@ def SkewRkl(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
-def _half_sign(x):
-    """±1/2 of |x| above 2e-39; what is not a number stays so."""
-    x = tl.maximum(x * LARGEST, -0.5, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, 0.5, propagate_nan=tl.PropagateNan.ALL)
+def sided(x, q):
+    """q with the sign of x, 0 of |x| below 3e-39 q; what is not a number stays so."""
+    x = tl.maximum(x * LARGEST, minus(q), propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, q, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def TvdFactors(own):
+    """Halves."""
+    return -1.0, -1.0, 2.0, 2.0
 
 
 @triton.jit
 def Tvd(e, own, CLOSE: tl.constexpr):
     p, q, _, _, u, _, _, _, _ = e
     apart = difference(p, q, u, CLOSE)
-    return minus(q * _half_sign(apart)), 0.5 * tl.abs(apart)
+    return sided(minus(apart), q), tl.abs(apart)
 
 
 @triton.jit
@@ -250,7 +277,7 @@ def power_log(log2_p, log2_q, a, b):
 def power(log2_p, log2_q, a, b, less):
     """``p^a q^b``, its logarithm to base 2 less a number; 0 where neither model has the entry."""
     neither = (log2_p <= LOWEST_LOG) & (log2_q <= LOWEST_LOG)
-    # a times finfo.min would overflow; max(NaN, x) may be x
+    # a times finfo.min would overflow; what is not a number stays so
     log2_p = tl.where(log2_p < LOWEST_LOG, LOWEST_LOG, log2_p)
     log2_q = tl.where(log2_q < LOWEST_LOG, LOWEST_LOG, log2_q)
     return tl.where(neither, 0.0, tl.exp2(a * log2_p + b * log2_q - less))
@@ -341,6 +368,8 @@ BY_SYMBOL = {
     f.__name__: f
     for f in (Kl, Rkl, Jeffreys, Gjs, SkewKl, SkewRkl, Tvd, Alpha, Triangular, Engine, CrossEntropy, Ab, Todi)
 }
+#: By symbol: of a divergence's constants, the logarithms, to base 2, of what p and q are multiplied with, and 1/them.
+FACTORS = {"Gjs": GjsFactors, "Tvd": TvdFactors}
 
 
 @triton.jit

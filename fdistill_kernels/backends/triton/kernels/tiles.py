@@ -57,7 +57,7 @@ def tile_kernel(
     teacher_width, teacher_stride, teacher_weight_stride, teacher_scale, teacher_cap,
     parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8,  # `Formula.constants`
     log_threshold, first_row, first_entry, span, gradient_stride,
-    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
+    TERMS: tl.constexpr, FACTORS: tl.constexpr, EXCHANGED: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
     STUDENT_EVEN: tl.constexpr, STUDENT_PRECISION: tl.constexpr, STUDENT_D: tl.constexpr, TEACHER_EVEN: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr, TEACHER_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -140,17 +140,20 @@ def tile_kernel(
                 if teacher is not None:
                     log_q = (z - student_top) * student_rate - student_log_total
                     log2_p, log2_q = log_p * LOG2E, log_q * LOG2E
+                    own, of_q = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8), 1.0
+                    if FACTORS is not None:
+                        factors = FACTORS(own)
+                        log2_p, log2_q, of_q = log2_p + factors[0], log2_q + factors[1], factors[3]
                     p, q = tl.exp2(log2_p), tl.exp2(log2_q)
                     # without the row's peak, which no sweep looks for, and series, for which there are no registers
                     entry = (p, q, log2_p, log2_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
-                    own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
                     of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
                     if PHASE == TOTALS:
                         value += tl.sum(tl.where(inside, here, 0.0), 1)
                         weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
                     else:
                         rate = _fact(facts, OF_DIVERGENCE, n, rows)
-                        result += times(rate, of_student - q * _fact(facts, WEIGHT, n, rows))
+                        result += times(rate, of_student - q * (_fact(facts, WEIGHT, n, rows) * of_q))
                 if PHASE == GRADIENT:
                     result *= cap_slope(z, student_cap)
                     j = v - first_entry
