@@ -115,6 +115,27 @@ def test_an_infinite_term_that_weighs_nothing_is_not_there(name, weight, backend
             assert ours.isfinite().all() and all((x[:2] == 0).all() for x in others)
 
 
+@pytest.mark.parametrize("name", ["kl", "rkl", "js", "jeffreys", "lk"])
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_a_cap_of_one_model_alone_beside_nothing(of, name, backend):
+    """An infinite logit that one model's cap makes finite, in a row whose divergence weighs nothing."""
+    student, teacher, labels = torch.randn(3, V), torch.randn(3, V), torch.tensor([10, 60, 7])
+    student[0, :5] = student[1, 40:50] = teacher[1, 40:45] = -torch.inf
+    caps = {"logit_softcap" if of == "student" else "teacher_logit_softcap": 5.0}
+    expected = student.clone().requires_grad_()
+    capped = 5 * (expected / 5).tanh() if of == "student" else expected
+    rest = 0.5 * F.cross_entropy(capped, labels, reduction="none")
+    for trained in (False, True):
+        models = student.clone().requires_grad_(), teacher.clone().requires_grad_(trained)
+        loss = fk.f_divergence(*models, name, labels=labels, ce_weight=0.5, divergence_weight=torch.tensor([0.0, 0, 1]),
+                               reduction="none", backend=backend, **caps)  # fmt: skip
+        torch.testing.assert_close(loss[:2], rest[:2])
+        ours, *others = torch.autograd.grad(loss.sum(), [x for x in models if x.requires_grad])
+        wanted = torch.autograd.grad(rest.sum(), expected, retain_graph=True)[0]
+        torch.testing.assert_close(ours[:2], wanted[:2], rtol=1e-4, atol=1e-6)
+        assert ours.isfinite().all() and all((x[:2] == 0).all() for x in others)
+
+
 @pytest.mark.filterwarnings("ignore:tail='ignore'")
 def test_terms_that_weigh_nothing_elsewhere():
     """Beside lists, of hidden states and inside compilers; and labels' terms."""

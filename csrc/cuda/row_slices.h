@@ -145,7 +145,7 @@ struct RowSlices {
       if (v >= launch.slice) break;
 #pragma unroll
       for (int model = 0; model < kModels; ++model) {
-        const float cap = model ? task.teacher_softcap : task.student_softcap;
+        const float cap = model && row.has_teacher() ? task.teacher_softcap : task.student_softcap;
         if (is_whole(v, row) && cap == 0.0f) continue;
         Raw& raw = logits[model * room() + v];
         float x[kSize];

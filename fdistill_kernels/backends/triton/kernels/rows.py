@@ -144,6 +144,13 @@ def _of_labels(
 
 
 @triton.jit
+def _scaled(scale, term, caps):
+    """``scale·term``; 0 of a row that weighs nothing: it has the student beside itself, of which one may be capped."""
+    ONE_CAPPED: tl.constexpr = (caps[0] is None) != (caps[1] is None)
+    return tl.where(scale == 0, 0.0, scale * term) if ONE_CAPPED else scale * term
+
+
+@triton.jit
 def _write_gradient(
     value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
     class_weight, of_labels, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
@@ -160,9 +167,10 @@ def _write_gradient(
             CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
         )  # fmt: skip
         value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK))
-        gradient = scales[0] * of_student
+        gradient = _scaled(scales[0], of_student, caps)
         if gradients[1] is not None:
-            store_block(gradients[1], start, bounds, scales[1] * of_teacher * cap_slope(y, caps[1]), CLEAR, BLOCK, LINE)
+            of_teacher = _scaled(scales[1], of_teacher, caps) * cap_slope(y, caps[1])
+            store_block(gradients[1], start, bounds, of_teacher, CLEAR, BLOCK, LINE)
     if gradients[0] is not None:
         if LABELS:
             gradient += _of_labels(
