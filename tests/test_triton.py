@@ -294,9 +294,7 @@ def test_rows_that_differ_at_the_peak_alone(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*PASSES, "lk", "csd"])
 def test_one_temperature_and_two(name, dtype):
-    """Of 16-bit logits at one temperature u is made of the models' own differences; at two, or of float32, of these only
-    where the models nearly agree.
-    """
+    """Of 16-bit logits at one temperature u is made of what is exact; at two, or of float32, otherwise."""
     outcomes = []
     for spread, apart in ((1e-3, 1e-3), (0.3, 1e-2), (3.0, 1e-3), (3.0, 1e-1), (10.0, 1.0), (3.0, 3.0), (100.0, 20.0)):
         student = (spread * torch.randn(3, 700)).to(dtype)
@@ -312,6 +310,30 @@ def test_one_temperature_and_two(name, dtype):
             steps = (found.double() - gradient).abs().max() / (torch.finfo(dtype).eps * gradient.abs().max() + 6e-8)
             outcomes.append((spread, apart, relative(got, loss), steps.item()))
     assert not [o for o in outcomes if o[2] > 2e-5 or o[3] > 1], outcomes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["kl", "rkl", "js", "gjs=0.05", "tvd", "csd", "todi", "jeffreys", "ab"])
+def test_logits_of_other_sizes(name, dtype):
+    """Models whose tops are so far apart that a difference between them has no digits left for the entries' own."""
+    flat, lowest = torch.tensor([[0.15, 0.05, 0.0, 0.1]]), torch.finfo(dtype).min
+    pairs = [(torch.full((1, 4), lowest), flat), (torch.full((1, 65), lowest), torch.randn(1, 65))]
+    pairs += [
+        (torch.full((1, 65), -1e4), 0.3 * torch.randn(1, 65)),
+        (0.1 * torch.randn(3, 65), 1e3 + 0.1 * torch.randn(3, 65)),
+    ]
+    pairs += [(-0.9 * torch.tensor([[lowest, 0.97 * lowest]]), 0.9 * torch.tensor([[lowest, 0.97 * lowest]]))]
+    for pair in pairs:
+        for student, teacher in (pair, pair[::-1]):
+            student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+            got, loss = (
+                fk.f_divergence(x, y, name, reduction="sum", backend=backend)
+                for x, y, backend in ((student, teacher, "triton"), (student.double(), teacher.double(), "torch"))
+            )
+            found, gradient = (torch.autograd.grad(x, student)[0].double() for x in (got, loss))
+            torch.testing.assert_close(got.double(), loss, rtol=2e-5, atol=1e-8)
+            steps = (found - gradient).abs().max() / (torch.finfo(dtype).eps * gradient.abs().max() + 6e-8)
+            assert steps < 1
 
 
 @pytest.mark.parametrize("mask", [-1e4, -1e6, -1e30, torch.finfo(torch.float32).min, -torch.inf])

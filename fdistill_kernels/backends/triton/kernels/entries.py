@@ -25,13 +25,14 @@ def entry_of(x, y, models, u_at_peak, inside):
     """Entries of a row with the student's logits x and the teacher's y, as terms.py takes them."""
     student_top, student_rate, student_log2_total = models[0], models[1], models[2]
     teacher_top, teacher_rate, teacher_log2_total = models[3], models[4], models[5]
-    log_ratio, between_tops = models[6], models[7]
+    log_ratio = models[6]
     q_shifted, p_shifted = (x - student_top) * student_rate, (y - teacher_top) * teacher_rate
     log2_q = (x - student_top) * (student_rate * LOG2E) - student_log2_total
     log2_p = (y - teacher_top) * (teacher_rate * LOG2E) - teacher_log2_total
-    apart = ((y - x) - between_tops) * student_rate
-    if len(models) == 9:  # differences of float32 are exact where the models nearly agree
-        apart = tl.where(models[8], apart, p_shifted - q_shifted)
+    if len(models) == 9:
+        apart = ((y - models[7]) - (x - models[8])) * student_rate
+    else:  # of models that nearly agree by their logits' own differences, which are exact
+        apart = tl.where(models[7], ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
     return (tl.exp2(log2_p), tl.exp2(log2_q), log2_p, log2_q, apart - log_ratio, p_shifted, q_shifted, u_at_peak,
             inside)  # fmt: skip
 
@@ -42,7 +43,8 @@ def models_of(
     DIGITS: tl.constexpr = False,
 ):  # fmt: skip
     """What `entry_of` needs of a row; of_student and of_teacher: terms.py's FACTORS. And whether the models nearly
-    agree, but where their logits' differences have all their DIGITS: of one rate and of 16 bits.
+    agree; where they are of one rate and of 16 bits, whose differences have all their DIGITS, what u is measured from:
+    each model's top or, of models that nearly agree, for entries far smaller than it, the distance of both.
     """
     apart = (teacher_rest - student_rest) / (1 + student_rest)
     little = tl.abs(apart) < 0.5
@@ -51,14 +53,14 @@ def models_of(
     # one rounding: it is of all of a row's probabilities
     student_log2_total = tl.fma(log1p(student_rest), LOG2E, minus(of_student))
     teacher_log2_total = tl.fma(log1p(teacher_rest), LOG2E, minus(of_teacher))
-    between_tops = teacher_top - student_top
+    alike = (tl.abs(teacher_top - student_top) <= 1) & (teacher_rate == student_rate)
     if DIGITS:
+        from_teacher = tl.where(alike, teacher_top - student_top, teacher_top)
         return (student_top, student_rate, student_log2_total, teacher_top, teacher_rate, teacher_log2_total, log_ratio,
-                between_tops)  # fmt: skip
+                from_teacher, tl.where(alike, 0.0, student_top))  # fmt: skip
     else:
-        alike = (tl.abs(between_tops) <= 1) & (teacher_rate == student_rate)
         return (student_top, student_rate, student_log2_total, teacher_top, teacher_rate, teacher_log2_total, log_ratio,
-                between_tops, alike)  # fmt: skip
+                alike)  # fmt: skip
 
 
 @triton.jit
