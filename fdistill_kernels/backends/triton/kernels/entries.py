@@ -29,7 +29,7 @@ def entry_of(x, y, models, u_at_peak, inside):
     q_shifted, p_shifted = (x - student_top) * student_rate, (y - teacher_top) * teacher_rate
     log2_q = (x - student_top) * (student_rate * LOG2E) - student_log2_total
     log2_p = (y - teacher_top) * (teacher_rate * LOG2E) - teacher_log2_total
-    if len(models) == 9:
+    if len(models) == 9:  # DIGITS of `models_of`
         apart = ((y - models[7]) - (x - models[8])) * student_rate
     else:  # of models that nearly agree by their logits' own differences, which are exact
         apart = tl.where(models[7], ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)

@@ -7,8 +7,8 @@ listed.
 import triton
 import triton.language as tl
 
-from .loads import LINE_BYTES, cap_slope, load_logits, row_at
-from .softmaxes import LOWEST, advanced, played, sum_of_rests
+from .loads import cap_slope, load_logits, row_at
+from .softmaxes import LOWEST, advanced, no_sums, played, sum_of_rests
 from .terms import LOG2E, exp, log1p, times
 
 BITS = tl.constexpr(32)
@@ -36,7 +36,8 @@ def rest_statistics_kernel(
     rows, inner, vocabulary, words, student_outer, student_inner, cap, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ...; those whose row_scale is 0 are not looked at."""
-    GROUP: tl.constexpr = LINE_BYTES * 8 // student.dtype.element_ty.primitive_bitwidth
+    zeros = no_sums(student, BLOCK)
+    GROUP: tl.constexpr = BLOCK // zeros.shape[0]
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         if tl.load(row_scale + n) == 0:
             for i in tl.static_range(3):
@@ -44,7 +45,6 @@ def rest_statistics_kernel(
         else:
             row, rate = row_at(student, n, inner, student_outer, student_inner), tl.load(rates + n)
             words_of_row = marks + tl.cast(n, tl.int64) * words
-            zeros = tl.zeros([BLOCK // GROUP], tl.float32)
             top, rest, plain = zeros + LOWEST, zeros - 1, zeros - 1
             for start in tl.range(0, vocabulary, BLOCK):
                 v = _entries(start, BLOCK)

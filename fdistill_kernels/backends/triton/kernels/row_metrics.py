@@ -5,19 +5,17 @@ import triton.language as tl
 
 from .entries import entry_of, models_of
 from .loads import capped, first_of, is_whole, line_of, load_block, row_at
-from .softmaxes import added, no_sums, softmaxes_of
+from .softmaxes import BEYOND, added, by_lane, no_sums, softmaxes_of
 from .terms import LN2, log1p, times
 
 FIRST = tl.constexpr(3)  # of the parts
 COUNT = tl.constexpr(6)
-BEYOND = tl.constexpr(2147483647)  # every place
 
 
 @triton.jit
 def _with_first(first, v, found):
     """The lanes' first places with a block's, where something was found."""
-    places = tl.reshape(tl.where(found, v, BEYOND), [first.shape[0], v.shape[0] // first.shape[0]])
-    return tl.minimum(first, tl.min(places, 1))
+    return tl.minimum(first, tl.min(by_lane(tl.where(found, v, BEYOND), first.shape[0]), 1))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from .terms import LARGEST, LOG2E, exp, times
 LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
 #: The places of an entry that several blocks may hold, and of one that is in another span.
 ANYWHERE, NOWHERE = tl.constexpr(-1), tl.constexpr(-2)
+BEYOND = tl.constexpr(2147483647)  # every place
 
 
 @triton.jit
@@ -24,9 +25,15 @@ def no_sums(row, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def by_lane(x, LANES: tl.constexpr):
+    """A block's entries, a row of them a lane."""
+    return tl.reshape(x, [LANES, x.shape[0] // LANES])
+
+
+@triton.jit
 def added(sums, x):
     """The lanes' sums with a block's entries: a register a lane, where one an entry would leave too few."""
-    return sums + tl.sum(tl.reshape(x, [sums.shape[0], x.shape[0] // sums.shape[0]]), 1)
+    return sums + tl.sum(by_lane(x, sums.shape[0]), 1)
 
 
 @triton.jit
@@ -96,7 +103,7 @@ def _place(top, lanes_top, lanes_rest, at, GROUP: tl.constexpr):
     """
     EVEN: tl.constexpr = 2 if GROUP == 1 else 1  # makes the lowest bit free, as it is of larger groups' starts
     key = at * EVEN + (lanes_rest >= 1).to(tl.int32)
-    first = tl.min(tl.where(lanes_top == top, key, 2147483647), 0)
+    first = tl.min(tl.where(lanes_top == top, key, BEYOND), 0)
     last = tl.max(tl.where(lanes_top == top, key, 0), 0)
     alone = (first == last) & (first % 2 == 0)
     first = tl.minimum(first, last)  # no lane has a top that is not a number
