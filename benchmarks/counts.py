@@ -140,10 +140,10 @@ def predicted(found: list[Sweep], rows: int, vocabulary: int, card: Card, progra
 
 #: Rows of the table: a name, and the arguments of tests.aot's variant.
 VARIANTS = {
-    "kl": dict(symbol="Kl"), "js": dict(symbol="Gjs"), "tvd": dict(symbol="Tvd"), "rkl": dict(symbol="Rkl"),
-    "labels": dict(symbol=None, labels="plain"), "js with labels": dict(symbol="Gjs", labels="plain"),
-    "js, V = 50257": dict(symbol="Gjs", vocabulary=50257),
-    "js, V = 50257, views": dict(symbol="Gjs", vocabulary=50257, lines=False),
+    "kl": dict(symbol="Kl"), "js": dict(symbol="Js"), "tvd": dict(symbol="Tvd"), "rkl": dict(symbol="Rkl"),
+    "labels": dict(symbol=None, labels="plain"), "js with labels": dict(symbol="Js", labels="plain"),
+    "js, V = 50257": dict(symbol="Js", vocabulary=50257),
+    "js, V = 50257, views": dict(symbol="Js", vocabulary=50257, lines=False),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from . import backends
+from .backends.rows import gpu_symbol
 from .divergences import Divergence
 from .functional import f_divergence
 from .reference import example_labels, f_divergence_rows
@@ -104,7 +105,7 @@ def tune(divergence: Divergence, shape: tuple[int, int], dtype: torch.dtype, dev
         with launch.forced(candidate):
             timed.append((candidate, median_seconds(step, 0.1)))
     timed.sort(key=lambda pair: pair[1])
-    launch.remember(timed[0][0], card, divergence.kernel or "own", shape[1], dtype.itemsize)
+    launch.remember(timed[0][0], card, gpu_symbol(divergence), shape[1], dtype.itemsize)
     return timed
 
 

@@ -56,6 +56,13 @@ TARGETS = {
 }
 
 
+def divergence_of(symbol):
+    """That which has these terms on a GPU."""
+    return (
+        by_key("Gjs 0.5 1.0 0.5") if symbol == "Js" else by_key(f"{symbol} {0.25 if symbol == 'Gjs' else 0.5} 1.0 0.5")
+    )
+
+
 def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False,
                 lines=True, temperatures=1, card=None):  # fmt: skip
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
@@ -79,7 +86,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         **dict.fromkeys((*CONSTANTS, *OTHERS, "smoothing"), "fp32"),
     }  # fmt: skip
     constants = {
-        **functions(by_key(f"{symbol} 0.5 1.0 0.5") if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
+        **functions(divergence_of(symbol) if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
         "LINE": 16 // itemsize if lines else 1,
     }  # fmt: skip
@@ -94,7 +101,7 @@ def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256, card
     """The same for what a divergence asks of its rows."""
     chosen = launch.heuristic(8192, vocabulary, 2, card, symbol)
     sums, coefficients = row_terms.STATISTICS[symbol]
-    divergence = by_key(f"{symbol} 0.5 1.0 0.5")
+    divergence = divergence_of(symbol)
     types = {
         "student": f"*{dtype}", "teacher": f"*{dtype}",
         **dict.fromkeys(("coefficients", "row_scale", "student_inverse_temperature", "teacher_inverse_temperature"),
@@ -189,24 +196,24 @@ def tile_variant(kernel, symbol=None, dtype="bf16", phase="GRADIENT", labels=Non
 
 VARIANTS = [
     *[dict(kernel="statistics_kernel", dtype=d, labels="plain", live=False) for d in ("bf16", "fp16", "fp32")],
-    *[dict(kernel="tile_kernel", symbol=s, phase=p) for s in ("Gjs", "Kl", "Alpha") for p in ("TOTALS", "GRADIENT")],
-    *[dict(kernel="tile_kernel", symbol=s, phase=p, labels="smoothed", live=False) for s in ("Gjs", None)
+    *[dict(kernel="tile_kernel", symbol=s, phase=p) for s in ("Js", "Kl", "Alpha") for p in ("TOTALS", "GRADIENT")],
+    *[dict(kernel="tile_kernel", symbol=s, phase=p, labels="smoothed", live=False) for s in ("Js", None)
       for p in ("TOTALS", "GRADIENT")],
-    *[dict(kernel="tile_kernel", symbol=s, phase="GRADIENT", labels="plain") for s in ("Gjs", None)],
-    *[dict(kernel="tile_kernel", symbol="Gjs", dtype="fp32", phase=p) for p in ("TOTALS", "GRADIENT")],
+    *[dict(kernel="tile_kernel", symbol=s, phase="GRADIENT", labels="plain") for s in ("Js", None)],
+    *[dict(kernel="tile_kernel", symbol="Js", dtype="fp32", phase=p) for p in ("TOTALS", "GRADIENT")],
     *[dict(kernel="product_kernel", dtype=d, live=x) for d, x in (("bf16", True), ("bf16", False), ("fp32", True))],
     *[dict(kernel="product_kernel", dtype=d, share=True) for d in ("bf16", "fp16", "fp32")],
     *[dict(symbol=symbol) for symbol in terms.BY_SYMBOL],
-    *[dict(symbol=s, **more) for s in ("Kl", "Gjs", "Rkl") for more in (
+    *[dict(symbol=s, **more) for s in ("Kl", "Js", "Rkl") for more in (
         dict(dtype="fp32"), dict(dtype="fp16"), dict(gradients=""), dict(gradients="student teacher"),
         dict(labels="plain"), dict(labels="smoothed"))],
-    dict(symbol="Gjs", vocabulary=50257), dict(symbol="Kl", vocabulary=50257, dtype="fp32"),
-    dict(symbol="Gjs", lines=False), *[dict(symbol=s, temperatures=2) for s in ("Gjs", "Tvd")],
-    dict(symbol="Gjs", capped=True), dict(symbol=None, labels="plain", capped=True),
+    dict(symbol="Js", vocabulary=50257), dict(symbol="Kl", vocabulary=50257, dtype="fp32"),
+    dict(symbol="Js", lines=False), *[dict(symbol=s, temperatures=2) for s in ("Js", "Tvd")],
+    dict(symbol="Js", capped=True), dict(symbol=None, labels="plain", capped=True),
     *[dict(symbol=symbol) for symbol in row_terms.STATISTICS],
     dict(symbol="Dkd", gradients="student teacher"), dict(symbol="TailAware", phase="TOTALS"),
     dict(teacher=True), dict(teacher=False), *[dict(statistics=True, symbol=symbol) for symbol in row_terms.STATISTICS],
-    *[dict(symbol="Gjs", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
+    *[dict(symbol="Js", phase=p) for p in ("STATISTICS", "TOTALS", "GRADIENT")],
     *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
     *[dict(rest_kernel=k, **more) for k in ("rest_statistics_kernel", "rest_gradient_kernel") for more in (
         dict(), dict(dtype="fp32"), dict(labels=True), dict(capped=True))],

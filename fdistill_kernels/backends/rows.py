@@ -14,6 +14,12 @@ from ..divergences import Divergence, by_key
 from ..values import Head, Metrics, RowFunction, SparseParts
 
 
+def gpu_symbol(divergence: Divergence) -> str:
+    """What kernels of GPUs call a divergence: js has a name there, and no shares to multiply with; "own": a user's."""
+    symbol = divergence.kernel or "own"
+    return "Js" if symbol == "Gjs" and divergence.parameter == 0.5 else symbol
+
+
 @carried
 class Targets(NamedTuple):
     """A `sparse.TopK` as operators carry it: N rows.

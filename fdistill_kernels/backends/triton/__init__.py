@@ -16,7 +16,7 @@ from torch import Tensor
 from ...divergences import Divergence, by_key
 from ...row_formulas import KERNELS
 from ..collectives import Collectives
-from ..rows import VECTORS, RowCall, TokenTerms
+from ..rows import VECTORS, RowCall, TokenTerms, gpu_symbol
 from . import launch
 from .launch import LINE_BYTES, Launch
 
@@ -96,10 +96,11 @@ def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str
         return {"TERMS": divergence.triton, "FACTORS": None, "EXCHANGED": "own", "CENTRED": False,
                 "TEACHER_CENTRED": False, "MEMBERS": none}  # fmt: skip
     exchanged, known = KERNELS[divergence.kernel].exchanged, {**terms.BY_SYMBOL, **row_terms.BY_SYMBOL}
+    symbol = gpu_symbol(divergence)
     members = divergence.statistics.members if divergence.statistics else ""
     return {
-        "TERMS": known[divergence.kernel], "FACTORS": terms.FACTORS.get(divergence.kernel),
-        "EXCHANGED": known[exchanged] if teacher_gradient else None,
+        "TERMS": known[symbol], "FACTORS": terms.FACTORS.get(symbol),
+        "EXCHANGED": known[symbol if exchanged == divergence.kernel else exchanged] if teacher_gradient else None,
         "CENTRED": divergence.centred, "TEACHER_CENTRED": KERNELS[exchanged].centred,
         "MEMBERS": {"": none, "label": entries.LABEL.value}.get(members, entries.LARGEST.value),
     }  # fmt: skip
@@ -141,7 +142,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch(call: RowCall) -> Launch:
-    symbol = (call.divergence.kernel or "own") if call.divergence else "labels"
+    symbol = gpu_symbol(call.divergence) if call.divergence else "labels"
     rows, vocabulary = call.terms.row_scale.shape[0], call.student.shape[2]
     if call.shard.group:  # the same for all ranks, though their shards may differ
         vocabulary = -(-call.shard.size // Collectives(call.shard.group).ranks)

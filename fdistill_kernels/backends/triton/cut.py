@@ -23,7 +23,7 @@ from torch import Tensor
 from ...formulas import times
 from ...values import Head
 from .. import triton as triton_backend
-from ..rows import LinearCall, split
+from ..rows import LinearCall, gpu_symbol, split
 from . import launch
 from .kernels.head_statistics import statistics_kernel
 from .kernels.tile_products import product_kernel
@@ -174,7 +174,7 @@ class _Sweeps:
     def tiles(self, phase: Any, partials: Tensor | None = None, gradient: Tensor | None = None) -> Callable[..., None]:
         """A launch of `tile_kernel`, but for its grid and where it is; made once a sweep."""
         call, terms, student, teacher = self.call, self.call.terms, self.student, self.teacher
-        symbol = (call.divergence.kernel or "own") if call.divergence else None
+        symbol = gpu_symbol(call.divergence) if call.divergence else None
         functions = triton_backend.functions(call.divergence, teacher_gradient=False)
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         widest = max(model.itemsize for model in (student, teacher) if model)

@@ -7,8 +7,8 @@ a reduction before its end:
     3. gradient: term − probability·Σ terms
 Sweep 2 falls away where the divergence is centred (D is summed in sweep 3), and for label terms alone. Each sweep runs
 over the row in the opposite direction of the one before: what was read last is still in L2. A block that is whole and
-without the row's peak and label is CLEAR: it needs no masks and no choices. Rows that are `close` to their teacher have
-sweeps of their own.
+without the row's peak and label is CLEAR: it needs no masks and no choices, and stretches of them (stretches.py) no
+branches. Rows that are `close` to their teacher have sweeps of their own.
 
 A program takes whole rows, or one span of each row (few rows, a huge vocabulary); spans meet in `partials`, one launch
 a phase.
@@ -22,7 +22,6 @@ from .loads import (
     cap_slope,
     capped,
     first_of,
-    is_whole,
     line_of,
     load_block,
     row_at,
@@ -30,22 +29,12 @@ from .loads import (
     within,
     zero_row,
 )
-from .softmaxes import ANYWHERE, NOWHERE, added, met, no_sums, save, softmaxes_of
+from .softmaxes import added, met, no_sums, save, softmaxes_of
+from .stretches import NOWHERE, clear_until, start_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
 PARTIALS = 14  # values a span leaves: nine of sweep 1, three of sweep 2, and what only it asks for, its place and top
-
-
-@triton.jit
-def _is_clear(start, bounds, place, label, PEAK: tl.constexpr, LABELLED: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether all of the block from `start` is the row's, and, where it matters, neither its peak nor its label."""
-    clear = is_whole(start, bounds, BLOCK)
-    if PEAK:
-        clear = clear & (place != ANYWHERE) & ((place < start) | (place >= start + BLOCK))
-    if LABELLED:
-        clear = clear & ((label < start) | (label >= start + BLOCK))
-    return clear
 
 
 @triton.jit
@@ -93,18 +82,23 @@ def _totals(
     """Sweep 2 over [begin, end), backwards: the shares of D and of both terms' sums."""
     value = no_sums(rows[0], BLOCK)
     weight, teacher_weight = value, value
-    last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
-    for offset in tl.range(0, end - begin, BLOCK):
-        if _is_clear(last - offset, bounds, place, label, not CENTRED, MEMBERS == LABEL, BLOCK):
+    k, count = 0, tl.cdiv(end - begin, BLOCK)
+    while k < count:
+        stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
+                           label if MEMBERS == LABEL else NOWHERE, False, BLOCK)  # fmt: skip
+        for i in tl.range(k, stop):
             value, weight, teacher_weight = _add_totals(
-                value, weight, teacher_weight, rows, last - offset, bounds, caps, models, peaks, own, other, label,
-                threshold, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+                value, weight, teacher_weight, rows, start_of(i, begin, end, False, BLOCK), bounds, caps, models, peaks,
+                own, other, label, threshold, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK,
+                LINE,
             )  # fmt: skip
-        else:
+        if stop < count:
             value, weight, teacher_weight = _add_totals(
-                value, weight, teacher_weight, rows, last - offset, bounds, caps, models, peaks, own, other, label,
-                threshold, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+                value, weight, teacher_weight, rows, start_of(stop, begin, end, False, BLOCK), bounds, caps, models,
+                peaks, own, other, label, threshold, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
+                BLOCK, LINE,
             )  # fmt: skip
+        k = stop + 1
     return tl.sum(value, 0), tl.sum(weight, 0), tl.sum(teacher_weight, 0)
 
 
@@ -190,21 +184,23 @@ def _gradient(
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
     value = no_sums(rows[0], BLOCK)
-    last = begin + (tl.cdiv(end - begin, BLOCK) - 1) * BLOCK
-    for offset in tl.range(0, end - begin, BLOCK):
-        start = begin + offset if FORWARD else last - offset
-        if _is_clear(start, bounds, place, label, not CENTRED, LABELS or MEMBERS == LABEL, BLOCK):
+    k, count = 0, tl.cdiv(end - begin, BLOCK)
+    while k < count:
+        stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
+                           label if LABELS or MEMBERS == LABEL else NOWHERE, FORWARD, BLOCK)  # fmt: skip
+        for i in tl.range(k, stop):
             value = _write_gradient(
-                value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales,
-                sums, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
-                LABELS, SMOOTHED, BLOCK, LINE,
+                value, rows, gradients, start_of(i, begin, end, FORWARD, BLOCK), bounds, caps, models, peaks, own,
+                other, label, threshold, scales, sums, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED,
+                TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, BLOCK, LINE,
             )  # fmt: skip
-        else:
+        if stop < count:
             value = _write_gradient(
-                value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales,
-                sums, class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
-                LABELS, SMOOTHED, BLOCK, LINE,
+                value, rows, gradients, start_of(stop, begin, end, FORWARD, BLOCK), bounds, caps, models, peaks, own,
+                other, label, threshold, scales, sums, class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED,
+                TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, BLOCK, LINE,
             )  # fmt: skip
+        k = stop + 1
     return tl.sum(value, 0)
 
 

@@ -8,12 +8,11 @@ that may be far below it.
 import triton
 import triton.language as tl
 
-from .loads import LINE_BYTES, is_whole, load_block, load_within, within
+from .loads import LINE_BYTES, load_block, load_within, within
+from .stretches import ANYWHERE, NOWHERE, clear_until
 from .terms import LARGEST, LOG2E, exp, times
 
 LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
-#: The places of an entry that several blocks may hold, and of one that is in another span.
-ANYWHERE, NOWHERE = tl.constexpr(-1), tl.constexpr(-2)
 BEYOND = tl.constexpr(2147483647)  # every place
 
 
@@ -158,8 +157,10 @@ def softmaxes_of(
     at = begin + tl.arange(0, BLOCK // GROUP) * GROUP
     top, rest, plain_rest, linear = zeros + LOWEST, zeros - 1, zeros - 1, zeros
     other_top, other_rest, other_at = top, rest, at
-    for start in tl.range(begin, end, BLOCK):
-        if is_whole(start, bounds, BLOCK):
+    k, count = 0, tl.cdiv(end - begin, BLOCK)
+    while k < count:
+        stop = clear_until(k, begin, end, bounds, NOWHERE, NOWHERE, True, BLOCK)
+        for start in tl.range(begin + k * BLOCK, begin + stop * BLOCK, BLOCK):
             top, rest, plain_rest, at, linear = _taken(
                 top, rest, plain_rest, at, linear, student, start, bounds, class_weight, student_rate, student_cap,
                 pivot, True, PLAIN, SMOOTHED, BLOCK, GROUP, LINE,
@@ -169,7 +170,8 @@ def softmaxes_of(
                     other_top, other_rest, 0.0, other_at, 0.0, teacher, start, bounds, None, teacher_rate, teacher_cap,
                     0.0, True, False, False, BLOCK, GROUP, LINE,
                 )  # fmt: skip
-        else:
+        if stop < count:
+            start = begin + stop * BLOCK
             top, rest, plain_rest, at, linear = _taken(
                 top, rest, plain_rest, at, linear, student, start, bounds, class_weight, student_rate, student_cap,
                 pivot, False, PLAIN, SMOOTHED, BLOCK, GROUP, LINE,
@@ -179,6 +181,7 @@ def softmaxes_of(
                     other_top, other_rest, 0.0, other_at, 0.0, teacher, start, bounds, None, teacher_rate, teacher_cap,
                     0.0, False, False, False, BLOCK, GROUP, LINE,
                 )  # fmt: skip
+        k = stop + 1
     found = combined(top, rest, plain_rest, linear, other_top, other_rest, student_rate, teacher_rate)
     teacher_there, student_there, place = -float("inf"), -float("inf"), tl.full([], ANYWHERE, tl.int32)
     if teacher is not None:

@@ -168,6 +168,31 @@ def Jeffreys(e, own, CLOSE: tl.constexpr):
 
 
 @triton.jit
+def JsFactors(own):
+    """``log 2 / 2``, as below."""
+    return LOG2_OF_LN2 - 1, LOG2_OF_LN2 - 1, 2 / LN2, 2 / LN2
+
+
+@triton.jit
+def Js(e, own, CLOSE: tl.constexpr):
+    """Gjs with shares of one half: of m = sqrt(pq)·cosh(u/2), near entries need few coefficients, within 3e-7."""
+    a, b, log2_a, log2_b, u, _, _, u_at_peak, _ = e
+    apart, both = log2_a - log2_b, a + b
+    gap = tl.minimum(tl.abs(apart), FAR)  # of none, too, where neither model has the entry
+    tail, above = _log2_of_one_more(tl.exp2(minus(gap))), tl.maximum(b * apart, 0.0)
+    value = both * tail - both + tl.minimum(a, b) * gap
+    if CLOSE:
+        about_one, square = tl.abs(u_at_peak) < ABOUT_ONE, u * u
+        log2_of_q = u * (0.5 * LOG2E) + square * polynomial(square, (LOG2E / 8, -LOG2E / 192))
+        student = b * (tail - tl.where(about_one, 1.0, 0.0)) + above
+        student = tl.where(tl.abs(u) < tl.where(about_one, NEAR, 0.0), b * log2_of_q, student)
+        near_value = both * square * polynomial(square, (1 / (8 * LN2), -1 / (64 * LN2), 1 / (576 * LN2)))
+        return minus(student), _near(u, near_value, minus(value))
+    else:
+        return minus(b * tail + above), minus(value)
+
+
+@triton.jit
 def GjsFactors(own):
     """``β log 2`` and ``(1 − β) log 2``: logarithms of the mixture's shares, to base 2, then give terms to base e."""
     of_p, of_q = own[2] * LOG2E + LOG2_OF_LN2, own[3] * LOG2E + LOG2_OF_LN2
@@ -367,10 +392,10 @@ def CrossEntropy(e, own, CLOSE: tl.constexpr):
 
 BY_SYMBOL = {
     f.__name__: f
-    for f in (Kl, Rkl, Jeffreys, Gjs, SkewKl, SkewRkl, Tvd, Alpha, Triangular, Engine, CrossEntropy, Ab, Todi)
+    for f in (Kl, Rkl, Jeffreys, Js, Gjs, SkewKl, SkewRkl, Tvd, Alpha, Triangular, Engine, CrossEntropy, Ab, Todi)
 }
 #: By symbol: of a divergence's constants, the logarithms, to base 2, of what p and q are multiplied with, and 1/them.
-FACTORS = {"Gjs": GjsFactors, "Tvd": TvdFactors}
+FACTORS = {"Js": JsFactors, "Gjs": GjsFactors, "Tvd": TvdFactors}
 
 
 @triton.jit
