@@ -80,9 +80,11 @@ def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
 
 
 def shortest(body: list[Instruction]) -> list[Instruction]:
-    """The fewest instructions that lead from a loop's first to its last."""
+    """Of the ways from a loop's first instruction to its last those with most wide stores; of them the fewest
+    instructions.
+    """
     places = {x.address: i for i, x in enumerate(body)}
-    length, after = [0] * len(body), [len(body)] * len(body)
+    length, after = [(0, 0)] * len(body), [len(body)] * len(body)
     for i in range(len(body) - 1, -1, -1):
         x, next_ones = body[i], []
         if i + 1 < len(body) and not (x.target is not None and not x.conditional):
@@ -92,7 +94,8 @@ def shortest(body: list[Instruction]) -> list[Instruction]:
         if next_ones:
             after[i] = min(next_ones, key=length.__getitem__)
             length[i] = length[after[i]]
-        length[i] += 1
+        stores = x.opcode.startswith("STG") and x.opcode.endswith("128")
+        length[i] = (length[i][0] - stores, length[i][1] + 1)
     way, i = [], 0
     while i < len(body):
         way.append(body[i])

@@ -29,25 +29,30 @@ constexpr float kNoOverlap = -1e20f;  // above that of p^a q^b, 0 < a, b and a +
 constexpr float kNear = 0.1875f;   // |u| below which p and q are near
 constexpr float kAboutOne = 1.0f;  // |u| of a row's peak below which g is taken from g(1)
 
-#ifndef FDISTILL_LOG_IS_CHEAP  // on a GPU it is one instruction
-#define FDISTILL_LOG_IS_CHEAP false
+#ifndef FDISTILL_ON_GPU  // where exponentials and logarithms to base 2 are one instruction each
+#define FDISTILL_ON_GPU false
 #endif
+constexpr bool kOnGpu = FDISTILL_ON_GPU;
+constexpr float kLog2 = 0.693147181f, kLog2E = 1.44269504f;
 
 template <typename T>
 struct Math;
 
 template <>
 struct Math<float> {
-  static constexpr bool kLogIsCheap = FDISTILL_LOG_IS_CHEAP;
   static FDISTILL_INLINE float exp(float x) { return expf(x); }
+  static FDISTILL_INLINE float exp2(float x) { return exp2f(x); }
   static FDISTILL_INLINE float log(float x) { return logf(x); }
+  static FDISTILL_INLINE float log2(float x) { return log2f(x); }
   static FDISTILL_INLINE float at_least(float x, float least) { return x < least ? least : x; }
   // x y, where 0 y is 0 even for an infinite or undefined y: the limit of x log x and its kin.
   static FDISTILL_INLINE float times(float x, float y) { return x == 0.0f ? 0.0f : x * y; }
   // magnitude of `size` with the sign of `side`; 0 where side is 0.
   static FDISTILL_INLINE float signed_as(float size, float side) {
-#ifdef __CUDA_ARCH__  // where there are no denormals: two instructions for a NaN too
-    return smaller(at_least(side * 3e38f, -size), size);
+#ifdef __CUDA_ARCH__  // where there are no denormals: three instructions for a NaN too
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(side) : "f"(side * 3e38f), "f"(-size));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(side) : "f"(side), "f"(size));
+    return side;
 #endif
     return side > 0.0f ? size : side < 0.0f ? -size : side * size;
   }
@@ -66,7 +71,7 @@ struct Math<float> {
 
 // One vocabulary entry: both models' probabilities, their logarithms, u = log(p/q), and log p and log q but for a constant
 // of the row; u at the row's peak, the student's largest entry. For row_divergences.h also whether it is in the row's set,
-// 1 or 0, and the row's coefficients, with the models exchanged in reverse.
+// 1 or 0, and the row's coefficients, with the models exchanged in reverse. GPUs have the logarithms to base 2, too, and use these where they can.
 //
 // `close`: the models agree about a peak. In other rows near entries weigh too little for their series to matter.
 template <typename Value, bool close>
@@ -77,10 +82,20 @@ struct Entry {
   float u_at_peak;
   T inside = T(0.0f);
   const float *of_row = nullptr, *of_row_exchanged = nullptr;
+  T log2_p = T(0.0f), log2_q = T(0.0f);
 
   // Teacher for student, with the teacher's peak.
   FDISTILL_INLINE Entry exchanged(float u_at_its_peak) const {
     return {q, p, log_q, log_p, T(0.0f) - u, q_shifted, p_shifted, -u_at_its_peak, inside, of_row_exchanged, of_row};
+  }
+  // p log(p/q) and q log(q/p), 0 where p is, or q: there log(p/q) is some number.
+  FDISTILL_INLINE T p_by_log() const {
+    if constexpr (kOnGpu) return p * (Math<T>::larger(log2_p - log2_q, T(kLowestLog)) * T(kLog2));
+    return Math<T>::times(p, log_p - log_q);
+  }
+  FDISTILL_INLINE T q_by_log() const {
+    if constexpr (kOnGpu) return q * (Math<T>::larger(log2_q - log2_p, T(kLowestLog)) * T(kLog2));
+    return Math<T>::times(q, log_q - log_p);
   }
   FDISTILL_INLINE bool about_one() const { return close && about_one(1.0f); }
   FDISTILL_INLINE bool about_one(float power) const { return fabsf(power * u_at_peak) < kAboutOne; }
@@ -102,12 +117,14 @@ struct Terms {
 enum class Members { kNone, kLabel, kCount, kMass };
 
 // What a divergence is beside its terms; `Other`: with the models exchanged. row_divergences.h has those that ask for
-// statistics of their row, and some of these for the largest of what they name.
+// statistics of their row, and some of these for the largest of what they name. `unit`: what a GPU's terms are to be
+// multiplied with, which is done once a row.
 template <typename Other, bool is_centred = false>
 struct OfEntries {
   using Exchanged = Other;
   static constexpr bool centred = is_centred, asks = false, has_largest = false;
   static constexpr Members members = Members::kNone;
+  static constexpr float unit = 1.0f;
 };
 
 template <typename T, int count>
@@ -160,14 +177,14 @@ struct Kl : OfEntries<struct Rkl, true> {  // f = t log t - t + 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T series = e.q * e.u * e.u * (T(1.0f) + (e.u - T(1.0f)) * second_order(e.u)), apart = difference(e);
-    return {T(0.0f) - apart, e.near(series, Math<T>::times(e.p, e.log_p - e.log_q) - apart)};
+    return {T(0.0f) - apart, e.near(series, e.p_by_log() - apart)};
   }
 };
 
 struct Rkl : OfEntries<Kl> {  // f = -log t + t - 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    const T student = e.near(T(0.0f) - e.q * e.u, Math<T>::times(e.q, e.log_q - e.log_p));
+    const T student = e.near(T(0.0f) - e.q * e.u, e.q_by_log());
     return {student, e.near(e.q * e.u * e.u * second_order(e.u), student + (e.p - e.q))};
   }
 };
@@ -175,34 +192,63 @@ struct Rkl : OfEntries<Kl> {  // f = -log t + t - 1
 struct Jeffreys : OfEntries<Jeffreys> {  // f = (t - 1) log t
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    const T backward = e.near(T(0.0f) - e.q * e.u, Math<T>::times(e.q, e.log_q - e.log_p)), apart = difference(e);
-    return {backward - apart, e.near(apart * e.u, Math<T>::times(e.p, e.log_p - e.log_q) + backward)};
+    const T backward = e.near(T(0.0f) - e.q * e.u, e.q_by_log()), apart = difference(e);
+    return {backward - apart, e.near(apart * e.u, e.p_by_log() + backward)};
+  }
+};
+
+// log2(1 + x) of x = 2^-gap, gap = |log2(a/b)|: within 1.5e-7 of its own, also where 1 + x loses x, and exact at 1, where
+// models are equal; near it without a bias, which thousands of entries would have in common.
+template <typename T>
+struct Log2Sum {
+  T gap, tail;
+  FDISTILL_INLINE explicit Log2Sum(const T& apart)  // a number where neither model has the entry
+      : gap(Math<T>::smaller(Math<T>::magnitude(apart), T(0.0f - kLowestLog))) {
+    const float coefficients[] = {1.4426950216f, -0.72134023904f, 0.48069301248f, -0.35840857029f, 0.27564147114f,
+                                  -0.19711898267f, 0.11285617948f, -0.042567048222f, 0.0075491811149f};
+    const T x = Math<T>::exp2(T(0.0f) - gap);
+    tail = x * polynomial(x, coefficients);
   }
 };
 
 struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1
+  static constexpr float unit = kOnGpu ? -kLog2 : 1.0f;
 
-  // From log m, in a row about p = q alone: where models barely overlap log(q/m) keeps no digit of what is left.
+  // In a row about p = q: from log m, which elsewhere, where models barely overlap, keeps no digit of log(q/m).
   // Near p = q by h = log(m/q) = log(1 - beta + beta e^u), whose coefficients are a coin's cumulants, and the
   // value's slope beta e^u (u - h): both by u, within 3e-7.
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> by_log(const E& e, const T& a, const T& b, const Parameter& beta) {
-    const T log_m = Math<T>::log(Math<T>::at_least(a + b, kSmallestNormal));
-    const T of_q = b * (Math<T>::at_least(e.log_q, kLowestLog) - log_m);
-    const T of_p = a * (Math<T>::at_least(e.log_p, kLowestLog) - log_m);
+  static FDISTILL_INLINE Terms<T> by_log2(const E& e, const T& a, const T& b, const Parameter& beta) {
+    const T log2_m = Math<T>::log2(Math<T>::at_least(a + b, kSmallestNormal));
+    const T of_q = b * (log2_m - Math<T>::at_least(e.log2_q, kLowestLog));
+    const T of_p = a * (log2_m - Math<T>::at_least(e.log2_p, kLowestLog));
     const float x = beta.value, y = beta.rest, v = x * y, skew = 1.0f - 2.0f * x;
     const float h[] = {x, v / 2, v * skew / 6, v * (1.0f - 6.0f * v) / 24, v * skew * (1.0f - 12.0f * v) / 120};
     const float value[] = {x * y / 2, x * (y - h[1]) / 3, x * (y / 2 - h[1] - h[2]) / 4,
                            x * (y / 6 - h[1] / 2 - h[2] - h[3]) / 5,
                            x * (y / 24 - h[1] / 6 - h[2] / 2 - h[3] - h[4]) / 6};
-    return {e.near(T(0.0f) - b * e.u * polynomial(e.u, h), of_q),
-            e.near(e.q * e.u * e.u * polynomial(e.u, value), of_q + of_p)};
+    const T per_unit(1.0f / unit), u = e.u;
+    return {e.near(T(0.0f) - per_unit * b * u * polynomial(u, h), of_q),
+            e.near(per_unit * e.q * u * u * polynomial(u, value), of_q + of_p)};
+  }
+
+  // In other rows.
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> by_exp2(const E& e, const T& a, const T& b, const Parameter& beta) {
+    const float log2_share = beta.log * kLog2E, log2_rest = beta.log_rest * kLog2E;
+    const T apart = (e.log2_p - e.log2_q) + T(log2_share - log2_rest);
+    const Log2Sum<T> m(apart);
+    return {b * m.tail + Math<T>::larger(b * apart, T(0.0f)),
+            (a + b) * m.tail + Math<T>::smaller(a, b) * m.gap + a * T(log2_share) + b * T(log2_rest)};
   }
 
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
     const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q;
-    if constexpr (Math<T>::kLogIsCheap && E::is_close) return by_log(e, a, b, beta);
+    if constexpr (kOnGpu) {
+      if constexpr (E::is_close) return by_log2(e, a, b, beta);
+      return by_exp2(e, a, b, beta);
+    }
     const T x = excess(e.u);
     const bool about_one = e.about_one();
     const LogSum<T> m(e, a, b, e.log_p + T(beta.log), e.log_q + T(beta.log_rest), about_one, T(beta.value) * x);
@@ -210,6 +256,28 @@ struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta 
     const T far = a * (m.apart - m.above_b - T(beta.log)) - b * (m.above_b + T(beta.log_rest));
     return {T(0.0f) - b * (about_one ? e.near(m.tail, g) : g),
             e.near(e.q * x * x * polynomial(x, beta.series), far)};
+  }
+};
+
+// Gjs with shares of one half, for GPUs: of m = sqrt(pq) cosh(u/2), near entries need few coefficients, within 3e-7.
+struct Js : OfEntries<Js> {
+  static constexpr float unit = -0.5f * kLog2;
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+    const T both = e.p + e.q, apart = e.log2_p - e.log2_q;
+    if constexpr (!E::is_close) {
+      const Log2Sum<T> m(apart);
+      return {e.q * m.tail + Math<T>::larger(e.q * apart, T(0.0f)),
+              both * m.tail - both + Math<T>::smaller(e.p, e.q) * m.gap};
+    }
+    const T square = e.u * e.u, log2_m = Math<T>::log2(Math<T>::at_least(T(0.5f) * both, kSmallestNormal));
+    const T of_q = e.q * (log2_m - Math<T>::at_least(e.log2_q, kLowestLog));
+    const T of_p = e.p * (log2_m - Math<T>::at_least(e.log2_p, kLowestLog));
+    const float h[] = {0.125f * kLog2E, -1.0f / 192 * kLog2E};
+    const float value[] = {-0.125f * kLog2E, 1.0f / 64 * kLog2E, -1.0f / 576 * kLog2E};
+    return {e.near(e.q * (square * polynomial(square, h) + T(0.5f * kLog2E) * e.u), of_q),
+            e.near(both * square * polynomial(square, value), of_q + of_p)};
   }
 };
 
@@ -246,10 +314,13 @@ struct SkewRkl : OfEntries<SkewKl> {
 };
 
 struct Tvd : OfEntries<Tvd> {  // f = |t - 1| / 2, with the zero subgradient at ties
+  static constexpr float unit = kOnGpu ? 0.5f : 1.0f;
+
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T apart = difference(e);
-    return {T(0.0f) - e.q * Math<T>::signed_as(T(0.5f), apart), T(0.5f) * Math<T>::magnitude(apart)};
+    const T half(0.5f / unit);
+    return {T(0.0f) - Math<T>::signed_as(half * e.q, apart), half * Math<T>::magnitude(apart)};
   }
 };
 
@@ -362,5 +433,6 @@ struct CrossEntropy : OfEntries<Engine, true> {  // -sum p log q: a one-hot p gi
 #define FDISTILL_FOR_EACH_DIVERGENCE(X) \
   X(Kl) X(Rkl) X(Jeffreys) X(Gjs) X(SkewKl) X(SkewRkl) X(Tvd) X(Alpha) X(Triangular) X(Engine) X(CrossEntropy) X(Ab) \
   X(Todi)
+#define FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS(X) FDISTILL_FOR_EACH_DIVERGENCE(X) X(Js)
 
 }  // namespace fdistill

@@ -15,7 +15,7 @@
 #include <random>
 #include <vector>
 
-#define FDISTILL_LOG_IS_CHEAP true
+#define FDISTILL_ON_GPU true
 #include "divergences.h"
 
 #define FDISTILL_KERNEL inline void

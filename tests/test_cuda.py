@@ -100,7 +100,7 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     end = "\n" if barrier.endswith("\n") else ""
     kernel.write_text(text.replace(barrier, "//" + end if "//" in barrier else ""))
     rows = source / "cuda" / "rows.cu"
-    rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE\(FDISTILL_FIND\)", "FDISTILL_FIND(Gjs)", rows.read_text()))
+    rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS\(FDISTILL_FIND\)", "FDISTILL_FIND(Js)", rows.read_text()))
     build_emulated(source, tmp_path / "broken.so")
     emulate_cuda(monkeypatch, 2)
     student, teacher = models(9, 5003, torch.bfloat16)
@@ -341,7 +341,7 @@ def machine_code():
 def test_registers_and_every_variant_is_there(machine_code):
     usage, kernels = machine_code
     found = re.findall(r"Function (\w*row_kernel\w*):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert len(found) == len(kernels) == 3 * 14  # scalars, and every divergence by entry and the labels alone
+    assert len(found) == len(kernels) == 3 * 15  # scalars; every divergence by entry, js apart, and the labels alone
     for name, registers, stack, local in found:
         # three blocks on a multiprocessor
         assert int(registers) <= 80 and int(stack) <= 48 and int(local) == 0, (name, registers, stack)

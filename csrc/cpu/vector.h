@@ -264,7 +264,6 @@ FDISTILL_INLINE float entry_of(const scalar_t* row, int64_t v) {
 
 template <>
 struct Math<FDISTILL_ISA::Vec> {
-  static constexpr bool kLogIsCheap = false;
   using Vec = FDISTILL_ISA::Vec;
   static FDISTILL_INLINE Vec exp(const Vec& x) { return exponential(x); }
   static FDISTILL_INLINE Vec log(const Vec& x) { return logarithm(x); }

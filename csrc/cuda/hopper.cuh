@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define FDISTILL_LOG_IS_CHEAP true
+#define FDISTILL_ON_GPU true
 #include "../divergences.h"
 
 #define FDISTILL_KERNEL __global__ void __launch_bounds__(256, 3)

@@ -169,7 +169,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     } else if (first()) {
       task.parts[task.row_count + n] = task.parts[2 * task.row_count + n] = 0.0f;
     }
-    if (kTeacher) of.term = row.scale * row.divergence_scale * row.rate;
+    if constexpr (kTeacher) of.term = row.scale * row.divergence_scale * row.rate * Divergence::unit;
     return of;
   }
 
@@ -199,7 +199,9 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       of.softmax -= of.term * shared.weight;
       if (task.student_gradient.data) sweep<false, true>(row, logits, models, peak.k, of);
     }
-    if (first()) task.parts[n] = kTeacher ? row.scale * row.divergence_scale * total.divergence : 0.0f;
+    if (!first()) return;
+    task.parts[n] = 0.0f;
+    if constexpr (kTeacher) task.parts[n] = row.scale * row.divergence_scale * Divergence::unit * total.divergence;
   }
 
   FDISTILL_DEVICE bool first() const { return rank() == 0 && thread() == 0; }
@@ -229,6 +231,48 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 
   FDISTILL_DEVICE void load_vector(Address mine, int k, float (&x)[kSize]) const { Vec::widen(load(mine, k * kWarp), x); }
 
+  // exp((z - top) / T) as one product less a constant, which is not quite top / T: what all of them are too large by is
+  // the correction. Where that could be any number, as of a mask of -1e30, z - top comes first, and there is none.
+  struct Exponential {
+    float rate, top, constant;
+    bool apart;
+    FDISTILL_DEVICE Exponential(float top, float rate_of_e)
+        : rate(rate_of_e * kLog2E), top(top), constant(top * rate), apart(!(fabsf(constant) < 16777216.0f)) {}
+    template <bool kNeverApart>
+    FDISTILL_DEVICE float sum(const float (&x)[kSize]) const {
+      float total = 0;
+      if (!kNeverApart && apart) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) total += exp2f((x[i] - top) * rate);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) total += exp2f(fmaf(x[i], rate, -constant));
+      }
+      return total;
+    }
+    FDISTILL_DEVICE float correction() const { return apart ? 1.0f : exp2f(fmaf(-top, rate, constant)); }
+  };
+
+  // A lane's sums of exponentials; kBare: no more is asked, and no model is `apart`.
+  template <bool kBare>
+  FDISTILL_DEVICE void add_up(const Row& row, Address mine, Address others, const Exponential& worth,
+                              const Exponential& other_worth, Statistics& of) const {
+    for_vectors([&](int k) {
+      float x[kSize];
+      load_vector(mine, k, x);
+      of.student.total += worth.template sum<kBare>(x);
+      if (!kBare && tempered(row)) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) of.plain += of.student.worth(x[i], 1.0f);
+      }
+      if (!kBare && smoothed()) add_linear(row, vector(k), x, of);
+      if (kTeacher) {
+        load_vector(others, k, x);
+        of.teacher.total += other_worth.template sum<kBare>(x);
+      }
+    });
+  }
+
   // My warp's share in the softmaxes, and in what labels need.
   FDISTILL_DEVICE Statistics statistics(const Row& row, const Raw* logits, Peak& peak) const {
     const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
@@ -248,20 +292,9 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       of.other_at_top = warp_top(of.other_at_top);
     }
     const Exponential worth(of.student.top, row.rate), other_worth(of.teacher.top, row.teacher_rate());
-    for_vectors([&](int k) {
-      float x[kSize];
-      load_vector(mine, k, x);
-      of.student.total += worth.sum(x);
-      if (tempered(row)) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) of.plain += of.student.worth(x[i], 1.0f);
-      }
-      if (smoothed()) add_linear(row, vector(k), x, of);
-      if (kTeacher) {
-        load_vector(others, k, x);
-        of.teacher.total += other_worth.sum(x);
-      }
-    });
+    // asked once, not of each vector
+    if (worth.apart || other_worth.apart || tempered(row) || smoothed()) add_up<false>(row, mine, others, worth, other_worth, of);
+    else add_up<true>(row, mine, others, worth, other_worth, of);
     of.student.total = warp_sum(of.student.total) * worth.correction();
     if (kTeacher) of.teacher.total = warp_sum(of.teacher.total) * other_worth.correction();
     if (tempered(row)) of.plain = warp_sum(of.plain);
@@ -269,27 +302,6 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     if (task.labels) of.label_logit = warp_sum(label_logit_of(row, mine));
     return of;
   }
-
-  // exp((z - top) / T) as one product less a constant, which is not quite top / T: what all of them are too large by is
-  // the correction. Where that could be any number, as of a mask of -1e30, z - top comes first, and there is none.
-  struct Exponential {
-    float rate, top, constant;
-    bool apart;
-    FDISTILL_DEVICE Exponential(float top, float rate_of_e)
-        : rate(rate_of_e * kLog2E), top(top), constant(top * rate), apart(!(fabsf(constant) < 16777216.0f)) {}
-    FDISTILL_DEVICE float sum(const float (&x)[kSize]) const {
-      float total = 0;
-      if (apart) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) total += exp2f((x[i] - top) * rate);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) total += exp2f(fmaf(x[i], rate, -constant));
-      }
-      return total;
-    }
-    FDISTILL_DEVICE float correction() const { return apart ? 1.0f : exp2f(fmaf(-top, rate, constant)); }
-  };
 
   // What label smoothing needs of a vector: over the vocabulary, not over what is around the row.
   FDISTILL_DEVICE void add_linear(const Row& row, int v, const float (&x)[kSize], Statistics& of) const {
@@ -333,6 +345,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     Totals total;
     const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
     Raw* const to = kGradient ? slice_of(task.student_gradient, row) + vector(0) : nullptr;
+    const bool bare = !task.labels && task.student_softcap == 0.0f;  // asked once, not of each vector
     for_vectors([&](int k) {
       float x[kSize], y[kSize], student[kSize], q[kSize];
       load_vector(mine, k, x);
@@ -361,7 +374,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       }
       if constexpr (kGradient) {
         if (kTotals && !task.student_gradient.data) return;
-        finish(row, vector(k), x, student, q, models.top, of);
+        finish(row, vector(k), x, student, q, models.top, of, bare);
         store(to + k * kWarp, vector(k), row, Vec::narrow(student));
       }
     });
@@ -370,11 +383,15 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     return total;
   }
 
-  // The gradient of a vector's entries, in place of the student's terms.
+  // The gradient of a vector's entries, in place of the student's terms; bare: without labels and caps.
   FDISTILL_DEVICE void finish(const Row& row, int v, const float (&x)[kSize], float (&student)[kSize],
-                              const float (&q)[kSize], float top, const Gradient& of) const {
+                              const float (&q)[kSize], float top, const Gradient& of, bool bare) const {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) student[i] = fmaf(of.term, student[i], of.softmax * q[i] + of.constant);
+    for (int i = 0; i < kSize; ++i) {
+      const float of_softmax = of.softmax * q[i] + of.constant;
+      student[i] = kTeacher ? fmaf(of.term, student[i], of_softmax) : of_softmax;
+    }
+    if (bare) return;
     if (of.plain != 0.0f) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) student[i] += of.plain * exp2f((x[i] - top) * kLog2E);

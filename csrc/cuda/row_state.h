@@ -61,9 +61,10 @@ struct Models {
     const float over = x - top, other_over = y - other_top;
     const float q_shifted = over * rate, p_shifted = other_over * other_rate;
     const float apart = known_alike || alike ? ((y - x) - (other_top - top)) * rate : p_shifted - q_shifted;
-    return {exp2f(fmaf(other_over, other_rate * kLog2E, -other_log2_total)), q(x),
-            fmaf(other_over, other_rate, -other_log_total), fmaf(over, rate, -log_total), apart - log_ratio,
-            p_shifted, q_shifted, u_at_peak};
+    const float log2_p = fmaf(other_over, other_rate * kLog2E, -other_log2_total);
+    const float log2_q = fmaf(over, rate * kLog2E, -log2_total);
+    return {exp2f(log2_p), exp2f(log2_q), fmaf(other_over, other_rate, -other_log_total), fmaf(over, rate, -log_total),
+            apart - log_ratio, p_shifted, q_shifted, u_at_peak, 0.0f, nullptr, nullptr, log2_p, log2_q};
   }
 };
 

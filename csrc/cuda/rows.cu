@@ -25,7 +25,7 @@ Kernel find_kernel(const char* divergence, Scalar scalar) {
   if (!*divergence) return of_scalar<void>(scalar);
 #define FDISTILL_FIND(Name) \
   if (!strcmp(divergence, #Name)) return of_scalar<Name>(scalar);
-  FDISTILL_FOR_EACH_DIVERGENCE(FDISTILL_FIND)
+  FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS(FDISTILL_FIND)
 #undef FDISTILL_FIND
   return nullptr;
 }
@@ -42,7 +42,7 @@ size_t shared_bytes(const RowTask& task, const Launch& launch) {
 extern "C" {
 
 // 1 more with every change of RowTask or Launch that a caller must know of.
-int fdistill_cuda_interface() { return 8; }
+int fdistill_cuda_interface() { return 9; }
 
 const char* fdistill_cuda_architectures() { return FDISTILL_ARCHITECTURES; }
 

@@ -14,7 +14,6 @@
 namespace fdistill {
 
 constexpr int kWarp = 32, kWarps = 8, kMost = 16;  // lanes of a warp, most warps of a block, most blocks of a cluster
-constexpr float kLog2E = 1.44269504f;
 
 // How a call is cut; made by the caller. `slice`: vectors of a row that each block of the cluster takes; `depth`: that each
 // thread takes; `aligned`: every row starts at a multiple of 16 bytes.

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..divergences import Divergence
 from . import triton
 from .native import DTYPES, open_library, row_task, words
-from .rows import RowCall
+from .rows import RowCall, gpu_symbol
 
-INTERFACE, NO_ROOM = 8, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
+INTERFACE, NO_ROOM = 9, b"the card holds no such cluster"  # of csrc/cuda/rows.cu
 WARP = 32
 MOST_THREADS = 256  # of a block, as csrc/cuda/hopper.cuh bounds its kernels
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
@@ -172,7 +172,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         triton.write_metrics(call, parts)
     fresh, nothing = call.empty_gradients()
     gradient = student if call.inplace else fresh
-    symbol, task, _held = row_task(call, gradient if call.student_gradient else None, None, parts)
+    _, task, _held = row_task(call, gradient if call.student_gradient else None, None, parts)
+    symbol = gpu_symbol(call.divergence) if call.divergence else ""
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0
         if not LIBRARY.divergence_rows(symbol, task, launch, stream):
