@@ -71,7 +71,8 @@ struct Math<float> {
 
 // One vocabulary entry: both models' probabilities, their logarithms, u = log(p/q), and log p and log q but for a constant
 // of the row; u at the row's peak, the student's largest entry. For row_divergences.h also whether it is in the row's set,
-// 1 or 0, and the row's coefficients, with the models exchanged in reverse. GPUs have the logarithms to base 2, too, and use these where they can.
+// 1 or 0, and the row's coefficients, with the models exchanged in reverse. GPUs have the logarithms to base 2, too,
+// and use these where they can.
 //
 // `close`: the models agree about a peak. In other rows near entries weigh too little for their series to matter.
 template <typename Value, bool close>

@@ -100,7 +100,9 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     end = "\n" if barrier.endswith("\n") else ""
     kernel.write_text(text.replace(barrier, "//" + end if "//" in barrier else ""))
     rows = source / "cuda" / "rows.cu"
-    rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS\(FDISTILL_FIND\)", "FDISTILL_FIND(Js)", rows.read_text()))
+    rows.write_text(
+        re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS\(FDISTILL_FIND\)", "FDISTILL_FIND(Js)", rows.read_text())
+    )
     build_emulated(source, tmp_path / "broken.so")
     emulate_cuda(monkeypatch, 2)
     student, teacher = models(9, 5003, torch.bfloat16)
@@ -118,7 +120,7 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     assert noticed
 
 
-@pytest.mark.parametrize("name", ["kl", "js", "tvd", "rkl", "hellinger"])
+@pytest.mark.parametrize("name", ["kl", "js", "gjs=0.1", "tvd", "rkl", "hellinger"])
 def test_hard_logits(name, monkeypatch):
     emulate_cuda(monkeypatch, 4)
     student, teacher = models(6, 1003)
@@ -164,7 +166,7 @@ def test_masks_that_fill_warps_and_blocks(dtype, mask, monkeypatch):
             assert relative(got, want) < TOLERANCE[dtype][1]
 
 
-@pytest.mark.parametrize("name", ["js", "skew_rkl", "rkl", "tvd"])
+@pytest.mark.parametrize("name", ["js", "gjs=0.9", "skew_rkl", "rkl", "tvd"])
 def test_models_that_barely_overlap(name, monkeypatch):
     """Each sure of entries that the other has nearly excluded: what is left of the gradient keeps its digits."""
     emulate_cuda(monkeypatch, 2)
@@ -178,6 +180,22 @@ def test_models_that_barely_overlap(name, monkeypatch):
     )
     for ours, cpu in zip(got, want, strict=True):
         assert relative(ours, cpu) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["js", "gjs=0.1", "gjs=0.9", "kl", "rkl"])
+def test_rows_near_and_far(name, monkeypatch):
+    """Models that differ a little everywhere, at the peak alone, or everywhere, and rows of almost one entry."""
+    emulate_cuda(monkeypatch, 2)
+    for spread, apart, peak in ((3.0, 1e-2, 0.0), (3.0, 0.5, 0.0), (0.3, 0.0, 4.0), (3.0, 4.0, 0.0), (14.0, 14.0, 0.0)):
+        student = spread * torch.randn(3, 2000)
+        teacher = student + apart * torch.randn(3, 2000)
+        student[:, 7] += peak
+        student.requires_grad_()
+        exact = fk.f_divergence(student.double(), teacher.double(), name, reduction="sum", backend="torch")
+        got = fk.f_divergence(student, teacher, name, reduction="sum", backend="cuda")
+        of_row, found = (gradient_of(loss, student).double() for loss in (exact, got))
+        error = ((found - of_row).abs().amax(1) / of_row.abs().amax(1)).max().item()
+        assert max(relative(got, exact), error) < 3e-5, (spread, apart, peak)
 
 
 def test_labels_smoothing_z_loss_and_caps(monkeypatch):

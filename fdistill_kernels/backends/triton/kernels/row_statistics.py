@@ -5,7 +5,8 @@ import triton.language as tl
 
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import first_of, line_of, load_block, row_at, within
-from .softmaxes import softmaxes_of
+from .softmaxes import added, by_lane, no_sums, softmaxes_of
+from .stretches import NOWHERE, clear_until
 from .terms import LOG2E, LOWEST_LOG, NO_OVERLAP
 
 COEFFICIENTS = tl.constexpr(8)
@@ -30,18 +31,38 @@ def _threshold(
     while low < high:
         middle = low + (high - low + 1) // 2
         threshold = _float_of(middle.to(tl.int32))
-        found = tl.zeros([BLOCK], tl.float32)
+        found = no_sums(teacher, BLOCK)
         for start in tl.range(0, bounds[1], BLOCK):
             v = start + tl.arange(0, BLOCK)
             y = load_block(teacher, start, bounds, cap, False, BLOCK, LINE)
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
                 weight = tl.exp2((y - models[3]) * (models[4] * LOG2E) - models[5])
-            found += tl.where((y >= threshold) & within(v, bounds), weight, 0.0)
+            found = added(found, tl.where((y >= threshold) & within(v, bounds), weight, 0.0))
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
     return _float_of(low.to(tl.int32))
+
+
+@triton.jit
+def _added_to(
+    sums, rows_of, start, bounds, caps, models, u_at_peak, label, threshold, own, facts, CLEAR: tl.constexpr,
+    SUMS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """The five sums, lane by lane, with a block's added."""
+    v = start + tl.arange(0, BLOCK)
+    x = load_block(rows_of[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
+    y = load_block(rows_of[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    one, two, three, four, five = SUMS(
+        entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS)), own, facts
+    )
+    if not CLEAR:
+        inside = within(v, bounds)
+        one, two, three = tl.where(inside, one, 0.0), tl.where(inside, two, 0.0), tl.where(inside, three, 0.0)
+        four, five = tl.where(inside, four, 0.0), tl.where(inside, five, 0.0)
+    return (added(sums[0], one), added(sums[1], two), added(sums[2], three), added(sums[3], four),
+            added(sums[4], five))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -81,28 +102,28 @@ def row_statistics_kernel(
                 if BY == COUNT:
                     enough = tl.minimum(parameter, vocabulary * 1.0)
                 threshold = _threshold(teacher_row, bounds, models, enough, teacher_cap, BY, BLOCK, LINE)
-            zeros = tl.zeros([BLOCK], tl.float32)
+            rows_of, caps, zeros = (student_row, teacher_row), (student_cap, teacher_cap), no_sums(student, BLOCK)
             most = zeros + NO_OVERLAP
             if LARGEST_OF is not None:
                 for start in tl.range(0, bounds[1], BLOCK):
                     x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
                     y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
-                    most = tl.maximum(most, LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own))
+                    here = LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own)
+                    most = tl.maximum(most, tl.max(by_lane(here, zeros.shape[0]), 1))
             facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -LOWEST_LOG)
-            one, two, three, four, five = zeros, zeros, zeros, zeros, zeros
-            for start in tl.range(0, bounds[1], BLOCK):
-                v = start + tl.arange(0, BLOCK)
-                x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
-                y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
-                entry = entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS))
-                here = SUMS(entry, own, facts)
-                inside = within(v, bounds)
-                one += tl.where(inside, here[0], 0.0)
-                two += tl.where(inside, here[1], 0.0)
-                three += tl.where(inside, here[2], 0.0)
-                four += tl.where(inside, here[3], 0.0)
-                five += tl.where(inside, here[4], 0.0)
-            sums = tl.sum(one, 0), tl.sum(two, 0), tl.sum(three, 0), tl.sum(four, 0), tl.sum(five, 0)
+            sums = zeros, zeros, zeros, zeros, zeros
+            k, count = 0, tl.cdiv(bounds[1], BLOCK)
+            while k < count:
+                stop = clear_until(k, 0, bounds[1], bounds, NOWHERE, NOWHERE, True, BLOCK)
+                for start in tl.range(k * BLOCK, stop * BLOCK, BLOCK):
+                    sums = _added_to(sums, rows_of, start, bounds, caps, models, u_at_peak, label, threshold, own,
+                                     facts, True, SUMS, MEMBERS, BLOCK, LINE)  # fmt: skip
+                if stop < count:
+                    sums = _added_to(sums, rows_of, stop * BLOCK, bounds, caps, models, u_at_peak, label, threshold,
+                                     own, facts, False, SUMS, MEMBERS, BLOCK, LINE)  # fmt: skip
+                k = stop + 1
+            sums = (tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0),
+                    tl.sum(sums[4], 0))  # fmt: skip
             of_row = OF_SUMS(sums, own, facts)
             for i in tl.static_range(COEFFICIENTS):
                 tl.store(coefficients + i * rows + n, of_row[i])
