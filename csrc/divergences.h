@@ -41,7 +41,13 @@ struct Math;
 template <>
 struct Math<float> {
   static FDISTILL_INLINE float exp(float x) { return expf(x); }
-  static FDISTILL_INLINE float exp2(float x) { return exp2f(x); }
+  static FDISTILL_INLINE float exp2_of_minus(float x) {
+#ifdef __CUDA_ARCH__  // -x, which would flush a denormal, is an instruction; this is a sign of the exponential's
+    asm("{.reg .f32 minus; neg.f32 minus, %0; ex2.approx.ftz.f32 %0, minus;}" : "+f"(x));
+    return x;
+#endif
+    return exp2f(-x);
+  }
   static FDISTILL_INLINE float log(float x) { return logf(x); }
   static FDISTILL_INLINE float log2(float x) { return log2f(x); }
   static FDISTILL_INLINE float at_least(float x, float least) { return x < least ? least : x; }
@@ -69,6 +75,10 @@ struct Math<float> {
   static FDISTILL_INLINE float infinite_with(float x, float value) { return x == INFINITY ? x : value; }
 };
 
+FDISTILL_INLINE float minus(float x) { return -x; }  // a sign of an operand, where 0 - x is an instruction
+template <typename T>
+FDISTILL_INLINE T minus(const T& x) { return T(0.0f) - x; }
+
 // One vocabulary entry: both models' probabilities, their logarithms, u = log(p/q), and log p and log q but for a constant
 // of the row; u at the row's peak, the student's largest entry. For row_divergences.h also whether it is in the row's set,
 // 1 or 0, and the row's coefficients, with the models exchanged in reverse. GPUs have the logarithms to base 2, too,
@@ -87,7 +97,7 @@ struct Entry {
 
   // Teacher for student, with the teacher's peak.
   FDISTILL_INLINE Entry exchanged(float u_at_its_peak) const {
-    return {q, p, log_q, log_p, T(0.0f) - u, q_shifted, p_shifted, -u_at_its_peak, inside, of_row_exchanged, of_row};
+    return {q, p, log_q, log_p, minus(u), q_shifted, p_shifted, -u_at_its_peak, inside, of_row_exchanged, of_row};
   }
   // p log(p/q) and q log(q/p), 0 where p is, or q: there log(p/q) is some number.
   FDISTILL_INLINE T p_by_log() const {
@@ -178,14 +188,14 @@ struct Kl : OfEntries<struct Rkl, true> {  // f = t log t - t + 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T series = e.q * e.u * e.u * (T(1.0f) + (e.u - T(1.0f)) * second_order(e.u)), apart = difference(e);
-    return {T(0.0f) - apart, e.near(series, e.p_by_log() - apart)};
+    return {minus(apart), e.near(series, e.p_by_log() - apart)};
   }
 };
 
 struct Rkl : OfEntries<Kl> {  // f = -log t + t - 1
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    const T student = e.near(T(0.0f) - e.q * e.u, e.q_by_log());
+    const T student = e.near(minus(e.q * e.u), e.q_by_log());
     return {student, e.near(e.q * e.u * e.u * second_order(e.u), student + (e.p - e.q))};
   }
 };
@@ -193,7 +203,7 @@ struct Rkl : OfEntries<Kl> {  // f = -log t + t - 1
 struct Jeffreys : OfEntries<Jeffreys> {  // f = (t - 1) log t
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    const T backward = e.near(T(0.0f) - e.q * e.u, e.q_by_log()), apart = difference(e);
+    const T backward = e.near(minus(e.q * e.u), e.q_by_log()), apart = difference(e);
     return {backward - apart, e.near(apart * e.u, e.p_by_log() + backward)};
   }
 };
@@ -207,7 +217,7 @@ struct Log2Sum {
       : gap(Math<T>::smaller(Math<T>::magnitude(apart), T(0.0f - kLowestLog))) {
     const float coefficients[] = {1.4426950216f, -0.72134023904f, 0.48069301248f, -0.35840857029f, 0.27564147114f,
                                   -0.19711898267f, 0.11285617948f, -0.042567048222f, 0.0075491811149f};
-    const T x = Math<T>::exp2(T(0.0f) - gap);
+    const T x = Math<T>::exp2_of_minus(gap);
     tail = x * polynomial(x, coefficients);
   }
 };
@@ -229,7 +239,7 @@ struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta 
                            x * (y / 6 - h[1] / 2 - h[2] - h[3]) / 5,
                            x * (y / 24 - h[1] / 6 - h[2] / 2 - h[3] - h[4]) / 6};
     const T per_unit(1.0f / unit), u = e.u;
-    return {e.near(T(0.0f) - per_unit * b * u * polynomial(u, h), of_q),
+    return {e.near(minus(per_unit * b * u * polynomial(u, h)), of_q),
             e.near(per_unit * e.q * u * u * polynomial(u, value), of_q + of_p)};
   }
 
@@ -255,7 +265,7 @@ struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta 
     const LogSum<T> m(e, a, b, e.log_p + T(beta.log), e.log_q + T(beta.log_rest), about_one, T(beta.value) * x);
     const T g = m.above_b + T(about_one ? beta.log_rest : 0.0f);
     const T far = a * (m.apart - m.above_b - T(beta.log)) - b * (m.above_b + T(beta.log_rest));
-    return {T(0.0f) - b * (about_one ? e.near(m.tail, g) : g),
+    return {minus(b * (about_one ? e.near(m.tail, g) : g)),
             e.near(e.q * x * x * polynomial(x, beta.series), far)};
   }
 };
@@ -289,7 +299,7 @@ struct SkewKl : OfEntries<struct SkewRkl> {  // KL(p || lambda p + (1 - lambda) 
     const T log_m = Math<T>::log(Math<T>::at_least(a + b, kSmallestNormal));
     const T share = b / (a + b + T(kSmallestNormal));
     const T far = Math<T>::times(e.p, e.log_p - log_m) - T(lambda.rest) * apart;
-    return {T(0.0f) - (e.about_one() ? T(lambda.rest) * apart : e.p) * share,
+    return {minus((e.about_one() ? T(lambda.rest) * apart : e.p) * share),
             e.near(e.q * x * x * polynomial(x, lambda.series), far)};
   }
 };
@@ -307,8 +317,8 @@ struct SkewRkl : OfEntries<SkewKl> {
     const T of_one = e.near(T(lambda.value) * y / (T(1.0f) + y) - m.tail,
                           g - T(lambda.rest + lambda.log));
     // the value is SkewKl's of the models exchanged
-    const T z = excess(T(0.0f) - e.u);
-    const T far = T(0.0f) - e.q * (m.above_b + T(lambda.log)) + T(lambda.rest) * (e.p - e.q);
+    const T z = excess(minus(e.u));
+    const T far = T(lambda.rest) * (e.p - e.q) - e.q * (m.above_b + T(lambda.log));
     return {Math<T>::times(e.q, about_one ? of_one : Math<T>::where_less(x, T(kNear), small, g)),
             e.near(e.p * z * z * polynomial(z, lambda.series), far)};
   }
@@ -321,7 +331,7 @@ struct Tvd : OfEntries<Tvd> {  // f = |t - 1| / 2, with the zero subgradient at 
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
     const T apart = difference(e);
     const T half(0.5f / unit);
-    return {T(0.0f) - Math<T>::signed_as(half * e.q, apart), half * Math<T>::magnitude(apart)};
+    return {minus(Math<T>::signed_as(half * e.q, apart)), half * Math<T>::magnitude(apart)};
   }
 };
 
@@ -374,7 +384,7 @@ struct Triangular : OfEntries<Triangular> {  // f = (t - 1)^2 / (t + 1)
     const T total = Math<T>::at_least(e.p + e.q, kSmallestNormal), apart = difference(e);
     const T r = e.p / total, s = e.q / total, share = apart / total;
     const T g = e.about_one() ? share * (s + T(3.0f) * r) : T(4.0f) * r * r;
-    return {T(0.0f) - e.q * g, share * apart};
+    return {minus(e.q * g), share * apart};
   }
 };
 
@@ -400,7 +410,7 @@ struct Ab : OfEntries<Ab> {
     const T value = Math<T>::infinite_with(Math<T>::magnitude(one),
                                            Math<T>::infinite_with(Math<T>::magnitude(other), Math<T>::at_least(far, 0.0f)));
     const float steep = fmaxf(1.0f, fmaxf(fabsf(alpha), fabsf(total)));
-    return {T(0.0f) - one, e.near_of(2 * kNear / steep, base * e.u * e.u * polynomial(e.u, numbers.series), value)};
+    return {minus(one), e.near_of(2 * kNear / steep, base * e.u * e.u * polynomial(e.u, numbers.series), value)};
   }
 };
 
@@ -409,25 +419,25 @@ struct Todi : OfEntries<Todi> {  // phi = a p log(p/q) + (1 - a) q log(q/p), a =
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
     // a number where neither model has the entry
     const T x = Math<T>::smaller(Math<T>::larger(T(beta.value) * e.u, T(-80.0f)), T(80.0f));
-    const T a = T(1.0f) / (T(1.0f) + Math<T>::exp(T(0.0f) - x)), rest = T(1.0f) / (T(1.0f) + Math<T>::exp(x));
+    const T a = T(1.0f) / (T(1.0f) + Math<T>::exp(minus(x))), rest = T(1.0f) / (T(1.0f) + Math<T>::exp(x));
     const float bound = kNear / (beta.value > 1.0f ? beta.value : 1.0f);
-    const T series = a * difference(e) - e.q * a * excess(T(0.0f) - x);  // a - rest = -(exp(-x) - 1) a
+    const T series = a * difference(e) - e.q * a * excess(minus(x));  // a - rest = -(exp(-x) - 1) a
     const T apart = e.near_of(bound, series, a * e.p - rest * e.q), backward = Math<T>::times(rest * e.q, e.u);
-    return {T(0.0f) - apart - backward, e.near(apart * e.u, Math<T>::times(a * e.p, e.u) - backward)};
+    return {minus(apart) - backward, e.near(apart * e.u, Math<T>::times(a * e.p, e.u) - backward)};
   }
 };
 
 struct Engine : OfEntries<struct CrossEntropy> {  // -sum q log p: not an f-divergence, but linear in q like one
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    return {T(0.0f) - Math<T>::times(e.q, e.p_shifted), T(0.0f) - Math<T>::times(e.q, e.log_p)};
+    return {minus(Math<T>::times(e.q, e.p_shifted)), minus(Math<T>::times(e.q, e.log_p))};
   }
 };
 
 struct CrossEntropy : OfEntries<Engine, true> {  // -sum p log q: a one-hot p gives the label's cross-entropy
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    return {T(0.0f) - difference(e), T(0.0f) - Math<T>::times(e.p, e.log_q)};
+    return {minus(difference(e)), minus(Math<T>::times(e.p, e.log_q))};
   }
 };
 

@@ -225,6 +225,8 @@ using Address = const Raw*;
 inline Address address(const Raw* shared) { return shared; }
 inline Raw load(Address from, int after) { return from[after]; }
 
+inline void keep(Raw*&) {}
+
 inline void store_streaming(void* to, const Raw& raw) {
   if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
   std::memcpy(to, &raw, sizeof(raw));

@@ -105,6 +105,9 @@ FDISTILL_DEVICE Raw load(Address from, int after) {
   return raw;
 }
 
+// In registers: without this it would be worked out anew for each vector.
+FDISTILL_DEVICE void keep(Raw*& pointer) { asm volatile("" : "+l"(pointer)); }
+
 FDISTILL_DEVICE void store_streaming(void* to, const Raw& raw) {
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]));
 }

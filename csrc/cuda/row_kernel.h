@@ -345,7 +345,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   FDISTILL_DEVICE Totals sweep(const Row& row, const Raw* logits, const Models& models, int peak, const Gradient& of) const {
     Totals total;
     const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
-    Raw* const to = kGradient ? slice_of(task.student_gradient, row) + vector(0) : nullptr;
+    Raw* to = kGradient ? slice_of(task.student_gradient, row) + vector(0) : nullptr;
+    keep(to);
     const bool bare = !task.labels && task.student_softcap == 0.0f;  // asked once, not of each vector
     for_vectors([&](int k) {
       float x[kSize], y[kSize], student[kSize], q[kSize];

@@ -42,7 +42,7 @@ struct alignas(sizeof(Raw)) Totals {
 struct Models {
   float top, rate, log_total, log2_total, other_top, other_rate, other_log_total, other_log2_total, log_ratio;
   float other_at_top, u_at_peak = 0, at_peak = 0;  // of the student's largest entry: u, and its term per probability
-  bool alike;  // log(p/q) is taken from the logits' own differences, which are exact where models nearly agree
+  bool alike;  // in close rows log(p/q) is taken from the logits' own differences, exact where models nearly agree
 
   FDISTILL_DEVICE Models(const Row& row, const Statistics& all)
       : top(all.student.top), rate(row.rate), log_total(exact_log(all.student.total)), log2_total(log_total * kLog2E),
@@ -60,7 +60,7 @@ struct Models {
   FDISTILL_DEVICE Entry<float, close> at(float x, float y) const {
     const float over = x - top, other_over = y - other_top;
     const float q_shifted = over * rate, p_shifted = other_over * other_rate;
-    const float apart = known_alike || alike ? ((y - x) - (other_top - top)) * rate : p_shifted - q_shifted;
+    const float apart = known_alike || (close && alike) ? ((y - x) - (other_top - top)) * rate : p_shifted - q_shifted;
     const float log2_p = fmaf(other_over, other_rate * kLog2E, -other_log2_total);
     const float log2_q = fmaf(over, rate * kLog2E, -log2_total);
     return {exp2f(log2_p), exp2f(log2_q), fmaf(other_over, other_rate, -other_log_total), fmaf(over, rate, -log_total),
