@@ -10,7 +10,7 @@ issues 128 lanes of instructions a cycle and 16 of MUFU.
 
 Predicted time of N×V: the larger of issue, at a share of its rate, and memory at the copy rate, of three passes over
 N·V and the sweeps that L2 does not hold. A card may say otherwise: nothing here waits, no latency is hidden or shown.
-CUDA's share of issue is measured: kernels of 37, 52 and 63 instructions an entry took 2.48, 3.28 and 3.97 ms on an H200.
+CUDA's share is measured: kernels of 37, 52 and 63 instructions an entry took 2.48, 3.28 and 3.97 ms on an H200.
 """
 
 from __future__ import annotations
