@@ -97,16 +97,15 @@ struct Entry {
 
   // Teacher for student, with the teacher's peak.
   FDISTILL_INLINE Entry exchanged(float u_at_its_peak) const {
-    return {q, p, log_q, log_p, minus(u), q_shifted, p_shifted, -u_at_its_peak, inside, of_row_exchanged, of_row};
+    return {q, p, log_q, log_p, minus(u), q_shifted, p_shifted, -u_at_its_peak, inside, of_row_exchanged, of_row,
+            log2_q, log2_p};
   }
-  // p log(p/q) and q log(q/p), 0 where p is, or q: there log(p/q) is some number.
+  // p log(p/q) and q log(q/p), 0 where p is, or q.
   FDISTILL_INLINE T p_by_log() const {
-    if constexpr (kOnGpu) return p * (Math<T>::larger(log2_p - log2_q, T(kLowestLog)) * T(kLog2));
-    return Math<T>::times(p, log_p - log_q);
+    return Math<T>::times(p, kOnGpu ? (log2_p - log2_q) * T(kLog2) : log_p - log_q);
   }
   FDISTILL_INLINE T q_by_log() const {
-    if constexpr (kOnGpu) return q * (Math<T>::larger(log2_q - log2_p, T(kLowestLog)) * T(kLog2));
-    return Math<T>::times(q, log_q - log_p);
+    return Math<T>::times(q, kOnGpu ? (log2_q - log2_p) * T(kLog2) : log_q - log_p);
   }
   FDISTILL_INLINE bool about_one() const { return close && about_one(1.0f); }
   FDISTILL_INLINE bool about_one(float power) const { return fabsf(power * u_at_peak) < kAboutOne; }

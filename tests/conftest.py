@@ -97,6 +97,18 @@ def build_emulated(csrc: Path, output: Path) -> None:
     subprocess.run([os.environ.get("CXX", "g++"), *options, *here, csrc / "cuda" / "rows.cu", "-o", output], check=True)
 
 
+def masked_in_two_ways() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of models that each have a mask of their own for the same entries: a number, which leaves 0 of the
+    probability and a finite logarithm, and −inf.
+    """
+    student, teacher = torch.randn(4, 300), torch.randn(4, 300)
+    teacher[2:] = student[2:] + 0.1 * teacher[2:]  # close rows, too
+    for row, mask in enumerate((-1e3, -1e4, -1e3, -1e4)):
+        student[row, 3:40], teacher[row, 3:40] = mask, -torch.inf
+        student[row, 50:90], teacher[row, 50:90] = -torch.inf, mask
+    return student.requires_grad_(), teacher
+
+
 @functools.cache
 def emulated_library() -> backends.cuda.Library:
     """The CUDA kernels built for a CPU, once for each state of their sources."""

@@ -293,7 +293,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     }
     const Exponential worth(of.student.top, row.rate), other_worth(of.teacher.top, row.teacher_rate());
     // asked once, not of each vector
-    const bool bare = !(worth.apart || other_worth.apart || tempered(row) || smoothed());
+    const bool bare = !(worth.apart || (kTeacher && other_worth.apart) || tempered(row) || smoothed());
     bare ? add_up<true>(row, mine, others, worth, other_worth, of)
          : add_up<false>(row, mine, others, worth, other_worth, of);
     of.student.total = warp_sum(of.student.total) * worth.correction();

@@ -46,8 +46,8 @@ def times(x, y):
 
 @triton.jit
 def by_log(p, log2_p, log2_q):
-    """``p·log(p/q)``, 0 where p is: there, or where neither model has the entry, the logarithm is some number."""
-    return p * (tl.maximum(log2_p - log2_q, minus(FAR)) * LN2)
+    """``p·log(p/q)``, 0 where p is: there the logarithm may be infinite, or none where neither model has the entry."""
+    return times(p, (log2_p - log2_q) * LN2)
 
 
 @triton.jit
