@@ -10,7 +10,8 @@ issues 128 lanes of instructions a cycle and 16 of MUFU.
 
 Predicted time of N×V: the larger of issue, at a share of its rate, and memory at the copy rate, of three passes over
 N·V and the sweeps that L2 does not hold. A card may say otherwise: nothing here waits, no latency is hidden or shown.
-CUDA's share is measured: kernels of 37, 52 and 63 instructions an entry took 2.48, 3.28 and 3.97 ms on an H200.
+CUDA's share is measured: the library of the commit of results/rows_cuda.json has 37, 52 and 63 instructions an entry
+for kl, tvd and js, and the file the times that they took.
 """
 
 from __future__ import annotations
@@ -171,8 +172,7 @@ VARIANTS = {
     "js, V = 50257": dict(symbol="Js", vocabulary=50257),
     "js, V = 50257, views": dict(symbol="Js", vocabulary=50257, lines=False),
 }  # fmt: skip
-
-
+#: And of CUDA's, with the names of its kernels' divergences.
 CUDA_VARIANTS = {"kl": "Kl", "js": "Js", "tvd": "Tvd", "rkl": "Rkl", "labels": "void"}
 CUDA_LIBRARY = Path(__file__).parent.parent / "fdistill_kernels" / "libfdistill_cuda.so"
 

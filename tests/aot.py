@@ -58,9 +58,9 @@ TARGETS = {
 
 def divergence_of(symbol):
     """That which has these terms on a GPU."""
-    return (
-        by_key("Gjs 0.5 1.0 0.5") if symbol == "Js" else by_key(f"{symbol} {0.25 if symbol == 'Gjs' else 0.5} 1.0 0.5")
-    )
+    if symbol == "Js":
+        return by_key("Gjs 0.5 1.0 0.5")
+    return by_key(f"{symbol} {0.25 if symbol == 'Gjs' else 0.5} 1.0 0.5")
 
 
 def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", labels=None, phase="WHOLE", capped=False,

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # before any kernel is decorated: Triton's in
 from triton import language as tl
 from triton.runtime import interpreter
 
-from fdistill_kernels import backends
+from fdistill_kernels import backends, f_divergence
 from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -97,16 +97,24 @@ def build_emulated(csrc: Path, output: Path) -> None:
     subprocess.run([os.environ.get("CXX", "g++"), *options, *here, csrc / "cuda" / "rows.cu", "-o", output], check=True)
 
 
-def masked_in_two_ways() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of models that each have a mask of their own for the same entries: a number, which leaves 0 of the
-    probability and a finite logarithm, and −inf.
+def assert_masks_of_two_kinds_agree(name: str, *names: str) -> None:
+    """Of models that each have a mask of their own for the same entries: a number, which leaves 0 of the probability and a
+    finite logarithm, and −inf. names: of backends, beside float64.
     """
     student, teacher = torch.randn(4, 300), torch.randn(4, 300)
     teacher[2:] = student[2:] + 0.1 * teacher[2:]  # close rows, too
     for row, mask in enumerate((-1e3, -1e4, -1e3, -1e4)):
         student[row, 3:40], teacher[row, 3:40] = mask, -torch.inf
         student[row, 50:90], teacher[row, 50:90] = -torch.inf, mask
-    return student.requires_grad_(), teacher
+    student.requires_grad_()
+    exact = f_divergence(student.double(), teacher.double(), name, reduction="none", backend="torch")
+    (of_row,) = torch.autograd.grad(exact.sum(), student)
+    finite = exact.isfinite()
+    for backend in names:
+        got = f_divergence(student, teacher, name, reduction="none", backend=backend)
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-7)
+        found = torch.autograd.grad(got.sum(), student)[0][finite]
+        assert found.isfinite().all() and (not finite.any() or relative(found, of_row[finite].double()) < 1e-4)
 
 
 @functools.cache

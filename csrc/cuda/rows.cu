@@ -41,7 +41,7 @@ size_t shared_bytes(const RowTask& task, const Launch& launch) {
 
 extern "C" {
 
-// 1 more with every change of RowTask or Launch that a caller must know of.
+// 1 more with every change of RowTask, Launch or the kernels' names that a caller must know of.
 int fdistill_cuda_interface() { return 9; }
 
 const char* fdistill_cuda_architectures() { return FDISTILL_ARCHITECTURES; }

@@ -115,6 +115,15 @@ def _log2_of_one_more(x):
 
 
 @triton.jit
+def _log2_sum(apart, b):
+    """By log2(a/b): its size, a number where neither model has the entry, too; log2(1 + smaller/larger); and b times
+    what log2(a/b) is above 0. ``b·log2((a + b)/b)`` is b times the second, with the third added.
+    """
+    gap = tl.minimum(tl.abs(apart), FAR)
+    return gap, _log2_of_one_more(tl.exp2(minus(gap))), tl.maximum(b * apart, 0.0)
+
+
+@triton.jit
 def _log_ratio(log2_p, log2_q, log_of_p, log_of_q):
     """log2(a/b) of a = p·exp(log_of_p) and b = q·exp(log_of_q); the lowest number where that is none."""
     apart = (log2_p - log2_q) + (log_of_p - log_of_q) * LOG2E
@@ -178,8 +187,7 @@ def Js(e, own, CLOSE: tl.constexpr):
     """Gjs with shares of one half: of m = sqrt(pq)·cosh(u/2), near entries need few coefficients, within 3e-7."""
     a, b, log2_a, log2_b, u, _, _, u_at_peak, _ = e
     apart, both = log2_a - log2_b, a + b
-    gap = tl.minimum(tl.abs(apart), FAR)  # of none, too, where neither model has the entry
-    tail, above = _log2_of_one_more(tl.exp2(minus(gap))), tl.maximum(b * apart, 0.0)
+    gap, tail, above = _log2_sum(apart, b)
     value = both * tail - both + tl.minimum(a, b) * gap
     if CLOSE:
         about_one, square = tl.abs(u_at_peak) < ABOUT_ONE, u * u
@@ -220,8 +228,7 @@ def Gjs(e, own, CLOSE: tl.constexpr):
     """Of shares a and b of the mixture, the models' own times their factors."""
     a, b, log2_a, log2_b, u, _, _, u_at_peak, _ = e
     apart, log2_rest = log2_a - log2_b, own[3] * LOG2E
-    gap = tl.minimum(tl.abs(apart), FAR)  # of none, too, where neither model has the entry
-    tail, above = _log2_of_one_more(tl.exp2(minus(gap))), tl.maximum(b * apart, 0.0)
+    gap, tail, above = _log2_sum(apart, b)
     value = (a + b) * tail + tl.minimum(a, b) * gap + a * (own[2] * LOG2E) + b * log2_rest
     if CLOSE:
         about_one = tl.abs(u_at_peak) < ABOUT_ONE
