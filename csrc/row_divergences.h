@@ -38,7 +38,7 @@ struct Lk : OfRows<Lk> {  // -log(1 - TVD)
   static FDISTILL_INLINE void coefficients(const RowFacts& row, const Parameter&, float* of_row) {
     const float apart = row.sums[0], overlap = row.sums[1];
     of_row[0] = of_row[kCoefficients - 1] = overlap > 0.0f ? 1.0f / overlap : 0.0f * overlap;
-    of_row[1] = apart < 0.5f ? -log1pf(-apart) : -logf(overlap);
+    of_row[1] = apart >= 0.5f ? -logf(overlap) : -log1pf(-apart);  // also of what is not a number
   }
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {

@@ -279,12 +279,14 @@ def test_tvd_ties_have_zero_subgradient(backend):
     assert (gradient == 0).all()
 
 
-def test_nan_logits_make_a_nan_loss_for_their_token_alone(backend):
-    for side in range(2):
-        logits = [torch.randn(3, 100), torch.randn(3, 100)]
-        logits[side][1, 55] = math.nan
-        rows = fk.f_divergence(*logits, "js", reduction="none", backend=backend)
-        assert rows.isnan().tolist() == [False, True, False]
+def test_what_is_no_number_makes_no_finite_loss_of_its_token_alone(backend):
+    for divergence in TABLE.values():
+        for side, value in ((0, math.inf), (1, math.nan)):
+            logits = [torch.randn(3, 100), torch.randn(3, 100)]
+            logits[side][1, 55] = value
+            keywords = dict(reduction="none", backend=backend, **labelled(divergence, 3))
+            rows = fk.f_divergence(*logits, divergence, **keywords)
+            assert rows.isfinite().tolist() == [True, False, True], divergence
 
 
 def test_error_of_the_vector_exponential_and_logarithm(backend):

@@ -23,7 +23,7 @@ def _whole(e, own):
 def LkSums(e, own, facts):
     p, q, _, _, u, _, _, _, _ = e
     apart = difference(p, q, u, True)
-    return 0.5 * tl.abs(apart), tl.where(p < q, p, q), 0.0 * p, 0.0 * p, 0.0 * p
+    return 0.5 * tl.abs(apart), tl.minimum(p, q, propagate_nan=tl.PropagateNan.ALL), 0.0 * p, 0.0 * p, 0.0 * p
 
 
 @triton.jit
