@@ -1,5 +1,6 @@
 """What the Triton backend alone promises; its numerics are in test_divergences and test_functional."""
 
+import collections
 import json
 
 import numpy as np
@@ -18,20 +19,25 @@ from fdistill_kernels.verify import verify
 
 from .conftest import assert_masks_of_two_kinds_agree, reference, relative
 
-V = 4096
+V, WIDE = 4096, 1 << 16
 
 
 @pytest.fixture
 def traffic(monkeypatch):
-    """Bytes that the interpreter's loads and stores move."""
+    """Bytes that the interpreter's loads and stores move, by blocks that are few of a WIDE row. What a stretch's end reads
+    again (stretches.py's `ahead`), a chip has at hand.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
-    moved = {"load": 0, "store": 0}
+    moved, recent = {"load": 0, "store": 0}, collections.deque(maxlen=4)
 
     def count(kind, original):
         def counted(self, ptrs, *args, **kwargs):
             mask = next(a for a in (args[1:] if kind == "store" else args) if hasattr(a, "data"))
-            moved[kind] += int(mask.data.sum()) * ptrs.dtype.scalar.element_ty.primitive_bitwidth // 8
+            read = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].tobytes()
+            if kind == "store" or read not in recent:
+                moved[kind] += int(mask.data.sum()) * ptrs.dtype.scalar.element_ty.primitive_bitwidth // 8
+            recent.append(read)
             return original(self, ptrs, *args, **kwargs)
 
         return counted
@@ -39,7 +45,8 @@ def traffic(monkeypatch):
     for kind in moved:
         name = f"create_masked_{kind}"
         monkeypatch.setattr(InterpreterBuilder, name, count(kind, getattr(InterpreterBuilder, name)))
-    return moved
+    with launch.forced(launch.Launch(1024, 4, 2)):
+        yield moved
 
 
 #: Passes over N·V·bytes: with the student's gradient, and without any.
@@ -51,17 +58,17 @@ PASSES = {"kl": (5, 4), "cross_entropy": (5, 4), "rkl": (7, 4), "engine": (7, 4)
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_moved(name, dtype, traffic):
-    student, teacher = torch.randn(2, V).to(dtype), torch.randn(2, V).to(dtype)
+    student, teacher = torch.randn(2, WIDE).to(dtype), torch.randn(2, WIDE).to(dtype)
     for passes, needs_gradient in zip(PASSES[name], (True, False), strict=True):
         traffic.update(load=0, store=0)
         fk.f_divergence(student.clone().requires_grad_(needs_gradient), teacher, name, backend="triton")
-        assert sum(traffic.values()) / student.nbytes == pytest.approx(passes, abs=0.05)
+        assert sum(traffic.values()) / student.nbytes == pytest.approx(passes, abs=0.15)
         assert (traffic["store"] > student.nbytes) == needs_gradient
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 def test_labels_alone_move_three_passes_and_ignored_rows_none(traffic):
-    logits, labels = torch.randn(4, V, requires_grad=True), torch.randint(V, (4,))
+    logits, labels = torch.randn(4, WIDE, requires_grad=True), torch.randint(WIDE, (4,))
     fk.cross_entropy(logits, labels, backend="triton")
     assert sum(traffic.values()) / logits.nbytes == pytest.approx(3, abs=0.05)
     traffic.update(load=0, store=0)
@@ -389,12 +396,25 @@ def test_what_is_not_a_number_is_told(value):
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert not losses[0].isfinite() and losses[1].isfinite()
     assert gradient[0].isnan().any() and gradient[1].isfinite().all()
-    for name in (*PASSES, "gjs=0.1"):
+    for name in (*PASSES, "gjs=0.1", "lk", "renyi=0.5", "akl", "csd", "tail_aware", "entropy_gated", "todi"):
         student = torch.randn(2, 300, requires_grad=True)
         loss = fk.f_divergence(student, logits.detach(), name, reduction="none", backend="triton")
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         assert not loss[0].isfinite() and loss[1].isfinite(), name
         assert gradient[1].isfinite().all() and gradient[0].nan_to_num(0.0).abs().max() <= 1, name
+
+
+@pytest.mark.parametrize("name", [*PASSES, "gjs=0.1", "lk"])
+def test_lowest_logits_beside_masks(name, monkeypatch):
+    """A lane of −inf alone has no more than LOWEST, as have the row's largest logits, which another lane holds."""
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2))
+    logits = torch.full((1, 200), -torch.inf)
+    logits[0, [20, 90, 150]] = torch.finfo(torch.float32).min
+    student = logits.clone().requires_grad_()
+    loss = fk.f_divergence(student, logits, name, backend="triton")
+    (gradient,) = torch.autograd.grad(loss, student)
+    expected = torch.tensor(3.0 if name in ("engine", "cross_entropy") else 1.0).log()  # entropies
+    assert (loss - expected).abs() < 1e-6 and gradient.abs().max() < 1e-7
 
 
 H100 = launch.Device("H100", 132, 50 << 20, registers=launch.REGISTERS)
@@ -410,7 +430,7 @@ def test_heuristic(rows, vocabulary, itemsize, symbol):
     if rows < H100.processors:
         assert chosen.splits > 1 and chosen.splits * rows <= H100.processors  # a few rows fill the card
     else:
-        shared = 1 if symbol == "Kl" and vocabulary > 32000 else 2  # where L2 does not hold so many rows
+        shared = 1 if vocabulary > 32000 else 2  # where L2 does not hold so many rows
         assert chosen.programs == shared * H100.processors
         assert 0.95 < shared * 32 * chosen.warps * chosen.registers / H100.registers <= 1
     assert chosen.options["maxnreg"] == chosen.registers

@@ -141,13 +141,13 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     return run(call, _launch(call))
 
 
-def _launch(call: RowCall) -> Launch:
-    symbol = gpu_symbol(call.divergence) if call.divergence else "labels"
+def _launch(call: RowCall, symbol: str = "") -> Launch:
+    symbol = symbol or (gpu_symbol(call.divergence) if call.divergence else "labels")
     rows, vocabulary = call.terms.row_scale.shape[0], call.student.shape[2]
     if call.shard.group:  # the same for all ranks, though their shards may differ
         vocabulary = -(-call.shard.size // Collectives(call.shard.group).ranks)
     size, device = call.student.element_size(), call.student.device
-    return launch.choose(rows, vocabulary, size, device, symbol, call.teacher_gradient)
+    return launch.choose(rows, vocabulary, size, device, symbol)
 
 
 def takes_split(call: RowCall) -> bool:
@@ -188,9 +188,9 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     met = splits if wire is None else chosen.splits * wire.ranks
     padded = 1 << (met - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
-    coefficients = _coefficients(call, terms, chosen) if divergence and divergence.statistics else None
+    coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
     if terms.metrics:
-        write_metrics(call, parts, chosen)
+        write_metrics(call, parts)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
         kernels.row_kernel[grid](
@@ -252,7 +252,7 @@ def _strides(**tensors: Tensor | None) -> dict[str, int]:
             for name, x in tensors.items() for dimension, of in enumerate(("outer", "inner"))}  # fmt: skip
 
 
-def _coefficients(call: RowCall, terms: TokenTerms, chosen: Launch) -> Tensor:
+def _coefficients(call: RowCall, terms: TokenTerms) -> Tensor:
     """What the divergence asks of each row before the row kernel."""
     from .kernels import row_statistics, row_terms
 
@@ -262,22 +262,23 @@ def _coefficients(call: RowCall, terms: TokenTerms, chosen: Launch) -> Tensor:
     coefficients = of_divergence.new_zeros(row_statistics.COEFFICIENTS.value + 1, len(of_divergence))
     sums, of_sums = row_terms.STATISTICS[divergence.kernel]
     by = row_statistics.MASS if divergence.statistics.members == "mass" else row_statistics.COUNT
-    _look(row_statistics.row_statistics_kernel, call, terms._replace(row_scale=of_divergence), chosen,
+    _look(row_statistics.row_statistics_kernel, call, terms._replace(row_scale=of_divergence),
           coefficients=coefficients, **constants(divergence), SUMS=sums, OF_SUMS=of_sums,
           LARGEST_OF=row_terms.LARGEST.get(divergence.kernel), BY=by.value,
           MEMBERS=functions(divergence, False)["MEMBERS"])  # fmt: skip
     return coefficients
 
 
-def write_metrics(call: RowCall, parts: Tensor, chosen: Launch | None = None) -> None:
+def write_metrics(call: RowCall, parts: Tensor) -> None:
     """Each row's `values.Metrics`, behind its parts, before anything is written to its logits."""
     from .kernels.row_metrics import row_metrics_kernel
 
-    _look(row_metrics_kernel, call, call.terms, chosen or _launch(call), parts=parts)
+    _look(row_metrics_kernel, call, call.terms, parts=parts)
 
 
-def _look(kernel: Any, call: RowCall, terms: TokenTerms, chosen: Launch, **more: Any) -> None:
+def _look(kernel: Any, call: RowCall, terms: TokenTerms, **more: Any) -> None:
     """Runs a kernel that looks at both models' rows before the row kernel."""
+    chosen = _launch(call, "statistics")
     _over_rows(
         kernel, call.student, terms.row_scale, chosen, teacher=call.teacher, labels=terms.labels,
         student_inverse_temperature=terms.student_inverse_temperature,
@@ -362,7 +363,7 @@ def scale_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None = None) ->
 
     outer, inner, vocabulary = gradient.shape
     rows = outer * inner
-    chosen = launch.heuristic(rows, vocabulary, gradient.element_size(), launch.device_of(gradient.device))
+    chosen = launch.heuristic(rows, vocabulary, gradient.element_size(), launch.device_of(gradient.device), "scale")
     with launch.on(gradient.device):
         scale_kernel[(chosen.programs,)](
             gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *gradient.stride()[:2],

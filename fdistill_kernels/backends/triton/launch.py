@@ -76,28 +76,28 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-#: Symbols whose programs have 8 warps, as do those of trained teachers: with 16 their registers would spill.
-HEAVY = ("SkewRkl", "SkewKl", "Akl", "Ab")
-#: Symbols with so few instructions an entry that where L2 does not hold the rows their sweeps wait for memory.
-LIGHT = ("labels", "Kl", "CrossEntropy", "Rkl", "Tvd", "Lk", "Engine")
+#: Warps of a multiprocessor, all programs' together: 128 registers a thread of 32 lanes.
+WARPS = 16
+#: What is beside the row kernel and waits for each of its blocks: twice as many warps.
+WAITING = ("rest", "statistics", "scale")
 
 
-def heuristic(
-    rows: int, vocabulary: int, itemsize: int, device: Device, symbol: str = "", trained: bool = False
-) -> Launch:
+def heuristic(rows: int, vocabulary: int, itemsize: int, device: Device, symbol: str = "") -> Launch:
     """The launch for a call that nobody tuned.
 
-    A 16-byte load a thread and tensor: with two, registers spill. Two programs share a multiprocessor, so that one
-    works while the other waits for its rows or its sums; more where all their pairs of rows are in half of L2, for the
-    sweeps after the first; and one where a second pair would cost L2 the rows that LIGHT ones wait for. Where a few
-    rows would leave multiprocessors idle, spans share a row.
+    A 16-byte load a thread and tensor: with two, registers spill. WARPS a multiprocessor: two blocks are on their way
+    while one is worked on (stretches.py), and with more warps a thread would have too few registers for that. One
+    program has them where L2 would not hold the rows of two for the sweeps after the first; two where it does, so that
+    one works while the other waits for its sums; more where rows are short. Where a few rows would leave
+    multiprocessors idle, spans share a row.
     """
     entries = LINE_BYTES // itemsize  # of a thread
-    block = min(1 << (vocabulary - 1).bit_length(), (8 if trained or symbol in HEAVY else 16) * 32 * entries)
-    warps = max(1, block // (device.lanes * entries))
+    together = 2 * WARPS if symbol in WAITING else WARPS
     pairs = device.processors * 2 * vocabulary * itemsize  # bytes, of a program on each multiprocessor
-    least = 1 if symbol in LIGHT and 2 * pairs > 0.75 * device.l2 else 2
-    per_processor = max(least, min(device.l2 // 2 // pairs, 1024 // (warps * device.lanes)))
+    alone = 2 * pairs > 0.75 * device.l2 and symbol not in WAITING
+    block = min(1 << (vocabulary - 1).bit_length(), together // (1 if alone else 2) * 32 * entries)
+    warps = max(1, block // (device.lanes * entries))
+    per_processor = together * 32 // (warps * device.lanes)
     programs = min(rows, per_processor * device.processors)
     blocks = -(-vocabulary // block)
     splits = min(device.processors // rows, blocks, 64) if 2 * rows <= device.processors else 1
@@ -168,14 +168,12 @@ def forced(launch: Launch) -> Iterator[None]:
         _forced = before
 
 
-def choose(
-    rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str, trained: bool = False
-) -> Launch:
+def choose(rows: int, vocabulary: int, itemsize: int, device: torch.device, symbol: str) -> Launch:
     """The tuned launch where there is one, for whole rows; else the heuristic."""
     if _forced is not None:
         return _forced
     card = device_of(device)
-    launch = heuristic(rows, vocabulary, itemsize, card, symbol, trained)
+    launch = heuristic(rows, vocabulary, itemsize, card, symbol)
     tuned = _tuned().get(_key(card, symbol, vocabulary, itemsize))
     if tuned is None or launch.splits > 1:
         return launch

@@ -75,7 +75,7 @@ def peaks_of(
     student_top, teacher_top = models[0], models[3]
     u_at_peak = entry_of(student_top, teacher_there, models, 0.0, False)[4]
     at_student = entry_of(student_top, teacher_there, models, u_at_peak, False)
-    term, _, _ = pair(at_student, own, other, u_at_peak, TERMS, "own" if EXCHANGED == "own" else None, True)
+    term, _, _ = pair(at_student, own, other, u_at_peak, None, None, TERMS, "own" if EXCHANGED == "own" else None, True)
     at_peak = 0.0 * term
     if not CENTRED:
         at_peak = term / at_student[1]
@@ -83,7 +83,7 @@ def peaks_of(
     if EXCHANGED is not None:
         at_teacher = entry_of(student_there, teacher_top, models, u_at_peak, inside_there)
         u_at_teacher_peak = at_teacher[4]
-        _, _, of_teacher = pair(at_teacher, own, other, u_at_teacher_peak, TERMS, EXCHANGED, True)
+        _, _, of_teacher = pair(at_teacher, own, other, u_at_teacher_peak, None, None, TERMS, EXCHANGED, True)
         at_teacher_peak = of_teacher / at_teacher[0]
         if TEACHER_CENTRED:
             at_teacher_peak = 0.0 * at_teacher_peak
@@ -99,17 +99,18 @@ def terms_at(
     sums where these are known. CLEAR: the student's peak is not among these entries.
     """
     u_at_peak, at_peak, teacher_there, u_at_teacher_peak, at_teacher_peak, student_there, inside_there = peaks
+    start = None if CENTRED else (at_peak,)
+    if not CENTRED and CLEAR and sums is not None:
+        start = (at_peak, sums[0])
+    teacher_start = None if TEACHER_CENTRED else (at_teacher_peak,)
     entry = entry_of(x, y, models, u_at_peak, inside)
-    student, value, teacher = pair(entry, own, other, u_at_teacher_peak, TERMS, EXCHANGED, CLOSE)
-    if not CENTRED:  # one after the other: of an almost one-hot row the sum is tiny beside the peak's
-        student -= entry[1] * at_peak
-        if not CLEAR:
-            student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student)
+    student, value, teacher = pair(entry, own, other, u_at_teacher_peak, start, teacher_start, TERMS, EXCHANGED, CLOSE)
+    if not CENTRED and not CLEAR:
+        student = tl.where((x == models[0]) & (y == teacher_there), 0.0, student)
         if sums is not None:
             student -= entry[1] * sums[0]
     if EXCHANGED is not None and not TEACHER_CENTRED:
-        there = (y == models[3]) & (x == student_there) & (inside == inside_there)
-        teacher = tl.where(there, 0.0, teacher - entry[0] * at_teacher_peak)
+        teacher = tl.where((y == models[3]) & (x == student_there) & (inside == inside_there), 0.0, teacher)
         if sums is not None:
             teacher -= entry[0] * sums[1]
     return student, value, teacher

@@ -88,11 +88,29 @@ def load_logits(row, v, vocabulary, cap):
 
 
 @triton.jit
-def _pairs(row, start, BLOCK: tl.constexpr):
-    """A block of bfloat16 by pairs: an instruction each to float32, where one by one the second of a pair takes two."""
-    words = tl.load(row.to(tl.pointer_type(tl.int32)) + start // 2 + tl.arange(0, BLOCK // 2))
-    low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
-    return tl.reshape(tl.join(low, high), [BLOCK])
+def fetched(row, start, left, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """A block of a row's own entries as it lies in memory, for `logits_of`. left: how many there are; None: some.
+
+    bfloat16 comes by pairs: an instruction each to float32, where one by one the second of a pair takes two.
+    """
+    PAIRS: tl.constexpr = LINE > 1 and row.dtype.element_ty == tl.bfloat16
+    COUNT: tl.constexpr = BLOCK // 2 if PAIRS else BLOCK
+    at = tl.arange(0, COUNT)
+    mask = None if left is None else at < left * COUNT
+    if PAIRS:
+        return tl.load((row + start).to(tl.pointer_type(tl.int32)) + at, mask=mask)
+    else:
+        return tl.load(row + start + at, mask=mask)
+
+
+@triton.jit
+def logits_of(block, cap):
+    """A fetched block's logits, capped."""
+    if block.dtype == tl.int32:
+        low, high = (block << 16).to(tl.float32, bitcast=True), (block & -65536).to(tl.float32, bitcast=True)
+        return capped(tl.reshape(tl.join(low, high), [2 * block.shape[0]]), cap)
+    else:
+        return capped(block.to(tl.float32), cap)
 
 
 @triton.jit
@@ -116,10 +134,8 @@ def load_block(row, start, bounds, cap, CLEAR: tl.constexpr, BLOCK: tl.constexpr
     are not all the row's own what is: a tensor may end there.
     """
     v = start + tl.arange(0, BLOCK)
-    if CLEAR and LINE > 1 and row.dtype.element_ty == tl.bfloat16:
-        return capped(_pairs(row, start, BLOCK), cap)
-    elif CLEAR:
-        return capped(tl.load(row + v).to(tl.float32), cap)
+    if CLEAR:
+        return logits_of(fetched(row, start, None, BLOCK, LINE), cap)
     elif LINE == 1:
         return load_within(row, v, bounds, cap)
     else:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .loads import cap_slope, load_logits, row_at
-from .softmaxes import LOWEST, advanced, no_sums, played, sum_of_rests
+from .softmaxes import LOWEST, below, but_one, count_of, entries_of, no_sums, taken
 from .terms import LOG2E, exp, log1p, times
 
 BITS = tl.constexpr(32)
@@ -21,10 +21,9 @@ def _entries(start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _log_total(top, rest, highest, rate):
-    """Lanes' sums to ``log Σ exp(rate·(z − highest))``; −inf of nothing."""
-    total = sum_of_rests(top, rest, highest, rate)
-    return tl.where(total == -1, float("-inf"), log1p(total))
+def _log_of(rest):
+    """``log(1 + rest)``; −inf of nothing, whose rest is −1."""
+    return tl.where(rest == -1, float("-inf"), log1p(rest))
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -37,7 +36,8 @@ def rest_statistics_kernel(
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ...; those whose row_scale is 0 are not looked at."""
     zeros = no_sums(student, BLOCK)
-    GROUP: tl.constexpr = BLOCK // zeros.shape[0]
+    LANES: tl.constexpr = zeros.shape[0]
+    LINE: tl.constexpr = BLOCK // LANES
     for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         if tl.load(row_scale + n) == 0:
             for i in tl.static_range(3):
@@ -45,7 +45,7 @@ def rest_statistics_kernel(
         else:
             row, rate = row_at(student, n, inner, student_outer, student_inner), tl.load(rates + n)
             words_of_row = marks + tl.cast(n, tl.int64) * words
-            top, rest, plain = zeros + LOWEST, zeros - 1, zeros - 1
+            top, total, plain_total = zeros + LOWEST, zeros, zeros
             for start in tl.range(0, vocabulary, BLOCK):
                 v = _entries(start, BLOCK)
                 at = start // BITS + tl.arange(0, BLOCK // BITS)
@@ -53,16 +53,21 @@ def rest_statistics_kernel(
                 listed = word >> tl.arange(0, BITS)[None, :]
                 x = load_logits(row, v, vocabulary, cap)
                 x = tl.reshape(tl.where((listed & 1) != 0, float("-inf"), x), [BLOCK])
-                new, _, losers = played(top, x, GROUP)
+                top, total, plain_total = taken(x, top, total, plain_total, rate, PLAIN, LINE)
+            highest, lane, _, rest, plain_rest = but_one(top, total, plain_total, rate, PLAIN)
+            equal = 0
+            for at in tl.range(0, tl.cdiv(vocabulary, BLOCK) * (BLOCK // LANES), LANES):
+                v = entries_of(lane, at, 0, LANES, BLOCK, LINE)
+                listed = tl.load(words_of_row + v // BITS, mask=v < vocabulary, other=0) >> v % BITS
+                x = tl.where((listed & 1) != 0, float("-inf"), load_logits(row, v, vocabulary, cap))
+                rest += below(x, highest, rate * LOG2E)
                 if PLAIN:
-                    plain = advanced(plain, top, new, losers, LOG2E, GROUP)
-                rest = advanced(rest, top, new, losers, rate * LOG2E, GROUP)
-                top = new
-            highest = tl.max(top, 0)
+                    plain_rest += below(x, highest, LOG2E)
+                equal += count_of(x, highest)
             tl.store(statistics + n, tl.where(highest == LOWEST, float("-inf"), highest))
-            tl.store(statistics + rows + n, _log_total(top, rest, highest, rate))
+            tl.store(statistics + rows + n, _log_of(rest + (equal - 1)))
             if PLAIN:
-                tl.store(statistics + 2 * rows + n, _log_total(top, plain, highest, 1.0))
+                tl.store(statistics + 2 * rows + n, _log_of(plain_rest + (equal - 1)))
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "list_size"])

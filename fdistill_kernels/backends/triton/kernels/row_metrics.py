@@ -13,9 +13,9 @@ COUNT = tl.constexpr(6)
 
 
 @triton.jit
-def _with_first(first, v, found):
+def _with_first(first, v, found, LINE: tl.constexpr):
     """The lanes' first places with a block's, where something was found."""
-    return tl.minimum(first, tl.min(by_lane(tl.where(found, v, BEYOND), first.shape[0]), 1))
+    return tl.minimum(first, tl.min(by_lane(tl.where(found, v, BEYOND), first.shape[0], LINE), 1))
 
 
 @triton.jit
@@ -30,9 +30,10 @@ def _looked_at(
     if rows[1] is not None:
         y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
     p, q, log2_p, log2_q, _, _, _, _, _ = entry_of(x, y, models, 0.0, False)
-    of_student, of_teacher = added(of_student, -times(q, log2_q)), added(of_teacher, -times(p, log2_p))
-    overlap = added(overlap, tl.where(p < q, p, q))
-    first, other_first = _with_first(first, v, x == models[0]), _with_first(other_first, v, y == models[3])
+    of_student, of_teacher = added(of_student, -times(q, log2_q), LINE), added(of_teacher, -times(p, log2_p), LINE)
+    overlap = added(overlap, tl.minimum(p, q, propagate_nan=tl.PropagateNan.ALL), LINE)
+    first = _with_first(first, v, x == models[0], LINE)
+    other_first = _with_first(other_first, v, y == models[3], LINE)
     return of_student, of_teacher, overlap, first, other_first
 
 

@@ -38,7 +38,7 @@ def _threshold(
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
                 weight = tl.exp2((y - models[3]) * (models[4] * LOG2E) - models[5])
-            found = added(found, tl.where((y >= threshold) & within(v, bounds), weight, 0.0))
+            found = added(found, tl.where((y >= threshold) & within(v, bounds), weight, 0.0), LINE)
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
@@ -61,8 +61,8 @@ def _added_to(
         inside = within(v, bounds)
         one, two, three = tl.where(inside, one, 0.0), tl.where(inside, two, 0.0), tl.where(inside, three, 0.0)
         four, five = tl.where(inside, four, 0.0), tl.where(inside, five, 0.0)
-    return (added(sums[0], one), added(sums[1], two), added(sums[2], three), added(sums[3], four),
-            added(sums[4], five))  # fmt: skip
+    return (added(sums[0], one, LINE), added(sums[1], two, LINE), added(sums[2], three, LINE),
+            added(sums[3], four, LINE), added(sums[4], five, LINE))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -109,7 +109,7 @@ def row_statistics_kernel(
                     x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
                     y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
                     here = LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own)
-                    most = tl.maximum(most, tl.max(by_lane(here, zeros.shape[0]), 1))
+                    most = tl.maximum(most, tl.max(by_lane(here, zeros.shape[0], LINE), 1))
             facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -LOWEST_LOG)
             sums = zeros, zeros, zeros, zeros, zeros
             k, count = 0, tl.cdiv(bounds[1], BLOCK)

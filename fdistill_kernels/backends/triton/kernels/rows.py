@@ -24,13 +24,14 @@ from .loads import (
     first_of,
     line_of,
     load_block,
+    logits_of,
     row_at,
     store_block,
     within,
     zero_row,
 )
 from .softmaxes import added, met, no_sums, save, softmaxes_of
-from .stretches import NOWHERE, clear_until, start_of
+from .stretches import NOWHERE, clear_until, fetched_of, start_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
@@ -55,21 +56,19 @@ def _counted(term, start, bounds, CLEAR: tl.constexpr, EXCHANGED: tl.constexpr, 
 
 @triton.jit
 def _add_totals(
-    value, weight, teacher_weight, rows, start, bounds, caps, models, peaks, own, other, label, threshold,
+    x, y, value, weight, teacher_weight, start, bounds, models, peaks, own, other, label, threshold,
     CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
     TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """The shares of D and of both terms' sums, lane by lane, with a block's added."""
-    x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
-    y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    """The shares of D and of both terms' sums, lane by lane, with those of a block of logits added."""
     of_student, here, of_teacher = terms_at(
         x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, None, CLEAR,
         CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
     )  # fmt: skip
-    value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK))
-    weight = added(weight, _counted(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK))
+    value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
+    weight = added(weight, _counted(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
     if EXCHANGED is not None:
-        teacher_weight = added(teacher_weight, _counted(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK))
+        teacher_weight = added(teacher_weight, _counted(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
     return value, weight, teacher_weight
 
 
@@ -86,17 +85,26 @@ def _totals(
     while k < count:
         stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
                            label if MEMBERS == LABEL else NOWHERE, False, BLOCK)  # fmt: skip
-        for i in tl.range(k, stop):
-            value, weight, teacher_weight = _add_totals(
-                value, weight, teacher_weight, rows, start_of(i, begin, end, False, BLOCK), bounds, caps, models, peaks,
-                own, other, label, threshold, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK,
-                LINE,
-            )  # fmt: skip
+        start = start_of(k, begin, end, False, BLOCK)
+        here = fetched_of(rows, start, stop - k, BLOCK, LINE)
+        after = fetched_of(rows, start - BLOCK, stop - k, BLOCK, LINE)
+        for two in tl.range(k, stop, 2):
+            start = start_of(two, begin, end, False, BLOCK)
+            ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, False, BLOCK)
+            for i in tl.static_range(2):
+                x, y = logits_of(here[0], caps[0]), logits_of(here[1], caps[1])
+                here, after = after, fetched_of(rows, ahead - i * BLOCK, None, BLOCK, LINE)
+                value, weight, teacher_weight = _add_totals(
+                    x, y, value, weight, teacher_weight, start - i * BLOCK, bounds, models, peaks, own, other, label,
+                    threshold, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
+                )  # fmt: skip
         if stop < count:
+            start = start_of(stop, begin, end, False, BLOCK)
+            x = load_block(rows[0], start, bounds, caps[0], False, BLOCK, LINE)
+            y = load_block(rows[1], start, bounds, caps[1], False, BLOCK, LINE)
             value, weight, teacher_weight = _add_totals(
-                value, weight, teacher_weight, rows, start_of(stop, begin, end, False, BLOCK), bounds, caps, models,
-                peaks, own, other, label, threshold, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS,
-                BLOCK, LINE,
+                x, y, value, weight, teacher_weight, start, bounds, models, peaks, own, other, label, threshold, False,
+                CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
             )  # fmt: skip
         k = stop + 1
     return tl.sum(value, 0), tl.sum(weight, 0), tl.sum(teacher_weight, 0)
@@ -146,21 +154,19 @@ def _scaled(scale, term, caps):
 
 @triton.jit
 def _write_gradient(
-    value, rows, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
+    x, y, value, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
     class_weight, of_labels, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
     CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr,
     SMOOTHED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients of a block; returns the shares of D, lane by lane, with the block's added."""
-    x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
+    """Both gradients of a block of logits; returns the shares of D, lane by lane, with the block's added."""
     gradient = tl.zeros([BLOCK], tl.float32)
-    if rows[1] is not None:
-        y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    if TERMS is not None:
         of_student, here, of_teacher = terms_at(
             x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, sums, CLEAR,
             CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
         )  # fmt: skip
-        value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK))
+        value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
         gradient = _scaled(scales[0], of_student, caps)
         if gradients[1] is not None:
             of_teacher = _scaled(scales[1], of_teacher, caps) * cap_slope(y, caps[1])
@@ -183,22 +189,36 @@ def _gradient(
     FORWARD: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
+    STEP: tl.constexpr = BLOCK if FORWARD else -BLOCK
     value = no_sums(rows[0], BLOCK)
     k, count = 0, tl.cdiv(end - begin, BLOCK)
     while k < count:
         stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
                            label if LABELS or MEMBERS == LABEL else NOWHERE, FORWARD, BLOCK)  # fmt: skip
-        for i in tl.range(k, stop):
-            value = _write_gradient(
-                value, rows, gradients, start_of(i, begin, end, FORWARD, BLOCK), bounds, caps, models, peaks, own,
-                other, label, threshold, scales, sums, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED,
-                TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, BLOCK, LINE,
-            )  # fmt: skip
+        start = start_of(k, begin, end, FORWARD, BLOCK)
+        here = fetched_of(rows, start, stop - k, BLOCK, LINE)
+        after = fetched_of(rows, start + STEP, stop - k, BLOCK, LINE)
+        for two in tl.range(k, stop, 2):
+            start = start_of(two, begin, end, FORWARD, BLOCK)
+            ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, FORWARD, BLOCK)
+            for i in tl.static_range(2):
+                x, y = logits_of(here[0], caps[0]), logits_of(here[1], caps[1])
+                here, after = after, fetched_of(rows, ahead + i * STEP, None, BLOCK, LINE)
+                value = _write_gradient(
+                    x, y, value, gradients, start + i * STEP, bounds, caps, models, peaks, own, other, label, threshold,
+                    scales, sums, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
+                    MEMBERS, LABELS, SMOOTHED, BLOCK, LINE,
+                )  # fmt: skip
         if stop < count:
+            start = start_of(stop, begin, end, FORWARD, BLOCK)
+            x = load_block(rows[0], start, bounds, caps[0], False, BLOCK, LINE)
+            y = x
+            if rows[1] is not None:
+                y = load_block(rows[1], start, bounds, caps[1], False, BLOCK, LINE)
             value = _write_gradient(
-                value, rows, gradients, start_of(stop, begin, end, FORWARD, BLOCK), bounds, caps, models, peaks, own,
-                other, label, threshold, scales, sums, class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED,
-                TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, BLOCK, LINE,
+                x, y, value, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
+                class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS,
+                SMOOTHED, BLOCK, LINE,
             )  # fmt: skip
         k = stop + 1
     return tl.sum(value, 0)

@@ -1,11 +1,15 @@
 """A sweep's order of blocks, and its stretches of CLEAR ones: whole, and without what asks for choices.
 
-A stretch has a loop of its own without a test or a branch. Its blocks are few or a thousand; what lies between two
-stretches is one block: a row's edge, or one with the row's peak or its label.
+A stretch has a loop of its own without a test or a branch. Its blocks are none or a thousand, and even: two are on
+their way from memory while one is worked on, which alone would wait some 760 cycles for its logits, as long as a sweep
+takes for it. What lies between two stretches is one block: a row's edge, or one with the row's peak or its label, or an
+odd one.
 """
 
 import triton
 import triton.language as tl
+
+from .loads import fetched
 
 #: The places of an entry that several blocks may hold, and of one that no block of the span does.
 ANYWHERE, NOWHERE = tl.constexpr(-1), tl.constexpr(-2)
@@ -15,6 +19,16 @@ ANYWHERE, NOWHERE = tl.constexpr(-1), tl.constexpr(-2)
 def start_of(k, begin, end, FORWARD: tl.constexpr, BLOCK: tl.constexpr):
     """Where the k-th block of a sweep over [begin, end) starts."""
     return begin + k * BLOCK if FORWARD else begin + (tl.cdiv(end - begin, BLOCK) - 1 - k) * BLOCK
+
+
+@triton.jit
+def fetched_of(rows, start, left, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """A block of both rows on its way, or of one row twice."""
+    block = fetched(rows[0], start, left, BLOCK, LINE)
+    if rows[1] is None:
+        return block, block
+    else:
+        return block, fetched(rows[1], start, left, BLOCK, LINE)
 
 
 @triton.jit
@@ -28,11 +42,12 @@ def _nearest(found, k, place, begin, end, FORWARD: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def clear_until(k, begin, end, bounds, peak, label, FORWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """The first block from the k-th on that is not clear, or how many blocks there are."""
+    """An even number of blocks after the k-th, before all that are not clear."""
     found = tl.cdiv(end - begin, BLOCK)
     edge = tl.where(begin < bounds[0], begin, NOWHERE)
     found = _nearest(found, k, edge, begin, end, FORWARD, BLOCK)
     edge = tl.where((end - begin) % BLOCK != 0, end - 1, NOWHERE)
     found = _nearest(found, k, edge, begin, end, FORWARD, BLOCK)
     found = _nearest(found, k, label, begin, end, FORWARD, BLOCK)
-    return tl.where(peak == ANYWHERE, k, _nearest(found, k, peak, begin, end, FORWARD, BLOCK))
+    found = tl.where(peak == ANYWHERE, k, _nearest(found, k, peak, begin, end, FORWARD, BLOCK))
+    return k + (found - k) // 2 * 2

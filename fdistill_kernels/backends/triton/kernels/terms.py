@@ -2,9 +2,10 @@
 
 A function takes an entry ``(p, q, log2_p, log2_q, u, p_shifted, q_shifted, u_at_peak, inside)`` and the divergence's
 constants ``(parameter, rest, log_parameter, log_rest, series...)``, with the row's coefficients behind them where
-row_terms.py asks for them; it returns the student's term and the value. The models' logarithms are to base 2, whose
-exponential is one instruction; u is log(p/q). CLOSE: the models agree about a row's peak, so that near entries need
-their series. A divergence with FACTORS has p and q multiplied by them, which costs nothing in an exponent.
+row_terms.py asks for them; it returns the student's term and the value, or three: the term as q times the first and the
+second, and the value. The models' logarithms are to base 2, whose exponential is one instruction; u is log(p/q). CLOSE:
+the models agree about a row's peak, so that near entries need their series. A divergence with FACTORS has p and q
+multiplied by them, which costs nothing in an exponent.
 """
 
 import triton
@@ -197,7 +198,7 @@ def Js(e, own, CLOSE: tl.constexpr):
         near_value = both * square * polynomial(square, (1 / (8 * LN2), -1 / (64 * LN2), 1 / (576 * LN2)))
         return minus(student), _near(u, near_value, minus(value))
     else:
-        return minus(b * tail + above), minus(value)
+        return minus(tail), minus(above), minus(value)
 
 
 @triton.jit
@@ -237,7 +238,7 @@ def Gjs(e, own, CLOSE: tl.constexpr):
         student = tl.where(tl.abs(u) < tl.where(about_one, NEAR, 0.0), b * log2_of_q, student)
         return minus(student), _near(u, near_value, minus(value))
     else:
-        return minus(b * tail + above), minus(value)
+        return minus(tail), minus(above), minus(value)
 
 
 @triton.jit
@@ -406,8 +407,28 @@ FACTORS = {"Js": JsFactors, "Gjs": GjsFactors, "Tvd": TvdFactors}
 
 
 @triton.jit
-def pair(e, own, other, u_at_teacher_peak, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CLOSE: tl.constexpr):
-    """The student's term, the value, and the teacher's term, if EXCHANGED is there to make it.
+def _measured(found, q, start):
+    """The student's term, less q times what start has, if any: g at the row's peak, or that and the row's sum.
+
+    A term of two parts goes to 0 with p/q, so that one product takes all; tvd's are one number at the peak and at most
+    entries, which beside their product would hide a sum that is tiny.
+    """
+    if start is None:
+        return (found[0] * q + found[1], found[2]) if len(found) == 3 else found
+    elif len(found) == 3:
+        least = start[0] if len(start) == 1 else start[0] + start[1]
+        return q * (found[0] - least) + found[1], found[2]
+    else:
+        term = found[0] - q * start[0]
+        return term if len(start) == 1 else term - q * start[1], found[1]
+
+
+@triton.jit
+def pair(
+    e, own, other, u_at_teacher_peak, start, teacher_start, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
+    CLOSE: tl.constexpr,
+):  # fmt: skip
+    """The student's term, the value, and the teacher's term, if EXCHANGED is there to make it. start: see `_measured`.
 
     A user's own TERMS, without EXCHANGED's symbol, are a pair ``(p, q, log_p, log_q, parameter) -> (q·g, p·f′)``.
     """
@@ -415,10 +436,12 @@ def pair(e, own, other, u_at_teacher_peak, TERMS: tl.constexpr, EXCHANGED: tl.co
     if EXCHANGED == "own":
         student, teacher = TERMS(p, q, log2_p * LN2, log2_q * LN2, own[0])
         value = student + teacher
+        student, _ = _measured((student, value), q, start)
+        teacher, _ = _measured((teacher, value), p, teacher_start)
     else:
-        student, value = TERMS(e, own, CLOSE)
+        student, value = _measured(TERMS(e, own, CLOSE), q, start)
         teacher = student
         if EXCHANGED is not None:
             exchanged = (q, p, log2_q, log2_p, -u, q_shifted, p_shifted, -u_at_teacher_peak, inside)
-            teacher, _ = EXCHANGED(exchanged, other, CLOSE)
+            teacher, _ = _measured(EXCHANGED(exchanged, other, CLOSE), p, teacher_start)
     return student, value, teacher

@@ -147,7 +147,7 @@ def tile_kernel(
                     p, q = tl.exp2(log2_p), tl.exp2(log2_q)
                     # without the row's peak, which no sweep looks for, and series, for which there are no registers
                     entry = (p, q, log2_p, log2_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
-                    of_student, here, _ = pair(entry, own, own, 0.0, TERMS, EXCHANGED, False)
+                    of_student, here, _ = pair(entry, own, own, 0.0, None, None, TERMS, EXCHANGED, False)
                     if PHASE == TOTALS:
                         value += tl.sum(tl.where(inside, here, 0.0), 1)
                         weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
