@@ -299,6 +299,22 @@ def without_a_linker():
         yield
 
 
+def put_aside_amd(code):
+    """The same of AMD's assembly, of all lines of an innermost loop."""
+    lines = [line.split(";")[0].strip() for line in code.splitlines()]
+    lines = [line for line in lines if line and not line.startswith((".p2align", ".loc", ".set"))]
+    places = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    jumps = [
+        (places.get(line.split()[-1], i), i)
+        for i, line in enumerate(lines)
+        if line.startswith(("s_cbranch", "s_branch"))
+    ]
+    spans = [(first, last) for first, last in jumps if first < last]
+    inner = [s for s in spans if not any(s != other and s[0] <= other[0] and other[1] <= s[1] for other in spans)]
+    loops = [lines[first : last + 1] for first, last in inner]
+    return max((round(sum(x.startswith("scratch_") for x in loop) / len(loop), 2) for loop in loops), default=0)
+
+
 def resources_amd(compiled):
     """From the assembly's own notes."""
     code = compiled.asm["amdgcn"]
@@ -306,6 +322,7 @@ def resources_amd(compiled):
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
         # in memory; what goes aside into accumulators' registers stays on chip
         "spill_bytes": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
+        "aside": put_aside_amd(code),
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
         "double": len(re.findall(r"\bv_(?:add|mul|fma)_f64", code)),
