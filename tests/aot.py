@@ -92,7 +92,8 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
     }  # fmt: skip
     parts = (symbol or "labels alone", dtype, gradients or "no gradient", labels, phase.lower(),
              "capped" if capped else None, None if lines else "views",
-             "two temperatures" if temperatures == 2 else None)  # fmt: skip
+             "two temperatures" if temperatures == 2 else None,
+             None if vocabulary == 128256 else f"V = {vocabulary}")  # fmt: skip
     name = "/".join(filter(None, parts))
     return name, rows.row_kernel, types, constants, chosen.options
 

@@ -396,7 +396,7 @@ def test_what_is_not_a_number_is_told(value):
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert not losses[0].isfinite() and losses[1].isfinite()
     assert gradient[0].isnan().any() and gradient[1].isfinite().all()
-    for name in (*PASSES, "gjs=0.1", "lk", "renyi=0.5", "akl", "csd", "tail_aware", "entropy_gated", "todi"):
+    for name in (*PASSES, "gjs=0.1"):
         student = torch.randn(2, 300, requires_grad=True)
         loss = fk.f_divergence(student, logits.detach(), name, reduction="none", backend="triton")
         (gradient,) = torch.autograd.grad(loss.sum(), student)
