@@ -31,7 +31,7 @@ from .loads import (
     zero_row,
 )
 from .softmaxes import added, met, no_sums, save, softmaxes_of
-from .stretches import NOWHERE, clear_until, fetched_of, start_of
+from .stretches import NOWHERE, clear_until, fetched_of, first_two, start_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
@@ -85,9 +85,7 @@ def _totals(
     while k < count:
         stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
                            label if MEMBERS == LABEL else NOWHERE, False, BLOCK)  # fmt: skip
-        start = start_of(k, begin, end, False, BLOCK)
-        here = fetched_of(rows, start, stop - k, BLOCK, LINE)
-        after = fetched_of(rows, start - BLOCK, stop - k, BLOCK, LINE)
+        here, after = first_two(rows, k, stop, begin, end, False, BLOCK, LINE)
         for two in tl.range(k, stop, 2):
             start = start_of(two, begin, end, False, BLOCK)
             ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, False, BLOCK)
@@ -195,9 +193,7 @@ def _gradient(
     while k < count:
         stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
                            label if LABELS or MEMBERS == LABEL else NOWHERE, FORWARD, BLOCK)  # fmt: skip
-        start = start_of(k, begin, end, FORWARD, BLOCK)
-        here = fetched_of(rows, start, stop - k, BLOCK, LINE)
-        after = fetched_of(rows, start + STEP, stop - k, BLOCK, LINE)
+        here, after = first_two(rows, k, stop, begin, end, FORWARD, BLOCK, LINE)
         for two in tl.range(k, stop, 2):
             start = start_of(two, begin, end, FORWARD, BLOCK)
             ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, FORWARD, BLOCK)

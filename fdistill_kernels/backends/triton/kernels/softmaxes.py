@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .loads import LINE_BYTES, load_block, load_within, logits_of, within
-from .stretches import ANYWHERE, NOWHERE, clear_until, fetched_of, start_of
+from .stretches import ANYWHERE, NOWHERE, clear_until, fetched_of, first_two, start_of
 from .terms import LARGEST, LOG2E, exp, times
 
 LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
@@ -130,9 +130,7 @@ def softmaxes_of(
     k, count = 0, tl.cdiv(end - begin, BLOCK)
     while k < count:
         stop = clear_until(k, begin, end, bounds, NOWHERE, NOWHERE, True, BLOCK)
-        start = start_of(k, begin, end, True, BLOCK)
-        here = fetched_of(rows, start, stop - k, BLOCK, LINE)
-        after = fetched_of(rows, start + BLOCK, stop - k, BLOCK, LINE)
+        here, after = first_two(rows, k, stop, begin, end, True, BLOCK, LINE)
         for two in tl.range(k, stop, 2):
             start = start_of(two, begin, end, True, BLOCK)
             ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, True, BLOCK)

@@ -32,6 +32,16 @@ def fetched_of(rows, start, left, BLOCK: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit
+def first_two(
+    rows, k, stop, begin, end, FORWARD: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr
+):  # fmt: skip
+    """The first blocks of a stretch from the k-th on, on their way; nothing of one without blocks."""
+    start = start_of(k, begin, end, FORWARD, BLOCK)
+    second = start + BLOCK if FORWARD else start - BLOCK
+    return fetched_of(rows, start, stop - k, BLOCK, LINE), fetched_of(rows, second, stop - k, BLOCK, LINE)
+
+
+@triton.jit
 def _nearest(found, k, place, begin, end, FORWARD: tl.constexpr, BLOCK: tl.constexpr):
     """The block of a place, if it comes before the one found and not before k."""
     at = (place - begin) // BLOCK
