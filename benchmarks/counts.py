@@ -12,9 +12,8 @@ Predicted time of N×V: the larger of issue, at a share of its rate, and memory 
 N·V and the sweeps that L2 does not hold. A card may say otherwise: nothing here waits, no latency is hidden or shown.
 CUDA's share is measured: the library of the commit of results/rows_cuda.json has 37, 52 and 63 instructions an entry
 for kl, tvd and js, and the file the times that they took. Triton's is assumed. The kernels of results/rows_triton.json
-had no block on its way while they worked on another: at that commit kl, js, tvd and labels have 46, 105, 71 and 26
-instructions an entry, close to their teacher 66, 140 and 102, and the file's times at 1.755 GHz are those of all issue
-slots and, for each block of 4096 entries in each sweep, of another 680 to 900 cycles.
+had no block on its way while they worked on another, and their times are those of all issue slots and of another 680 to
+900 cycles for each block in each sweep (`waits`).
 """
 
 from __future__ import annotations
@@ -202,6 +201,23 @@ def measured_in_cuda() -> dict[str, Any]:
     return table
 
 
+#: Of the kernels of results/rows_triton.json: sweeps, and instructions an entry, also close, by their commit's table.
+THEN = {"kl": (2, 45.8, 66.3), "js": (3, 105.2, 139.6), "tvd": (3, 71.1, 101.7), "labels": (2, 25.6, 25.6)}
+
+
+def waits(rows: int = 8192, vocabulary: int = 128256, block: int = 4096) -> dict[str, float]:
+    """Cycles, at H100's clock, that those kernels took for a block in a sweep beyond the issue of its instructions."""
+    found, path = {}, Path(__file__).with_name("results") / "rows_triton.json"
+    for result in json.loads(path.read_text())["results"]:
+        if result["shape"] == [rows, vocabulary]:
+            name, close = result["divergence"], result["alike"]
+            seconds = 1e-3 * result["kernels"]["row_kernel"]
+            cycles = seconds * H100.clock * H100.processors / (rows * vocabulary / block)
+            issue = block * THEN[name][1 + close] / 128
+            found[name + ", close" * close] = round((cycles - issue) / THEN[name][0])
+    return found
+
+
 def measured() -> dict[str, Any]:
     """The table of sm_90: bfloat16, N = 8192."""
     from tests import aot
@@ -238,6 +254,7 @@ def main() -> None:
         ratios = "  ".join(f"{k}: {v['over_floor']}" for k, v in entry.items() if k.startswith("V"))
         print(f"{name:16s} {each} = {entry['instructions']}..{entry['close']}  MUFU {entry['mufu']}  "
               f"registers {entry['registers']}  ÷ floor {ratios}")  # fmt: skip
+    print("cycles waited for a block in results/rows_triton.json:", waits())
     cuda = measured_in_cuda() if CUDA_LIBRARY.exists() else {}
     for name, entry in cuda.items():
         each = " + ".join(f"{s['instructions']}..{s['close']}" for s in entry["sweeps"])
