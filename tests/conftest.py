@@ -13,12 +13,11 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated: Triton's interpreter, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 
-from triton import language as tl
-from triton.runtime import interpreter
-
 from fdistill_kernels import backends, f_divergence
 from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
+
+from . import interpreter
 
 #: `make test-all`: whole grids where `make test` takes a part; of those marked so, one in which all pairs meet.
 WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
@@ -31,23 +30,8 @@ LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_faul
            "test_killed_and_gone_on_with", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
 
 
-def patch_once(patch):
-    """Triton's interpreter patches its whole language again at each call of a helper; within a launch it is patched, and
-    stays so."""  # fmt: skip
-
-    @functools.cache
-    def languages(function):
-        return [x for x in function.__globals__.values() if x is tl or x is tl.core]
-
-    def patched(function):
-        if any(tl.core.is_builtin(language.load) for language in languages(function)):
-            return patch(function)
-        return getattr(interpreter, "_LangPatchScope", lambda: None)()
-
-    return patched
-
-
-interpreter._patch_lang = patch_once(interpreter._patch_lang)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hurry(check_overflows=WHOLE)
 
 
 def every_pair(cells):

@@ -1,0 +1,72 @@
+"""Triton's interpreter in less time: what it makes anew for each value of a kernel is made once.
+
+What it computes stays the same, but that int32 is not searched for overflows in the tests' small shapes; `make test-all`
+does that, too.
+"""
+
+import functools
+
+from triton import language as tl
+from triton.runtime import interpreter
+
+
+def _patch_once(patch):
+    """It patches the whole language at each call of a helper; within a launch it is patched, and stays so."""
+
+    @functools.cache
+    def languages(function):
+        return [x for x in function.__globals__.values() if x is tl or x is tl.core]
+
+    def patched(function):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+        return getattr(interpreter, "_LangPatchScope", lambda: None)()
+
+    return patched
+
+
+def _dtype_once(numpy_dtype):
+    """It makes a table of all of them for each value."""
+    of_scalar = functools.cache(numpy_dtype)
+    return lambda dtype: of_scalar(tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar)
+
+
+def _type_once(init):
+    """Types of one shape and element are one."""
+    known = {}
+
+    def patched(self, element_ty, shape):
+        key = element_ty, *(getattr(size, "value", size) for size in shape)
+        if element_ty.is_ptr():  # which have no hash
+            init(self, element_ty, shape)
+        elif key in known:
+            self.__dict__ = known[key]
+        else:
+            init(self, element_ty, shape)
+            known[key] = self.__dict__
+
+    return patched
+
+
+def _shape_once(init):
+    """What a tensor has of its type, it has from the first one of that type."""
+
+    def patched(self, handle, type):
+        of_type = type.__dict__.get("of_tensors")
+        if of_type is None:
+            init(self, handle, type)
+            type.of_tensors = {name: value for name, value in self.__dict__.items() if name != "handle"}
+        else:
+            self.__dict__.update(of_type)
+            self.handle = handle
+
+    return patched
+
+
+def hurry(check_overflows: bool) -> None:
+    """Patches the interpreter of this process."""
+    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _dtype_once(interpreter._get_np_dtype)
+    tl.core.block_type.__init__ = _type_once(tl.core.block_type.__init__)
+    tl.core.tensor.__init__ = _shape_once(tl.core.tensor.__init__)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=check_overflows)
