@@ -447,7 +447,12 @@ def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
     launch.remember(tuned, launch.device_of(cpu), "Kl", 3000, 4)
     assert launch.choose(10, 3000, 4, cpu, "Kl") == tuned
     assert launch.choose(1, 3000, 4, cpu, "Kl").programs == 1 and launch.choose(10, 3001, 4, cpu, "Kl") != tuned
-    path = tmp_path / "launches.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_kernels", lambda: "others")
+        launch._tuned.cache_clear()
+        assert launch.choose(10, 3000, 4, cpu, "Kl") != tuned
+    launch._tuned.cache_clear()
+    path = launch.cache_file()
     path.write_text(path.read_text().replace("|Kl|", "|Rkl|"))  # another process's, since
     launch.remember(tuned, launch.device_of(cpu), "Tvd", 3000, 4)
     assert {key.split("|")[1] for key in json.loads(path.read_text())} == {"Rkl", "Tvd"}
@@ -464,7 +469,7 @@ def test_tune_command(tmp_path, monkeypatch, capsys):
     assert cli.main(arguments) == 0
     tried = json.loads(capsys.readouterr().out)
     assert len(tried) > 3 and tried == sorted(tried, key=lambda row: row["seconds"])
-    (kept,) = json.loads((tmp_path / "launches.json").read_text()).values()
+    (kept,) = json.loads(launch.cache_file().read_text()).values()
     assert kept == {k: tried[0][k] for k in ("block", "warps", "programs", "splits", "registers")}
     launch._tuned.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -126,9 +127,19 @@ def candidates(rows: int, vocabulary: int, itemsize: int, device: Device) -> Ite
                     yield Launch(block, warps, min(rows, per_processor * device.processors), splits, registers)
 
 
+@functools.lru_cache
+def _kernels() -> str:
+    """What a launch is tuned for, in a few letters: the kernels' sources and their compiler's version."""
+    from triton import __version__
+
+    sources = [path.read_bytes() for path in sorted(Path(__file__).with_name("kernels").glob("*.py"))]
+    return hashlib.sha256(b"".join([__version__.encode(), *sources])).hexdigest()[:12]
+
+
 def cache_file() -> Path:
-    """Where tuned launches are kept: $FDISTILL_CACHE, or ~/.cache/fdistill_kernels."""
-    return Path(os.environ.get("FDISTILL_CACHE", Path.home() / ".cache" / "fdistill_kernels")) / "launches.json"
+    """Where tuned launches of these kernels are kept: in $FDISTILL_CACHE, or ~/.cache/fdistill_kernels."""
+    folder = Path(os.environ.get("FDISTILL_CACHE", Path.home() / ".cache" / "fdistill_kernels"))
+    return folder / f"launches-{_kernels()}.json"
 
 
 @functools.lru_cache
