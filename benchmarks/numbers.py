@@ -405,6 +405,26 @@ def gpu_linear(number: Numbers) -> str:
     return table(header, [line(shown, *found) for shown, found in whose.items()])
 
 
+def cut_sweeps(number: Numbers) -> str:
+    """The rates of the cut path's kernels on a GPU."""
+    file, shape = "linear_ours.json", [8192, 128256, 2048, 4096]
+    n, v, student, teacher = shape
+    ours = {"what": "fdistill minimal", "divergence": "js", "shape": shape}
+    kernels = number._entry(file, "kernels", ours)["kernels"]
+    lines = []
+    for shown, kernel, width in (
+        ("logits of both models, for their sums", "statistics_kernel", student + teacher),
+        ("the same with the loss and the gradient on chip, three times", "tile_kernel", 3 * (student + teacher)),
+        ("the gradient's two products", "product_kernel", 2 * student),
+    ):
+        rate = 2 * n * v * width / (1e-3 * kernels[kernel]) / 1e12
+        lines.append((shown, *(number._read(file, f"kernels.{kernel}", ours, x)
+                               for x in (format(kernels[kernel], ".1f"), format(rate, ".0f")))))  # fmt: skip
+    whole = number.file(file)["matrix_flop_per_second"] / 1e12
+    lines.append(("one large product", "", number._read(file, "matrix_flop_per_second", {}, format(whole, ".0f"))))
+    return table(("the first of the shapes", "ms", "TFLOP/s"), lines)
+
+
 def lists_cost(number: Numbers) -> str:
     """The time of losses to lists, divided by that of a cross-entropy, on the CPU."""
     cases = number.file("lists_cost_cpu.json")["cases"]

@@ -21,6 +21,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
+from ..teachers.endpoint import DEFAULT_K
 from .metrics import MEASURES
 from .trainer import FDistillConfig
 
@@ -131,7 +132,7 @@ class RunArguments:
     online_teacher: bool = False
     samples: str | None = None
     vllm_url: str | None = None
-    k: int = 64
+    k: int = DEFAULT_K
     tail: str = "bucket"
     tensor_parallel: int = 1
     eval_measures: bool = False

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 Ids = Sequence[int] | Tensor
 KINDS = ("vllm", "sglang", "vllm_hidden")
+#: Ids of a position, where none are asked for.
 DEFAULT_K = 64
 #: Seconds before the second try, doubled for each further one up to the longest; each is multiplied by 0.5 to 1.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
