@@ -2,7 +2,8 @@
 
 Inside a `Deferral`, the output embedding returns `Logits`, which know the hidden states they would come from. Slices,
 scales, soft-caps and biases leave them deferred, and ``F.cross_entropy`` of them is `linear_cross_entropy`. Any other
-operation makes the logits and goes on with them: at worst nothing is saved, and nothing is ever left out.
+operation makes the logits and goes on with them: at worst nothing is saved, and nothing is ever left out. Who writes to
+logits writes to their views, too: what is a view of them is made as a view of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import sys
 import threading
 from collections.abc import Callable
@@ -48,6 +50,7 @@ class Deferral:
     def __init__(self, head: Any, keywords: dict[str, Any] | None = None, other_heads: bool = False):
         self.head, self.keywords, self.other_heads = head, keywords or {}, other_heads
         self.fused, self.reason = False, ""
+        self.seen: list[Logits] = []  # views of other logits, which are made with them
         self.beside = False  # whether the head's own forward takes no `Hidden`: losses are made in its hook
         self.given: Hidden | None = None  # to a head that has a probe row in its place
 
@@ -58,6 +61,7 @@ class Deferral:
 
     def __exit__(self, *_: Any) -> None:
         _ACTIVE.deferral = self.before
+        self.seen.clear()
 
 
 def active() -> Deferral | None:
@@ -223,6 +227,7 @@ class Logits:
     autocast: torch.dtype | None
     form: Form = Form()  # noqa: RUF009
     done: tuple[tuple[Any, ...], ...] = ()
+    source: tuple[Logits, Callable[[Tensor], Tensor]] | None = None  # of a view: of which logits, and how
     real: Tensor | None = dataclasses.field(default=None, init=False)
 
     @property
@@ -232,11 +237,28 @@ class Logits:
 
     def after(self, *operation: Any, **changes: Any) -> Logits:
         """After one more operation."""
-        return dataclasses.replace(self, done=(*self.done, operation), **changes)
+        return dataclasses.replace(self, done=(*self.done, operation), source=None, **changes)
 
     def of(self, hidden: Tensor) -> Logits:
         """Of other rows."""
-        return dataclasses.replace(self, hidden=hidden)
+        return dataclasses.replace(self, hidden=hidden, source=None)
+
+    def view_of(self, source: Logits, how: Callable[[Tensor], Tensor]) -> Logits:
+        """As what `how` makes of other logits, which may be a view of them."""
+        view = dataclasses.replace(self, source=(source, how))
+        if active() is self.deferral:
+            self.deferral.seen.append(view)
+        return view
+
+    @property
+    def views(self) -> list[Logits]:
+        """Of them, in the forward pass."""
+        return [x for x in self.deferral.seen if x.source is not None and x.source[0] is self]
+
+    @property
+    def made(self) -> bool:
+        """Whether the logits are there, or those that they are a view of."""
+        return self.real is not None or (self.source is not None and self.source[0].made)
 
     def at_head(self, then: AtHead) -> Any:
         """What a function makes of the hidden states and the head's weight, run in the head's own forward."""
@@ -250,10 +272,17 @@ class Logits:
         """The logits themselves, made once. why: what needs them."""
         if self.real is None:
             self.deferral.reason = self.deferral.reason or why
-            made = self.at_head(nn.functional.linear)
-            for function, *rest in self.done:
-                made = function(made, *rest)
-            self.real = made
+            if self.source is not None:
+                source, how = self.source
+                made = source.tensor(why)  # and this view with it, in the forward pass
+                self.real = how(made) if self.real is None else self.real
+            else:
+                made = self.at_head(nn.functional.linear)
+                for function, *rest in self.done:
+                    made = function(made, *rest)
+                self.real = made
+            for view in self.views:  # before anything is written to either
+                view.tensor(why)
         return self.real
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
@@ -306,7 +335,7 @@ def _apply(name: str, function: Any, args: tuple[Any, ...], keywords: dict[str, 
     if name in ("add", "mul") and len(args) == 2 and isinstance(args[1], Logits):  # also how a compiler swaps them
         args = args[::-1]
     ruled = name in RULES and args and isinstance(args[0], Logits) and (not keywords or name in WITH_KEYWORDS)
-    if ruled and args[0].real is None:
+    if ruled and not args[0].made:
         result = RULES[name](*args, **keywords)
         if result is not NotImplemented:
             return result
@@ -334,6 +363,7 @@ def _add(z: Logits, other: Any) -> Any:
     vector = isinstance(other, Tensor) and other.numel() == z.vocabulary == other.shape[-1]
     if not vector or other.dim() > z.hidden.dim() or z.form.cap is not None:
         return NotImplemented
+    other = other.reshape(-1)  # rows of any shape take it
     form = Form(z.form.scale, (*z.form.bias, (1.0, other)))
     return z.after(torch.add, other, form=form, dtype=torch.promote_types(z.dtype, other.dtype))
 
@@ -343,6 +373,8 @@ def _tanh(z: Logits) -> Any:
 
 
 def _to(z: Logits, *args: Any, **keywords: Any) -> Any:
+    if keywords.get("copy") or any(type(x) is bool for x in args):
+        return NotImplemented
     like = torch.empty(0, dtype=z.dtype, device=z.device).to(*args, **keywords)
     if like.dtype not in (z.dtype, torch.float32):
         return NotImplemented
@@ -357,12 +389,16 @@ def _reshape(z: Logits, *shape: Any) -> Any:
     sizes = list(shape[0] if isinstance(shape[0], (tuple, list)) else shape)
     if -1 in sizes:
         sizes[sizes.index(-1)] = math.prod(z.shape) // -math.prod(sizes)
-    return z.of(z.hidden.reshape(*sizes[:-1], z.hidden.shape[-1])) if sizes[-1] == z.vocabulary else NotImplemented
+    if sizes[-1] != z.vocabulary:
+        return NotImplemented
+    return z.of(z.hidden.reshape(*sizes[:-1], z.hidden.shape[-1])).view_of(z, lambda logits: logits.reshape(sizes))
 
 
 def _flatten(z: Logits, start_dim: int = 0, end_dim: int = -1) -> Any:
     end, dims = end_dim % z.hidden.dim(), z.hidden.dim()
-    return NotImplemented if end == dims - 1 else z.of(z.hidden.flatten(start_dim, end))
+    if end == dims - 1:
+        return NotImplemented
+    return z.of(z.hidden.flatten(start_dim, end)).view_of(z, lambda logits: logits.flatten(start_dim, end))
 
 
 def _first(logits: Tensor, count: int) -> Tensor:
@@ -370,10 +406,15 @@ def _first(logits: Tensor, count: int) -> Tensor:
 
 
 def _getitem(z: Logits, index: Any) -> Any:
-    """Rows by any index of theirs; of the vocabulary, its first entries."""
-    index, dims = index if isinstance(index, tuple) else (index,), z.hidden.dim()
+    """Rows by any index of theirs; of the vocabulary, its first entries. By ints and slices they are a view."""
+    whole, index, dims = index, index if isinstance(index, tuple) else (index,), z.hidden.dim()
     if not all(i is None or i is ... or type(i) in (int, slice) or isinstance(i, Tensor) for i in index):
         return NotImplemented
+    copied = any(isinstance(i, Tensor) and i.dim() for i in index)
+
+    def seen(found: Logits) -> Logits:
+        return found if copied else found.view_of(z, lambda logits: logits[whole])
+
     masks = [isinstance(i, Tensor) and i.dtype == torch.bool for i in index]
     used = sum(i.dim() if m else i is not None and i is not ... for i, m in zip(index, masks, strict=True))
     for at, i in enumerate(index):
@@ -381,12 +422,14 @@ def _getitem(z: Logits, index: Any) -> Any:
             index, used = (*index[:at], *[slice(None)] * (dims - used), *index[at + 1 :]), dims
             break
     if used < dims:
-        return z.of(z.hidden[index])
+        return seen(z.of(z.hidden[index]))
     last, leading = index[-1], index[:-1]
     if used > dims or type(last) is not slice or last.start not in (None, 0) or last.step not in (None, 1):
         return NotImplemented
     rows, count = z.of(z.hidden[leading] if leading else z.hidden), len(range(z.vocabulary)[last])
-    return rows if count == z.vocabulary else rows.after(_first, count, vocabulary=count) if count else NotImplemented
+    if count == z.vocabulary:
+        return seen(rows)
+    return seen(rows.after(_first, count, vocabulary=count)) if count else NotImplemented
 
 
 def _cross_entropy(
@@ -417,7 +460,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _mul), "tanh": _tanh, "to": _to,
     **dict.fromkeys(("div", "divide", "true_divide", "__truediv__"), _div), "float": lambda z: _to(z, torch.float32),
     **dict.fromkeys(("add", "__add__", "__radd__"), _add), "view": _reshape, "reshape": _reshape, "flatten": _flatten,
-    **dict.fromkeys(("contiguous", "clone"), lambda z, **_: z), "is_contiguous": lambda z, **_: True,
+    "contiguous": lambda z, **_: z.view_of(z, Tensor.contiguous), "clone": lambda z, **_: z.of(z.hidden),
+    "is_contiguous": lambda z, **_: True,
     "size": lambda z, dim=None: z.shape if dim is None else z.shape[dim], "dim": lambda z: z.hidden.dim(),
     "__getitem__": _getitem, "cross_entropy": _cross_entropy,
 }  # fmt: skip
@@ -429,8 +473,24 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda logits, *args: _method(name, logits, *args)
 
 
+def _in_place(name: str) -> Callable[..., Any]:
+    """``z *= x`` and its like, which others that hold z see: deferred where no view of it would have to."""
+
+    def operate(z: Logits, x: Any) -> Any:
+        rule = RULES.get(f"__{name}__")
+        result = rule(z, x) if rule and not (z.made or z.source or z.views or isinstance(x, Logits)) else None
+        if isinstance(result, Logits) and result.dtype == z.dtype:
+            z.form, z.done = result.form, result.done
+            return z
+        return getattr(operator, f"i{name}")(z.tensor(f"__i{name}__"), _made(x, ""))
+
+    return operate
+
+
 for _name in (
     "mul", "rmul", "truediv", "rtruediv", "add", "radd", "sub", "rsub", "pow", "rpow", "matmul", "rmatmul", "floordiv",
     "mod", "neg", "abs", "invert", "and", "or", "eq", "ne", "lt", "le", "gt", "ge", "getitem",
 ):  # fmt: skip
     setattr(Logits, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    setattr(Logits, f"__i{_name}__", _in_place(_name))

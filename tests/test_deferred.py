@@ -33,6 +33,48 @@ MADE = {
 }  # fmt: skip
 
 
+def written(write, *parts):
+    """What a function writes to logits, and what is a view or a copy of them then."""
+
+    def apply(z):
+        seen = [part(z) for part in parts]
+        write(z, *seen)
+        return z, *seen
+
+    return apply
+
+
+def scaled(z, *_):
+    z *= 3.0
+
+
+#: Who writes to logits, or to a part of them, writes to all that share their memory, and to nothing else.
+WRITTEN = {
+    "alias": written(lambda z, y: scaled(y), lambda z: z), "dtype": written(lambda z, y: scaled(y), lambda z: z.float()),
+    "bias": written(lambda z: operator.iadd(z, BIAS)), "divided": written(lambda z: operator.itruediv(z, 0.2)),
+    "minus": written(lambda z: operator.isub(z, 1.0)), "other dtype": written(lambda z: operator.iadd(z, BIAS.double())),
+    "view": written(lambda z, y: scaled(y), lambda z: z.view(-1, V)), "flat": written(scaled, lambda z: z.flatten(0, 1)),
+    "method of a view": written(lambda z, y: y.mul_(3.0), lambda z: z.reshape(-1, V)),
+    "method of a row": written(lambda z: z[:, 0].mul_(5.0)), "rows": written(lambda z, y: scaled(y), lambda z: z[:, :1]),
+    "row's number": written(lambda z, y: scaled(y), lambda z: z[torch.tensor(1)]),
+    "two views": written(lambda z, x, y: scaled(x), lambda z: z[:, 1:], lambda z: z[0]),
+    "view of a view": written(lambda z, y: scaled(y), lambda z: z[:, 1:][0].view(2, 1, V)),
+    "before": written(scaled, lambda z: z[..., :-1, :], lambda z: z[..., :5]), "mask": written(scaled, lambda z: z[MASK]),
+    "copy of a mask": written(lambda z, y: scaled(y), lambda z: z[MASK]), "clone": written(scaled, lambda z: z.clone()),
+    "method of a clone": written(lambda z, y: y.mul_(3.0), lambda z: z.clone()),
+    "contiguous": written(lambda z, y: scaled(y), lambda z: z.contiguous()),
+    "copy of a slice": written(lambda z, y: scaled(y), lambda z: z[:, :-1].contiguous()),
+    "slice of one": written(lambda z, y: scaled(y), lambda z: z[:1, :-1].contiguous()),
+    "logits of a copied slice": written(scaled, lambda z: z[:, :-1].contiguous().view(-1, V)),
+    "copied by to": written(lambda z, y: scaled(y), lambda z: z.to(torch.float32, copy=True)),
+    "entries": written(lambda z, y: operator.setitem(z, (..., slice(2)), 0.0), lambda z: z.view(-1, V)),
+    "some entries": written(lambda z, y: operator.setitem(y, (..., 0), 0.0), lambda z: z[0]),
+    "out": written(lambda z, y: torch.add(z, 1.0, out=z), lambda z: z[0]), "logits": written(lambda z: operator.iadd(z, z)),
+    "relu": written(lambda z, y: torch.nn.functional.relu(y, inplace=True), lambda z: z[:, 1:]),
+    "scaled before": lambda z: written(scaled, lambda z: z[0])(z * 2), "both": written(lambda z, y: (scaled(y), scaled(z)), lambda z: z[0]),
+}  # fmt: skip
+
+
 @pytest.fixture(params=[False, True], ids=["no bias", "bias"])
 def head(request):
     made = torch.nn.Linear(D, V, bias=request.param)
@@ -55,6 +97,27 @@ def test_operations(head, name):
     z = scale * got.hidden @ weight.T + (0 if bias is None else bias)
     torch.testing.assert_close(z if cap is None else cap * (z / cap).tanh(), want)
     torch.testing.assert_close(got.tensor(), want)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_in_place(head, name):
+    hidden = torch.randn(2, 3, D)
+    with torch.no_grad():
+        want = WRITTEN[name](head(hidden))
+        with Deferral(head) as deferral:
+            got = WRITTEN[name](head(hidden))
+            assert not deferral.reason or name not in ("alias", "dtype", "bias", "divided")
+            got = [x.tensor() if isinstance(x, Logits) else x for x in got]
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y)
+
+
+def test_a_bias_of_all_rows_before_they_are_flattened(head):
+    hidden, bias = torch.randn(2, 3, D), BIAS[None]
+    with Deferral(head):
+        got = (head(hidden) + bias).view(-1, V)[torch.tensor([0, 4])].softmax(-1)
+    assert torch.equal(got, (head(hidden) + bias).view(-1, V)[torch.tensor([0, 4])].softmax(-1))
 
 
 @pytest.mark.parametrize("name", ["bias", "bias first", "other cap", "both", "reshape", "indices"])

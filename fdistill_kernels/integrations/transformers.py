@@ -158,6 +158,7 @@ def _with_fused_loss(
     with Deferral(head, fused.keywords) as deferral:
         outputs = call(*args, **inputs)
         reason = deferral.reason
+        deferral.seen.clear()  # with the forward's own variables
         outputs = _finish(outputs, finished)
     if model.training and not torch.compiler.is_compiling() and (reason or not deferral.fused):
         elsewhere = "its forward makes its loss without its output embedding's own"

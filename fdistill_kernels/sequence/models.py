@@ -480,7 +480,7 @@ class _ToRows(Deferral):
     def finish(self, logits: Any) -> Tensor:
         """The result, as an empty tensor in the logits' place."""
         name = type(self.model).__name__
-        if not isinstance(logits, Logits) or logits.real is not None:
+        if not isinstance(logits, Logits) or logits.made:
             reason = self.reason or "a forward that makes them elsewhere than in its output embedding"
             raise ValueError(f"{name}'s logits are not its output embedding's with a scale, a bias and a soft-cap, but "
                              f"go through {reason}: no loss is fused with that")  # fmt: skip
