@@ -192,6 +192,8 @@ def check_vocab_size(vocab_size: int, most: int, of: str) -> None:
 
 def check_chunk(logits: object, like: Tensor) -> Tensor:
     """What a teacher's function returned for a range of rows."""
+    if isinstance(logits, Tensor):
+        check_tensor("what teacher_hidden, a function, returns", logits)
     if not isinstance(logits, Tensor) or logits.shape != like.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

@@ -100,14 +100,14 @@ def _end_sum(wire: Collectives | None, under_way: tuple[Any, Any, Tensor] | None
 
 
 def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerms, Tensor | None, Any]:
-    """float16 gradients of a row in the buffer must not underflow, however little it weighs: the terms with mantissas
-    of the weights, their powers, and the largest power of a row that counts.
+    """float16 gradients of a row in the buffer must not underflow, however little it weighs: the terms as `split` has
+    them, the powers, and the largest power of a row that counts.
     """
     if dtype != torch.float16:
         return terms, None, None
-    row_scale, powers = split(terms.row_scale)
-    most = torch.where(row_scale == 0, 0, powers).amax() if len(powers) else powers.new_ones(())
-    return terms._replace(row_scale=row_scale), powers, torch.where(most == 0, 1, most)
+    terms, powers = split(terms)
+    most = torch.where(terms.row_scale == 0, 0, powers).amax() if len(powers) else powers.new_ones(())
+    return terms, powers, torch.where(most == 0, 1, most)
 
 
 def _teacher_logits_(call: LinearCall, begin: int, end: int, rows: slice | Tensor, out: Tensor) -> Tensor:

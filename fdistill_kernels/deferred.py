@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
+from .heads import LARGEST
 from .values import Head
 
 #: A function of hidden states and the head's weight and bias, run where the head has them whole.
@@ -350,6 +351,8 @@ def _mul(z: Logits, factor: Any, function: Any = torch.mul) -> Any:
         return NotImplemented
     scale, bias, cap = z.form
     by = 1.0 / factor if function is torch.div else factor
+    if not 0 < abs((scale if cap is None else cap) * by) <= LARGEST:  # which the linear losses do not take
+        return NotImplemented
     if cap is None:
         return z.after(function, factor, form=Form(scale * by, tuple((f * by, b) for f, b in bias)))
     return z.after(function, factor, form=Form(scale, bias, cap * by)) if by > 0 else NotImplemented

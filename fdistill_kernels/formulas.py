@@ -352,9 +352,9 @@ def _ab_series(alpha: float, beta: float) -> list[float]:
 
 def _shares(e: Entry, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """a = σ(βu), 1 − a, and a p − (1 − a) q; any where neither model has the entry."""
-    a = torch.sigmoid(beta * e.u).nan_to_num(0)
-    rest = torch.sigmoid(-beta * e.u).nan_to_num(0)
-    return a, rest, _near(e, a * difference(e) + e.q * (beta / 2 * e.u).tanh(), a * e.p - rest * e.q)
+    steepness = beta * e.u if beta else torch.zeros_like(e.u)  # of an infinite u, too
+    a, rest = (torch.sigmoid(x).nan_to_num(0) for x in (steepness, -steepness))
+    return a, rest, _near(e, a * difference(e) + e.q * (steepness / 2).tanh(), a * e.p - rest * e.q)
 
 
 def _todi(e: Entry, beta: float, other: float) -> Tensor:  # φ = a p log(p/q) + (1 − a) q log(q/p), a held still

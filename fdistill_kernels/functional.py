@@ -13,6 +13,7 @@ from .backends.rows import LISTS, NO_LIST, Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
 from .heads import (
+    LARGEST,
     check_alone,
     check_no_divergence,
     cut_shard,
@@ -202,7 +203,7 @@ def cross_entropy(
             input's shape, which must not be negative and must not require grad. For probabilities, input and target are
             copied to the wider of their dtypes, at least float32.
         weight: (C) factor on each class. For class indices, "mean" divides the cross-entropy by the sum of the targets'
-            weights, and the z-loss by the number of targets. If all these weights are 0 the loss is 0 (torch: NaN).
+            weights, and the z-loss by the number of targets. If all these weights are 0 they count as 1 (torch: NaN).
         size_average, reduce: deprecated in torch and refused here; use `reduction`.
         z_loss: weight of log_sum_exp(input)², which is added to each token's loss.
         token_weight: factor on each token's loss, in the shape of class indices; not in the denominator.
@@ -329,7 +330,8 @@ def linear_f_divergence(
 
     Returns:
         As `f_divergence`. Gradients are summed in float32, then multiplied by the upstream factor and rounded once to
-        the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too.
+        the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too. float16
+        has to hold the gradient of a token's logits but for its weight, which pearson's or neyman's may exceed.
         ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is not
         known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the graph.
 
@@ -488,6 +490,7 @@ def log_probs(
     given = head_of("head", head, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
     check_shard("shard", shard)
     states, checked, shard, _ = head_here(hidden, given, names, vocab_size, shard)
+    checks.check_number("logit_scale / temperature", checked.scale / temperature, -LARGEST, LARGEST)
     if temperature != 1:  # cap·tanh(z/cap)/T is a cap of z/T
         if states.dtype == torch.float16 and temperature < 1:  # it may not hold the logits over it
             states = states.float()

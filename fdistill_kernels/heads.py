@@ -13,7 +13,7 @@ from .backends.rows import Path, Teacher
 from .chunks import MINIMAL_CHUNK_BYTES
 from .divergences import Divergence
 from .parallel import VocabShard
-from .tokens import sum_of_target_weights
+from .tokens import TEMPERATURES, sum_of_target_weights
 from .values import Head, Hidden, Logits, LossTerms, RowFunction
 
 #: The products of hidden states and heads take no factor beyond it.
@@ -23,8 +23,8 @@ AS_LOGITS = "teacher_hidden, taken as logits without teacher_weight,"
 
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
-    """A positive number, or None."""
-    return None if softcap is None else checks.check_number(name, softcap, 0, open_low=True)
+    """A positive number whose inverse float32 holds, too; or None."""
+    return None if softcap is None else checks.check_number(name, softcap, *TEMPERATURES)
 
 
 def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: float | None) -> Logits:
@@ -243,8 +243,10 @@ def many_heads(
                 raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(value.shape)}")
     if 0 in places:
         raise ValueError(f"linear_weight of shape {tuple(weights.shape)} holds no head")
-    soft = target.is_floating_point()
-    wanted = (input.shape[0], *([weights.shape[0]] if soft else []), *places)
+    soft, vocab_size = target.is_floating_point(), keywords["vocab_size"]
+    if vocab_size is not None:
+        checks.check_vocab_size(vocab_size, weights.shape[0], "the rows of linear_weight")
+    wanted = (input.shape[0], *([vocab_size or weights.shape[0]] if soft else []), *places)
     if input.dim() != 2 or target.shape != wanted:
         raise ValueError(f"linear_weight of shape {tuple(weights.shape)} needs input (N, D) and target {wanted}, not "
                          f"{tuple(input.shape)} and {tuple(target.shape)}")  # fmt: skip

@@ -125,6 +125,7 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
     if isinstance(model, Hidden):
         head = head_of(f"{name}.head", model.head, bias=None, scale=None, softcap=None)
         states, head = checked_head(model.states, head, (f"{name}.states", f"{name}.head", f"{name}.bias"), None)
+        head = head.with_each(lambda x: x.detach().to(states.dtype))  # which autocast may have changed
         size, flat = head.weight.shape[0], states.detach().reshape(-1, states.shape[-1])
         shape = torch.Size((*states.shape[:-1], size))
 
@@ -144,7 +145,8 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Of logits less their largest, whose differences a temperature leaves their digits; rows that have one."""
     top = logits.amax(-1, keepdim=True)
-    if logits.device.type == "cpu" and not torch.isfinite(top).all():
+    asked = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if asked and not torch.isfinite(top).all():
         raise ValueError("a row of logits holds a NaN or +inf, or nothing but -inf")
     return ((logits - top) / temperature).log_softmax(-1)
 

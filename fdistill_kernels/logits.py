@@ -113,8 +113,7 @@ class _RowsLoss(torch.autograd.Function):
         # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
         later = narrow and not inplace
         if narrow and inplace:
-            mantissa, power = split(terms.row_scale)
-            terms = replaced(terms, row_scale=mantissa)
+            terms, power = split(terms)
         now = replaced(call, terms=terms, student_gradient=for_student and not later,
                        teacher_gradient=for_teacher and not later, inplace=inplace)  # fmt: skip
         parts, of_student, of_teacher = backends.divergence_rows(now, backend)

@@ -122,6 +122,9 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
         raise ValueError(f"{name}: f(1) must be 0, but f(1) = {at_one:g}")
     if not value.requires_grad:
         raise ValueError(f"{name}: f must be differentiable by autograd")
+    with torch.inference_mode(False), torch.enable_grad():
+        if generator(u.detach()).requires_grad:
+            raise ValueError(f"{name}: f has a parameter that requires grad, but the loss is not differentiable in it")
     slopes = value.detach().diff() / t.diff()
     falls = slopes.diff() < -1e-6 * (1 + slopes[1:].abs())
     if falls.any():

@@ -124,7 +124,8 @@ def _ab(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tens
 
 def _todi(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
     neither = (log_p == -torch.inf) & (log_q == -torch.inf)
-    a = torch.sigmoid(numbers[0] * (log_p - log_q).masked_fill(neither, 0)).detach()
+    ratio = (log_p - log_q).masked_fill(neither | (numbers[0] == 0), 0)
+    a = torch.sigmoid(numbers[0] * ratio).detach()
     return (_times_kl(a, log_p, log_q) + _times_kl(1 - a, log_q, log_p)).sum(-1)
 
 

@@ -92,6 +92,8 @@ def _check_settings(teacher: TopK, terms: LossTerms, name: str) -> None:
     if (tail == "sampled") != (teacher.weights is not None):
         raise ValueError(f"{name}.weights are importance weights, of tail='sampled', which needs them; not of {tail!r}")
     assert isinstance(divergence, Divergence)
+    if terms.class_weight is not None:
+        raise ValueError(f"class_weight goes with logits of both models, and not with {name}, a list")
     if tail == "sampled" and divergence.statistics is not None:
         raise ValueError(f"{divergence} is no sum of entries' own terms, which importance weights would be of")
     temperature = checks.check_number(f"{name}.temperature", teacher.temperature, *TEMPERATURES)

@@ -57,4 +57,5 @@ def as_cross_entropy(loss: Any, return_parts: bool | str) -> Any:
         return loss
     loss, parts = loss
     nothing = torch.zeros_like(parts.divergence)
-    return loss, parts._replace(divergence=nothing, cross_entropy=parts.divergence)
+    no_label = {"label_log_prob": nothing} if return_parts == "metrics" else {}
+    return loss, parts._replace(divergence=nothing, cross_entropy=parts.divergence, **no_label)

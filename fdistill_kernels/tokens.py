@@ -28,8 +28,10 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
         raise ValueError("ce_weight and z_loss need labels")
     if isinstance(terms.divergence, Divergence) and terms.divergence.needs_labels and terms.labels is None:
         raise ValueError(f"{terms.divergence} needs labels")
-    if terms.divergence is not None and terms.label_smoothing and not terms.ce_weight:
-        raise ValueError("label_smoothing is of the labels' cross-entropy: give ce_weight")
+    of_labels = {"label_smoothing": terms.label_smoothing != 0, "class_weight": terms.class_weight is not None}
+    for name, given in of_labels.items():
+        if terms.divergence is not None and given and not terms.ce_weight:
+            raise ValueError(f"{name} is of the labels' cross-entropy: give ce_weight")
     checks.check_per_token("temperature", terms.temperature, student, *TEMPERATURES)
     if terms.teacher_temperature is not None:
         checks.check_per_token("teacher_temperature", terms.teacher_temperature, student, *TEMPERATURES)

@@ -340,6 +340,47 @@ def test_float16_gradients_of_light_tokens_survive(reduction, backend):
     assert relative(of_head, wants[1]) < 2e-2
 
 
+@pytest.mark.parametrize("way", ["linear", "minimal", "in place"])
+def test_float16_gradients_of_heavy_tokens_survive(way):
+    """A weight of the divergence before the mean: what is divided at the end need not fit into float16 before."""
+    hidden, weight = torch.randn(300, D).half().requires_grad_(), (torch.randn(V, D) / 8).half().requires_grad_()
+    teacher, head = hidden.detach().clone(), weight.detach() + 0.1 * torch.randn(V, D).half()
+    teacher[0], head[3] = 20.0, 1.0  # one sure row
+    keywords = dict(divergence="pearson", divergence_weight=2e4)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = torch.autograd.grad(fk.f_divergence(exact[0] @ exact[1].T, teacher.double() @ head.double().T, **keywords), exact)
+    if way == "in place":
+        student = hidden @ weight.T
+        loss = fk.f_divergence(student, teacher @ head.T, inplace=True, **keywords)
+    else:
+        memory, backend = ("chunks", "cpu") if way == "linear" else ("minimal", "triton")
+        loss = fk.linear_f_divergence(hidden, weight, teacher, head, memory=memory, backend=backend, **keywords)
+    assert all(relative(g, w) < 3e-2 for g, w in zip(torch.autograd.grad(loss, (hidden, weight)), want, strict=True))
+
+
+def test_what_a_teacher_s_function_returns_is_checked():
+    student, weight, *_ = heads()
+    logits = torch.randn(N, V)
+    for wrong, words in ((logits.to(torch.complex64), "must be floating point"), (logits > 0, "must be floating point"),
+                         (logits.to_sparse(), "dense tensor, not a sparse_coo one"), (logits.to("meta"), "meta device")):  # fmt: skip
+        with pytest.raises(TypeError, match=f"what teacher_hidden, a function, returns .*{words}"):
+            fk.linear_f_divergence(student, weight, lambda begin, end, x=wrong: x)
+
+
+@pytest.mark.parametrize("cap", [1e-46, 1e-300, 4e38, 1e300])
+def test_soft_caps_beyond_float32_are_refused(cap):
+    student, teacher = models()
+    hidden, weight, *_ = heads()
+    labels = torch.arange(N)
+    for call in (
+        lambda: fk.cross_entropy(student, labels, logit_softcap=cap), lambda: fk.log_sum_exp(student, logit_softcap=cap),
+        lambda: fk.f_divergence(student, fk.Logits(teacher, cap)), lambda: fk.log_probs(hidden, weight, labels, logit_softcap=cap),
+        lambda: fk.linear_cross_entropy(hidden, fk.Head(weight, softcap=cap), labels),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"softcap must be in \[1e-18, 1e\+18\]"):
+            call()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_soft_caps_are_not_rounded(dtype, backend):
     logits = (20 * torch.randn(N, V)).to(dtype).requires_grad_()
@@ -948,3 +989,24 @@ def test_makers_are_not_what_they_make():
     shard, heads = fk.VocabShard(None, 0, V), torch.randn(V, 2, D)
     with pytest.raises(ValueError, match="shard splits one head; linear_weight has several"):
         fk.linear_cross_entropy(torch.randn(N, D), heads, torch.zeros(N, 2).long(), shard=shard)
+
+
+def test_terms_of_labels_that_nothing_would_use_are_refused():
+    student, teacher = models()
+    for terms in (fk.LossTerms("kl", class_weight=torch.rand(V)), fk.LossTerms("kl", labels=torch.arange(N), class_weight=torch.rand(V))):
+        with pytest.raises(ValueError, match="class_weight is of the labels' cross-entropy: give ce_weight"):
+            fk.f_divergence(student, teacher, terms)
+    terms = fk.LossTerms("kl", labels=torch.arange(N), ce_weight=1.0, class_weight=torch.rand(V))
+    with pytest.raises(ValueError, match="class_weight goes with logits of both models, and not with teacher_logits"):
+        fk.f_divergence(student, fk.top_k_of(teacher, 3), terms)
+    with pytest.raises(ValueError, match="logit_scale / temperature must be in"):
+        fk.log_probs(torch.randn(N, D), torch.randn(V, D), torch.arange(N), logit_scale=1e21, temperature=1e-18)
+    with pytest.raises(ValueError, match="f has a parameter that requires grad"):
+        factor = torch.nn.Parameter(torch.ones(()))
+        fk.f_divergence(student, teacher, lambda t: (1 + factor**2) * (t - 1) ** 2)
+
+
+def test_several_heads_share_a_smaller_vocabulary():
+    hidden, weight, target = torch.randn(N, D), torch.randn(V, 2, D), torch.rand(N, V - 1, 2)
+    got = fk.linear_cross_entropy(hidden, weight, target, vocab_size=V - 1)
+    torch.testing.assert_close(got, F.cross_entropy(torch.einsum("nd,vhd->nvh", hidden, weight[:-1]), target))

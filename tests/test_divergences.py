@@ -234,7 +234,8 @@ def test_a_row_of_the_lowest_number_is_uniform(divergence, backend):
      ("cross_entropy", math.inf, None), ("pearson", math.inf, None), ("neyman", None, math.inf), ("js", None, None),
      ("tvd", None, None), ("hellinger", None, None), ("triangular", None, None), ("skew_kl", None, None),
      ("skew_rkl", None, None), ("gjs", None, None), ("lk", None, None), ("renyi", None, None), ("ab", None, None),
-     (fk.AB(0.0, 0.4), None, math.inf), ("todi", math.inf, math.inf), ("akl", math.inf, math.inf),
+     (fk.AB(0.0, 0.4), None, math.inf), ("todi", math.inf, math.inf), (fk.ToDi(0), math.inf, math.inf),
+     ("akl", math.inf, math.inf),
      (fk.EntropyGated(20.0), None, math.inf), ("tail_aware", math.inf, None), ("csd", math.inf, None),
      (fk.CSD("student"), None, math.inf)],
 )  # fmt: skip

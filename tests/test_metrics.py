@@ -111,3 +111,11 @@ def test_asked_for_or_not():
     assert type(parts) is fk.LossParts and metrics[:4] == parts
     with pytest.raises(TypeError, match="return_parts, where it is not 'metrics'"):
         fk.f_divergence(student, teacher, return_parts="all")
+
+
+def test_class_probabilities_have_no_label():
+    logits, hidden, weight = torch.randn(5, 9), torch.randn(5, 4), torch.randn(9, 4)
+    target = torch.randn(5, 9).softmax(-1)
+    for _, found in (fk.cross_entropy(logits, target, return_parts="metrics"),
+                     fk.linear_cross_entropy(hidden, weight, target, return_parts="metrics")):  # fmt: skip
+        assert found.label_log_prob == 0 and found.cross_entropy > 0

@@ -756,3 +756,15 @@ def test_a_teacher_s_small_rest_has_the_digits_it_was_given(rest):
     narrow = student.float().requires_grad_()
     fk.f_divergence(narrow, fk.TopK(ids, log_probs.float()), "rkl", reduction="sum").backward()
     assert (narrow.grad - leaf.grad).abs().max() <= 2e-5 * leaf.grad.abs().max()
+
+
+def test_lists_of_hidden_states_under_autocast_and_in_a_graph():
+    states, head = torch.randn(N, 6), fk.Head(torch.randn(V, 6), softcap=5.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        of_states = fk.top_k_of(fk.Hidden(states, head), 4)
+        assert fk.sample_of(fk.Hidden(states, head), 3).ids.shape == (N, 3)
+    logits = states.bfloat16() @ head.weight.bfloat16().T
+    assert torch.equal(of_states.ids, fk.top_k_of(fk.Logits(logits, 5.0), 4).ids)
+    student, teacher = torch.randn(N, V), torch.randn(N, V)
+    step = torch.compile(lambda s, t: fk.f_divergence(s, fk.top_k_of(t, 4), "kl"), backend="eager", fullgraph=True)
+    assert torch.equal(step(student, teacher), fk.f_divergence(student, fk.top_k_of(teacher, 4), "kl"))

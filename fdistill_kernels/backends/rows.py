@@ -169,11 +169,17 @@ def _known(divergence: str | Divergence | None) -> Divergence | None:
     return divergence
 
 
-def split(row_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``row_scale = mantissa·power``, a power of two: float16 gradients of the mantissa alone do not underflow."""
-    power = (row_scale.float().view(torch.int32) & 0x7F800000).view(torch.float32)
+def split(terms: TokenTerms) -> tuple[TokenTerms, Tensor]:
+    """The terms with ``row_scale/power``, and each row's power of two, that of the largest weight of its terms: float16
+    gradients of what is left neither underflow nor overflow because of the weights.
+    """
+    largest = terms.divergence_scale.abs()
+    if terms.labels is not None:
+        of_labels = torch.maximum(terms.cross_entropy_scale.abs(), terms.z_loss_scale.abs())
+        largest = of_labels if terms.divergence is None else torch.maximum(largest, of_labels)
+    power = ((terms.row_scale * largest).float().view(torch.int32) & 0x7F800000).view(torch.float32)
     power = torch.where((power == 0) | power.isinf(), 1, power)
-    return row_scale / power, power
+    return terms._replace(row_scale=terms.row_scale / power), power
 
 
 def capped(z: Tensor, softcap: float | None) -> Tensor:

@@ -55,10 +55,10 @@ class _Sweeps:
         self.power, self.most = terms.row_scale.new_ones(1), terms.row_scale.new_ones(())
         self.share = (terms.row_scale != 0).to(call.hidden.dtype)
         if call.hidden.dtype == torch.float16:
-            mantissa, self.power = split(terms.row_scale)
+            terms, self.power = split(terms)
             self.most = (self.power * self.share).amax().clamp_min(SMALLEST)
             self.share = self.share * (self.power / self.most)
-            call = call._replace(terms=terms._replace(row_scale=mantissa))
+            call = call._replace(terms=terms)
         self.call = call
         self.rows, self.vocabulary = call.hidden.shape[0], call.head.weight.shape[0]
         self.facts = terms.row_scale.new_zeros(len(FACTS), self.rows)
