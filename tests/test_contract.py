@@ -348,7 +348,9 @@ def test_float16_gradients_of_heavy_tokens_survive(way):
     teacher[0], head[3] = 20.0, 1.0  # one sure row
     keywords = dict(divergence="pearson", divergence_weight=2e4)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    want = torch.autograd.grad(fk.f_divergence(exact[0] @ exact[1].T, teacher.double() @ head.double().T, **keywords), exact)
+    want = torch.autograd.grad(
+        fk.f_divergence(exact[0] @ exact[1].T, teacher.double() @ head.double().T, **keywords), exact
+    )
     if way == "in place":
         student = hidden @ weight.T
         loss = fk.f_divergence(student, teacher @ head.T, inplace=True, **keywords)
@@ -993,7 +995,10 @@ def test_makers_are_not_what_they_make():
 
 def test_terms_of_labels_that_nothing_would_use_are_refused():
     student, teacher = models()
-    for terms in (fk.LossTerms("kl", class_weight=torch.rand(V)), fk.LossTerms("kl", labels=torch.arange(N), class_weight=torch.rand(V))):
+    for terms in (
+        fk.LossTerms("kl", class_weight=torch.rand(V)),
+        fk.LossTerms("kl", labels=torch.arange(N), class_weight=torch.rand(V)),
+    ):
         with pytest.raises(ValueError, match="class_weight is of the labels' cross-entropy: give ce_weight"):
             fk.f_divergence(student, teacher, terms)
     terms = fk.LossTerms("kl", labels=torch.arange(N), ce_weight=1.0, class_weight=torch.rand(V))

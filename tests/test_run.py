@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -427,6 +428,21 @@ def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, 
     assert cli.main([*call, "--save_only_model", "--max_steps", "2"]) == 2
     assert "checkpoint-1 has no optimizer, as --save_only_model says" in capsys.readouterr().err
     assert (tmp_path / "weights" / "student").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--use_peft",), ("--predistill_steps", "1")], ids=str)
+def test_a_compiled_student_is_saved_as_it_would_be(causal, tmp_path, capsys, monkeypatch, more):
+    monkeypatch.setattr(run.Run, "measure", lambda *_: {})
+    found = []
+    for compiled in ((), ("--torch_compile", "--torch_compile_backend", "eager")):
+        folder = tmp_path / f"run{len(compiled)}"
+        call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--eval_strategy",
+                  "no", "--max_steps", "1", "--warmup_steps", "0", "--output_dir", str(folder), *more, *compiled)  # fmt: skip
+        assert cli.main(call) == 0, capsys.readouterr().err
+        found.append({path.name: load_file(path) for path in (folder / "student").glob("*.safetensors")})
+    (weights,) = found[0].values()
+    assert weights and found[0].keys() == found[1].keys()
+    torch.testing.assert_close(*(next(iter(x.values())) for x in found))
 
 
 def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):

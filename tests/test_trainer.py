@@ -66,18 +66,27 @@ def test_kl_on_gold_falls(tmp_path):
     assert run.evaluate()["eval_loss"] < 0.8 * before
 
 
-def test_resume_gives_the_same_weights(tmp_path):
-    stored = data(sample_ids=[[3, 4, EOS]] * 8)
+@pytest.mark.parametrize("order", [{}, BY_LENGTH], ids=["random", "by length"])
+def test_resume_gives_the_same_weights(tmp_path, order):
+    stored = data(sample_ids=[[3, 4 + i, EOS] for i in range(8)])
+    stored = Dataset.from_list([{**row, "length": 5 + i % 3} for i, row in enumerate(stored)])
     weights = []
-    for stops in ([4], [2, 4]):
+    for stops in ([4], [3, 4]):  # in the middle of the second epoch
         student = gpt2(60, seed=1)
         for i, stop in enumerate(stops):
             run = trainer(tmp_path / str(len(stops)), student, gpt2(60, seed=2), stored, method="kl", max_steps=stop,
-                          save_strategy="steps", save_steps=2, lr_scheduler_type="constant")  # fmt: skip
+                          save_strategy="steps", save_steps=1, lr_scheduler_type="constant", **order)  # fmt: skip
             run.train(resume_from_checkpoint=bool(i))
             student = run.model
         weights.append(student.lm_head.weight.detach().clone())
     torch.testing.assert_close(*weights)
+
+
+def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
+    rows = Dataset.from_list([{**row, "length": 5} for row in data()])
+    orders = [list(trainer(tmp_path, gpt2(60), gpt2(60), rows, data_seed=seed, **BY_LENGTH)._get_train_sampler())
+              for seed in (7, 7, 8)]  # fmt: skip
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == list(range(8))
 
 
 def test_accumulation_packing_and_sequence_normalisation_agree(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from .models import IGNORE, context, padded, tokens_counted, unpadded
 
@@ -48,6 +49,26 @@ class Sequences:
     def number(self, of_tokens: bool) -> int:
         """The number of tokens that count, or the number of sequences."""
         return sum(self.tokens()) if of_tokens else len(self.continuations)
+
+
+class ByLength(Sampler[int]):
+    """transformers' order of rows by length, which the seed and the epoch alone decide: a run that is gone on with has
+    the batches that it would have had.
+    """
+
+    def __init__(self, sampler: Any, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """As the trainer says at the beginning of one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
 
 
 def column_of(source: str, columns: Collection[str]) -> str | None:

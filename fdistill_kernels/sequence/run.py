@@ -56,6 +56,9 @@ from .sampling import (
 from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
+#: What torch.compile puts before the names of a model's weights.
+COMPILED = "_orig_mod."
+
 
 def device(use_cpu: bool = False) -> torch.device:
     """The device of this process's models: its GPU, or the CPU."""
@@ -417,7 +420,8 @@ class Run:
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
         """Trains, from the last checkpoint if there is one, and saves the student into a folder."""
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, gathered
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, whole
+        weights = {name.replace(COMPILED, ""): value for name, value in gathered.items()}
         model = trainer.accelerator.unwrap_model(trainer.model)
         if rank()[0] == 0 or getattr(model, "is_distributed_loading_by_transformers", False):  # which all ranks gather
             save_whole(model, into, self.tokenizer, weights)

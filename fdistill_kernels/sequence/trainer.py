@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..own import resolve
 from .batches import (
+    ByLength,
     Sequences,
     check_contexts,
     collate,
@@ -369,6 +371,11 @@ class FDistillTrainer(Trainer):
             check_contexts(name, data, "prompt_ids", column, new, "the student's", model)
 
     # --- an update: its batches, what is drawn for them, what losses are divided by
+
+    def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **keywords)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
         """The batches of one update, which begins in its first step: then a resumed run has its generators."""
