@@ -344,9 +344,8 @@ def test_float16_gradients_of_light_tokens_survive(reduction, backend):
 def test_float16_gradients_of_heavy_tokens_survive(way):
     """A weight of the divergence before the mean: what is divided at the end need not fit into float16 before."""
     hidden, weight = torch.randn(300, D).half().requires_grad_(), (torch.randn(V, D) / 8).half().requires_grad_()
-    teacher, head = hidden.detach().clone(), weight.detach() + 0.1 * torch.randn(V, D).half()
-    teacher[0], head[3] = 20.0, 1.0  # one sure row
-    keywords = dict(divergence="pearson", divergence_weight=2e4)
+    teacher, head = torch.randn(300, D).half(), torch.randn(V, D).half()
+    keywords = dict(divergence="kl", divergence_weight=1.5e5)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want = torch.autograd.grad(
         fk.f_divergence(exact[0] @ exact[1].T, teacher.double() @ head.double().T, **keywords), exact
