@@ -208,7 +208,7 @@ class _LogSumExp(torch.autograd.Function):
         terms = LossTerms(None, labels=top, ce_weight=1.0, z_loss=1.0, reduction="none")
         _, parts = loss_of_logits(Logits(logits, cap), None, terms, backend, True)
         at_top = capped(at_top, cap)
-        value = torch.where(at_top == -torch.inf, at_top, parts.cross_entropy + at_top)
+        value = torch.where(at_top.isinf(), at_top, parts.cross_entropy + at_top)
         of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
         size = value.abs()  # near 0 its sign is rounding; of the ends float32 does not hold the square
         held = (size > 1e-4 * at_top.abs()) & (size > 1e-18) & (size < 1e18)

@@ -1014,3 +1014,8 @@ def test_several_heads_share_a_smaller_vocabulary():
     hidden, weight, target = torch.randn(N, D), torch.randn(V, 2, D), torch.rand(N, V - 1, 2)
     got = fk.linear_cross_entropy(hidden, weight, target, vocab_size=V - 1)
     torch.testing.assert_close(got, F.cross_entropy(torch.einsum("nd,vhd->nvh", hidden, weight[:-1]), target))
+
+
+def test_log_sum_exp_of_infinite_logits():
+    logits = torch.tensor([[1.0, torch.inf], [-torch.inf, -torch.inf], [torch.nan, torch.inf]])
+    assert torch.equal(fk.log_sum_exp(logits)[:2], logits.logsumexp(1)[:2]) and fk.log_sum_exp(logits)[2].isnan()
