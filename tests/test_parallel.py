@@ -566,21 +566,46 @@ def lost(rank, world, meeting, how):
     os._exit(0)
 
 
+#: Two divergences each, which a rank may take for one.
+OTHERS = [
+    ("js", "kl"),
+    (fk.Alpha(0.3), fk.Alpha(0.8)),
+    (fk.GJS(0.1), fk.GJS(0.9)),
+    ("skew_kl=0.1", "skew_kl=0.2"),
+    (fk.FDivergence(lambda t: (t - 1) ** 2), fk.FDivergence(lambda t: t * t.log())),
+]
+
+
 def another_call(rank, world):
     """A rank that brings something else is named on all ranks."""
+    if world == 1:
+        return
     shard, part = here(rank, world)
     student, hidden, weight = randn(N, V, seed=28)[:, part], randn(N, D, seed=29), randn(V, D, seed=30)[part]
+    split = distribute_tensor(randn(V, D, seed=30), init_device_mesh("cpu", (world,)), [Shard(0)])  # as FSDP has it
     last = rank == world - 1
     few = slice(0, N - 1) if last else slice(None)
-    name = "kl" if last else "js"
+    tokens = torch.zeros(N, dtype=torch.long)
+    log_p = fk.top_k_of(randn(N, V, seed=31), 4)
+    other = rf"rank {world - 1} .* other "
     calls = {
-        rf"rank {world - 1} .* other rows \({N - 1}, and rank 0 {N}\)": (
+        rf"{other}rows \({N - 1}, and rank 0 {N}\)": (
             lambda: fk.f_divergence(student[few], student[few], shard=shard),
-            lambda: fk.linear_cross_entropy(hidden[few], weight, torch.zeros(N, dtype=torch.long)[few], shard=shard),
+            lambda: fk.linear_cross_entropy(hidden[few], weight, tokens[few], shard=shard),
             lambda: fk.log_sum_exp(student[few], shard=shard)),
-        rf"rank {world - 1} .* other divergence than": (lambda: fk.f_divergence(student, student, name, shard=shard),),
-        rf"rank {world - 1} .* other entries_of_lists": (
+        f"{other}divergence than": tuple(
+            call for pair in OTHERS for call in (
+                lambda pair=pair: fk.f_divergence(student, student, pair[last], shard=shard),
+                lambda pair=pair: fk.linear_f_divergence(hidden, weight, hidden, weight, pair[last], shard=shard),
+                lambda pair=pair: fk.linear_f_divergence(hidden, split, hidden, split, pair[last]))),
+        f"{other}entries_of_lists": (
             lambda: fk.f_divergence(student, fk.top_k_of(randn(N, V, seed=31), 4 if last else 3), shard=shard),),
+        f"{other}tail, temperature or weights of lists": (
+            lambda: fk.f_divergence(student, log_p._replace(tail="within" if last else "bucket"), shard=shard),),
+        f"{other}label_smoothing, class weights, soft-caps": (
+            lambda: fk.f_divergence(student, student, logit_softcap=3.0 + last, shard=shard),
+            lambda: fk.linear_cross_entropy(hidden, weight, tokens, label_smoothing=0.1 + 0.1 * last, shard=shard),
+            lambda: fk.linear_cross_entropy(hidden, weight, tokens, shard=shard._replace(sum_hidden=last))),
     }  # fmt: skip
     for words, some in calls.items():
         for call in some:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..formulas import NOTHING, Entry, RowStatistics, times
+from ..formulas import NOTHING, Entry, Formula, RowStatistics, times
 from .chunked import CHUNK_ELEMENTS, entry_of, log_ratio, terms_at, widest
 from .collectives import Collectives
 from .rows import LinearCall, RowCall, cap_slope, capped
@@ -31,6 +31,10 @@ from .rows import LinearCall, RowCall, cap_slope, capped
 CARD_ELEMENTS = 1 << 22
 #: Halvings that find akl's threshold among float32 logarithms of probabilities, from −104 to 0.
 HALVINGS = 40
+#: Where a user's own divergences are compared: log p and log q.
+POINTS = ((-0.7, -2.9), (-1.3, -1.9), (-2.3, -2.1), (-3.1, -0.9), (-6.7, -1.1))
+#: What `_settings` has, by the name that an error gives it; it is one number on its way.
+SETTINGS = "label_smoothing, class weights, soft-caps, scales of heads or sum_hidden"
 
 
 class Model(NamedTuple):
@@ -63,15 +67,40 @@ def agree(call: RowCall | LinearCall, number: int | None = None, **more: Any) ->
 
     more: what else must be the same.
     """
-    terms, of = call.terms, "" if call.divergence is None else str(call.divergence)
+    terms = call.terms
     teacher, targets = (call.teacher, call.targets) if isinstance(call, RowCall) else (None, call.teacher.targets)
     wants = (call.student_gradient, call.teacher_gradient) if isinstance(call, RowCall) else call.wants
+    of_list = f"{targets.tail} {targets.temperature!r} {targets.weights is not None}"
     return Collectives(call.shard.group).agree(
-        terms.row_scale.device, number, dtype=str(terms.row_scale.dtype), vocabulary=call.vocabulary, divergence=of,
+        terms.row_scale.device, number, dtype=str(terms.row_scale.dtype), vocabulary=call.vocabulary,
+        divergence=described(call.divergence, terms.row_scale.device),
         teacher=teacher is not None, entries_of_lists=0 if targets.ids is None else targets.ids.shape[1],
-        tail=targets.tail, labels=terms.labels is not None, metrics=terms.metrics, gradients=str(tuple(wants)),
-        smoothing=str(terms.label_smoothing), **more,
+        labels=terms.labels is not None, metrics=terms.metrics, gradients=str(tuple(wants)),
+        **{"tail, temperature or weights of lists": of_list, SETTINGS: _settings(call)}, **more,
     )  # fmt: skip
+
+
+def _settings(call: RowCall | LinearCall) -> str:
+    """The settings of a call that are neither a token's nor a divergence's."""
+    terms = call.terms
+    if isinstance(call, LinearCall):
+        heads = call.head.scale, call.head.softcap, call.teacher.scale, call.teacher.softcap
+        of_models = f"{heads} {call.shard.sum_hidden}"
+    else:
+        of_models = f"{call.student_softcap} {call.teacher_softcap}"
+    return f"{terms.label_smoothing!r} {terms.class_weight is not None} {of_models}"
+
+
+def described(divergence: Divergence | None, device: torch.device) -> str:
+    """A divergence as text that is the same in every process: its kernel and numbers, or its terms at a few points."""
+    if divergence is None:
+        return ""
+    if divergence.kernel is not None or isinstance(divergence.terms, Formula):
+        return divergence.key
+    log_p, log_q = torch.tensor(POINTS, dtype=torch.float64, device=device).unbind(1)
+    terms = divergence.terms(log_p.exp(), log_q.exp(), log_p, log_q, divergence.parameter)
+    seen = " ".join(f"{x:.6g}" for x in torch.stack(terms).detach().flatten().tolist())  # six digits: libraries differ
+    return f"{divergence.name} {divergence.scale!r} {seen}"
 
 
 def rows_at_once(logits: Tensor, entries: int) -> int:
