@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
+import fdistill_kernels as fk
 from fdistill_kernels import linear_f_divergence
 from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, fingerprint, generation_settings
 from fdistill_kernels.sparse import TopK
@@ -117,6 +119,21 @@ def test_the_stated_error_of_log_probs_is_no_more_than_there_is(precision):
     half = rows.abs() / 2048 + 1e-6
     assert (bound <= (span / 250 + 4 * half if precision == "uint8" else half)).all()
     assert kept["log_probs"].itemsize == (1 if precision == "uint8" else 2)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -32768.0, -200.0])
+def test_a_masked_entry_does_not_stretch_a_rows_code(mask):
+    row = torch.tensor([[0.0, -0.34, mask]]).log_softmax(1)
+    kept = packing.encode_log_probs(row.numpy(), "uint8")
+    found = torch.from_numpy(packing.decode_log_probs(kept)).float()
+    assert (found.exp() - row.exp()).abs().max() < 0.02 and found[0, 2] <= packing.LEAST_CODED
+    fk.f_divergence(torch.randn(1, 50), fk.TopK(torch.tensor([[1, 2, 3]]), found), "kl")
+
+
+def test_codes_of_wider_spans_are_read_as_before():
+    """Stores that were written before the code ended at −104."""
+    kept = {"log_probs": np.array([[0, 127, 254, 255]], np.uint8), "spans": np.array([[-0.5, 10000]], np.float16)}
+    assert packing.decode_log_probs(kept).tolist() == [[-0.5, -2500.0, -10000.0, -np.inf]]
 
 
 @pytest.mark.parametrize("precision", packing.STATES)
@@ -370,6 +387,38 @@ def test_damaged_shards_are_set_aside(tmp_path, spoil):
     assert {path.stem for path in (tmp_path / "damaged").iterdir()} == {shard.stem}
 
 
+def test_threads_read_intact_shards_while_damage_is_found(tmp_path):
+    kept = filled(tmp_path, count=60, shard_bytes=1)[1]
+    for file in sorted((tmp_path / "shards").glob("*.safetensors"))[::10]:
+        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    whole = TeacherStore(tmp_path, validate="full")
+    intact = [pair[:2] for pair in kept if pair[:2] in whole]
+    assert len(whole.damaged) == 6 and len(intact) == 54
+    switch, failed = sys.getswitchinterval(), []
+    sys.setswitchinterval(1e-5)
+
+    def read(store):
+        try:
+            for prompt, continuation in intact:
+                store.targets([prompt], [continuation])
+        except Exception as error:
+            failed.append(error)
+
+    try:
+        for _ in range(10):
+            store = TeacherStore(tmp_path)
+            threads = [threading.Thread(target=read, args=(store,)) for _ in range(4)]
+            threads.append(threading.Thread(target=store.verify))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(store.damaged) == 6 and len(store) == 54
+    finally:
+        sys.setswitchinterval(switch)
+    assert not failed
+
+
 def test_summary_counts_and_tells_the_mass(tmp_path):
     store, kept = filled(tmp_path, k=11)
     found, tokens = store.summary(), sum(len(c) for _, c, _ in kept)
@@ -400,6 +449,15 @@ def test_every_field_that_differs_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"kind was 'top_k' and is 'hidden'"):
         TeacherStore.create(tmp_path, kind="hidden", vocabulary=40, key=KEY, head=head())
     TeacherStore.create(tmp_path, kind="top_k", vocabulary=100, k=8, key={**KEY}, extra={"not": "compared"})
+
+
+@pytest.mark.parametrize("name", ["k", "temperature", "vocabulary", "kind", "log_probs", "format"])
+def test_a_field_of_the_key_may_be_named_like_a_setting(tmp_path, name):
+    made = dict(kind="top_k", vocabulary=50, k=2)
+    TeacherStore.create(tmp_path, key={"teacher": "A", name: "first"}, **made)
+    TeacherStore.create(tmp_path, key={"teacher": "A", name: "first"}, **made)
+    with pytest.raises(ValueError, match=f"{name} was 'first' and is 'second'; k was 2 and is 3$"):
+        TeacherStore.create(tmp_path, key={"teacher": "A", name: "second"}, **{**made, "k": 3})
 
 
 def test_another_head_is_refused(tmp_path):
@@ -483,6 +541,30 @@ def test_states_that_do_not_fit_are_refused(tmp_path, states, what):
 def test_states_beyond_a_precision_are_refused(precision):
     with pytest.raises(ValueError, match=f"states beyond {precision}"):
         packing.encode_states(torch.full((2, 16), 1e41, dtype=torch.float64), precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_states_beyond_a_float16_heads_dtype_are_told(tmp_path, precision):
+    store = TeacherStore.create(
+        tmp_path, kind="hidden", vocabulary=40, key=KEY, head=head(dtype=torch.float16), states=precision
+    )
+    with store.writer() as writer:
+        writer.add([1], [2], torch.full((1, 16), 1e5))
+    with pytest.raises(ValueError, match="beyond float16, the head's dtype"):
+        store.targets([[1]], [[2]])
+
+
+@pytest.mark.parametrize(("given", "error", "what"), [
+    ({"k": 2.7}, TypeError, "k must be an int, not 2.7"), ({"k": "8"}, TypeError, "k must be an int, not '8'"),
+    ({"k": True}, TypeError, "k must be an int"), ({"vocabulary": 50.9}, TypeError, "vocabulary must be an int"),
+    ({"rank": 1.5}, TypeError, "rank must be an int"), ({"temperature": "1"}, TypeError, "temperature must be a number"),
+    ({"temperature": float("inf")}, ValueError, "temperature must be finite"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
+])  # fmt: skip
+def test_settings_that_are_no_such_numbers_are_refused(tmp_path, given, error, what):
+    with pytest.raises(error, match=what):
+        TeacherStore.create(tmp_path, **{"kind": "top_k", "vocabulary": 40, "k": 8, "key": KEY, **given})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("given", "what"), [

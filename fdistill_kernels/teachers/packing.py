@@ -20,6 +20,8 @@ LOG_PROBS = ("float16", "uint8")
 STATES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 #: Smaller log-probabilities are stored as −inf; in float32 they have p = 0 anyway.
 LEAST = -32768.0
+#: The 8-bit code takes smaller ones for this, whose p is 0 in float32: a mask's −1e4 would stretch all of its row.
+LEAST_CODED = -104.0
 #: The 8-bit code has 254 steps; its last number, 255, is −inf.
 STEPS = 254
 #: The distance from a row's top that each number of the 8-bit code stands for, as a share of the row's span.
@@ -69,12 +71,13 @@ def encode_log_probs(log_probs: np.ndarray, precision: str) -> dict[str, np.ndar
     """Encodes log-probabilities (M, K) float32 without NaN as "log_probs" and, for "uint8", "spans" (M, 2) float16.
 
     The 8-bit code of a log-probability is round(254·√(d/R)): d is its distance from the row's top, R (the row's span)
-    the largest d. The steps are finest near the top, where the probability mass is.
+    the largest d. The steps are finest near the top, where the probability mass is. What is below −104 counts as −104.
     """
     values = np.where(log_probs < LEAST, -np.inf, log_probs).astype(np.float32)
     if precision == "float16":
         return {"log_probs": values.astype(np.float16)}
     finite = np.isfinite(values)
+    values = np.where(finite, np.maximum(values, np.float32(LEAST_CODED)), values)
     top = _half_above(np.where(finite.any(1), np.max(values, 1, initial=-np.inf), 0).astype(np.float32))
     distance = np.where(finite, top.astype(np.float32)[:, None] - values, 0)
     span = _half_above(distance.max(1, initial=0))
@@ -99,7 +102,8 @@ def log_prob_error(log_probs: Tensor, precision: str) -> Tensor:
     """The largest possible error of each log-probability x ≥ −32768 in rows (..., K), stored with `precision`.
 
     For "float16" it is |x|/2¹¹ + 2⁻²⁵. For "uint8" it is √(R·d)/254 + R/(4·254²), at most R/253, plus the float16 error
-    of the result; R is the distance of the row's least value from its top, d that of x. It is 0 for −inf.
+    of the result; R is the distance of the row's least value from its top, d that of x. There what is below −104 counts
+    as −104, so that −104 − x comes on top. It is 0 for −inf.
     """
     x = log_probs.double()
     finite = x.isfinite()
@@ -109,12 +113,13 @@ def log_prob_error(log_probs: Tensor, precision: str) -> Tensor:
 
     if precision == "float16" or not x.shape[-1]:
         return torch.where(finite, half(x), 0.0)
+    below, x = (LEAST_CODED - x).clamp_min(0), torch.where(finite, x.clamp_min(LEAST_CODED), x)
     top = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
     top = top + 2 * half(top)  # it is rounded up, and so is the span
     span = top - torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     span = span + 2 * half(span)
     code = (span * (top - x)).sqrt() / STEPS + span / (4 * STEPS**2) + 1e-6 * span
-    return torch.where(finite, code + half(x.abs() + code), 0.0)
+    return torch.where(finite, below + code + half(x.abs() + code), 0.0)
 
 
 def encode_states(states: Tensor, precision: str) -> dict[str, Tensor]:
@@ -139,16 +144,22 @@ def encode_states(states: Tensor, precision: str) -> dict[str, Tensor]:
 
 
 def decode_states(kept: dict[str, Tensor], into: Tensor) -> Tensor:
-    """Writes the states that `encode_states` has encoded into a contiguous (M, D) tensor, and returns it."""
+    """Writes the states that `encode_states` has encoded into a contiguous (M, D) tensor, and returns it.
+
+    Raises:
+        ValueError: a state is too large for float16.
+    """
     states, scales = kept["states"], kept.get("scales")
     if states.dtype == into.dtype:  # as bytes: from a memory map, torch's own copy takes twice as long
         np.copyto(into.view(torch.uint8).numpy(), states.view(torch.uint8).numpy())
         return into
-    if scales is None:
-        return into.copy_(states)
     if into.dtype == torch.float16:  # a scale may be too small for float16
-        return into.copy_(states.float().mul_(scales.float()[:, None]))
-    return into.copy_(states).mul_(scales.to(into.dtype)[:, None])
+        into.copy_(states if scales is None else states.float().mul_(scales.float()[:, None]))
+        if not into.isfinite().all():
+            raise ValueError("the stored states are beyond float16, the head's dtype: take another for the head")
+        return into
+    into.copy_(states)
+    return into if scales is None else into.mul_(scales.to(into.dtype)[:, None])
 
 
 def state_error(states: Tensor, precision: str) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 import uuid
 from collections import OrderedDict
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..backends.rows import Targets
 from ..backends.sparse import check_targets
+from ..checks import check_integer, check_number
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from . import packing
@@ -135,10 +137,15 @@ def _pair(prompt: TokenIds, continuation: TokenIds) -> tuple[bytes, np.ndarray, 
     return xxhash.xxh3_128_digest(len(of[0]).to_bytes(8, "little") + of[0].tobytes() + of[1].tobytes()), *of
 
 
-def check_same(what: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises ValueError where a field differs; every one is named with both values."""
-    if differ := [k for k in {**known, **asked} if known.get(k) != asked.get(k)]:
-        raise ValueError(f"{what}: {'; '.join(f'{k} was {known.get(k)!r} and is {asked.get(k)!r}' for k in differ)}")
+def check_same(
+    what: str, known: dict[str, Any], asked: dict[str, Any], *more: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    """Raises ValueError where a field differs; every one is named with both values. more: what else is compared so."""
+    told = [f"{name} was {one.get(name)!r} and is {other.get(name)!r}"
+            for one, other in ((known, asked), *more) for name in {**one, **other}
+            if one.get(name) != other.get(name)]  # fmt: skip
+    if told:
+        raise ValueError(f"{what}: {'; '.join(told)}")
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
@@ -160,6 +167,11 @@ class _Shard:
         if not path.exists() or path.stat().st_size != self.bytes:
             raise Damaged(f"{path.name} is missing, or has another size than written")
 
+    def enter(self, index: dict[bytes, tuple[_Shard, int]]) -> None:
+        """Enters the sequences that an index does not have."""
+        for number in range(len(self.ends) - 1):
+            index.setdefault(self.keys[16 * number : 16 * number + 16], (self, number))
+
     def mapped(self) -> dict[str, Tensor]:
         """The tensors, memory-mapped; the whole file's checksum is verified before the first time."""
         if not self.verified:
@@ -178,6 +190,10 @@ def _settings(
     rank: int | None = None, head: Head | None = None, temperature: float = 1.0,
 ) -> dict[str, Any]:  # fmt: skip
     """The checked settings of a store, as its manifest has them beside the key."""
+    for name, value in (("vocabulary", vocabulary), ("k", k), ("rank", rank)):
+        if value is not None or name == "vocabulary":
+            check_integer(name, value)
+    check_number("temperature", temperature)
     common = {"format": FORMAT, "kind": kind, "vocabulary": int(vocabulary)}
     if kind not in KINDS or vocabulary < 1:
         raise ValueError(f"kind must be one of {', '.join(KINDS)} and vocabulary positive, not {kind!r}, {vocabulary}")
@@ -262,6 +278,7 @@ class TeacherStore:
         self._index: dict[bytes, tuple[_Shard, int]] = {}
         self._mapped: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._head: dict[str, Tensor] | None = None
+        self._changing = threading.Lock()  # of the index and the shards in it
         self.refresh()
         if validate == "full":
             self.verify()
@@ -304,7 +321,7 @@ class TeacherStore:
             with contextlib.suppress(FileExistsError):  # then another was first, and is compared with
                 write_whole(folder / "manifest.json", _sealed(made, indent=1), first=True)
         store = cls(folder)
-        check_same(f"{folder} holds other targets", {**store.key, **store.settings}, {**key, **settings})
+        check_same(f"{folder} holds other targets", store.key, key, (store.settings, settings))
         if head is not None:
             store._keep_head(head, kept)
         return store
@@ -372,27 +389,32 @@ class TeacherStore:
                 self._unread[name] = str(error)
 
     def _take(self, name: str) -> None:
-        self._shards[name] = _Shard(self.folder / "shards" / f"{name}.safetensors", self._made_of)
-        self._enter(self._shards[name])
+        shard = _Shard(self.folder / "shards" / f"{name}.safetensors", self._made_of)
+        with self._changing:
+            self._shards[name] = shard
+            shard.enter(self._index)
 
-    def _enter(self, *shards: _Shard) -> None:
-        for shard in shards:
-            for number in range(len(shard.ends) - 1):
-                self._index.setdefault(shard.keys[16 * number : 16 * number + 16], (shard, number))
+    def _leave_out(self, name: str) -> None:
+        """Without a shard. Who reads meanwhile has the index as it was."""
+        with self._changing:
+            self._shards.pop(name, None)
+            index: dict[bytes, tuple[_Shard, int]] = {}
+            for shard in self._shards.values():
+                shard.enter(index)
+            self._index = index
 
     def _tensors(self, shard: _Shard) -> dict[str, Tensor] | None:
         """A shard's tensors; None if it is damaged. It is then left out, and its sequences may be in another shard."""
         name = shard.path.stem
-        if name in self._mapped:
-            self._mapped.move_to_end(name)
-            return self._mapped[name]
+        if (kept := self._mapped.get(name)) is not None:
+            with contextlib.suppress(KeyError):  # another thread may have let it go
+                self._mapped.move_to_end(name)
+            return kept
         try:
             found = self._mapped[name] = shard.mapped()
         except UNREADABLE as error:
             self._broken[name] = str(error)
-            self._shards.pop(name, None)
-            self._index = {}
-            self._enter(*self._shards.values())
+            self._leave_out(name)
             return None
         if len(self._mapped) > MAPPED:
             self._mapped.popitem(last=False)
@@ -409,8 +431,12 @@ class TeacherStore:
                 self._broken[HEAD] = str(error)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the memory maps, which belong to a process."""
-        return {**vars(self), "_mapped": OrderedDict(), "_head": None}
+        """Without the memory maps and the lock, which belong to a process."""
+        kept = {name: value for name, value in vars(self).items() if name != "_changing"}
+        return {**kept, "_mapped": OrderedDict(), "_head": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _changing=threading.Lock())
 
     def __len__(self) -> int:
         return len(self._index)
@@ -426,7 +452,7 @@ class TeacherStore:
         """Every sequence once, as (prompt, continuation) int64, shard by shard; each shard is verified first."""
         for shard in list(self._shards.values()):
             self._tensors(shard)  # so that no damage moves a sequence meanwhile
-        for shard, number in sorted(self._index.values(), key=lambda place: (place[0].path.name, place[1])):
+        for shard, number in sorted(list(self._index.values()), key=lambda place: (place[0].path.name, place[1])):
             if (kept := self._tensors(shard)) is not None:
                 begin, middle, end = (int(n) for n in kept["places"][2 * number : 2 * number + 3])
                 yield kept["tokens"][begin:middle].long(), kept["tokens"][middle:end].long()
@@ -469,9 +495,10 @@ class TeacherStore:
     def _gather(self, keys: list[bytes]) -> list[dict[str, Tensor]]:
         """The stored rows of each sequence, as views into the memory-mapped shards."""
         while True:
-            if missing := [i for i, key in enumerate(keys) if key not in self._index]:
+            index = self._index  # one, even where another thread finds damage
+            if missing := [i for i, key in enumerate(keys) if key not in index]:
                 raise MissingTargets(missing, len(keys), self.damaged)
-            places = [self._index[key] for key in keys]
+            places = [index[key] for key in keys]
             maps = {shard: tensors for shard in dict(places) if (tensors := self._tensors(shard)) is not None}
             if len(maps) == len(dict(places)):
                 return [{name: tensor[shard.ends[number] : shard.ends[number + 1]]
@@ -488,9 +515,9 @@ class TeacherStore:
 
         For "top_k" also `mass`: the mean mass of a row's 1, 2, 4, … K largest ids, before they were rounded.
         """
-        shards = self._shards.values()
+        shards = list(self._shards.values())
         size, rows = sum(s.bytes for s in shards), sum(int(s.ends[-1]) for s in shards)
-        tokens = sum(int(s.ends[n + 1] - s.ends[n]) for s, n in self._index.values())
+        tokens = sum(int(s.ends[n + 1] - s.ends[n]) for s, n in list(self._index.values()))
         found = {"kind": self.kind, "sequences": len(self), "tokens": tokens, "bytes": size,
                  "bytes_per_token": size / rows if rows else 0.0, "damaged": self.damaged}  # fmt: skip
         if self.kind == "top_k":
