@@ -157,6 +157,37 @@ def test_other_lines_that_do_not_fit(tmp_path):
     assert row.ids.shape == (4, 30) and ((row.ids >= 0).sum(1) >= K).all() and (row.ids[:, -1] == -1).all()
 
 
+def shifted(meta):
+    tops = meta["input_top_logprobs"]
+    tops[1:] = [*tops[2:], tops[1]]
+
+
+def of_another_list(meta, entry):
+    """A token that is listed, or not: its own log-probability is another position's."""
+    listed = {i: p for p, i, _ in meta["input_top_logprobs"][entry]}
+    own = meta["input_token_logprobs"][entry]
+    own[0] = listed[own[1]] - 0.5 if own[1] in listed else max(listed.values()) - 0.01
+
+
+@pytest.mark.parametrize(("spoil", "says"), [
+    (shifted, "contradicts itself: its token"), *((lambda meta, n=n: of_another_list(meta, n), "contradicts itself")
+                                                  for n in range(1, 7)),
+])  # fmt: skip
+def test_sglang_lists_of_other_positions_are_refused(tmp_path, spoil, says):
+    found = sglang_lines()
+    spoil(found[2]["meta_info"])
+    with pytest.raises(Misfit, match=rf"a\.jsonl:3: position \d of the continuation {says}"):
+        list(readers.sglang_replies(lines(tmp_path / "a.jsonl", found), **HOW))
+
+
+def test_sglang_values_may_be_rounded(tmp_path):
+    found = sglang_lines()
+    for reply in found:
+        for entry in reply["meta_info"]["input_token_logprobs"][1:]:
+            entry[0] = float(torch.tensor(entry[0]).bfloat16())
+    assert len(list(readers.sglang_replies(lines(tmp_path / "a.jsonl", found), **HOW))) == 4
+
+
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"k": -1}, {"vocabulary": 0}])
 def test_lists_of_nothing_are_refused(tmp_path, wrong):
     path = lines(tmp_path / "lines", vllm_lines())

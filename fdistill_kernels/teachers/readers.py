@@ -25,6 +25,8 @@ from ..sparse import TopK
 Scored = tuple[Tensor, Tensor, TopK]
 #: What vLLM writes for −∞, which JSON has no number for.
 MINUS_INFINITY = -9999.0
+#: How far a log-probability x that a reply has twice may differ from itself, as a share of 1 + |x|; bfloat16's is 2⁻⁹.
+ROUNDING = 0.01
 
 
 class Misfit(ValueError):
@@ -124,7 +126,7 @@ def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, lists: Lists) 
     log-probability.
 
     Raises:
-        Misfit: as `vllm_rows`.
+        Misfit: as `vllm_rows`; or the two contradict each other at a token.
     """
     count, last = len(ids) - begin, lists.vocabulary - 1
     with form("a reply of another form than SGLang's"):
@@ -139,10 +141,20 @@ def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, lists: Lists) 
         # in place of the last id SGLang says 0
         if any(i != token and (i or token < last) for (_, i, *_), token in zip(own, ids[-len(own) :], strict=True)):
             raise Misfit("the server read other token ids than were sent")
-        for row, (p, *_), token in zip(rows, own[-count:], ids[begin:], strict=True):
+        for position, (row, (p, *_), token) in enumerate(zip(rows, own[-count:], ids[begin:], strict=True)):
+            _check_beside(row, p, token, position)
             if lists.short_rows or len(row) >= min(lists.k, lists.vocabulary):  # else it would hide that one is missing
                 row.setdefault(token, p)
         return largest(rows, lists)
+
+
+def _check_beside(row: dict[int, float], own: float, token: int, position: int) -> None:
+    """Raises Misfit where a position's list is not the one that a token's own log-probability is from."""
+    slack = ROUNDING * (1 + abs(own))
+    if abs(row.get(token, own) - own) > slack or (token not in row and own > min(row.values(), default=own) + slack):
+        of_list = f"is {row[token]:.6g} in" if token in row else "is missing in"
+        raise Misfit(f"position {position} of the continuation contradicts itself: its token {token}, of log-probability "
+                     f"{own:.6g}, {of_list} a list down to {min(row.values()):.6g}")  # fmt: skip
 
 
 def pour(reader: Iterable[Scored], store: Any) -> int:
