@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import multiprocessing
 import random
+import re
 import sys
 import threading
 import time
@@ -15,12 +16,12 @@ import torch
 
 from fdistill_kernels.sparse import TopK
 from fdistill_kernels.teachers import store as store_module
-from fdistill_kernels.teachers.endpoint import READS, Endpoint, EndpointError, _agree, _seconds
+from fdistill_kernels.teachers.endpoint import READS, Endpoint, EndpointError, _agree, _pause, _seconds
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
 
 from .conftest import WHOLE
-from .openai_server import BROKEN, REFUSED, Model, Server
+from .openai_server import BROKEN, REFUSED, Model, Server, _head
 
 V, K, PROBES = 40, 8, 3
 PROBE = [(0, 7, 15, 23, 31), (31, 23, 15, 7, 0)]
@@ -737,14 +738,22 @@ def test_hidden_states_that_cannot_be_had(tmp_path):
 def test_arguments():
     for wrong, says in (
         ({"kind": "other"}, "kind must be"),
-        ({"k": 0}, "k and concurrency"),
-        ({"timeout": 0}, "timeout"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"vocabulary": 0}, "vocabulary must be at least 1"),
+        ({"retries": -1}, "retries must be at least 0"),
+        ({"first_wait": -1.0}, "first_wait must be in"),
+        ({"timeout": 0}, "timeout must be in"),
+        ({"timeout": float("nan")}, "timeout must be in"),
         ({"layer": 0}, "vllm makes nothing of layer"),
     ):
         with pytest.raises(ValueError, match=says):
             Endpoint("http://localhost:1", **{"vocabulary": V, **wrong})
     for url in ("localhost:1", "http://", "http:///v1", "http://localhost:80a", "ftp://localhost"):
-        with pytest.raises(ValueError, match=f"must begin with http:// .*{url}|Port .*80a"):
+        with pytest.raises(ValueError, match=f"must begin with http:// .*{url}"):
+            Endpoint(url, vocabulary=V)
+    for url in ("http://localhost:1/?a=b", "http://localhost:1/v1?", "http://localhost:1#a"):
+        with pytest.raises(ValueError, match=rf"without \?query and #fragment: '{re.escape(url)}'"):
             Endpoint(url, vocabulary=V)
     with Server() as server, endpoint(server) as teacher:
         with pytest.raises(ValueError, match="sequence 1 has an empty prompt"):
@@ -779,6 +788,81 @@ def test_arguments():
         with pytest.raises(kind, match=r"list of models: given up after 2 tries.*broke"):
             nobody.targets([[1]], [[2]])
     nobody.close()
+
+
+@pytest.mark.parametrize("wrong", [
+    {"k": 8.0}, {"k": True}, {"k": "8"}, {"vocabulary": 40.0}, {"vocabulary": True}, {"concurrency": 2.0},
+    {"retries": 1.5}, {"layer": 0.0}, {"model": 3}, {"timeout": "5"}, {"first_wait": None}, {"api_key": b"key"},
+])  # fmt: skip
+def test_arguments_of_another_type_are_named(wrong):
+    with pytest.raises(TypeError, match=f"^{next(iter(wrong))} must be"):
+        Endpoint("http://127.0.0.1:9", **{"vocabulary": V, **wrong})
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r\nX: y", "sk secret", "sk-s\u00e4cret", "sk-secret\0"])
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown(key, caplog):
+    with pytest.raises(ValueError, match="api_key has spaces, line breaks") as error:
+        Endpoint("http://127.0.0.1:9", vocabulary=V, api_key=key)
+    assert "cret" not in str(error.value) + caplog.text
+
+
+def test_a_key_and_a_password_are_sent_and_never_shown(caplog):
+    with Server() as server:
+        with endpoint(server, api_key="sk-hidden") as teacher:
+            teacher.targets([[1]], [[2]])
+        assert {h["Authorization"] for h in server.headers} == {"Bearer sk-hidden"}
+        server.headers.clear()
+        there = server.url.replace("://", "://me:hidden@")
+        with Endpoint(there, vocabulary=V, k=K) as teacher:
+            teacher.targets([[1]], [[2]])
+        assert {h["Authorization"] for h in server.headers} == {"Basic bWU6aGlkZGVu"}
+    told = []
+    with Endpoint(there, vocabulary=V, k=K, retries=1, first_wait=0.001) as teacher:
+        with pytest.raises(EndpointError, match=r"given up after 2 tries at http://\*\*\*@127") as error:
+            teacher.targets([[1]], [[2]])
+        told.append(error.value)
+    with pytest.raises(EndpointError, match=r"at http://\*\*\*@.* is closed") as error:
+        teacher.targets([[1]], [[2]])
+    told.append(error.value)
+    for url in ("http://me:hidden@", "ftp://me:hidden@there", "me:hidden@there", "http://me:hidden@there:80a",
+                "http://me:hid/hidden@there", "http://me:hidden@there/?a"):  # fmt: skip
+        with pytest.raises(ValueError, match="the url must") as wrong:
+            Endpoint(url, vocabulary=V)
+        told.append(wrong.value)
+    assert "hidden" not in caplog.text + " ".join(map(str, told))
+
+
+def test_waits_end_at_the_longest_after_any_number_of_tries():
+    assert [_pause(0.5, tries) for tries in (1, 2, 3, 7, 1026, 10**9)] == [0.5, 1, 2, 30, 30, 30]
+    assert _pause(0.0, 5000) == 0
+
+
+@pytest.mark.parametrize(("status", "headers", "body", "says"), [
+    (200, {}, b'{"error": {"message": "the weights are gone"}}', "given up after 2 tries.* the weights are gone"),
+    (200, {}, b'{"object": "error", "message": "the weights are gone"}', "given up.* the weights are gone"),
+    (307, {"Location": "http://me:hidden@there/v1"}, b"", r"status 307: .*redirects to http://\*\*\*@there/v1"),
+    (200, {}, b'{"a":' * 100_000, "given up after 2 tries.* no JSON"),
+    (400, {}, b"[" * 100_000, r"status 400: \[\["),
+])  # fmt: skip
+def test_what_a_server_says_otherwise_is_told(status, headers, body, says):
+    with Server(faults=itertools.chain([None] * PROBES, itertools.repeat("500"))) as server:
+
+        def otherwise(handler, *_):
+            _head(handler, status, len(body), headers)
+            handler.wfile.write(body)
+
+        server.broken = otherwise
+        with endpoint(server, retries=1) as teacher, pytest.raises(EndpointError, match=says) as error:
+            teacher.targets([[1]], [[2]])
+        assert "hidden" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_store_that_has_all_is_only_read(tmp_path):
+    with Server() as server, endpoint(server, store=tmp_path) as teacher:
+        teacher.targets([[1], [2]], [[3], [4]])
+        (tmp_path / "asking.lock").unlink()
+        check(teacher.targets([[1], [2]], [[3], [4]]), server.model, [[1], [2]], [[3], [4]], atol=0.01)
+        assert not (tmp_path / "asking.lock").exists() and server.asked[1, 3] == 1
 
 
 @pytest.mark.parametrize("package", ["httpx", "anyio"])

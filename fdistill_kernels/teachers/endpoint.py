@@ -18,6 +18,7 @@ import errno
 import fcntl
 import itertools
 import logging
+import math
 import operator
 import os
 import random
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_integer
+from ..checks import check_integer, check_number
 from ..provenance import install
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
@@ -80,7 +81,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
 
     Args:
-        url: of the server, with or without /v1.
+        url: of the server, with or without /v1. No error shows a user and a password in it.
         model: name of the model on the server; None: the only one there.
         vocabulary, k: V of the teacher's output embedding; number of ids per position of lists, at most V (None: 64).
         api_key: sent as a bearer token.
@@ -99,7 +100,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             shared_storage_path; and which of the connector's layers to use. Of these the last must be the model's last.
 
     Raises:
-        ValueError: arguments that do not fit together; in any call: the store is of another teacher than the server.
+        ValueError, TypeError: arguments that do not fit, or not together; ValueError in any call: the store is of
+            another teacher than the server.
         EndpointError: (a ConnectionError) in any call: the server's own message, or what happened in the last try, with
             the sequence.
         OSError: in any call: a store's file could not be written, or was damaged whenever it was read back.
@@ -118,6 +120,16 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             import httpx
         except ImportError as error:
             raise ImportError(f"Endpoint needs the package {error.name}: {install('served')}") from error
+        for name, value, least in (
+            ("vocabulary", vocabulary, 1), ("k", DEFAULT_K if k is None else k, 1), ("concurrency", concurrency, 1),
+            ("retries", retries, 0), ("layer", layer, -(2**63)),
+        ):  # fmt: skip
+            check_integer(name, value, least)
+        check_number("first_wait", first_wait, 0)
+        if timeout != math.inf:
+            check_number("timeout", timeout, 0, open_low=True)
+        if not isinstance(model, str | None):
+            raise TypeError(f"model must be the name of a model, not {model!r}")
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         hidden = {"norm": norm, "head": head, "states_folder": states_folder}
@@ -131,13 +143,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
         if head is not None and head.weight.shape[0] != vocabulary:
             raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
-        k = DEFAULT_K if k is None else k
-        if min(vocabulary, k, concurrency) < 1 or retries < 0 or not timeout > 0:
-            raise ValueError("vocabulary, k and concurrency must be at least 1, retries at least 0, timeout positive")
-        self.url, k = url.rstrip("/").removesuffix("/v1"), min(k, vocabulary)
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # of no digits: ValueError
-            raise ValueError(f"the url must begin with http:// or https:// and a host: {url!r}")
+        k = min(DEFAULT_K if k is None else k, vocabulary)
+        self.url = _address(url)
+        self._where = _without_credentials(self.url)  # in errors
         self.model, self.vocabulary, self.k, self.kind, self.timeout = model, vocabulary, k, kind, timeout
         self.retries, self.first_wait, self.head, self.norm, self.layer = retries, first_wait, head, norm, layer
         self.states_folder, self._lists = states_folder, Lists(k, vocabulary, short_rows, padded)
@@ -155,7 +163,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             self._folder = Path(store)
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=_authorization(api_key),
         )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
         self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
         self._submitted: set[Future[Any]] = set()
@@ -263,13 +271,13 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                     self._submitted.add(future)
                     future.add_done_callback(self._submitted.discard)
                     return future
-        raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
+        raise EndpointError(f"the endpoint at {self._where} is closed, or belongs to the process that forked this one")
 
     def _wait(self, future: Future[Any], tail: str = "") -> Any:
         try:
             found = future.result()
         except CancelledError as error:
-            raise EndpointError(f"the endpoint at {self.url} was closed before it answered") from error
+            raise EndpointError(f"the endpoint at {self._where} was closed before it answered") from error
         finally:
             future.cancel()  # where the caller was interrupted
         return found._replace(tail=tail) if isinstance(found, TopK) else found
@@ -305,8 +313,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             rows = await self._paid(list(dict.fromkeys(pairs)))
             return self._together([rows[pair] for pair in pairs])
         for _ in range(READS):
-            async with self._claimed(self.store, pairs) as missing:
-                await self._paid(missing)
+            if self.store.missing(pairs):  # else nothing is written: it may be on a disk that one can only read
+                async with self._claimed(self.store, pairs) as missing:
+                    await self._paid(missing)
             try:
                 return self.store.targets([p for p, _ in pairs], [c for _, c in pairs])
             except MissingTargets as error:  # a shard was found damaged when it was read: its sequences are asked again
@@ -383,7 +392,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             about = await self._known()
             self.model, rows = about["id"], about.get("vocabulary", self.vocabulary)
             if rows < self.vocabulary:
-                raise ValueError(f"{self.model} at {self.url} has, it says, a vocabulary of {rows}, less than "
+                raise ValueError(f"{self.model} at {self._where} has, it says, a vocabulary of {rows}, less than "
                                  f"vocabulary={self.vocabulary}")  # fmt: skip
             self._lists = self._lists._replace(padded=self._lists.padded or rows > self.vocabulary)
             key: dict[str, Any] = {n: about[n] for n in ("fingerprint", "tokenizer") if n in about}
@@ -408,8 +417,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             asked = asked if projection is None else asked.to(projection) @ projection
         if not _agree(kept if isinstance(kept, TopK) else kept.states, asked):
             raise ValueError(f"the store {store.folder} (of {store.key}) and the model {self.model} now served at "
-                             f"{self.url} disagree on a stored sequence, {_shown(pair)}: they are not of one teacher; "
-                             "take another folder for this one")  # fmt: skip
+                             f"{self._where} disagree on a stored sequence, {_shown(pair)}: they are not of one "
+                             "teacher; take another folder for this one")  # fmt: skip
 
     async def _try(self) -> None:
         """Tries two short sequences, one of them twice.
@@ -424,9 +433,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             short = [((a,), tuple(more)) for a, *more in (first, first[::-1], first)]
             one, other, again = await _all((self._asked, pair, "a short sequence") for pair in short)
             if not _agree(one, again):
-                raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
+                raise EndpointError(f"the server at {self._where} answers the same sequence with other rows each time")
             if first != first[::-1] and _agree(one, other, 1e-6):
-                raise EndpointError(f"the server at {self.url} answers other sequences with the same rows")
+                raise EndpointError(f"the server at {self._where} answers other sequences with the same rows")
             self._tried = True
 
     # One request
@@ -570,10 +579,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 if tokens and error.status == 400 and TOO_LONG.search(said):
                     said += (" (the server's context must be at least one token longer than the longest sequence: "
                              f"{tokens + 1} for this one)")  # fmt: skip
-                raise EndpointError(f"{what}: {said} ({self.url})", error.status) from error
+                raise EndpointError(f"{what}: {said} ({self._where})", error.status) from error
             if tries > self.retries:
-                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}: {happened}")
-            wait = min(self.first_wait * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
+                raise EndpointError(f"{what}: given up after {tries} tries at {self._where}: {happened}")
+            wait = _pause(self.first_wait, tries) * random.uniform(0.5, 1)
             wait = max(wait, self._not_before - time.monotonic())
             self._untold += 1
             if time.monotonic() >= self._next_line:
@@ -593,6 +602,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             raise Misfit(f"the connection broke: {error!r}") from error
         if reply.status_code != 200:
             said, after = f"status {reply.status_code}: {_message(reply)}", _seconds(reply.headers.get("Retry-After"))
+            if to := reply.headers.get("Location"):
+                said += f" (it redirects to {_without_credentials(to)}, which is not followed)"
             if reply.status_code not in (408, 429) and reply.status_code < 500:
                 raise EndpointError(f"the server refuses it with {said}", reply.status_code)
             if after > self.timeout:
@@ -601,10 +612,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             raise Misfit(said)
         try:
             found = reply.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Misfit(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
         if not isinstance(found, dict):
             raise Misfit("it is no JSON object")
+        if found.get("error") or found.get("object") == "error":  # with status 200
+            raise Misfit(f"the server says: {_message(reply)}")
         return found
 
 
@@ -652,14 +665,57 @@ def _short(store: TeacherStore) -> Pair | None:
     return None
 
 
+def _pause(first: float, tries: int) -> float:
+    """Seconds to wait at most after so many tries."""
+    return min(first * 2.0 ** min(tries - 1, 64), LONGEST_WAIT)  # 2¹⁰²⁴ is no float
+
+
 def _message(reply: Any) -> str:
     """The server's error message, in the forms of vLLM, SGLang and FastAPI."""
     try:
         found = reply.json()
         found = found.get("error", found.get("message", found.get("detail", found)))
         return str(found.get("message", found) if isinstance(found, dict) else found)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return reply.text[:500]
+
+
+def _address(url: str) -> str:
+    """A server's url without /v1.
+
+    Raises:
+        ValueError: it does not begin with http:// or https:// and a host, or does not end with a path.
+    """
+    shown = _without_credentials(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        there = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port of other things than digits
+        there = False
+    if not there:
+        raise ValueError(f"the url must begin with http:// or https:// and a host: {shown!r}")
+    if set("?#") & set(url):
+        raise ValueError(f"the url must end with the server's path, without ?query and #fragment: {shown!r}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _without_credentials(url: str) -> str:
+    """A url as errors may show it, with *** in place of user and password."""
+    return re.sub(r"^([^/]*//)?.*@", r"\1***@", url)
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    """The header of a key.
+
+    Raises:
+        ValueError, TypeError: what no header can have. The key is not shown.
+    """
+    if api_key is not None and not isinstance(api_key, str):
+        raise TypeError(f"api_key must be text, not {type(api_key).__name__}")
+    if api_key and not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError("api_key has spaces, line breaks or letters that are not ASCII; of a key that was read from a "
+                         "file give .strip()")  # fmt: skip
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _seconds(after: str | None) -> float:

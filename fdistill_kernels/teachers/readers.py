@@ -153,8 +153,8 @@ def _check_beside(row: dict[int, float], own: float, token: int, position: int) 
     slack = ROUNDING * (1 + abs(own))
     if abs(row.get(token, own) - own) > slack or (token not in row and own > min(row.values(), default=own) + slack):
         of_list = f"is {row[token]:.6g} in" if token in row else "is missing in"
-        raise Misfit(f"position {position} of the continuation contradicts itself: its token {token}, of log-probability "
-                     f"{own:.6g}, {of_list} a list down to {min(row.values()):.6g}")  # fmt: skip
+        raise Misfit(f"position {position} of the continuation contradicts itself: its token {token}, of "
+                     f"log-probability {own:.6g}, {of_list} a list down to {min(row.values()):.6g}")  # fmt: skip
 
 
 def pour(reader: Iterable[Scored], store: Any) -> int:
