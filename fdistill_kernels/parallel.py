@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checks
 from .backends.rows import WHOLE, Shard
 from .values import Head
 
@@ -22,6 +23,8 @@ class VocabShard(NamedTuple):
             (Megatron's copy to the tensor-parallel region). False if the operation that gathered the states does it, as
             in sequence parallelism.
         own_rows: whether each rank has its own rows, as when FSDP shards a head (`scattered`).
+        width: number of entries here, with padding; 0: it is not known.
+        last: where the last of the ranks' parts begins, by which every rank sees that one has nothing; 0: not known.
     """
 
     group: dist.ProcessGroup
@@ -29,29 +32,61 @@ class VocabShard(NamedTuple):
     size: int
     sum_hidden: bool = True
     own_rows: bool = False
+    width: int = 0
+    last: int = 0
 
 
 def vocab_shard(
-    group: dist.ProcessGroup, local_size: int, vocab_size: int | None = None, sum_hidden: bool = True
+    group: dist.ProcessGroup | None, local_size: int, vocab_size: int | None = None, sum_hidden: bool = True
 ) -> VocabShard:
     """The shard of this rank, if the ranks hold the vocabulary in their order. All ranks of the group must call this.
 
     Args:
-        group: from `torch.distributed.new_group` or a DeviceMesh's get_group.
+        group: from `torch.distributed.new_group` or a DeviceMesh's get_group; None: torch's default group.
         local_size: number of entries here; may differ from rank to rank.
         vocab_size: V without padding; default: the sum of all local sizes.
         sum_hidden: as in `VocabShard`.
 
     Raises:
-        ValueError: a shard is empty, or vocab_size is not between 1 and the sum of the local sizes.
+        ValueError: on all ranks: a shard is empty or has padding alone, vocab_size is above the sum of the local sizes,
+            or it or sum_hidden differs between ranks; on a rank that is not in the group: so.
+        TypeError: an argument is of another type; told on all ranks, but for the group.
     """
-    sizes: list[Any] = [None] * group.size()
-    dist.all_gather_object(sizes, local_size, group=group)
-    held = sum(sizes)
-    size = held if vocab_size is None else vocab_size
-    if min(sizes) < 1 or not 1 <= size <= held:
-        raise ValueError(f"vocab_size={vocab_size} does not fit shards of {sizes} entries, each at least 1")
-    return VocabShard(group, sum(sizes[: group.rank()]), size, sum_hidden)
+    group = _joined(group)
+    given: list[Any] = [None] * group.size()
+    dist.all_gather_object(given, (local_size, vocab_size, sum_hidden), group=group)
+    sizes = _sizes(given)  # checked on all ranks alike
+    size, last = sum(sizes) if vocab_size is None else vocab_size, sum(sizes[:-1])
+    if min(sizes) < 1 or not last < size <= sum(sizes):
+        raise ValueError(f"vocab_size={vocab_size} does not fit shards of {sizes} entries, each at least 1, and none "
+                         "of padding alone")  # fmt: skip
+    return VocabShard(group, sum(sizes[: group.rank()]), size, sum_hidden, width=local_size, last=last)
+
+
+def _joined(group: Any) -> dist.ProcessGroup:
+    """The group, or torch's default one, of which this rank must be."""
+    group = dist.group.WORLD if group is None else group
+    if group is None:
+        raise ValueError("group=None is torch's default group, and there is none: call init_process_group")
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: this rank is not in it")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group, not {group!r}")
+    return group
+
+
+def _sizes(given: list[Any]) -> list[int]:
+    """The checked local sizes of what each rank gave `vocab_shard`: local_size, vocab_size and sum_hidden."""
+    for rank, (local_size, vocab_size, sum_hidden) in enumerate(given):
+        checks.check_integer(f"local_size of rank {rank}", local_size)
+        checks.check_integer(f"vocab_size of rank {rank}", 1 if vocab_size is None else vocab_size)
+        checks.check_flag(f"sum_hidden of rank {rank}", sum_hidden)
+        if (vocab_size, sum_hidden) != given[0][1:]:
+            raise ValueError(
+                f"rank {rank} has vocab_size={vocab_size} and sum_hidden={sum_hidden}, and rank 0 "
+                f"vocab_size={given[0][1]} and sum_hidden={given[0][2]}: they must be the same on all ranks"
+            )
+    return [of_rank[0] for of_rank in given]
 
 
 def carried_shard(shard: VocabShard | None) -> Shard:
@@ -94,11 +129,15 @@ def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:
     """Values without the entries that pad the vocabulary.
 
     Raises:
-        ValueError: the shard holds only padding, or does not begin within the vocabulary.
+        ValueError: a rank's shard holds only padding, or does not begin within the vocabulary; or the values here are
+            of another width than the shard.
     """
-    count = min(values.shape[dim], shard.size - shard.begin)
-    if shard.begin < 0 or count < 1:
-        raise ValueError(f"{name}: entries from {shard.begin} on hold nothing of a vocabulary of {shard.size}")
+    begin, given = max(shard.begin, shard.last), values.shape[dim]
+    count = min(given, shard.size - shard.begin)
+    if shard.begin < 0 or begin >= shard.size or count < 1:
+        raise ValueError(f"{name}: entries from {begin} on hold nothing of a vocabulary of {shard.size}")
+    if shard.width and given not in (shard.width, min(shard.width, shard.size - shard.begin)):
+        raise ValueError(f"{name} has {given} entries here, and its shard {shard.width}")
     return values if count == values.shape[dim] else values.narrow(dim, 0, count)
 
 
@@ -164,9 +203,13 @@ def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | N
     local = value.to_local()
     if not ways:
         return local, None
-    size = value.shape[dim]  # in stretches of ⌈size/ranks⌉, as torch.chunk
-    begin = min(size, mesh.get_local_rank(ways[0]) * -(-size // mesh.size(ways[0])))
-    return local, VocabShard(mesh.get_group(ways[0]), begin, size)
+    size, ranks = value.shape[dim], mesh.size(ways[0])
+    stretch = -(-size // ranks)  # as torch.chunk
+    last = (ranks - 1) * stretch
+    if last >= size:  # on all ranks alike
+        raise ValueError(f"{name} is a DTensor whose {size} entries are split over {ranks} ranks by {stretch}, so that "
+                         "the last have none")  # fmt: skip
+    return local, VocabShard(mesh.get_group(ways[0]), mesh.get_local_rank(ways[0]) * stretch, size, last=last)
 
 
 def scattered_shard(weight: Any, size: int) -> VocabShard | None:

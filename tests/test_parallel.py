@@ -639,6 +639,39 @@ def padding_and_other_groups(rank, world):
             )
     with pytest.raises(ValueError, match="does not fit shards"):
         vocab_shard(dist.group.WORLD, 3, 100)
+    assert vocab_shard(None, 3).size == 3 * world
+    with pytest.raises(ValueError, match="student_logits has 7 entries here, and its shard 9"):
+        fk.f_divergence(student[:, :7], student[:, :7], "js", shard=vocab_shard(None, 9))
+
+
+def refused_on_all_ranks(rank, world):
+    """What one rank brings, all refuse, instead of waiting for it."""
+    last, mesh = rank == world - 1, init_device_mesh("cpu", (world,))
+    for error, says, wrong in (
+        (ValueError, "does not fit shards", (0 if last else 3, None, True)),
+        (ValueError, "does not fit shards", (3, 3 * world - 3, True)),  # the last has padding alone
+        (ValueError, f"rank {world - 1} has vocab_size=4", (3, 4 if last else 5, True)),
+        (ValueError, f"rank {world - 1} has vocab_size=None and sum_hidden=False", (3, None, not last)),
+        (TypeError, f"local_size of rank {world - 1} must be an int, not 5.5", (5.5 if last else 5, None, True)),
+        (TypeError, "vocab_size of rank 0 must be an int, not 5.5", (5, 5.5, True)),
+        (TypeError, "sum_hidden of rank 0 must be True or False", (5, None, 1)),
+    ):
+        with pytest.raises(error, match=says):
+            vocab_shard(dist.group.WORLD, *wrong)
+    logits, weight = torch.randn(2, world + 1), torch.randn(world + 1, D)
+    shard = vocab_shard(None, 4)
+    with pytest.raises(ValueError, match="hold nothing of a vocabulary of 4"):
+        fk.f_divergence(torch.randn(2, 4), torch.randn(2, 4), "js", shard=shard, vocab_size=4)
+    with pytest.raises(ValueError, match=r"student_logits is a DTensor whose .* the last have none"):
+        fk.f_divergence(distribute_tensor(logits, mesh, [Shard(1)]), logits, "js")
+    states = distribute_tensor(torch.randn(2, D), mesh, [Replicate()])
+    with pytest.raises(ValueError, match="the last have none"):
+        fk.linear_f_divergence(states, distribute_tensor(weight, mesh, [Shard(0)]), logits, divergence="js")
+    some = dist.new_group([0, 1])
+    with pytest.raises(ValueError, match="group: this rank") if rank > 1 else contextlib.nullcontext():
+        vocab_shard(some, 3)
+    with pytest.raises(TypeError, match="group must be a process group, not 'tp'"):
+        vocab_shard("tp", 3)
 
 
 def in_a_compiler(rank, world):
@@ -686,6 +719,15 @@ def test_a_rank_that_does_not_come_is_named_on_all_others_in_time(tmp_path, how)
         seconds, words = Path(f"{meeting}.{rank}").read_text().split(" ", 1)
         assert f"loss ended on rank {rank}: ranks [1] of its group were not heard from" in words
         assert float(seconds) < 2 * 3 + 4  # the group's limit twice: until the last has noticed, and for its name
+
+
+def test_without_a_default_group_it_is_told():
+    with pytest.raises(ValueError, match="init_process_group"):
+        vocab_shard(None, 3)
+
+
+def test_what_one_rank_brings_is_refused_on_all(tmp_path):
+    run(tmp_path, 3, refused_on_all_ranks)
 
 
 def test_inside_a_compiler(tmp_path):
