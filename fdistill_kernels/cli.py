@@ -77,6 +77,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    if (count := _count(text)) > (cores := os.cpu_count() or 1):
+        raise argparse.ArgumentTypeError(f"must be at most {cores}, the cores of this machine, not {text!r}")
+    return count
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, not {text!r}")
@@ -85,7 +91,8 @@ def _port(text: str) -> int:
 
 def _device(text: str) -> str:
     try:
-        torch.zeros(1, device=text)
+        if torch.zeros(1, device=text).is_meta:
+            raise ValueError("its tensors have a shape and no data")
     except Exception as error:  # torch raises different types for a missing driver, a missing card and a wrong name
         reason = str(error).splitlines()[0].split(". ")[0]  # of a device that torch was not built for, a page
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {textwrap.shorten(reason, 200)}") from error
@@ -331,7 +338,9 @@ def _teacher(args: argparse.Namespace) -> int:
         from .sequence.serve import server as of_model
 
         server = of_model(args.teacher, args.host, args.port)
-        print(f"serving {args.teacher} at http://{args.host}:{server.server_address[1]}", flush=True)
+        url = f"http://{args.host}:{server.server_address[1]}"
+        found = {"teacher": args.teacher, "url": url}
+        print(as_json(found) if args.json else f"serving {args.teacher} at {url}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
         server.server_close()
@@ -433,7 +442,7 @@ def parser() -> argparse.ArgumentParser:
                        help="rows and vocabulary; default: 1024,32000")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                        help="dtype of the logits; default: float32")
-    bench.add_argument("--threads", type=_count, metavar="N", help="threads of the CPU; default: as torch is set")
+    bench.add_argument("--threads", type=_threads, metavar="N", help="threads of the CPU; default: as torch is set")
     bench.add_argument("--compile", action="store_true", help="also time torch.compile of the eager loss")
     divergences(bench, STUDENTS)
     bench.add_argument("--report", metavar="FILE", help="write an HTML page with charts of time, memory and errors, "
@@ -472,7 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _main(argv)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is in `fdistill list >&-`
+                sys.stdout.flush()
     except BrokenPipeError:  # as in `fdistill list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
         return 141

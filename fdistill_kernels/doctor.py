@@ -124,7 +124,7 @@ def _printed(command: list[str]) -> list[str]:
 
 def _compilers() -> list[tuple[str, str, str]]:
     """Name, command and a word of the line that has the version, of the compilers that setup.py takes."""
-    cxx = (os.environ.get("CXX") or "c++").split()[0]
+    cxx = [*os.environ.get("CXX", "").split(), "c++"][0]
     beside = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     return [("C++ compiler", cxx, ""), ("nvcc", shutil.which("nvcc") or os.path.join(beside, "nvcc"), "release")]
 

@@ -6,11 +6,13 @@ import importlib.metadata
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from fdistill_kernels import TABLE, backends, cli, demo, doctor, peers, provenance, verify
-from fdistill_kernels.sequence import arguments
+from fdistill_kernels.sequence import arguments, serve
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
 COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
@@ -214,6 +216,39 @@ def test_nobody_reads_the_output():
     assert done.returncode == 141 and not done.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_an_output_that_is_closed(closed):
+    words = " ".join(map(shlex.quote, COMMAND))
+    done = subprocess.run(f"{words} list {closed}", shell=True, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize("named", ["", " ", None])
+def test_doctor_without_a_named_compiler(named, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    assert doctor._compilers()[0][:2] == ("C++ compiler", "c++")
+
+
+@pytest.mark.parametrize("shape", ["1,1", "3,1", "1,2"])
+def test_verify_of_losses_that_are_0(capsys, shape):
+    status, out = run(capsys, "verify", "--shape", shape, "--json")
+    assert status == 0 and all(o["ok"] for o in json.loads(out))
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_teacher_serve_says_where(capsys, monkeypatch, json_too):
+    def stopped():
+        raise KeyboardInterrupt
+
+    there = SimpleNamespace(server_address=("", 81), serve_forever=stopped, server_close=lambda: None)
+    monkeypatch.setattr(serve, "server", lambda *_: there)
+    status, out = run(capsys, "teacher", "serve", "--teacher", "M", "--port", "0", *["--json"] * json_too)
+    said = {"teacher": "M", "url": "http://127.0.0.1:81"}
+    assert status == 0 and (json.loads(out) == said if json_too else out == f"serving M at {said['url']}\n")
+
+
 def test_a_device_that_torch_was_not_built_for_is_a_line(capsys):
     with pytest.raises(SystemExit):
         cli.main(["verify", "--device", "mps"])
@@ -249,6 +284,9 @@ BAD = {
     "device": (["bench", "--device", "cuda:77"], "'cuda:77' cannot be used"),
     "no such device": (["verify", "--device", "nosuch"], "'nosuch' cannot be used"),
     "threads": (["bench", "--threads", "0"], "must be a positive number"),
+    "more threads than cores": (["bench", "--threads", "100000"], "must be at most"),
+    "a device without data": (["verify", "--device", "meta"], "'meta' cannot be used: its tensors have a shape and no data"),
+    "and none to time": (["bench", "--device", "meta"], "'meta' cannot be used"),
     "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
     "of another report": (["verify", "--backend", "torch"], "--backend is used only with --precision: without it every"),
     "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype is not used with --precision"),

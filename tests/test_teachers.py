@@ -371,6 +371,9 @@ def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     command("teacher", "verify", store, expect=1)
     assert shard.name in capsys.readouterr().out
+    (store / "head.safetensors").write_bytes(b"other")
+    command("teacher", "verify", store, "--teacher", causal_files / "causal", "--json", expect=1)
+    assert json.loads(capsys.readouterr().out)["damaged"].keys() == {"head.safetensors", shard.stem}
 
 
 def test_the_command_with_lists_and_an_encoder_decoder_teacher(causal_files, tmp_path, capsys):

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..lists import top_k_of
 from ..sparse import TopK
 from ..teachers import TeacherStore
+from ..teachers.store import HEAD
 from ..values import Hidden
 from .arguments import Asked
 from .models import TeacherRows, load_model
@@ -189,9 +190,9 @@ def verify(
     repair: move the damaged shards aside; `build` then asks for their sequences again.
 
     Returns:
-        damaged: what the checksums say; set_aside: the shards that `repair` has moved. With the model also the numbers
-            of sequences and tokens compared, and the distance of the store's distributions from the model's: kl and tvd
-            per token (kl in nats), mean and largest.
+        damaged: what the checksums say; set_aside: the shards that `repair` has moved. With the model, and where there
+            are sequences and the head is whole, also the numbers of sequences and tokens compared, and the distance of
+            the store's distributions from the model's: kl and tvd per token (kl in nats), mean and largest.
 
     Raises:
         ValueError: the store was built from another model, by its fingerprint.
@@ -200,7 +201,7 @@ def verify(
     store.verify()
     found: dict[str, Any] = {"set_aside": store.set_aside()} if repair else {}
     found |= {"damaged": store.damaged, "sequences": len(store)}
-    if teacher is None or not len(store):
+    if teacher is None or not len(store) or HEAD in store.damaged:
         return found
     model = InRoom(load_model(teacher))
     model.to(device())
