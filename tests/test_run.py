@@ -309,6 +309,9 @@ def causal(tmp_path_factory):
         made.config.update(config)
         made.generation_config.update(**config)
         save(name, made, own)
+    stopping = llama(320)
+    stopping.generation_config.stop_strings = ["."]
+    save("stopping", stopping)
     shorter = llama(320)
     shorter.config.max_position_embeddings = 24
     save("shorter", shorter)
@@ -351,6 +354,7 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "the objective is on gold targets, and": call(*pairs, "--method", "mle", data="prompts.jsonl"),
         "bare has no tokenizer that can be loaded": call(student="bare"),
         "different tokenizers": call(student="stranger"),
+        "stopping has stop_strings in its generation config": call(student="stopping"),
         "must both be causal, or both encoder–decoder": call(teacher="bart"),
         "must both be causal": call(command="evaluate", teacher="bart"),
         "have different tokenizers": call(command="evaluate", student="stranger"),

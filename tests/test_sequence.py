@@ -25,7 +25,7 @@ from fdistill_kernels.sequence import METHODS, Sampling, TeacherSamples, copy_la
 from fdistill_kernels.sequence.metrics import risk, translation_scores
 from fdistill_kernels.sequence.models import forward_to_head, rows_of, step_loss, teacher_forced
 from fdistill_kernels.sequence.predistill import PUBLISHED, chosen_layers, predistillation_loss
-from fdistill_kernels.sequence.sampling import draw, fingerprint
+from fdistill_kernels.sequence.sampling import draw, fingerprint, generation_settings
 
 BOS, EOS, V, LENGTH = 1, 0, 4, 3
 TOKENS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
@@ -376,6 +376,35 @@ def test_samples_follow_the_model_and_their_seed(make):
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with pytest.raises(ValueError, match="no eos_token_id"):
         draw(model, prompts, sampling)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("make", [gpt2, bart])
+@pytest.mark.parametrize("own", [
+    dict(num_return_sequences=2), dict(num_beams=5, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3),
+    dict(return_dict_in_generate=True, output_scores=True), dict(prompt_lookup_num_tokens=3), dict(max_time=0.0),
+    dict(penalty_alpha=0.5, top_k=4), dict(dola_layers="low"), dict(num_beam_groups=2, diversity_penalty=0.5),
+    dict(low_memory=True),
+], ids=lambda own: next(iter(own)))  # fmt: skip
+def test_outputs_come_one_a_prompt_whatever_form_a_model_was_configured_for(own, make, beams):
+    model, (prompts, _), searching = make(60), batch(), Sampling(max_new_tokens=5, beams=beams)
+    known, key = draw(model, prompts, searching), generation_settings(model, searching)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    made = draw(model, prompts, searching)
+    assert [row.tolist() for row in made] == [row.tolist() for row in known]
+    assert all(getattr(model.generation_config, name) == value for name, value in own.items())
+    assert generation_settings(model, searching) == key
+
+
+@pytest.mark.parametrize("own", [dict(stop_strings=["a"]), dict(token_healing=True), dict(force_words_ids=[[3]])],
+                         ids=lambda own: next(iter(own)))  # fmt: skip
+def test_outputs_that_cannot_be_made_are_refused_by_name(own):
+    model, (prompts, _) = gpt2(60), batch()
+    setattr(model.generation_config, *next(iter(own.items())))
+    with pytest.raises(ValueError, match=f"GPT2LMHeadModel has {next(iter(own))} in its generation config"):
+        draw(model, prompts, Sampling(max_new_tokens=5, beams=2))
+    assert len(draw(model, prompts, Sampling(max_new_tokens=5))) == len(prompts)  # samples are of p itself
 
 
 def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatch):

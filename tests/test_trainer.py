@@ -631,6 +631,11 @@ def test_refused_by_the_trainer(tmp_path):
                             (dict(optim="sgd", optim_args="momentum"), "optim=sgd, optim_args='momentum': ")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             trainer(tmp_path, student, teacher, **settings)
+    stopping = gpt2(60)
+    stopping.generation_config.stop_strings = ["a"]
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has stop_strings in its generation config"):
+        trainer(tmp_path, student, stopping, method="seqkd")
+    trainer(tmp_path, student, stopping, method="tvd")
     forced = bart(60, seed=1), bart(60, seed=2)
     for model, token in zip(forced, (5, 6), strict=True):
         model.generation_config.forced_bos_token_id = token

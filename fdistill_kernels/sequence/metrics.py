@@ -29,7 +29,7 @@ from .models import (
     tokens_counted,
     vocabulary_of,
 )
-from .sampling import Sampling, draw, special_tokens
+from .sampling import Sampling, check_search, draw, special_tokens
 
 BATCH = 32
 #: A greedy output loops if a smaller share of its bigrams is distinct.
@@ -246,6 +246,10 @@ class Measures(TrainerCallback):
 
     def __init__(self, log: Any, *arguments: Any):
         self.log, self.arguments = log, arguments
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Called by the trainer; refuses, before any step, a student whose outputs cannot be made."""
+        check_search(given["model"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called by the trainer."""

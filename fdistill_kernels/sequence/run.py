@@ -46,6 +46,7 @@ from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
 from .sampling import (
     TeacherSamples,
+    check_search,
     data_hash,
     end_tokens,
     fingerprint,
@@ -524,6 +525,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     run = Run(asked, console)
     results_file, folder, stage = run.folder / "results.json", run.folder / "student", stage_of(run.config)
     student = run.student()
+    check_search(student)  # whose outputs are measured
     stored = isinstance(run.teacher, Stored)
     trainer = run.trainer(student, run.samples() if stored else run.pairs, stage)  # refuses, before any work
     with trainer.args.main_process_first(local=False):

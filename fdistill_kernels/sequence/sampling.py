@@ -8,6 +8,7 @@ is an error that shows both values.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -53,6 +54,12 @@ ELSEWHERE = {"_name_or_path", "transformers_version", "use_cache", "torch_dtype"
              "return_dict", "_attn_implementation_autoset", "attn_implementation"}  # fmt: skip
 #: What it says that `draw` says otherwise, or that decides nothing.
 SAID = {"pad_token_id", "use_cache", "max_length", "transformers_version"}
+#: What it says of how outputs come (their number, form, speed and kind of search), which is for `draw` to say.
+FORM = ("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+        "output_hidden_states", "max_time", "low_memory", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
+        "penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty")  # fmt: skip
+#: What it says of outputs and needs more than a model: a tokenizer, or code from elsewhere.
+NOT_HERE = ("stop_strings", "token_healing", "constraints", "force_words_ids")
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,23 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
     return (pad if has else ends[0]), ends
 
 
+def check_search(model: Any) -> None:
+    """Raises ValueError where a model's generation configuration has what greedy and beam search cannot follow here."""
+    own = getattr(model, "generation_config", None)
+    if found := [name for name in NOT_HERE if getattr(own, name, None)]:
+        whose = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        raise ValueError(f"{whose} has {', '.join(found)} in its generation config, which greedy outputs and beams "
+                         "cannot follow here: leave it out")  # fmt: skip
+
+
+def _of_outputs(own: GenerationConfig) -> GenerationConfig:
+    """A model's own generation configuration, for one output a prompt, by the search that is asked for."""
+    made, plain = copy.copy(own), GenerationConfig()
+    for name in FORM:
+        setattr(made, name, getattr(plain, name, None))
+    return made
+
+
 @torch.no_grad()
 def draw(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int | None = None, vocabulary: int | None = None
@@ -123,11 +147,13 @@ def draw(
     Ids from `vocabulary` on, with which one model is padded more than the other, are not drawn.
 
     Raises:
-        ValueError: prompt and new tokens exceed the model's context; a beam search that is not possible; or a named
-            cache that cannot be used.
+        ValueError: prompt and new tokens exceed the model's context; a search that is not possible (`check_search`); or
+            a named cache that cannot be used.
         FloatingPointError: the model's logits are not finite.
     """
     pad, ends = special_tokens(model)
+    if sampling.beams:
+        check_search(model)
     device, new = next(model.parameters()).device, sampling.max_new_tokens
     encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
     check_context(model, max(longest, new) if encoder_decoder else longest + new)
@@ -155,7 +181,7 @@ def draw(
                                      "drawn from by its forward, without a cache")  # fmt: skip
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
             for module, own in owners.items() if sampling.beams else ():
-                module.generation_config = own
+                module.generation_config = _of_outputs(own)
             made = model.generate(**_left_padded(model, prompts, pad, device), **settings, **sampling.keywords())
     except RuntimeError as error:  # of torch.multinomial
         if "probability tensor" not in str(error):
@@ -283,7 +309,7 @@ def generation_settings(model: Any, sampling: Sampling) -> dict[str, Any]:
     own = getattr(model, "generation_config", None)
     if own is None:
         return {}
-    said = {*Sampling().keywords(), *Sampling(beams=2).keywords()} | SAID
+    said = {*Sampling().keywords(), *Sampling(beams=2).keywords(), *FORM} | SAID
     found = {k: v for k, v in own.to_diff_dict().items()
              if k not in said and not k.startswith(("_", "output_")) and v is not None}  # fmt: skip
     if not sampling.beams:

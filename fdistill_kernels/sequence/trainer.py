@@ -49,7 +49,7 @@ from .models import (
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
-from .sampling import draw, special_tokens
+from .sampling import check_search, draw, special_tokens
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, parts_of, teacher_of
 from .watch import Watch, wide
@@ -366,6 +366,8 @@ class FDistillTrainer(Trainer):
         for source in sources:
             column = column_of(source, columns)
             new = 0 if column else self.sampling.max_new_tokens
+            for searching in _models_of(self.teacher) if source == "beam" and not column else ():
+                check_search(searching)
             for other in _models_of(self.teacher) if source in compared or source == "student" else ():
                 check_contexts(name, data, theirs, column, new, "the teacher's", other)
             check_contexts(name, data, "prompt_ids", column, new, "the student's", model)
