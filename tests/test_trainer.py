@@ -763,6 +763,41 @@ def test_a_forced_first_token_does_not_count(tmp_path):
     assert line["loss"] == want and line["loss_on_gold"] == want
 
 
+def ending(make, seed, ends):
+    model = make(12, seed=seed)
+    model.generation_config.eos_token_id = ends
+    return model
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_a_student_gets_the_end_tokens_that_it_lacks(make, adapted, tmp_path):
+    """As a base model does under a teacher that was tuned on chats."""
+    from peft import LoraConfig, get_peft_model
+
+    student, rows = ending(make, 1, EOS), [{"prompt_ids": [5], "labels": [6, 4]}] * 8
+    if adapted:
+        student = get_peft_model(student, LoraConfig(target_modules=["c_attn", "q_proj"]))
+    with pytest.warns(UserWarning, match=r"also end at \[4\]: .* eos_token_id=\[0, 4\]"):
+        run = trainer(tmp_path, student, ending(make, 2, [EOS, 4, 70]), rows, method="js", max_new_tokens=12, top_k=0)
+    made = run._draw("student", student, {"prompt_ids": torch.tensor([[5]] * 40)}, 0).continuations
+    assert any(4 in row.tolist() for row in made) and not any(4 in row.tolist()[:-1] for row in made)
+    run.train()
+    student = student.merge_and_unload() if adapted else student
+    student.save_pretrained(tmp_path / "student")
+    assert json.loads((tmp_path / "student" / "generation_config.json").read_text())["eos_token_id"] == [EOS, 4]
+
+
+def test_end_tokens_that_a_teacher_lacks_or_that_are_none(tmp_path, recwarn):
+    trainer(tmp_path, ending(gpt2, 1, [EOS, 4]), ending(gpt2, 2, [4, EOS]), [{"prompt_ids": [5], "labels": [6]}])
+    assert not any("end" in str(warning.message).split() for warning in recwarn)
+    with pytest.warns(UserWarning, match=r"a teacher's samples go on after \[4\]"):
+        trainer(tmp_path, ending(gpt2, 1, [EOS, 4]), ending(gpt2, 2, EOS), [{"prompt_ids": [5], "labels": [6]}])
+    for ends in "</s>", ["</s>"]:
+        with pytest.raises(ValueError, match="eos_token_id in a generation config must be an id or a list of ids, not"):
+            trainer(tmp_path, gpt2(12, seed=1), ending(gpt2, 2, ends), [{"prompt_ids": [5], "labels": [6]}])
+
+
 @pytest.mark.parametrize("make", [gpt2, bart])
 def test_padding_ids_that_are_no_ids_of_the_model(make, tmp_path):
     """Some configurations have −1, and tokenizers' own may lie beyond the embedding; any id will do, as it is masked."""

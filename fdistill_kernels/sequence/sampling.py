@@ -99,8 +99,32 @@ class Sampling:
 
 
 def end_tokens(configured: int | list[int] | None) -> list[int]:
-    """A configuration's eos_token_id, of which there may be none or several."""
-    return configured if isinstance(configured, list) else [] if configured is None else [configured]
+    """A configuration's eos_token_id, of which there may be none or several.
+
+    Raises:
+        ValueError: it is no id and no list of ids.
+    """
+    found = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if not all(hasattr(token, "__index__") for token in found):
+        raise ValueError(f"eos_token_id in a generation config must be an id or a list of ids, not {configured!r}")
+    return found
+
+
+def share_ends(student: Any, teachers: Sequence[Any], vocabulary: int) -> None:
+    """Gives a student's generation config the end tokens of its teachers, as `Trainer` gives it the tokenizer's: what
+    ends a sequence of one model and not of the other has no probability there. Warns of each that one of them lacks.
+    """
+    own = end_tokens(token_id(student, "eos_token_id"))
+    of_each = [ends for teacher in teachers if (ends := end_tokens(token_id(teacher, "eos_token_id")))]
+    if not own or getattr(student, "generation_config", None) is None:
+        return
+    if new := [i for i in dict.fromkeys(i for ends in of_each for i in ends) if i not in own and i < vocabulary]:
+        student.generation_config.eos_token_id = [*own, *new]
+        warnings.warn(f"the teacher's sequences also end at {new}: the student's generation config has now "
+                      f"eos_token_id={[*own, *new]}, and its samples end there too", stacklevel=3)  # fmt: skip
+    if beyond := sorted({i for ends in of_each for i in {*own, *new} - {*ends}}):
+        warnings.warn(f"a teacher's samples go on after {beyond}, which end the student's: if they should end there, "
+                      "add these to eos_token_id in the teacher's generation config", stacklevel=3)  # fmt: skip
 
 
 def special_tokens(model: Any) -> tuple[int, list[int]]:

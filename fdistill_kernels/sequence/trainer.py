@@ -49,7 +49,7 @@ from .models import (
 from .objectives import Half
 from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
-from .sampling import check_search, draw, special_tokens
+from .sampling import check_search, draw, share_ends, special_tokens
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, parts_of, teacher_of
 from .watch import Watch, wide
@@ -171,6 +171,7 @@ class FDistillTrainer(Trainer):
             if size > (max(most, *read) if self.teacher.encoder_decoder else most):
                 raise ValueError(f"the {whose}'s tokenizer has {size} ids, the {whose} {most}: it is another model's, "
                                  "or has tokens for which the model's embedding was not resized")  # fmt: skip
+        share_ends(model, _models_of(self.teacher), self.vocabulary)
         self._check_data(model, args, trainer)
         self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
         self._kept: list[Sequences] = []  # the student's samples that are used again
