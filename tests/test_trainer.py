@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import re
 from types import SimpleNamespace
@@ -583,7 +584,6 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(batch_eval_metrics=True), "is not used here: no logits are made"),
     (dict(method="predistill", temperature=2.0), "temperature=2.0 is not used by predistill"),
     (dict(method="mle", ce_weight=1.0), "which the objective has already"),
-    (dict(ce_weight=-1.0), "ce_weight must be at least 0"),
     (dict(divergence={"gold": "kl"}, shares={"student": 1.0}), "divergences of gold, and shares of student"),
     (dict(divergence={"silver": "kl"}), "unknown sources"),
     (dict(divergence="{no"), "divergence is no JSON"),
@@ -593,7 +593,14 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
     (dict(temperature=0.0), "temperature must be positive"),
-    (dict(method="predistill", hidden_weight=-1.0), "hidden_weight must be at least 0, not -1"),
+    *((dict(method=method, **{name: value}), f"{name} must be finite and at least 0, not {value}")
+      for name, method in (("ce_weight", "kl"), ("neftune_noise_alpha", "kl"), ("hidden_weight", "predistill"))
+      for value in (-5.0, math.nan, math.inf)),
+    *((dict(divergence="js", shares={"gold": value, "student": 1.0}), "shares must be finite and at least 0")
+      for value in (-5.0, math.nan, math.inf)),
+    *((dict(method="mle", label_smoothing_factor=value), f"label_smoothing_factor must be in [0, 1], not {value}")
+      for value in (1.5, math.nan)),
+    (dict(method="foo"), "unknown method 'foo'; known: seqkd, kl, engine, rkl, js, tvd, mle, predistill"),
     (dict(memory="little"), "memory must be one of"),
     (dict(top_p=0.0), "top_p in"),
     (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),

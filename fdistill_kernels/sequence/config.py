@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..own import resolve
-from .objectives import SOURCES, Half, method, mixture, with_cross_entropy
+from .objectives import METHODS, SOURCES, Half, method, mixture, with_cross_entropy
 from .ranks import join
 from .sampling import Sampling
 
@@ -108,8 +108,11 @@ class FDistillConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, not {self.temperature!r}")
-        if not 0 <= self.hidden_weight < math.inf:
-            raise ValueError(f"hidden_weight must be at least 0, not {self.hidden_weight!r}")
+        if not 0 <= self.label_smoothing_factor <= 1:
+            raise ValueError(f"label_smoothing_factor must be in [0, 1], not {self.label_smoothing_factor!r}")
+        for name in ("hidden_weight", "neftune_noise_alpha"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)!r}")
         if bool(self.student_server) != bool(self.student_server_path):
             raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
                              "where it finds the weights")  # fmt: skip
@@ -145,6 +148,8 @@ class FDistillConfig(TrainingArguments):
             return with_cross_entropy(mixture(of, **(self.shares or {})), self.ce_weight)  # type: ignore[arg-type]
         if self.method == "predistill":
             return ()
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}, predistill")
         return with_cross_entropy(method(self.method, self.beta), self.ce_weight)
 
     def sampling(self, beams: bool = False) -> Sampling:

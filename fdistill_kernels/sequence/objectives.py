@@ -9,6 +9,7 @@ sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -79,15 +80,15 @@ def mixture(divergence: str | Divergence | Mapping[str, str | Divergence], **sha
             source, equal weights that sum to 1.
 
     Raises:
-        ValueError: an unknown source; shares that are negative, all 0, or of other sources than the divergences.
+        ValueError: an unknown source; shares that are negative, not finite, all 0, or of other sources than the divergences.
     """
     of = dict(divergence) if isinstance(divergence, Mapping) else dict.fromkeys(shares or ("gold",), divergence)
     shares = shares or {source: 1 / len(of) for source in of}
     unknown = {*of, *shares} - set(SOURCES)
     if unknown:
         raise ValueError(f"unknown sources {sorted(unknown)}; known: {', '.join(SOURCES)}")
-    if not shares or min(shares.values()) < 0 or not any(shares.values()):
-        raise ValueError(f"the shares must be at least 0 and one of them positive, not {shares}")
+    if not shares or not any(shares.values()) or not all(0 <= share < math.inf for share in shares.values()):
+        raise ValueError(f"the shares must be finite and at least 0 and one of them positive, not {shares}")
     if set(of) != set(shares):
         raise ValueError(f"divergences of {', '.join(of)}, and shares of {', '.join(shares)}")
     return tuple(_on(source, of[source], share) for source, share in shares.items() if share)
@@ -97,10 +98,10 @@ def with_cross_entropy(halves: tuple[Half, ...], weight: float) -> tuple[Half, .
     """The halves, with −log q of the gold targets added with a weight.
 
     Raises:
-        ValueError: the weight is negative, or the halves have this cross-entropy already.
+        ValueError: the weight is negative or not finite, or the halves have this cross-entropy already.
     """
-    if weight < 0:
-        raise ValueError(f"ce_weight must be at least 0, not {weight!r}")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"ce_weight must be finite and at least 0, not {weight!r}")
     if not weight:
         return halves
     gold = [half for half in halves if half.source == "gold"]
