@@ -3,22 +3,32 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import metrics, report, run
 from fdistill_kernels.sequence.arguments import ask
+from fdistill_kernels.sequence.models import load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
 
 from .openai_server import Server
@@ -384,6 +394,64 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert words in told and told.startswith("fdistill: "), told
     assert not (tmp_path / "run" / "config.yaml").exists()  # so that the folder is free for the command put right
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_a_model_s_file_that_is_damaged_is_named(whose, name, causal, tmp_path, capsys):
+    if "adapter" in name:
+        peft.get_peft_model(llama(320), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / whose)
+        chat_tokenizer(PLAIN).save_pretrained(tmp_path / whose)
+        settings = tmp_path / whose / "adapter_config.json"
+        named = {**json.loads(settings.read_text()), "base_model_name_or_path": f"{causal}/teacher"}
+        settings.write_text(json.dumps(named))
+    else:
+        shutil.copytree(causal / whose, tmp_path / whose)
+    cut(tmp_path / whose / name)
+    asked = of(causal, "evaluate", "teacher", "student", "pairs.jsonl")
+    asked[asked.index(f"{causal}/{whose}")] = str(tmp_path / whose)
+    assert cli.main(asked) == 2
+    assert f"fdistill: {tmp_path}/{whose}/{name} is damaged (" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_s_file_that_is_damaged_is_named(causal, tmp_path, capsys):
+    asked = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--max_steps", "1", "--warmup_steps",
+               "0", "--eval_pairs", "4", "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    assert cli.main(asked) == 0
+    for name, content in {"results.json": '{"a": 1', "data.json": "{", "config.yaml": "a: [1",
+                          "student/model.safetensors": ""}.items():  # fmt: skip
+        kept = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_text(content)
+        if "student" in name:
+            (tmp_path / "run" / "results.json").unlink()
+        assert cli.main(asked) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith(f"fdistill: {tmp_path}/run/{name} is "), told
+        (tmp_path / "run" / name).write_bytes(kept)
+    (tmp_path / "options.yaml").write_text("a: [1")
+    assert cli.main([*asked, "--config", f"{tmp_path}/options.yaml"]) == 2
+    assert f"fdistill: {tmp_path}/options.yaml is no YAML: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [LlamaForSequenceClassification, LlamaModel])
+@pytest.mark.parametrize("load", [load_model, load_student])
+def test_weights_that_are_in_no_file_are_refused_by_name(load, kind, tmp_path):
+    kind(llama(60).config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no weights for lm_head\.weight of LlamaForCausalLM, which would be random"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bart, t5])
+def test_tied_weights_are_in_their_files(make, tmp_path):
+    made = make(60)
+    made.save_pretrained(tmp_path)
+    assert load_model(tmp_path).state_dict().keys() == made.state_dict().keys()
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bart, t5])

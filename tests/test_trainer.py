@@ -770,6 +770,22 @@ def test_a_forced_first_token_does_not_count(tmp_path):
     assert line["loss"] == want and line["loss_on_gold"] == want
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "student_samples_0.pt"]
+)
+def test_a_checkpoint_s_file_that_is_damaged_is_named(name, tmp_path):
+    settings = dict(method="rkl", student_every=3, save_strategy="steps", save_steps=1)
+    trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), **settings).train()
+    path = tmp_path / "checkpoint-2" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(path))} is damaged \(.*: remove .*checkpoint-2 to go on from an"
+    ):
+        trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), **settings, max_steps=4).train(
+            resume_from_checkpoint=True
+        )
+
+
 def ending(make, seed, ends):
     model = make(12, seed=seed)
     model.generation_config.eos_token_id = ends

@@ -415,12 +415,23 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\
                               list("-+.0123456789"))  # fmt: skip
 
 
-def _yaml(path: str | None, known: set[str]) -> dict[str, Any]:
-    if path is None:
-        return {}
-    settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+def load_yaml(path: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ValueError: it has none; the message names the file.
+    """
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be options and their values, not {type(settings).__name__}")
+    return settings
+
+
+def _yaml(path: str | None, known: set[str]) -> dict[str, Any]:
+    settings = load_yaml(path, _Loader) if path is not None else {}
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     if unknown := sorted(set(settings) - known):
         raise ValueError(_hint(f"{path} has unknown keys: {', '.join(unknown)}"))

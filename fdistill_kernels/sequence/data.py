@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,6 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
 
 def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -> Any:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     kind = Path(path).name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("jsonl", "json", "csv", "tsv", "parquet"):
@@ -62,6 +62,18 @@ def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -
         return load_dataset(path, config, split=split)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return _read(path, kind, columns)
+    except (OSError, EOFError, zlib.error) as error:
+        if not path.endswith(".gz"):
+            raise
+        raise ValueError(f"{path} cannot be read as gzip: {error}") from error
+
+
+def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     with _open(path, "rb") as file:
         if not file.read(1):
             raise ValueError(f"{path} has no rows")

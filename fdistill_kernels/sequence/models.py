@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import pickle
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -44,21 +47,78 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it has none; the message names the file, and what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object): {remedy}")
+    return found
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file of safetensors or of torch.save can be opened; others can."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return True
+        except Exception:  # safetensors has its own
+            return False
+    if path.suffix not in (".bin", ".pt", ".pth") or zipfile.is_zipfile(path):
+        return True
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO  # as torch.save wrote before 1.6
+
+
+@contextlib.contextmanager
+def names_damage(folder: str | Path, remedy: str) -> Iterator[None]:
+    """Whatever fails inside because a file of a folder is damaged is a ValueError with that file and what to do."""
+    try:
+        yield
+    except Exception as error:  # each library has its own for it
+        found = next((p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not _opens(p)), None)
+        if found is None:
+            raise
+        why = str(error).partition(". ")[0]  # torch's goes on about what to report
+        raise ValueError(f"{found} is damaged ({why}): {remedy}") from error
+
+
 def base_of(path: str | Path) -> str | None:
-    """The base model that an adapter's folder names; None: it is no folder of an adapter."""
+    """The base model that an adapter's folder names; None: it is no folder of an adapter.
+
+    Raises:
+        ValueError: the adapter's configuration is damaged or names none.
+    """
     adapter = Path(path) / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+    if not adapter.exists():
+        return None
+    base = read_json(adapter, ANEW).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} names no base_model_name_or_path")
+    return str(base)
+
+
+ANEW = "get it anew, or, if a run made its folder, remove that, and the run's command makes it anew"
 
 
 def load_config(path: str | Path, **options: Any) -> Any:
     """A model's configuration, or that of a PEFT adapter's base model. options: as in `load_model`."""
+    base = base_of(path)
     try:
-        return AutoConfig.from_pretrained(base_of(path) or path, **options)
+        return AutoConfig.from_pretrained(base or path, **options)
     except (OSError, ValueError) as error:
-        if Path(path).exists():
+        if Path(base or path).exists():
             raise
-        words = str(error).splitlines()[0]
-        raise ValueError(f"there is no folder {path}, and the hub gives no such model: {words}") from error
+        words, whose = str(error).splitlines()[0], f" (the base model of {path})" if base else ""
+        raise ValueError(
+            f"there is no folder {base or path}{whose}, and the hub gives no such model: {words}"
+        ) from error
 
 
 def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
@@ -70,17 +130,23 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: there is no such model, it has no plan, or the number of ranks is not a multiple of `split`.
+        ValueError: there is no such model, a file of it is damaged, or weights are not in its files; or it has no plan,
+            or the number of ranks is not a multiple of `split`.
     """
+    with names_damage(path, ANEW):
+        return _load_model(path, split, **options)
+
+
+def _load_model(path: str | Path, split: int, **options: Any) -> Any:
     config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if base := base_of(path):
         from peft import PeftConfig, PeftModel
 
         if PeftConfig.from_pretrained(str(path)).is_prompt_learning:  # transformers puts no virtual tokens into a model
-            return PeftModel.from_pretrained(kind.from_pretrained(base, **options), str(path))
+            return PeftModel.from_pretrained(_whole(kind, base, **options), str(path))
     if split == 1:
-        return kind.from_pretrained(path, **options)
+        return _whole(kind, path, **options)
     ranks = rank()[1]
     if ranks % split:
         raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")
@@ -91,6 +157,16 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
     except (ImportError, TypeError) as error:
         raise ValueError("this version of transformers does not split models as it loads them") from error
     return kind.from_pretrained(path, distributed_config=sizes, **options)
+
+
+def _whole(kind: Any, path: str | Path, **options: Any) -> Any:
+    """A model all of whose trainable weights are in its files: transformers makes up others, such as a missing head."""
+    model, told = kind.from_pretrained(path, output_loading_info=True, **options)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if missing := sorted(trained & set(told["missing_keys"])):
+        raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} of "
+                         f"{type(model).__name__}, which would be random")  # fmt: skip
+    return model
 
 
 def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
@@ -107,7 +183,8 @@ def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
                          "it into its base model first")  # fmt: skip
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(base, **options), path, is_trainable=True)
+    with names_damage(path, ANEW):
+        return PeftModel.from_pretrained(load_model(base, **options), path, is_trainable=True)
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:

@@ -80,7 +80,8 @@ def mixture(divergence: str | Divergence | Mapping[str, str | Divergence], **sha
             source, equal weights that sum to 1.
 
     Raises:
-        ValueError: an unknown source; shares that are negative, not finite, all 0, or of other sources than the divergences.
+        ValueError: an unknown source; shares that are negative, not finite, all 0, or of other sources than the
+            divergences.
     """
     of = dict(divergence) if isinstance(divergence, Mapping) else dict.fromkeys(shares or ("gold",), divergence)
     shares = shares or {source: 1 / len(of) for source in of}

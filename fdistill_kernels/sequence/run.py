@@ -35,12 +35,21 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..provenance import as_json
 from ..teachers import Endpoint, TeacherStore
 from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
-from .arguments import LENGTHS, Asked, ask, how_long, without_secrets
+from .arguments import LENGTHS, Asked, ask, how_long, load_yaml, without_secrets
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
 from .metrics import Measures, measured
-from .models import beginning, ids_of_tokenizer, load_config, load_model, load_student, token_id, vocabulary_of
+from .models import (
+    beginning,
+    ids_of_tokenizer,
+    load_config,
+    load_model,
+    load_student,
+    read_json,
+    token_id,
+    vocabulary_of,
+)
 from .predistill import copy_layers
 from .ranks import join, rank
 from .report import logged, name_of, plot, write_report
@@ -271,8 +280,8 @@ class Run:
         if not binds and rank()[0] == 0:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         if binds and path.exists():
-            self._check_same(yaml.safe_load(path.read_text()), asked)
-            kept = json.loads(of_data.read_text()) if of_data.exists() else {}
+            self._check_same(load_yaml(path), asked)
+            kept = read_json(of_data, "remove it, and trust that the data is the same") if of_data.exists() else {}
             if changed := [name for name, mark in kept.items() if mark != read[name]]:
                 files = ", ".join(str(getattr(self.asked.data, name) or self.asked.data.data) for name in changed)
                 raise ValueError(f"{files} is not the data that {self.folder} was begun with")
@@ -531,7 +540,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     with trainer.args.main_process_first(local=False):
         run.begin()
     if results_file.exists():
-        return dict(json.loads(results_file.read_text()))
+        return read_json(results_file, "remove it, and the same command measures anew")
     started = time.perf_counter()
     if not folder.exists():
         if run.to_make():

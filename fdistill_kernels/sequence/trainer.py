@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -42,6 +43,7 @@ from .models import (
     ids_of_tokenizer,
     ids_read,
     load_student,
+    names_damage,
     step_loss,
     virtual_tokens,
     vocabulary_of,
@@ -450,11 +452,25 @@ class FDistillTrainer(Trainer):
         if self._kept:
             torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
+        with _of_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _of_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and isinstance(self.teacher, Itself):
+        with _of_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+            if checkpoint is not None:
+                self._load_more(checkpoint)
+
+    def _load_more(self, checkpoint: str) -> None:
+        """What a checkpoint has beside `Trainer`'s own files."""
+        if isinstance(self.teacher, Itself):
             self.teacher.load(checkpoint)
-        if checkpoint is not None and self._kept_in(checkpoint).exists():
+        if self._kept_in(checkpoint).exists():
             known = torch.load(self._kept_in(checkpoint), map_location=self.args.device, weights_only=True)
             self._kept = [Sequences(**found) for found in known]
 
@@ -617,6 +633,13 @@ def _groups_by_length(args: Any) -> bool:
     """Whether batches are made by lengths; transformers 5 has another name for it."""
     by_length = getattr(args, "train_sampling_strategy", "") in ("group_by_length", "batch_rebalance")
     return bool(getattr(args, "group_by_length", by_length))
+
+
+def _of_checkpoint(folder: str | None) -> contextlib.AbstractContextManager[None]:
+    """Names a checkpoint's file that is damaged."""
+    if folder is None:
+        return contextlib.nullcontext()
+    return names_damage(folder, f"remove {folder} to go on from an earlier checkpoint, or from the start")
 
 
 def _student_of(given: Any) -> Any:
