@@ -4,11 +4,13 @@ import gzip
 import json
 
 import pytest
+import yaml
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence.arguments import ask
+from fdistill_kernels.sequence.config import FDistillConfig
 from fdistill_kernels.sequence.data import conversation, read_pairs, tokenize
 
 from .test_sequence import bart, llama
@@ -318,6 +320,8 @@ def test_bad_rows_are_named(tmp_path):
         ("twice.csv", b"prompt,prompt,target\na,b,c\n", "twice.csv: two columns have one name, among prompt, prompt"),
         ("empty.jsonl", b'{"prompt": "", "target": "b"}\n', "row 0: the prompt is empty"),
         ("turns.jsonl", b'{"messages": [{"content": "b"}]}\n', "row 0: messages must be a list of role and content"),
+        ("word.jsonl", b'{"messages": "hello"}\n', "row 0: messages must be a list, or its JSON, not 'hello' (Expecting value"),
+        ("tools.jsonl", b'{"messages": "[]", "tools": "{"}\n', "row 0: tools must be a list, or its JSON, not '{' (Expecting"),
         ("mixed.jsonl", json.dumps({"messages": TURNS[:2]}).encode() + b"\n" + json.dumps({"messages": TURNS[:1]}).encode(),
          "some rows have no target"),
     ):  # fmt: skip
@@ -329,6 +333,29 @@ def test_bad_rows_are_named(tmp_path):
                                  ("turns.jsonl", ("question", "target"), "'question'; it has messages")):  # fmt: skip
         with pytest.raises(ValueError, match=f"lacks the column {words}"):
             read_pairs(tmp_path / name, columns=columns)
+
+
+@pytest.mark.parametrize(("name", "text", "kept", "bad"), [
+    ("debug", "underflow_overflow", ["underflow_overflow"], "overflow"),
+    ("liger_kernel_config", '{"rope": true}', {"rope": True}, "rope"),
+    ("parallelism_config", '{"dp_replicate_size": 1}', {"dp_replicate_size": 1}, '{"foo": 1}'),
+])  # fmt: skip
+def test_options_whose_values_are_no_words(name, text, kept, bad):
+    if not hasattr(FDistillConfig, name):
+        pytest.skip(f"this version of transformers has no {name}")
+    base = ["--teacher", "t", "--student", "s", "--data", "d", f"--{name}"]
+    found = ask("train", [*base, text])
+    assert found.given[name] == kept == yaml.safe_load(yaml.safe_dump(found.given))[name]  # a run's config.yaml
+    used = getattr(found.config, name)
+    assert all(getattr(used, n) == x for n, x in kept.items()) if name == "parallelism_config" else used == kept
+    with pytest.raises(ValueError, match=name):
+        ask("train", [*base, bad])
+
+
+@pytest.mark.parametrize("name", ["answers", "long_prompts", "long_targets"])
+def test_unknown_policies_are_refused_by_name(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'trim'"):
+        ids_of(tokenizer_of(PLAIN), [{"messages": TURNS}], tmp_path, **{name: "trim"})
 
 
 QUANTO = '{"quant_method": "quanto", "weights": "int4"}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import functools
 import inspect
 import json
@@ -365,6 +366,8 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
         action.help = HELP.get(action.dest, action.help)
         if action.dest == "report_to":  # its type is a text or a list, of which HfArgumentParser takes the text alone
             action.nargs = "*"
+        if action.dest in OF_JSON:
+            action.type = _object
         if action.dest in UNUSED or (used and action.dest not in used | OF_LINE):
             action.help = argparse.SUPPRESS
     _in_order(parser)
@@ -386,7 +389,7 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     found = vars(parser.parse_args([*_arguments(said), *argv], blank()))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
-    given = {name: value for name, value in given.items() if name in names.keys() - OF_LINE}
+    given = {name: _without_enums(value) for name, value in given.items() if name in names.keys() - OF_LINE}
     if unused := sorted(given.keys() - used if used else given.keys() & UNUSED):
         raise ValueError(f"`fdistill {command}` makes nothing of --{', --'.join(unused)}")
     made: dict[str, Any] = {name: kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given})
@@ -405,6 +408,27 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     asked = Asked(command, given, **made, training=training, defaults=names, json=found["json"] is True)
     _check(asked)
     return asked
+
+
+#: Options of mappings alone, which HfArgumentParser makes of a text by calling their type.
+OF_JSON = ("liger_kernel_config", "parallelism_config")
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"not {text}")
+    return found
+
+
+_object.__name__ = "JSON object"  # in argparse's message
+
+
+def _without_enums(value: Any) -> Any:
+    """A value as YAML has it."""
+    if isinstance(value, list):
+        return [_without_enums(x) for x in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 class _Loader(yaml.SafeLoader):

@@ -95,6 +95,8 @@ class FDistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.use_cpu:
             join(self.ddp_timeout)
+        if isinstance(given := getattr(self, "parallelism_config", None), Mapping):  # as a command line has it
+            self.parallelism_config = _parallelism(given)
         super().__post_init__()
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
         self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
@@ -191,6 +193,15 @@ OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "beams", "student_every", "student_server", "student_server_path", "normalize", "pack",
                           "memory", "label_smoothing_factor")  # fmt: skip
+
+
+def _parallelism(given: Mapping[str, Any]) -> Any:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    try:
+        return ParallelismConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parallelism_config={dict(given)}: {error}") from error
 
 
 def _of_json(name: str, value: Any) -> Any:

@@ -18,6 +18,9 @@ from .models import context
 COLUMNS = ("prompt", "target")
 #: Other columns that rows may have.
 OTHERS = ("teacher_prompt", "messages", "tools", "text")
+ANSWERS = ("together", "each")
+#: What happens to prompts and targets that are too long.
+TOO_LONG = ("cut", "drop", "refuse")
 
 
 def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS,
@@ -299,7 +302,14 @@ class Encoder:
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
     """Messages and tools that a file has as JSON text, parsed."""
-    return {k: json.loads(v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
+    return {k: _of_text(k, v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
+
+
+def _of_text(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a list, or its JSON, not {text[:40]!r} ({error})") from error
 
 
 def _said(turn: dict[str, Any]) -> str:
@@ -372,12 +382,17 @@ def tokenize(
         tell: called with a line that says how many rows were cut or dropped.
 
     Raises:
-        ValueError: a row that is neither text nor messages, an empty or too long prompt; new tokens leave no room for a
-            prompt; no rows are left; or the tokenizer's target language is not the one that generation begins with.
+        ValueError: an unknown policy; a row that is neither text nor messages, an empty or too long prompt; new tokens
+            leave no room for a prompt; no rows are left; or the
+            tokenizer's target language is not the one that generation begins with.
     """
     from datasets import Features, Value
     from datasets import Sequence as ListOf
 
+    for argument, value, known in (("answers", answers, ANSWERS), ("long_prompts", long_prompts, TOO_LONG),
+                                   ("long_targets", long_targets, TOO_LONG)):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{argument} must be one of {', '.join(known)}, not {value!r}")
     causal = not config.is_encoder_decoder
     encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends, begins)
     contexts = [context(config), context(teacher or config)]
