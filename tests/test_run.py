@@ -400,17 +400,19 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "adapter_model.safetensors",
+                                  "base/model.safetensors"])  # fmt: skip
 @pytest.mark.parametrize("whose", ["teacher", "student"])
 def test_a_model_s_file_that_is_damaged_is_named(whose, name, causal, tmp_path, capsys):
-    if "adapter" in name:
+    shutil.copytree(causal / "teacher", tmp_path / whose / "base")
+    if name != "model.safetensors":
         peft.get_peft_model(llama(320), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / whose)
         chat_tokenizer(PLAIN).save_pretrained(tmp_path / whose)
         settings = tmp_path / whose / "adapter_config.json"
-        named = {**json.loads(settings.read_text()), "base_model_name_or_path": f"{causal}/teacher"}
+        named = {**json.loads(settings.read_text()), "base_model_name_or_path": f"{tmp_path}/{whose}/base"}
         settings.write_text(json.dumps(named))
     else:
-        shutil.copytree(causal / whose, tmp_path / whose)
+        shutil.copytree(causal / whose, tmp_path / whose, dirs_exist_ok=True)
     cut(tmp_path / whose / name)
     asked = of(causal, "evaluate", "teacher", "student", "pairs.jsonl")
     asked[asked.index(f"{causal}/{whose}")] = str(tmp_path / whose)

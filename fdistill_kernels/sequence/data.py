@@ -383,8 +383,8 @@ def tokenize(
 
     Raises:
         ValueError: an unknown policy; a row that is neither text nor messages, an empty or too long prompt; new tokens
-            leave no room for a prompt; no rows are left; or the
-            tokenizer's target language is not the one that generation begins with.
+            leave no room for a prompt; no rows are left; or the tokenizer's target language is not the one that
+            generation begins with.
     """
     from datasets import Features, Value
     from datasets import Sequence as ListOf

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -47,6 +47,10 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
+#: What to do about a model's damaged file.
+ANEW = "get it anew, or, if a run made its folder, remove that, and the run's command makes it anew"
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -63,14 +67,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _opens(path: Path) -> bool:
-    """Whether a file of safetensors or of torch.save can be opened; others can."""
+    """Whether a file of weights or of a trainer's state can be opened; others can."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):
                 return True
         except Exception:  # safetensors has its own
             return False
-    if path.suffix not in (".bin", ".pt", ".pth") or zipfile.is_zipfile(path):
+    of_torch = path.suffix in (".pt", ".pth") or path.match("pytorch_model*.bin") or path.match("adapter_model.bin")
+    if not of_torch or zipfile.is_zipfile(path):
         return True
     with path.open("rb") as file:
         return file.read(1) == pickle.PROTO  # as torch.save wrote before 1.6
@@ -81,12 +86,15 @@ def names_damage(folder: str | Path, remedy: str) -> Iterator[None]:
     """Whatever fails inside because a file of a folder is damaged is a ValueError with that file and what to do."""
     try:
         yield
+    except ValueError:  # of what was asked for
+        raise
     except Exception as error:  # each library has its own for it
-        found = next((p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not _opens(p)), None)
-        if found is None:
+        here = Path(folder)
+        found = next((path for path in sorted(here.glob("*")) if path.is_file() and not _opens(path)), None)
+        if found is None and (here.exists() or not isinstance(error, SafetensorError)):
             raise
         why = str(error).partition(". ")[0]  # torch's goes on about what to report
-        raise ValueError(f"{found} is damaged ({why}): {remedy}") from error
+        raise ValueError(f"{found or folder} is damaged ({why}): {remedy}") from error
 
 
 def base_of(path: str | Path) -> str | None:
@@ -104,9 +112,6 @@ def base_of(path: str | Path) -> str | None:
     return str(base)
 
 
-ANEW = "get it anew, or, if a run made its folder, remove that, and the run's command makes it anew"
-
-
 def load_config(path: str | Path, **options: Any) -> Any:
     """A model's configuration, or that of a PEFT adapter's base model. options: as in `load_model`."""
     base = base_of(path)
@@ -115,10 +120,9 @@ def load_config(path: str | Path, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         if Path(base or path).exists():
             raise
-        words, whose = str(error).splitlines()[0], f" (the base model of {path})" if base else ""
-        raise ValueError(
-            f"there is no folder {base or path}{whose}, and the hub gives no such model: {words}"
-        ) from error
+        sought = f"{base} (the base model of {path})" if base else path
+        words = str(error).splitlines()[0]
+        raise ValueError(f"there is no folder {sought}, and the hub gives no such model: {words}") from error
 
 
 def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
@@ -133,7 +137,7 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
         ValueError: there is no such model, a file of it is damaged, or weights are not in its files; or it has no plan,
             or the number of ranks is not a multiple of `split`.
     """
-    with names_damage(path, ANEW):
+    with names_damage(base_of(path) or path, ANEW), names_damage(path, ANEW):
         return _load_model(path, split, **options)
 
 
