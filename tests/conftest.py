@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # before any kernel is decorated: Triton's in
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fdistill_kernels import backends, f_divergence
+from fdistill_kernels.backends.triton import interpreting
 from fdistill_kernels.own import resolve
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -30,7 +31,7 @@ LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_faul
            "test_killed_and_gone_on_with", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if interpreting():
     interpreter.hurry(check_overflows=WHOLE)
 
 

@@ -73,7 +73,7 @@ def agree(call: RowCall | LinearCall, number: int | None = None, **more: Any) ->
     of_list = f"{targets.tail} {targets.temperature!r} {targets.weights is not None}"
     return Collectives(call.shard.group).agree(
         terms.row_scale.device, number, dtype=str(terms.row_scale.dtype), vocabulary=call.vocabulary,
-        divergence=described(call.divergence, terms.row_scale.device),
+        divergence=described(call.divergence),
         teacher=teacher is not None, entries_of_lists=0 if targets.ids is None else targets.ids.shape[1],
         labels=terms.labels is not None, metrics=terms.metrics, gradients=str(tuple(wants)),
         **{"tail, temperature or weights of lists": of_list, SETTINGS: _settings(call)}, **more,
@@ -91,13 +91,13 @@ def _settings(call: RowCall | LinearCall) -> str:
     return f"{terms.label_smoothing!r} {terms.class_weight is not None} {of_models}"
 
 
-def described(divergence: Divergence | None, device: torch.device) -> str:
+def described(divergence: Divergence | None) -> str:
     """A divergence as text that is the same in every process: its kernel and numbers, or its terms at a few points."""
     if divergence is None:
         return ""
     if divergence.kernel is not None or isinstance(divergence.terms, Formula):
         return divergence.key
-    log_p, log_q = torch.tensor(POINTS, dtype=torch.float64, device=device).unbind(1)
+    log_p, log_q = torch.tensor(POINTS, dtype=torch.float64, device="cpu").unbind(1)  # no card waits for it
     terms = divergence.terms(log_p.exp(), log_q.exp(), log_p, log_q, divergence.parameter)
     seen = " ".join(f"{x:.6g}" for x in torch.stack(terms).detach().flatten().tolist())  # six digits: libraries differ
     return f"{divergence.name} {divergence.scale!r} {seen}"

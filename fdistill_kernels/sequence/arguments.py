@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
 from ..teachers.endpoint import DEFAULT_K
+from .data import Answers, Policy
 from .metrics import MEASURES
 from .trainer import FDistillConfig
 
@@ -38,8 +39,6 @@ DEFAULTS: dict[str, Any] = {
     "warmup_ratio" if _4 else "warmup_steps": 0.1, "eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.25,
     "save_total_limit": 1, "logging_steps": 0.02, "per_device_eval_batch_size": 32, **BY_LENGTH,
 }  # fmt: skip
-
-Policy = Literal["cut", "drop", "refuse"]
 
 
 @dataclass
@@ -119,7 +118,7 @@ class DataArguments:
     long_prompts: Policy = "refuse"
     long_targets: Policy = "cut"
     max_target_tokens: int | None = None
-    answers: Literal["together", "each"] = "together"
+    answers: Answers = "together"
     teacher_system: str | None = None
 
 

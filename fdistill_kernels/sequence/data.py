@@ -11,16 +11,17 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+from ..checks import check_choice
 from .models import context
 
 COLUMNS = ("prompt", "target")
 #: Other columns that rows may have.
 OTHERS = ("teacher_prompt", "messages", "tools", "text")
-ANSWERS = ("together", "each")
+Answers = Literal["together", "each"]
 #: What happens to prompts and targets that are too long.
-TOO_LONG = ("cut", "drop", "refuse")
+Policy = Literal["cut", "drop", "refuse"]
 
 
 def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS,
@@ -389,10 +390,9 @@ def tokenize(
     from datasets import Features, Value
     from datasets import Sequence as ListOf
 
-    for argument, value, known in (("answers", answers, ANSWERS), ("long_prompts", long_prompts, TOO_LONG),
-                                   ("long_targets", long_targets, TOO_LONG)):  # fmt: skip
-        if value not in known:
-            raise ValueError(f"{argument} must be one of {', '.join(known)}, not {value!r}")
+    check_choice("answers", answers, get_args(Answers))
+    check_choice("long_prompts", long_prompts, get_args(Policy))
+    check_choice("long_targets", long_targets, get_args(Policy))
     causal = not config.is_encoder_decoder
     encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends, begins)
     contexts = [context(config), context(teacher or config)]
