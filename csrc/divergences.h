@@ -68,7 +68,9 @@ struct Math<float> {
   static FDISTILL_INLINE float where_less(float x, float y, float less, float other) { return x < y ? less : other; }
   static FDISTILL_INLINE float magnitude(float x) { return fabsf(x); }
   static FDISTILL_INLINE float larger(float x, float y) { return x > y ? x : y; }  // y of a NaN
-  static FDISTILL_INLINE float smaller(float x, float y) { return x < y ? x : y; }
+  static FDISTILL_INLINE float smaller(float x, float y) {
+    return kOnGpu ? fminf(x, y) : x < y ? x : y;  // there one instruction, of which a NaN y is x
+  }
   static FDISTILL_INLINE float zero_if_both_lowest(float x, float y, float value) {
     return x == kLowestLog && y == kLowestLog ? 0.0f : value;
   }
@@ -122,17 +124,26 @@ struct Terms {
   T student, value;
 };
 
+// The student's term per probability, and the value.
+template <typename T>
+struct Slopes {
+  T slope, value;
+  FDISTILL_INLINE Terms<T> terms(const T& q) const { return {q * slope, value}; }
+};
+constexpr float kSteepest = 256.0f;  // in base 2: of a steeper one q is 0
+
 // Entries in a row's set: none; the label; or the teacher's largest, as many as the parameter, or as few as hold the
 // parameter's share of its mass.
 enum class Members { kNone, kLabel, kCount, kMass };
 
 // What a divergence is beside its terms; `Other`: with the models exchanged. row_divergences.h has those that ask for
 // statistics of their row, and some of these for the largest of what they name. `unit`: what a GPU's terms are to be
-// multiplied with, which is done once a row.
+// multiplied with, which is done once a row. `has_slopes`: the student's term is known per probability, and of modest
+// size, so that a GPU may keep it in 16 bits from sweep to sweep.
 template <typename Other, bool is_centred = false>
 struct OfEntries {
   using Exchanged = Other;
-  static constexpr bool centred = is_centred, asks = false, has_largest = false;
+  static constexpr bool centred = is_centred, asks = false, has_largest = false, has_slopes = false;
   static constexpr Members members = Members::kNone;
   static constexpr float unit = 1.0f;
 };
@@ -223,14 +234,15 @@ struct Log2Sum {
 
 struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1
   static constexpr float unit = kOnGpu ? -kLog2 : 1.0f;
+  static constexpr bool has_slopes = true;
 
   // In a row about p = q: from log m, which elsewhere, where models barely overlap, keeps no digit of log(q/m).
   // Near p = q by h = log(m/q) = log(1 - beta + beta e^u), whose coefficients are a coin's cumulants, and the
   // value's slope beta e^u (u - h): both by u, within 3e-7.
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> by_log2(const E& e, const T& a, const T& b, const Parameter& beta) {
+  static FDISTILL_INLINE Slopes<T> by_log2(const E& e, const T& a, const T& b, const Parameter& beta) {
     const T log2_m = Math<T>::log2(Math<T>::at_least(a + b, kSmallestNormal));
-    const T of_q = b * (log2_m - Math<T>::at_least(e.log2_q, kLowestLog));
+    const T above_q = log2_m - Math<T>::at_least(e.log2_q, -kSteepest);
     const T of_p = a * (log2_m - Math<T>::at_least(e.log2_p, kLowestLog));
     const float x = beta.value, y = beta.rest, v = x * y, skew = 1.0f - 2.0f * x;
     const float h[] = {x, v / 2, v * skew / 6, v * (1.0f - 6.0f * v) / 24, v * skew * (1.0f - 12.0f * v) / 120};
@@ -238,27 +250,31 @@ struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta 
                            x * (y / 6 - h[1] / 2 - h[2] - h[3]) / 5,
                            x * (y / 24 - h[1] / 6 - h[2] / 2 - h[3] - h[4]) / 6};
     const T per_unit(1.0f / unit), u = e.u;
-    return {e.near(minus(per_unit * b * u * polynomial(u, h)), of_q),
-            e.near(per_unit * e.q * u * u * polynomial(u, value), of_q + of_p)};
+    return {T(beta.rest) * e.near(minus(per_unit * u * polynomial(u, h)), above_q),
+            e.near(per_unit * e.q * u * u * polynomial(u, value), b * above_q + of_p)};
   }
 
   // In other rows.
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> by_exp2(const E& e, const T& a, const T& b, const Parameter& beta) {
+  static FDISTILL_INLINE Slopes<T> by_exp2(const E& e, const T& a, const T& b, const Parameter& beta) {
     const float log2_share = beta.log * kLog2E, log2_rest = beta.log_rest * kLog2E;
     const T apart = (e.log2_p - e.log2_q) + T(log2_share - log2_rest);
     const Log2Sum<T> m(apart);
-    return {b * m.tail + Math<T>::larger(b * apart, T(0.0f)),
+    return {T(beta.rest) * (m.tail + Math<T>::larger(Math<T>::smaller(apart, T(kSteepest)), T(0.0f))),
             (a + b) * m.tail + Math<T>::smaller(a, b) * m.gap + a * T(log2_share) + b * T(log2_rest)};
   }
 
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
+  static FDISTILL_INLINE Slopes<T> slopes(const E& e, const Parameter& beta) {
     const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q;
-    if constexpr (kOnGpu) {
-      if constexpr (E::is_close) return by_log2(e, a, b, beta);
-      return by_exp2(e, a, b, beta);
-    }
+    if constexpr (E::is_close) return by_log2(e, a, b, beta);
+    return by_exp2(e, a, b, beta);
+  }
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& beta) {
+    if constexpr (kOnGpu) return slopes(e, beta).terms(e.q);
+    const T a = T(beta.value) * e.p, b = T(beta.rest) * e.q;
     const T x = excess(e.u);
     const bool about_one = e.about_one();
     const LogSum<T> m(e, a, b, e.log_p + T(beta.log), e.log_q + T(beta.log_rest), about_one, T(beta.value) * x);
@@ -272,22 +288,28 @@ struct Gjs : OfEntries<Gjs> {  // beta KL(p||m) + (1 - beta) KL(q||m), m = beta 
 // Gjs with shares of one half, for GPUs: of m = sqrt(pq) cosh(u/2), near entries need few coefficients, within 3e-7.
 struct Js : OfEntries<Js> {
   static constexpr float unit = -0.5f * kLog2;
+  static constexpr bool has_slopes = true;
 
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
+  static FDISTILL_INLINE Slopes<T> slopes(const E& e, const Parameter&) {
     const T both = e.p + e.q, apart = e.log2_p - e.log2_q;
     if constexpr (!E::is_close) {
       const Log2Sum<T> m(apart);
-      return {e.q * m.tail + Math<T>::larger(e.q * apart, T(0.0f)),
+      return {m.tail + Math<T>::larger(Math<T>::smaller(apart, T(kSteepest)), T(0.0f)),
               both * m.tail - both + Math<T>::smaller(e.p, e.q) * m.gap};
     }
     const T square = e.u * e.u, log2_m = Math<T>::log2(Math<T>::at_least(T(0.5f) * both, kSmallestNormal));
-    const T of_q = e.q * (log2_m - Math<T>::at_least(e.log2_q, kLowestLog));
+    const T above_q = log2_m - Math<T>::at_least(e.log2_q, -kSteepest);
     const T of_p = e.p * (log2_m - Math<T>::at_least(e.log2_p, kLowestLog));
     const float h[] = {0.125f * kLog2E, -1.0f / 192 * kLog2E};
     const float value[] = {-0.125f * kLog2E, 1.0f / 64 * kLog2E, -1.0f / 576 * kLog2E};
-    return {e.near(e.q * (square * polynomial(square, h) + T(0.5f * kLog2E) * e.u), of_q),
-            e.near(both * square * polynomial(square, value), of_q + of_p)};
+    return {e.near(square * polynomial(square, h) + T(0.5f * kLog2E) * e.u, above_q),
+            e.near(both * square * polynomial(square, value), e.q * above_q + of_p)};
+  }
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& none) {
+    return slopes(e, none).terms(e.q);
   }
 };
 
@@ -325,12 +347,17 @@ struct SkewRkl : OfEntries<SkewKl> {
 
 struct Tvd : OfEntries<Tvd> {  // f = |t - 1| / 2, with the zero subgradient at ties
   static constexpr float unit = kOnGpu ? 0.5f : 1.0f;
+  static constexpr bool has_slopes = true;
 
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter&) {
-    const T apart = difference(e);
-    const T half(0.5f / unit);
-    return {minus(Math<T>::signed_as(half * e.q, apart)), half * Math<T>::magnitude(apart)};
+  static FDISTILL_INLINE Slopes<T> slopes(const E& e, const Parameter&) {
+    const T apart = difference(e), half(0.5f / unit);
+    return {minus(Math<T>::signed_as(half, apart)), half * Math<T>::magnitude(apart)};
+  }
+
+  template <typename E, typename T = typename E::T>
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& none) {
+    return slopes(e, none).terms(e.q);
   }
 };
 

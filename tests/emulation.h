@@ -190,6 +190,11 @@ inline float from_lane(float value, int mask) {
 
 // On the chip whether any lane of the warp says so; here each may go its own way.
 inline bool any_lane(bool mine) { return mine; }
+inline int lowest_of_warp(int mine) { return mine; }
+inline float top_of_warp(float mine) {
+  for (int mask = emulation::kWarpSize / 2; mask; mask /= 2) mine = std::fmax(mine, from_lane(mine, mask));
+  return mine;
+}
 
 inline void warp_barrier() { from_lane(0.0f, 0); }
 inline void block_barrier() { emulation::meet(emulation::me().block->meeting, emulation::me().block_meetings); }
@@ -221,9 +226,10 @@ inline void wait_for(Barrier* barrier, uint32_t parity) {
 
 inline void before_copies() {}
 
-using Address = const Raw*;
-inline Address address(const Raw* shared) { return shared; }
+using Address = Raw*;
+inline Address address(Raw* shared) { return shared; }
 inline Raw load(Address from, int after) { return from[after]; }
+inline void put(Address to, int after, const Raw& raw) { to[after] = raw; }
 
 inline void keep(Raw*&) {}
 

@@ -37,6 +37,13 @@ FDISTILL_DEVICE char* shared_memory() {
 
 FDISTILL_DEVICE float from_lane(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 FDISTILL_DEVICE bool any_lane(bool mine) { return __any_sync(0xffffffff, mine); }
+FDISTILL_DEVICE int lowest_of_warp(int mine) { return __reduce_min_sync(0xffffffff, mine); }
+
+// By integers in the same order, which the chip compares over a warp in one instruction; mine is a number.
+FDISTILL_DEVICE float top_of_warp(float mine) {
+  const auto ordered = [](int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+  return __int_as_float(ordered(__reduce_max_sync(0xffffffff, ordered(__float_as_int(mine)))));
+}
 FDISTILL_DEVICE void warp_barrier() { __syncwarp(); }
 FDISTILL_DEVICE void block_barrier() { __syncthreads(); }
 FDISTILL_DEVICE void cluster_barrier() {
@@ -103,6 +110,13 @@ FDISTILL_DEVICE Raw load(Address from, int after) {
                : "r"(from + after * static_cast<int>(sizeof(Raw)))
                : "memory");
   return raw;
+}
+
+// In the place of the vector so many after `to`.
+FDISTILL_DEVICE void put(Address to, int after, const Raw& raw) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + after * static_cast<int>(sizeof(Raw))),
+               "r"(raw.word[0]), "r"(raw.word[1]), "r"(raw.word[2]), "r"(raw.word[3])
+               : "memory");
 }
 
 // In registers: without this it would be worked out anew for each vector.

@@ -6,7 +6,9 @@
 //     statistics   e = exp((z - the warp's top) / T), and their sums       the blocks of the cluster meet
 //     totals       the divergence's terms; D and S                         they meet again
 //     gradient     student term - q S, to memory
-// Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Exponentials are made anew in each sweep: kept
+// Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Where the student's term is q times a number of
+// modest size (`has_slopes`), the totals' sweep leaves that in the teacher's place, and the gradient's makes q alone
+// anew: of bfloat16 logits a float16, which has three bits more than the gradient. Exponentials are made anew in each sweep: kept
 // in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
 // some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
 // next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first
@@ -28,12 +30,18 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     if constexpr (kTeacher) return Divergence::centred;
     return true;
   }();
+  static constexpr bool kSlopes = [] {
+    if constexpr (kTeacher) return Divergence::has_slopes && !std::is_same_v<scalar_t, Half>;
+    return false;
+  }();
+  using Slope = Vector<std::conditional_t<std::is_same_v<scalar_t, BFloat16>, Half, scalar_t>>;
+  static constexpr float kUnits = 128.0f;  // of a slope, so that those of 1e-6 still are normal numbers of float16
   using Slices = RowSlices<scalar_t, kTeacher ? 2 : 1>;
   using Vec = Vector<scalar_t>;
   static constexpr int kSize = Slices::kSize;
   using Slices::task, Slices::launch, Slices::shared, Slices::vocabulary;
   using Slices::announce, Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_vectors;
-  using Slices::is_entry, Slices::prepare, Slices::room, Slices::slice_of, Slices::store, Slices::vector;
+  using Slices::is_entry, Slices::prepare, Slices::room, Slices::store, Slices::vector;
 
   uint32_t meetings = 0;
 
@@ -64,9 +72,9 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     }
   }
 
-  // Over kMost lanes.
+  // Over kMost lanes; the other lanes of a warp hold the same.
   static FDISTILL_DEVICE Softmax sum_over_most(const Softmax& of_lane, float rate) {
-    Softmax all{warp_top<kMost>(of_lane.top)};
+    Softmax all{top_of_warp(of_lane.top)};
     all.total = warp_sum<kMost>(of_lane.total * all.worth(of_lane.top, rate));
     return all;
   }
@@ -75,7 +83,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     Statistics all{sum_over_most(of_lane.student, row.rate)};
     if (kTeacher) {
       all.teacher = sum_over_most(of_lane.teacher, row.teacher_rate());
-      all.other_at_top = warp_top<kMost>(of_lane.student.top == all.student.top ? of_lane.other_at_top : -INFINITY);
+      all.other_at_top = top_of_warp(of_lane.student.top == all.student.top ? of_lane.other_at_top : -INFINITY);
     }
     if (tempered(row)) all.plain = warp_sum<kMost>(of_lane.plain * all.student.worth(of_lane.student.top, 1.0f));
     if (task.labels) all.label_logit = warp_sum<kMost>(of_lane.label_logit);
@@ -197,7 +205,10 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       if (thread() == 0) shared.weight = total.weight;
       block_barrier();  // the speaker has heard of S
       of.softmax -= of.term * shared.weight;
-      if (task.student_gradient.data) sweep<false, true>(row, logits, models, peak.k, of);
+      if (task.student_gradient.data) {
+        if constexpr (kSlopes) write_by_slopes(row, logits, models, of);
+        else sweep<false, true>(row, logits, models, peak.k, of);
+      }
     }
     if (!first()) return;
     task.parts[n] = 0.0f;
@@ -274,7 +285,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   }
 
   // My warp's share in the softmaxes, and in what labels need.
-  FDISTILL_DEVICE Statistics statistics(const Row& row, const Raw* logits, Peak& peak) const {
+  FDISTILL_DEVICE Statistics statistics(const Row& row, Raw* logits, Peak& peak) const {
     const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
     float other_top = kLowest;
     for_vectors([&](int k) {
@@ -282,14 +293,14 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       if (top > peak.top) peak.top = top, peak.k = k;
       if (kTeacher) other_top = fmaxf(other_top, Vec::top(load(others, k * kWarp)));
     });
-    Statistics of{{warp_top(peak.top)}, {kTeacher ? warp_top(other_top) : kLowest}};
+    Statistics of{{top_of_warp(peak.top)}, {kTeacher ? top_of_warp(other_top) : kLowest}};
     if (kTeacher) {
       float x[kSize], y[kSize];
       load_vector(mine, peak.k, x), load_vector(others, peak.k, y);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
         if (x[i] == of.student.top) of.other_at_top = fmaxf(of.other_at_top, y[i]);
-      of.other_at_top = warp_top(of.other_at_top);
+      of.other_at_top = top_of_warp(of.other_at_top);
     }
     const Exponential worth(of.student.top, row.rate), other_worth(of.teacher.top, row.teacher_rate());
     // asked once, not of each vector
@@ -334,7 +345,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 
   // A sweep over my vectors: my warp's shares of D and S if `kTotals`, the gradient to memory if `kGradient`.
   template <bool kTotals, bool kGradient>
-  FDISTILL_DEVICE Totals sweep(const Row& row, const Raw* logits, const Models& models, int peak, const Gradient& of) const {
+  FDISTILL_DEVICE Totals sweep(const Row& row, Raw* logits, const Models& models, int peak, const Gradient& of) const {
     if (kTeacher && are_close(models.u_at_peak))
       return models.alike ? sweep<kTotals, kGradient, true, true>(row, logits, models, peak, of)
                           : sweep<kTotals, kGradient, true, false>(row, logits, models, peak, of);
@@ -342,12 +353,18 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   }
 
   template <bool kTotals, bool kGradient, bool close, bool alike>
-  FDISTILL_DEVICE Totals sweep(const Row& row, const Raw* logits, const Models& models, int peak, const Gradient& of) const {
+  FDISTILL_DEVICE Totals sweep(const Row& row, Raw* logits, const Models& models, int peak, const Gradient& of) const {
     Totals total;
     const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
-    Raw* to = kGradient ? slice_of(task.student_gradient, row) + vector(0) : nullptr;
+    Raw* to = kGradient ? row.gradient + vector(0) : nullptr;
     keep(to);
-    const bool bare = !task.labels && task.student_softcap == 0.0f;  // asked once, not of each vector
+    const Span whole = row.whole;
+    // The vectors with a peak of the warp's lanes, where all of them go together: asked once, or, by formulas that leave no
+    // registers for the answer, of each vector.
+    const int first_peak = lowest_of_warp(peak < 0 ? launch.depth : peak);
+    const bool several = -lowest_of_warp(-peak) > first_peak;
+    const bool is_bare = bare();
+    const int count = this->vectors_of(row) - thread() % kWarp;
     for_vectors([&](int k) {
       float x[kSize], y[kSize], student[kSize], q[kSize];
       load_vector(mine, k, x);
@@ -356,44 +373,74 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           const auto entry = models.template at<close, alike>(x[i], y[i]);
-          const Terms<float> terms = Divergence::terms(entry, task.parameter);
-          q[i] = entry.q, student[i] = terms.student;
-          if (kTotals) total.divergence += terms.value;
-          if (!kCentred) student[i] -= entry.q * models.at_peak;
+          q[i] = entry.q;
+          if constexpr (kSlopes) {
+            const Slopes<float> of_entry = Divergence::slopes(entry, task.parameter);
+            student[i] = fmaf(of_entry.slope, kUnits, -kUnits * models.at_peak), total.divergence += of_entry.value;
+          } else {
+            const Terms<float> terms = Divergence::terms(entry, task.parameter);
+            student[i] = terms.student;
+            if (kTotals) total.divergence += terms.value;
+            if (!kCentred) student[i] -= entry.q * models.at_peak;
+          }
         }
-        if (!kCentred && any_lane(k == peak)) {  // few warps, once
+        if (!kCentred && (kSlopes ? k == first_peak || several : any_lane(k == peak))) {  // few warps, once
 #pragma unroll
           for (int i = 0; i < kSize; ++i)
             if (k == peak && x[i] == models.top && y[i] == models.other_at_top) student[i] = 0.0f;
         }
         if (kTotals && !kCentred) {
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) total.weight += student[i];
+          for (int i = 0; i < kSize; ++i) total.weight = kSlopes ? fmaf(q[i], student[i], total.weight) : total.weight + student[i];
         }
+        if (kSlopes && k * kWarp < count) put(others, k * kWarp, Slope::narrow(student));  // what is around a row stays
       } else {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) q[i] = models.q(x[i]), student[i] = 0.0f;
       }
       if constexpr (kGradient) {
         if (kTotals && !task.student_gradient.data) return;
-        finish(row, vector(k), x, student, q, models.top, of, bare);
-        store(to + k * kWarp, vector(k), row, Vec::narrow(student));
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          const float of_softmax = fmaf(of.softmax, q[i], of.constant);
+          student[i] = kTeacher ? fmaf(of.term, student[i], of_softmax) : of_softmax;
+        }
+        if (!is_bare) add_labels_and_cap(row, vector(k), x, student, models.top, of);
+        store(to + k * kWarp, vector(k), row, whole, Vec::narrow(student));
       }
     });
+    if (kSlopes) before_copies();
     if (kTotals) total.divergence = warp_sum(total.divergence);
-    if (kTotals && !kCentred) total.weight = warp_sum(total.weight);
+    if (kTotals && !kCentred) total.weight = warp_sum(total.weight) * (kSlopes ? 1.0f / kUnits : 1.0f);
     return total;
   }
 
-  // The gradient of a vector's entries, in place of the student's terms; bare: without labels and caps.
-  FDISTILL_DEVICE void finish(const Row& row, int v, const float (&x)[kSize], float (&student)[kSize],
-                              const float (&q)[kSize], float top, const Gradient& of, bool bare) const {
+  // The gradient to memory, by the slopes that the totals' sweep has left in the teacher's place.
+  FDISTILL_DEVICE void write_by_slopes(const Row& row, Raw* logits, const Models& models, const Gradient& of) const {
+    const Address mine = address(logits + vector(0)), slopes = address(logits + room() + vector(0));
+    Raw* to = row.gradient + vector(0);
+    keep(to);
+    const Span whole = row.whole;
+    const bool is_bare = bare();
+    const float term = of.term * (1.0f / kUnits);
+    for_vectors([&](int k) {
+      float x[kSize], gradient[kSize];
+      load_vector(mine, k, x);
+      Slope::widen(load(slopes, k * kWarp), gradient);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float of_softmax = of.softmax * q[i] + of.constant;
-      student[i] = kTeacher ? fmaf(of.term, student[i], of_softmax) : of_softmax;
-    }
-    if (bare) return;
+      for (int i = 0; i < kSize; ++i)
+        gradient[i] = fmaf(models.q(x[i]), fmaf(term, gradient[i], of.softmax), of.constant);
+      if (!is_bare) add_labels_and_cap(row, vector(k), x, gradient, models.top, of);
+      store(to + k * kWarp, vector(k), row, whole, Vec::narrow(gradient));
+    });
+  }
+
+  // Neither labels nor caps: asked once a sweep, not of each vector.
+  FDISTILL_DEVICE bool bare() const { return !task.labels && task.student_softcap == 0.0f; }
+
+  // To the gradient of a vector's entries what `bare` rows do without.
+  FDISTILL_DEVICE void add_labels_and_cap(const Row& row, int v, const float (&x)[kSize], float (&student)[kSize], float top,
+                                          const Gradient& of) const {
     if (of.plain != 0.0f) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) student[i] += of.plain * exp2f((x[i] - top) * kLog2E);
@@ -417,8 +464,9 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     if (first())
       for (int part = 0; part < 3; ++part) task.parts[part * task.row_count + n] = 0.0f;
     if (!task.student_gradient.data) return;
-    Raw* to = slice_of(task.student_gradient, row);
-    for (int v = thread(); v < row.count; v += threads()) store(to + v, v, row, Raw{});
+    const Span whole = row.whole;
+    Raw* to = row.gradient;
+    for (int v = thread(); v < row.count; v += threads()) store(to + v, v, row, whole, Raw{});
   }
 };
 

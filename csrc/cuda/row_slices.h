@@ -38,32 +38,28 @@ struct RowSlices {
     cluster_barrier();
   }
 
-  FDISTILL_DEVICE scalar_t* row_at(const Rows& rows, const Row& row) const {
-    return static_cast<scalar_t*>(rows.data) + row.outer * rows.outer_stride + row.inner * rows.inner_stride;
-  }
-
   // Where row n is, and what of it is this block's slice.
   FDISTILL_DEVICE void place(uint32_t n, Row& row) const {
     const uint32_t inner = static_cast<uint32_t>(task.student.inner);
-    row.outer = n / inner, row.inner = n % inner;
-    row.shift = reinterpret_cast<uintptr_t>(row_at(task.student, row)) % sizeof(Raw) / sizeof(scalar_t);
+    const auto at = [&](const Rows& rows) {
+      return static_cast<scalar_t*>(rows.data) + n / inner * rows.outer_stride + n % inner * rows.inner_stride;
+    };
+    row.shift = reinterpret_cast<uintptr_t>(at(task.student)) % sizeof(Raw) / sizeof(scalar_t);
+    const auto slice = [&](const Rows& rows) { return reinterpret_cast<Raw*>(at(rows) - row.shift) + begin(); };
+    row.student = slice(task.student), row.gradient = slice(task.student_gradient);
+    if (kTeacher) row.teacher = slice(task.teacher);
     const auto until = [&](int entry) {  // vectors of the slice until there
       const int vectors = entry / kSize - begin();
       return vectors < 0 ? 0 : vectors < launch.slice ? vectors : launch.slice;
     };
     row.count = until(row.shift + vocabulary + kSize - 1);
-    row.first = rank() == 0 && row.shift != 0;
-    const int whole = until(row.shift + vocabulary) - row.first;
-    row.whole = whole < 0 ? 0 : whole;
+    row.whole.first = rank() == 0 && row.shift != 0;
+    const int whole = until(row.shift + vocabulary) - row.whole.first;
+    row.whole.count = whole < 0 ? 0 : whole;
   }
 
   // The first vector of this block's slices.
   FDISTILL_DEVICE int begin() const { return rank() * launch.slice; }
-
-  // This block's vectors of a row in memory.
-  FDISTILL_DEVICE Raw* slice_of(const Rows& rows, const Row& row) const {
-    return reinterpret_cast<Raw*>(row_at(rows, row) - row.shift) + begin();
-  }
 
   // Each of the first threads carries a fact of a row as it lies in memory, and of a label the low half. Nothing looks at
   // it before `announce`, so that no thread waits for it.
@@ -115,7 +111,7 @@ struct RowSlices {
     if (mine == 0) return;
 #pragma unroll
     for (int model = 0; model < kModels; ++model)
-      copy(slices + model * room() + first, slice_of(model && row.has_teacher() ? task.teacher : task.student, row) + first,
+      copy(slices + model * room() + first, (model && row.has_teacher() ? row.teacher : row.student) + first,
            mine * sizeof(Raw), arrived);
   }
 
@@ -146,7 +142,7 @@ struct RowSlices {
 #pragma unroll
       for (int model = 0; model < kModels; ++model) {
         const float cap = model && row.has_teacher() ? task.teacher_softcap : task.student_softcap;
-        if (is_whole(v, row) && cap == 0.0f) continue;
+        if (row.whole.holds(v) && cap == 0.0f) continue;
         Raw& raw = logits[model * room() + v];
         float x[kSize];
         Vec::widen(raw, x);
@@ -160,13 +156,9 @@ struct RowSlices {
     if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
   }
 
-  static FDISTILL_DEVICE bool is_whole(int v, const Row& row) {
-    return static_cast<unsigned>(v - row.first) < static_cast<unsigned>(row.whole);
-  }
-
-  // Of a vector what is of this row.
-  FDISTILL_DEVICE void store(Raw* to, int v, const Row& row, const Raw& raw) const {
-    if (is_whole(v, row)) return store_streaming(to, raw);
+  // Of a vector what is of this row. whole: the row's, in registers.
+  FDISTILL_DEVICE void store(Raw* to, int v, const Row& row, const Span& whole, const Raw& raw) const {
+    if (whole.holds(v)) return store_streaming(to, raw);
     if (v >= row.count) return;
     const int entry = entry_of(v, row);
 #pragma unroll

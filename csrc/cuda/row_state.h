@@ -5,12 +5,19 @@
 
 namespace fdistill {
 
+// Vectors of a slice, so many from the first on.
+struct Span {
+  int32_t first, count;
+  FDISTILL_DEVICE bool holds(int v) const { return static_cast<unsigned>(v - first) < static_cast<unsigned>(count); }
+};
+
 // What is known of a row before its logits are there: facts that threads carry, and what of it is this block's.
 struct Row {
   float scale, rate, other_rate, divergence_scale, label;  // a label below 2^24 is exact; -1: none
-  uint32_t outer, inner;        // its indices, the same in every tensor of the call
   int32_t shift;                // entries before it in its first 16 bytes
-  int32_t count, first, whole;  // vectors of the slice; of these from `first` on so many are all of this row
+  int32_t count;                // vectors of the slice
+  Span whole;                   // of these what is all of this row
+  Raw *student, *teacher, *gradient;  // the slice in memory
 
   // A divergence that weighs nothing may be infinite: the student is then compared with itself.
   FDISTILL_DEVICE bool has_teacher() const { return scale * divergence_scale != 0.0f; }

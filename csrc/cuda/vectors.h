@@ -75,13 +75,6 @@ FDISTILL_DEVICE float warp_sum(float x) {
   return x;
 }
 
-template <int lanes = kWarp>
-FDISTILL_DEVICE float warp_top(float x) {
-#pragma unroll
-  for (int mask = lanes / 2; mask; mask /= 2) x = fmaxf(x, from_lane(x, mask));
-  return x;
-}
-
 // log x: to the last digit near 1 too, where the chip's own is not.
 FDISTILL_DEVICE float exact_log(float x) {
   if (!(x > 0.0f && x < INFINITY)) return logf(x);

@@ -21,7 +21,7 @@ INTERFACE, NO_ROOM = 9, b"the card holds no such cluster"  # of csrc/cuda/rows.c
 WARP = 32
 MOST_THREADS = 256  # of a block, as csrc/cuda/hopper.cuh bounds its kernels
 SHARED_MEMORY = 228 << 10  # of a multiprocessor, in bytes
-SYSTEM, DESK = 1 << 10, 2560  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
+SYSTEM, DESK = 1 << 10, 2592  # of it a block's, for the driver and for csrc/cuda/row_kernel.h's `Shared`
 LINE = 8  # vectors of a 128-byte line, which blocks do not share
 #: Blocks of a multiprocessor, and of a cluster, in the order tried. While one block meets or waits for its row, others
 #: work; clusters fill a card's groups of 16 or 18 multiprocessors. The order is an H200's, where 3 and 9 were slower.
