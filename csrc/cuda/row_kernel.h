@@ -41,7 +41,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   static constexpr int kSize = Slices::kSize;
   using Slices::task, Slices::launch, Slices::shared, Slices::vocabulary;
   using Slices::announce, Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch_next, Slices::for_last_vectors, Slices::for_vectors;
-  using Slices::is_entry, Slices::prepare, Slices::room, Slices::store, Slices::vector;
+  using Slices::here, Slices::is_entry, Slices::parity, Slices::prepare, Slices::room, Slices::store, Slices::vector;
 
   uint32_t meetings = 0;
 
@@ -51,26 +51,22 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     this->start();
     if (speaker()) announce(0, cluster(), fact_of(cluster()));
     block_barrier();
-    this->next = cluster();
     fetch_next(0), fetch_next(1);
-    int parity = 0;
-    for (uint32_t n = cluster(); n < task.row_count; n = this->next) {
-      const uint32_t next = this->next = n + clusters();
-      this->next_at = parity ^ 1, this->halves = 0;
+    for (here = cluster(), parity = 0; here < task.row_count; here += clusters(), parity ^= 1) {
+      const uint32_t next = here + clusters();
       const float fact = speaker() ? fact_of(next) : 0.0f;  // asked for now, so that it is there by then
       const Row& row = shared.rows[parity];
       wait_for(&shared.arrived[thread() / kWarp], parity);
       if (row.scale == 0.0f) {
-        skip_row(n, row);
+        skip_row(here, row);
         block_barrier();  // every warp has left the row before
         if (speaker()) announce(parity ^ 1, next, fact);
         block_barrier();
+        fetch_next(0);
       } else {
-        take_row(n, row, this->logits(), [&] { announce(parity ^ 1, next, fact); });
+        take_row(here, row, this->logits(), [&] { announce(parity ^ 1, next, fact); });
       }
-      if (this->halves == 0) fetch_next(0);
       fetch_next(1);
-      parity ^= 1;
     }
   }
 
@@ -198,6 +194,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     Totals total;
     if constexpr (!kTeacher) {
       if (task.student_gradient.data) sweep<false, true>(row, logits, models, peak.k, of);
+      else fetch_next(0);
     } else if constexpr (kCentred) {
       tell(sweep<true, true>(row, logits, models, peak.k, of), row);
       if (speaker()) total = hear<Totals>(row);
@@ -210,6 +207,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       if (task.student_gradient.data) {
         if constexpr (kSlopes) write_by_slopes(row, logits, models, of);
         else sweep<false, true>(row, logits, models, peak.k, of);
+      } else {
+        fetch_next(0);
       }
     }
     if (!first()) return;

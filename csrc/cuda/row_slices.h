@@ -16,13 +16,13 @@ struct RowSlices {
   Shared& shared;
   Raw* const slices;  // [models][depth * threads]
   int deep = 0;       // vectors of a lane of my warp, in this row
-  uint32_t next = 0;  // row
-  int next_at = 0, halves = 0;  // where its facts are, and how much of it is called for
+  uint32_t here;      // the row's number
+  int parity = 1;     // where its facts are
   const int vocabulary;
 
   FDISTILL_DEVICE RowSlices(const RowTask& task, const Launch& launch)
       : task(task), launch(launch), shared(*reinterpret_cast<Shared*>(shared_memory())),
-        slices(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
+        slices(reinterpret_cast<Raw*>(&shared + 1)), here(cluster() - clusters()), vocabulary(static_cast<int>(task.vocabulary)) {}
 
   // The student's slice, and so many vectors on the teacher's.
   FDISTILL_DEVICE Raw* logits() const { return slices; }
@@ -107,9 +107,8 @@ struct RowSlices {
   // ignored row nothing comes, at once. The first half tells my barrier of both.
   FDISTILL_DEVICE void fetch_next(int half) {
     warp_barrier();  // my lanes are done
-    halves = half + 1;
-    if (next >= task.row_count || thread() % kWarp != 0) return;
-    const Row& row = shared.rows[next_at];
+    if (here + clusters() >= task.row_count || thread() % kWarp != 0) return;
+    const Row& row = shared.rows[parity ^ 1];
     const int mine = row.scale == 0.0f ? 0 : vectors_of(row), middle = half_deep() * kWarp;
     const int begin = half ? middle : 0, count = (half || mine < middle ? mine : middle) - begin;
     Barrier* const arrived = &shared.arrived[thread() / kWarp];
