@@ -10,11 +10,11 @@
 // modest size (`has_slopes`), the totals' sweep leaves that in the teacher's place, and the gradient's makes q alone
 // anew: of bfloat16 logits a float16, which has three bits more than the gradient. Exponentials are made anew in each sweep: kept
 // in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
-// some work while others meet or wait. A warp alone reads its part of a slice: as it writes the gradient it calls for that
-// of the next row by halves, each when it is done with this row's. The next row's facts the speaker has announced during the
-// first meeting. In a meeting warps tell their block; its first warp, the speaker, tells every block, whose barrier counts
-// the bytes, hears every block, and lets its own know. There is room for two meetings, as for two rows' facts: who tells in
-// the next has heard all in this one, and their speakers were done with the one before.
+// some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
+// next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first
+// warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know. There is
+// room for two meetings, as for two rows' facts: who tells in the next has heard all in this one, and their speakers were
+// done with the one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and tests/emulation.h give the same names a meaning.
 #pragma once
@@ -40,8 +40,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   using Vec = Vector<scalar_t>;
   static constexpr int kSize = Slices::kSize;
   using Slices::task, Slices::launch, Slices::shared, Slices::vocabulary;
-  using Slices::announce, Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch_next, Slices::for_last_vectors, Slices::for_vectors;
-  using Slices::here, Slices::is_entry, Slices::parity, Slices::prepare, Slices::room, Slices::store, Slices::vector;
+  using Slices::announce, Slices::begin, Slices::entry_of, Slices::fact_of, Slices::fetch, Slices::for_vectors;
+  using Slices::is_entry, Slices::prepare, Slices::room, Slices::store, Slices::vector;
 
   uint32_t meetings = 0;
 
@@ -51,22 +51,24 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     this->start();
     if (speaker()) announce(0, cluster(), fact_of(cluster()));
     block_barrier();
-    fetch_next(0), fetch_next(1);
-    for (here = cluster(), parity = 0; here < task.row_count; here += clusters(), parity ^= 1) {
-      const uint32_t next = here + clusters();
+    fetch(0, cluster());
+    int parity = 0;
+    for (uint32_t n = cluster(); n < task.row_count; n += clusters()) {
+      const uint32_t next = n + clusters();
       const float fact = speaker() ? fact_of(next) : 0.0f;  // asked for now, so that it is there by then
       const Row& row = shared.rows[parity];
       wait_for(&shared.arrived[thread() / kWarp], parity);
       if (row.scale == 0.0f) {
-        skip_row(here, row);
+        skip_row(n, row);
         block_barrier();  // every warp has left the row before
         if (speaker()) announce(parity ^ 1, next, fact);
         block_barrier();
-        fetch_next(0);
       } else {
-        take_row(here, row, this->logits(), [&] { announce(parity ^ 1, next, fact); });
+        take_row(n, row, this->logits(), [&] { announce(parity ^ 1, next, fact); });
       }
-      fetch_next(1);
+      warp_barrier();  // my lanes are done with the row
+      parity ^= 1;
+      fetch(parity, next);
     }
   }
 
@@ -194,7 +196,6 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     Totals total;
     if constexpr (!kTeacher) {
       if (task.student_gradient.data) sweep<false, true>(row, logits, models, peak.k, of);
-      else fetch_next(0);
     } else if constexpr (kCentred) {
       tell(sweep<true, true>(row, logits, models, peak.k, of), row);
       if (speaker()) total = hear<Totals>(row);
@@ -207,8 +208,6 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       if (task.student_gradient.data) {
         if constexpr (kSlopes) write_by_slopes(row, logits, models, of);
         else sweep<false, true>(row, logits, models, peak.k, of);
-      } else {
-        fetch_next(0);
       }
     }
     if (!first()) return;
@@ -346,7 +345,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 
   // A sweep over my vectors: my warp's shares of D and S if `kTotals`, the gradient to memory if `kGradient`.
   template <bool kTotals, bool kGradient>
-  FDISTILL_DEVICE Totals sweep(const Row& row, Raw* logits, const Models& models, int peak, const Gradient& of) {
+  FDISTILL_DEVICE Totals sweep(const Row& row, Raw* logits, const Models& models, int peak, const Gradient& of) const {
     if (kTeacher && are_close(models.u_at_peak))
       return models.alike ? sweep<kTotals, kGradient, true, true>(row, logits, models, peak, of)
                           : sweep<kTotals, kGradient, true, false>(row, logits, models, peak, of);
@@ -354,7 +353,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   }
 
   template <bool kTotals, bool kGradient, bool close, bool alike>
-  FDISTILL_DEVICE Totals sweep(const Row& row, Raw* logits, const Models& models, int peak, const Gradient& of) {
+  FDISTILL_DEVICE Totals sweep(const Row& row, Raw* logits, const Models& models, int peak, const Gradient& of) const {
     Totals total;
     const Address mine = address(logits + vector(0)), others = address(logits + room() + vector(0));
     Raw* to = kGradient ? row.gradient + vector(0) : nullptr;
@@ -366,7 +365,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     const bool several = -lowest_of_warp(-peak) > first_peak;
     const bool is_bare = bare();
     const int count = this->vectors_of(row) - thread() % kWarp;
-    const auto take = [&](int k) {
+    for_vectors([&](int k) {
       float x[kSize], y[kSize], student[kSize], q[kSize];
       load_vector(mine, k, x);
       if constexpr (kTeacher) {
@@ -409,9 +408,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
         if (!is_bare) add_labels_and_cap(row, vector(k), x, student, models.top, of);
         store(to + k * kWarp, vector(k), row, whole, Vec::narrow(student));
       }
-    };
-    if constexpr (kGradient) for_last_vectors(take);
-    else for_vectors(take);
+    });
     if (kSlopes) before_copies();
     if (kTotals) total.divergence = warp_sum(total.divergence);
     if (kTotals && !kCentred) total.weight = warp_sum(total.weight) * (kSlopes ? 1.0f / kUnits : 1.0f);
@@ -419,14 +416,14 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   }
 
   // The gradient to memory, by the slopes that the totals' sweep has left in the teacher's place.
-  FDISTILL_DEVICE void write_by_slopes(const Row& row, Raw* logits, const Models& models, const Gradient& of) {
+  FDISTILL_DEVICE void write_by_slopes(const Row& row, Raw* logits, const Models& models, const Gradient& of) const {
     const Address mine = address(logits + vector(0)), slopes = address(logits + room() + vector(0));
     Raw* to = row.gradient + vector(0);
     keep(to);
     const Span whole = row.whole;
     const bool is_bare = bare();
     const float term = of.term * (1.0f / kUnits);
-    for_last_vectors([&](int k) {
+    for_vectors([&](int k) {
       float x[kSize], gradient[kSize];
       load_vector(mine, k, x);
       Slope::widen(load(slopes, k * kWarp), gradient);

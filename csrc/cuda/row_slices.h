@@ -16,13 +16,11 @@ struct RowSlices {
   Shared& shared;
   Raw* const slices;  // [models][depth * threads]
   int deep = 0;       // vectors of a lane of my warp, in this row
-  uint32_t here;      // the row's number
-  int parity = 1;     // where its facts are
   const int vocabulary;
 
   FDISTILL_DEVICE RowSlices(const RowTask& task, const Launch& launch)
       : task(task), launch(launch), shared(*reinterpret_cast<Shared*>(shared_memory())),
-        slices(reinterpret_cast<Raw*>(&shared + 1)), here(cluster() - clusters()), vocabulary(static_cast<int>(task.vocabulary)) {}
+        slices(reinterpret_cast<Raw*>(&shared + 1)), vocabulary(static_cast<int>(task.vocabulary)) {}
 
   // The student's slice, and so many vectors on the teacher's.
   FDISTILL_DEVICE Raw* logits() const { return slices; }
@@ -103,21 +101,18 @@ struct RowSlices {
     return count < 0 ? 0 : count < most ? count : most;
   }
 
-  // Calls for a half of my warp's part of the next row's slices, when its lanes are done with that of this row; of an
-  // ignored row nothing comes, at once. The first half tells my barrier of both.
-  FDISTILL_DEVICE void fetch_next(int half) {
-    warp_barrier();  // my lanes are done
-    if (here + clusters() >= task.row_count || thread() % kWarp != 0) return;
-    const Row& row = shared.rows[parity ^ 1];
-    const int mine = row.scale == 0.0f ? 0 : vectors_of(row), middle = half_deep() * kWarp;
-    const int begin = half ? middle : 0, count = (half || mine < middle ? mine : middle) - begin;
+  // Calls for my warp's part of row n's slices; of an ignored row nothing comes, at once.
+  FDISTILL_DEVICE void fetch(int at, uint32_t n) {
+    if (n >= task.row_count || thread() % kWarp != 0) return;
+    const Row& row = shared.rows[at];
+    const int first = vector(0), mine = row.scale == 0.0f ? 0 : vectors_of(row);
     Barrier* const arrived = &shared.arrived[thread() / kWarp];
-    if (half == 0) expect(arrived, kModels * mine * sizeof(Raw));
-    if (count <= 0) return;
+    expect(arrived, kModels * mine * sizeof(Raw));
+    if (mine == 0) return;
 #pragma unroll
     for (int model = 0; model < kModels; ++model)
-      copy(slices + model * room() + vector(0) + begin,
-           (model && row.has_teacher() ? row.teacher : row.student) + vector(0) + begin, count * sizeof(Raw), arrived);
+      copy(slices + model * room() + first, (model && row.has_teacher() ? row.teacher : row.student) + first,
+           mine * sizeof(Raw), arrived);
   }
 
   // My k-th vector of a slice. A warp's lie together: k then moves an address by a constant.
@@ -129,22 +124,6 @@ struct RowSlices {
 #pragma unroll 2
     for (int k = 0; k < deep; ++k) body(k);
   }
-
-  // The same in a row's last sweep, which calls for the next row as it goes.
-  template <typename Body>
-  FDISTILL_DEVICE void for_last_vectors(const Body& body) {
-    const int middle = half_deep() < deep ? half_deep() : deep;
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const int end = half ? deep : middle;
-#pragma unroll 2
-      for (int k = half ? middle : 0; k < end; ++k) body(k);
-      if (half == 0) fetch_next(0);
-    }
-  }
-
-  // Of a lane's vectors, those of the first half.
-  FDISTILL_DEVICE int half_deep() const { return launch.depth / 4 * 2; }
 
   // The entry that the first of a vector of mine is; below 0, or beyond the vocabulary, it is not of this row.
   FDISTILL_DEVICE int entry_of(int vector, const Row& row) const { return (begin() + vector) * kSize - row.shift; }
