@@ -132,20 +132,21 @@ def sweeps(sass: str, models: int, itemsize: int) -> list[Sweep]:
 
 def cuda_sweeps(sass: str, models: int) -> list[Sweep]:
     """Of a CUDA kernel of 16-bit logits, whose loops read them by 8 from shared memory, in order: the tops, the sums of
-    exponentials without and with what labels ask, and each sweep in three ways, or one without a teacher.
+    exponentials without and with what labels ask, and each sweep in three ways, or one without a teacher or by slopes.
     """
     found = []
     for body in loops(instructions(sass)):
         way = shortest(body)
         loads = sum(x.opcode == "LDS.128" for x in way)
-        if loads:
+        if loads > 1:  # not the loop that prepares a row's edges
             each = round(len(way) / (8 * loads) * models, 1)
             mufu = sum(x.opcode.startswith("MUFU") for x in way)
             found.append(Sweep(8 * loads // models, each, each, round(mufu / (8 * loads) * models, 2), {"128": loads}))
     tops, bare, _, *later = found
     if models == 2:
-        threes = zip(later[::3], later[1::3], later[2::3], strict=True)
-        later = [replace(far, close=close.instructions) for close, _, far in threes]
+        by_slopes = later[len(later) // 3 * 3 :]
+        threes = zip(later[::3], later[1::3], later[2::3], strict=False)
+        later = [*(replace(far, close=close.instructions) for close, _, far in threes), *by_slopes]
     return [tops, bare, *later]
 
 

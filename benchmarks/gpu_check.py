@@ -72,7 +72,7 @@ def steps(out: Path, dry: bool, first: bool) -> list[Step]:
         return [*python, "benchmarks.peers", "--out", str(out / "peers_cuda.json"), "--device", *device]
 
     def tests(backend: str) -> list[str]:
-        spread = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+        spread = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
         chosen = f"{backend} or card" if backend == "triton" else backend
         chosen = f"({chosen}) and (js or kl or not agrees)" if first else chosen
         chosen = f"({chosen}) and cross_entropy" if dry else chosen
@@ -90,7 +90,7 @@ def steps(out: Path, dry: bool, first: bool) -> list[Step]:
         Step("rows cuda", rows("cuda"), 90),
         Step("linear ours", linear("ours"), 90),
         Step("tests cuda", tests("cuda"), 120),
-        Step("tests triton", tests("triton"), 120),
+        Step("tests triton", tests("triton"), 180),
         Step("rows peers", rows("peers"), 90),
         Step("linear peers", linear("peers"), 90),
         Step("peers", peers(), 120, first=False),
@@ -150,12 +150,12 @@ def main() -> None:
         metavar="RESULTS",
         help="folder for result files, check.log, check.json (default: benchmarks/results)",
     )
-    parser.add_argument("--first", action="store_true", help="what matters most on a card never seen, in five minutes")
+    parser.add_argument("--first", action="store_true", help="what matters most on a card never seen, in eight minutes")
     parser.add_argument("--dry", action="store_true", help="toy shapes on a CPU, to know that all this works")
-    parser.add_argument("--minutes", type=float, help="for everything (default: 9, with --first 5)")
+    parser.add_argument("--minutes", type=float, help="for everything (default: 9, with --first 8)")
     parser.add_argument("--only", nargs="*", help="steps to run, by name")
     args = parser.parse_args()
-    deadline = time.monotonic() + 60 * (args.minutes or (5 if args.first else 9))
+    deadline = time.monotonic() + 60 * (args.minutes or (8 if args.first else 9))
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(TRITON_CACHE_DIR=f"{scratch}/triton", TORCHINDUCTOR_CACHE_DIR=f"{scratch}/inductor")
         if args.dry:

@@ -126,10 +126,11 @@ def _chunk_rows(call: LinearCall, count: int, row_bytes: int) -> int:
     """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product; see
     `even_step`.
     """
-    chunk_bytes, tile = call.path.chunk_bytes or CPU_CHUNK_BYTES, 16
+    given, tile = call.path.chunk_bytes or (MINIMAL_CHUNK_BYTES if call.path.cut else 0), 16
+    chunk_bytes = given or CPU_CHUNK_BYTES
     if call.hidden.is_cuda:
         tile = GPU_TILE
-        chunk_bytes = call.path.chunk_bytes or gpu_chunk_bytes(row_bytes, _available(call.hidden.device))
+        chunk_bytes = given or gpu_chunk_bytes(row_bytes, _available(call.hidden.device))
     most = max(1, chunk_bytes // row_bytes)
     return even_step(count, most // tile * tile or most, tile)
 

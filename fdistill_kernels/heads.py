@@ -217,7 +217,7 @@ def path_of(
         return Path(False, skip_tiles, chunk_bytes or MINIMAL_CHUNK_BYTES)
     if teacher.rows is not None and teacher.weight is None:
         raise ValueError("memory='minimal' makes the teacher's logits on chip: give teacher_hidden and teacher_weight")
-    return Path(True, skip_tiles, chunk_bytes or MINIMAL_CHUNK_BYTES)
+    return Path(True, skip_tiles, chunk_bytes or 0)
 
 
 def many_heads(

@@ -122,8 +122,8 @@ def test_skipped_tiles_are_within_the_bound(name, monkeypatch):
     labels = torch.randint(128, (N,))
     labels[150] = 200  # a live tile among the others
     seen = []
-    original = cut._Sweeps.hidden_gradient
-    monkeypatch.setattr(cut._Sweeps, "hidden_gradient", lambda self, x: (seen.append(self.live), original(self, x)))
+    original = cut._Sweeps.weight_gradient
+    monkeypatch.setattr(cut._Sweeps, "weight_gradient", lambda self, *x: (seen.append(self.live), original(self, *x)))
     results = []
     for skip in (True, False):
         loss = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, name, labels=labels, ce_weight=1.0,

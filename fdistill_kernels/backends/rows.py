@@ -303,8 +303,8 @@ class Teacher(NamedTuple):
 
 @carried
 class Path(NamedTuple):
-    """Which path is taken: on chip, with or without tiles that do not matter, or through a buffer of so many bytes (0:
-    the default).
+    """Which path is taken: on chip, with or without tiles that do not matter, or through a buffer; and bytes for either
+    (0: the default).
     """
 
     cut: bool = False

@@ -5,10 +5,12 @@ Four sweeps over tiles of logits, each making them anew from hidden states and h
     2. D and S of each row, and which tiles matter to the gradient
     3. tiles of the logits' gradient for a band of rows, through all the vocabulary: ∂hidden of the band
     4. the same for a band of the vocabulary, through all the rows: ∂weight and ∂bias of the band
-A band's gradient is summed in float32; its tiles pass through a buffer, which stays in L2. Sum and buffer have a tile
-for each of the card's processors, or as many as MEMORY holds: sweeps 3 and 4 are pairs of launches that fill the card
-once, with nothing between. No atomics: the same inputs give the same bits. Ten products where the chunked path has
-four; a tile that does not matter costs those of the first two sweeps alone.
+A band's gradient is summed in float32, in a tile for each of the card's processors, or as many as MEMORY holds; the
+logits' gradient passes through a buffer, of what is left of it: sweeps 3 and 4 are pairs of launches, one that fills the
+buffer and one that adds its product to the sum, with nothing between. Where more memory is given, and holds all of
+∂hidden in float32, sweep 4 adds to that, too, and there is no sweep 3. No atomics: the same inputs give the same bits.
+Ten products, or eight, where the chunked path has four; a tile that does not matter costs those of the first two sweeps
+alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from .kernels.head_statistics import statistics_kernel
 from .kernels.tile_products import product_kernel
 from .kernels.tiles import BLOCK, FACTS, GRADIENT, TOTALS, tile_kernel
 
-#: Bytes of a call's facts of its rows, of a band's sum, and of the buffer of its gradient's tiles.
+#: Bytes of a call's facts of its rows, of a band's sum, and of the buffer of its gradient's tiles, if no more are given:
+#: with less, launches are short, and each starts anew and takes its sums from memory and back.
 MEMORY = 14 << 20
 SMALLEST = torch.finfo(torch.float32).tiny
 #: Blocks of rows that share a span's entries in L2 while others share theirs, and waves of programs in such a sweep.
@@ -78,23 +81,37 @@ class _Sweeps:
         self.options = {"num_warps": 8 * 32 // card.lanes, "num_stages": stages(card), **launch.ALWAYS}
         # whole waves: a last one of a few programs would take as long as the others
         blocks = _blocks(self.rows)
-        splits = min(max(1, WAVES * card.processors // blocks), _blocks(self.vocabulary))
-        self.span = -(-_blocks(self.vocabulary) // splits) * BLOCK
+        widest = 2 * BLOCK if card.generation == 9 else BLOCK  # of sweep 1's tiles
+        splits = min(max(1, WAVES * card.processors // blocks), math.ceil(self.vocabulary / widest))
+        self.span = math.ceil(self.vocabulary / (splits * widest)) * widest
         self.splits, groups = -(-self.vocabulary // self.span), -(-blocks // GROUP)
         self.grid = (-(-blocks // groups), self.splits, groups)
         held = self.facts.nbytes + (0 if self.live is None else self.live.nbytes)
-        tile = BLOCK * BLOCK * (4 + self.student.itemsize)
-        self.tiles_at_once = max(1, min(card.processors, (MEMORY - held) // tile))
+        self.memory = (call.path.chunk_bytes or MEMORY) - held
+        wide, sum_tile, tile = _blocks(call.hidden.shape[1]), 4 * BLOCK**2, self.student.itemsize * BLOCK**2
+        self.of_all_rows = blocks * wide * sum_tile  # bytes
+        sums = 2 * card.processors
+        left = self.memory - self.of_all_rows - sums * sum_tile
+        self.in_one = all(call.wants[:2]) and left >= sums * tile
+        if not self.in_one:
+            sums = max(1, min(card.processors, self.memory // (sum_tile + tile)))
+            left = self.memory - sums * sum_tile
+        tiles = max(1, left // tile)
+        self.height = max(1, sums // wide)  # of a band, in blocks
+        self.tiles_at_once = tiles // card.processors * card.processors or tiles  # whole waves
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call, parts = self.call, self.parts()
         of_hidden, of_weight = (torch.empty_like(x) if want else x.new_empty(0) for x, want in (
             (call.hidden, call.wants.hidden), (call.head.weight, call.wants.weight)))  # fmt: skip
         of_bias = self.facts.new_zeros(_blocks(self.vocabulary) * BLOCK if call.wants.bias else 0)
-        if call.wants.hidden:
+        total = self.facts.new_empty(_blocks(self.rows) * BLOCK, of_hidden.shape[1]) if self.in_one else None
+        if call.wants.hidden and total is None:
             self.hidden_gradient(of_hidden)
         if call.wants.weight or call.wants.bias:
-            self.weight_gradient(of_weight, of_bias)
+            self.weight_gradient(of_weight, of_bias, total)
+        if total is not None:
+            of_hidden.copy_(total[: self.rows].mul_(self.row_factors))
         return parts.mul_(self.power), of_hidden, of_weight, of_bias[: self.vocabulary].mul_(self.most)
 
     def parts(self) -> Tensor:
@@ -192,35 +209,48 @@ class _Sweeps:
             **self.options,
         )  # fmt: skip
 
+    @property
+    def row_factors(self) -> Tensor:
+        """(N, 1), of the sums of ∂hidden."""
+        return (self.power * self.call.head.scale).expand(self.rows).unsqueeze(1)
+
     def hidden_gradient(self, of_hidden: Tensor) -> None:
         """Sweep 3."""
-        factors = (self.power * self.call.head.scale).expand(self.rows).unsqueeze(1)
-        for rows, total in self.sums(self.rows, self.vocabulary, self.student.weight):
+        factors = self.row_factors
+        for rows, total in self.sums(self.rows, self.vocabulary, of_hidden.shape[1]):
             of_hidden[rows] = total.mul_(factors[rows])
 
-    def weight_gradient(self, of_weight: Tensor, of_bias: Tensor) -> None:
-        """Sweep 4."""
+    def weight_gradient(self, of_weight: Tensor, of_bias: Tensor, of_hidden: Tensor | None) -> None:
+        """Sweep 4; with the sums of ∂hidden, in place of sweep 3."""
         factor = self.most * self.call.head.scale
-        for entries, total in self.sums(self.vocabulary, self.rows, self.student.hidden, self.share, of_bias):
+        width = self.call.hidden.shape[1]
+        for entries, total in self.sums(self.vocabulary, self.rows, width, of_bias, of_hidden):
             if self.call.wants.weight:
                 of_weight[entries] = total.mul_(factor)
 
-    def sums(self, across: int, along: int, other: Tensor, share: Tensor | None = None,
-             of_bias: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-        """Bands across, and the sum of each along `other`, whose every row has its share: sweep 4; without: sweep 3."""
-        by_row, vertical = share is None, _blocks(self.vocabulary)
-        width = other.shape[1]
-        height = min(max(1, self.tiles_at_once // _blocks(width)), _blocks(across))
-        total = self.facts.new_empty(height * BLOCK, width)
-        buffer = other.new_empty(self.tiles_at_once * BLOCK * BLOCK)
-        tiles = self.tiles(GRADIENT, gradient=buffer)
-        multiply = _launch(
-            product_kernel, buffer, other, share, total, of_bias if self.call.wants.bias and not by_row else None,
-            self.live, k_last=along - 1, width=width, other_stride=other.stride(0),
+    def product(self, buffer: Tensor, by_row: bool, of_bias: Tensor | None = None) -> Callable[..., None]:
+        """A launch of `product_kernel` with the head's weights, for ∂hidden, or with the hidden states and their shares,
+        for ∂weight and ∂bias.
+        """
+        student, vertical = self.student, _blocks(self.vocabulary)
+        other, share = (student.weight, None) if by_row else (student.hidden, self.share)
+        return _launch(
+            product_kernel, buffer, other, share, out_bias=of_bias if self.call.wants.bias and not by_row else None,
+            live=self.live, k_last=len(other) - 1, width=other.shape[1], other_stride=other.stride(0),
             i_live=vertical if by_row else 1, k_live=1 if by_row else vertical,
-            SHARED=share is not None and other.dtype == torch.float16, PRECISION=self.student.precision,
-            STAGES=stages(self.card), BLOCK=BLOCK, BLOCK_K=self.student.depth, **self.options,
+            SHARED=share is not None and other.dtype == torch.float16, PRECISION=student.precision,
+            STAGES=stages(self.card), BLOCK=BLOCK, BLOCK_K=student.depth, **self.options,
         )  # fmt: skip
+
+    def sums(self, across: int, along: int, width: int, of_bias: Tensor | None = None,
+             of_hidden: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+        """Bands across, and the sum of each along the other dimension: sweep 4; without of_bias sweep 3, of rows."""
+        by_row, wide = of_bias is None, _blocks(width)
+        height = min(self.height, _blocks(across), self.tiles_at_once)
+        total = self.facts.new_empty(height * BLOCK, width)
+        buffer = self.student.hidden.new_empty(self.tiles_at_once * BLOCK * BLOCK)
+        tiles, multiply = self.tiles(GRADIENT, gradient=buffer), self.product(buffer, by_row, of_bias)
+        multiply_weight = self.product(buffer, True) if of_hidden is not None else None
         for band in _bands(across, height * BLOCK):
             high = _blocks(band.stop - band.start)
             long = min(max(1, self.tiles_at_once // high), _blocks(along))
@@ -230,9 +260,13 @@ class _Sweeps:
                 stride = _blocks(entries.stop - entries.start) * BLOCK
                 tiles(size if by_row else size[::-1], span=BLOCK, first_row=rows.start, first_entry=entries.start,
                       gradient_stride=stride)  # fmt: skip
-                multiply((high, _blocks(width)), i_first=band.start, k_first=part.start, k_count=size[1] * BLOCK,
+                multiply((high, wide), out=total, i_first=band.start, k_first=part.start, k_count=size[1] * BLOCK,
                          i_stride=stride if by_row else 1, k_stride=1 if by_row else stride,
-                         BLOCKS=1 << (long - 1).bit_length())  # fmt: skip
+                         BLOCKS=_power_of_two(long))  # fmt: skip
+                if multiply_weight is not None and of_hidden is not None:
+                    multiply_weight((size[1], wide), out=of_hidden[part], i_first=part.start, k_first=band.start,
+                                    k_count=high * BLOCK, i_stride=stride, k_stride=1,
+                                    BLOCKS=_power_of_two(height))  # fmt: skip
             yield band, total[: band.stop - band.start]
 
 
@@ -267,7 +301,8 @@ def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, ite
     the wider model's inputs.
     """
     if phase is None or itemsize == 4:
-        return BLOCK if itemsize == 2 else 64 if phase is None else 32
+        narrow = 64 if phase is None else 32
+        return narrow if itemsize == 4 else 2 * BLOCK if card.generation == 9 else BLOCK
     width, older, totals = BLOCK, card.without_wide_products, phase.value == TOTALS.value
     light = not totals or (card.generation == 9 and symbol not in HEAVY_TOTALS)
     if card.generation and light and not smoothed and symbol not in ("Ab", "own"):
@@ -275,6 +310,10 @@ def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, ite
     if totals or labels or symbol:
         width = 32 if symbol == "Alpha" or (labels and symbol) or (smoothed and older) else 64
     return max(32 if symbol == "Alpha" else 16, width // 2) if older and symbol else width
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _blocks(count: int) -> int:
