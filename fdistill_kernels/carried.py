@@ -71,6 +71,25 @@ def operator(
     return getattr(torch.ops.fdistill_kernels, name).default
 
 
+#: The keys that every thread dispatches with, as bits; modes, tracers and transforms add theirs.
+_ALWAYS = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+).raw_repr()
+#: The types of leaves that call for nobody; a subclass of tensors has operations of its own.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, bool))
+
+
+def watched(*leaves: Any) -> bool:
+    """Whether someone is to see an operator of these leaves: a compiler, a mode, a tracer, a transform, or a leaf."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_ALWAYS != 0
+        or torch._C._len_torch_function_stack() > 0
+        or not _PLAIN.issuperset(map(type, leaves))
+    )
+
+
 def _no_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("the operators of fdistill_kernels have no derivative; its losses have")
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdistill_kernels as fk
@@ -52,6 +53,43 @@ def test_operations_of_a_step_on_a_cpu(name, dtype):
         LOSSES[name](student, teacher, torch.randint(V, (N,))).backward()
     del found.counts["randint"]
     assert found.counts["divergence_rows"] == 1 and found.counts.total() <= MOST[name][0], found.counts
+
+
+def compiled(run):
+    return torch.compile(run, backend="aot_eager")(torch.randn(N, V))
+
+
+def within(mode):
+    def given(run):
+        with mode:
+            run(torch.randn(N, V))
+
+    return given
+
+
+#: Those around a call, and how often it passes through the operator.
+WATCHERS = {
+    "nobody": (lambda run: run(torch.randn(N, V)), 0),
+    "autocast": (within(torch.autocast("cpu", torch.bfloat16)), 0),
+    "inference": (within(torch.inference_mode()), 0),
+    "a mode": (within(Operations()), 1), "fake tensors": (within(FakeTensorMode()), 1), "a compiler": (compiled, 1),
+    "a mode of functions": (within(BaseTorchFunctionMode()), 1),
+    "a transform": (lambda run: torch.func.functionalize(run)(torch.randn(N, V)), 1),
+    "a subclass": (lambda run: run(torch.randn(N, V).as_subclass(Other)), 1),
+}  # fmt: skip
+
+
+class Other(torch.Tensor):
+    """Not torch's own."""
+
+
+@pytest.mark.parametrize("who", WATCHERS)
+def test_the_operator_is_for_those_who_see_it(who, monkeypatch):
+    by, times = WATCHERS[who]
+    calls, operator = [], backends.divergence_rows_operator
+    monkeypatch.setattr(backends, "divergence_rows_operator", lambda *leaves: calls.append(1) or operator(*leaves))
+    by(lambda x: fk.f_divergence(x, x, "js"))
+    assert len(calls) == times
 
 
 class Context:

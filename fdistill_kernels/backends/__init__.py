@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..carried import flat, operator
+from ..carried import flat, operator, watched
 from ..divergences import Divergence
 from . import chunked, cpu, cuda, sharded, sparse, triton
 from .rows import RowCall
@@ -46,20 +46,19 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
 def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss parts (3 or more, N) and both models' gradients, one not wanted empty; see `RowCall`.
 
-    Through an operator, which compilers see as one; but for a user's own divergence, which is an object.
+    Through an operator, which compilers see as one; but for a user's own divergence, which is an object, and where
+    nobody would see it, since its 40 arguments take longer than the call.
 
     Raises:
         ValueError: what does not fit, such as labels outside [0, V) in rows that count.
     """
-    if isinstance(call.terms.divergence, Divergence):
+    own = isinstance(call.terms.divergence, Divergence)
+    if own or not watched(call.student, call.teacher, *call.terms, *call.targets):
         return _run(call, backend)
     if call.inplace:
         parts, of_teacher = divergence_rows_operator_(*flat(call), backend)
         return parts, call.student.new_empty(0), of_teacher
-    if torch.compiler.is_compiling():
-        return divergence_rows_operator(*flat(call), backend)
-    with torch._C._AutoDispatchBelowAutograd():  # the operator's refusal of a derivative is a layer of Python, too
-        return divergence_rows_operator(*flat(call), backend)
+    return divergence_rows_operator(*flat(call), backend)
 
 
 def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +69,10 @@ def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     sparse.check_targets(call.targets, call.terms.row_scale, call.vocabulary)
     if not call.terms.row_scale.numel():
         return _empty(call)
-    return rows_by(choose(backend, call.student.device, call.student.dtype, call.divergence), call)
+    rows = rows_by(choose(backend, call.student.device, call.student.dtype, call.divergence), call)
+    if call.inplace:
+        torch.autograd.graph.increment_version(call.student)
+    return rows
 
 
 def rows_by(name: str, call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,13 +106,7 @@ def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int,
         raise ValueError(f"{name} must be in [0, {vocabulary}) or ignore_index, but hold {labels[wrong][0].item()}")
 
 
-def _run_in_place(call: RowCall, backend: str) -> tuple[Tensor, Tensor]:
-    parts, _, of_teacher = _run(call, backend)
-    torch.autograd.graph.increment_version(call.student)
-    return parts, of_teacher
-
-
 divergence_rows_operator = operator("divergence_rows", RowCall, _run, _empty, 3)
 divergence_rows_operator_ = operator(
-    "divergence_rows_", RowCall, _run_in_place, lambda call: _empty(call)[::2], 2, mutated="student"
+    "divergence_rows_", RowCall, lambda *of: _run(*of)[::2], lambda call: _empty(call)[::2], 2, mutated="student"
 )
