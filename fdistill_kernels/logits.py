@@ -11,7 +11,7 @@ from . import backends
 from .backends.collectives import Collectives
 from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
 from .backends.sharded import rows_at_once
-from .carried import built, flat, in_place_of, keep, kept, leaf, replaced
+from .carried import built, flat, keep, kept, replaced
 from .divergences import KL
 from .own import FDivergence
 from .tokens import Known, divergence_of, has_metrics, is_power_of_two, of_parts, once, reduced, scaled, token_terms
@@ -47,7 +47,9 @@ def rows_loss(
     )  # fmt: skip
     trained = call.student.requires_grad or (call.teacher is not None and call.teacher.requires_grad)
     if torch.is_grad_enabled() and trained:
-        return _RowsLoss.apply(per_row, backend, known, *flat(call))
+        # a graph takes tensors alone, and plain values; autograd any object, which costs less than its 40 leaves
+        leaves = flat(call) if torch.compiler.is_compiling() else (call.student, call.teacher, call)
+        return _RowsLoss.apply(per_row, backend, known, *leaves)
     parts, _, _ = backends.divergence_rows(replaced(call, inplace=False), backend)
     return of_parts(parts, terms, per_row, known), parts
 
@@ -104,11 +106,15 @@ def _traced_loss(
 
 
 class _RowsLoss(torch.autograd.Function):
-    """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel."""
+    """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel.
+
+    leaves: those of a `RowCall`, or its first two, which gradients are of, and itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, per_row: bool, backend: str, known: Known | None, *leaves: Any) -> tuple[Tensor, Tensor]:
-        call, (for_student, for_teacher), power = built(RowCall, leaves), _needs(ctx), None
+        call = leaves[2] if isinstance(leaves[2], RowCall) else built(RowCall, leaves)
+        (for_student, for_teacher), power = ctx.needs_input_grad[3:5], None
         terms, narrow, inplace = call.terms, call.student.dtype == torch.float16, call.inplace and for_student
         # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
         later = narrow and not inplace
@@ -131,9 +137,9 @@ class _RowsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        wants = _needs(ctx)
+        wants, others = ctx.needs_input_grad[3:5], [None] * (len(ctx.needs_input_grad) - 5)
         if upstream is None:
-            return (None, None, None, *in_place_of(RowCall))
+            return (None, None, None, None, None, *others)
         of_student, of_teacher, power, row_scale, *leaves = kept(ctx)
         upstream = once(upstream)
         if ctx.later or (ctx.again and not is_power_of_two(upstream)):
@@ -150,13 +156,7 @@ class _RowsLoss(torch.autograd.Function):
             gradients = [scaled(g, factor, masked) if want else g
                          for g, want in zip((of_student, of_teacher), wants, strict=True)]  # fmt: skip
         student, teacher = (g if want else None for g, want in zip(gradients, wants, strict=True))
-        return (None, None, None, *in_place_of(RowCall, student=student, teacher=teacher))
-
-
-def _needs(ctx: Any) -> tuple[bool, bool]:
-    """Whether student and teacher need a gradient."""
-    needs = ctx.needs_input_grad[3:]
-    return leaf(RowCall, "student", needs), leaf(RowCall, "teacher", needs)
+        return (None, None, None, student, teacher, *others)
 
 
 def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str, shard: Shard = WHOLE) -> Tensor:
