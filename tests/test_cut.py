@@ -195,6 +195,8 @@ def between_kernels(shape, monkeypatch):
 
     def stub(name):
         class Nothing:
+            arg_names = ()
+
             def __getitem__(self, grid):
                 return lambda *_, **__: grids.setdefault(name, []).append(math.prod(grid))
 
@@ -209,6 +211,32 @@ def between_kernels(shape, monkeypatch):
     terms = TokenTerms(ones, ones, ones, ones, 0.1 * ones, 0 * ones, ones.long(), None, TABLE["js"], 0.0)
     call = LinearCall(hidden, Head(weight), Teacher(hidden, weight), terms, Path(cut=True), Wants(True, True))
     return call, grids
+
+
+def test_a_sweep_asks_triton_once_for_each_kind_of_launch():
+    asked, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    class Kernel:
+        arg_names = ("x", "out", "rows", "first", "BLOCK", "BLOCKS")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **keywords: asked.append((grid, arguments, keywords)) or Compiled()
+
+    x, out = torch.empty(8), torch.empty(8, 64)
+    run = cut._launch(Kernel(), x, rows=8, BLOCK=4, num_warps=8)
+    first = {"out": out[0], "first": 0, "BLOCKS": 2}
+    for grid, more in (((1, 2), {}), ((2, 2), {"first": 128}), ((3, 2), {"out": out[1]}), ((4, 2), {"first": 1}),
+                       ((5, 2), {"first": 130}), ((6, 2), {"out": out[0][1:]}), ((7, 2), {"BLOCKS": 4}),
+                       ((8, 2), {"first": 1 << 31}), ((9, 2), {"out": out[0].half()}), ((10, 2), {"first": 32})):  # fmt: skip
+        run(grid, **first | more)
+    assert [grid[0] for grid, *_ in asked] == [1, 4, 5, 6, 7, 8, 9]
+    assert asked[0][1:] == ((x,), {"rows": 8, "BLOCK": 4, "num_warps": 8, **first})
+    assert [grid for grid, _ in launched] == [(2, 2, 1), (3, 2, 1), (10, 2, 1)]
+    assert launched[0][1][1] is first["out"] and launched[0][1][2:] == (8, 128, 4, 2) and launched[0][1][0] is x
 
 
 LARGEST = [(65536, 128256, 2048)] if WHOLE else []

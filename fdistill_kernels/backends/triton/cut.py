@@ -271,8 +271,31 @@ class _Sweeps:
 
 
 def _launch(kernel: Any, *arguments: Any, **keywords: Any) -> Callable[..., None]:
-    """``kernel[grid](*arguments, **keywords, **more)`` as a function of grid and more; what stays is made once."""
-    return lambda grid, **more: kernel[grid](*arguments, **keywords, **more)
+    """``kernel[grid](*arguments, **keywords, **more)`` as a function of grid and more; what stays is made once.
+
+    So is Triton's search for what it has compiled for such arguments, which takes the host longer than the kernel runs:
+    that is kept for launches that it does not tell apart. Its interpreter compiles nothing.
+    """
+    every = {**dict.fromkeys(kernel.arg_names), **dict(zip(kernel.arg_names, arguments, strict=False))}
+    every |= {name: x for name, x in keywords.items() if name in every}
+    compiled: dict[Any, Any] = {}
+
+    def run(grid: tuple[int, ...], **more: Any) -> None:
+        kind = tuple([x if name.isupper() else _kind(x) for name, x in more.items()])  # constants by value
+        whole = (*grid, 1)  # of three dimensions
+        if compiled.get(kind) is None:
+            compiled[kind] = kernel[grid](*arguments, **keywords, **more)
+        else:
+            compiled[kind][whole](*(every | more).values())
+
+    return run
+
+
+def _kind(x: Any) -> Any:
+    """What Triton tells apart in an argument that is no constant, a tensor or an integer; a storage's size on AMD."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().nbytes() < 1 << 31
+    return x == 1, x % 16 == 0, x < 1 << 31
 
 
 class _Model:
