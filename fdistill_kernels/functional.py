@@ -313,8 +313,8 @@ def linear_f_divergence(
         vocab_size: use only the first vocab_size rows of both heads, if they are padded differently.
         memory: "chunks", or "minimal": Triton keeps both models' logits on chip and makes them again in the backward
             sweeps. That takes O(N) + 16 MB beyond the gradients, and 2.5 times the products if it skips no tiles
-            (`backends.triton.cut`); with more `chunk_bytes` it takes less time. Chunks of 8 MB elsewhere, and with a `TopK`, a shard, metrics, or a divergence with
-            `statistics`.
+            (`backends.triton.cut`); with more `chunk_bytes` it takes less time. Chunks of 8 MB elsewhere, and with a
+            `TopK`, a shard, metrics, or a divergence with `statistics`.
         skip_tiles: with memory="minimal", leave tiles out of the gradient in which all probabilities of both models are
             below ε/V, where ε is the dtype's resolution. The gradient of a row's logits loses less than 2ε times the
             row's weight in L1 norm. Only for the divergences that have this bound (kl, cross_entropy, js, gjs, skew_kl,

@@ -67,7 +67,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
                 lines=True, temperatures=1, card=None):  # fmt: skip
     """A name, and what `ASTSource` takes, for a call as the heuristic would launch it."""
     itemsize = 4 if dtype == "fp32" else 2
-    chosen = launch.heuristic(8192, vocabulary, itemsize, card, symbol or "labels")
+    chosen = launch.heuristic(8192, vocabulary, itemsize, card, symbol or "labels", "teacher" in gradients)
     logits, f32 = f"*{dtype}", "*fp32"
     labelled, weighted = labels is not None or symbol == "Dkd", labels == "smoothed"
     types = {

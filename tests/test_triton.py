@@ -2,6 +2,7 @@
 
 import collections
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -436,6 +437,17 @@ def test_heuristic(rows, vocabulary, itemsize, symbol):
     assert chosen.options["maxnreg"] == chosen.registers
     other = launch.heuristic(rows, vocabulary, itemsize, launch.Device("MI300X", 304, 4 << 20, lanes=64), symbol)
     assert "maxnreg" not in other.options  # it cannot be told
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 128256])
+def test_heuristic_of_hopper(vocabulary):
+    """Three programs a multiprocessor of what puts nothing aside with 80 registers a thread."""
+    hopper = replace(H100, generation=9)
+    chosen = launch.heuristic(8192, vocabulary, 2, hopper, "Js")
+    assert chosen == launch.Launch(2048, 8, 3 * hopper.processors, registers=80)
+    for symbol, trained in (("Js", True), ("SkewKl", False), ("own", False), ("Dkd", False)):
+        chosen = launch.heuristic(8192, vocabulary, 2, hopper, symbol, trained)
+        assert chosen == launch.heuristic(8192, vocabulary, 2, H100, symbol)
 
 
 def test_tuned_launch_is_remembered(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def _launch(call: RowCall, symbol: str = "") -> Launch:
     if call.shard.group:  # the same for all ranks, though their shards may differ
         vocabulary = -(-call.shard.size // Collectives(call.shard.group).ranks)
     size, device = call.student.element_size(), call.student.device
-    return launch.choose(rows, vocabulary, size, device, symbol)
+    return launch.choose(rows, vocabulary, size, device, symbol, call.teacher_gradient)
 
 
 def takes_split(call: RowCall) -> bool:

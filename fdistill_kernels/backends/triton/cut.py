@@ -6,11 +6,11 @@ Four sweeps over tiles of logits, each making them anew from hidden states and h
     3. tiles of the logits' gradient for a band of rows, through all the vocabulary: ∂hidden of the band
     4. the same for a band of the vocabulary, through all the rows: ∂weight and ∂bias of the band
 A band's gradient is summed in float32, in a tile for each of the card's processors, or as many as MEMORY holds; the
-logits' gradient passes through a buffer, of what is left of it: sweeps 3 and 4 are pairs of launches, one that fills the
-buffer and one that adds its product to the sum, with nothing between. Where more memory is given, and holds all of
+logits' gradient passes through a buffer, of what is left of it: sweeps 3 and 4 are pairs of launches, one that fills
+the buffer and one that adds its product to the sum, with nothing between. Where more memory is given, and holds all of
 ∂hidden in float32, sweep 4 adds to that, too, and there is no sweep 3. No atomics: the same inputs give the same bits.
-Ten products, or eight, where the chunked path has four; a tile that does not matter costs those of the first two sweeps
-alone.
+Ten products, or eight, where the chunked path has four; a tile that does not matter costs those of the first two
+sweeps alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .kernels.head_statistics import statistics_kernel
 from .kernels.tile_products import product_kernel
 from .kernels.tiles import BLOCK, FACTS, GRADIENT, TOTALS, tile_kernel
 
-#: Bytes of a call's facts of its rows, of a band's sum, and of the buffer of its gradient's tiles, if no more are given:
-#: with less, launches are short, and each starts anew and takes its sums from memory and back.
+#: Bytes of a call's facts of its rows, of a band's sum, and of the buffer of its gradient's tiles, if none are given:
+#: the fewer, the shorter are launches, each of which starts anew and takes its sums from memory and back.
 MEMORY = 14 << 20
 SMALLEST = torch.finfo(torch.float32).tiny
 #: Blocks of rows that share a span's entries in L2 while others share theirs, and waves of programs in such a sweep.
@@ -229,8 +229,8 @@ class _Sweeps:
                 of_weight[entries] = total.mul_(factor)
 
     def product(self, buffer: Tensor, by_row: bool, of_bias: Tensor | None = None) -> Callable[..., None]:
-        """A launch of `product_kernel` with the head's weights, for ∂hidden, or with the hidden states and their shares,
-        for ∂weight and ∂bias.
+        """A launch of `product_kernel` with the head's weights, for ∂hidden, or with the hidden states and their
+        shares, for ∂weight and ∂bias.
         """
         student, vertical = self.student, _blocks(self.vocabulary)
         other, share = (student.weight, None) if by_row else (student.hidden, self.share)
