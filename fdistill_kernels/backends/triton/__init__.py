@@ -182,23 +182,21 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     wire = Collectives(call.shard.group) if call.shard.group else None
     if wire is not None and terms.labels is not None:
         terms = terms._replace(labels=terms.labels - call.shard.begin)
-    vectors = {name: getattr(terms, name) for name in VECTORS}
+    vectors = list(terms[: len(VECTORS)])
     if terms.teacher_inverse_temperature.data_ptr() == terms.student_inverse_temperature.data_ptr():
-        vectors["teacher_inverse_temperature"] = None
+        vectors[2] = None
     met = splits if wire is None else chosen.splits * wire.ranks
     padded = 1 << (met - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
+    strides = _strides(student=student, teacher=teacher, gradient=student_gradient).values()
     if terms.metrics:
         write_metrics(call, parts)
 
     def phase(number: int, grid: tuple[int, int]) -> None:
-        kernels.row_kernel[grid](
-            student=student, teacher=teacher, student_gradient=student_gradient, teacher_gradient=teacher_gradient,
-            parts=parts, partials=partials, coefficients=coefficients,
-            **vectors, rows=rows, inner=inner, vocabulary=vocabulary, span=span,
-            **_strides(student=student, teacher=teacher, gradient=student_gradient),
-            student_cap=call.student_softcap or None, teacher_cap=call.teacher_softcap or None,
+        kernels.row_kernel[grid](  # by place what Triton would take longer to find by name
+            student, teacher, student_gradient, teacher_gradient, parts, partials, *vectors, coefficients,
+            rows, inner, vocabulary, span, *strides, call.student_softcap or None, call.teacher_softcap or None,
             smoothing=terms.label_smoothing, class_weight_sum=class_weight_sum,
             **arguments(divergence, call.teacher_gradient),
             SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
@@ -241,7 +239,9 @@ def _line(block: int, student: Tensor, *others: Tensor | None) -> int:
             continue
         if x.element_size() != student.element_size() or (x.data_ptr() - student.data_ptr()) % LINE_BYTES:
             return 1
-        if any((x.stride(d) - student.stride(d)) % entries for d in (0, 1) if x.shape[d] > 1):
+        if x.stride() != student.stride() and any(
+            (x.stride(d) - student.stride(d)) % entries for d in (0, 1) if x.shape[d] > 1
+        ):
             return 1
     return entries
 

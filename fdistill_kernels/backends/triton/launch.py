@@ -28,7 +28,7 @@ class Launch:
     splits: int = 1
     registers: int = 0
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, Any]:
         """What the compiler is told."""
         return {"num_warps": self.warps, **({"maxnreg": self.registers} if self.registers else {}), **ALWAYS}
@@ -86,6 +86,7 @@ LIGHT = ("Kl", "Rkl", "Jeffreys", "Js", "Gjs", "Tvd", "Engine", "CrossEntropy", 
 WAITING = ("rest", "statistics", "scale")
 
 
+@functools.lru_cache
 def heuristic(
     rows: int, vocabulary: int, itemsize: int, device: Device, symbol: str = "", trained: bool = False
 ) -> Launch:
