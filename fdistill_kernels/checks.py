@@ -259,7 +259,7 @@ def check_number(
     compiling = torch.compiler.is_compiling()
     if compiling and not isinstance(value, (bool, int, float, Tensor, str)) and value is not None:
         return value  # a symbolic one
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (float, int, numbers.Real)):  # the last asks long
         raise TypeError(f"{name} must be a number, not {_shown(value)}")
     try:
         number: Any = value if compiling else float(value)

@@ -81,9 +81,11 @@ class _Vectors:
 
     def of(self, value: float | Tensor) -> Tensor:
         """A number, or one a token."""
+        if self.known(value):
+            return self.full(_within(value, self.dtype))
         if isinstance(value, Tensor) and value.dim():
             return value.to(self.dtype).reshape(-1)
-        return self.full(_within(value, self.dtype)) if self.known(value) else self.full(1.0) * value
+        return self.full(1.0) * value
 
     def inverse(self, value: float | Tensor) -> Tensor:
         """1 over a number, or over one a token."""

@@ -128,10 +128,10 @@ def checked_terms(
     found: dict[str, Any] = {}
     before = None
     for name in VECTORS:
-        size, kind = vocabulary if name == "class_weight" else rows, torch.int64 if name == "labels" else dtype
         value = getattr(terms, name)
         if value is None or (value is before and name in SCALES):  # many are one, of equal numbers
             continue
+        size, kind = vocabulary if name == "class_weight" else rows, torch.int64 if name == "labels" else dtype
         _dense(name, value, (size,), device)
         if value.dtype == kind and value.is_contiguous():
             before = value
