@@ -351,8 +351,6 @@ def gpu_rows(number: Numbers) -> str:
         what = {"divergence": name, "shape": [8192, v], "alike": alike}
 
         def ours(backend: str, key: str) -> str:
-            if backend == "cuda" and name == "js":
-                return ""  # its formulas have changed since
             return number.of(f"rows_{backend}.json", key, **what, what=f"fdistill {backend}")
 
         peers = [
@@ -360,11 +358,12 @@ def gpu_rows(number: Numbers) -> str:
             for peer in ("torch.compile", "liger-kernel", "eager")
         ]
         return (f"{name}, alike" if alike else name, str(v), ours("cuda", "milliseconds"), ours("cuda", "over_floor"),
-                ours("triton", "milliseconds"), *peers)  # fmt: skip
+                ours("cuda", "device_milliseconds"), ours("triton", "milliseconds"), *peers)  # fmt: skip
 
     shapes = [(name, v) for v in (128256, 32000) for name in ("kl", "js", "tvd")] + [("js", 50257), ("labels", 128256)]
     lines = [line(*shape) for shape in shapes] + [line(name, 128256, True) for name in ("kl", "js", "tvd")]
-    header = ("", "V", "`cuda`, ms", "÷ floor", "`triton`, ms", "torch.compile, ms", "liger-kernel, ms", "eager, ms")
+    header = ("", "V", "`cuda`, ms", "÷ floor", "its kernels, ms", "`triton`, ms", "torch.compile, ms",
+              "liger-kernel, ms", "eager, ms")  # fmt: skip
     rate = format(number.file("rows_cuda.json")["copy_bytes_per_second"] / 1e12, ".2f")
     counted = json.loads((ROOT / "tests/counts.json").read_text())
     counts = [", ".join(f"{name} {counted[of][name]['instructions']:.0f}" for name in ("kl", "js", "tvd", "labels"))
@@ -373,7 +372,7 @@ def gpu_rows(number: Numbers) -> str:
         f"One {_card(number, 'rows_cuda.json')};\nforward and backward, bfloat16, N = 8192, medians; a floor is three "
         f"passes (two for labels) at the copy rate measured\nbeside it, {rate} TB/s:\n\n"
         + table(header, lines)
-        + f"\nInstructions an entry of the present kernels on sm_90 (`tests/counts.json`), `cuda`: {counts[0]}; "
+        + f"\nInstructions an entry of these kernels on sm_90 (`tests/counts.json`), `cuda`: {counts[0]}; "
         f"`triton`: {counts[1]}.\n"
     )
 
@@ -382,8 +381,10 @@ def gpu_linear(number: Numbers) -> str:
     """Losses from hidden states on a GPU."""
     shapes = [[8192, 128256, 2048, 4096], [8192, 128256, 4096, 4096]]
     whose = {
-        "ours, `triton` rows": ("ours", "fdistill triton"),  # the formula of `cuda` ones has changed since
-        'ours, `memory="minimal"`': ("ours", "fdistill minimal"), "torch.compile": ("peers", "torch.compile"),
+        "ours, `cuda` rows": ("ours", "fdistill cuda"), "ours, `triton` rows": ("ours", "fdistill triton"),
+        'ours, `memory="minimal"`': ("ours", "fdistill minimal"),
+        'ours, `memory="minimal"`, `chunk_bytes` of 4·N·D + 64 MB': ("ours", "fdistill minimal, eight products"),
+        "torch.compile": ("peers", "torch.compile"),
         "orda-kernel": ("peers", "orda-kernel"), "liger-kernel, chunked": ("peers", "liger-kernel"),
         "liger-kernel, fused": ("peers", "liger-kernel fused"), "trl, chunked": ("peers", "trl"),
         "eager": ("peers", "eager"), "the four products alone": ("ours", "products"),
@@ -409,20 +410,26 @@ def cut_sweeps(number: Numbers) -> str:
     """The rates of the cut path's kernels on a GPU."""
     file, shape = "linear_ours.json", [8192, 128256, 2048, 4096]
     n, v, student, teacher = shape
-    ours = {"what": "fdistill minimal", "divergence": "js", "shape": shape}
-    kernels = number._entry(file, "kernels", ours)["kernels"]
-    lines = []
-    for shown, kernel, width in (
-        ("logits of both models, for their sums", "statistics_kernel", student + teacher),
-        ("the same with the loss and the gradient on chip, three times", "tile_kernel", 3 * (student + teacher)),
-        ("the gradient's two products", "product_kernel", 2 * student),
-    ):
-        rate = 2 * n * v * width / (1e-3 * kernels[kernel]) / 1e12
-        lines.append((shown, *(number._read(file, f"kernels.{kernel}", ours, x)
-                               for x in (format(kernels[kernel], ".1f"), format(rate, ".0f")))))  # fmt: skip
-    whole = number.file(file)["matrix_flop_per_second"] / 1e12
-    lines.append(("one large product", "", number._read(file, "matrix_flop_per_second", {}, format(whole, ".0f"))))
-    return table(("the first of the shapes", "ms", "TFLOP/s"), lines)
+    whole, lines = number.file(file)["matrix_flop_per_second"] / 1e12, []
+    for shown, kernel, widths in (
+        ("logits of both models, for their sums", "statistics_kernel", (student + teacher,) * 2),
+        ("the same with the loss and the gradient on chip, three times, or two", "tile_kernel",
+         (3 * (student + teacher), 2 * (student + teacher))),
+        ("the gradient's two products", "product_kernel", (2 * student,) * 2),
+    ):  # fmt: skip
+        cells = []
+        for what, width in zip(("fdistill minimal", "fdistill minimal, eight products"), widths, strict=True):
+            ours = {"what": what, "divergence": "js", "shape": shape}
+            found = number._entry(file, "kernels", ours)["kernels"][kernel]
+            rate = 2 * n * v * width / (1e-3 * found) / 1e12
+            cells += [
+                number._read(file, f"kernels.{kernel}", ours, x) for x in (format(found, ".1f"), format(rate, ".0f"))
+            ]
+        lines.append((shown, *cells))
+    one = number._read(file, "matrix_flop_per_second", {}, format(whole, ".0f"))
+    lines.append(("one large product", "", one, "", one))
+    header = ("the first of the shapes", "ms", "TFLOP/s", "with more memory, ms", "TFLOP/s")
+    return table(header, lines)
 
 
 def lists_cost(number: Numbers) -> str:

@@ -254,6 +254,23 @@ def test_memory_of_the_sizes_that_matter(shape, monkeypatch):
     assert 8e6 < beyond <= 16e6, f"{beyond / 1e6:.1f} MB"
 
 
+@pytest.mark.parametrize("megabytes", [16, 32, 4 * 8.192 * 2.048 + 32, 4 * 8.192 * 2.048 + 64])
+def test_the_memory_that_is_given_is_used(megabytes, monkeypatch):
+    """chunk_bytes: the more, the fewer launches; from 4·N·D + 32 MB on each tile of the gradient is made once."""
+    n, v, d = 8192, 128256, 2048
+    call, grids = between_kernels((n, v, d), monkeypatch)
+    call = call._replace(path=Path(cut=True, chunk_bytes=round(1e6 * megabytes)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        outputs = cut.linear_rows(call)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    beyond = max(alive) - sum(x.nbytes for x in outputs)
+    assert 0.8e6 * megabytes < beyond <= 1.03e6 * megabytes, f"{beyond / 1e6:.1f} MB"  # besides: numbers of each row
+    once = megabytes > 64
+    assert sum(grids["tile_kernel"][1:]) == (1 if once else 2) * (n * v // 128**2)
+    assert len(grids["tile_kernel"]) < (1100 if megabytes == 16 else 400 if not once else 200)
+
+
 def test_launches_fill_the_card_with_nothing_between(monkeypatch):
     """A pair of sweeps 3 and 4 is two launches, of almost as many programs as the card has multiprocessors; torch is
     asked for a band's sum alone.
