@@ -143,7 +143,8 @@ def cuda_sweeps(sass: str, models: int) -> list[Sweep]:
     tops, bare, _, *later = found
     if models == 2:
         by_slopes = later[len(later) // 3 * 3 :]
-        threes = zip(later[::3], later[1::3], later[2::3], strict=False)
+        threes = list(zip(later[::3], later[1::3], later[2::3], strict=False))
+        threes = threes[:1] if by_slopes else threes  # the rest is of rows that are read again
         later = [*(replace(far, close=close.instructions) for close, _, far in threes), *by_slopes]
     return [tops, bare, *later]
 

@@ -372,7 +372,7 @@ def gpu_rows(number: Numbers) -> str:
         f"One {_card(number, 'rows_cuda.json')};\nforward and backward, bfloat16, N = 8192, medians; a floor is three "
         f"passes (two for labels) at the copy rate measured\nbeside it, {rate} TB/s:\n\n"
         + table(header, lines)
-        + f"\nInstructions an entry of these kernels on sm_90 (`tests/counts.json`), `cuda`: {counts[0]}; "
+        + f"\nInstructions an entry of the present kernels on sm_90 (`tests/counts.json`), `cuda`: {counts[0]}; "
         f"`triton`: {counts[1]}.\n"
     )
 

@@ -327,14 +327,12 @@ struct SkewKl : OfEntries<struct SkewRkl> {  // KL(p || lambda p + (1 - lambda) 
 
 // KL(q || lambda q + (1 - lambda) p): g = x / (1 + x) - log1p(x), x = (1 - lambda) t / lambda
 struct SkewRkl : OfEntries<SkewKl> {
-  static constexpr bool has_slopes = true;
-
   template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Slopes<T> slopes(const E& e, const Parameter& lambda) {
+  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
     const T a = T(lambda.rest) * e.p, b = T(lambda.value) * e.q, y = T(lambda.rest) * excess(e.u);
     const bool about_one = e.about_one();
     const LogSum<T> m(e, a, b, e.log_p + T(lambda.log_rest), e.log_q + T(lambda.log), about_one, y);
-    const T g = a / (a + b + T(kSmallestNormal)) - Math<T>::smaller(m.above_b, T(kSteepest));
+    const T g = a / (a + b + T(kSmallestNormal)) - m.above_b;
     const float coefficients[] = {-1.0f / 2, 2.0f / 3, -3.0f / 4, 4.0f / 5, -5.0f / 6, 6.0f / 7, -7.0f / 8, 8.0f / 9};
     const T x = a / (b + T(kSmallestNormal)), small = x * x * polynomial(x, coefficients);
     const T of_one = e.near(T(lambda.value) * y / (T(1.0f) + y) - m.tail,
@@ -342,13 +340,8 @@ struct SkewRkl : OfEntries<SkewKl> {
     // the value is SkewKl's of the models exchanged
     const T z = excess(minus(e.u));
     const T far = T(lambda.rest) * (e.p - e.q) - e.q * (m.above_b + T(lambda.log));
-    return {about_one ? of_one : Math<T>::where_less(x, T(kNear), small, g),
+    return {Math<T>::times(e.q, about_one ? of_one : Math<T>::where_less(x, T(kNear), small, g)),
             e.near(e.p * z * z * polynomial(z, lambda.series), far)};
-  }
-
-  template <typename E, typename T = typename E::T>
-  static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
-    return slopes(e, lambda).terms(e.q);
   }
 };
 

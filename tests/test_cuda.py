@@ -413,6 +413,25 @@ def test_doctor_names_the_library(machine_code):
     assert "backend cuda on cpu: the logits are on cpu" in report
 
 
+@pytest.mark.parametrize("name", ["js", "gjs=0.1", "gjs=0.0001", "tvd"])
+@pytest.mark.parametrize("case", ["a peak unlike the rest", "agreement but at the peak", "hot"])
+def test_slopes_kept_in_sixteen_bits_are_as_good_as_a_rounding(name, case, monkeypatch):
+    """Where they are not, a row's logits are read again: near-uniform students of sure teachers, tiny slopes."""
+    emulate_cuda(monkeypatch, 2)
+    torch.manual_seed(0)
+    student = torch.randn(3, 8200) * (0.0 if case == "a peak unlike the rest" else 0.05)
+    teacher = student + torch.randn(3, 8200) * (0.0 if case == "a peak unlike the rest" else 0.2)
+    student[:, 7], teacher[:, 7] = 0.5, 9.0 if case != "hot" else 0.5
+    student, teacher = student.bfloat16().requires_grad_(), teacher.bfloat16()
+    settings = dict(temperature=1e4 if case == "hot" and name != "tvd" else 1.0, reduction="sum")
+    gradient = gradient_of(fk.f_divergence(student, teacher, name, backend="cuda", **settings), student).double()
+    exact = student.detach().double().requires_grad_()
+    wanted = gradient_of(fk.f_divergence(exact, teacher.double(), name, backend="torch", **settings), exact)
+    rounding = (wanted.bfloat16().double() - wanted).norm(dim=1)
+    assert ((gradient - wanted).norm(dim=1) < 1.5 * rounding + 1e-3 * wanted.norm(dim=1)).all()
+    assert (gradient.sum(1).abs() < 0.05 * wanted.norm(dim=1)).all()
+
+
 def test_the_interface_is_the_one_python_speaks(tmp_path):
     """Offsets of RowTask's fields, and what plans count with, from the compiler."""
     source = (

@@ -8,7 +8,9 @@
 //     gradient     student term - q S, to memory
 // Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Where the student's term is q times a number of
 // modest size (`has_slopes`), the totals' sweep leaves that in the teacher's place, and the gradient's makes q alone
-// anew: of bfloat16 logits a float16, which has three bits more than the gradient. Exponentials are made anew in each sweep: kept
+// anew: of bfloat16 logits a float16, which has three bits more than the gradient. Rows of which these are lost, since
+// slopes are all alike but the peak's, or tiny, are read again, and their terms made anew. Exponentials
+// are made anew in each sweep: kept
 // in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
 // some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
 // next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first
@@ -35,6 +37,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     return false;
   }();
   using Slope = Vector<std::conditional_t<std::is_same_v<scalar_t, BFloat16>, Half, scalar_t>>;
+  static constexpr bool kNarrow = kSlopes && sizeof(scalar_t) == 2;
   static constexpr float kUnits = 128.0f;  // of a slope, so that those of 1e-6 still are normal numbers of float16
   using Slices = RowSlices<scalar_t, kTeacher ? 2 : 1>;
   using Vec = Vector<scalar_t>;
@@ -95,7 +98,13 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   }
 
   FDISTILL_DEVICE Totals sum_over_most(const Totals& of_lane, const Row&) const {
-    return {warp_sum<kMost>(of_lane.divergence), kCentred ? 0.0f : warp_sum<kMost>(of_lane.weight)};
+    Totals all{warp_sum<kMost>(of_lane.divergence)};
+    if (!kCentred) all.weight = warp_sum<kMost>(of_lane.weight);
+    if (kNarrow) {
+      all.kept = warp_sum<kMost>(of_lane.kept), all.mass = warp_sum<kMost>(of_lane.mass), all.mean = warp_sum<kMost>(of_lane.mean);
+      all.square = warp_sum<kMost>(of_lane.square);
+    }
+    return all;
   }
 
   // Of the first `count` messages, a lane for each.
@@ -202,12 +211,16 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     } else {
       tell(sweep<true, false>(row, logits, models, peak.k, of), row);
       if (speaker()) total = hear<Totals>(row);
-      if (thread() == 0) shared.weight = total.weight;
+      if (thread() == 0) {
+        shared.anew = kNarrow && total.need_more_bits(1.0f / 256);
+        shared.weight = kNarrow && !shared.anew ? total.kept : total.weight;
+      }
       block_barrier();  // the speaker has heard of S
       of.softmax -= of.term * shared.weight;
       if (task.student_gradient.data) {
-        if constexpr (kSlopes) write_by_slopes(row, logits, models, of);
-        else sweep<false, true>(row, logits, models, peak.k, of);
+        if (kNarrow && shared.anew) this->read_again(row, logits);
+        if (kSlopes && !(kNarrow && shared.anew)) write_by_slopes(row, logits, models, of);
+        else if (!kSlopes || kNarrow) sweep<false, true>(row, logits, models, peak.k, of);
       }
     }
     if (!first()) return;
@@ -374,7 +387,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
         for (int i = 0; i < kSize; ++i) {
           const auto entry = models.template at<close, alike>(x[i], y[i]);
           q[i] = entry.q;
-          if constexpr (kSlopes) {
+          if constexpr (kSlopes && (kTotals || !kNarrow)) {
             const Slopes<float> of_entry = Divergence::slopes(entry, task.parameter);
             student[i] = fmaf(of_entry.slope, kUnits, -kUnits * models.at_peak), total.divergence += of_entry.value;
           } else {
@@ -393,7 +406,18 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) total.weight = kSlopes ? fmaf(q[i], student[i], total.weight) : total.weight + student[i];
         }
-        if (kSlopes && k * kWarp < count) put(others, k * kWarp, Slope::narrow(student));  // what is around a row stays
+        if constexpr (kSlopes && kTotals) {
+          const Raw kept = Slope::narrow(student);
+          if (k * kWarp < count) put(others, k * kWarp, kept);  // what is around a row stays
+          if constexpr (kNarrow) {
+            float slope[kSize];
+            Slope::widen(kept, slope);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) total.kept = fmaf(q[i], slope[i], total.kept);  // a gradient that sums to 0
+            const float part = q[0] * slope[0];  // of an eighth of the entries
+            total.mass += q[0], total.mean += part, total.square = fmaf(part, slope[0], total.square);
+          }
+        }
       } else {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) q[i] = models.q(x[i]), student[i] = 0.0f;
@@ -409,9 +433,13 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
         store(to + k * kWarp, vector(k), row, whole, Vec::narrow(student));
       }
     });
-    if (kSlopes) before_copies();
+    if (kSlopes && kTotals) before_copies();
     if (kTotals) total.divergence = warp_sum(total.divergence);
     if (kTotals && !kCentred) total.weight = warp_sum(total.weight) * (kSlopes ? 1.0f / kUnits : 1.0f);
+    if (kNarrow && kTotals) {
+      total.kept = warp_sum(total.kept) * (1.0f / kUnits), total.mass = warp_sum(total.mass);
+      total.mean = warp_sum(total.mean), total.square = warp_sum(total.square);
+    }
     return total;
   }
 

@@ -156,6 +156,20 @@ struct RowSlices {
     if (changed) before_copies();  // only here, since it waits for a thread's earlier stores, gradients too
   }
 
+  // The row's logits from memory, as `prepare` leaves them, in place of what a sweep has made of them.
+  FDISTILL_DEVICE void read_again(const Row& row, Raw* logits) const {
+#pragma unroll 1
+    for (int k = 0; k < deep; ++k) {
+      const int v = vector(k);
+      if (v >= row.count) break;
+#pragma unroll
+      for (int model = 0; model < kModels; ++model)
+        logits[model * room() + v] = (model && row.has_teacher() ? row.teacher : row.student)[v];
+    }
+    prepare(logits, row);
+    before_copies();
+  }
+
   // Of a vector what is of this row. whole: the row's, in registers.
   FDISTILL_DEVICE void store(Raw* to, int v, const Row& row, const Span& whole, const Raw& raw) const {
     if (whole.holds(v)) return store_streaming(to, raw);

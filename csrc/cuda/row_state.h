@@ -40,9 +40,17 @@ struct alignas(sizeof(Raw)) Statistics {
   float other_at_top = -INFINITY;  // the teacher's logit at the student's top
 };
 
-// And in the second: shares of D and S.
+// And in the second: shares of D and S. Where slopes are kept in 16 bits, also S of what is kept; and of some entries their
+// mass, and the mean and mean square of their slopes times it.
 struct alignas(sizeof(Raw)) Totals {
-  float divergence = 0, weight = 0;
+  float divergence = 0, weight = 0, kept = 0, mass = 0, mean = 0, square = 0;
+
+  // Whether 16 bits are too few for slopes so small, or for what is left of them less their mean: an error of theirs would
+  // be beyond that of rounding the gradient.
+  FDISTILL_DEVICE bool need_more_bits(float smallest) const {
+    const float variance = square - mean * (mean / mass);
+    return !(square > smallest * smallest * mass && variance * 16.0f > square);
+  }
 };
 
 // Both models of a row, their softmaxes known.
@@ -97,6 +105,7 @@ struct Shared {
   Raw heard[2][message * kMost];   // of blocks
   char known[sizeof(Known)];       // by everyone, of a row
   float weight;                    // S, of the second meeting
+  int32_t anew;                    // whether a row's logits must be read once more for its gradient
 };
 
 }  // namespace fdistill

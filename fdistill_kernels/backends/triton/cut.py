@@ -35,6 +35,8 @@ from .kernels.tiles import BLOCK, FACTS, GRADIENT, TOTALS, tile_kernel
 #: the fewer, the shorter are launches, each of which starts anew and takes its sums from memory and back.
 MEMORY = 14 << 20
 SMALLEST = torch.finfo(torch.float32).tiny
+#: Of the buffer, which 32 bits index; and of a band's part, whose blocks' flags and shares a program has in registers.
+MOST_TILES, LONGEST = (1 << 31) // BLOCK**2 - 1, 256
 #: Blocks of rows that share a span's entries in L2 while others share theirs, and waves of programs in such a sweep.
 GROUP, WAVES = 8, 8
 #: Symbols whose totals' registers would spill beside two whole tiles.
@@ -95,8 +97,8 @@ class _Sweeps:
         self.in_one = all(call.wants[:2]) and left >= sums * tile
         if not self.in_one:
             sums = max(1, min(card.processors, self.memory // (sum_tile + tile)))
-            left = self.memory - sums * sum_tile
-        tiles = max(1, left // tile)
+            left = self.memory - max(sums, wide) * sum_tile
+        tiles = min(max(1, left // tile), MOST_TILES)
         self.height = max(1, sums // wide)  # of a band, in blocks
         self.tiles_at_once = tiles // card.processors * card.processors or tiles  # whole waves
 
@@ -253,7 +255,7 @@ class _Sweeps:
         multiply_weight = self.product(buffer, True) if of_hidden is not None else None
         for band in _bands(across, height * BLOCK):
             high = _blocks(band.stop - band.start)
-            long = min(max(1, self.tiles_at_once // high), _blocks(along))
+            long = min(max(1, self.tiles_at_once // high), _blocks(along), LONGEST)
             for part in _bands(along, long * BLOCK):
                 size = high, _blocks(part.stop - part.start)
                 rows, entries = (band, part) if by_row else (part, band)
