@@ -9,10 +9,9 @@
 // Where S = 0 (`centred`) the totals are summed in the gradient's sweep. Where the student's term is q times a number of
 // modest size (`has_slopes`), the totals' sweep leaves that in the teacher's place, and the gradient's makes q alone
 // anew: of bfloat16 logits a float16, which has three bits more than the gradient. Rows of which these are lost, since
-// slopes are all alike but the peak's, or tiny, are read again, and their terms made anew. Exponentials
-// are made anew in each sweep: kept
-// in registers, they would leave a multiprocessor so few warps that it waits half its time. With several blocks on one,
-// some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
+// slopes are all alike but the peak's, or tiny, are read again, and their terms made anew. Exponentials are made anew in
+// each sweep: kept in registers, they would leave a multiprocessor so few warps that it waits half its time. With several
+// blocks on one, some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
 // next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first
 // warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know. There is
 // room for two meetings, as for two rows' facts: who tells in the next has heard all in this one, and their speakers were
