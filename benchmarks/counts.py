@@ -10,8 +10,8 @@ issues 128 lanes of instructions a cycle and 16 of MUFU.
 
 Predicted time of N×V: the larger of issue, at a share of its rate, and memory at the copy rate, of three passes over
 N·V and the sweeps that L2 does not hold. A card may say otherwise: nothing here waits, no latency is hidden or shown.
-The shares are those of js in results/rows_triton.json and results/rows_cuda.json, where nothing but instructions takes
-its time; kl and tvd wait for memory and for their meetings, too.
+The shares are those of js in results/rows_triton.json and results/rows_cuda.json, by the instructions of these files'
+commit (70 and 53), where nothing else takes its time; kl and tvd wait for memory and for their meetings, too.
 """
 
 from __future__ import annotations
@@ -142,10 +142,11 @@ def cuda_sweeps(sass: str, models: int) -> list[Sweep]:
             found.append(Sweep(8 * loads // models, each, each, round(mufu / (8 * loads) * models, 2), {"128": loads}))
     tops, bare, _, *later = found
     if models == 2:
-        by_slopes = later[len(later) // 3 * 3 :]
-        threes = list(zip(later[::3], later[1::3], later[2::3], strict=False))
-        threes = threes[:1] if by_slopes else threes  # the rest is of rows that are read again
-        later = [*(replace(far, close=close.instructions) for close, _, far in threes), *by_slopes]
+        by_slopes = len(later) % 3 == 1  # by the shortest loop after the totals; the others are of rows read again
+        last = [min(later[3:], key=lambda s: s.instructions)] if by_slopes else []
+        later = later[:3] if by_slopes else later
+        threes = zip(later[::3], later[1::3], later[2::3], strict=True)
+        later = [*(replace(far, close=close.instructions) for close, _, far in threes), *last]
     return [tops, bare, *later]
 
 

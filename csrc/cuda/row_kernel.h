@@ -11,11 +11,11 @@
 // anew: of bfloat16 logits a float16, which has three bits more than the gradient. Rows of which these are lost, since
 // slopes are all alike but the peak's, or tiny, are read again, and their terms made anew. Exponentials are made anew in
 // each sweep: kept in registers, they would leave a multiprocessor so few warps that it waits half its time. With several
-// blocks on one, some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for that of the
-// next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block; its first
-// warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know. There is
-// room for two meetings, as for two rows' facts: who tells in the next has heard all in this one, and their speakers were
-// done with the one before.
+// blocks on one, some work while others meet or wait. A warp alone reads its part of a slice: when it is done it calls for
+// that of the next row, whose facts the speaker has announced during the first meeting. In a meeting warps tell their block;
+// its first warp, the speaker, tells every block, whose barrier counts the bytes, hears every block, and lets its own know.
+// There is room for two meetings, as for two rows' facts: who tells in the next has heard all in this one, and their
+// speakers were done with the one before.
 //
 // The code is written once for the chip and for a CPU: hopper.cuh and tests/emulation.h give the same names a meaning.
 #pragma once
@@ -96,12 +96,15 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     return all;
   }
 
-  FDISTILL_DEVICE Totals sum_over_most(const Totals& of_lane, const Row&) const {
-    Totals all{warp_sum<kMost>(of_lane.divergence)};
-    if (!kCentred) all.weight = warp_sum<kMost>(of_lane.weight);
+  FDISTILL_DEVICE Totals sum_over_most(const Totals& of_lane, const Row&) const { return sum_over<kMost>(of_lane); }
+
+  template <int lanes>
+  static FDISTILL_DEVICE Totals sum_over(const Totals& of_lane) {
+    Totals all{warp_sum<lanes>(of_lane.divergence)};
+    if (!kCentred) all.weight = warp_sum<lanes>(of_lane.weight);
     if (kNarrow) {
-      all.kept = warp_sum<kMost>(of_lane.kept), all.mass = warp_sum<kMost>(of_lane.mass), all.mean = warp_sum<kMost>(of_lane.mean);
-      all.square = warp_sum<kMost>(of_lane.square);
+      all.kept = warp_sum<lanes>(of_lane.kept), all.mass = warp_sum<lanes>(of_lane.mass);
+      all.mean = warp_sum<lanes>(of_lane.mean), all.square = warp_sum<lanes>(of_lane.square);
     }
     return all;
   }
@@ -216,10 +219,12 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       }
       block_barrier();  // the speaker has heard of S
       of.softmax -= of.term * shared.weight;
-      if (task.student_gradient.data) {
-        if (kNarrow && shared.anew) this->read_again(row, logits);
-        if (kSlopes && !(kNarrow && shared.anew)) write_by_slopes(row, logits, models, of);
-        else if (!kSlopes || kNarrow) sweep<false, true>(row, logits, models, peak.k, of);
+      if (kNarrow && shared.anew && task.student_gradient.data) {
+        this->read_again(row, logits);
+        sweep<false, true>(row, logits, models, peak.k, of);
+      } else if (task.student_gradient.data) {
+        if constexpr (kSlopes) write_by_slopes(row, logits, models, of);
+        else sweep<false, true>(row, logits, models, peak.k, of);
       }
     }
     if (!first()) return;
@@ -386,7 +391,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
         for (int i = 0; i < kSize; ++i) {
           const auto entry = models.template at<close, alike>(x[i], y[i]);
           q[i] = entry.q;
-          if constexpr (kSlopes && (kTotals || !kNarrow)) {
+          if constexpr (kSlopes && kTotals) {
             const Slopes<float> of_entry = Divergence::slopes(entry, task.parameter);
             student[i] = fmaf(of_entry.slope, kUnits, -kUnits * models.at_peak), total.divergence += of_entry.value;
           } else {
@@ -433,12 +438,9 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       }
     });
     if (kSlopes && kTotals) before_copies();
-    if (kTotals) total.divergence = warp_sum(total.divergence);
-    if (kTotals && !kCentred) total.weight = warp_sum(total.weight) * (kSlopes ? 1.0f / kUnits : 1.0f);
-    if (kNarrow && kTotals) {
-      total.kept = warp_sum(total.kept) * (1.0f / kUnits), total.mass = warp_sum(total.mass);
-      total.mean = warp_sum(total.mean), total.square = warp_sum(total.square);
-    }
+    if (!kTotals) return total;
+    total = sum_over<kWarp>(total);
+    if (kSlopes) total.weight *= 1.0f / kUnits, total.kept *= 1.0f / kUnits;
     return total;
   }
 

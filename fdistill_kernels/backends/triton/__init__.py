@@ -182,9 +182,9 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     wire = Collectives(call.shard.group) if call.shard.group else None
     if wire is not None and terms.labels is not None:
         terms = terms._replace(labels=terms.labels - call.shard.begin)
-    vectors = list(terms[: len(VECTORS)])
+    vectors = [getattr(terms, name) for name in VECTORS]
     if terms.teacher_inverse_temperature.data_ptr() == terms.student_inverse_temperature.data_ptr():
-        vectors[2] = None
+        vectors[VECTORS.index("teacher_inverse_temperature")] = None
     met = splits if wire is None else chosen.splits * wire.ranks
     padded = 1 << (met - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None

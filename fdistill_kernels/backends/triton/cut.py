@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ...formulas import times
@@ -83,21 +84,20 @@ class _Sweeps:
         self.options = {"num_warps": 8 * 32 // card.lanes, "num_stages": stages(card), **launch.ALWAYS}
         # whole waves: a last one of a few programs would take as long as the others
         blocks = _blocks(self.rows)
-        widest = 2 * BLOCK if card.generation == 9 else BLOCK  # of sweep 1's tiles
+        widest = statistics_width(card)
         splits = min(max(1, WAVES * card.processors // blocks), math.ceil(self.vocabulary / widest))
         self.span = math.ceil(self.vocabulary / (splits * widest)) * widest
         self.splits, groups = -(-self.vocabulary // self.span), -(-blocks // GROUP)
         self.grid = (-(-blocks // groups), self.splits, groups)
         held = self.facts.nbytes + (0 if self.live is None else self.live.nbytes)
-        self.memory = (call.path.chunk_bytes or MEMORY) - held
+        memory = (call.path.chunk_bytes or MEMORY) - held
         wide, sum_tile, tile = _blocks(call.hidden.shape[1]), 4 * BLOCK**2, self.student.itemsize * BLOCK**2
-        self.of_all_rows = blocks * wide * sum_tile  # bytes
         sums = 2 * card.processors
-        left = self.memory - self.of_all_rows - sums * sum_tile
+        left = memory - (blocks * wide + sums) * sum_tile
         self.in_one = all(call.wants[:2]) and left >= sums * tile
         if not self.in_one:
-            sums = max(1, min(card.processors, self.memory // (sum_tile + tile)))
-            left = self.memory - max(sums, wide) * sum_tile
+            sums = max(1, min(card.processors, memory // (sum_tile + tile)))
+            left = memory - max(sums, wide) * sum_tile
         tiles = min(max(1, left // tile), MOST_TILES)
         self.height = max(1, sums // wide)  # of a band, in blocks
         self.tiles_at_once = tiles // card.processors * card.processors or tiles  # whole waves
@@ -264,11 +264,11 @@ class _Sweeps:
                       gradient_stride=stride)  # fmt: skip
                 multiply((high, wide), out=total, i_first=band.start, k_first=part.start, k_count=size[1] * BLOCK,
                          i_stride=stride if by_row else 1, k_stride=1 if by_row else stride,
-                         BLOCKS=_power_of_two(long))  # fmt: skip
+                         BLOCKS=triton.next_power_of_2(long))  # fmt: skip
                 if multiply_weight is not None and of_hidden is not None:
                     multiply_weight((size[1], wide), out=of_hidden[part], i_first=part.start, k_first=band.start,
                                     k_count=high * BLOCK, i_stride=stride, k_stride=1,
-                                    BLOCKS=_power_of_two(height))  # fmt: skip
+                                    BLOCKS=triton.next_power_of_2(height))  # fmt: skip
             yield band, total[: band.stop - band.start]
 
 
@@ -319,6 +319,11 @@ def stages(card: launch.Device) -> int:
     return 4 if card.generation == 9 else 3 if card.lanes == 32 else 2
 
 
+def statistics_width(card: launch.Device) -> int:
+    """Entries of sweep 1's tiles of 16-bit models, of which its spans are whole ones; wide products hold more."""
+    return 2 * BLOCK if card.generation == 9 else BLOCK
+
+
 def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, itemsize: int, card: launch.Device) -> int:
     """Entries of the logits' tiles: as many as registers hold without spilling. Narrow tiles load their rows again.
 
@@ -327,7 +332,7 @@ def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, ite
     """
     if phase is None or itemsize == 4:
         narrow = 64 if phase is None else 32
-        return narrow if itemsize == 4 else 2 * BLOCK if card.generation == 9 else BLOCK
+        return narrow if itemsize == 4 else statistics_width(card)
     width, older, totals = BLOCK, card.without_wide_products, phase.value == TOTALS.value
     light = not totals or (card.generation == 9 and symbol not in HEAVY_TOTALS)
     if card.generation and light and not smoothed and symbol not in ("Ab", "own"):
@@ -335,10 +340,6 @@ def tile_width(phase: Any, symbol: str | None, labels: bool, smoothed: bool, ite
     if totals or labels or symbol:
         width = 32 if symbol == "Alpha" or (labels and symbol) or (smoothed and older) else 64
     return max(32 if symbol == "Alpha" else 16, width // 2) if older and symbol else width
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 def _blocks(count: int) -> int:
