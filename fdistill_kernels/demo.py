@@ -7,6 +7,7 @@ small, which is why the paper pre-distils (Wen et al., ACL 2023, §4).
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import math
@@ -59,12 +60,10 @@ class Text:
 
 
 def read_text(path: str | None) -> str:
-    """The text of a file, or the language reference that comes with Python."""
+    """The text of a file, or Python's language reference: the package's copy, since each Python comes with another."""
     if path is not None:
         return Path(path).read_text(encoding="utf-8")
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return gzip.decompress(Path(__file__).with_name("python_reference.txt.gz").read_bytes()).decode()
 
 
 def tokenize(text: str) -> Text:
@@ -216,7 +215,7 @@ def plot(stages: list[Stage], path: Path) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
     started = time.perf_counter()
-    expected = json.loads(args.expect.read_text()) if args.expect else {"models": {}}
+    expected = json.loads(args.expect.read_text()) if args.expect else {}
     console = Console(stderr=args.json)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -240,10 +239,8 @@ def main(args: argparse.Namespace) -> int:
                 for name, loss in losses.items()]  # fmt: skip
     stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
     of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses)}
-    if args.expect and not expected.get("models"):
-        raise ValueError(f"{args.expect} has results of no model: there is nothing to compare with")
-    if other := expected["models"].keys() - {stage.name for stage in stages}:
-        raise ValueError(f"{args.expect} has results of {', '.join(sorted(other))}, which are not asked for")
+    if args.expect:
+        _comparable(expected, stages, of["text_sha256"], args.expect)
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
         if saved.get("of") != of:
@@ -279,6 +276,21 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(results, out, console)
     return _compare(rows, expected, console) if args.expect else 0
+
+
+def _comparable(expected: Any, stages: list[Stage], text_sha256: str, path: Path) -> None:
+    """Raises ValueError unless results of these stages on that text can be compared with the file's."""
+    models = expected.get("models") if isinstance(expected, dict) else None
+    if not models:
+        raise ValueError(f"{path} has results of no model: there is nothing to compare with")
+    steps = {stage.name: stage.steps for stage in stages}
+    if other := models.keys() - steps.keys():
+        raise ValueError(f"{path} has results of {', '.join(sorted(other))}, which are not asked for")
+    if expected.get("text_sha256") != text_sha256:
+        raise ValueError(f"{path} has results of another text: leave out --text or --expect")
+    for name, model in models.items():
+        if model.get("steps") != steps[name]:
+            raise ValueError(f"{path} has results of {model.get('steps')} steps of {name}, not of {steps[name]}")
 
 
 #: How far a model's perplexity and KL may be from the committed ones: rounding differs between processors, and a few

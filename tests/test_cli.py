@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -380,6 +381,12 @@ def test_no_message_names_the_package_on_an_index():
     assert [p for p in folder.rglob("*.py") if "fdistill_kernels[" in p.read_text(encoding="utf-8")] == []
 
 
+def test_the_demo_reads_the_text_of_its_committed_results():
+    """The package's copy, whatever the Python: its own has another text in each release."""
+    results = json.loads((Path(__file__).parent.parent / "benchmarks/results/demo_cpu.json").read_text())
+    assert hashlib.sha256(demo.read_text(None).encode()).hexdigest() == results["text_sha256"]
+
+
 #: Sizes at which all that the demo does takes seconds; its own are `make demo`'s.
 TEACHER, STUDENT = dict(n_embd=96, n_layer=3, n_head=4), dict(n_embd=32, n_layer=2, n_head=4)
 SMALL = dict(VOCABULARY=600, CONTEXT=32, TEACHER=TEACHER, STUDENT=STUDENT)
@@ -429,5 +436,13 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     (tmp_path / "other.json").write_text(json.dumps(other))
     assert cli.main([*call, "--expect", str(tmp_path / "other.json")]) == 2
     assert "other.json has results of js, which are not asked for" in capsys.readouterr().err
+    del other["models"]["js"]
+    other["models"]["kl"]["steps"] = 61
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert cli.main([*call, "--expect", str(tmp_path / "other.json")]) == 2
+    assert "other.json has results of 61 steps of kl, not of 60" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text(json.dumps(results | {"text_sha256": "0"}))
+    assert cli.main([*call, "--expect", str(tmp_path / "other.json")]) == 2
+    assert "other.json has results of another text" in capsys.readouterr().err
     assert cli.main([*call, "--seed", "1"]) == 2
     assert "another text or another seed: give --restart" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from fdistill_kernels.backends import cpu, native
 from .conftest import WHOLE
 
 ROOT = Path(__file__).parent.parent
+LICENSES = ("LICENSE", "LICENSE.python_reference")
 
 
 def run(*args, cwd=ROOT, **environment):
@@ -28,7 +29,7 @@ def run(*args, cwd=ROOT, **environment):
 def test_without_a_compiler(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("csrc", "fdistill_kernels", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", *LICENSES):
         (source / name).symlink_to(ROOT / name)
     stale = tmp_path / "lib" / "fdistill_kernels"
     stale.mkdir(parents=True)
@@ -79,6 +80,8 @@ def test_an_sdist_makes_a_wheel_that_works(tmp_path, compiler):
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     with zipfile.ZipFile(wheel) as archive:
         sizes = {x.filename: x.file_size for x in archive.infolist() if x.filename.endswith((".so", ".log"))}
+        names = {Path(x).name for x in archive.namelist()}
+    assert {*LICENSES, "python_reference.txt.gz", "py.typed"} <= names
     assert list(sizes) == ["fdistill_kernels/libfdistill_cpu.so", "fdistill_kernels/libfdistill_cuda.log"]
     here = Path(cpu.__file__).parents[1] / "libfdistill_cpu.so"
     assert (sizes["fdistill_kernels/libfdistill_cpu.so"] if WHOLE else here.stat().st_size) < 4e6
