@@ -94,6 +94,7 @@ def steps(out: Path, dry: bool, first: bool) -> list[Step]:
         Step("rows peers", rows("peers"), 90),
         Step("linear peers", linear("peers"), 90),
         Step("peers", peers(), 120, first=False),
+        Step("rows teams", rows("teams"), 120, first=False),
         Step("memcheck", sanitizer("memcheck"), 90, first=False),
         Step("racecheck", sanitizer("racecheck"), 90, first=False),
     ]

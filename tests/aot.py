@@ -74,7 +74,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         "student": logits, "teacher": logits if symbol else None,
         "student_gradient": logits if "student" in gradients else None,
         "teacher_gradient": logits if "teacher" in gradients else None, "parts": f32,
-        "partials": f32 if phase != "WHOLE" else None, "row_scale": f32, "student_inverse_temperature": f32,
+        "partials": f32 if phase != "WHOLE" else None, "tickets": "*i32" if phase == "TOGETHER" else None, "row_scale": f32, "student_inverse_temperature": f32,
         "teacher_inverse_temperature": f32 if temperatures == 2 else None,
         "divergence_scale": f32, "cross_entropy_scale": f32, "z_loss_scale": f32,
         "labels": "*i64" if labelled else None, "class_weight": f32 if weighted else None,
@@ -218,6 +218,7 @@ VARIANTS = [
     *[dict(symbol=None, labels=x, dtype=d) for x in ("plain", "smoothed") for d in ("bf16", "fp32")],
     *[dict(rest_kernel=k, **more) for k in ("rest_statistics_kernel", "rest_gradient_kernel") for more in (
         dict(), dict(dtype="fp32"), dict(labels=True), dict(capped=True))],
+    *[dict(symbol=s, phase="TOGETHER") for s in ("Kl", "Js")],
 ]  # fmt: skip
 
 

@@ -5,6 +5,10 @@ does that, too.
 """
 
 import functools
+import inspect
+import itertools
+import random
+import threading
 
 from triton import language as tl
 from triton.runtime import interpreter
@@ -70,3 +74,55 @@ def hurry(check_overflows: bool) -> None:
     tl.core.block_type.__init__ = _type_once(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = _shape_once(tl.core.tensor.__init__)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=check_overflows)
+
+
+class AtOnce(interpreter.GridExecutor):
+    """Runs a launch's programs in turns, as if at once: each until it reads or changes a counter. Whose turn it is, is
+    left to chance.
+    """
+
+    def __call__(self, *args, **options):
+        interpreter._patch_lang(self.fn)  # once for all, after `hurry`
+        given = inspect.getcallargs(self.fn, *args, **{k: v for k, v in options.items() if k in self.arg_names})
+        given = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in given.items()}
+        builder, grid = interpreter.interpreter_builder, (*self.grid, 1, 1)[:3]
+        builder.set_grid_dim(*grid)
+        programs = [_Program(functools.partial(self.fn, **given), p) for p in itertools.product(*map(range, grid))]
+        atomic, turns = builder.create_atomic_rmw, random.Random(0)
+        builder.create_atomic_rmw = lambda *of: self.now.pause() or atomic(*of)
+        try:
+            while programs:
+                self.now = turns.choice(programs)
+                builder.set_grid_idx(*self.now.place)
+                self.now.take_turn()
+                programs = [program for program in programs if not program.ended]
+        finally:
+            del builder.create_atomic_rmw
+
+
+class _Program:
+    """One that runs when it is its turn."""
+
+    def __init__(self, run, place):
+        self.place, self.run, self.ended, self.error = place, run, False, None
+        self.turn, self.over = threading.Semaphore(0), threading.Semaphore(0)
+        threading.Thread(target=self._whole, daemon=True).start()
+
+    def _whole(self):
+        self.turn.acquire()
+        try:
+            self.run()
+        except Exception as error:
+            self.error = error
+        self.ended = True
+        self.over.release()
+
+    def pause(self):
+        self.over.release()
+        self.turn.acquire()
+
+    def take_turn(self):
+        self.turn.release()
+        self.over.acquire()
+        if self.error:
+            raise self.error

@@ -34,7 +34,7 @@ def illegal():
 step = os.environ.get("FDISTILL_STEP", "")
 faults = {"rows triton": lambda: os._exit(139), "rows cuda": lambda: time.sleep(1000), "linear ours": illegal,
           "rows peers": lambda: os._exit(139), "linear peers": illegal,
-          "peers": lambda: os._exit(139)}
+          "peers": lambda: os._exit(139), "rows teams": lambda: os._exit(139)}
 if step in faults:
     torch.profiler.profile = after(3 if step == "linear ours" else 2, torch.profiler.profile, faults[step])
 if step.startswith("tests"):
@@ -43,7 +43,7 @@ if step.endswith("check"):
     os._exit(9)
 """
 #: Steps that fail as others do: `make test` leaves them out. One that hangs is in the test below them all.
-ALIKE = ("rows cuda", "tests triton", "rows peers", "peers")
+ALIKE = ("rows cuda", "tests triton", "rows peers", "peers", "rows teams")
 
 
 @pytest.fixture(autouse=True)

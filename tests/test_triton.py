@@ -1,6 +1,7 @@
 """What the Triton backend alone promises; its numerics are in test_divergences and test_functional."""
 
 import collections
+import functools
 import json
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from fdistill_kernels.backends.triton import launch, why_not
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.verify import verify
 
+from . import interpreter
 from .conftest import assert_masks_of_two_kinds_agree, reference, relative
 
 V, WIDE = 4096, 1 << 16
@@ -106,6 +108,38 @@ def test_vocabularies_and_launches_change_nothing(vocabulary, splits, monkeypatc
         (gradient,) = torch.autograd.grad(got, student)
         assert relative(got, loss) < 1e-5 or vocabulary == 1
         assert relative(gradient, expected_gradient) < 1e-5 or vocabulary == 1
+
+
+@pytest.mark.parametrize("name", ["kl", "js", "jeffreys", "tail_aware", None])
+def test_a_team_s_launch_is_its_phases(name, monkeypatch):
+    """Its programs wait for each other, so here they take turns; the sums are the same, in the same order, bit by bit."""
+    student, teacher = torch.randn(5, 300).bfloat16(), torch.randn(5, 300).bfloat16()
+    student[2], teacher[4, 30:] = teacher[2], -torch.inf
+    labels = torch.tensor([0, 299, 7, -100, 150])
+    launches, same = [], functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+
+    def run(together, inplace):
+        monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2, 3, together=together))
+        x, options = student.clone().requires_grad_(), dict(reduction="sum", backend="triton", inplace=inplace)
+        if name is None:
+            loss = fk.cross_entropy(x, labels, **options)
+        else:
+            loss = fk.f_divergence(x, teacher, name, labels=labels, ce_weight=0.5, **options)
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    def at_once(fn, *of):
+        launches.append(fn.__name__)
+        return interpreter.AtOnce(fn, *of)
+
+    expected = run(False, False)
+    monkeypatch.setattr(triton_backend, "TEAMS_RUN", True)
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor", at_once)
+    for inplace in (False, True):
+        loss, gradient = run(True, inplace)
+        # kl's sum is made in its last sweep, by its terms there
+        (torch.testing.assert_close if name == "kl" else same)(loss, expected[0])
+        same(gradient, expected[1])
+    assert launches.count("row_kernel") == 2
 
 
 LINE = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
@@ -482,7 +516,7 @@ def test_tune_command(tmp_path, monkeypatch, capsys):
     tried = json.loads(capsys.readouterr().out)
     assert len(tried) > 3 and tried == sorted(tried, key=lambda row: row["seconds"])
     (kept,) = json.loads(launch.cache_file().read_text()).values()
-    assert kept == {k: tried[0][k] for k in ("block", "warps", "programs", "splits", "registers")}
+    assert kept == {k: tried[0][k] for k in ("block", "warps", "programs", "splits", "registers", "together")}
     launch._tuned.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert cli.main(arguments) == 2 and "the logits are on cpu" in capsys.readouterr().err

@@ -41,6 +41,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+#: The interpreter runs programs one after the other: none can wait for the rest of its team, and phases take its place.
+TEAMS_RUN = not interpreting()
 #: Asked once, too, and only where it matters.
 INTERPRETER_TROUBLE = _interpreter_trouble() if interpreting() else None
 
@@ -188,6 +190,8 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     met = splits if wire is None else chosen.splits * wire.ranks
     padded = 1 << (met - 1).bit_length()
     partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
+    together = chosen.together and splits > 1 and wire is None and TEAMS_RUN
+    tickets = torch.zeros(1 + rows, dtype=torch.int32, device=student.device) if together else None
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
     strides = _strides(student=student, teacher=teacher, gradient=student_gradient).values()
     if terms.metrics:
@@ -195,7 +199,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
 
     def phase(number: int, grid: tuple[int, int]) -> None:
         kernels.row_kernel[grid](  # by place what Triton would take longer to find by name
-            student, teacher, student_gradient, teacher_gradient, parts, partials, *vectors, coefficients,
+            student, teacher, student_gradient, teacher_gradient, parts, partials, tickets, *vectors, coefficients,
             rows, inner, vocabulary, span, *strides, call.student_softcap or None, call.teacher_softcap or None,
             smoothing=terms.label_smoothing, class_weight_sum=class_weight_sum,
             **arguments(divergence, call.teacher_gradient),
@@ -206,6 +210,8 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     with launch.on(student.device):
         if partials is None:
             phase(0, (chosen.programs, 1))
+        elif together:
+            phase(4, (chosen.programs, splits))
         else:
             for number in (1, 2, 3) if teacher is not None else (1, 3):
                 phase(number, (rows, splits) if splits > 1 else (chosen.programs, 1))

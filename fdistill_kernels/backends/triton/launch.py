@@ -18,8 +18,9 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Entries of a block, warps of a program, programs in the grid, spans that share a row (1: whole rows), and the
-    most registers of a thread (0: as many as the compiler likes).
+    """Entries of a block, warps of a program, programs in the grid, spans that share a row (1: whole rows), the most
+    registers of a thread (0: as many as the compiler likes), and whether a row's spans meet within one launch: programs
+    is then the number of teams. Teams have not run on a card, and no heuristic takes them.
     """
 
     block: int
@@ -27,6 +28,7 @@ class Launch:
     programs: int
     splits: int = 1
     registers: int = 0
+    together: bool = False
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def cache_file() -> Path:
 
 
 @functools.lru_cache
-def _tuned() -> dict[str, dict[str, int]]:
+def _tuned() -> dict[str, dict[str, Any]]:
     try:
         return json.loads(cache_file().read_text())
     except (OSError, ValueError):

@@ -11,7 +11,8 @@ without the row's peak and label is CLEAR: it needs no masks and no choices, and
 branches. Rows that are `close` to their teacher have sweeps of their own.
 
 A program takes whole rows, or one span of each row (few rows, a huge vocabulary); spans meet in `partials`, one launch
-a phase.
+a phase. Or a team of programs takes a row TOGETHER, a span each, and they wait for each other between the sweeps: few
+rows are then under way at once, which L2 can hold for the sweeps after the first.
 """
 
 import triton
@@ -34,7 +35,7 @@ from .softmaxes import added, met, no_sums, save, softmaxes_of
 from .stretches import NOWHERE, clear_until, fetched_of, first_two, start_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
-WHOLE, STATISTICS, TOTALS, GRADIENT = (tl.constexpr(phase) for phase in range(4))
+WHOLE, STATISTICS, TOTALS, GRADIENT, TOGETHER = (tl.constexpr(phase) for phase in range(5))
 PARTIALS = 14  # values a span leaves: nine of sweep 1, three of sweep 2, and what only it asks for, its place and top
 
 
@@ -221,6 +222,21 @@ def _gradient(
 
 
 @triton.jit
+def _arrived(counter):
+    """How many of a team have come here, this program with them; what each has stored is there for all."""
+    tl.debug_barrier()  # of all its threads
+    return tl.atomic_add(counter, 1, sem="acq_rel") + 1
+
+
+@triton.jit
+def _meet(counter, count):
+    """Waits until so many have come."""
+    arrived = _arrived(counter)
+    while arrived < count:
+        arrived = tl.atomic_add(counter, 0, sem="acquire")
+
+
+@triton.jit
 def _all(partials, SPLITS: tl.constexpr):
     """The sum of what the spans have left."""
     return tl.sum(tl.load(partials + tl.arange(0, SPLITS)), 0)
@@ -241,6 +257,7 @@ def row_kernel(
     student_gradient, teacher_gradient,  # of the same shape; the teacher's dense
     parts,  # (3, rows)
     partials,  # (PARTIALS, rows, SPLITS) float32
+    tickets,  # (1 + rows) int32 zeros, of teams: programs that have begun, and those that have come to meet for a row
     row_scale, student_inverse_temperature, teacher_inverse_temperature,  # (rows); no teacher's: the student's
     divergence_scale, cross_entropy_scale, z_loss_scale, labels,  # (rows)
     class_weight,  # (vocabulary)
@@ -258,15 +275,19 @@ def row_kernel(
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... of (outer, inner, V) logits; see `RowCall`. Absent pointers are None.
 
-    Grid: (programs, 1) for whole rows, (programs, splits) for a phase on spans of `span` entries, a multiple of BLOCK.
-    SPLITS is a power of two; what lies in `partials` beyond the grid's splits is ready to be combined. LINE: see
-    loads.py.
+    Grid: (programs, 1) for whole rows, (programs, splits) for a phase on spans of `span` entries, a multiple of BLOCK,
+    (teams, splits) for teams. SPLITS is a power of two; what lies in `partials` beyond the grid's splits is ready to be
+    combined. LINE: see loads.py.
+
+    A team is of programs that have begun one after the other, as their tickets say, in whatever order they are started.
+    So all teams but the last to begin are complete and come to their end, which gives places to the rest of that one.
     """
     LABELS: tl.constexpr = labels is not None
     DIVERGENCE: tl.constexpr = teacher is not None
     GRADIENTS: tl.constexpr = student_gradient is not None or teacher_gradient is not None
     # D is summed in the gradient's own sweep: there is no sum to wait for, and every entry passes there
-    LATE: tl.constexpr = CENTRED and PHASE == WHOLE and student_gradient is not None and teacher_gradient is None
+    ALONE: tl.constexpr = PHASE == WHOLE or PHASE == TOGETHER  # the only launch
+    LATE: tl.constexpr = CENTRED and ALONE and student_gradient is not None and teacher_gradient is None
     SWEEP_2: tl.constexpr = DIVERGENCE and not LATE
     DIGITS: tl.constexpr = DIVERGENCE and (
         teacher_inverse_temperature is None and student_cap is None and teacher_cap is None
@@ -274,7 +295,11 @@ def row_kernel(
     )  # fmt: skip
     numbers = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
     other_numbers = (other_parameter, other_rest, other_log, other_log_rest, c2, c3, c4, c5, c6, c7, c8)
-    for n in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+    team, member, members = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if PHASE == TOGETHER:
+        ticket = tl.atomic_add(tickets, 1, sem="relaxed")
+        team, member = ticket // members, ticket % members
+    for n in tl.range(team, rows, tl.num_programs(0)):
         student_row, teacher_row = row_at(student, n, inner, student_outer, student_inner), teacher
         first = first_of(student_row, LINE)  # the same in all of these
         student_row = line_of(student_row, first, LINE)
@@ -291,12 +316,12 @@ def row_kernel(
         bounds = (first, first + vocabulary)
         begin, end = 0, first + vocabulary
         if PHASE != WHOLE:
-            begin = tl.program_id(1) * span
+            begin = member * span
             end = tl.minimum(begin + span, first + vocabulary)
         caps = (student_cap, teacher_cap)
         scale = tl.load(row_scale + n)
         if scale == 0:
-            if PHASE == WHOLE or PHASE == GRADIENT:
+            if ALONE or PHASE == GRADIENT:
                 zero_row(student_gradient_row, begin, end, bounds, BLOCK, LINE)
                 zero_row(teacher_gradient_row, begin, end, bounds, BLOCK, LINE)
                 for part in tl.static_range(3):
@@ -316,21 +341,21 @@ def row_kernel(
             saved, here, step = partials, partials, rows * SPLITS  # of all spans, and of this one
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS
-                here = saved + tl.program_id(1)
+                here = saved + member
 
             label, known, label_logit, pivot = -1, False, 0.0, 0.0
             if LABELS:
                 label = tl.load(labels + n)
                 known = (label >= 0) & (label < vocabulary)
                 label = tl.where(known, label, -LINE).to(tl.int32) + first
-                if PHASE == WHOLE or PHASE == STATISTICS:
+                if ALONE or PHASE == STATISTICS:
                     label_logit = tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32)
                     label_logit = capped(label_logit, student_cap)
                 else:
                     label_logit = tl.load(saved + 8 * step)  # its entry may be the gradient already, in place
                 pivot = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
 
-            if PHASE == WHOLE or PHASE == STATISTICS:
+            if ALONE or PHASE == STATISTICS:
                 statistics = softmaxes_of(
                     student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, student_cap,
                     teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
@@ -339,12 +364,15 @@ def row_kernel(
                     tl.debug_barrier()
             else:
                 statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
-            if PHASE == STATISTICS:
+            if PHASE == STATISTICS or PHASE == TOGETHER:
                 save(here, step, statistics)
                 tl.store(here + 8 * step, label_logit)
                 tl.store(here + 12 * step, statistics[8].to(tl.float32, bitcast=True))
                 tl.store(here + 13 * step, statistics[0])
-            else:
+            if PHASE == TOGETHER:
+                _meet(tickets + 1 + n, members)
+                statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
+            if PHASE != STATISTICS:
                 student_top, student_rest, plain_rest, linear, teacher_top, teacher_rest, _, _, place = statistics
                 if PHASE != WHOLE:
                     place = tl.load(here + 12 * step).to(tl.int32, bitcast=True)
@@ -384,15 +412,17 @@ def row_kernel(
                             sources, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold,
                             False, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
                         )  # fmt: skip
-                if PHASE == TOTALS:
+                if PHASE == TOTALS or PHASE == TOGETHER:
                     tl.store(here + 9 * step, divergence)
                     tl.store(here + 10 * step, weight)
                     tl.store(here + 11 * step, teacher_weight)
-                if SWEEP_2 and PHASE == GRADIENT:
+                if SWEEP_2 and PHASE == TOGETHER:
+                    _meet(tickets + 1 + n, 2 * members)
+                if SWEEP_2 and (PHASE == GRADIENT or PHASE == TOGETHER):
                     divergence, weight = _all(saved + 9 * step, SPLITS), _all(saved + 10 * step, SPLITS)
                     teacher_weight = _all(saved + 11 * step, SPLITS)
 
-                if PHASE == WHOLE or PHASE == GRADIENT:
+                if ALONE or PHASE == GRADIENT:
                     plain_log_total = log1p(plain_rest)
                     cross_entropy, squared_lse, of_q, of_label, of_weight = 0.0, 0.0, 0.0, 0.0, 0.0
                     if LABELS:
@@ -423,7 +453,12 @@ def row_kernel(
                             )  # fmt: skip
                         if LATE:
                             divergence = value
-                    if tl.program_id(1) == 0:
+                    writes = member == 0
+                    if LATE and PHASE == TOGETHER:
+                        tl.store(here + 9 * step, value)
+                        writes = _arrived(tickets + 1 + n) == 2 * members  # nobody is waited for
+                        divergence = _all(saved + 9 * step, SPLITS)
+                    if writes:
                         tl.store(parts + n, times(of_divergence, divergence))
                         tl.store(parts + rows + n, scale * cross_entropy)
                         tl.store(parts + 2 * rows + n, scale * squared_lse)
