@@ -139,10 +139,11 @@ enum class Members { kNone, kLabel, kCount, kMass };
 // What a divergence is beside its terms; `Other`: with the models exchanged. row_divergences.h has those that ask for
 // statistics of their row, and some of these for the largest of what they name. `unit`: what a GPU's terms are to be
 // multiplied with, which is done once a row. `has_slopes`: the student's term is known per probability, and of modest
-// size, so that a GPU may keep it in 16 bits from sweep to sweep.
+// size, so that a GPU may keep it in 16 bits from sweep to sweep; `has_exact_slopes`: these hold it as it is.
 template <typename Other, bool is_centred = false>
 struct OfEntries {
   using Exchanged = Other;
+  static constexpr bool has_exact_slopes = false;
   static constexpr bool centred = is_centred, asks = false, has_largest = false, has_slopes = false;
   static constexpr Members members = Members::kNone;
   static constexpr float unit = 1.0f;
@@ -347,7 +348,7 @@ struct SkewRkl : OfEntries<SkewKl> {
 
 struct Tvd : OfEntries<Tvd> {  // f = |t - 1| / 2, with the zero subgradient at ties
   static constexpr float unit = kOnGpu ? 0.5f : 1.0f;
-  static constexpr bool has_slopes = true;
+  static constexpr bool has_slopes = true, has_exact_slopes = kOnGpu;
 
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Slopes<T> slopes(const E& e, const Parameter&) {

@@ -4,6 +4,7 @@ import collections
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -430,6 +431,50 @@ def test_slopes_kept_in_sixteen_bits_are_as_good_as_a_rounding(name, case, monke
     rounding = (wanted.bfloat16().double() - wanted).norm(dim=1)
     assert ((gradient - wanted).norm(dim=1) < 1.5 * rounding + 1e-3 * wanted.norm(dim=1)).all()
     assert (gradient.sum(1).abs() < 0.05 * wanted.norm(dim=1)).all()
+
+
+def test_rows_are_read_again_where_that_helps_alone(tmp_path, monkeypatch):
+    """Counted in a copy of the kernels: of sure students and teachers, models that agree, and the rows that need it."""
+    source = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", source)
+    kernel, call = source / "cuda" / "row_kernel.h", "this->read_again(row, logits);"
+    text = kernel.read_text()
+    assert text.count(call) == 1
+    text = text.replace(call, f"rows_read_again += first(); {call}")
+    kernel.write_text(
+        text.replace("namespace fdistill {", 'extern "C" { int rows_read_again; }\nnamespace fdistill {', 1)
+    )
+    rows = source / "cuda" / "rows.cu"
+    each = "FDISTILL_FIND(Js) FDISTILL_FIND(Tvd)"
+    rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS\(FDISTILL_FIND\)", each, rows.read_text()))
+    build_emulated(source, tmp_path / "counting.so")
+    emulate_cuda(monkeypatch, 2)
+    monkeypatch.setattr(cuda, "LIBRARY", cuda.Library(tmp_path / "counting.so"))
+    counted = ctypes.c_int.in_dll(ctypes.CDLL(tmp_path / "counting.so"), "rows_read_again")
+
+    def sure(of_student, of_teacher):
+        """Rows whose models put so much of their mass on one entry, and the rest on tails that are alike."""
+        tail = 0.7 * torch.randn(4, 4099)
+        noisy = tail + 0.1 * torch.randn(4, 4099)
+        for z, mass in ((tail, of_student), (noisy, of_teacher)):
+            z[:, 7] = -torch.inf
+            z[:, 7] = z.logsumexp(1) + math.log(mass / (1 - mass))
+        return tail, noisy
+
+    uniform, spiked = torch.zeros(4, 4099), torch.zeros(4, 4099)
+    uniform[:, 5], spiked[:, 5], spiked[:, 9] = 0.5, 9.0, 6.0
+    for name, (student, teacher), again in (
+        ("js", sure(0.3, 0.9), 0), ("js", sure(0.9, 0.999), 0), ("tvd", sure(0.5, 0.9), 0), ("js", models(4, 4099), 0),
+        ("js", sure(0.5, 0.5)[:1] * 2, 0), ("tvd", (uniform, spiked), 0), ("js", (uniform, spiked), 4),
+    ):  # fmt: skip
+        counted.value = 0
+        x, y = student.detach().bfloat16().requires_grad_(), teacher.detach().bfloat16()
+        gradient = gradient_of(fk.f_divergence(x, y, name, reduction="sum", backend="cuda"), x).double()
+        exact = x.detach().double().requires_grad_()
+        wanted = gradient_of(fk.f_divergence(exact, y.double(), name, reduction="sum", backend="torch"), exact)
+        assert counted.value == again, (name, counted.value)
+        rounding = (wanted.bfloat16().double() - wanted).norm(dim=1)
+        assert ((gradient - wanted).norm(dim=1) <= 1.5 * rounding + 1e-3 * wanted.norm(dim=1)).all(), name
 
 
 def test_the_interface_is_the_one_python_speaks(tmp_path):

@@ -36,7 +36,10 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     return false;
   }();
   using Slope = Vector<std::conditional_t<std::is_same_v<scalar_t, BFloat16>, Half, scalar_t>>;
-  static constexpr bool kNarrow = kSlopes && sizeof(scalar_t) == 2;
+  static constexpr bool kLossy = [] {  // kept in 16 bits, a rounding away
+    if constexpr (kSlopes) return sizeof(scalar_t) == 2 && !Divergence::has_exact_slopes;
+    return false;
+  }();
   static constexpr float kUnits = 128.0f;  // of a slope, so that those of 1e-6 still are normal numbers of float16
   using Slices = RowSlices<scalar_t, kTeacher ? 2 : 1>;
   using Vec = Vector<scalar_t>;
@@ -102,7 +105,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   static FDISTILL_DEVICE Totals sum_over(const Totals& of_lane) {
     Totals all{warp_sum<lanes>(of_lane.divergence)};
     if (!kCentred) all.weight = warp_sum<lanes>(of_lane.weight);
-    if (kNarrow) {
+    if (kLossy) {
       all.kept = warp_sum<lanes>(of_lane.kept), all.mass = warp_sum<lanes>(of_lane.mass);
       all.mean = warp_sum<lanes>(of_lane.mean), all.square = warp_sum<lanes>(of_lane.square);
     }
@@ -214,12 +217,12 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
       tell(sweep<true, false>(row, logits, models, peak.k, of), row);
       if (speaker()) total = hear<Totals>(row);
       if (thread() == 0) {
-        shared.anew = kNarrow && total.need_more_bits(1.0f / 256);
-        shared.weight = kNarrow && !shared.anew ? total.kept : total.weight;
+        shared.anew = kLossy && total.need_more_bits(1.0f / 256, exp2f(-models.log2_total));
+        shared.weight = kLossy && !shared.anew ? total.kept : total.weight;
       }
       block_barrier();  // the speaker has heard of S
       of.softmax -= of.term * shared.weight;
-      if (kNarrow && shared.anew && task.student_gradient.data) {
+      if (kLossy && shared.anew && task.student_gradient.data) {
         this->read_again(row, logits);
         sweep<false, true>(row, logits, models, peak.k, of);
       } else if (task.student_gradient.data) {
@@ -413,7 +416,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
         if constexpr (kSlopes && kTotals) {
           const Raw kept = Slope::narrow(student);
           if (k * kWarp < count) put(others, k * kWarp, kept);  // what is around a row stays
-          if constexpr (kNarrow) {
+          if constexpr (kLossy) {
             float slope[kSize];
             Slope::widen(kept, slope);
 #pragma unroll

@@ -45,11 +45,14 @@ struct alignas(sizeof(Raw)) Statistics {
 struct alignas(sizeof(Raw)) Totals {
   float divergence = 0, weight = 0, kept = 0, mass = 0, mean = 0, square = 0;
 
-  // Whether 16 bits are too few for slopes so small, or for what is left of them less their mean: an error of theirs would
-  // be beyond that of rounding the gradient.
-  FDISTILL_DEVICE bool need_more_bits(float smallest) const {
+  // Whether 16 bits are too few for slopes so small, or for what is left of them less S: an error of theirs would be beyond
+  // that of rounding the gradient. S is not near to slopes that are all alike where the student's largest entry, whose slope
+  // is 0, has so much of its mass: the gradient there is -S times it, to which an error of 2^-12 of S times the root of the
+  // others' mass squared is at most a rounding. Models that agree have no slopes.
+  FDISTILL_DEVICE bool need_more_bits(float smallest, float largest_mass) const {
     const float variance = square - mean * (mean / mass);
-    return !(square > smallest * smallest * mass && variance * 16.0f > square);
+    const bool enough = square > smallest * smallest * mass && (variance * 16.0f > square || largest_mass * 32.0f > 1.0f);
+    return !enough && !(divergence == 0.0f && weight == 0.0f);
   }
 };
 
