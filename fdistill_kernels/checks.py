@@ -14,6 +14,10 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+NO_TRANSFORM = (
+    "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach into the fused losses; batch by leading "
+    "dimensions, differentiate with torch.autograd"
+)
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
 
@@ -26,6 +30,8 @@ def check_tensor(name: str, value: object, floating: bool = True) -> None:
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
     if not torch.compiler.is_compiling():
         _check_plain(name, value)
+    elif forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{name}: {NO_TRANSFORM}")
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, not {value.dtype}")
 
@@ -39,10 +45,22 @@ def _check_plain(name: str, value: Tensor) -> None:
     functorch = torch._C._functorch
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
     if dual or functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
-        raise NotImplementedError(
-            f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach into the fused losses; "
-            "batch by leading dimensions, differentiate with torch.autograd"
-        )
+        raise NotImplementedError(f"{name}: {NO_TRANSFORM}")
+
+
+def has_memory(value: Tensor) -> bool:
+    """Whether a kernel may read it by its pointer: not a wrapper, whose class says what it holds (quantised, fake)."""
+    return type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_memory(**tensors: object) -> None:
+    """Raises TypeError for a wrapper among them, where no operator stands between it and the kernels."""
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and not has_memory(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, whose memory no kernel can read; beside a teacher that is a "
+                "function, or a divergence of your own, give plain tensors"
+            )
 
 
 def check_logits(name: str, logits: Tensor) -> None:

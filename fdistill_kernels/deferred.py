@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
 from .heads import LARGEST
+from .hooks import move_to_end, without_user_s
 from .values import Head
 
 #: A function of hidden states and the head's weight and bias, run where the head has them whole.
@@ -56,6 +57,7 @@ class Deferral:
         self.given: Hidden | None = None  # to a head that has a probe row in its place
 
     def __enter__(self) -> Any:
+        move_to_end(getattr(self.head, "_forward_pre_hooks", None), _before)
         self.before = active()
         _ACTIVE.deferral = self
         return self
@@ -264,10 +266,11 @@ class Logits:
     def at_head(self, then: AtHead) -> Any:
         """What a function makes of the hidden states and the head's weight, run in the head's own forward."""
         given = Hidden(self.hidden, self.deferral, then)
-        if _autocast_dtype(self.hidden) == self.autocast:
-            return self.deferral.head(given)
-        with torch.autocast(self.hidden.device.type, self.autocast, enabled=self.autocast is not None):  # type: ignore[arg-type]
-            return self.deferral.head(given)
+        with without_user_s(self.deferral.head):
+            if _autocast_dtype(self.hidden) == self.autocast:
+                return self.deferral.head(given)
+            with torch.autocast(self.hidden.device.type, self.autocast, enabled=self.autocast is not None):  # type: ignore[arg-type]
+                return self.deferral.head(given)
 
     def tensor(self, why: str = "") -> Tensor:
         """The logits themselves, made once. why: what needs them."""

@@ -109,11 +109,11 @@ class _LinearLoss(torch.autograd.Function):
         parts, *gradients = _rows(_detached(call, call.terms, Wants() if per_row else wants), backend)
         ctx.dtypes = _dtypes(call)
         ctx.backend, ctx.group, ctx.again = backend, call.shard.group, per_row or call.shard.own_rows
-        ctx.gradients = None
+        ctx.gradients, ctx.in_graph = None, torch.compiler.is_compiling()  # which a backward pass may not be, too
         if ctx.again:
             keep(ctx, leaves)
             ctx.gradients = None if per_row else gradients
-        elif torch.compiler.is_compiling():
+        elif ctx.in_graph:
             ctx.save_for_backward(call.terms.row_scale, *gradients)
         else:  # kept so that nothing else holds them in the backward pass: a leaf then takes them without a copy
             ctx.gradients = gradients
@@ -218,7 +218,7 @@ def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Ten
 
 def _handed_over(ctx: Any) -> list[Any]:
     """The gradients, out of the graph's hands unless it is kept for another backward pass."""
-    if torch.compiler.is_compiling():
+    if ctx.in_graph:
         return list(ctx.saved_tensors[1:])
     gradients = ctx.gradients
     if gradients is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .backends import cpu
 from .values import Head
 
@@ -44,7 +45,7 @@ TILE = 1024  # csrc/cpu/products.cpp's kTile
 
 
 def _native(like: Tensor) -> bool:
-    return FOUND is not None and like.device.type == "cpu" and like.dtype in cpu.DTYPES
+    return FOUND is not None and like.device.type == "cpu" and like.dtype in cpu.DTYPES and checks.has_memory(like)
 
 
 def _matrix(x: Tensor | None) -> Any:
@@ -81,7 +82,7 @@ def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
         exact = torch.empty(out.shape, dtype=hidden.dtype, device=out.device)
         logits_(hidden, head, exact)
         out.copy_(exact)
-    elif _native(hidden):
+    elif _native(hidden) and checks.has_memory(head.weight):
         _run("logits_product", hidden, head.weight, head.bias, float(head.scale), out)
     elif head.bias is not None:
         torch.addmm(head.bias, hidden, head.weight.t(), alpha=head.scale, out=out)

@@ -956,6 +956,68 @@ def test_derivatives_that_are_not_made_are_refused(name):
                 ask(loss, x)
 
 
+@pytest.mark.parametrize("loss", [lambda x: fk.f_divergence(x, x.detach().flip(0)), lambda x: fk.log_sum_exp(x).sum()])
+def test_a_compiled_jvp_is_refused_too(loss):
+    x = torch.randn(N, 17)
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.compile(lambda x: torch.func.jvp(loss, (x,), (x,)), backend="aot_eager")(x)
+
+
+class Quantised(torch.Tensor):
+    """A wrapper: int8 and each row's scale, and no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        return function(*(x.values * x.scale if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+def test_what_has_no_memory_is_not_read():
+    """By torch's operations it gives what its values give; where none stands before the kernels, it is refused."""
+    hidden, weight, teacher, labels = torch.randn(N, D), torch.randn(V, D), torch.randn(N, V), torch.arange(N)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    wrapped = Quantised((weight / scale).round().to(torch.int8), scale)
+    plain = wrapped.values * scale
+    own = fk.FDivergence(lambda t: (t - 1) ** 2 / (1 + t))
+    for call in (
+        lambda w: fk.linear_f_divergence(hidden, w, fk.Logits(teacher), divergence="js"),
+        lambda w: fk.linear_cross_entropy(hidden, w, labels), lambda w: fk.log_probs(hidden, w, labels),
+        lambda w: fk.top_k_of(fk.Hidden(hidden, fk.Head(w)), 5).log_probs,
+        lambda w: fk.f_divergence(teacher, hidden @ w.t(), own),
+    ):  # fmt: skip
+        torch.testing.assert_close(call(wrapped), call(plain))
+    for name, call in {
+        "weight": lambda w: fk.linear_f_divergence(hidden, w, lambda begin, end: teacher[begin:end]),
+        "teacher_weight": lambda w: fk.linear_f_divergence(hidden, plain, hidden, w, divergence=own),
+    }.items():
+        assert call(plain).isfinite()
+        with pytest.raises(TypeError, match=f"{name} is a Quantised, whose memory no kernel can read"):
+            call(wrapped)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("teacher", [torch.randn(N, V), lambda begin, end: torch.ones(end - begin, V)])
+def test_a_backward_pass_alone_may_be_compiled(teacher):
+    """The forward pass has laid the gradients where it found itself, which is outside."""
+    hidden, weight, found = torch.randn(N, D), torch.randn(V, D), []
+    for compiled in (False, True):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        rows = teacher if callable(teacher) else fk.Logits(teacher)
+        enabled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
+        with enabled if compiled else contextlib.nullcontext():
+            fk.linear_f_divergence(torch.nn.functional.silu(x), w, rows).backward()
+        found.append((x.grad, w.grad))
+    torch.testing.assert_close(*found)
+
+
 def test_views_that_are_negated_when_they_are_read():
     hidden = torch.randn(N, D)
     for name, call in {

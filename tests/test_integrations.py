@@ -372,3 +372,46 @@ def test_trainer_with_and_without(tmp_path):
     trained(narrow, tmp_path, bf16=True)
     undo_patch(narrow)
     assert narrow(torch.zeros(1, 2, dtype=torch.long)).logits.dtype == torch.float32
+
+
+def _scaled_rows(module, args):
+    return (args[0].mul(2) * 1.5, *args[1:])
+
+
+#: A user's hooks on the head: each has one turn, with what the model's own call gives.
+HEAD_HOOKS = {
+    "scale": lambda module, args, logits: logits / 2, "in place": lambda module, args, logits: logits.div_(2),
+    "vector": lambda module, args, logits: logits + torch.linspace(0, 1, logits.shape[-1]),
+    "mask": lambda module, args, logits: logits.masked_fill(torch.arange(logits.shape[-1]) < 3, -1e4),
+    "gradient": lambda module, args, logits: (logits.register_hook(lambda g: 2 * g), None)[1], "hidden": _scaled_rows,
+    "looks": lambda module, args, logits: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEAD_HOOKS)
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_hooks_of_the_head_have_one_turn(name, patched_first):
+    found = []
+    for patched in (False, True):
+        model, calls = llama(), []
+        head, own = model.get_output_embeddings(), HEAD_HOOKS[name]
+
+        def hook(*given, own=own, calls=calls):
+            calls.append(1)
+            return own(*given)
+
+        def register(head=head, hook=hook, own=own):
+            (head.register_forward_pre_hook if own is _scaled_rows else head.register_forward_hook)(hook)
+
+        if not patched_first:
+            register()
+        if patched:
+            patch_model(model)
+        if patched_first:
+            register()
+        ids = torch.arange(18).view(2, 9) % model.config.vocab_size
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert len(calls) == 1
+        found.append((loss.detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..carried import flat, operator, watched
 from ..divergences import Divergence
 from . import chunked, cpu, cuda, sharded, sparse, triton
@@ -79,6 +80,8 @@ def rows_by(name: str, call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     """A checked call's rows by a backend; those beside a list or over ranks, which `cuda` has no kernels for, by
     Triton's there.
     """
+    if name != "torch":  # whose operations a wrapper's class sees
+        checks.check_memory(student=call.student, teacher=call.teacher)
     if name == "cuda" and (call.targets.ids is not None or call.shard.group):
         reason = triton.why_not(call.student.device, call.student.dtype, call.divergence)
         name = "triton" if reason is None else "torch"

@@ -357,6 +357,8 @@ class LinearCall(NamedTuple):
             ValueError: shapes or devices that do not fit.
         """
         hidden, head, teacher = self.hidden, self.head, self.teacher
+        checks.check_memory(hidden=hidden, weight=head.weight, bias=head.bias, teacher=teacher.rows,
+                            teacher_weight=teacher.weight, teacher_bias=teacher.bias)  # fmt: skip
         models = [("student", hidden, head.weight, head.bias)]
         if isinstance(teacher.rows, Tensor) and teacher.weight is not None:
             models.append(("teacher", teacher.rows, teacher.weight, teacher.bias))
