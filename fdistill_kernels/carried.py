@@ -152,5 +152,13 @@ def keep(ctx: Any, leaves: Sequence[Any]) -> None:
 
 
 def kept(ctx: Any) -> list[Any]:
-    """What `keep` was given."""
-    return [plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+    """What `keep` was given; let go of, as autograd does with its own, unless the graph is kept."""
+    leaves = [plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+    if not (torch.compiler.is_compiling() or graph_is_kept()):
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in ctx.plain]
+    return leaves
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward pass leaves the graph for another one (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> T
         raise TypeError(f"{name}.ids must be integers, not {teacher.ids.dtype}")
     _check_settings(teacher, terms, name)
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    shape = student.shape[:-1].numel(), teacher.ids.shape[-1]
+    shape = math.prod(student.shape[:-1]), teacher.ids.shape[-1]
     rows = {n: x.detach().reshape(shape).to(torch.int64 if n == "ids" else wide).contiguous() for n, x in given.items()}
     rounding = max(torch.finfo(x).eps for x in (teacher.log_probs.dtype, wide)) / 2
     return Targets(**rows, tail=teacher.tail, temperature=float(teacher.temperature), rounding=rounding)

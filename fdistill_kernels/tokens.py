@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .backends.rows import Targets, TokenTerms
+from .carried import graph_is_kept
 from .divergences import Divergence
 from .values import LossParts, LossTerms, Metrics, SparseParts
 
@@ -245,11 +246,6 @@ def is_power_of_two(factor: Tensor) -> bool:
     if one is not None:
         return one == 0 or abs(math.frexp(one)[0]) == 0.5
     return bool(((torch.frexp(factor).mantissa.abs() == 0.5) | (factor == 0)).all())
-
-
-def graph_is_kept() -> bool:
-    """Whether the running backward pass leaves the graph for another one (retain_graph)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def once(upstream: Tensor) -> Tensor:

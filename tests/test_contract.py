@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 import types
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -683,6 +684,21 @@ def test_dynamic_batches_in_export_and_compile():
         torch.testing.assert_close(compiled(*given), Both()(*given))
 
 
+@pytest.mark.parametrize("leading", [(), (3,)], ids=str)
+def test_dynamic_batches_of_lists_in_export(leading):
+    class Listed(torch.nn.Module):
+        def forward(self, student, ids, log_probs):
+            return fk.f_divergence(student, fk.TopK(ids, log_probs), "kl")
+
+    def example(batch):
+        found = torch.randn(batch, *leading, V).log_softmax(-1).topk(4)
+        return torch.randn(batch, *leading, V), found.indices, found.values
+
+    program = torch.export.export(Listed(), example(4), dynamic_shapes=({0: torch.export.Dim("batch")},) * 3).module()
+    given = example(7)
+    torch.testing.assert_close(program(*given), Listed()(*given))
+
+
 def test_compiled_teacher_functions_break_the_graph_and_are_right():
     hidden, weight, teacher, teacher_weight = heads()
     logits = teacher @ teacher_weight.T
@@ -901,6 +917,22 @@ def test_tensors_of_inference_mode(dtype):
     frozen = [fk.log_probs(hidden, w, labels) + fk.linear_cross_entropy(hidden, w, labels, reduction="none")
               for w in (head, head.clone())]  # fmt: skip
     assert torch.equal(*(torch.autograd.grad(x.sum() * 3, hidden)[0] for x in frozen))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_of_inference_mode_is_let_go_of(dtype):
+    """After a backward pass, though the loss is still held; not while the graph is kept."""
+    student = torch.randn(N, V).to(dtype).requires_grad_()
+    with torch.inference_mode():
+        teacher = torch.randn(N, V).to(dtype)
+    loss, held = fk.f_divergence(student, teacher), weakref.ref(teacher)
+    del teacher
+    loss.backward(retain_graph=True)
+    first = student.grad.clone()
+    loss.backward()
+    assert held() is None and torch.equal(student.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 def test_no_default_of_torch_s_is_asked(backend):

@@ -20,7 +20,7 @@ from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.verify import verify
 
 from . import interpreter
-from .conftest import assert_masks_of_two_kinds_agree, reference, relative
+from .conftest import WHOLE, assert_masks_of_two_kinds_agree, reference, relative
 
 V, WIDE = 4096, 1 << 16
 
@@ -264,13 +264,15 @@ def contracted(request, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, splits",
+    [(d, n) for d in LINE for n in (1, 3) if WHOLE or (d is torch.bfloat16) == (n == 3)], ids=str,
+)  # fmt: skip
 def test_nothing_is_read_or_written_beside_a_tensor(dtype, splits, monkeypatch):
     """Not in the lines of 16 bytes that its first row starts in and its last row ends in, either."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, splits, 2))
+    monkeypatch.setattr(launch, "choose", lambda *_: launch.Launch(64, 1, 2, splits))
     owned = []
 
     def checked(original):
