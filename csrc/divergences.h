@@ -143,8 +143,8 @@ enum class Members { kNone, kLabel, kCount, kMass };
 template <typename Other, bool is_centred = false>
 struct OfEntries {
   using Exchanged = Other;
-  static constexpr bool has_exact_slopes = false;
-  static constexpr bool centred = is_centred, asks = false, has_largest = false, has_slopes = false;
+  static constexpr bool centred = is_centred, asks = false, has_largest = false;
+  static constexpr bool has_slopes = false, has_exact_slopes = false;
   static constexpr Members members = Members::kNone;
   static constexpr float unit = 1.0f;
 };
@@ -348,7 +348,7 @@ struct SkewRkl : OfEntries<SkewKl> {
 
 struct Tvd : OfEntries<Tvd> {  // f = |t - 1| / 2, with the zero subgradient at ties
   static constexpr float unit = kOnGpu ? 0.5f : 1.0f;
-  static constexpr bool has_slopes = true, has_exact_slopes = kOnGpu;
+  static constexpr bool has_slopes = true, has_exact_slopes = true;
 
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Slopes<T> slopes(const E& e, const Parameter&) {

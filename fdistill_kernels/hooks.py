@@ -39,5 +39,4 @@ def without_user_s(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for place, hooks in before.items():
-            if getattr(module, place) is not hooks:
-                setattr(module, place, hooks)
+            setattr(module, place, hooks)
