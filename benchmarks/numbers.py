@@ -377,6 +377,16 @@ def gpu_rows(number: Numbers) -> str:
     )
 
 
+def host(number: Numbers) -> str:
+    """Steps in which the kernel takes next to nothing."""
+    content = number.file("host_cpu.json")
+    keys, names = ("microseconds", "eager_microseconds"), [row["what"] for row in content["rows"]]
+    lines = [(what, *(number.of("host_cpu.json", key, ".0f", what=what) for key in keys)) for what in names]
+    n, v = content["shape"]
+    return (f"One thread of an {content['run']['device']}, {content['dtype']}, N = {n}, V = {v}, forward and backward, "
+            "medians:\n\n" + table(("", "ours, µs", "PyTorch's operations, µs"), lines))  # fmt: skip
+
+
 def gpu_linear(number: Numbers) -> str:
     """Losses from hidden states on a GPU."""
     shapes = [[8192, 128256, 2048, 4096], [8192, 128256, 4096, 4096]]

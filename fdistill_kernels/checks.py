@@ -30,10 +30,23 @@ def check_tensor(name: str, value: object, floating: bool = True) -> None:
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
     if not torch.compiler.is_compiling():
         _check_plain(name, value)
-    elif forward_ad._current_level >= 0:
+    elif _untraceable():
         raise NotImplementedError(f"{name}: {NO_TRANSFORM}")
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, not {value.dtype}")
+
+
+@torch.compiler.assume_constant_result
+def _untraceable() -> bool:
+    """Whether a compiler traces a dual number, or a second derivative: it would make zeros of them."""
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    gradients = [t for t in transforms if t.key() == torch._C._functorch.TransformType.Grad]
+    return forward_ad._current_level >= 0 or len(gradients) > 1
+
+
+@torch.compiler.disable  # a compiler that traces this alone, once the above is raised, takes all tangents for None
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def _check_plain(name: str, value: Tensor) -> None:
@@ -43,7 +56,7 @@ def _check_plain(name: str, value: Tensor) -> None:
     if value.is_neg():
         raise TypeError(f"{name} is a view that is negated when it is read: give {name}.resolve_neg()")
     functorch = torch._C._functorch
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    dual = forward_ad._current_level >= 0 and _has_tangent(value)
     if dual or functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
         raise NotImplementedError(f"{name}: {NO_TRANSFORM}")
 
@@ -292,20 +305,18 @@ def check_number(
     return number
 
 
-def check_per_token(name: str, value: object, logits: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
-    """A number in [low, high], a 0-dim tensor, or one value a token."""
-    if not isinstance(value, Tensor):
-        check_number(name, value, low, high)
-    elif value.dim() == 0:
+def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
+    """A 0-dim tensor, or one value a token."""
+    if value.dim() == 0:
         check_tensor(name, value)
         check_constant(name, value, logits.device)
     else:
         check_tokens(name, value, logits)
 
 
-def check_temperature_of(name: str, value: object, row_scale: Tensor, low: float, high: float) -> None:
+def check_temperature_of(name: str, value: Tensor, row_scale: Tensor, low: float, high: float) -> None:
     """The values of a tensor of temperatures, of tokens that count; a GPU is not asked."""
-    if isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
         value = value.double()  # float8 does not compare
         fits = (value >= low) & (value <= high)
         if not (fits.reshape(-1) | (row_scale == 0)).all():

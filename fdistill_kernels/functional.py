@@ -111,12 +111,12 @@ def f_divergence(
 
     Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, eq. (4)-(11).
     """
-    terms = _terms(divergence, LossTerms(
-        divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
+    terms = _terms(
+        divergence, divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
         label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight,
         temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
         reduction=reduction, num_items=num_items,
-    ))  # fmt: skip
+    )  # fmt: skip
     check_shard("shard", shard)
     check_shard("teacher_shard", teacher_shard)
     checks.check_flag("inplace", inplace)
@@ -345,12 +345,12 @@ def linear_f_divergence(
     check_shard("shard", shard)
     check_shard("teacher_shard", teacher_shard)
     check_no_divergence(teacher_weight)
-    terms = _terms(divergence, LossTerms(
-        divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
+    terms = _terms(
+        divergence, divergence_weight=divergence_weight, labels=labels, ce_weight=ce_weight,
         label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, token_weight=token_weight,
         temperature=temperature, teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
         reduction=reduction, num_items=num_items,
-    ))  # fmt: skip
+    )  # fmt: skip
     head = head_of("student_weight", student_weight, student_bias=student_bias, logit_scale=logit_scale,
                    logit_softcap=logit_softcap)  # fmt: skip
     names = "student_hidden", "student_weight", "student_bias"
@@ -508,18 +508,18 @@ def log_probs(
     return found if entropies is None else (found, entropies)
 
 
-def _terms(divergence: Any, given: LossTerms) -> LossTerms:
+def _terms(divergence: Any, **given: Any) -> LossTerms:
     """The terms: from the divergence and the keyword arguments, or a `LossTerms` given as divergence.
 
     Raises:
         ValueError: a `LossTerms` together with one of its fields.
     """
-    if isinstance(divergence, LossTerms):
-        beside = [n for n, x in given._asdict().items() if not _same(x, LossTerms._field_defaults[n])]
-        if beside:
-            raise ValueError(f"{', '.join(beside)} beside divergence, a LossTerms, which has its own")
-        divergence, given = divergence.divergence, divergence
-    return replaced(given, divergence=resolve(divergence))
+    if not isinstance(divergence, LossTerms):
+        return LossTerms(resolve(divergence), **given)
+    beside = [n for n, x in given.items() if not _same(x, LossTerms._field_defaults[n])]
+    if beside:
+        raise ValueError(f"{', '.join(beside)} beside divergence, a LossTerms, which has its own")
+    return replaced(divergence, divergence=resolve(divergence.divergence))  # type: ignore[arg-type]
 
 
 def _same(x: Any, default: Any) -> bool:

@@ -11,7 +11,7 @@ from . import backends
 from .backends.collectives import Collectives
 from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
 from .backends.sharded import rows_at_once
-from .carried import built, flat, keep, kept, replaced
+from .carried import built, flat, in_graph, keep, kept, replaced
 from .divergences import KL
 from .own import FDivergence
 from .tokens import Known, divergence_of, has_metrics, is_power_of_two, of_parts, once, reduced, scaled, token_terms
@@ -41,16 +41,19 @@ def rows_loss(
         if teacher is None or shard.group:
             return _outside_graphs(student, teacher, terms, backend, per_row, targets, shard)
         return _traced_loss(student, teacher, terms, backend, per_row)
+    of_student, of_teacher, cap = _rows(student.values, inplace), None, None
+    if teacher is not None:
+        of_teacher, cap = _rows(teacher.values), teacher.softcap
+    enabled = torch.is_grad_enabled()
     call = RowCall(
-        _rows(student.values, inplace), None if teacher is None else _rows(teacher.values), terms,
-        student.softcap, None if teacher is None else teacher.softcap, inplace=inplace, targets=targets, shard=shard,
+        of_student, of_teacher, terms, student.softcap, cap, enabled and of_student.requires_grad,
+        enabled and of_teacher is not None and of_teacher.requires_grad, inplace, targets, shard,
     )  # fmt: skip
-    trained = call.student.requires_grad or (call.teacher is not None and call.teacher.requires_grad)
-    if torch.is_grad_enabled() and trained:
+    if call.student_gradient or call.teacher_gradient:
         # a graph takes tensors alone, and plain values; autograd any object, which costs less than its 40 leaves
-        leaves = flat(call) if torch.compiler.is_compiling() else (call.student, call.teacher, call)
+        leaves = flat(call) if torch.compiler.is_compiling() else (of_student, of_teacher, call)
         return _RowsLoss.apply(per_row, backend, known, *leaves)
-    parts, _, _ = backends.divergence_rows(replaced(call, inplace=False), backend)
+    parts, _, _ = backends.divergence_rows(call, backend)
     return of_parts(parts, terms, per_row, known), parts
 
 
@@ -105,6 +108,11 @@ def _traced_loss(
     return (losses if per_row else losses.sum()), parts
 
 
+def _on_cpu(logits: Tensor) -> bool:
+    """Whether values may be read, and no compiler runs."""
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class _RowsLoss(torch.autograd.Function):
     """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel.
 
@@ -114,22 +122,23 @@ class _RowsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, per_row: bool, backend: str, known: Known | None, *leaves: Any) -> tuple[Tensor, Tensor]:
         call = leaves[2] if isinstance(leaves[2], RowCall) else built(RowCall, leaves)
-        (for_student, for_teacher), power = ctx.needs_input_grad[3:5], None
-        terms, narrow, inplace = call.terms, call.student.dtype == torch.float16, call.inplace and for_student
-        # what underflows in float16 no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
-        later = narrow and not inplace
-        if narrow and inplace:
-            terms, power = split(terms)
-        now = replaced(call, terms=terms, student_gradient=for_student and not later,
-                       teacher_gradient=for_teacher and not later, inplace=inplace)  # fmt: skip
-        parts, of_student, of_teacher = backends.divergence_rows(now, backend)
+        student, inplace, later, power = call.student, call.inplace, False, None
+        if student.dtype == torch.float16:
+            # what underflows no factor brings back: the gradient waits for a scaler's, or is made of a mantissa
+            later = not inplace
+            if later:
+                call = replaced(call, student_gradient=False, teacher_gradient=False)
+            else:
+                terms, power = split(call.terms)
+                call = replaced(call, terms=terms)
+        terms = call.terms
+        parts, of_student, of_teacher = backends.divergence_rows(call, backend)
         if inplace:
-            of_student = call.student.detach()
+            of_student = student.detach()
         if power is not None:
             parts = parts * power
-        on_cpu = call.student.device.type == "cpu" and not torch.compiler.is_compiling()
-        again = later or (call.student.dtype == torch.bfloat16 and on_cpu and not inplace)
-        keep(ctx, (of_student, of_teacher, power, terms.row_scale, *(flat(now) if again else ())))
+        again = later or (student.dtype == torch.bfloat16 and not inplace and _on_cpu(student))
+        keep(ctx, (of_student, of_teacher, power, terms.row_scale, *(flat(call) if again else ())))
         ctx.later, ctx.again, ctx.backend, ctx.every_row = later, again, backend, known is not None and known.every_row
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
@@ -163,7 +172,7 @@ def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str, shard: S
     """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
     if shard.group:
         return torch.compiler.disable(_SplitLogSumExp.apply)(logits, softcap, shard)
-    return _LogSumExp.apply(logits, softcap, backend)
+    return _LogSumExp.apply(in_graph(logits), softcap, backends.choose(backend, logits.device, logits.dtype, None))
 
 
 class _SplitLogSumExp(torch.autograd.Function):
@@ -219,7 +228,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse = kept(ctx)
-        (cap, backend), scale, lse = ctx.call, once(upstream).reshape(-1), lse.reshape(-1)
+        (cap, backend), scale, lse = ctx.call, once(upstream).reshape(-1).contiguous(), lse.reshape(-1)
         flat_logits = logits.detach().reshape(-1, logits.shape[-1])
         if torch.compiler.is_compiling():  # which makes one kernel of it
             return _scaled_softmax(flat_logits, cap, scale).view(logits.shape), None, None

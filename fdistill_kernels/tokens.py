@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,27 +17,32 @@ from .values import LossParts, LossTerms, Metrics, SparseParts
 
 #: Temperatures whose square and inverse float32 holds.
 TEMPERATURES = (1e-18, 1e18)
+#: What may be a tensor of tokens, and the ends that numbers have.
+PER_TOKEN = (("temperature", *TEMPERATURES), ("teacher_temperature", *TEMPERATURES),
+             ("divergence_weight", -math.inf, math.inf))  # fmt: skip
+NUMBERS = frozenset((type(None), bool, int, float, str))
+#: Of the vectors' dtypes.
+ENDS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_name: str = "labels") -> None:
     """The terms fit the tokens of `student`, (..., V) logits or (..., D) hidden states."""
-    checks.check_flag("temperature_squared", terms.temperature_squared)
-    checks.check_number("ce_weight", terms.ce_weight)
-    checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
-    checks.check_number("z_loss", terms.z_loss, 0)
-    checks.check_integer("ignore_index", terms.ignore_index)
+    plain = (terms.temperature_squared, terms.ce_weight, terms.label_smoothing, terms.z_loss, terms.ignore_index,
+             terms.reduction, terms.temperature, terms.teacher_temperature, terms.divergence_weight)  # fmt: skip
+    again = NUMBERS.issuperset(map(type, plain)) and not torch.compiler.is_compiling()
+    (_plain_once if again else _check_plain)(*plain)
     if (terms.ce_weight or terms.z_loss) and terms.labels is None:
         raise ValueError("ce_weight and z_loss need labels")
     if isinstance(terms.divergence, Divergence) and terms.divergence.needs_labels and terms.labels is None:
         raise ValueError(f"{terms.divergence} needs labels")
-    of_labels = {"label_smoothing": terms.label_smoothing != 0, "class_weight": terms.class_weight is not None}
-    for name, given in of_labels.items():
-        if terms.divergence is not None and given and not terms.ce_weight:
+    if terms.divergence is not None and not terms.ce_weight:
+        name = "label_smoothing" if terms.label_smoothing else "" if terms.class_weight is None else "class_weight"
+        if name:
             raise ValueError(f"{name} is of the labels' cross-entropy: give ce_weight")
-    checks.check_per_token("temperature", terms.temperature, student, *TEMPERATURES)
-    if terms.teacher_temperature is not None:
-        checks.check_per_token("teacher_temperature", terms.teacher_temperature, student, *TEMPERATURES)
-    checks.check_reduction(terms.reduction)
+    if not again:
+        for name, *_ in PER_TOKEN:
+            if isinstance(value := getattr(terms, name), Tensor):
+                checks.check_per_token(name, value, student)
     checks.check_class_weight(terms.class_weight, vocabulary, student.device)
     if terms.labels is not None:
         checks.check_labels(terms.labels, student, labels_name)
@@ -46,7 +52,25 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
             backends.check_label_range(labels, labels != terms.ignore_index, vocabulary, labels_name)
     if terms.token_weight is not None:
         checks.check_tokens("token_weight", terms.token_weight, student)
-    checks.check_per_token("divergence_weight", terms.divergence_weight, student)
+
+
+def _check_plain(
+    temperature_squared: object, ce_weight: Any, label_smoothing: Any, z_loss: Any, ignore_index: object,
+    reduction: object, *per_token: Any,
+) -> None:  # fmt: skip
+    checks.check_flag("temperature_squared", temperature_squared)
+    checks.check_number("ce_weight", ce_weight)
+    checks.check_number("label_smoothing", label_smoothing, 0, 1)
+    checks.check_number("z_loss", z_loss, 0)
+    checks.check_integer("ignore_index", ignore_index)
+    checks.check_reduction(reduction)
+    for (name, low, high), value in zip(PER_TOKEN, per_token, strict=True):
+        if not (isinstance(value, Tensor) or (value is None and name == "teacher_temperature")):
+            checks.check_number(name, value, low, high)
+
+
+#: Numbers that fit once fit each step.
+_plain_once = functools.lru_cache(maxsize=64, typed=True)(_check_plain)
 
 
 class Known(NamedTuple):
@@ -76,17 +100,23 @@ class _Vectors:
 
     def full(self, value: float) -> Tensor:
         """One number for all."""
-        if value not in self.made:
-            self.made[value] = torch.full((self.rows,), value, dtype=self.dtype, device=self.device)
-        return self.made[value]
+        made = self.made.get(value)
+        if made is None:
+            fill = value if self.compiling else _within(value, self.dtype)
+            made = self.made[value] = torch.full((self.rows,), fill, dtype=self.dtype, device=self.device)
+        return made
 
     def of(self, value: float | Tensor) -> Tensor:
-        """A number, or one a token."""
-        if self.known(value):
-            return self.full(_within(value, self.dtype))
+        """A number, or one a token; dense."""
+        if not (self.compiling or isinstance(value, Tensor)):  # `known`
+            return self.full(value)
         if isinstance(value, Tensor) and value.dim():
-            return value.to(self.dtype).reshape(-1)
+            return value.to(self.dtype).reshape(-1).contiguous()
         return self.full(1.0) * value
+
+    def twice(self, vector: Tensor) -> Tensor:
+        """The same, for another field; a view inside compilers, which take no tensor twice."""
+        return vector.view(-1) if self.compiling else vector
 
     def inverse(self, value: float | Tensor) -> Tensor:
         """1 over a number, or over one a token."""
@@ -107,7 +137,7 @@ def token_terms(
     vectors, labels, mask = _Vectors(student), None, None
     tokens: int | Tensor = (vectors.full(1.0) > 0).sum() if vectors.compiling else vectors.rows
     if terms.labels is not None:
-        labels = terms.labels.reshape(-1).long()
+        labels = terms.labels.reshape(-1).long().contiguous()
         mask = labels != terms.ignore_index
         count = mask.sum()
         tokens = count if number(count) is None else int(count)
@@ -115,7 +145,8 @@ def token_terms(
     row_scale, every_row = _row_scale(terms, vectors, masked, _denominator(terms, tokens, student))
     t, of_teacher = terms.temperature, terms.teacher_temperature
     for name, value in (("temperature", t), ("teacher_temperature", of_teacher)):
-        checks.check_temperature_of(name, value, row_scale, *TEMPERATURES)
+        if isinstance(value, Tensor):
+            checks.check_temperature_of(name, value, row_scale, *TEMPERATURES)
     divergence, class_weight, weight = divergence_of(terms), terms.class_weight, terms.divergence_weight
     needed = divergence is not None and divergence.needs_labels
     if class_weight is not None:
@@ -127,8 +158,8 @@ def token_terms(
     of_rows = TokenTerms(
         row_scale=row_scale,
         student_inverse_temperature=of_student,
-        # one temperature is in one place, which a kernel may ask; a view, since compilers take no tensor twice
-        teacher_inverse_temperature=of_student.view(-1) if of_teacher is None else vectors.inverse(of_teacher),
+        # one temperature is in one place, which a kernel may ask
+        teacher_inverse_temperature=vectors.twice(of_student) if of_teacher is None else vectors.inverse(of_teacher),
         divergence_scale=vectors.squared(weight, t) if terms.temperature_squared else vectors.of(weight),
         cross_entropy_scale=vectors.of(1.0 if labels is None else terms.ce_weight),  # without labels it is not read
         z_loss_scale=vectors.of(1.0 if labels is None else terms.z_loss),
@@ -155,7 +186,7 @@ def _row_scale(
     """What each row's loss is multiplied by, 0 where the mask is False; and whether none is known to be 0."""
     if terms.token_weight is None and vectors.known(denominator):
         each = 1 / denominator if denominator else math.inf
-        row_scale, live = vectors.of(each), bool(each >= torch.finfo(vectors.dtype).tiny)
+        row_scale, live = vectors.of(each), bool(each >= ENDS[vectors.dtype].tiny)
     else:
         share = vectors.full(1.0) if terms.token_weight is None else vectors.of(terms.token_weight)
         row_scale, live = share / denominator, False
@@ -165,7 +196,7 @@ def _row_scale(
 def _within(value: Any, dtype: torch.dtype) -> float:
     """A number as a dtype holds it, infinite where it is beyond the dtype's range."""
     value = float(value)
-    return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
+    return value if abs(value) <= ENDS[dtype].max else math.copysign(math.inf, value)
 
 
 def divergence_of(terms: LossTerms) -> Divergence | None:
@@ -194,7 +225,7 @@ def sum_of_target_weights(class_weight: Tensor, labels: Tensor, mask: Any) -> Te
 
 def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool, known: Known | None = None) -> Tensor:
     """The loss of parts (3 or more, N), summed or of each row (N,)."""
-    losses = parts[0] if known is None else _weighted(parts, known.factors)
+    losses = parts.select(0, 0) if known is None or known.factors == (1, 0, 0) else _weighted(parts, known.factors)
     if known is None and terms.labels is not None:
         scales = terms.cross_entropy_scale, terms.z_loss_scale
         of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:3], strict=True))  # not 0·inf
@@ -272,6 +303,8 @@ def scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> Tensor
     zeros stay, whatever comes for them (None: it is nowhere).
     """
     kept, value = torch.compiler.is_compiling() or graph_is_kept(), number(factor)
+    if value == 1 and not kept:
+        return gradient
     if not kept and gradient.is_cuda and backends.triton.why_not(gradient.device, gradient.dtype, None) is None:
         backends.triton.scale_(gradient, factor, row_scale)
         torch.autograd.graph.increment_version(gradient)  # as mul_ does: a second backward must not see it
@@ -281,6 +314,6 @@ def scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> Tensor
     factor = factor.view(1, 1, 1) if factor.dim() == 0 else factor.view(*gradient.shape[:2], 1)
     if kept:
         return (gradient * factor).to(gradient.dtype)
-    if value == 1 or (value is None and factor.device.type == "cpu" and bool((factor == 1).all())):
+    if value is None and factor.device.type == "cpu" and bool((factor == 1).all()):
         return gradient
     return gradient.mul_(factor)

@@ -988,11 +988,54 @@ def test_derivatives_that_are_not_made_are_refused(name):
                 ask(loss, x)
 
 
-@pytest.mark.parametrize("loss", [lambda x: fk.f_divergence(x, x.detach().flip(0)), lambda x: fk.log_sum_exp(x).sum()])
-def test_a_compiled_jvp_is_refused_too(loss):
+def of_dual(loss, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, x))).tangent
+
+
+#: Those that compilers would trace, and make zeros of.
+TRACED = {
+    "jvp": lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+    "dual": of_dual,
+    "twice": lambda loss, x: torch.func.grad(lambda y: torch.func.grad(loss)(y).square().sum())(x),
+    "hessian": lambda loss, x: torch.func.hessian(loss)(x),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("loss", [
+    lambda x: fk.f_divergence(x, x.detach().flip(0)), lambda x: fk.log_sum_exp(x).sum(),
+    lambda x: fk.linear_cross_entropy(x, x[:5].detach(), torch.zeros(len(x), dtype=torch.long)),
+])  # fmt: skip
+def test_compiled_derivatives_that_are_not_made_are_refused_too(loss, name):
     x = torch.randn(N, 17)
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.compile(lambda x: torch.func.jvp(loss, (x,), (x,)), backend="aot_eager")(x)
+        torch.compile(lambda x: TRACED[name](loss, x), backend="aot_eager")(x)
+
+
+#: Losses by what a transform is asked the gradient of; they take logits, hidden states, a weight, a bias, a teacher and labels.
+BY = {
+    "logits": lambda z, h, w, b, t, y: fk.f_divergence(z, t) + fk.log_sum_exp(z).sum() + fk.cross_entropy(z, y),
+    "teacher": lambda z, h, w, b, t, y: fk.f_divergence(z, t),
+    **dict.fromkeys(("hidden", "weight", "bias"), lambda z, h, w, b, t, y: (
+        fk.linear_f_divergence(h, w, t, student_bias=b) + fk.linear_cross_entropy(h, w, y, linear_bias=b)
+        + sum(x.sum() for x in fk.log_probs(h, w, y, bias=b, entropy=True))
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY)
+def test_a_compiled_transform_s_gradient_is_autograd_s(name):
+    """Compilers do not see at once of what a transform requires a gradient, and a function without one is passed by."""
+    shapes = {"logits": (N, 17), "hidden": (N, 4), "weight": (17, 4), "bias": (17,), "teacher": (N, 17)}
+    given, labels = {n: torch.randn(*shape) for n, shape in shapes.items()}, torch.randint(17, (N,))
+
+    def loss(x):
+        return BY[name](*{**given, name: x}.values(), labels)
+
+    x = given[name].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.compile(torch.func.grad(loss), backend="aot_eager")(given[name]), want)
 
 
 class Quantised(torch.Tensor):

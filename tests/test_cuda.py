@@ -338,7 +338,7 @@ def test_errors_are_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="bfloat16 and float16 logits"):
         fk.f_divergence(torch.zeros(1, 2).double(), torch.zeros(1, 2).double(), backend="cuda")
     with pytest.raises(RuntimeError, match=r"did not start.*no such kernel; .*csrc/cuda/build.sh \S+_cuda.so"):
-        emulated_library().divergence_rows("Nothing", native.RowTask(), cuda.Launch(1, 32, 1, 1, True), 0)
+        emulated_library().divergence_rows("Nothing", bytes(native.RowTask()), cuda.Launch(1, 32, 1, 1, True), 0)
     monkeypatch.undo()
     monkeypatch.setattr(cuda, "LIBRARY", None)
     monkeypatch.setattr(cuda, "NOT_LOADED", "the CUDA library is not built")
@@ -493,7 +493,7 @@ def test_the_interface_is_the_one_python_speaks(tmp_path):
     subprocess.run(command, input=source, check=True, text=True)
     offsets = [int(x) for x in subprocess.check_output([tmp_path / "offsets"], text=True).split()]
 
-    assert offsets == [
+    assert native.ROW_TASK.size == ctypes.sizeof(native.RowTask) and offsets == [
         *(getattr(native.RowTask, f).offset for f, _ in native.RowTask._fields_),
         ctypes.sizeof(native.RowTask), ctypes.sizeof(cuda._Launch), cuda.DESK,
     ]  # fmt: skip

@@ -116,7 +116,7 @@ def test_operations_of_a_step_on_a_gpu(name, monkeypatch):
         rows = logits._rows(student.values), teacher and logits._rows(teacher.values)
         contexts.append(Context())
         return logits._RowsLoss.forward(
-            contexts[0], per_row, backend, known, *logits.flat(logits.RowCall(*rows, terms))
+            contexts[0], per_row, backend, known, *logits.flat(logits.RowCall(*rows, terms, student_gradient=True))
         )
 
     monkeypatch.setattr(logits, "rows_loss", rows_loss)

@@ -48,10 +48,11 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
     """Loss parts (3 or more, N) and both models' gradients, one not wanted empty; see `RowCall`.
 
     Through an operator, which compilers see as one; but for a user's own divergence, which is an object, and where
-    nobody would see it, since its 40 arguments take longer than the call.
+    nobody would see it, since its 40 arguments take longer than the call. The call fits as it is (`RowCall.checked`),
+    and the backend can take it (`choose`).
 
     Raises:
-        ValueError: what does not fit, such as labels outside [0, V) in rows that count.
+        ValueError: labels outside [0, V) in rows that count, or such a list.
     """
     own = isinstance(call.terms.divergence, Divergence)
     if own or not watched(call.student, call.teacher, *call.terms, *call.targets):
@@ -62,15 +63,23 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
     return divergence_rows_operator(*flat(call), backend)
 
 
-def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _operator(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Whoever calls it."""
     call = call.checked()
-    if call.shard.group:
-        sharded.agree(call, rows=len(call.terms.row_scale))
     check_label_range(call.terms.labels, call.terms.row_scale, call.vocabulary)
-    sparse.check_targets(call.targets, call.terms.row_scale, call.vocabulary)
-    if not call.terms.row_scale.numel():
+    return _run(call, choose(backend, call.student.device, call.student.dtype, call.divergence))
+
+
+def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    terms, labels = call.terms, call.terms.labels
+    if call.shard.group:
+        sharded.agree(call, rows=len(terms.row_scale))
+    if labels is not None and labels.device.type != "cpu":  # there they were checked by the name that the user knows
+        check_label_range(labels, terms.row_scale, call.vocabulary)
+    sparse.check_targets(call.targets, terms.row_scale, call.vocabulary)
+    if not terms.row_scale.numel():
         return _empty(call)
-    rows = rows_by(choose(backend, call.student.device, call.student.dtype, call.divergence), call)
+    rows = rows_by(backend, call)
     if call.inplace:
         torch.autograd.graph.increment_version(call.student)
     return rows
@@ -109,7 +118,7 @@ def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int,
         raise ValueError(f"{name} must be in [0, {vocabulary}) or ignore_index, but hold {labels[wrong][0].item()}")
 
 
-divergence_rows_operator = operator("divergence_rows", RowCall, _run, _empty, 3)
+divergence_rows_operator = operator("divergence_rows", RowCall, _operator, _empty, 3)
 divergence_rows_operator_ = operator(
-    "divergence_rows_", RowCall, lambda *of: _run(*of)[::2], lambda call: _empty(call)[::2], 2, mutated="student"
+    "divergence_rows_", RowCall, lambda *of: _operator(*of)[::2], lambda call: _empty(call)[::2], 2, mutated="student"
 )

@@ -13,6 +13,7 @@ from .native import DTYPES, NOWHERE, RestTask, open_library, row_task, rows_of, 
 from .rows import RowCall
 
 INTERFACE = 6  # of csrc/cpu/rows.cpp
+LARGE_PAGE = 2 << 20  # bytes
 
 
 def _load() -> tuple[Any, str | None]:
@@ -53,7 +54,8 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
 def empty(like: Tensor, *sizes: int) -> Tensor:
     """An uninitialised tensor of like's dtype, in large pages, which fault less."""
     fresh = like.new_empty(sizes)
-    LIBRARY.fdistill_cpu_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(fresh.nbytes))
+    if fresh.nbytes >= LARGE_PAGE:
+        LIBRARY.fdistill_cpu_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(fresh.nbytes))
     return fresh
 
 
@@ -64,9 +66,7 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     parts = call.terms.row_scale.new_empty(call.parts, call.terms.row_scale.shape[0])
     gradients = to if call.student_gradient else None, of_teacher if call.teacher_gradient else None
     symbol, task, _held = row_task(call, *gradients, parts)
-    error = LIBRARY.fdistill_cpu_divergence_rows(
-        CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads()
-    )
+    error = LIBRARY.fdistill_cpu_divergence_rows(CAPABILITY, symbol.encode(), task, torch.get_num_threads())
     if error:
         raise RuntimeError(f"the CPU row kernel {symbol!r} did not run: {words('cpu', error)}")
     return parts, of_student, of_teacher

@@ -7,7 +7,6 @@ import ctypes
 import functools
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,9 +91,9 @@ class Library:
         #: Why the driver cannot run the library, or None; asked once, since compilers cannot trace the question.
         self.trouble: str | None = trouble and trouble.decode()
 
-    def divergence_rows(self, symbol: str, task: Any, launch: Launch, stream: int) -> bool:
+    def divergence_rows(self, symbol: str, task: bytes, launch: Launch, stream: int) -> bool:
         """Starts the kernel; False where the card holds no such cluster, RuntimeError with the driver's words else."""
-        error = self._divergence_rows(symbol.encode(), ctypes.byref(task), ctypes.byref(launch.request),
+        error = self._divergence_rows(symbol.encode(), task, ctypes.byref(launch.request),
                                       ctypes.c_void_p(stream))  # fmt: skip
         if error and error != NO_ROOM:
             raise RuntimeError(f"the CUDA row kernel did not start with {launch}: {words('cuda', error)}")

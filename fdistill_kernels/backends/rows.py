@@ -120,7 +120,7 @@ def _dense(name: str, value: Tensor | None, shape: tuple[int, ...], device: torc
 def checked_terms(
     terms: TokenTerms, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device
 ) -> TokenTerms:
-    """The terms with dense vectors of the length, dtype and device that kernels read by pointer, and their divergence.
+    """The terms with dense vectors of the length, dtype and device that kernels read by pointer.
 
     Raises:
         ValueError: a vector of another length or device, or no such divergence.
@@ -137,11 +137,10 @@ def checked_terms(
             before = value
         else:
             found[name] = value.to(kind).contiguous()
-    if isinstance(terms.divergence, str):
-        found["divergence"] = by_key(terms.divergence)
-        if found["divergence"].needs_labels and terms.labels is None:
-            raise ValueError(f"{terms.divergence!r} needs labels")
-    return terms._replace(**found)
+    divergence = _known(terms.divergence)
+    if divergence is not None and divergence.needs_labels and terms.labels is None:
+        raise ValueError(f"{terms.divergence!r} needs labels")
+    return terms._replace(**found) if found else terms
 
 
 def checked_targets(
@@ -165,8 +164,7 @@ def checked_targets(
 
 
 def _known(divergence: str | Divergence | None) -> Divergence | None:
-    assert not isinstance(divergence, str)
-    return divergence
+    return by_key(divergence) if isinstance(divergence, str) else divergence
 
 
 def split(terms: TokenTerms) -> tuple[TokenTerms, Tensor]:
@@ -231,7 +229,7 @@ class RowCall(NamedTuple):
 
     @property
     def divergence(self) -> Divergence | None:
-        """Of a checked call."""
+        """The object, whose key the terms may have."""
         return _known(self.terms.divergence)
 
     def empty_gradients(self, make: Callable[..., Tensor] = Tensor.new_empty) -> tuple[Tensor, Tensor]:
@@ -347,7 +345,7 @@ class LinearCall(NamedTuple):
 
     @property
     def divergence(self) -> Divergence | None:
-        """Of a checked call."""
+        """The object, whose key the terms may have."""
         return _known(self.terms.divergence)
 
     def checked(self) -> LinearCall:

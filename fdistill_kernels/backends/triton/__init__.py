@@ -184,7 +184,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     wire = Collectives(call.shard.group) if call.shard.group else None
     if wire is not None and terms.labels is not None:
         terms = terms._replace(labels=terms.labels - call.shard.begin)
-    vectors = [getattr(terms, name) for name in VECTORS]
+    vectors: list[Any] = list(terms[: len(VECTORS)])
     if terms.teacher_inverse_temperature.data_ptr() == terms.student_inverse_temperature.data_ptr():
         vectors[VECTORS.index("teacher_inverse_temperature")] = None
     met = splits if wire is None else chosen.splits * wire.ranks
@@ -193,7 +193,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     together = chosen.together and splits > 1 and wire is None and TEAMS_RUN
     tickets = torch.zeros(1 + rows, dtype=torch.int32, device=student.device) if together else None
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
-    strides = _strides(student=student, teacher=teacher, gradient=student_gradient).values()
+    strides = *_strides_of(student), *_strides_of(teacher), *_strides_of(student_gradient)
     if terms.metrics:
         write_metrics(call, parts)
 
@@ -253,9 +253,14 @@ def _line(block: int, student: Tensor, *others: Tensor | None) -> int:
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int]:
-    """The kernels' arguments NAME_outer and NAME_inner: the strides of (outer, inner, V), 0 of an absent tensor."""
-    return {f"{name}_{of}": 0 if x is None else x.stride(dimension)
-            for name, x in tensors.items() for dimension, of in enumerate(("outer", "inner"))}  # fmt: skip
+    """The kernels' arguments NAME_outer and NAME_inner."""
+    return {f"{name}_{of}": stride for name, x in tensors.items()
+            for of, stride in zip(("outer", "inner"), _strides_of(x), strict=True)}  # fmt: skip
+
+
+def _strides_of(x: Tensor | None) -> tuple[int, ...]:
+    """The outer and inner strides of (outer, inner, V); 0 of an absent tensor."""
+    return (0, 0) if x is None else x.stride()[:2]
 
 
 def _coefficients(call: RowCall, terms: TokenTerms) -> Tensor:

@@ -196,7 +196,8 @@ def choose(
         return _forced
     card = device_of(device)
     launch = heuristic(rows, vocabulary, itemsize, card, symbol, trained)
-    tuned = _tuned().get(_key(card, symbol, vocabulary, itemsize))
+    every = _tuned()
+    tuned = every.get(_key(card, symbol, vocabulary, itemsize)) if every else None
     if tuned is None or launch.splits > 1:
         return launch
     return Launch(**{**tuned, "programs": min(rows, tuned["programs"])})
