@@ -50,6 +50,11 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
     assert not wrong
 
 
+def test_what_is_launched_is_what_triton_would_launch():
+    command, folder = [sys.executable, "-m", "tests.launches"], Path(__file__).parent.parent
+    subprocess.run(command, cwd=folder, env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
+
+
 def test_instructions_of_an_entry_are_those_of_the_table(tmp_path):
     """What benchmarks/counts.py predicts from: Hopper's row kernels, sweep by sweep."""
     path = tmp_path / "counts.json"

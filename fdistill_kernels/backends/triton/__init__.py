@@ -17,7 +17,7 @@ from ...divergences import Divergence, by_key
 from ...row_formulas import KERNELS
 from ..collectives import Collectives
 from ..rows import VECTORS, RowCall, TokenTerms, gpu_symbol
-from . import launch
+from . import compiled, launch
 from .launch import LINE_BYTES, Launch
 
 #: Asked once: compilers cannot trace the question.
@@ -122,19 +122,20 @@ def constants(divergence: Divergence | None, names: tuple[str, ...] = CONSTANTS)
     return dict(zip(names, divergence.constants[names is OTHERS], strict=False))
 
 
-def arguments(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
-    """All that the row kernel takes of a divergence."""
+def arguments(divergence: Divergence | None, teacher_gradient: bool) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+    """All that the row kernel takes of a divergence, by place: numbers, and constants."""
     if divergence is None or divergence.kernel is None:
         return _arguments(divergence, teacher_gradient)
     return _of_key(divergence.key, teacher_gradient)
 
 
-def _arguments(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
-    return {**constants(divergence), **constants(divergence, OTHERS), **functions(divergence, teacher_gradient)}
+def _arguments(divergence: Divergence | None, teacher_gradient: bool) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+    numbers = *constants(divergence).values(), *constants(divergence, OTHERS).values()
+    return numbers, tuple(functions(divergence, teacher_gradient).values())
 
 
 @functools.lru_cache(maxsize=256)
-def _of_key(key: str, teacher_gradient: bool) -> dict[str, Any]:
+def _of_key(key: str, teacher_gradient: bool) -> tuple[tuple[float, ...], tuple[Any, ...]]:
     return _arguments(by_key(key), teacher_gradient)
 
 
@@ -197,15 +198,17 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     if terms.metrics:
         write_metrics(call, parts)
 
+    numbers, of_divergence = arguments(divergence, call.teacher_gradient)
+    given = (
+        student, teacher, student_gradient, teacher_gradient, parts, partials, tickets, *vectors, coefficients,
+        rows, inner, vocabulary, span, *strides, call.student_softcap or None, call.teacher_softcap or None, *numbers,
+        terms.label_smoothing, class_weight_sum,
+    )  # fmt: skip
+    smoothed = terms.labels is not None and terms.label_smoothing > 0
+
     def phase(number: int, grid: tuple[int, int]) -> None:
-        kernels.row_kernel[grid](  # by place what Triton would take longer to find by name
-            student, teacher, student_gradient, teacher_gradient, parts, partials, tickets, *vectors, coefficients,
-            rows, inner, vocabulary, span, *strides, call.student_softcap or None, call.teacher_softcap or None,
-            smoothing=terms.label_smoothing, class_weight_sum=class_weight_sum,
-            **arguments(divergence, call.teacher_gradient),
-            SMOOTHED=terms.labels is not None and terms.label_smoothing > 0, PHASE=number, SPLITS=padded,
-            BLOCK=chosen.block, LINE=line, **chosen.options,
-        )  # fmt: skip
+        constants_of = *of_divergence, smoothed, number, padded, chosen.block, line
+        compiled.start(kernels.row_kernel, grid, given, constants_of, chosen.options)
 
     with launch.on(student.device):
         if partials is None:
@@ -376,7 +379,5 @@ def scale_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None = None) ->
     rows = outer * inner
     chosen = launch.heuristic(rows, vocabulary, gradient.element_size(), launch.device_of(gradient.device), "scale")
     with launch.on(gradient.device):
-        scale_kernel[(chosen.programs,)](
-            gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *gradient.stride()[:2],
-            PER_ROW=factor.numel() > 1, BLOCK=chosen.block, **chosen.options,
-        )  # fmt: skip
+        given = gradient, factor.float().contiguous(), row_scale, rows, inner, vocabulary, *gradient.stride()[:2]
+        compiled.start(scale_kernel, (chosen.programs, 1), given, (factor.numel() > 1, chosen.block), chosen.options)
