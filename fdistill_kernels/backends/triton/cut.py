@@ -28,6 +28,7 @@ from ...values import Head
 from .. import triton as triton_backend
 from ..rows import LinearCall, gpu_symbol, split
 from . import launch
+from .compiled import kind_of
 from .kernels.head_statistics import statistics_kernel
 from .kernels.tile_products import product_kernel
 from .kernels.tiles import BLOCK, FACTS, GRADIENT, TOTALS, tile_kernel
@@ -283,7 +284,7 @@ def _launch(kernel: Any, *arguments: Any, **keywords: Any) -> Callable[..., None
     compiled: dict[Any, Any] = {}
 
     def run(grid: tuple[int, ...], **more: Any) -> None:
-        kind = tuple([x if name.isupper() else _kind(x) for name, x in more.items()])  # constants by value
+        kind = tuple([x if name.isupper() else kind_of(x) for name, x in more.items()])  # constants by value
         whole = (*grid, 1)  # of three dimensions
         if compiled.get(kind) is None:
             compiled[kind] = kernel[grid](*arguments, **keywords, **more)
@@ -291,13 +292,6 @@ def _launch(kernel: Any, *arguments: Any, **keywords: Any) -> Callable[..., None
             compiled[kind][whole](*(every | more).values())
 
     return run
-
-
-def _kind(x: Any) -> Any:
-    """What Triton tells apart in an argument that is no constant, a tensor or an integer; a storage's size on AMD."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().nbytes() < 1 << 31
-    return x == 1, x % 16 == 0, x < 1 << 31
 
 
 class _Model:
