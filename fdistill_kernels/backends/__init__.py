@@ -34,8 +34,9 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
         ValueError: an unknown backend, or one that cannot take the call, with its reason.
     """
     if isinstance(backend, str) and backend == "auto":
-        able = (n for n, m in BACKENDS.items() if m.why_not(device, dtype, divergence) is None)
-        return next(name for name in able if why_not_auto(name, device) is None)
+        for name, module in BACKENDS.items():  # the last takes all
+            if module.why_not(device, dtype, divergence) is None and why_not_auto(name, device) is None:
+                return name
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].why_not(device, dtype, divergence)

@@ -234,9 +234,9 @@ class RowCall(NamedTuple):
 
     def empty_gradients(self, make: Callable[..., Tensor] = Tensor.new_empty) -> tuple[Tensor, Tensor]:
         """Both models' gradients, their values not set, dense; one that is not wanted, or in place, is of size 0."""
-        wanted = self.student_gradient and not self.inplace, self.teacher_gradient
-        of_student, of_teacher = (make(self.student, *(self.student.shape if want else (0,))) for want in wanted)
-        return of_student, of_teacher
+        shape, fresh = self.student.shape, self.student_gradient and not self.inplace
+        of_student = make(self.student, *shape) if fresh else self.student.new_empty(0)
+        return of_student, make(self.student, *shape) if self.teacher_gradient else self.student.new_empty(0)
 
     def checked(self) -> RowCall:
         """The call as kernels may take it, whoever made it.
