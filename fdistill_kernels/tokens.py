@@ -29,7 +29,7 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     """The terms fit the tokens of `student`, (..., V) logits or (..., D) hidden states."""
     plain = (terms.temperature_squared, terms.ce_weight, terms.label_smoothing, terms.z_loss, terms.ignore_index,
              terms.reduction, terms.temperature, terms.teacher_temperature, terms.divergence_weight)  # fmt: skip
-    again = NUMBERS.issuperset(map(type, plain)) and not torch.compiler.is_compiling()
+    again = not torch.compiler.is_compiling() and NUMBERS.issuperset(map(type, plain))
     (_plain_once if again else _check_plain)(*plain)
     if (terms.ce_weight or terms.z_loss) and terms.labels is None:
         raise ValueError("ce_weight and z_loss need labels")

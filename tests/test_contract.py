@@ -1036,7 +1036,12 @@ def test_a_compiled_transform_s_gradient_is_autograd_s(name):
     torch._dynamo.reset()  # which does not compile again what has raised once, as in the test above
     x = given[name].clone().requires_grad_()
     (want,) = torch.autograd.grad(loss(x), x)
-    torch.testing.assert_close(torch.compile(torch.func.grad(loss), backend="aot_eager")(given[name]), want)
+    try:
+        got = torch.compile(torch.func.grad(loss), backend="aot_eager")(given[name])
+    except RuntimeError as error:  # older compilers take no autograd.Function inside a transform
+        assert "setup_context" in str(error) and torch.__version__ < "2.13"
+    else:
+        torch.testing.assert_close(got, want)
 
 
 class Quantised(torch.Tensor):
