@@ -30,7 +30,7 @@ def check_tensor(name: str, value: object, floating: bool = True) -> None:
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
     if not torch.compiler.is_compiling():
         _check_plain(name, value)
-    elif _untraceable():
+    elif forward_ad._current_level >= 0 or _untraceable():  # the first makes a guard of it
         raise NotImplementedError(f"{name}: {NO_TRANSFORM}")
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, not {value.dtype}")
@@ -41,7 +41,7 @@ def _untraceable() -> bool:
     """Whether a compiler traces a dual number, or a second derivative: it would make zeros of them."""
     transforms = torch._C._functorch.get_interpreter_stack() or []
     gradients = [t for t in transforms if t.key() == torch._C._functorch.TransformType.Grad]
-    return forward_ad._current_level >= 0 or len(gradients) > 1
+    return len(gradients) > 1 or forward_ad._current_level >= 0  # which is not seen as it is while one is traced
 
 
 @torch.compiler.disable  # a compiler that traces this alone, once the above is raised, takes all tangents for None
@@ -243,11 +243,17 @@ def check_class_weight(weight: Tensor | None, vocabulary: int, device: torch.dev
     check_constant("weight", weight, device)
 
 
+def needs_gradient(value: Tensor) -> bool:
+    """Whether a gradient is expected of it; compilers know that of a transform's argument by what comes of it alone."""
+    seen = value.view_as(value) if torch.compiler.is_compiling() else value
+    return seen.requires_grad and torch.is_grad_enabled()
+
+
 def check_constant(name: str, value: Tensor, device: torch.device | None = None) -> None:
     """A tensor that no gradient is expected of; on the logits' device, if that is given."""
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device} but the logits on {device}")
-    if value.requires_grad and torch.is_grad_enabled():
+    if needs_gradient(value):
         raise ValueError(f"{name} requires grad, but the loss is not differentiable in it; detach it")
 
 
@@ -337,7 +343,7 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
         if known:
             check_number("num_items", num_items.item(), 0)
     else:
-        check_number("num_items", num_items, 0)
+        num_items = check_number("num_items", num_items, 0)
     if known and num_items == 0 and tokens > 0:
         raise ValueError(f"num_items must be positive, not {num_items!r}, for {int(tokens)} tokens that count")
     return num_items  # type: ignore[return-value]

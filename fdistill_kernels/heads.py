@@ -193,7 +193,7 @@ def teacher_of(
 
 def _check_teacher(teacher: Tensor, student: Tensor) -> None:
     checks.check_tensor("teacher_hidden", teacher)
-    if teacher.requires_grad and torch.is_grad_enabled():
+    if checks.needs_gradient(teacher):
         raise ValueError(
             "teacher_hidden requires grad, but linear_f_divergence trains the student alone; detach it, or give "
             "both models' logits to f_divergence"

@@ -62,7 +62,9 @@ def _outside_graphs(
     student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, targets: Targets,
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A user's generator, which no graph holds, beside a list or over ranks."""
+    """A user's generator, which no graph holds, beside a list or over ranks; its labels no compiler has looked at."""
+    vocabulary = shard.size if shard.group else student.values.shape[-1]
+    backends.check_label_range(terms.labels, terms.row_scale, vocabulary)
     return rows_loss(student, teacher, terms, backend, per_row, targets=targets, shard=shard)
 
 

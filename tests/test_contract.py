@@ -281,6 +281,28 @@ def test_own_divergence_compiled():
 OWN = fk.FDivergence(square)
 
 
+@pytest.mark.parametrize("wrong", [V, 10**9, -7])
+@pytest.mark.parametrize("divergence", ["js", OWN], ids=str)
+@pytest.mark.parametrize("teacher", ["logits", "list", "hidden"])
+def test_labels_of_a_compiled_call_are_looked_at(teacher, divergence, wrong):
+    """Whatever of it the graph holds."""
+    student, logits, hidden, weight, labels, _ = given()
+    labels = labels.clone()
+    labels[2] = wrong
+    student, logits = student.detach(), logits.detach()
+    listed = logits.log_softmax(-1).topk(3)
+
+    def loss(x):
+        if teacher == "hidden":
+            return fk.linear_f_divergence(hidden.detach(), weight.detach(), x, divergence=divergence, labels=labels,
+                                          ce_weight=1.0)  # fmt: skip
+        other = logits if teacher == "logits" else fk.TopK(listed.indices, listed.values)
+        return fk.f_divergence(x, other, divergence, labels=labels, ce_weight=1.0)
+
+    with pytest.raises(ValueError, match=f"labels must be in .* but hold {wrong}"):
+        torch.compile(loss, backend="aot_eager")(student)
+
+
 def test_changed_table_entries_are_what_they_say(backend):
     student, teacher = models()
     exact = student.detach().double(), teacher.double()
@@ -1011,6 +1033,38 @@ def test_compiled_derivatives_that_are_not_made_are_refused_too(loss, name):
     x = torch.randn(N, 17)
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.compile(lambda x: TRACED[name](loss, x), backend="aot_eager")(x)
+
+
+def test_a_dual_number_in_what_was_compiled_before_is_refused():
+    torch._dynamo.reset()
+    x, teacher = torch.randn(N, V), torch.randn(N, V)
+    compiled = torch.compile(lambda x: fk.f_divergence(2 * x, teacher), backend="aot_eager")
+    assert compiled(x).isfinite()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        compiled(forward_ad.make_dual(x, x))
+
+
+FEW = torch.arange(3).expand(N, 3)
+#: What no gradient is made of, however a compiler is asked for it.
+CONSTANTS = {
+    "target": (lambda x, z, h: fk.cross_entropy(z, x), (N, V)),
+    "log_probs": (lambda x, z, h: fk.f_divergence(z, fk.TopK(FEW, x)), (N, 3)),
+    "teacher_hidden": (lambda x, z, h: fk.linear_f_divergence(h, z.T[:, :5].contiguous(), x), (N, V)),
+    "token_weight": (lambda x, z, h: fk.f_divergence(z, -z, token_weight=x), (N,)),
+    "divergence_weight": (lambda x, z, h: fk.f_divergence(z, -z, divergence_weight=x), (N,)),
+    "temperature": (lambda x, z, h: fk.f_divergence(z, -z, temperature=x), (N,)),
+    "weight": (lambda x, z, h: fk.cross_entropy(z, z.argmax(-1), weight=x), (V,)),
+    "num_items": (lambda x, z, h: fk.f_divergence(z, -z, num_items=x), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_compiled_transform_of_a_constant_is_refused(name):
+    torch._dynamo.reset()
+    loss, shape = CONSTANTS[name]
+    logits, hidden = torch.randn(N, V), torch.randn(N, 5)
+    with pytest.raises(ValueError, match=f"{name} requires grad"):
+        torch.compile(torch.func.grad(lambda x: loss(x, logits, hidden)), backend="eager")(torch.rand(shape) / V)
 
 
 #: Losses by what a transform is asked the gradient of; of logits, hidden states, a weight, a bias, a teacher and labels.

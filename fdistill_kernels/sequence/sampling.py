@@ -205,7 +205,8 @@ def draw(
                                      "drawn from by its forward, without a cache")  # fmt: skip
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
             for module, own in owners.items() if sampling.beams else ():
-                module.generation_config = _of_outputs(own)
+                if own is not None:  # before transformers 4.5x all of a model's parts have one, most of them None
+                    module.generation_config = _of_outputs(own)
             made = model.generate(**_left_padded(model, prompts, pad, device), **settings, **sampling.keywords())
     except RuntimeError as error:  # of torch.multinomial
         if "probability tensor" not in str(error):
