@@ -383,8 +383,11 @@ def host(number: Numbers) -> str:
     keys, names = ("microseconds", "eager_microseconds"), [row["what"] for row in content["rows"]]
     lines = [(what, *(number.of("host_cpu.json", key, ".0f", what=what) for key in keys)) for what in names]
     n, v = content["shape"]
-    return (f"One thread of an {content['run']['device']}, {content['dtype']}, N = {n}, V = {v}, forward and backward, "
-            "medians:\n\n" + table(("", "ours, µs", "PyTorch's operations, µs"), lines))  # fmt: skip
+    return (
+        f"One thread of an {content['run']['device']}, {content['dtype']}, N = {n}, V = {v}, forward and backward,\n"
+        f"the fastest of {content['runs']} runs of {content['steps']} steps:\n\n"
+        + table(("", "ours, µs", "PyTorch's operations, µs"), lines)
+    )
 
 
 def gpu_linear(number: Numbers) -> str:
