@@ -141,13 +141,6 @@ def replaced(value: Value, **changes: Any) -> Value:
     return type(value)(**{**dict(zip(fields, value, strict=True)), **changes})
 
 
-def in_graph(x: Tensor) -> Tensor:
-    """An argument of an autograd.Function; inside compilers a view. Where a transform (`torch.func.grad`) makes it
-    require a gradient, they know that only of what comes of it, and pass by a function none of whose arguments does.
-    """
-    return x.view_as(x) if torch.compiler.is_compiling() else x
-
-
 def keep(ctx: Any, leaves: Sequence[Any]) -> None:
     """Leaves for a backward pass; tensors as autograd wants them kept, which notices when they are changed. Those of
     inference mode, such as a teacher's, it does not take.

@@ -243,10 +243,16 @@ def check_class_weight(weight: Tensor | None, vocabulary: int, device: torch.dev
     check_constant("weight", weight, device)
 
 
+def in_graph(x: Tensor) -> Tensor:
+    """An argument of an autograd.Function; inside compilers a view. Where a transform (`torch.func.grad`) makes it
+    require a gradient, they know that only of what comes of it, and pass by a function none of whose arguments does.
+    """
+    return x.view_as(x) if torch.compiler.is_compiling() else x
+
+
 def needs_gradient(value: Tensor) -> bool:
-    """Whether a gradient is expected of it; compilers know that of a transform's argument by what comes of it alone."""
-    seen = value.view_as(value) if torch.compiler.is_compiling() else value
-    return seen.requires_grad and torch.is_grad_enabled()
+    """Whether a gradient is expected of it."""
+    return in_graph(value).requires_grad and torch.is_grad_enabled()
 
 
 def check_constant(name: str, value: Tensor, device: torch.device | None = None) -> None:

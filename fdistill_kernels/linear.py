@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, chunks, scattered
+from . import backends, checks, chunks, scattered
 from .backends import sparse
 from .backends.rows import WHOLE, LinearCall, Path, Shard, Teacher, TokenTerms, Wants
-from .carried import built, flat, in_graph, in_place_of, keep, kept, leaf, operator, replaced
+from .carried import built, flat, in_place_of, keep, kept, leaf, operator, replaced
 from .divergences import Divergence
 from .tokens import divergence_of, graph_is_kept, has_metrics, of_parts, once, reduced, token_terms
 from .values import Head, LossTerms
@@ -27,7 +27,7 @@ def loss_of_hidden(
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
     of_rows, tokens, _ = token_terms(terms, hidden, has_metrics(return_parts, teacher.targets))
     call = LinearCall(
-        hidden.reshape(-1, hidden.shape[-1]), head.with_each(in_graph), teacher, of_rows,
+        hidden.reshape(-1, hidden.shape[-1]), head.with_each(checks.in_graph), teacher, of_rows,
         replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms, of_rows)),
         shard=shard,
     )  # fmt: skip
@@ -198,7 +198,7 @@ def log_probs_of_hidden(
     """Log-probabilities of the terms' labels, and entropies, in the labels' shape; all of it checked."""
     backend = backends.choose(backend, hidden.device, hidden.dtype, divergence_of(terms))
     of_rows, *_ = token_terms(terms, hidden)
-    flat_hidden, head = hidden.reshape(-1, hidden.shape[-1]), head.with_each(in_graph)
+    flat_hidden, head = hidden.reshape(-1, hidden.shape[-1]), head.with_each(checks.in_graph)
     call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False), shard=shard)
     log_probs, entropies = _LogProbs.apply(backend, *flat(call))
     shape = hidden.shape[:-1]

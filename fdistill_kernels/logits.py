@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, checks
 from .backends.collectives import Collectives
 from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
 from .backends.sharded import rows_at_once
-from .carried import built, flat, in_graph, keep, kept, replaced
+from .carried import built, flat, keep, kept, replaced
 from .divergences import KL
 from .own import FDivergence
 from .tokens import Known, divergence_of, has_metrics, is_power_of_two, of_parts, once, reduced, scaled, token_terms
@@ -174,7 +174,9 @@ def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str, shard: S
     """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
     if shard.group:
         return torch.compiler.disable(_SplitLogSumExp.apply)(logits, softcap, shard)
-    return _LogSumExp.apply(in_graph(logits), softcap, backends.choose(backend, logits.device, logits.dtype, None))
+    return _LogSumExp.apply(
+        checks.in_graph(logits), softcap, backends.choose(backend, logits.device, logits.dtype, None)
+    )
 
 
 class _SplitLogSumExp(torch.autograd.Function):

@@ -35,10 +35,13 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
         raise ValueError("ce_weight and z_loss need labels")
     if isinstance(terms.divergence, Divergence) and terms.divergence.needs_labels and terms.labels is None:
         raise ValueError(f"{terms.divergence} needs labels")
-    if terms.divergence is not None and not terms.ce_weight:
-        name = "label_smoothing" if terms.label_smoothing else "" if terms.class_weight is None else "class_weight"
-        if name:
-            raise ValueError(f"{name} is of the labels' cross-entropy: give ce_weight")
+    if (
+        terms.divergence is not None
+        and not terms.ce_weight
+        and (terms.label_smoothing or terms.class_weight is not None)
+    ):
+        name = "label_smoothing" if terms.label_smoothing else "class_weight"
+        raise ValueError(f"{name} is of the labels' cross-entropy: give ce_weight")
     if not again:
         for name, *_ in PER_TOKEN:
             if isinstance(value := getattr(terms, name), Tensor):
@@ -108,8 +111,8 @@ class _Vectors:
 
     def of(self, value: float | Tensor) -> Tensor:
         """A number, or one a token; dense."""
-        if not (self.compiling or isinstance(value, Tensor)):  # `known`
-            return self.full(value)
+        if self.known(value):
+            return self.full(value)  # type: ignore[arg-type]
         if isinstance(value, Tensor) and value.dim():
             return value.to(self.dtype).reshape(-1).contiguous()
         return self.full(1.0) * value
@@ -225,7 +228,7 @@ def sum_of_target_weights(class_weight: Tensor, labels: Tensor, mask: Any) -> Te
 
 def of_parts(parts: Tensor, terms: TokenTerms, per_row: bool, known: Known | None = None) -> Tensor:
     """The loss of parts (3 or more, N), summed or of each row (N,)."""
-    losses = parts.select(0, 0) if known is None or known.factors == (1, 0, 0) else _weighted(parts, known.factors)
+    losses = parts[0] if known is None else _weighted(parts, known.factors)
     if known is None and terms.labels is not None:
         scales = terms.cross_entropy_scale, terms.z_loss_scale
         of_labels = (torch.where(s == 0, 0, s * part) for s, part in zip(scales, parts[1:3], strict=True))  # not 0·inf

@@ -32,10 +32,10 @@ LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_faul
            "test_killed_and_gone_on_with", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
 
 
-def _run(call, backend, run=backends._run):
+def _run(call, backend, run=backends._run, **how):
     """Every call that a loss makes past the operator is one that the operator would take as it is."""
     assert all(given is taken for given, taken in zip(flat(call), flat(call.checked()), strict=True)), call
-    return run(call, backend)
+    return run(call, backend, **how)
 
 
 backends._run = _run

@@ -67,15 +67,15 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
 def _operator(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Whoever calls it."""
     call = call.checked()
-    check_label_range(call.terms.labels, call.terms.row_scale, call.vocabulary)
-    return _run(call, choose(backend, call.student.device, call.student.dtype, call.divergence))
+    return _run(call, choose(backend, call.student.device, call.student.dtype, call.divergence), anybody=True)
 
 
-def _run(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _run(call: RowCall, backend: str, anybody: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """anybody: it may not be a loss's, which has looked at labels on a CPU, by the name that its user knows."""
     terms, labels = call.terms, call.terms.labels
     if call.shard.group:
         sharded.agree(call, rows=len(terms.row_scale))
-    if labels is not None and labels.device.type != "cpu":  # there they were checked by the name that the user knows
+    if labels is not None and (anybody or labels.device.type != "cpu"):
         check_label_range(labels, terms.row_scale, call.vocabulary)
     sparse.check_targets(call.targets, terms.row_scale, call.vocabulary)
     if not terms.row_scale.numel():
