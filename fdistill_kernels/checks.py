@@ -243,6 +243,29 @@ def check_class_weight(weight: Tensor | None, vocabulary: int, device: torch.dev
     check_constant("weight", weight, device)
 
 
+def traced() -> bool:
+    """Whether a graph is recorded instead of a step taken: by a compiler, `make_fx` or `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _proxied()
+
+
+def _proxied() -> bool:
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # slow to import, but then it is there
+
+    return get_proxy_mode() is not None
+
+
+def imagined(x: Tensor) -> bool:
+    """Whether it has no values yet, or none ever: what is traced, or a fake tensor."""
+    return traced() or hasattr(x, "fake_mode")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether its values may be asked for: a GPU would have to be waited for."""
+    return x.device.type == "cpu" and not imagined(x)
+
+
 def in_graph(x: Tensor) -> Tensor:
     """An argument of an autograd.Function; inside compilers a view. Where a transform (`torch.func.grad`) makes it
     require a gradient, they know that only of what comes of it, and pass by a function none of whose arguments does.
@@ -328,7 +351,7 @@ def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
 
 def check_temperature_of(name: str, value: Tensor, row_scale: Tensor, low: float, high: float) -> None:
     """The values of a tensor of temperatures, of tokens that count; a GPU is not asked."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(value):
         value = value.double()  # float8 does not compare
         fits = (value >= low) & (value <= high)
         if not (fits.reshape(-1) | (row_scale == 0)).all():
@@ -339,20 +362,23 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
     """The denominator that a user gives: a positive number, or a tensor of one; 0 where no token counts."""
     if reduction in ("sum", "none"):
         raise ValueError(f"num_items overrides the denominator of a mean; reduction={reduction!r} has none")
-    known = not torch.compiler.is_compiling() and device.type == "cpu"
     if isinstance(num_items, Tensor):
         check_tensor("num_items", num_items, floating=False)
         if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
             raise ValueError(f"num_items must be one number, not {num_items.dtype} of shape {tuple(num_items.shape)}")
         check_constant("num_items", num_items)
         num_items = num_items.reshape(()).to(device)
-        if known:
+        if readable(num_items):
             check_number("num_items", num_items.item(), 0)
     else:
         num_items = check_number("num_items", num_items, 0)
-    if known and num_items == 0 and tokens > 0:
+    if _known(num_items) and _known(tokens) and num_items == 0 and tokens > 0:
         raise ValueError(f"num_items must be positive, not {num_items!r}, for {int(tokens)} tokens that count")
     return num_items  # type: ignore[return-value]
+
+
+def _known(value: float | Tensor) -> bool:
+    return readable(value) if isinstance(value, Tensor) else not traced()
 
 
 def check_reduction(reduction: object) -> None:

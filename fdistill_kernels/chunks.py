@@ -126,7 +126,7 @@ def _chunk_rows(call: LinearCall, count: int, row_bytes: int) -> int:
     """Rows of a chunk: as many as the budget (0: the default) holds, in whole tiles of the matrix product; see
     `even_step`.
     """
-    given, tile = call.path.chunk_bytes or (MINIMAL_CHUNK_BYTES if call.path.cut else 0), 16
+    given, tile = call.path.chunk_bytes, 16
     chunk_bytes = given or CPU_CHUNK_BYTES
     if call.hidden.is_cuda:
         tile = GPU_TILE

@@ -533,7 +533,7 @@ def _overwritten(name: str, logits: Tensor, terms: LossTerms | None = None, **ot
         ValueError: their rows share memory with each other or with another argument.
     """
     trained = logits.requires_grad and torch.is_grad_enabled()
-    if trained and not torch.compiler.is_compiling():
+    if trained and not checks.imagined(logits):
         others |= {} if terms is None else terms._asdict()
         checks.check_overwritten(name, logits, {n: x for n, x in others.items() if isinstance(x, Tensor)})
     return trained

@@ -28,8 +28,7 @@ def loss_of_hidden(
     of_rows, tokens, _ = token_terms(terms, hidden, has_metrics(return_parts, teacher.targets))
     call = LinearCall(
         hidden.reshape(-1, hidden.shape[-1]), head.with_each(checks.in_graph), teacher, of_rows,
-        replaced(path, cut=path.cut and backend in ("triton", "cuda") and not _asks_rows(terms, of_rows)),
-        shard=shard,
+        _taken(path, backend, terms, of_rows), shard=shard,
     )  # fmt: skip
     objects = callable(teacher.rows) or isinstance(of_rows.divergence, Divergence)
     run = _outside_graphs if objects and torch.compiler.is_compiling() else _rows_loss
@@ -37,10 +36,13 @@ def loss_of_hidden(
     return reduced(loss, parts, terms, tokens, hidden, return_parts)
 
 
-def _asks_rows(terms: LossTerms, of_rows: TokenTerms) -> bool:
-    """Whether statistics of rows are wanted, which the cut path does not gather."""
+def _taken(path: Path, backend: str, terms: LossTerms, of_rows: TokenTerms) -> Path:
+    """The path, or small chunks where it is not to be had: off Triton, and for statistics of rows."""
     divergence = divergence_of(terms)
-    return of_rows.metrics or (divergence is not None and divergence.statistics is not None)
+    asks_rows = of_rows.metrics or (divergence is not None and divergence.statistics is not None)
+    if not path.cut or (backend in ("triton", "cuda") and not asks_rows):
+        return path
+    return replaced(path, cut=False, chunk_bytes=path.chunk_bytes or chunks.MINIMAL_CHUNK_BYTES)
 
 
 def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -211,7 +213,7 @@ def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Ten
         return (gradient if factor is None else gradient * factor).to(dtype)
     if factor is not None and graph_is_kept():
         gradient = gradient * factor
-    elif factor is not None and not (factor.device.type == "cpu" and bool(factor == 1)):
+    elif factor is not None and not (checks.readable(factor) and bool(factor == 1)):
         gradient = gradient.mul_(factor)
     return gradient.to(dtype)
 

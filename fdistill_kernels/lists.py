@@ -145,8 +145,7 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Of logits less their largest, whose differences a temperature leaves their digits; rows that have one."""
     top = logits.amax(-1, keepdim=True)
-    asked = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if asked and not torch.isfinite(top).all():
+    if checks.readable(logits) and not torch.isfinite(top).all():
         raise ValueError("a row of logits holds a NaN or +inf, or nothing but -inf")
     return ((logits - top) / temperature).log_softmax(-1)
 

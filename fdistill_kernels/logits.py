@@ -37,10 +37,11 @@ def rows_loss(
     known: Known | None = None, targets: Targets = NO_LIST, shard: Shard = WHOLE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, summed or of each row, and the parts (3 or more, N)."""
-    if isinstance(terms.divergence, FDivergence) and torch.compiler.is_compiling():
-        if teacher is None or shard.group:
+    if isinstance(terms.divergence, FDivergence) and checks.traced():
+        if teacher is not None and not shard.group:
+            return _traced_loss(student, teacher, terms, backend, per_row)
+        if torch.compiler.is_compiling():
             return _outside_graphs(student, teacher, terms, backend, per_row, targets, shard)
-        return _traced_loss(student, teacher, terms, backend, per_row)
     of_student, of_teacher, cap = _rows(student.values, inplace), None, None
     if teacher is not None:
         of_teacher, cap = _rows(teacher.values), teacher.softcap
@@ -110,11 +111,6 @@ def _traced_loss(
     return (losses if per_row else losses.sum()), parts
 
 
-def _on_cpu(logits: Tensor) -> bool:
-    """Whether values may be read, and no compiler runs."""
-    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 class _RowsLoss(torch.autograd.Function):
     """The loss is the end of the graph, so its gradient is made in the forward pass, in the same kernel.
 
@@ -139,7 +135,7 @@ class _RowsLoss(torch.autograd.Function):
             of_student = student.detach()
         if power is not None:
             parts = parts * power
-        again = later or (student.dtype == torch.bfloat16 and not inplace and _on_cpu(student))
+        again = later or (student.dtype == torch.bfloat16 and not inplace and checks.readable(student))
         keep(ctx, (of_student, of_teacher, power, terms.row_scale, *(flat(call) if again else ())))
         ctx.later, ctx.again, ctx.backend, ctx.every_row = later, again, backend, known is not None and known.every_row
         ctx.mark_non_differentiable(parts)
@@ -234,7 +230,7 @@ class _LogSumExp(torch.autograd.Function):
         logits, lse = kept(ctx)
         (cap, backend), scale, lse = ctx.call, once(upstream).reshape(-1).contiguous(), lse.reshape(-1)
         flat_logits = logits.detach().reshape(-1, logits.shape[-1])
-        if torch.compiler.is_compiling():  # which makes one kernel of it
+        if checks.imagined(logits):  # compilers make one kernel of it
             return _scaled_softmax(flat_logits, cap, scale).view(logits.shape), None, None
         ones, labels = torch.ones_like(scale), torch.zeros_like(scale, dtype=torch.long)
         # 2 lse softmax is the kernel's gradient of lse^2

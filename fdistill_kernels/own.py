@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .divergences import PARAMETERS, TABLE, Divergence, Terms
 from .formulas import times
@@ -52,7 +53,8 @@ class FDivergence(Divergence):
             raise TypeError(f"f must be a function of tensors, not {type(f or from_log_ratio).__name__}")
         object.__setattr__(self, "given", {"f": f, "from_log_ratio": from_log_ratio, "name": name, "triton": triton})
         if not torch.compiler.is_compiling():
-            _validate_generator(self.generator, name)
+            with _disable_current_modes():  # fake tensors have no values
+                _validate_generator(self.generator, name)
         super().__init__(name, self._terms, triton=triton)
 
     def generator(self, u: Tensor) -> Tensor:

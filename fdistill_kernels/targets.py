@@ -48,7 +48,7 @@ def soft_targets(target: Tensor, logits: Tensor, terms: LossTerms) -> tuple[Tens
 
 def _known_negative(x: Tensor) -> bool:
     """Whether an entry is below 0; a GPU is not asked."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and bool((x < 0).any())
+    return checks.readable(x) and bool((x < 0).any())
 
 
 def as_cross_entropy(loss: Any, return_parts: bool | str) -> Any:

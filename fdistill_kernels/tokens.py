@@ -49,8 +49,7 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     checks.check_class_weight(terms.class_weight, vocabulary, student.device)
     if terms.labels is not None:
         checks.check_labels(terms.labels, student, labels_name)
-        # with its name; the operator asks too
-        if terms.labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if checks.readable(terms.labels):  # with its name; the operator asks too
             labels = terms.labels.reshape(-1).long()
             backends.check_label_range(labels, labels != terms.ignore_index, vocabulary, labels_name)
     if terms.token_weight is not None:
@@ -143,7 +142,7 @@ def token_terms(
         labels = terms.labels.reshape(-1).long().contiguous()
         mask = labels != terms.ignore_index
         count = mask.sum()
-        tokens = count if number(count) is None else int(count)
+        tokens = int(count) if checks.readable(count) else count
     masked = None if isinstance(tokens, int) and tokens == vectors.rows else mask
     row_scale, every_row = _row_scale(terms, vectors, masked, _denominator(terms, tokens, student))
     t, of_teacher = terms.temperature, terms.teacher_temperature
@@ -216,7 +215,7 @@ def _denominator(terms: LossTerms, tokens: int | Tensor, student: Tensor) -> flo
         return 1.0
     if terms.reduction == "batchmean":
         return max(1, student.shape[0]) if student.dim() > 1 else 1
-    return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(1, tokens)
+    return tokens if isinstance(tokens, Tensor) else max(1, tokens)  # of no tokens the mask leaves no row
 
 
 def sum_of_target_weights(class_weight: Tensor, labels: Tensor, mask: Any) -> Tensor:
@@ -269,9 +268,8 @@ def reduced(
 
 
 def number(factor: Tensor) -> float | None:
-    """The one number that a tensor holds, where no compiler and no GPU would have to be waited for."""
-    readable = not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.numel() == 1
-    return factor.item() if readable else None
+    """The one number that a tensor holds, where it may be asked for."""
+    return factor.item() if factor.numel() == 1 and checks.readable(factor) else None
 
 
 def is_power_of_two(factor: Tensor) -> bool:
@@ -317,6 +315,6 @@ def scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> Tensor
     factor = factor.view(1, 1, 1) if factor.dim() == 0 else factor.view(*gradient.shape[:2], 1)
     if kept:
         return (gradient * factor).to(gradient.dtype)
-    if value is None and factor.device.type == "cpu" and bool((factor == 1).all()):
+    if value is None and checks.readable(factor) and bool((factor == 1).all()):
         return gradient
     return gradient.mul_(factor)

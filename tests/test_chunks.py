@@ -54,6 +54,34 @@ def test_rows_of_a_buffer_start_on_whole_lines(backend, monkeypatch):
     assert all(relative(g, w) < 2e-5 for g, w in zip(got, want, strict=True))
 
 
+MINIMAL = {
+    "another backend": dict(divergence="js"),
+    "labels": dict(divergence="js", labels=torch.zeros(2000, dtype=torch.long), ce_weight=1.0),
+    "metrics": dict(divergence="js", return_parts="metrics"),
+    "statistics of rows": dict(divergence="akl"),
+    "a list": dict(divergence="js"),
+}
+
+
+@pytest.mark.parametrize("given", [None, 1_000_000])
+@pytest.mark.parametrize("name", MINIMAL)
+def test_small_chunks_where_no_logits_stay_on_chip(name, given, monkeypatch):
+    """8 MB, as the docstring says, or what the caller says."""
+    sizes, run = [], backends.rows_by
+
+    def seen(backend, call):
+        models = 2 if call.teacher is not None else 1
+        sizes.append(models * call.student.numel() * call.student.element_size())
+        return run(backend, call)
+
+    monkeypatch.setattr(backends, "rows_by", seen)
+    hidden, weight = torch.randn(2000, 4, requires_grad=True), torch.randn(3000, 4)
+    teacher = (fk.top_k_of(torch.randn(2000, 3000), 4),) if name == "a list" else (hidden.detach(), weight.flip(0))
+    fk.linear_f_divergence(hidden, weight, *teacher, memory="minimal", chunk_bytes=given, **MINIMAL[name])
+    most = given or chunks.MINIMAL_CHUNK_BYTES
+    assert len(sizes) > 1 and most / 2 < max(sizes) <= most
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_vocabularies_shorter_than_a_line(backend, dtype, monkeypatch):
