@@ -26,11 +26,11 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "tokenizer
 PREFIXES = ("FDISTILL_", "TRITON_", "OMP_", "MKL_", "KMP_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH_",
             "TORCHDYNAMO_", "TORCHINDUCTOR_", "ACCELERATE_", "NCCL_")  # fmt: skip
 NAMES = ("ATEN_CPU_CAPABILITY", "CXX", "NVCC", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "RANK", "WORLD_SIZE")
-SECRET = ("TOKEN", "SECRET", "PASS", "PWD", "CREDENTIAL", "KEY", "AUTH", "COOKIE")
+SECRET = ("TOKEN", "SECRET", "PASS", "PWD", "CRED", "KEY", "AUTH", "COOKIE", "BEARER", "_PAT")
 
 
 def shareable(found: Any) -> Any:
-    """The same, made of dicts, lists and text, with ~ for the home folder and without credentials in URLs."""
+    """The same, made of dicts, lists and text, with ~ for the home folder; URLs have no credentials and queries."""
     if isinstance(found, dict):
         return {name: shareable(value) for name, value in found.items()}
     if isinstance(found, list | tuple):
@@ -39,7 +39,8 @@ def shareable(found: Any) -> Any:
         return found
     if len(home := os.path.expanduser("~").rstrip("/")) > 1:
         found = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])", "~", found)
-    return re.sub(r"://\S*@", "://***@", found)
+    found = re.sub(r"://\S*@", "://***@", found)
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", found)  # a query may have a key
 
 
 def details() -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Server:
         self.headers: list[dict] = []
         self.times: list[float] = []
         self.reply_models = [{"id": "tiny", **about}]  # fingerprint, vocabulary, tokenizer
+        self.tokenize = None  # a function of a text, where there is POST /tokenize
         self.now = self.most = 0
         self.lock = threading.Lock()
         outer = self
@@ -77,6 +78,10 @@ class Server:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
+                if self.path == "/tokenize":
+                    known = outer.tokenize is not None
+                    said = {"tokens": outer.tokenize(body["prompt"])} if known else {"detail": "Not Found"}
+                    return _send(self, said, 200 if known else 404)
                 with contextlib.suppress(OSError):
                     outer.reply(self, body)
 
@@ -177,6 +182,7 @@ class Server:
         if body.get("return_token_ids") and self.echo:
             choice["prompt_token_ids"] = [*ids[:-1], ids[-1] ^ 1] if fault == "other_ids" else ids
             choice["token_ids"] = self.sample(ids, body["max_tokens"], body.get("seed", 0), body)
+            choice["finish_reason"] = "length" if len(choice["token_ids"]) == body["max_tokens"] else "stop"
         reply = {"object": "text_completion", "model": "tiny", "choices": [choice]}
         if self.folder is not None and fault != "no_rows":
             reply["kv_transfer_params"] = {"hidden_states_path": self.write_states(ids, fault)}
@@ -234,7 +240,10 @@ class Server:
     def sample(self, ids, new, seed, how=None):
         generator, made = torch.Generator().manual_seed(seed), list(ids)
         for _ in range(new):
-            made.append(int(torch.multinomial(self.model.log_probs(made)[-1].exp(), 1, generator=generator)))
+            scores = self.model.log_probs(made)[-1]
+            for i, bias in ((how or {}).get("logit_bias") or {}).items():
+                scores[int(i)] += bias
+            made.append(int(torch.multinomial(scores.exp(), 1, generator=generator)))
         return made[len(ids) :]
 
 

@@ -749,8 +749,15 @@ def test_arguments():
     ):
         with pytest.raises(ValueError, match=says):
             Endpoint("http://localhost:1", **{"vocabulary": V, **wrong})
-    for url in ("localhost:1", "http://", "http:///v1", "http://localhost:80a", "ftp://localhost"):
-        with pytest.raises(ValueError, match=f"must begin with http:// .*{url}"):
+    for url in (
+        "localhost:1",
+        "http://",
+        "http:///v1",
+        "http://localhost:80a",
+        "ftp://localhost",
+        "http://localhost\n",
+    ):
+        with pytest.raises(ValueError, match=f"must begin with http:// .*{url.strip()}"):
             Endpoint(url, vocabulary=V)
     for url in ("http://localhost:1/?a=b", "http://localhost:1/v1?", "http://localhost:1#a"):
         with pytest.raises(ValueError, match=rf"without \?query and #fragment: '{re.escape(url)}'"):
@@ -806,7 +813,77 @@ def test_a_key_that_no_header_can_have_is_refused_and_not_shown(key, caplog):
     assert "cret" not in str(error.value) + caplog.text
 
 
+CUT = {
+    "abort": lambda ids, new: {"finish_reason": "abort", "token_ids": [3]},
+    "a dict's": lambda ids, new: {"finish_reason": {"type": "abort"}, "token_ids": [3]},
+    "too few": lambda ids, new: {"finish_reason": "length", "token_ids": [3]},
+    "another prompt": lambda ids, new: {"finish_reason": "stop", "token_ids": [3], "prompt_token_ids": ids[1:]},
+    "beyond": lambda ids, new: {"finish_reason": "stop", "token_ids": [V - 1]},
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_samples_that_are_not_whole_are_asked_for_again(name):
+    from fdistill_kernels.sequence.sampling import Sampling
+
+    with Server() as server, endpoint(server) as teacher:
+        given = []
+
+        def once_cut(body, ids, fault):
+            given.append(body)
+            cut = CUT[name](ids, body["max_tokens"]) if len(given) == 1 else {"finish_reason": "stop", "token_ids": [4]}
+            return {"choices": [{"index": 0, "text": "x", **cut}]}
+
+        server.vllm = once_cut
+        made = teacher.draw([[1, 2]], Sampling(max_new_tokens=8), 0, vocabulary=V - 1)
+        assert made[0].tolist() == [4] and len(given) == 2
+        assert given[0]["logit_bias"] == {str(V - 1): -100}
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_scoring_that_was_called_off_is_asked_for_again(kind):
+    with Server() as server, endpoint(server, kind=kind) as teacher:
+        teacher.targets([[1]], [[2]])
+        answer, left = getattr(server, kind), [1]
+
+        def aborted(body, ids, fault):
+            whole = answer(body, ids, fault)
+            if not left:
+                return whole
+            left.pop()
+            if kind == "vllm":
+                return {"choices": [{"index": 0, "text": "", "finish_reason": "abort", "prompt_logprobs": None}]}
+            return {"text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}}
+
+        setattr(server, kind, aborted)
+        assert len(teacher.targets([[3]], [[4]]).ids) == 1 and not left
+
+
+def test_check_finds_what_targets_would():
+    with (
+        Server(limit=3) as server,
+        endpoint(server, retries=0) as teacher,
+        pytest.raises(EndpointError, match="--max-logprobs"),
+    ):
+        teacher.check()
+
+
+def test_tokenized():
+    with Server() as server, endpoint(server) as teacher:
+        assert teacher.tokenized("a text") is None
+        server.tokenize = lambda text: [len(text)]
+        assert teacher.tokenized("a text") == [6]
+
+
+def test_a_key_from_the_environment(monkeypatch):
+    monkeypatch.setenv("FDISTILL_API_KEY", "sk-kept")
+    with Server() as server, Endpoint(server.url, vocabulary=V, k=K) as teacher:
+        teacher.targets([[1]], [[2]])
+        assert {h["Authorization"] for h in server.headers} == {"Bearer sk-kept"}
+
+
 def test_a_key_and_a_password_are_sent_and_never_shown(caplog):
+    caplog.set_level("INFO")  # httpx names each request's url
     with Server() as server:
         with endpoint(server, api_key="sk-hidden") as teacher:
             teacher.targets([[1]], [[2]])
@@ -816,12 +893,16 @@ def test_a_key_and_a_password_are_sent_and_never_shown(caplog):
         with Endpoint(there, vocabulary=V, k=K) as teacher:
             teacher.targets([[1]], [[2]])
         assert {h["Authorization"] for h in server.headers} == {"Basic bWU6aGlkZGVu"}
+        assert teacher.url == server.url
+        with pytest.raises(ValueError, match="either api_key or the url's user and password"):
+            Endpoint(there, vocabulary=V, api_key="sk-hidden")
+    assert "hidden" not in caplog.text
     told = []
     with Endpoint(there, vocabulary=V, k=K, retries=1, first_wait=0.001) as teacher:
-        with pytest.raises(EndpointError, match=r"given up after 2 tries at http://\*\*\*@127") as error:
+        with pytest.raises(EndpointError, match=r"given up after 2 tries at http://127") as error:
             teacher.targets([[1]], [[2]])
         told.append(error.value)
-    with pytest.raises(EndpointError, match=r"at http://\*\*\*@.* is closed") as error:
+    with pytest.raises(EndpointError, match=r"at http://127.* is closed") as error:
         teacher.targets([[1]], [[2]])
     told.append(error.value)
     for url in ("http://me:hidden@", "ftp://me:hidden@there", "me:hidden@there", "http://me:hidden@there:80a",
@@ -840,7 +921,7 @@ def test_waits_end_at_the_longest_after_any_number_of_tries():
 @pytest.mark.parametrize(("status", "headers", "body", "says"), [
     (200, {}, b'{"error": {"message": "the weights are gone"}}', "given up after 2 tries.* the weights are gone"),
     (200, {}, b'{"object": "error", "message": "the weights are gone"}', "given up.* the weights are gone"),
-    (307, {"Location": "http://me:hidden@there/v1"}, b"", r"status 307: .*redirects to http://\*\*\*@there/v1"),
+    (307, {"Location": "http://me:hidden@there/v1"}, b"", r"status 307: .*redirects to http://there/v1"),
     (200, {}, b'{"a":' * 100_000, "given up after 2 tries.* no JSON"),
     (400, {}, b"[" * 100_000, r"status 400: \[\["),
 ])  # fmt: skip

@@ -462,14 +462,49 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
             torch.testing.assert_close(found.log_probs.float(), log_p.gather(1, found.ids), rtol=0, atol=2e-3)
             drawn = endpoint.draw(prompts, Sampling(6), 3)
             assert len(drawn) == 1 and 1 <= len(drawn[0]) <= 6
-        command("train", "--teacher", url, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv",
-                "--output-dir", tmp_path / "run", *COMMON, "--max-steps", "2", "--method", "rkl", "--k", "50", "--json")  # fmt: skip
-        results = json.loads(capsys.readouterr().out)
-        assert results["perplexity"] > 1
+            assert all(row.max() < 20 for row in endpoint.draw(prompts * 8, Sampling(6), 3, vocabulary=20))
+        of_run = (
+            "--student",
+            causal_files / "student",
+            "--data",
+            causal_files / "pairs.tsv",
+            *COMMON,
+            "--max-steps",
+            "2",
+        )
+        asked = ("train", *of_run, "--output-dir", tmp_path / "run", "--method", "rkl", "--k", "50", "--json")
+        command(*asked, "--teacher", url.replace("://", "://me:sesame@"))
+        told = capsys.readouterr()
+        assert json.loads(told.out)["perplexity"] > 1
+        command(*asked, "--teacher", url.replace("://", "://me:simsim@"))  # the same server
+        command(*asked, "--teacher", url.replace("127.0.0.1", "me:sesame@localhost"), expect=2)
+        told = told.out + told.err + "".join(capsys.readouterr())
+        written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+        assert "holds another run: teacher was" in told and "sesame" not in told and b"sesame" not in written
         assert len(fk.TeacherStore(tmp_path / "run" / "endpoint")) > 5
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(("said", "what"), [("fingerprint", "model"), ("tokenizer", "tokenizer")])
+def test_samples_are_not_drawn_from_another_model_s_server(causal_files, tmp_path, capsys, said, what):
+    teacher = str(causal_files / "causal")
+    with Server(Model(60), **{said: "another"}) as server:
+        server.reply_models[0]["id"] = teacher
+        command("train", "--teacher", teacher, "--vllm_url", server.url, "--student", causal_files / "student", "--data",
+                causal_files / "pairs.tsv", *COMMON, "--method", "kl", "--output-dir", tmp_path, expect=2)  # fmt: skip
+        assert not server.bodies and f"another {what} than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_server_that_only_tokenizes_is_compared_by_a_text(causal_files, tmp_path, capsys, swapped):
+    tokenizer = AutoTokenizer.from_pretrained(causal_files / "causal")
+    with Server(Model(tokenizer.vocab_size)) as server:
+        server.tokenize = lambda text: tokenizer(text + "?" * swapped, add_special_tokens=False)["input_ids"]
+        command("train", "--teacher", server.url, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv",
+                *COMMON, "--max-steps", "1", "--method", "mle", "--output-dir", tmp_path, expect=2 * swapped)  # fmt: skip
+    assert ("has another tokenizer than" in capsys.readouterr().err) == swapped
 
 
 def kl_run(files, store):

@@ -22,9 +22,10 @@ from transformers.hf_argparser import string_to_bool
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
-from ..teachers.endpoint import DEFAULT_K
+from ..teachers.endpoint import DEFAULT_K, without_credentials
 from .data import Answers, Policy
 from .metrics import MEASURES
+from .teachers import is_url
 from .trainer import FDistillConfig
 
 #: Batches of similar lengths need little padding; transformers 5 has another name for it.
@@ -269,8 +270,9 @@ def how_long(given: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that may be written to files: those but --hub_token and its kin."""
-    return {name: value for name, value in options.items() if not name.endswith("_token")}
+    """The options that may be written to files: those but --hub_token and its kin, and no URL's user and password."""
+    return {name: without_credentials(value) if is_url(value) else value
+            for name, value in options.items() if not name.endswith("_token")}  # fmt: skip
 
 
 def _hint(words: str) -> str:
@@ -340,7 +342,8 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """Everything that decides a run, for people to read."""
         kinds = (self.model, self.data, self.run, *([self.lora] if self.lora.use_peft else []))
-        return {n: v for kind in kinds for n, v in vars(kind).items() if v is not None} | without_secrets(self.training)
+        named = {n: v for kind in kinds for n, v in vars(kind).items() if v is not None}
+        return without_secrets(named | self.training)
 
 
 KINDS = {"model": ModelArguments, "lora": LoraArguments, "data": DataArguments, "run": RunArguments,

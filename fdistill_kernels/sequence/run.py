@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,26 @@ def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
     return tokenizer
 
 
+#: A text of many kinds of tokens, on which two tokenizers of one size hardly agree.
+TEXT = "The quick brown fox: 0123456789 + Ünïcödé, привет, 你好!\n\tdef f(x): return {x}"
+
+
+def check_tokenizer(endpoint: Endpoint, tokenizer: Any, of: str) -> None:
+    """A server's tokenizer must be the one of `of`: by its hash if the server tells it, else by a text's tokens.
+
+    Raises:
+        ValueError: it is another one. A server that tells neither is warned of.
+    """
+    known = endpoint.tokenizer
+    same = None if known is None else known == tokenizer_hash(tokenizer)
+    if known is None and (ids := endpoint.tokenized(TEXT)) is not None:
+        same = ids == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    if same is None:
+        warnings.warn(f"{endpoint.url} tells nothing of its tokenizer, which must be that of {of}", stacklevel=2)
+    elif not same:
+        raise ValueError(f"{endpoint.url} has another tokenizer than {of}")
+
+
 def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
     """Returns the teacher, its tokenizer, and the model configuration that text is tokenized for."""
     model, run = asked.model, asked.run
@@ -117,9 +138,10 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         config = load_config(model.student, **model.source())
         tokenizer = tokenizer_of(asked, model.tokenizer or model.student, model.revision)
         kept = Path(run.samples or asked.config.output_dir or "") / "endpoint"
-        endpoint = Endpoint(model.teacher, vocabulary=vocabulary_of(config), k=run.k, store=kept)
-        if endpoint.tokenizer not in (None, tokenizer_hash(tokenizer)):
-            raise ValueError(f"{model.teacher} has another tokenizer than {model.tokenizer or model.student}")
+        endpoint = Endpoint(model.teacher, vocabulary=vocabulary_of(config), k=run.k, store=kept, padded=True)
+        check_tokenizer(endpoint, tokenizer, model.tokenizer or model.student)
+        if asked.command == "train":
+            endpoint.check()
         return Served(endpoint, run.tail), tokenizer, config
     if is_store(model.teacher):
         return _stored_teacher(asked)
@@ -280,7 +302,7 @@ class Run:
         if not binds and rank()[0] == 0:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         if binds and path.exists():
-            self._check_same(load_yaml(path), asked)
+            self._check_same(without_secrets(load_yaml(path)), asked)
             kept = read_json(of_data, "remove it, and trust that the data is the same") if of_data.exists() else {}
             if changed := [name for name, mark in kept.items() if mark != read[name]]:
                 files = ", ".join(str(getattr(self.asked.data, name) or self.asked.data.data) for name in changed)
@@ -341,12 +363,16 @@ class Run:
         source: Any = self.model
         if run.vllm_url:
             source = Endpoint(run.vllm_url, model=teacher, vocabulary=self.teacher.vocabulary, concurrency=32)
+            check_tokenizer(source, self.tokenizer, teacher)
         mark, settings = teacher, {}
         if self.model is not None:
             mark, settings = self.teacher_fingerprint, generation_settings(self.model, sampling)
-        elif source is None:
+            if run.vllm_url and source.fingerprint not in (None, mark):
+                raise ValueError(f"--vllm_url: {source.url} serves another model than {teacher}, by its fingerprint")
+        else:
             assert isinstance(self.teacher, Served)
-            source, mark = self.teacher.endpoint, self.teacher.endpoint.fingerprint or mark
+            source = source or self.teacher.endpoint
+            mark = source.fingerprint or source.model
         store = TeacherSamples(folder, prompts, sampling, mark, self.config.seed, settings)
         if store.missing():
             with Progress(console=self.console) as bar:
@@ -394,6 +420,7 @@ class Run:
     def _adapted(self, student: Any) -> Any:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+        set_seed(self.config.seed)  # the same adapter, whatever this process has drawn before
         if self.asked.model.quantization:
             student = prepare_model_for_kbit_training(student)
         asked = vars(self.asked.lora)

@@ -408,7 +408,7 @@ class TeacherSamples:
         """
         import pyarrow
 
-        ask = source.draw if hasattr(source, "draw") else functools.partial(draw, source, vocabulary=vocabulary)
+        ask = functools.partial(getattr(source, "draw", functools.partial(draw, source)), vocabulary=vocabulary)
         for number in [n for n in self.missing() if n % ranks == rank]:
             made: list[list[int]] = []
             done = sum(len(self._range(i)) for i, shard in enumerate(self.shards()) if shard.exists())

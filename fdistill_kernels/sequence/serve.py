@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -64,11 +65,16 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
 
         def do_POST(self) -> None:
             """Completions of token ids."""
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            size = self.headers.get("Content-Length", "0")
+            if not size.isdecimal():
+                return self._refuse(400, f"Content-Length is {size!r}")
+            body = self.rfile.read(int(size))
             if self.path.rstrip("/") != "/v1/completions":
                 return self._refuse(404, f"there is no {self.path}")
             try:
                 asked = json.loads(body)
+                if not isinstance(asked, dict):
+                    return self._refuse(400, "the request is no JSON object")
                 if asked.get("model", name) != name:
                     return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
                 with lock:
@@ -78,14 +84,20 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
                 return self._refuse(400 if bad else 500, str(error))
             self._reply(200, {"object": "text_completion", "model": name, **reply})
 
-    return ThreadingHTTPServer((host, port), Handler)
+    class Listening(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Of a client that has left."""
+            if not isinstance(sys.exc_info()[1], ConnectionError):
+                super().handle_error(*_)
+
+    return Listening((host, port), Handler)
 
 
 #: What it may say so alone, which changes nothing.
 OFF = {"min_p": 0, "repetition_penalty": 1, "n": 1, "stream": False, "echo": False}
 #: What a request may say.
 FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "prompt_logprobs",
-          "return_token_ids", "add_special_tokens", "skip_special_tokens"}  # fmt: skip
+          "return_token_ids", "add_special_tokens", "skip_special_tokens", "logit_bias"}  # fmt: skip
 
 
 def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -> dict[str, Any]:
@@ -94,10 +106,17 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     With these and max_tokens ≤ 1 nothing is drawn.
 
     Raises:
-        ValueError: prompts that are not token ids, more log-probabilities than the server gives, or other fields.
+        ValueError: prompts that are not token ids, more log-probabilities than the server gives, a logit_bias that does
+            more than to keep the last ids from being drawn, or other fields.
     """
     body = {name: value for name, value in body.items() if value is not None}
+    if "prompt" not in body:
+        raise ValueError("the request has no prompt")
     prompts, k = body["prompt"], body.get("prompt_logprobs")
+    biases = {int(i): x for i, x in body.get("logit_bias", {}).items()}
+    drawn = room.vocabulary - len(biases)
+    if biases != dict.fromkeys(range(drawn, room.vocabulary), -100):
+        raise ValueError("logit_bias may have −100 for each of the last ids, and no other")
     prompts = prompts if prompts and isinstance(prompts[0], list) else [prompts]
     known = all(type(i) is int and 0 <= i < room.vocabulary for p in prompts for i in p)
     if not known or not all(map(len, prompts)):
@@ -114,7 +133,7 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     for i, prompt in enumerate(prompts):
         made: list[int] = []
         if tokens > 1 or (tokens == 1 and k is None):
-            made = draw(room.model, [torch.tensor(prompt, device=device)], sampling, seed, room.vocabulary)[0].tolist()
+            made = draw(room.model, [torch.tensor(prompt, device=device)], sampling, seed, drawn)[0].tolist()
         text = tokenizer.decode(made, skip_special_tokens=bool(body.get("skip_special_tokens", False)))
         choice: dict[str, Any] = {"index": i, "text": text, "token_ids": made}
         choice["finish_reason"] = "stop" if made and made[-1] in ends else "length"

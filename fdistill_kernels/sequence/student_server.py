@@ -58,7 +58,7 @@ class StudentServer:
         self.endpoint = Endpoint(url, model="", vocabulary=vocabulary, concurrency=CONCURRENCY)  # "": no adapter
         self.name = f"the student's server at {self.endpoint.url}"
         beyond = {i: -100 for i in range(vocabulary, size)}
-        self.how = {"ignore_eos": True, "stop_token_ids": ends, "logit_bias": beyond}
+        self.how: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": ends, "logit_bias": beyond}
         self.probe = torch.linspace(0, vocabulary - 1, PROBE).long()
         self.mark = ""  # of these weights alone: the adapter's name, and the salt of what the server caches
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # ids, their log-probabilities here and there
@@ -125,7 +125,8 @@ class StudentServer:
         import httpx
 
         try:
-            reply = httpx.post(self.endpoint.url + path, json=body, timeout=TIMEOUT)
+            reply = httpx.post(self.endpoint.url + path, json=body, timeout=TIMEOUT, auth=self.endpoint.auth,
+                               headers=self.endpoint.headers)  # fmt: skip
         except httpx.RequestError as error:
             raise EndpointError(f"{self.name} does not answer to {path}: {error!r}") from error
         if reply.status_code != 200:

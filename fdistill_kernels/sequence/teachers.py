@@ -23,6 +23,7 @@ from .. import products
 from ..backends.rows import capped
 from ..sparse import TopK, checked_tail
 from ..teachers import Endpoint, TeacherStore
+from ..teachers.endpoint import without_credentials
 from ..values import Head, Hidden, RowFunction
 from .batches import prompts_of_teacher
 from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted, vocabulary_of
@@ -76,7 +77,7 @@ class Teacher:
 
 def is_url(path: Any) -> bool:
     """Whether a teacher's path is a server's URL."""
-    return str(path).startswith(("http://", "https://"))
+    return str(path).lower().startswith(("http://", "https://"))
 
 
 def is_store(path: str | Path) -> bool:
@@ -92,7 +93,7 @@ def teacher_of(given: Any) -> Teacher:
     """
     if isinstance(given, (str, Path)):
         if is_url(given):
-            raise ValueError(f"give fk.Endpoint({str(given)!r}, vocabulary=...) for a server")
+            raise ValueError(f"give fk.Endpoint({without_credentials(str(given))!r}, vocabulary=...) for a server")
         return teacher_of(TeacherStore(given) if is_store(given) else load_model(given))
     if isinstance(given, TeacherStore):
         return Stored(given)
@@ -221,7 +222,7 @@ class Served(Teacher):
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`; the seed of a batch is the next number of torch's generator."""
         seed = int(torch.randint(2**31, ()))
-        return self.endpoint.draw([p.cpu() for p in prompts], sampling, seed)
+        return self.endpoint.draw([p.cpu() for p in prompts], sampling, seed, vocabulary)
 
 
 class Mixture(Teacher):

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, check_number
+from ..checks import check_choice, check_integer, check_number
 from ..provenance import install
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
@@ -81,10 +81,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
 
     Args:
-        url: of the server, with or without /v1. No error shows a user and a password in it.
+        url: of the server, with or without /v1. Of a user and a password in it neither `url` nor any error has a trace.
         model: name of the model on the server; None: the only one there.
         vocabulary, k: V of the teacher's output embedding; number of ids per position of lists, at most V (None: 64).
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token; None: the environment variable FDISTILL_API_KEY, if it is set.
         padded: leave out ids ≥ V instead of refusing them, for a teacher whose output embedding has more than V rows;
             their mass then belongs to the tail. Implied if /v1/models gives a larger `vocabulary`, which must not be
             smaller.
@@ -130,8 +130,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             check_number("timeout", timeout, 0, open_low=True)
         if not isinstance(model, str | None):
             raise TypeError(f"model must be the name of a model, not {model!r}")
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        check_choice("kind", kind, KINDS)
         hidden = {"norm": norm, "head": head, "states_folder": states_folder}
         wrong = [name for name, value in hidden.items() if (value is None) == (kind == "vllm_hidden")]
         if wrong:
@@ -141,11 +140,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         other = {"layer": layer != -1} if head is None else of_lists
         if ignored := [name for name, given in other.items() if given]:
             raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
+        if head is not None and not isinstance(head, Head):
+            raise TypeError(f"head must be a Head, not {type(head).__name__}")
         if head is not None and head.weight.shape[0] != vocabulary:
             raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
         k = min(DEFAULT_K if k is None else k, vocabulary)
-        self.url = _address(url)
-        self._where = _without_credentials(self.url)  # in errors
+        self.url, self.auth = _address(url)
+        if self.auth and api_key:
+            raise ValueError(f"{self.url}: either api_key or the url's user and password, of which a request sends one")
         self.model, self.vocabulary, self.k, self.kind, self.timeout = model, vocabulary, k, kind, timeout
         self.retries, self.first_wait, self.head, self.norm, self.layer = retries, first_wait, head, norm, layer
         self.states_folder, self._lists = states_folder, Lists(k, vocabulary, short_rows, padded)
@@ -161,9 +163,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             check_same(f"{store.folder} holds other targets", store.settings, asked)
         elif store is not None:
             self._folder = Path(store)
+        self.headers = {} if self.auth else _authorization(api_key)
         self._client = httpx.AsyncClient(
             timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            headers=_authorization(api_key),
+            auth=self.auth, headers=self.headers,
         )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
         self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
         self._submitted: set[Future[Any]] = set()
@@ -222,10 +225,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             for _, future in on_the_way:
                 future.cancel()
 
-    def draw(self, prompts: Sequence[Ids], sampling: Sampling, seed: int, **more: Any) -> list[Tensor]:
+    def draw(
+        self, prompts: Sequence[Ids], sampling: Sampling, seed: int, vocabulary: int | None = None, **more: Any
+    ) -> list[Tensor]:
         """One continuation of each prompt, with its end token, as in `sampling.draw`; prompt i has the seed seed + i.
 
-        more: further sampling parameters of the server.
+        vocabulary: ids from here on are not drawn; None: all may be. more: further sampling parameters of the server.
 
         Raises:
             ValueError: beams, or ids outside the vocabulary.
@@ -233,12 +238,44 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if sampling.beams:
             raise ValueError("a server is asked for samples, not for beams")
         pairs = self._pairs(prompts, [()] * len(prompts))
+        vocabulary = self.vocabulary if vocabulary is None else min(vocabulary, self.vocabulary)
+        if vocabulary < self.vocabulary:
+            more = {"logit_bias": {i: -100 for i in range(vocabulary, self.vocabulary)}, **more}
 
         async def all_of_them() -> list[Tensor]:
             await self._open()
-            return await _all((self._drawn, p, sampling, seed + i, i, more) for i, (p, _) in enumerate(pairs))
+            return await _all(
+                (self._drawn, prompt, sampling, seed + i, i, vocabulary, more) for i, (prompt, _) in enumerate(pairs)
+            )
 
         return self._wait(self._submit(all_of_them))
+
+    def check(self) -> None:
+        """Asks what the model is, and two short sequences, as the first `targets` would: before anything is begun."""
+
+        async def first() -> None:
+            await self._open()
+            await self._try()
+
+        self._wait(self._submit(first))
+
+    def tokenized(self, text: str) -> list[int] | None:
+        """A text's token ids by the server's own tokenizer (POST /tokenize); None: it has no such answer."""
+
+        async def once() -> Any:
+            asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
+            try:
+                return (await self._post("/tokenize", asked)).get("tokens")
+            except EndpointError as error:
+                if error.status not in (404, 405):
+                    raise
+                return None
+
+        async def asked() -> Any:
+            await self._known()
+            return await self._until_it_fits("a text's tokens", once)
+
+        return self._wait(self._submit(asked))
 
     def close(self) -> None:
         """Cancels all requests; whoever waits for them gets an error. Answers that have come are in the store."""
@@ -271,13 +308,13 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                     self._submitted.add(future)
                     future.add_done_callback(self._submitted.discard)
                     return future
-        raise EndpointError(f"the endpoint at {self._where} is closed, or belongs to the process that forked this one")
+        raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
 
     def _wait(self, future: Future[Any], tail: str = "") -> Any:
         try:
             found = future.result()
         except CancelledError as error:
-            raise EndpointError(f"the endpoint at {self._where} was closed before it answered") from error
+            raise EndpointError(f"the endpoint at {self.url} was closed before it answered") from error
         finally:
             future.cancel()  # where the caller was interrupted
         return found._replace(tail=tail) if isinstance(found, TopK) else found
@@ -288,6 +325,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self._loop.call_soon(self._loop.stop)
 
     def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Pair]:
+        if len(prompts) != len(continuations):
+            raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: each has one")
         pairs = []
         for number, pair in enumerate(zip(prompts, continuations, strict=True)):
             try:
@@ -378,6 +417,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`."""
         if self._about is None:
             self._about = await self._until_it_fits("the list of models", self._served)
+            self.model = self._about["id"]
         return self._about
 
     async def _open(self) -> None:
@@ -390,9 +430,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             if self._opened:
                 return
             about = await self._known()
-            self.model, rows = about["id"], about.get("vocabulary", self.vocabulary)
+            rows = about.get("vocabulary", self.vocabulary)
             if rows < self.vocabulary:
-                raise ValueError(f"{self.model} at {self._where} has, it says, a vocabulary of {rows}, less than "
+                raise ValueError(f"{self.model} at {self.url} has, it says, a vocabulary of {rows}, less than "
                                  f"vocabulary={self.vocabulary}")  # fmt: skip
             self._lists = self._lists._replace(padded=self._lists.padded or rows > self.vocabulary)
             key: dict[str, Any] = {n: about[n] for n in ("fingerprint", "tokenizer") if n in about}
@@ -417,7 +457,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             asked = asked if projection is None else asked.to(projection) @ projection
         if not _agree(kept if isinstance(kept, TopK) else kept.states, asked):
             raise ValueError(f"the store {store.folder} (of {store.key}) and the model {self.model} now served at "
-                             f"{self._where} disagree on a stored sequence, {_shown(pair)}: they are not of one "
+                             f"{self.url} disagree on a stored sequence, {_shown(pair)}: they are not of one "
                              "teacher; take another folder for this one")  # fmt: skip
 
     async def _try(self) -> None:
@@ -433,9 +473,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             short = [((a,), tuple(more)) for a, *more in (first, first[::-1], first)]
             one, other, again = await _all((self._asked, pair, "a short sequence") for pair in short)
             if not _agree(one, again):
-                raise EndpointError(f"the server at {self._where} answers the same sequence with other rows each time")
+                raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
             if first != first[::-1] and _agree(one, other, 1e-6):
-                raise EndpointError(f"the server at {self._where} answers other sequences with the same rows")
+                raise EndpointError(f"the server at {self.url} answers other sequences with the same rows")
             self._tried = True
 
     # One request
@@ -450,12 +490,16 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """Sends token ids, to be continued by up to `new` more. Returns SGLang's reply, or vLLM's only choice."""
         if self.kind == "sglang":
             body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new}, **more}
-            return await self._post("/generate", body)
-        body = {"model": self.model, "prompt": ids, "max_tokens": new, "return_token_ids": True, **how, **more}
-        reply = await self._post("/v1/completions", body)
-        with form("it is no completion"):
-            (choice,) = reply["choices"]
-            return {**choice, "kv_transfer_params": reply.get("kv_transfer_params")}
+            found = await self._post("/generate", body)
+        else:
+            body = {"model": self.model, "prompt": ids, "max_tokens": new, "return_token_ids": True, **how, **more}
+            reply = await self._post("/v1/completions", body)
+            with form("it is no completion"):
+                (choice,) = reply["choices"]
+                found = {**choice, "kv_transfer_params": reply.get("kv_transfer_params")}
+        if (reason := _end_of(found)) in ("abort", "error"):
+            raise Misfit(f"the server has not finished it, but ended by {reason!r}")
+        return found
 
     async def _of_sglang(self, ids: list[int], begin: int) -> TopK:
         reply = await self._generate(
@@ -517,7 +561,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return normed
 
     async def _drawn(
-        self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int, more: dict[str, Any]
+        self, prompt: tuple[int, ...], sampling: Sampling, seed: int, number: int, vocabulary: int, more: dict[str, Any]
     ) -> Tensor:
         ids, new = list(prompt), sampling.max_new_tokens
         how: dict[str, Any] = {  # whatever the generation configuration at the server says
@@ -535,8 +579,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             made = reply.get(of_ids)
             if not isinstance(made, list) or not 0 < len(made) <= new:
                 raise Misfit(f"it has no list of 1 to {new} token ids")
-            if not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in made):
-                raise Misfit(f"it has ids outside [0, {self.vocabulary})")
+            if not all(isinstance(i, int) and 0 <= i < vocabulary for i in made):
+                raise Misfit(f"it has ids outside [0, {vocabulary})")
+            if len(made) < new and _end_of(reply) == "length":
+                raise Misfit(f"it was cut after {len(made)} of {new} tokens: is the server's context long enough?")
+            if reply.get("prompt_token_ids") not in (None, ids):
+                raise Misfit(f"it continues another prompt than that of {len(ids)} tokens")
+            if (read := (reply.get("meta_info") or {}).get("prompt_tokens")) not in (None, len(ids)):
+                raise Misfit(f"it continues a prompt of {read} tokens, not of {len(ids)}")
             return torch.tensor(made)
 
         return await self._until_it_fits(f"prompt {number} of {len(ids)} tokens", once)
@@ -579,9 +629,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 if tokens and error.status == 400 and TOO_LONG.search(said):
                     said += (" (the server's context must be at least one token longer than the longest sequence: "
                              f"{tokens + 1} for this one)")  # fmt: skip
-                raise EndpointError(f"{what}: {said} ({self._where})", error.status) from error
+                raise EndpointError(f"{what}: {said} ({self.url})", error.status) from error
             if tries > self.retries:
-                raise EndpointError(f"{what}: given up after {tries} tries at {self._where}: {happened}")
+                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}: {happened}")
             wait = _pause(self.first_wait, tries) * random.uniform(0.5, 1)
             wait = max(wait, self._not_before - time.monotonic())
             self._untold += 1
@@ -603,7 +653,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if reply.status_code != 200:
             said, after = f"status {reply.status_code}: {_message(reply)}", _seconds(reply.headers.get("Retry-After"))
             if to := reply.headers.get("Location"):
-                said += f" (it redirects to {_without_credentials(to)}, which is not followed)"
+                said += f" (it redirects to {without_credentials(to)}, which is not followed)"
             if reply.status_code not in (408, 429) and reply.status_code < 500:
                 raise EndpointError(f"the server refuses it with {said}", reply.status_code)
             if after > self.timeout:
@@ -647,6 +697,12 @@ async def _all(work: Iterable[tuple[Any, ...]]) -> list[Any]:
     return [found[number] for number in range(len(found))]
 
 
+def _end_of(reply: dict[str, Any]) -> Any:
+    """Why a reply ended: vLLM's word, or SGLang's."""
+    reason = reply.get("finish_reason", (reply.get("meta_info") or {}).get("finish_reason"))
+    return reason.get("type") if isinstance(reason, dict) else reason
+
+
 def _shown(pair: Pair) -> str:
     prompt, continuation = pair
     begin = " ".join(map(str, prompt[:8])) + (" …" if len(prompt) > 8 else "")
@@ -680,28 +736,34 @@ def _message(reply: Any) -> str:
         return reply.text[:500]
 
 
-def _address(url: str) -> str:
-    """A server's url without /v1.
+def _address(url: str) -> tuple[str, tuple[str, str] | None]:
+    """A server's url without /v1, user and password; and these two.
 
     Raises:
+        TypeError: it is no text.
         ValueError: it does not begin with http:// or https:// and a host, or does not end with a path.
     """
-    shown = _without_credentials(url)
+    if not isinstance(url, str):
+        raise TypeError(f"the url must be text, not {type(url).__name__}")
+    shown = without_credentials(url)
     try:
         parts = urllib.parse.urlsplit(url)
-        there = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        there = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
     except ValueError:  # a port of other things than digits
         there = False
     if not there:
-        raise ValueError(f"the url must begin with http:// or https:// and a host: {shown!r}")
+        raise ValueError(f"the url must begin with http:// or https:// and a host, without spaces: {shown!r}")
     if set("?#") & set(url):
         raise ValueError(f"the url must end with the server's path, without ?query and #fragment: {shown!r}")
-    return url.rstrip("/").removesuffix("/v1")
+    user, at, host = parts.netloc.rpartition("@")
+    auth = tuple(map(urllib.parse.unquote, user.partition(":")[::2]))
+    bare = urllib.parse.urlunsplit(parts._replace(netloc=host))
+    return bare.rstrip("/").removesuffix("/v1"), auth if at else None  # type: ignore[return-value]
 
 
-def _without_credentials(url: str) -> str:
-    """A url as errors may show it, with *** in place of user and password."""
-    return re.sub(r"^([^/]*//)?.*@", r"\1***@", url)
+def without_credentials(url: str) -> str:
+    """A url as errors and files may have it, without user and password."""
+    return re.sub(r"^([^/]*//)?.*@", r"\1", url)
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:
@@ -710,6 +772,8 @@ def _authorization(api_key: str | None) -> dict[str, str]:
     Raises:
         ValueError, TypeError: what no header can have. The key is not shown.
     """
+    if api_key is None:
+        api_key = os.environ.get("FDISTILL_API_KEY")
     if api_key is not None and not isinstance(api_key, str):
         raise TypeError(f"api_key must be text, not {type(api_key).__name__}")
     if api_key and not re.fullmatch(r"[!-~]+", api_key):

@@ -98,8 +98,30 @@ def decode_log_probs(kept: dict[str, np.ndarray]) -> np.ndarray:
     return values.astype(np.float16)
 
 
+#: A list's mass may be above 1 by so much, of sums in float32.
+ABOVE = 1e-5
+
+
+def rest_of(log_probs: np.ndarray) -> np.ndarray:
+    """(M) float32, what the float32 log-probabilities (M, K) leave to other ids: 1 − Σp, whose digits no rounded list
+    keeps; NaN of a mass above 1.
+    """
+    rest = 1 - np.exp(log_probs.astype(np.float64)).sum(1)
+    return np.where(rest < -ABOVE, np.nan, np.maximum(rest, 0)).astype(np.float32)
+
+
+def with_rest(log_probs: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """(M, K) float32: log-probabilities, shifted row by row so that they leave `rest` (M) to other ids."""
+    values = log_probs.astype(np.float32)
+    mass = np.exp(values).sum(1)
+    shift = np.divide(1 - rest, mass, out=np.ones_like(mass), where=(mass > 0) & (rest < 1))
+    values += np.log(shift)[:, None]
+    return values
+
+
 def log_prob_error(log_probs: Tensor, precision: str) -> Tensor:
-    """The largest possible error of each log-probability x ≥ −32768 in rows (..., K), stored with `precision`.
+    """The largest possible error of each log-probability x ≥ −32768 in rows (..., K), stored with `precision`. In a
+    store the row's mean Σ p·error / Σ p comes on top, by which `with_rest` shifts it at most.
 
     For "float16" it is |x|/2¹¹ + 2⁻²⁵. For "uint8" it is √(R·d)/254 + R/(4·254²), at most R/253, plus the float16 error
     of the result; R is the distance of the row's least value from its top, d that of x. There what is below −104 counts
@@ -137,7 +159,7 @@ def encode_states(states: Tensor, precision: str) -> dict[str, Tensor]:
         whole = (states.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
         kept = {"states": whole.to(torch.int8), "scales": scales}
     else:
-        kept = {"states": states.to(STATES[precision])}
+        kept = {"states": states.to(STATES[precision], copy=True)}  # the caller may fill its tensor anew
     if not all(x.isfinite().all() for x in kept.values()):
         raise ValueError(f"targets has states beyond {precision}")
     return kept

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends.sparse import MOST_MASS
+from ..checks import check_integer
 from ..sparse import TopK
 
 Scored = tuple[Tensor, Tensor, TopK]
@@ -78,8 +79,6 @@ def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
             it then. It pads a row, too, that has ids outside the vocabulary where `padded` leaves those out.
     """
     vocabulary, k = lists.vocabulary, min(lists.k, lists.vocabulary)
-    if k < 1:
-        raise Misfit(f"k={lists.k} and vocabulary={vocabulary} must be at least 1")
     for position, row in enumerate(rows):
         if len(row) < k and not lists.short_rows:
             raise Misfit(f"position {position} of the continuation has {len(row)} ids of the {k} asked for: "
@@ -185,6 +184,8 @@ def sglang_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any
 
 
 def _lines(path: Path, parts: Any, rows: Any, prompt_length: int | str, lists: Lists) -> Iterator[Scored]:
+    for name in ("k", "vocabulary"):
+        check_integer(name, getattr(lists, name), 1)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -196,7 +197,9 @@ def _lines(path: Path, parts: Any, rows: Any, prompt_length: int | str, lists: L
 
 
 def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    for part in found.get("choices", [found]):
+    if not (parts := found.get("choices", [found])):
+        raise Misfit("it has no choices")
+    for part in parts:
         yield part["prompt_token_ids"], part
 
 

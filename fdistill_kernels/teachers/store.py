@@ -33,6 +33,7 @@ from torch import Tensor
 from ..backends.rows import Targets
 from ..backends.sparse import check_targets
 from ..checks import check_integer, check_number
+from ..heads import checked_head, head_of
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from . import packing
@@ -124,10 +125,14 @@ def write_whole(path: Path, content: bytes, first: bool = False) -> None:
 
 def _token_ids(name: str, ids: TokenIds) -> np.ndarray:
     """Token ids as (L) int32; anything else is refused with its name."""
-    found = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= 1 << 31)):
+    try:
+        found = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    except ValueError as error:  # of a ragged list
+        raise ValueError(f"{name} must be one row of token ids: {error}") from error
+    whole = not found.size or found.dtype.kind in "iu"
+    if found.ndim != 1 or not whole or (found.size and (found.min() < 0 or found.max() >= 1 << 31)):
         raise ValueError(f"{name} must be one row of token ids in [0, 2³¹), not {found.dtype} of shape {found.shape}"
-                         + (f" from {found.min()} to {found.max()}" if found.size else ""))  # fmt: skip
+                         + (f" from {found.min()} to {found.max()}" if found.size and whole else ""))  # fmt: skip
     return found.astype("<i4")
 
 
@@ -185,6 +190,17 @@ class _Shard:
         return _mapped(self.path)
 
 
+def _as_json(name: str, value: Any) -> dict[str, Any]:
+    """A dict as JSON has it."""
+    try:
+        found = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be what JSON can keep: {error}") from error
+    if not isinstance(found, dict):
+        raise TypeError(f"{name} must be a dict, not {type(value).__name__}")
+    return found
+
+
 def _settings(
     kind: str, vocabulary: int, k: int | None = None, log_probs: str = "float16", states: str = "bfloat16",
     rank: int | None = None, head: Head | None = None, temperature: float = 1.0,
@@ -211,6 +227,10 @@ def _settings(
             f"a store of hidden has a head, states of {', '.join(packing.STATES)}, and no k, log_probs or temperature; "
             f"not states={states!r}, k={k}, log_probs={log_probs!r}, temperature={temperature}"
         )
+    if not isinstance(head, Head):
+        raise TypeError(f"head must be a Head, not {type(head).__name__}")
+    head_of("head", head, bias=None, scale=None, softcap=None)  # as a loss would ask of it
+    checked_head(head.weight, head, ("head.weight", "head.weight", "head.bias"), None)
     rows, width = head.weight.shape
     if rows != vocabulary or (rank is not None and not 1 <= rank <= width):
         raise ValueError(f"the head {(rows, width)} must have vocabulary={vocabulary} rows, and rank={rank} be in "
@@ -306,18 +326,18 @@ class TeacherStore:
             extra: anything else to keep in the manifest, as JSON; not compared.
 
         Raises:
-            ValueError: a setting does not fit, or the folder has other settings; the message gives both values.
+            ValueError, TypeError: a setting does not fit, or the folder has other settings; the message gives both
+                values.
             OSError: a file could not be written; the message names it.
         """
-        folder = Path(folder)
         settings = _settings(kind, vocabulary, k, log_probs, states, rank, head, temperature)
-        key = json.loads(json.dumps(key))
+        folder, key, extra = Path(folder), _as_json("key", key), _as_json("extra", extra or {})
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         _remove_old(folder)
         kept: dict[str, Tensor] | None = None
         if not (folder / "manifest.json").exists():
             kept = {} if head is None else _kept_head(head, rank)
-            made = {**settings, "key": key, "extra": extra or {}, "head_file": packing.hash_tensors(kept.items())}
+            made = {**settings, "key": key, "extra": extra, "head_file": packing.hash_tensors(kept.items())}
             with contextlib.suppress(FileExistsError):  # then another was first, and is compared with
                 write_whole(folder / "manifest.json", _sealed(made, indent=1), first=True)
         store = cls(folder)
@@ -463,8 +483,8 @@ class TeacherStore:
         """The rows of all continuations, M = Σ L in total, one sequence after another.
 
         Returns:
-            A `TopK` with ids (M, K) int64, padded with −1 at the end, log_probs (M, K) float16, the store's temperature
-                and `tail`; or `Hidden` states (M, D) in the dtype of the head, and the head.
+            A `TopK` with ids (M, K) int64, padded with −1 at the end, log_probs (M, K), the store's temperature and
+                `tail`; or `Hidden` states (M, D) in the dtype of the head, and the head.
 
         Raises:
             MissingTargets: (a ValueError) sequences are not in the store; with what is damaged.
@@ -472,6 +492,8 @@ class TeacherStore:
                 not have.
         """
         checked_tail(tail)
+        if len(prompts) != len(continuations):
+            raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: each has one")
         keys = [_pair(*pair)[0] for pair in zip(prompts, continuations, strict=True)]
         if not keys:
             raise ValueError("targets of no sequence were asked for")
@@ -483,10 +505,13 @@ class TeacherStore:
             for part, into in zip(parts, states.split(lengths), strict=True):
                 packing.decode_states(part, into)
             return Hidden(states, head)
-        kept = {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
+        names = set.intersection(*map(set, parts))  # of version 0.1 no shard has `rest`
+        kept = {name: np.concatenate([part[name].numpy() for part in parts]) for name in names}
         k = int(self.settings["k"])
         ids = np.ascontiguousarray(packing.unpack_ids(kept["ids"], k, packing.id_bits(self.vocabulary)))
         log_probs, counts = packing.decode_log_probs(kept), kept["counts"]
+        if (rest := kept.get("rest")) is not None and not np.isnan(rest).any():
+            log_probs = packing.with_rest(log_probs, rest)
         if counts.size and counts.min() < k:
             padding = np.arange(k) >= counts[:, None]
             ids[padding], log_probs[padding] = -1, -np.inf
@@ -543,7 +568,9 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
     """Adds sequences to a store; see `TeacherStore.writer`. What `flush` returned from is never lost."""
 
     def __init__(self, store: TeacherStore, shard_bytes: int):
+        check_integer("shard_bytes", shard_bytes, 1)
         self.store, self.shard_bytes, self._bytes = store, shard_bytes, 0
+        self._adding = threading.RLock()  # threads may share a writer
         self._pending: dict[bytes, tuple[np.ndarray, np.ndarray, dict[str, Tensor], list[float]]] = {}
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -567,10 +594,13 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         if key in self.store._index or key in self._pending:
             return False
         rows, mass = (self._top_k if self.store.kind == "top_k" else self._states)(targets, len(tokens[1]))
-        self._pending[key] = tokens[0], tokens[1], rows, mass
-        self._bytes += sum(t.nbytes for t in tokens) + sum(t.nbytes for t in rows.values())
-        if self._bytes >= self.shard_bytes:
-            self.flush()
+        with self._adding:
+            if key in self._pending:
+                return False
+            self._pending[key] = tokens[0], tokens[1], rows, mass
+            self._bytes += sum(t.nbytes for t in tokens) + sum(t.nbytes for t in rows.values())
+            if self._bytes >= self.shard_bytes:
+                self.flush()
         return True
 
     def _states(self, states: Any, length: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -598,6 +628,8 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
                           for x, c in ((ids, 0), (log_probs, -np.inf)))  # fmt: skip
         kept = packing.encode_log_probs(log_probs, settings["log_probs"])
         kept["ids"] = packing.pack_ids(ids.clip(0), packing.id_bits(self.store.vocabulary))
+        exact = targets.log_probs.dtype.itemsize > 2
+        kept["rest"] = packing.rest_of(log_probs) if exact else np.full(length, np.nan, np.float32)
         kept["counts"] = counts.astype(np.uint8 if k < 256 else np.int32)
         return {name: torch.from_numpy(value) for name, value in kept.items()}, mass
 
@@ -607,8 +639,11 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         Raises:
             OSError: the message names the file. What was added is kept in memory, and everything before stays readable.
         """
-        if not self._pending:
-            return
+        with self._adding:
+            if self._pending:
+                self._write()
+
+    def _write(self) -> None:
         prompts, continuations, rows, masses = zip(*self._pending.values(), strict=True)
         tokens = [part for pair in zip(prompts, continuations, strict=True) for part in pair]
         tensors = {name: torch.cat([r[name] for r in rows]).contiguous() for name in rows[0]}
@@ -638,8 +673,10 @@ def _checked(targets: Any, length: int, settings: dict[str, Any]) -> tuple[np.nd
     """A `TopK`'s ids int64 and log-probabilities float32, −inf where padded, (L, K') each."""
     if not isinstance(targets, TopK):
         raise TypeError(f"targets must be a TopK, not {type(targets).__name__}")
-    if targets.weights is not None or targets.temperature != settings["temperature"]:
-        raise ValueError(f"targets must have no weights and temperature {settings['temperature']}, as the store, not "
+    if targets.weights is not None:
+        raise ValueError("targets must have no weights, which no store keeps")
+    if targets.temperature != settings["temperature"]:
+        raise ValueError(f"targets must have temperature {settings['temperature']}, as the store, not "
                          f"{targets.temperature}")  # fmt: skip
     ids, log_probs = targets.ids.detach().cpu(), targets.log_probs.detach().cpu()
     if ids.shape != log_probs.shape or ids.ndim != 2 or len(ids) != length or ids.shape[1] > settings["k"]:
