@@ -364,7 +364,8 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
         raise ValueError(f"num_items overrides the denominator of a mean; reduction={reduction!r} has none")
     if isinstance(num_items, Tensor):
         check_tensor("num_items", num_items, floating=False)
-        if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
+        not_one = num_items.is_complex() or num_items.is_quantized or num_items.dtype == torch.bool
+        if num_items.numel() != 1 or not_one:
             raise ValueError(f"num_items must be one number, not {num_items.dtype} of shape {tuple(num_items.shape)}")
         check_constant("num_items", num_items)
         num_items = num_items.reshape(()).to(device)

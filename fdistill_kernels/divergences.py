@@ -114,9 +114,11 @@ class Divergence:
 
 
 def _of_kernel(
-    name: str, symbol: str, parameter: float = 0.0, scale: float = 1.0, other: float | None = None
+    name: str, symbol: str, parameter: float = 0.0, scale: float | None = None, other: float | None = None
 ) -> Divergence:
     formula = KERNELS[symbol]
+    # not a default: of those dynamic compilers make symbols, which no key can have
+    scale = 1.0 if scale is None else scale
     return Divergence(name, formula, symbol, parameter, scale, formula.centred, other=other)
 
 

@@ -127,7 +127,7 @@ def f_divergence(
     if isinstance(teacher_logits, TopK):
         check_alone("teacher_logits", teacher_logits, teacher_logit_softcap=teacher_logit_softcap,
                     teacher_shard=teacher_shard)  # fmt: skip
-        checked_terms(terms, student, vocabulary)
+        terms = checked_terms(terms, student, vocabulary)
         teacher, targets = None, targets_of(teacher_logits, student, terms, "teacher_logits")
         others = {f"teacher_logits.{n}": getattr(teacher_logits, n) for n in LISTS}
     else:
@@ -139,7 +139,7 @@ def f_divergence(
                 raise ValueError(f"inplace=True needs logits of one dtype, not {student.dtype} and {values.dtype}")
             wide = torch.float64 if torch.float64 in (student.dtype, values.dtype) else torch.float32
             student, values = student.to(wide), values.to(wide)
-        checked_terms(terms, student, vocabulary)
+        terms = checked_terms(terms, student, vocabulary)
         teacher, targets, others = Logits(values, given.softcap), NO_LIST, {"teacher_logits": values}
     inplace = inplace and _overwritten("student_logits", student, terms=terms, **others)
     return loss_of_logits(Logits(student, softcap), teacher, terms, backend, return_parts, inplace, targets,
@@ -236,10 +236,10 @@ def cross_entropy(
             raise ValueError(f"{'shard' if shard else 'inplace=True'} is for class indices as target")
         teacher, terms = soft_targets(target.movedim(1, -1) if target.dim() > 2 else target, logits, terms)
         logits = logits.to(teacher.dtype)
-        checked_terms(terms, logits, logits.shape[-1])
+        terms = checked_terms(terms, logits, logits.shape[-1])
         loss = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend, return_parts)
         return as_cross_entropy(loss, return_parts)
-    checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard), "target")
+    terms = checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard), "target")
     inplace = inplace and _overwritten("input", logits, target=target, weight=weight, token_weight=token_weight)
     return loss_of_logits(Logits(logits, softcap), None, terms, backend, return_parts, inplace, NO_LIST,
                           carried_shard(shard))  # fmt: skip
@@ -362,13 +362,13 @@ def linear_f_divergence(
     if isinstance(teacher_hidden, TopK):
         check_alone("teacher_hidden", teacher_hidden, teacher_weight=teacher_weight, teacher_shard=teacher_shard,
                     **keywords)  # fmt: skip
-        checked_terms(terms, hidden, vocabulary)
+        terms = checked_terms(terms, hidden, vocabulary)
         teacher = Teacher(targets=targets_of(teacher_hidden, hidden, terms, "teacher_hidden"))
     else:
         teacher = teacher_of(teacher_hidden, teacher_weight, hidden, head.scale, head.weight.shape[0], vocab_size,
                              padded, shard, teacher_shard, **keywords)  # fmt: skip
     path = path_of(memory, skip_tiles, chunk_bytes, teacher, shard)
-    checked_terms(terms, hidden, vocabulary)
+    terms = checked_terms(terms, hidden, vocabulary)
     checks.check_parts(return_parts)
     return loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts, carried_shard(shard))
 
@@ -446,7 +446,7 @@ def linear_cross_entropy(
         probabilities, terms = soft_targets(target, like, terms)
         teacher = Teacher(probabilities.reshape(-1, vocabulary))
     path = path_of(memory, skip_tiles, chunk_bytes, teacher, shard)
-    checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
+    terms = checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
     checks.check_parts(return_parts)
     loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts, carried_shard(shard))
     return as_cross_entropy(loss, return_parts) if soft else loss
@@ -503,7 +503,7 @@ def log_probs(
         ENGINE if entropy else None, labels=ids, ce_weight=1.0, ignore_index=ignore_index, reduction="none"
     )
     path = path_of("chunks", True, chunk_bytes, Teacher(), shard)
-    checked_terms(terms, states, _vocabulary(checked.weight.shape[0], shard), "ids")
+    terms = checked_terms(terms, states, _vocabulary(checked.weight.shape[0], shard), "ids")
     found, entropies = log_probs_of_hidden(states, checked, terms, entropy, path, backend, carried_shard(shard))
     return found if entropies is None else (found, entropies)
 
@@ -523,7 +523,7 @@ def _terms(divergence: Any, **given: Any) -> LossTerms:
 
 
 def _same(x: Any, default: Any) -> bool:
-    return x is default or (not isinstance(x, Tensor) and x == default)
+    return x is default or (isinstance(x, (str, int, float)) and x == default)
 
 
 def _overwritten(name: str, logits: Tensor, terms: LossTerms | None = None, **others: Any) -> bool:

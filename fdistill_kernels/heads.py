@@ -264,6 +264,7 @@ def many_heads(
     ]  # fmt: skip
     losses = torch.stack(each, -1).reshape(input.shape[0], *places)
     if items is not None:
+        items = items.to(losses.dtype) if isinstance(items, Tensor) else items  # float8 does not divide
         return losses.sum() / torch.where(tokens == 0, 1, items)
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()

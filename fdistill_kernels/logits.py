@@ -72,14 +72,18 @@ def _outside_graphs(
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
     """(..., V) as (outer, inner, V), dense in V; a view wherever strides allow, as for logits[:, :-1]."""
     shape = logits.shape if logits.dim() == 3 else (1, -1, logits.shape[-1])
-    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
-        try:
-            return logits.view(shape)
-        except RuntimeError:  # leading dimensions that no single stride walks
-            pass
+    if (logits.stride(-1) == 1 or logits.shape[-1] == 1) and (logits.dim() == 3 or _one_stride(logits)):
+        return logits.view(shape)
     if inplace:
         raise ValueError(f"inplace=True needs student_logits of dense rows, not strides {logits.stride()}")
     return logits.clone(memory_format=torch.contiguous_format).view(shape)  # of an empty one too
+
+
+def _one_stride(logits: Tensor) -> bool:
+    """Whether one stride walks all rows; not asked by trying a view, whose error no compiler lets be caught."""
+    leading = [of for of in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if of[0] != 1]
+    pairs = zip(leading, leading[1:], strict=False)
+    return not logits.numel() or all(stride == size * inner for (_, stride), (size, inner) in pairs)
 
 
 def _traced_loss(

@@ -52,7 +52,7 @@ class FDivergence(Divergence):
         if not callable(f or from_log_ratio):
             raise TypeError(f"f must be a function of tensors, not {type(f or from_log_ratio).__name__}")
         object.__setattr__(self, "given", {"f": f, "from_log_ratio": from_log_ratio, "name": name, "triton": triton})
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             with _disable_current_modes():  # fake tensors have no values
                 _validate_generator(self.generator, name)
         super().__init__(name, self._terms, triton=triton)
@@ -114,7 +114,10 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
     t = torch.cat([t, 1 / t.flip(0)[1:]])
     with torch.inference_mode(False), torch.enable_grad():
         u = t.log().clone().requires_grad_()
-        value = generator(u)
+        try:
+            value = generator(u * 1)  # which it may change in place
+        except RuntimeError as error:
+            raise ValueError(f"{name}: f must be an elementwise function of a tensor: {error}") from error
     if not isinstance(value, Tensor) or value.shape != t.shape:
         raise ValueError(f"{name}: f must be elementwise: it takes a tensor and returns one of the same shape")
     if not value.isfinite().all():
@@ -124,6 +127,13 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
         raise ValueError(f"{name}: f(1) must be 0, but f(1) = {at_one:g}")
     if not value.requires_grad:
         raise ValueError(f"{name}: f must be differentiable by autograd")
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            (slope,) = torch.autograd.grad(value.sum(), u)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: f must be differentiable by autograd: {error}") from error
+    if not slope.isfinite().all():
+        raise ValueError(f"{name}: f has no finite slope at t = {t[~slope.isfinite()][0]:g}")
     with torch.inference_mode(False), torch.enable_grad():
         if generator(u.detach()).requires_grad:
             raise ValueError(f"{name}: f has a parameter that requires grad, but the loss is not differentiable in it")

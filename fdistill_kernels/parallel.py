@@ -93,13 +93,17 @@ def carried_shard(shard: VocabShard | None) -> Shard:
     """The shard as operators carry it."""
     if shard is None:
         return WHOLE
-    return Shard(shard.group.group_name, shard.begin, shard.size, shard.sum_hidden, shard.own_rows)
+    return Shard(_joined(shard.group).group_name, shard.begin, shard.size, shard.sum_hidden, shard.own_rows)
 
 
 def check_shard(name: str, shard: object) -> None:
-    """Raises TypeError unless it is a `VocabShard` or None."""
-    if shard is not None and not isinstance(shard, VocabShard):
+    """Raises TypeError unless it is a `VocabShard` of integers, or None."""
+    if shard is None:
+        return
+    if not isinstance(shard, VocabShard):
         raise TypeError(f"{name} must be a VocabShard (fk.vocab_shard), not {type(shard).__name__}")
+    for of in ("begin", "size", "width", "last"):
+        checks.check_integer(f"{name}.{of}", getattr(shard, of))
 
 
 def local_part(name: str, values: Any, dim: int, shard: VocabShard | None = None) -> tuple[Any, VocabShard | None]:

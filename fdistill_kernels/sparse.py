@@ -65,6 +65,10 @@ class TopK(NamedTuple):
     temperature: float = 1.0
 
 
+#: What pads a list.
+NOTHING = {"ids": -1, "log_probs": -math.inf, "weights": 0.0}
+
+
 def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> Targets:
     """A teacher's list as rows, its shapes and settings checked; student: logits (..., V) or hidden states (..., D)."""
     given = {n: getattr(teacher, n) for n in LISTS if n != "weights" or teacher.weights is not None}
@@ -83,6 +87,8 @@ def targets_of(teacher: TopK, student: Tensor, terms: LossTerms, name: str) -> T
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     shape = math.prod(student.shape[:-1]), teacher.ids.shape[-1]
     rows = {n: x.detach().reshape(shape).to(torch.int64 if n == "ids" else wide).contiguous() for n, x in given.items()}
+    if not shape[1]:  # a list of nothing, in a column of padding
+        rows = {n: torch.nn.functional.pad(x, (0, 1), value=NOTHING[n]) for n, x in rows.items()}
     rounding = max(torch.finfo(x).eps for x in (teacher.log_probs.dtype, wide)) / 2
     return Targets(**rows, tail=teacher.tail, temperature=float(teacher.temperature), rounding=rounding)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .backends.rows import Targets, TokenTerms
-from .carried import graph_is_kept
+from .carried import graph_is_kept, replaced
 from .divergences import Divergence
 from .values import LossParts, LossTerms, Metrics, SparseParts
 
@@ -25,12 +25,15 @@ NUMBERS = frozenset((type(None), bool, int, float, str))
 ENDS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 
 
-def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_name: str = "labels") -> None:
-    """The terms fit the tokens of `student`, (..., V) logits or (..., D) hidden states."""
+def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_name: str = "labels") -> LossTerms:
+    """The terms, which must fit the tokens of `student`, (..., V) logits or (..., D) hidden states; their numbers as
+    floats, since NumPy's own wrap around or overflow early.
+    """
     plain = (terms.temperature_squared, terms.ce_weight, terms.label_smoothing, terms.z_loss, terms.ignore_index,
              terms.reduction, terms.temperature, terms.teacher_temperature, terms.divergence_weight)  # fmt: skip
     again = not torch.compiler.is_compiling() and NUMBERS.issuperset(map(type, plain))
-    (_plain_once if again else _check_plain)(*plain)
+    if others := (_plain_once if again else _checked_plain)(*plain):
+        terms = replaced(terms, **others)
     if (terms.ce_weight or terms.z_loss) and terms.labels is None:
         raise ValueError("ce_weight and z_loss need labels")
     if isinstance(terms.divergence, Divergence) and terms.divergence.needs_labels and terms.labels is None:
@@ -54,25 +57,28 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
             backends.check_label_range(labels, labels != terms.ignore_index, vocabulary, labels_name)
     if terms.token_weight is not None:
         checks.check_tokens("token_weight", terms.token_weight, student)
+    return terms
 
 
-def _check_plain(
+def _checked_plain(
     temperature_squared: object, ce_weight: Any, label_smoothing: Any, z_loss: Any, ignore_index: object,
     reduction: object, *per_token: Any,
-) -> None:  # fmt: skip
+) -> dict[str, float]:  # fmt: skip
+    """The numbers that were no floats, as floats, by name."""
     checks.check_flag("temperature_squared", temperature_squared)
-    checks.check_number("ce_weight", ce_weight)
-    checks.check_number("label_smoothing", label_smoothing, 0, 1)
-    checks.check_number("z_loss", z_loss, 0)
     checks.check_integer("ignore_index", ignore_index)
     checks.check_reduction(reduction)
-    for (name, low, high), value in zip(PER_TOKEN, per_token, strict=True):
-        if not (isinstance(value, Tensor) or (value is None and name == "teacher_temperature")):
-            checks.check_number(name, value, low, high)
+    given = [("ce_weight", -math.inf, math.inf, ce_weight), ("label_smoothing", 0, 1, label_smoothing),
+             ("z_loss", 0, math.inf, z_loss)]  # fmt: skip
+    for of_token, value in zip(PER_TOKEN, per_token, strict=True):
+        if not (isinstance(value, Tensor) or (value is None and of_token[0] == "teacher_temperature")):
+            given.append((*of_token, value))
+    found = {name: checks.check_number(name, value, low, high) for name, low, high, value in given}
+    return {name: found[name] for name, *_, value in given if found[name] is not value}
 
 
 #: Numbers that fit once fit each step.
-_plain_once = functools.lru_cache(maxsize=64, typed=True)(_check_plain)
+_plain_once = functools.lru_cache(maxsize=64, typed=True)(_checked_plain)
 
 
 class Known(NamedTuple):

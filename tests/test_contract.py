@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import pickle
+import re
 import types
 import weakref
 from fractions import Fraction
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import fdistill_kernels as fk
@@ -1216,3 +1218,112 @@ def test_several_heads_share_a_smaller_vocabulary():
 def test_log_sum_exp_of_infinite_logits():
     logits = torch.tensor([[1.0, torch.inf], [-torch.inf, -torch.inf], [torch.nan, torch.inf]])
     assert torch.equal(fk.log_sum_exp(logits)[:2], logits.logsumexp(1)[:2]) and fk.log_sum_exp(logits)[2].isnan()
+
+
+@pytest.mark.parametrize("numbers", [
+    (np.uint8(16), np.uint8(1)), (np.uint8(16), 2), (np.int64(2**31), 2), (np.float16(300), 1.0),
+    (10**18, 10**300), (Fraction(1, 3), Fraction(5, 2)), (True + 1, np.float64(0.5)),
+], ids=repr)  # fmt: skip
+def test_numbers_of_any_kind_are_the_floats_that_they_are(numbers):
+    """NumPy's own wrap around, or overflow where float32 does not."""
+    temperature, weight = numbers
+    student, teacher, labels = torch.randn(4, 7), torch.randn(4, 7), torch.arange(4)
+    hidden, head = torch.randn(4, 3), torch.randn(7, 3)
+
+    def losses(temperature, weight, small):
+        terms = dict(temperature=temperature, divergence_weight=weight, temperature_squared=True, labels=labels,
+                     ce_weight=small, z_loss=small, label_smoothing=small, return_parts=True)  # fmt: skip
+        rows = fk.f_divergence(student, teacher, "kl", **terms)
+        return *rows[1], rows[0], fk.linear_f_divergence(hidden, head, hidden + 1, head, "kl", **terms)[0]
+
+    found = losses(temperature, weight, Fraction(1, 4))
+    assert list(found) == list(losses(float(temperature), float(weight), 0.25))
+
+
+@pytest.mark.parametrize("divergence", fk.TABLE)
+def test_a_list_of_nothing_is_a_list_of_padding(divergence):
+    student, labels = torch.randn(4, 7), torch.arange(4)
+    for tail in ("bucket", "within", "uniform", "renormalize", "sampled"):
+        weights = torch.zeros(4, 0) if tail == "sampled" else None
+        none = fk.TopK(torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, 0), tail, weights)
+        padded = fk.TopK(
+            torch.full((4, 1), -1), torch.zeros(4, 1), tail, weights if weights is None else torch.zeros(4, 1)
+        )
+        given = dict(labels=labels) if fk.TABLE[divergence].needs_labels else {}
+        try:
+            wanted = fk.f_divergence(student, padded, divergence, **given)
+        except ValueError as refused:
+            with pytest.raises(ValueError, match=re.escape(str(refused))):
+                fk.f_divergence(student, none, divergence, **given)
+        else:
+            torch.testing.assert_close(fk.f_divergence(student, none, divergence, **given), wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("generator, what", [
+    (lambda t: ((t - 1) ** 2).sqrt(), "f has no finite slope at t = 1"),
+    (lambda t: t.sub_(1).pow_(2), "f must be differentiable by autograd: .*inplace"),
+    (lambda t: t.numpy(), "f must be an elementwise function of a tensor"),
+])  # fmt: skip
+def test_generators_that_have_no_slope_are_refused(generator, what):
+    with pytest.raises(ValueError, match=what):
+        fk.FDivergence(generator)
+
+
+@pytest.mark.parametrize("terms", [
+    lambda *_: None, lambda p, *_: (p,), lambda *_: (1.0, 2.0), lambda p, *_: (p.sum(1, keepdim=True),) * 2,
+    lambda p, *_: (p > 0, p),
+])  # fmt: skip
+def test_an_own_divergence_s_terms_that_do_not_fit_are_refused(terms):
+    with pytest.raises(TypeError, match=r"mine: its terms must be two floating tensors of p's shape \(4, 7\)"):
+        fk.f_divergence(torch.randn(4, 7), torch.randn(4, 7), fk.Divergence("mine", terms))
+
+
+def test_values_that_are_refused_by_name():
+    student, teacher = torch.randn(4, 7), torch.randn(4, 7)
+    with pytest.raises(ValueError, match="labels, temperature beside divergence, a LossTerms"):
+        fk.f_divergence(student, teacher, fk.LossTerms("kl"), labels=np.arange(4), temperature=np.ones(1))
+    with pytest.raises(ValueError, match="num_items must be one number, not torch.qint8"):
+        fk.f_divergence(student, teacher, num_items=torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8))
+    for shard, what in (
+        (fk.VocabShard(None, 0, 7), "group=None is torch's default group, and there is none"),
+        (fk.VocabShard("x", 0, 7), "group must be a process group, not 'x'"),
+        (fk.VocabShard(None, 0.0, 7), "shard.begin must be an int"),
+        (fk.VocabShard(None, 0, "7"), "shard.size must be an int"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=what):
+            fk.f_divergence(student, teacher, shard=shard)
+
+
+STRIDED = {
+    "4 dimensions": lambda: torch.randn(2, 4, 3, 65)[:, :-1],
+    "a dimension of 1": lambda: torch.randn(2, 2, 3, 65)[:, :-1],
+    "exchanged": lambda: torch.randn(2, 3, 4, 65).transpose(0, 2),
+    "none": lambda: torch.randn(2, 0, 3, 65)[:, :-1],
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_rows_that_no_stride_walks_inside_compilers(name):
+    student, teacher = STRIDED[name]().requires_grad_(), STRIDED[name]()
+
+    def loss(s, t):
+        return fk.f_divergence(s, t, "kl", reduction="sum") + fk.log_sum_exp(s).sum()
+
+    wanted = torch.autograd.grad(loss(student, teacher), student)
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(student, teacher)
+    torch.testing.assert_close(found, loss(student, teacher))
+    torch.testing.assert_close(torch.autograd.grad(found, student), wanted)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(x.detach()) for x in (student, teacher)]
+    with mode:
+        assert loss(*fakes).shape == ()
+
+
+@pytest.mark.parametrize("divergence", ["gjs(0.9)", "csd(student)", "akl", "entropy_gated"])
+def test_divergences_made_in_a_dynamic_graph(divergence):
+    torch._dynamo.reset()
+    student, teacher = torch.randn(3, 7), torch.randn(3, 7)
+    run = torch.compile(
+        lambda s, t: fk.f_divergence(s, t, divergence), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    torch.testing.assert_close(run(student, teacher), fk.f_divergence(student, teacher, divergence))

@@ -159,6 +159,9 @@ def terms_at(divergence: Divergence, entry: Entry, of_teacher: bool) -> tuple[Te
     formula, numbers = divergence.terms, divergence.numbers
     if not isinstance(formula, Formula):
         both = formula(entry.p, entry.q, entry.log_p, entry.log_q, divergence.parameter)
+        fits = isinstance(both, (tuple, list)) and len(both) == 2 and all(isinstance(x, Tensor) for x in both)
+        if not fits or any(x.shape != entry.p.shape or not x.is_floating_point() for x in both):
+            raise TypeError(f"{divergence}: its terms must be two floating tensors of p's shape {tuple(entry.p.shape)}")
         return both[0] + both[1], *both[: 1 + of_teacher]
     found = formula.value(entry, *numbers), formula.student(entry, *numbers)
     return (*found, formula.teacher(entry, *numbers)) if of_teacher else found

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_flag, check_integer
 from ..deferred import Deferral, Logits, active, is_plain, output_embedding, unwatch, watch
 from ..functional import cross_entropy, linear_cross_entropy
 
@@ -60,6 +61,8 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
     known = inspect.signature(linear_cross_entropy).parameters.keys() - THEIRS
     for name in keywords.keys() - known:
         raise TypeError(f"{name} is not among what patch_model takes: {', '.join(sorted(known))}")
+    check_flag("keep_logits", keep_logits)
+    check_integer("ignore_index", keywords.get("ignore_index", -100))
     base = _base_model(model)
     head = output_embedding(base)
     if not is_plain(head):
