@@ -81,9 +81,10 @@ def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
 
 def _one_stride(logits: Tensor) -> bool:
     """Whether one stride walks all rows; not asked by trying a view, whose error no compiler lets be caught."""
-    leading = [of for of in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if of[0] != 1]
-    pairs = zip(leading, leading[1:], strict=False)
-    return not logits.numel() or all(stride == size * inner for (_, stride), (size, inner) in pairs)
+    leading = [i for i in range(logits.dim() - 1) if logits.shape[i] != 1]
+    steps = {i: logits.stride(i) for i in leading}
+    followed = all(steps[leading[n - 1]] == logits.shape[i] * steps[i] for n, i in enumerate(leading) if n)
+    return followed or not logits.numel()
 
 
 def _traced_loss(

@@ -1282,7 +1282,7 @@ def test_values_that_are_refused_by_name():
     student, teacher = torch.randn(4, 7), torch.randn(4, 7)
     with pytest.raises(ValueError, match="labels, temperature beside divergence, a LossTerms"):
         fk.f_divergence(student, teacher, fk.LossTerms("kl"), labels=np.arange(4), temperature=np.ones(1))
-    with pytest.raises(ValueError, match="num_items must be one number, not torch.qint8"):
+    with pytest.raises(ValueError, match=r"num_items must be one number, not torch\.qint8"):
         fk.f_divergence(student, teacher, num_items=torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8))
     for shard, what in (
         (fk.VocabShard(None, 0, 7), "group=None is torch's default group, and there is none"),
