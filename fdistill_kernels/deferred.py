@@ -361,10 +361,6 @@ def _mul(z: Logits, factor: Any, function: Any = torch.mul) -> Any:
     return z.after(function, factor, form=Form(scale, bias, cap * by)) if by > 0 else NotImplemented
 
 
-def _div(z: Logits, divisor: Any) -> Any:
-    return _mul(z, divisor, torch.div)
-
-
 def _add(z: Logits, other: Any) -> Any:
     vector = isinstance(other, Tensor) and other.numel() == z.vocabulary == other.shape[-1]
     if not vector or other.dim() > z.hidden.dim() or z.form.cap is not None:
@@ -464,7 +460,8 @@ def _cross_entropy(
 #: How operations on logits leave them deferred, by name.
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _mul), "tanh": _tanh, "to": _to,
-    **dict.fromkeys(("div", "divide", "true_divide", "__truediv__"), _div), "float": lambda z: _to(z, torch.float32),
+    **dict.fromkeys(("div", "divide", "true_divide", "__truediv__"), lambda z, by: _mul(z, by, torch.div)),
+    "float": lambda z: _to(z, torch.float32),
     **dict.fromkeys(("add", "__add__", "__radd__"), _add), "view": _reshape, "reshape": _reshape, "flatten": _flatten,
     "contiguous": lambda z, **_: z.view_of(z, Tensor.contiguous), "clone": lambda z, **_: z.of(z.hidden),
     "is_contiguous": lambda z, **_: True,

@@ -187,8 +187,8 @@ def teacher_of(
         raise ValueError("teacher_shard is given, and the student's vocabulary is whole: split it, too")
     states, head = checked_head(teacher, head, names, None if shard else vocab_size)
     checks.check_vocabularies(vocabulary, head.weight.shape[0])
-    weight, bias = (None if x is None else x.detach().to(states.dtype) for x in (head.weight, head.bias))
-    return Teacher(states.detach().reshape(-1, states.shape[-1]), weight, bias, head.scale, head.softcap)
+    head = head.with_each(lambda x: x.detach().to(states.dtype))
+    return Teacher(states.detach().reshape(-1, states.shape[-1]), *head)
 
 
 def _check_teacher(teacher: Tensor, student: Tensor) -> None:

@@ -97,8 +97,7 @@ linear_rows = operator("linear_rows", LinearCall, _run, _like, 4)
 
 def _detached(call: LinearCall, terms: TokenTerms, wants: Wants) -> LinearCall:
     """The call without its graph, for an operator."""
-    weight, bias, scale, softcap = call.head
-    head = Head(weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+    head = call.head.with_each(Tensor.detach)
     return replaced(call, hidden=call.hidden.detach(), head=head, terms=terms, wants=wants)
 
 

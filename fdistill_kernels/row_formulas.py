@@ -143,7 +143,7 @@ def _rest(e: Entry, *_: float) -> Sums:
     return (*(torch.where(e.inside, 0, x) for x in (e.p, e.q, apart, times(e.p, e.u))), torch.where(e.inside, apart, 0))
 
 
-def _group_coefficients(sums: Sums, weight: float, within: float) -> Sums:
+def _group_coefficients(_: Entry, sums: Sums, weight: float, within: float) -> Sums:
     """Of ``weight·KL(the set's entries and its rest) + within·KL(inside the rest)``."""
     p, q, outside, of_kl, inside = sums
     apart = torch.where(p + q > 1, -inside, outside)  # the smaller sum has the digits
@@ -155,11 +155,7 @@ def _group_coefficients(sums: Sums, weight: float, within: float) -> Sums:
 
 
 def _tail_aware_coefficients(_: Entry, sums: Sums, count: float, within: float) -> Sums:
-    return _group_coefficients(sums, 1.0, within)
-
-
-def _dkd_coefficients(_: Entry, sums: Sums, weight: float, within: float) -> Sums:
-    return _group_coefficients(sums, weight, within)
+    return _group_coefficients(_, sums, 1.0, within)
 
 
 def _within(e: Entry) -> Entry:
@@ -190,7 +186,8 @@ def _grouped_rkl(e: Entry, *numbers: float) -> Tensor:
 _LK, _RENYI = RowStatistics(_overlap, _lk_coefficients), RowStatistics(_powers, _renyi_coefficients, anchor=_anchor)
 _AKL, _GATE = RowStatistics(_gaps, _akl_coefficients, "mass"), RowStatistics(_entropy, _gate)
 _CSD = RowStatistics(_scores, _csd_coefficients)
-_TOP, _LABEL = RowStatistics(_rest, _tail_aware_coefficients, "count"), RowStatistics(_rest, _dkd_coefficients, "label")
+_TOP = RowStatistics(_rest, _tail_aware_coefficients, "count")
+_LABEL = RowStatistics(_rest, _group_coefficients, "label")
 
 KERNELS |= {
     "Lk": Formula(_lk, _whole_value, "Lk", statistics=_LK),

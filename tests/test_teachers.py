@@ -567,7 +567,7 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
         "tail must be one of": (*train, "--output-dir", tmp_path / "y", "--tail", "nonsense"),
         "--k: not used, as a store draws nothing": (*train, "--output-dir", tmp_path / "y", "--k", "7"),
         "--k: not used, as the teacher's own weights": ("train", *teacher, "--student", causal_files / "student", "--output-dir", tmp_path / "y", "--k", "7"),
-        "is no store: it has no manifest.json": ("teacher", "inspect", tmp_path / "nosuch"),
+        "manifest.json is missing": ("teacher", "inspect", tmp_path / "nosuch"),
         "row 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--max-new-tokens", "8", "--output-dir", tmp_path / "x"),
         "cut.jsonl, line 1:": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "cut.jsonl", "--output-dir", tmp_path / "x"),
         "completions go on from their prompt": ("teacher", "serve", "--teacher", causal_files / "teacher", "--port", "0"),

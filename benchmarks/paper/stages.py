@@ -37,8 +37,9 @@ from transformers import (
 )
 
 from fdistill_kernels.sequence import Sampling, TeacherSamples, copy_layers
+from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.metrics import measured, searched
-from fdistill_kernels.sequence.run import BY_LENGTH, last_checkpoint
+from fdistill_kernels.sequence.run import last_checkpoint
 from fdistill_kernels.sequence.sampling import fingerprint, generation_settings, write_table, write_whole
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 

@@ -155,16 +155,9 @@ def _shown(store: TeacherStore) -> dict[str, Any]:
     return {**store.summary(), **settings, "key": store.key}
 
 
-def open_store(folder: str) -> TeacherStore:
-    """Opens an existing store."""
-    if not (Path(folder) / "manifest.json").exists():
-        raise FileNotFoundError(f"{folder} is no store: it has no manifest.json")
-    return TeacherStore(folder)
-
-
 def inspect(folder: str, plot: str | None = None) -> dict[str, Any]:
     """Sizes, bytes per token, settings, and for lists the mass of their first ids; with a plot if asked for."""
-    store = open_store(folder)
+    store = TeacherStore(folder)
     found = _shown(store)
     if plot is not None:
         from matplotlib.figure import Figure
@@ -197,7 +190,7 @@ def verify(
     Raises:
         ValueError: the store was built from another model, by its fingerprint.
     """
-    store = open_store(folder)
+    store = TeacherStore(folder)
     store.verify()
     found: dict[str, Any] = {"set_aside": store.set_aside()} if repair else {}
     found |= {"damaged": store.damaged, "sequences": len(store)}

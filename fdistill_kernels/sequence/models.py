@@ -466,9 +466,12 @@ def check_forward(model: Any, wrapped: Any, pad: int, pack: bool, tokens: int = 
     """Tests once whether a model's padded batches, or packed rows, give the same as their sequences alone.
 
     Raises:
-        ValueError: they do not; see `check_steps` and `check_packing`.
+        ValueError: they do not: the model looks at later tokens (as BERT does if it is not a decoder), so that its
+            predictions know the answer; or at padding; or see `check_packing`.
     """
-    check_steps(model, wrapped, pad)
+    if not asked(_steps_alone, model, wrapped, pad):
+        raise ValueError(f"{type(model).__name__} looks at later tokens or at padding, so that its logits are no steps "
+                         "of a generation (of BERT and its kin a decoder has is_decoder=True)")  # fmt: skip
     if pack:
         check_packing(model, wrapped, tokens)
 
@@ -480,18 +483,6 @@ def check_head(model: Any) -> None:
     """Raises ValueError for a student whose output embedding is not one plain weight."""
     if not is_plain(output_embedding(getattr(model, "_orig_mod", model))):
         raise ValueError(NOT_PLAIN)
-
-
-def check_steps(model: Any, wrapped: Any, pad: int) -> None:
-    """Tests once whether each step of a padded batch is predicted from what comes before it, and from nothing else.
-
-    Raises:
-        ValueError: the model looks at later tokens (as BERT does if it is not a decoder), so that its predictions know
-            the answer; or at padding.
-    """
-    if not asked(_steps_alone, model, wrapped, pad):
-        raise ValueError(f"{type(model).__name__} looks at later tokens or at padding, so that its logits are no steps "
-                         "of a generation (of BERT and its kin a decoder has is_decoder=True)")  # fmt: skip
 
 
 def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
@@ -645,8 +636,7 @@ def _first(logits: RowFunction, vocabulary: int) -> RowFunction:
 def of_model(rows: Rows, device: torch.device) -> TeacherRows:
     """A model's rows for a student on a device; as logits if the head is on another device or is not one matrix."""
     if rows.head is not None and rows.head.weight.device == device:
-        head: Any = (x.detach() if isinstance(x, Tensor) else x for x in rows.head)
-        return TeacherRows(Hidden(rows.hidden, Head(*head)), rows.vocabulary)
+        return TeacherRows(Hidden(rows.hidden, rows.head.with_each(Tensor.detach)), rows.vocabulary)
 
     @torch.no_grad()
     def logits(begin: int, end: int) -> Tensor:

@@ -35,7 +35,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..provenance import as_json
 from ..teachers import Endpoint, TeacherStore
-from .arguments import BY_LENGTH as BY_LENGTH  # for scripts that configure a trainer themselves
 from .arguments import LENGTHS, Asked, ask, how_long, load_yaml, without_secrets
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION

@@ -24,7 +24,7 @@ from ..backends.rows import capped
 from ..sparse import TopK, checked_tail
 from ..teachers import Endpoint, TeacherStore
 from ..teachers.endpoint import without_credentials
-from ..values import Head, Hidden, RowFunction
+from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
 from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted, vocabulary_of
 from .sampling import Sampling, draw, special_tokens
@@ -555,5 +555,4 @@ def _moved(value: Any, batch: Batch) -> Any:
     if isinstance(value, TopK):
         return value._replace(ids=value.ids[here].to(batch.device), log_probs=value.log_probs[here].to(batch.device))
     states, head = value
-    moved: Any = (x.to(batch.device) if isinstance(x, Tensor) else x for x in head)
-    return Hidden(states[here].to(batch.device), Head(*moved))
+    return Hidden(states[here].to(batch.device), head.with_each(lambda x: x.to(batch.device)))
