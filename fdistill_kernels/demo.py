@@ -238,14 +238,15 @@ def main(args: argparse.Namespace) -> int:
     students = [Stage(name, gpt2(STUDENT, args.seed + 1), args.student_steps, loss, start)
                 for name, loss in losses.items()]  # fmt: skip
     stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
-    of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses)}
+    of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses),
+          "steps": {stage.name: stage.steps for stage in stages}}  # fmt: skip
     if args.expect:
         _comparable(expected, stages, of["text_sha256"], args.expect)
     if checkpoint.exists() and not args.restart:
         saved = torch.load(checkpoint, weights_only=True)
-        if saved.get("of") != of:
-            raise ValueError(f"{checkpoint} was made with other divergences, another text or another seed: give "
-                             "--restart to start again")  # fmt: skip
+        made = saved.get("of", {})
+        if other := [name for name, value in of.items() if made.get(name) != value]:
+            raise ValueError(f"{checkpoint} was made with other {', '.join(other)}: give --restart to start again")
         for stage in stages:
             stage.restore(saved[stage.name])
         console.print(f"continuing from {checkpoint}")

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from .backends import BACKENDS
+from .checks import check_choice, check_number, check_reduction
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
 from .own import resolve
+from .tokens import TEMPERATURES
+
+#: Settings that no batch decides are checked at once.
+CHECKED: dict[str, Callable[[Any], Any]] = {
+    "reduction": check_reduction,
+    "backend": functools.partial(check_choice, "backend", choices=("auto", *BACKENDS)),
+    "temperature": functools.partial(check_number, "temperature", low=TEMPERATURES[0], high=TEMPERATURES[1]),
+}
 
 
 class _Loss(nn.Module):
@@ -29,6 +40,8 @@ class _Loss(nn.Module):
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
+            if name in CHECKED and not isinstance(settings[name], Tensor):
+                CHECKED[name](settings[name])
         self.settings = settings
 
     def extra_repr(self) -> str:

@@ -450,4 +450,6 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     assert cli.main([*call, "--expect", str(tmp_path / "other.json")]) == 2
     assert "other.json has results of another text" in capsys.readouterr().err
     assert cli.main([*call, "--seed", "1"]) == 2
-    assert "another text or another seed: give --restart" in capsys.readouterr().err
+    assert "was made with other seed: give --restart" in capsys.readouterr().err
+    assert cli.main(["61" if word == "60" else word for word in call]) == 2
+    assert "was made with other steps: give --restart" in capsys.readouterr().err

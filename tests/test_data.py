@@ -258,6 +258,8 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     shorter = LlamaConfig(max_position_embeddings=40)
     long = ids_of(tokenizer, [{"prompt": "hello", "target": "x" * 200}], tmp_path, teacher=shorter, **common)[0]
     assert len(long["prompt_ids"]) + len(long["labels"]) == 40  # the shorter of both models' contexts
+    cut = ids_of(tokenizer, rows[1:2], tmp_path, teacher=shorter, long_prompts="cut", **common)[0]
+    assert len(cut["prompt_ids"]) == 40 - 8  # one prompt, which both must hold
 
 
 @pytest.mark.parametrize("answers", ["together", "each"])
@@ -290,6 +292,11 @@ def test_files_of_every_kind(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         assert read_pairs(path).to_list() == rows, path
     assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]
+    (tmp_path / "h.tsv").write_text("text\ta word\n")  # no header
+    with pytest.raises(ValueError, match="one is the name of a column: begin it with two names, or with none"):
+        read_pairs(tmp_path / "h.tsv")
+    (tmp_path / "i.tsv").write_text("text\ttools\na\t\n")
+    assert read_pairs(tmp_path / "i.tsv")["text"][:] == ["a"]
     (tmp_path / "chat.csv").write_text('messages,tools\n"' + json.dumps(TURNS[:2]).replace('"', '""') + '",\n')
     tokenizer, config = tokenizer_of(PLAIN), llama(320).config
     row = tokenize(read_pairs(tmp_path / "chat.csv"), tokenizer, config)[0]
@@ -401,7 +408,7 @@ def test_options_and_what_they_were_called(tmp_path):
         ("--per_device_train_batch_size", "0"): "must be at least 1, not 0", ("--limit", "-1"): "--limit must be at least 1",
         ("--quantization", "4bit"): "train an adapter, --use_peft", ("--long_targets", "snip"): "invalid choice: 'snip'",
         ("--dtype", "float17"): "--dtype must be auto or a dtype of torch", ("--method", "tv"): "unknown method 'tv'",
-        ("--resume_from_checkpoint", "x"): "--resume_from_checkpoint", ("--sample_temperature", "0"): "temperature must be positive",
+        ("--resume_from_checkpoint", "x"): "--resume_from_checkpoint", ("--sample_temperature", "0"): "sample_temperature must be in",
     }.items():  # fmt: skip
         with pytest.raises(ValueError) as told:
             ask("train", [*base, *argv])

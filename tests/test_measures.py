@@ -106,6 +106,15 @@ def test_without_a_teacher_and_as_before():
     assert student.training is False
 
 
+def test_an_end_that_is_forced_at_the_limit_is_none():
+    model, asked = bart(V), prompts(4)
+    ended = metrics.searched(model, asked, words(), NEW)["output_ended"]
+    model.generation_config.forced_eos_token_id = EOS
+    assert metrics.searched(model, asked, words(), NEW)["output_ended"] == ended != [True] * 4
+    with pytest.raises(ValueError, match="teacher_draws must be at least 1, not 0"):
+        measured(model, model, asked, asked, asked, [""] * 4, words(), Sampling(NEW), teacher_draws=0)
+
+
 def test_a_head_that_is_no_matrix():
     """LoRA's sum has logits alone; they are judged as a whole matrix of the same weights is."""
     peft = pytest.importorskip("peft")

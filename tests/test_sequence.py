@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -397,6 +398,16 @@ def test_outputs_come_one_a_prompt_whatever_form_a_model_was_configured_for(own,
     assert generation_settings(model, searching) == key
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_tokens_that_a_configuration_suppresses_stay_so_beside_those_beyond_the_vocabulary(beams):
+    model, (prompts, _), searching = gpt2(60), batch(), Sampling(max_new_tokens=5, beams=beams)
+    suppressed = {int(row[0]) for row in draw(model, prompts, searching)}
+    model.generation_config.suppress_tokens = sorted(suppressed)
+    for vocabulary in (None, 50):
+        made = {int(i) for row in draw(model, prompts, searching, vocabulary=vocabulary) for i in row}
+        assert not made & suppressed and max(made) < (vocabulary or 60)
+
+
 @pytest.mark.parametrize("own", [dict(stop_strings=["a"]), dict(token_healing=True), dict(force_words_ids=[[3]])],
                          ids=lambda own: next(iter(own)))  # fmt: skip
 def test_outputs_that_cannot_be_made_are_refused_by_name(own):
@@ -468,6 +479,9 @@ def test_layers_are_copied():
         copy_layers(teacher, 3)
     with pytest.raises(ValueError, match="1 to 4"):
         copy_layers(teacher, 5, 1)
+    adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="PeftModel has an adapter, whose layers are not copied: merge it first"):
+        copy_layers(adapted, 1)
 
 
 @pytest.mark.parametrize("make, layers", [(bart, (3, 1)), (lambda: gpt2(60, 4), (2,))])

@@ -18,17 +18,22 @@ from transformers import (
     HfArgumentParser,
     MarianConfig,
     MarianMTModel,
+    Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
+import fdistill_kernels as fk
 from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.own import FDivergence, resolve
-from fdistill_kernels.sequence import sampling
+from fdistill_kernels.sequence import sampling, watch
 from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.models import virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
+from fdistill_kernels.sequence.report import name_of
 from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, draw, drawn_by_forward
+from fdistill_kernels.sequence.teachers import Mixture, OfRows, Stored
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 from .test_sequence import EOS, bart, batch, flat, gpt2, gpt2_64, llama
@@ -225,6 +230,11 @@ def test_drawn_by_forward(make, tmp_path):
     assert store.load()[0] == drawn.tolist()
     with pytest.raises(ValueError, match="beams need a cache"):
         drawn_by_forward(model, prompts, Sampling(5, beams=2), 60)
+    model.generation_config.repetition_penalty = 1.0
+    draw(model, prompts, Sampling(5, beams=1))
+    model.generation_config.repetition_penalty = 1.5
+    with pytest.raises(ValueError, match="has repetition_penalty in its generation config, which greedy outputs"):
+        draw(model, prompts, Sampling(5, beams=1))
 
 
 def test_nan_stops_with_the_batch_or_is_skipped(tmp_path):
@@ -239,6 +249,14 @@ def test_nan_stops_with_the_batch_or_is_skipped(tmp_path):
     before = student.lm_head.weight.clone()
     trainer(tmp_path, student, broken, stored, method="kl", on_nan="skip").train()
     assert torch.equal(student.lm_head.weight, before)
+    run = trainer(tmp_path, student, gpt2(60, seed=2), stored, method="kl", on_nan="skip", logging_steps=2,
+                  learning_rate=0.0)  # fmt: skip
+    losses, step_loss = iter((math.nan, 1.0)), run.step_loss
+    run.step_loss = lambda *a, **k: tuple(next(losses) * made if i == 0 else made
+                                          for i, made in enumerate(step_loss(*a, **k)))  # fmt: skip
+    run.train()
+    (line,) = [line for line in run.state.log_history if "loss" in line]
+    assert line["loss_on_teacher"] == pytest.approx(2 * line["loss"], rel=1e-4)  # of the batch that counts
 
 
 def test_bad_input(tmp_path):
@@ -301,6 +319,10 @@ def test_models_that_read_other_ids_than_they_write(read, write, tmp_path):
             found.append(table(*(m(**given).logits[0].double().log_softmax(-1) for m in models))["kl"])
     assert run.evaluate(rows)["eval_loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-4)
     run.train()
+    embedding = models[0].get_decoder().get_input_embeddings().weight
+    before = embedding.clone()
+    trainer(tmp_path, *models, rows, method="mle", freeze_embeddings=True).train()
+    assert torch.equal(embedding, before)
     for name, most in (("prompt_ids", read), ("labels", write)):
         with pytest.raises(ValueError, match=f"{name} has the id {most}, but student and teacher share {most} ids"):
             run.data_collator([{**rows[0], name: [most]}])
@@ -341,6 +363,28 @@ def test_accumulated_batches_are_one_large_batch(method, settings, tmp_path, mon
         weights.append(flat(student))
     change = (weights[0] - flat(gpt2_64(60, seed=1))).abs().max()
     assert (weights[0] - weights[1]).abs().max() < 1e-12 * change
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_shorter_update_is_a_mean_over_its_own_batches(older, tmp_path, monkeypatch):
+    def step(self, model, inputs, items=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    if older:  # as transformers before 4.55, which knows only what was asked for
+        monkeypatch.setattr(Trainer, "training_step", step)
+        monkeypatch.setattr(FDistillTrainer, "current_gradient_accumulation_steps", property(None, lambda *_: None),
+                            raising=False)  # fmt: skip
+    rows, weights = data(6, sample_ids=[[3, 4, 5, EOS], [3, EOS], [EOS], [5, EOS], [7, 8, 9], [4, EOS]]), []
+    for size in (4, 1):
+        student = gpt2_64(60, seed=1)
+        trainer(tmp_path, student, gpt2_64(60, seed=2), rows, method="kl", optim="sgd", learning_rate=0.1,
+                max_grad_norm=0.0, per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size).train()  # fmt: skip
+        weights.append(flat(student))
+    assert (weights[0] - weights[1]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -452,9 +496,14 @@ def test_tokens_that_do_not_count(settings, name, tmp_path):
            for p, t, mask in texts]  # fmt: skip
     padded = [{"input_ids": [1, *r["input_ids"], 1], "labels": [-100, *r["labels"], -100],
                "attention_mask": [0, *[1] * len(r["labels"]), 0]} for r in one]  # fmt: skip
+    masked = [{"input_ids": [1, *p, *t], "labels": [1, *p, *t], "labels_mask": [True, *[False] * len(p), *mask],
+               "attention_mask": [0, *[1] * len(p + t)]} for p, t, mask in texts]  # fmt: skip
+    behind = [{**row, "prompt_ids": [1, *p], "attention_mask": [0, *[1] * len(p)]}
+              for row, (p, *_) in zip(rows, texts, strict=True)]  # fmt: skip
+    tensors = [{name: torch.tensor(ids) for name, ids in row.items()} for row in rows]
     counts = torch.tensor([m for _, _, mask in texts for m in mask])
     steps = steps_of(student, teacher, rows, "labels")
-    for given in (rows, one, padded):
+    for given in (rows, one, padded, masked, behind, tensors):
         run = trainer(tmp_path, student, teacher, given, **settings)
         assert training_loss(run, given) == pytest.approx(steps[name][counts].mean().item())
         run.eval_dataset, run.args.per_device_eval_batch_size = given, 2
@@ -466,6 +515,7 @@ def test_rows_that_do_not_fit(tmp_path):
     for wrong, words in (
         ({"prompt_ids": [2], "labels": [3, -100, 4]}, "labels has −100 between"),
         ({"prompt_ids": [2], "labels": [3], "labels_mask": [True, True]}, "a bool for each"),
+        ({"prompt_ids": [2, 3], "labels": [4], "attention_mask": [1, 1, 1]}, "as long as prompt_ids, 2, not 3"),
         ({"input_ids": [2, 3, 4], "labels": [-100, 4, 5]}, "nothing is shifted"),
         ({"input_ids": [2, 3], "labels": [-100, 4, 5]}, "must be of one length, not 2 and 3"),
         ({"prompt_ids": [2, -7], "labels": [3]}, "prompt_ids has the id -7"),
@@ -484,8 +534,9 @@ def test_rows_that_do_not_fit(tmp_path):
 def test_evaluation_is_a_mean_over_all_tokens(tmp_path):
     student, teacher, rows = gpt2_64(60, seed=1), gpt2_64(60, seed=2), data(7)
     want = steps_of(student, teacher, rows, "labels")["kl"].mean().item()
-    for size in (1, 3, 8):
-        run = trainer(tmp_path, student, teacher, rows, method="kl", per_device_eval_batch_size=size)
+    for size, temperature in ((1, 1.0), (3, 1.0), (8, 2.0)):  # whatever the objective
+        run = trainer(tmp_path, student, teacher, rows, method="kl", per_device_eval_batch_size=size,
+                      temperature=temperature)  # fmt: skip
         assert run.evaluate(rows)["eval_loss"] == pytest.approx(want, rel=1e-12)
     found = run.evaluate({"one": rows[:3], "two": rows})
     assert found["eval_two_loss"] == pytest.approx(want, rel=1e-12) != pytest.approx(found["eval_one_loss"])
@@ -515,6 +566,28 @@ def test_what_is_logged(tmp_path, monkeypatch):
     lists = trainer(tmp_path, student, teacher, rows, method="mle", logging_steps=1)
     lists.train()
     assert {k for k in lists.state.log_history[0] if "_on_" in k} == {"loss_on_gold"}
+
+
+def test_time_outside_of_training_is_not_its(tmp_path, monkeypatch):
+    clock, dataset = [0.0], data(8)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Takes(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock[0] += 1
+
+        def on_evaluate(self, *_, **__):
+            clock[0] += 100
+
+    run = FDistillTrainer(gpt2(60, seed=1), gpt2(60, seed=2), FDistillConfig(str(tmp_path), **{
+        **BASE, "method": "mle", "max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1,
+    }), train_dataset=dataset, eval_dataset={"one": dataset, "two": dataset[:3]}, callbacks=[Takes()])  # fmt: skip
+    for _ in range(2):  # the second run has nothing of the first one's last step
+        clock[0] += 100
+        run.train()
+        (line,) = [line for line in run.state.log_history if "loss" in line]
+        assert line["tokens_per_second"] == sum(len(row["labels"]) for row in dataset) / 2
+        assert "teacher_share" not in line  # which evaluation alone has asked
 
 
 # --- what is given is used, or refused before any work
@@ -547,6 +620,23 @@ def test_names_with_parameters():
                         ("skew_kl=2", "lambda must be")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             resolve(text)
+
+
+def test_an_objective_s_name_has_its_sources(tmp_path):
+    for settings, name in ((dict(divergence="js"), "js on gold"), (dict(divergence="js", shares="student=1"), 'js on {"student": 1.0}'),
+                           (dict(divergence={"teacher": "kl", "student": "rkl"}), "{'teacher': 'kl', 'student': 'rkl'} on teacher, student"),
+                           (dict(divergence="js", ce_weight=1.0), "js on gold")):  # fmt: skip
+        assert name_of(FDistillConfig(str(tmp_path), use_cpu=True, **settings)) == name
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(reduction="foo"), "unknown reduction 'foo'"), (dict(temperature=-1), "temperature must be in"),
+    (dict(backend="x"), "backend must be one of auto, "),
+])  # fmt: skip
+def test_settings_of_a_module_are_checked_when_it_is_made(settings, words):
+    with pytest.raises(ValueError, match=words):
+        fk.FDivergenceLoss("js", **settings)
+    fk.FDivergenceLoss("js", temperature=torch.tensor(2.0))
 
 
 def test_configuration_of_a_command_line(tmp_path):
@@ -582,6 +672,10 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(label_names=["labels"]), "is not used here: no logits are made"),
     (dict(include_for_metrics=["inputs"]), "is not used here: no logits are made"),
     (dict(batch_eval_metrics=True), "is not used here: no logits are made"),
+    (dict(eval_accumulation_steps=2), "eval_accumulation_steps=2 is not used here"),
+    (dict(eval_use_gather_object=True), "eval_use_gather_object=True is not used here"),
+    (dict(eval_do_concat_batches=False), "eval_do_concat_batches=False is not used here"),
+    (dict(gradient_checkpointing_kwargs={"use_reentrant": False}), "is not used without gradient_checkpointing"),
     (dict(method="predistill", temperature=2.0), "temperature=2.0 is not used by predistill"),
     (dict(method="mle", ce_weight=1.0), "which the objective has already"),
     (dict(divergence={"gold": "kl"}, shares={"student": 1.0}), "divergences of gold, and shares of student"),
@@ -592,8 +686,8 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="kl", shares="divergence=1"), "shares have unknown sources ['divergence']"),
     (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
-    (dict(temperature=0.0), "temperature must be positive"),
-    *((dict(method=method, **{name: value}), f"{name} must be finite and at least 0, not {value}")
+    (dict(temperature=0.0), "temperature must be in (0, inf)"),
+    *((dict(method=method, **{name: value}), f"{name} must be in [0, inf), not {value}")
       for name, method in (("ce_weight", "kl"), ("neftune_noise_alpha", "kl"), ("hidden_weight", "predistill"))
       for value in (-5.0, math.nan, math.inf)),
     *((dict(divergence="js", shares={"gold": value, "student": 1.0}), "shares must be finite and at least 0")
@@ -602,12 +696,23 @@ def test_configuration_of_a_command_line(tmp_path):
       for value in (1.5, math.nan)),
     (dict(method="foo"), "unknown method 'foo'; known: seqkd, kl, engine, rkl, js, tvd, mle, predistill"),
     (dict(memory="little"), "memory must be one of"),
-    (dict(top_p=0.0), "top_p in"),
+    (dict(top_p=0.0), "top_p must be in (0, 1]"),
     (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),
     (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1"),
 ])  # fmt: skip
 def test_refused_configurations(settings, words, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)):
+        FDistillConfig(str(tmp_path), **{**BASE, **settings})
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(temperature="2"), "temperature must be a number, not '2'"),
+    (dict(max_new_tokens=2.5), "max_new_tokens must be an int, not 2.5"),
+    *((dict.fromkeys([name]), f"{name} must be an? (number|int), not NoneType")
+      for name in ("beta", "beams", "top_k", "top_p", "max_new_tokens", "hidden_weight", "ce_weight")),
+])  # fmt: skip
+def test_settings_of_another_type_are_named(settings, words, tmp_path):
+    with pytest.raises(TypeError, match=words):
         FDistillConfig(str(tmp_path), **{**BASE, **settings})
 
 
@@ -631,6 +736,21 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, student)
     with pytest.raises(ValueError, match=r"hidden_weight=0\.1 is not used but by predistill"):
         trainer(tmp_path, student, teacher, hidden_weight=0.1)
+    with pytest.raises(ValueError, match=r"beams=2 is not used but by an objective on beam sequences"):
+        trainer(tmp_path, student, teacher, method="kl", beams=2)
+    for train, found in (("x", "str"), ([1, 2], "list of int")):
+        with pytest.raises(TypeError, match=f"train_dataset must be a dataset, .* not a {found}"):
+            trainer(tmp_path, student, teacher, train)
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha=5\.0 is not used: BartForConditionalGeneration reads"):
+        trainer(tmp_path, bart(60), bart(60), neftune_noise_alpha=5.0)
+    for several in (Mixture([teacher]), OfRows({"a": teacher})):
+        with pytest.raises(ValueError, match=f"memory='minimal' needs .* {type(several).__name__} gives logits"):
+            trainer(tmp_path, student, several, memory="minimal")
+    lists = fk.TeacherStore.create(tmp_path / "lists", kind="top_k", vocabulary=60, key={}, k=4)
+    with pytest.raises(ValueError, match=r"temperature=2, but the teacher's lists were taken at 1: give temperature=1"):
+        trainer(tmp_path, student, lists, divergence="kl", temperature=2.0)
+    with pytest.raises(ValueError, match="are not in the store"):  # the next thing that is checked
+        trainer(tmp_path, student, Stored(lists, tail="uniform"), divergence="kl", temperature=2.0)
     for settings, words in ((dict(optim="sgd", optim_args="momentum=0.9,beta=1"), "sgd makes nothing of .*optim_args beta=1"),
                             (dict(optim_args="beta1=0"), "makes nothing of optim_args beta1=0"),
                             (dict(optim="sgd", adam_beta2=0.95), "sgd makes nothing of adam_beta2"),
@@ -845,3 +965,8 @@ def test_batches_without_a_token(make, tmp_path):
         run.train()
         assert run.evaluate(rows)["eval_loss"] == 0
     assert torch.equal(before, flat(student))
+
+
+def test_what_loggers_write_down_has_no_password(tmp_path):
+    config = FDistillConfig(str(tmp_path), method="rkl", student_server="http://me:hidden@there", student_server_path="x")
+    assert '"student_server": "http://there"' in config.to_json_string() and "hidden" not in config.to_json_string()

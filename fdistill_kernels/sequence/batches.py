@@ -122,7 +122,8 @@ def collate(
         examples: ids as lists or tensors, −100 at their ends cut. Of {input_ids, labels} the prompt is what comes
             before the first label that is not −100, the continuation what follows up to the last, and what is −100 in
             between is read and does not count; of an encoder–decoder model they are the prompt and the continuation.
-            Tokens whose attention_mask is 0 are padding.
+            Tokens whose attention_mask (of input_ids, or else of prompt_ids) is 0 are padding. labels_mask says which
+            labels count, of either form.
         vocabulary, teacher_vocabulary: ids that student and teacher share, and that the teacher has.
         ids_read: those of prompts, where they are others, as an encoder–decoder model's may be.
 
@@ -158,20 +159,31 @@ def collate(
 
 
 def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:
-    """An example's ids and mask as tensors, without padding."""
+    """An example's ids and mask as tensors, without padding.
+
+    Raises:
+        ValueError: a mask of another length than what it is of, or ids that do not fit (`collate`).
+    """
     rows = {n: torch.as_tensor(example[n], dtype=torch.long) for n in (*IDS, "input_ids") if example.get(n) is not None}
     if example.get("labels_mask") is not None:
         rows["labels_mask"] = torch.as_tensor(example["labels_mask"], dtype=torch.bool)
         if "labels" not in rows or rows["labels_mask"].shape != rows["labels"].shape:
             raise ValueError("labels_mask must have a bool for each of an example's labels")
-    text, labels = rows.pop("input_ids", None), rows.get("labels")
-    if "prompt_ids" not in rows and text is not None:
-        if example.get("attention_mask") is not None:
-            here = torch.as_tensor(example["attention_mask"], dtype=torch.bool)
-            text, labels = text[here], labels[here] if labels is not None and not encoder_decoder else labels
-        if labels is not None and not encoder_decoder:
-            return rows | _of_one_text(text, labels)
-        rows["prompt_ids"] = text
+    one_text = {"input_ids", "labels"} <= rows.keys() and "prompt_ids" not in rows and not encoder_decoder
+    of = "input_ids" if "input_ids" in rows else "prompt_ids"  # which the attention_mask is of
+    if of in rows and example.get("attention_mask") is not None:
+        here = torch.as_tensor(example["attention_mask"], dtype=torch.bool)
+        for name in ({of, "labels", "labels_mask"} if one_text else {of}) & rows.keys():
+            if rows[name].shape != here.shape:
+                raise ValueError(f"attention_mask must be as long as {name}, {len(rows[name])}, not {len(here)}")
+            rows[name] = rows[name][here]
+    if one_text:
+        text, labels = rows.pop("input_ids"), rows.pop("labels")
+        if "labels_mask" in rows:
+            labels = labels.masked_fill(~rows["labels_mask"], IGNORE)
+        return rows | _of_one_text(text, labels)
+    if "input_ids" in rows:
+        rows.setdefault("prompt_ids", rows.pop("input_ids"))
     for name in set(IDS) & rows.keys():
         kept = (rows[name] != IGNORE).nonzero().flatten()
         inside = slice(int(kept[0]), int(kept[-1]) + 1) if len(kept) else slice(0)
@@ -215,7 +227,7 @@ def datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:
 def lengths(data: Any, column: str) -> np.ndarray | None:
     """The number of tokens in a column of each example; None if the data would have to be read for it."""
     if isinstance(data, (list, tuple)):
-        return np.array([len(e.get(column) or ()) for e in data])
+        return np.array([0 if (ids := e.get(column)) is None else len(ids) for e in data])
     if not (hasattr(data, "select_columns") and hasattr(data, "with_format") and hasattr(data, "__len__")):
         return None
     import pyarrow.compute

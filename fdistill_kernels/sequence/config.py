@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..checks import check_choice, check_integer, check_number
 from ..own import resolve
+from ..teachers.endpoint import without_credentials
 from .objectives import METHODS, SOURCES, Half, method, mixture, with_cross_entropy
 from .ranks import join
 from .sampling import Sampling
@@ -102,19 +103,15 @@ class FDistillConfig(TrainingArguments):
         self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
         for name, known in (("normalize", ("token", "sequence")), ("on_nan", ("stop", "skip")),
                             ("memory", ("chunks", "minimal")), ("hidden_reduction", ("mean", "sum"))):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
         for name in ("beams", "student_every", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "gradient_accumulation_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive, not {self.temperature!r}")
-        if not 0 <= self.label_smoothing_factor <= 1:
-            raise ValueError(f"label_smoothing_factor must be in [0, 1], not {self.label_smoothing_factor!r}")
-        for name in ("hidden_weight", "neftune_noise_alpha"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)!r}")
+            check_integer(name, getattr(self, name), 1)
+        for name in ("temperature", "sample_temperature"):
+            check_number(name, getattr(self, name), 0, open_low=True)
+        check_number("label_smoothing_factor", self.label_smoothing_factor, 0, 1)
+        check_number("hidden_weight", self.hidden_weight, 0)
+        check_number("neftune_noise_alpha", self.neftune_noise_alpha or 0, 0)
         if bool(self.student_server) != bool(self.student_server_path):
             raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
                              "where it finds the weights")  # fmt: skip
@@ -130,6 +127,9 @@ class FDistillConfig(TrainingArguments):
             "cache_implementation": self.cache_implementation and self.student_server and "by a server",
             "temperature": self.temperature != 1 and not compared and "without a divergence",
             "temperature_squared": self.temperature_squared and not compared and "without a divergence",
+            "gradient_checkpointing_kwargs": self.gradient_checkpointing_kwargs and not self.gradient_checkpointing
+            and "without gradient_checkpointing",
+            "eval_do_concat_batches": not self.eval_do_concat_batches and "here: no logits are made",
             "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
             and "here: tokens_per_second is logged",
             "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)
@@ -167,8 +167,9 @@ class FDistillConfig(TrainingArguments):
         return dataclasses.replace(self, **{**kept, "method": "predistill", **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dict for JSON, with divergences as text."""
-        return {**super().to_dict(), "divergence": _as_text(self.divergence)}
+        """As a dict for JSON, with divergences as text, and without a password in a URL."""
+        server = self.student_server and without_credentials(self.student_server)
+        return {**super().to_dict(), "divergence": _as_text(self.divergence), "student_server": server}
 
     def __getstate__(self) -> dict[str, Any]:
         """For a checkpoint: divergences become text if their functions cannot be pickled."""
@@ -186,7 +187,8 @@ class FDistillConfig(TrainingArguments):
 
 
 #: Options of `TrainingArguments` about the logits of evaluation and their metrics.
-OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "include_inputs_for_metrics")
+OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "include_inputs_for_metrics",
+             "eval_accumulation_steps", "eval_use_gather_object")  # fmt: skip
 #: Options of the loss of pre-distillation alone; a configuration of another method keeps them for it.
 OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 #: Options of the loss that pre-distillation does not use.

@@ -29,8 +29,8 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
     """A `datasets.Dataset` with the columns prompt and target, or only prompt, messages or text, and `OTHERS`.
 
     Args:
-        path: a .jsonl, .json, .csv or .tsv file (.tsv: two columns, with or without a header), also as .gz, or a
-            .parquet file; or the name of a hub dataset, with its config and split.
+        path: a .jsonl, .json, .csv or .tsv file (.tsv: two columns, without a header or with two of the names here),
+            also as .gz, or a .parquet file; or the name of a hub dataset, with its config and split.
         limit: read only the first rows, this many.
         columns: names of the prompt and target columns in the file; a column completion also counts as target.
 
@@ -120,7 +120,11 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
     with _open(path, "rt", encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark, which arrow skips
         quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
         first = next(csv.reader(file, delimiter=separator, quoting=quoting))
-    header = not tabs or bool({*columns, "messages", "text"} & set(first))
+    known = [name in {*columns, "completion", *OTHERS} for name in first]
+    if tabs and len(known) == 2 and sum(known) == 1:
+        raise ValueError(f"{path} begins with {first}, of which one is the name of a column: begin it with two names, "
+                         "or with none")  # fmt: skip
+    header = not tabs or any(known)
     names = first if header else list(columns)
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have one name, among {', '.join(names)}")
@@ -424,10 +428,11 @@ def tokenize(
         fate: list[str] = []
         found, own, reference = encode_row(row)
         prompts = [found.prompt, found.prompt if own is None else list(own)]
+        rooms = [min(contexts)] * 2 if own is None else contexts  # one prompt is cut once
         if not all(prompts):
             raise ValueError("the prompt is empty")
         prompts = [fitted(ids, room - new_tokens * causal, long_prompts, "prompt", fate)
-                   for ids, room in zip(prompts, contexts, strict=True)]  # fmt: skip
+                   for ids, room in zip(prompts, rooms, strict=True)]  # fmt: skip
         left = min(room - len(ids) * causal for ids, room in zip(prompts, contexts, strict=True))
         limit = left if max_target is None else min(left, max_target)
         rest = None if found.rest is None else fitted(found.rest, limit, long_targets, "target", fate)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..checks import check_integer
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
 from .models import (
@@ -153,13 +154,15 @@ def searched(
     vocabulary: int | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip
     """A model's outputs by greedy or beam search: columns output (text), output_tokens, output_ended (by an end token,
-    not by the limit), and output_loops (less than LOOPS_BELOW of its bigrams are distinct).
+    not by the limit, even if an end token is forced there), and output_loops (less than LOOPS_BELOW of its bigrams are
+    distinct).
     """
-    ends = special_tokens(model)[1]
+    ends, own = special_tokens(model)[1], getattr(model, "generation_config", None)
+    longest = max_new_tokens - (getattr(own, "forced_eos_token_id", None) is not None)  # of those that end themselves
     rows = [x.tolist() for x in draw_all(model, prompts, Sampling(max_new_tokens, beams=beams), 0, vocabulary)]
     shares = [distinct_bigrams([row], ends) for row in rows]
     return {"output": tokenizer.batch_decode(rows, skip_special_tokens=True), "output_tokens": [len(r) for r in rows],
-            "output_ended": [bool(r) and r[-1] in ends for r in rows],
+            "output_ended": [bool(r) and r[-1] in ends and len(r) <= longest for r in rows],
             "output_loops": [share is not None and share < LOOPS_BELOW for share in shares]}  # fmt: skip
 
 
@@ -187,6 +190,7 @@ def measured(
     Returns:
         The table, and its `summary`.
     """
+    check_integer("teacher_draws", teacher_draws, 1)
     sizes = [vocabulary_of(m.config) for m in (student, teacher) if m is not None]
     shared = min(*sizes, ids_of_tokenizer(tokenizer))  # what a padded head has beyond, the other does not know
     nats, tokens = sentence_sums(student, prompts, gold)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from ..checks import check_number
 from ..divergences import Divergence, SkewKL, SkewRKL
 from ..own import resolve
 
@@ -58,8 +59,7 @@ def method(name: str, beta: float = 0.5) -> tuple[Half, ...]:
     """The halves of a method of `METHODS`; beta is in [0, 1] for tvd, in (0, 1) for js, and of no other method."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], not {beta!r}")
+    check_number("beta", beta, 0, 1)
     if beta != 0.5 and name not in ("js", "tvd"):
         raise ValueError(f"beta is the weight of the student's half in js and tvd, and {name} has none")
     if name == "js" and beta in (0, 1):
@@ -101,8 +101,7 @@ def with_cross_entropy(halves: tuple[Half, ...], weight: float) -> tuple[Half, .
     Raises:
         ValueError: the weight is negative or not finite, or the halves have this cross-entropy already.
     """
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"ce_weight must be finite and at least 0, not {weight!r}")
+    check_number("ce_weight", weight, 0)
     if not weight:
         return halves
     gold = [half for half in halves if half.source == "gold"]

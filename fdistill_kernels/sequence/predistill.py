@@ -57,8 +57,10 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
         layers: numbers of layers: encoder and decoder for an encoder–decoder model, one number for a causal model.
 
     Raises:
-        ValueError: more layers than the teacher has, or layers that cannot be copied.
+        ValueError: more layers than the teacher has, layers that cannot be copied, or a teacher with an adapter.
     """
+    if getattr(teacher, "peft_config", None):
+        raise ValueError(f"{type(teacher).__name__} has an adapter, whose layers are not copied: merge it first")
     config = copy.deepcopy(teacher.config)
     wanted = (ENCODER, DECODER) if config.is_encoder_decoder else (CAUSAL,)
     if len(layers) != len(wanted):

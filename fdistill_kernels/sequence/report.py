@@ -55,7 +55,8 @@ def name_of(config: FDistillConfig) -> str:
     """An objective, for people."""
     if config.divergence is None:
         return config.method
-    return f"{config.divergence} on {json.dumps(config.shares) if config.shares else 'gold'}"
+    sources = ", ".join(half.source for half in config.halves() if half.divergence is not None)
+    return f"{config.divergence} on {json.dumps(config.shares) if config.shares else sources}"
 
 
 def plot(folder: Path, config: FDistillConfig) -> None:

@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ..checks import check_integer, check_number
 from ..teachers.packing import hash_tensor
 from ..teachers.store import check_same, write_whole
 from .models import (
@@ -60,6 +62,13 @@ FORM = ("num_return_sequences", "return_dict_in_generate", "output_scores", "out
         "penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty")  # fmt: skip
 #: What it says of outputs and needs more than a model: a tokenizer, or code from elsewhere.
 NOT_HERE = ("stop_strings", "token_healing", "constraints", "force_words_ids")
+#: What it says of greedy outputs and `generate` alone follows; and with which value it says nothing.
+BY_GENERATE = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+                     "begin_suppress_tokens", "min_length", "min_new_tokens", "sequence_bias",
+                     "exponential_decay_length_penalty", "watermarking_config"), 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,10 @@ class Sampling:
     cache: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.beams < 0 or self.top_k < 0:
-            raise ValueError(f"max_new_tokens must be at least 1, beams and top_k at least 0: {self}")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise ValueError(f"temperature must be positive and top_p in (0, 1]: {self}")
+        for name, least in (("max_new_tokens", 1), ("beams", 0), ("top_k", 0)):
+            check_integer(name, getattr(self, name), least)
+        for name, most in (("temperature", math.inf), ("top_p", 1)):
+            check_number(name, getattr(self, name), 0, most, open_low=True)
         GenerationConfig(cache_implementation=self.cache)  # which knows them
 
     def decided(self) -> dict[str, Any]:
@@ -142,10 +151,14 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
     return (pad if has else ends[0]), ends
 
 
-def check_search(model: Any) -> None:
-    """Raises ValueError where a model's generation configuration has what greedy and beam search cannot follow here."""
+def check_search(model: Any, by_forward: bool = False) -> None:
+    """Raises ValueError where a model's generation configuration has what greedy and beam search cannot follow here.
+
+    by_forward: if its `generate` is not used, as PEFT's virtual tokens' never is.
+    """
     own = getattr(model, "generation_config", None)
-    if found := [name for name in NOT_HERE if getattr(own, name, None)]:
+    unable = dict.fromkeys(NOT_HERE, 0) | (BY_GENERATE if by_forward or virtual_tokens(model) else {})
+    if found := [name for name, none in unable.items() if (getattr(own, name, None) or none) != none]:
         whose = getattr(model.config, "_name_or_path", "") or type(model).__name__
         raise ValueError(f"{whose} has {', '.join(found)} in its generation config, which greedy outputs and beams "
                          "cannot follow here: leave it out")  # fmt: skip
@@ -183,9 +196,11 @@ def draw(
     check_context(model, max(longest, new) if encoder_decoder else longest + new)
     config = model.config.get_text_config()
     size, routers = vocabulary_of(config), getattr(config, "output_router_logits", None)
-    beyond = list(range(vocabulary, size)) if vocabulary is not None and vocabulary < size else None
+    beyond = {*range(size if vocabulary is None else vocabulary, size)}
+    if sampling.beams:
+        beyond |= {*(getattr(getattr(model, "generation_config", None), "suppress_tokens", None) or ())}
     owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
-    settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=beyond,
+    settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=sorted(beyond) or None,
                     cache_implementation=sampling.cache,
                     synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
     if encoder_decoder:
@@ -197,16 +212,17 @@ def draw(
         if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
             config.output_router_logits = False
         with evaluating(model), _seeded(model, seed):
-            if virtual_tokens(model) or not asked(
+            itself = not virtual_tokens(model) and asked(
                 _generates_itself, model, pad, settings, of=(sampling.cache, settings.get("decoder_start_token_id"))
-            ):
+            )
+            for module, own in owners.items() if sampling.beams else ():
+                if own is not None:  # before transformers 4.5x all of a model's parts have one, most of them None
+                    module.generation_config = _of_outputs(own)
+            if not itself:
                 if sampling.cache:
                     raise ValueError(f"cache_implementation={sampling.cache!r} is not used: {type(model).__name__} is "
                                      "drawn from by its forward, without a cache")  # fmt: skip
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
-            for module, own in owners.items() if sampling.beams else ():
-                if own is not None:  # before transformers 4.5x all of a model's parts have one, most of them None
-                    module.generation_config = _of_outputs(own)
             made = model.generate(**_left_padded(model, prompts, pad, device), **settings, **sampling.keywords())
     except RuntimeError as error:  # of torch.multinomial
         if "probability tensor" not in str(error):
@@ -272,11 +288,13 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
     """As `draw`, with a whole forward pass for each token.
 
     Raises:
-        ValueError: more than one beam.
+        ValueError: more than one beam, or a search that is not possible (`check_search`).
     """
     if sampling.beams > 1:
         raise ValueError(f"beams need a cache, and {type(model).__name__} fails with one or says otherwise than "
                          "without, by PEFT's virtual tokens, its positions or its padding: draw samples")  # fmt: skip
+    if sampling.beams:
+        check_search(model, by_forward=True)
     pad, ends = special_tokens(model)
     warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
     if sampling.top_k:

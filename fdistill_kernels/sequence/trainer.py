@@ -7,7 +7,7 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..own import resolve
+from ..sparse import WHOLE
 from .batches import (
     ByLength,
     Sequences,
@@ -53,7 +54,7 @@ from .predistill import predistillation_loss
 from .ranks import from_first, is_of_ranks, row_group
 from .sampling import check_search, draw, share_ends, special_tokens
 from .student_server import StudentServer
-from .teachers import InRoom, Itself, KeepAverage, OfRows, Served, Stored, parts_of, teacher_of
+from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, parts_of, teacher_of
 from .watch import Watch, wide
 
 __all__ = ["FDistillConfig", "FDistillTrainer", "Update", "check_vocabularies", "collate"]
@@ -95,10 +96,12 @@ class Update:
     Attributes:
         sequences: by source, the sequences of the batch: given, drawn, or kept from an earlier one.
         items: by source, the mean number of tokens or sequences in the update's batches, by which losses are divided.
+        weight: a factor of the loss, with which `Trainer`'s division is by the number of the update's batches.
     """
 
     sequences: dict[str, Sequences]
     items: dict[str, Tensor]
+    weight: float = 1.0
 
 
 class FDistillTrainer(Trainer):
@@ -108,7 +111,7 @@ class FDistillTrainer(Trainer):
     labels_mask (bool: which labels count), sample_ids or beam_ids (stored samples or beams of the teacher; without them
     they are drawn at every step), teacher_prompt_ids (another prompt for the teacher) and teacher. Or they have
     input_ids and labels, as in `collate`. Evaluation is the KL of the student from the teacher on gold targets, a mean
-    over all tokens.
+    over all tokens, at temperature 1 (of lists that allow one alone, at theirs).
 
     Each log has means since the last one, over all ranks. For each source of the objective: loss_on_SOURCE;
     student_entropy_on_SOURCE and teacher_entropy_on_SOURCE (nats, at the temperature of the loss); agreement_on_SOURCE
@@ -166,6 +169,9 @@ class FDistillTrainer(Trainer):
             if getattr(args, name) != getattr(FDistillConfig, name):
                 raise ValueError(f"{name}={getattr(args, name)!r} is not used but by predistill")
         self.sources = list(dict.fromkeys(half.source for half in self.halves))
+        if args.beams != FDistillConfig.beams and self.halves and "beam" not in self.sources:
+            raise ValueError(f"beams={args.beams} is not used but by an objective on beam sequences")
+        self._check_comparison(args)
         own = {"student": vocabulary_of(model.config), "teacher": self.teacher.vocabulary}
         self.vocabulary, read = min(own.values()), (ids_read(model), *map(ids_read, _models_of(self.teacher)))
         for (whose, most), tokenizer in zip(own.items(), (ours, theirs), strict=True):
@@ -185,8 +191,12 @@ class FDistillTrainer(Trainer):
         if not self.halves and (virtual_tokens(model) or virtual_tokens(of_teacher)):
             raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
                              "the other side: pre-distil the model before it gets them")  # fmt: skip
-        if args.freeze_embeddings:
-            model.get_input_embeddings().requires_grad_(False)
+        embeddings = _embeddings(model) if args.freeze_embeddings or args.neftune_noise_alpha else []
+        for embedding in embeddings if args.freeze_embeddings else ():
+            embedding.requires_grad_(False)
+        if args.neftune_noise_alpha and len(set(embeddings[:2])) > 1:
+            raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha} is not used: {type(model).__name__} "
+                             "reads by its encoder's embedding, and the noise is on another: leave it out")  # fmt: skip
         known = functools.partial(collate, vocabulary=self.vocabulary, teacher_vocabulary=self.teacher.vocabulary,
                                   encoder_decoder=self.teacher.encoder_decoder,
                                   ids_read=min(read) if self.teacher.encoder_decoder else None)  # fmt: skip
@@ -212,12 +222,25 @@ class FDistillTrainer(Trainer):
                 raise ValueError("Itself(decay=...) takes a student that is whole on each rank: not FSDP's or ZeRO-3's")
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
+        self.add_callback(self.watch)
         self.server: StudentServer | None = None
         if args.student_server and args.student_server_path:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
             self.server = StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model),
                                         self.vocabulary)  # fmt: skip
+
+    def _check_comparison(self, args: FDistillConfig) -> None:
+        """Raises ValueError for options of the loss that it has not with such a teacher."""
+        if all(half.divergence is None for half in self.halves):
+            return
+        if args.memory == "minimal" and isinstance(self.teacher, (Mixture, OfRows)):
+            raise ValueError(f"memory='minimal' needs the teacher's hidden states, and {type(self.teacher).__name__} "
+                             "gives logits: take memory='chunks'")  # fmt: skip
+        taken = _temperature_of_lists(self.teacher)
+        if taken not in (None, args.temperature):
+            raise ValueError(f"temperature={args.temperature:g}, but the teacher's lists were taken at {taken:g}: give "
+                             f"temperature={taken:g}, or the lists one of the tails {', '.join(WHOLE)}")  # fmt: skip
 
     def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
         """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
@@ -337,6 +360,10 @@ class FDistillTrainer(Trainer):
 
     def _check_dataset(self, name: str, data: Any, sources: list[str], compared: list[str], model: Any) -> None:
         """One of them: sources whose sequences are used, and compared with the teacher's word."""
+        first = data[0] if isinstance(data, (list, tuple)) and data else {}
+        if isinstance(data, str) or not isinstance(first, Mapping):
+            found = type(data).__name__ if isinstance(data, str) else f"{type(data).__name__} of {type(first).__name__}"
+            raise TypeError(f"{name} must be a dataset, or a list of examples by column, not a {found}")
         if hasattr(data, "__len__") and len(data) == 0:
             raise ValueError(f"{name} is empty")
         columns = columns_of(data)
@@ -409,8 +436,10 @@ class FDistillTrainer(Trainer):
         numbers = torch.tensor([list(n.values()) for n in counts], dtype=wide(self.args.device))
         mean = self.accelerator.reduce(numbers.mean(0).to(self.args.device), "mean")
         items = dict(zip(counts[0], mean, strict=True))
+        # Trainer of transformers before 4.55 divides by what was asked for, also where an epoch's last update has less
+        divisor = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         for batch, sequences in zip(batches, found, strict=True):
-            batch["update"] = Update(sequences, items)
+            batch["update"] = Update(sequences, items, divisor / len(batches))
 
     @property
     def _by_token(self) -> bool:
@@ -491,11 +520,15 @@ class FDistillTrainer(Trainer):
             loss = (loss[0] / loss[1].clamp_min(1)).float()
             return (loss, {}) if return_outputs else loss
         update = inputs.get("update") or Update(self._sequences(student, inputs), {})
+        before = self.watch.sums.clone(), self.watch.tokens
         if self.halves:
             loss = torch.stack([self._half(half, model, update) for half in self.halves]).sum()
         else:
             loss = self._predistillation(model, update)
-        loss = self._checked(loss, inputs, update, student)
+        if not torch.isfinite(loss):
+            loss = self._skipped(loss, inputs, update, student)
+            self.watch.sums, self.watch.tokens = before
+        loss = update.weight * loss
         return (loss, {}) if return_outputs else loss
 
     def train(self, *args: Any, **keywords: Any) -> Any:
@@ -572,9 +605,8 @@ class FDistillTrainer(Trainer):
         of_experts = getattr(outputs, "loss", None)  # a mixture of experts' own, with its coefficient
         return made if of_experts is None else made + of_experts / len(self.halves)
 
-    def _checked(self, loss: Tensor, inputs: dict[str, Any], update: Update, student: nn.Module) -> Tensor:
-        if torch.isfinite(loss):
-            return loss
+    def _skipped(self, loss: Tensor, inputs: dict[str, Any], update: Update, student: nn.Module) -> Tensor:
+        """0 in place of a loss that is not finite, if `on_nan` says so."""
         step = self.state.global_step
         if self.args.on_nan == "skip":
             self.log({"skipped_batches": step})
@@ -602,12 +634,18 @@ class FDistillTrainer(Trainer):
         found.counted = chosen(self._unwrapped(model), found.continuations, found.counted)
 
         def losses(rows: Rows, teacher: Any) -> Tensor:
-            return self.step_loss(rows, teacher, resolve("kl"), self.args.temperature, reduction="none").reshape(-1)
+            temperature = _temperature_of_lists(self.teacher) or 1.0
+            return self.step_loss(rows, teacher, resolve("kl"), temperature, reduction="none").reshape(-1)
 
         of_rows = self._at_head(Half("gold", resolve("kl")), model, found, losses).detach()
         counts = found.tokens()
         of_rows = of_rows[: sum(counts)].to(wide(of_rows.device))
         return torch.stack([torch.stack([x.sum() for x in of_rows.split(counts)]), of_rows.new_tensor(counts)], 1)
+
+    def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; neither it nor what callbacks do in it is time of training."""
+        with self.watch.apart():
+            return super().evaluate(*args, **keywords)
 
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,
                         ignore_keys: Any = None) -> Any:  # fmt: skip
@@ -621,8 +659,7 @@ class FDistillTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **keywords: Any) -> Any:
         """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, not over batches."""
         self._evaluated.zero_()
-        with self.watch.apart():
-            output = super().evaluation_loop(*args, **keywords)
+        output = super().evaluation_loop(*args, **keywords)
         loss, tokens = self._evaluated.tolist()
         metrics = output.metrics or {}
         metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
@@ -648,6 +685,20 @@ def _student_of(given: Any) -> Any:
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
     return model
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    """A model's input embedding; of an encoder–decoder then those that its encoder and its decoder read by."""
+    halves = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
+    return [part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens  # FSMT's
+            for part in (model, *halves)]  # fmt: skip
+
+
+def _temperature_of_lists(teacher: Any) -> float | None:
+    """The one temperature at which a teacher's lists can be compared; None: any will do."""
+    if not isinstance(teacher, (Stored, Served)) or teacher.whole or teacher.tail in WHOLE:
+        return None
+    return float(teacher.store.settings["temperature"]) if isinstance(teacher, Stored) else 1.0
 
 
 def _models_of(teacher: Any) -> list[Any]:

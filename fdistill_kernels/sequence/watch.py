@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ..values import Metrics, SparseParts
 
@@ -23,8 +24,8 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Watch:
-    """Sums since the last log line. Nothing waits for a GPU until they are asked for.
+class Watch(TrainerCallback):
+    """Sums since the last log line, or since training began. Nothing waits for a GPU until they are asked for.
 
     Args:
         sources: of the objective's halves, whose losses are logged each.
@@ -42,6 +43,10 @@ class Watch:
         self.tokens = 0
         self.times: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self.begin = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the trainer."""
+        self.reset()
 
     def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, number: int,
             tokens: int) -> None:  # fmt: skip
@@ -66,12 +71,13 @@ class Watch:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """What is done inside is no training."""
-        begin = time.perf_counter()
+        """What is done inside is no training; one may be inside another."""
+        before, times, begin = self.begin, self.times, time.perf_counter()
+        self.times = defaultdict(list)
         try:
             yield
         finally:
-            self.begin += time.perf_counter() - begin
+            self.begin, self.times = before + time.perf_counter() - begin, times
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
