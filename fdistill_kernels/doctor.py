@@ -26,7 +26,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "tokenizer
 PREFIXES = ("FDISTILL_", "TRITON_", "OMP_", "MKL_", "KMP_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH_",
             "TORCHDYNAMO_", "TORCHINDUCTOR_", "ACCELERATE_", "NCCL_")  # fmt: skip
 NAMES = ("ATEN_CPU_CAPABILITY", "CXX", "NVCC", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "RANK", "WORLD_SIZE")
-SECRET = ("TOKEN", "SECRET", "PASS", "PWD", "CRED", "KEY", "AUTH", "COOKIE", "BEARER", "_PAT")
+SECRET = ("TOKEN", "SECRET", "PASS", "PWD", "CRED", "KEY", "AUTH", "COOKIE", "BEARER")
 
 
 def shareable(found: Any) -> Any:
@@ -158,4 +158,5 @@ def _last_lines(library: str) -> list[str]:
 
 
 def _matters(name: str) -> bool:
-    return (name in NAMES or name.startswith(PREFIXES)) and not any(word in name.upper() for word in SECRET)
+    secret = any(word in name.upper() for word in SECRET) or name.upper().endswith("_PAT")
+    return (name in NAMES or name.startswith(PREFIXES)) and not secret

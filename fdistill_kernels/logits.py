@@ -72,7 +72,7 @@ def _outside_graphs(
 def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
     """(..., V) as (outer, inner, V), dense in V; a view wherever strides allow, as for logits[:, :-1]."""
     shape = logits.shape if logits.dim() == 3 else (1, -1, logits.shape[-1])
-    if (logits.stride(-1) == 1 or logits.shape[-1] == 1) and (logits.dim() == 3 or _one_stride(logits)):
+    if (logits.stride(-1) == 1 or logits.shape[-1] == 1) and _one_stride(logits):
         return logits.view(shape)
     if inplace:
         raise ValueError(f"inplace=True needs student_logits of dense rows, not strides {logits.stride()}")
@@ -80,7 +80,11 @@ def _rows(logits: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _one_stride(logits: Tensor) -> bool:
-    """Whether one stride walks all rows; not asked by trying a view, whose error no compiler lets be caught."""
+    """Whether one stride walks all rows; not asked by trying a view, whose error no compiler lets be caught, and of one
+    leading dimension not asked at all, whose size may be of the data.
+    """
+    if logits.dim() <= 3:
+        return True
     leading = [i for i in range(logits.dim() - 1) if logits.shape[i] != 1]
     steps = {i: logits.stride(i) for i in leading}
     followed = all(steps[leading[n - 1]] == logits.shape[i] * steps[i] for n, i in enumerate(leading) if n)

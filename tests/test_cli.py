@@ -104,12 +104,13 @@ def test_doctor_keeps_secrets_and_the_home_folder(capsys, monkeypatch, tmp_path)
     for word in words:
         monkeypatch.setenv(f"FDISTILL_{word}", "hidden")
     monkeypatch.setenv("FDISTILL_MIRROR", "https://ada:hunter2@host/x")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/lib")
     monkeypatch.setenv("TRITON_CACHE_URL", "https://host/y?sig=hidden")
     monkeypatch.setenv("FDISTILL_CACHE", f"{home}/cache")
     for more in ([], ["--json"]):
         out = run(capsys, "doctor", "--report", *more)[1]
         assert "hidden" not in out and "hunter2" not in out and "https://***@host/x" in out
-        assert "https://host/y?***" in out
+        assert "https://host/y?***" in out and "LD_LIBRARY_PATH" in out
         assert "~/cache" in out and "~/x.cpp" in out and "~/cpu.log" in out and str(home) not in out
     others = f"/mnt{home}/x:{home}2:{home}.old"
     assert doctor.shareable({"a": [f"{others}:{home}", 3, None]}) == {"a": [f"{others}:~", 3, None]}

@@ -1319,6 +1319,16 @@ def test_rows_that_no_stride_walks_inside_compilers(name):
         assert loss(*fakes).shape == ()
 
 
+def test_rows_whose_number_is_of_the_data():
+    class Masked(torch.nn.Module):
+        def forward(self, student, teacher, mask):
+            return fk.f_divergence(student[mask], teacher[mask], "kl", reduction="sum")
+
+    given = [(*(torch.randn(6, 7) for _ in range(2)), torch.arange(6) % n == 0) for n in (2, 3)]
+    program = torch.export.export(Masked(), given[0], strict=False)
+    torch.testing.assert_close(program.module()(*given[1]), Masked()(*given[1]))
+
+
 @pytest.mark.parametrize("divergence", ["gjs(0.9)", "csd(student)", "akl", "entropy_gated"])
 def test_divergences_made_in_a_dynamic_graph(divergence):
     torch._dynamo.reset()

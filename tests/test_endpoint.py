@@ -816,7 +816,6 @@ def test_a_key_that_no_header_can_have_is_refused_and_not_shown(key, caplog):
 CUT = {
     "abort": lambda ids, new: {"finish_reason": "abort", "token_ids": [3]},
     "a dict's": lambda ids, new: {"finish_reason": {"type": "abort"}, "token_ids": [3]},
-    "too few": lambda ids, new: {"finish_reason": "length", "token_ids": [3]},
     "another prompt": lambda ids, new: {"finish_reason": "stop", "token_ids": [3], "prompt_token_ids": ids[1:]},
     "beyond": lambda ids, new: {"finish_reason": "stop", "token_ids": [V - 1]},
 }
@@ -838,6 +837,10 @@ def test_samples_that_are_not_whole_are_asked_for_again(name):
         made = teacher.draw([[1, 2]], Sampling(max_new_tokens=8), 0, vocabulary=V - 1)
         assert made[0].tolist() == [4] and len(given) == 2
         assert given[0]["logit_bias"] == {str(V - 1): -100}
+        server.vllm = lambda *_: {"choices": [{"index": 0, "text": "x", "finish_reason": "length", "token_ids": [3]}]}
+        with pytest.raises(EndpointError, match="cut after 1 of 8 tokens: the server's context"):
+            teacher.draw([[1, 2]], Sampling(max_new_tokens=8), 0)
+        assert len(server.times) == 3
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -870,7 +873,7 @@ def test_check_finds_what_targets_would():
 
 def test_tokenized():
     with Server() as server, endpoint(server) as teacher:
-        assert teacher.tokenized("a text") is None
+        assert teacher.tokenized("a text") is None and len(server.times) == 0
         server.tokenize = lambda text: [len(text)]
         assert teacher.tokenized("a text") == [6]
 

@@ -88,7 +88,7 @@ def test_what_a_sure_teacher_leaves_to_the_rest_keeps_its_digits(tmp_path, preci
     found = store.targets([[1]], [range(rows)])
     assert_is(found, exact, precision)
     rest = 1 - exact.log_probs.exp().sum(1)
-    torch.testing.assert_close(1 - found.log_probs.double().exp().sum(1), rest, rtol=0, atol=3e-7)
+    torch.testing.assert_close(1 - found.log_probs.double().exp().sum(1), rest, rtol=0.05, atol=1e-8)
     assert rest.max() < 2e-6 and found.log_probs.dtype == torch.float32
     logits.requires_grad_()
     loss = fk.f_divergence(logits, found, "kl")
@@ -135,7 +135,7 @@ def test_threads_may_share_a_writer(tmp_path):
     def add(of):
         added.extend(writer.add([of, i], [1, 2, 3], targets) for i in range(80))
 
-    threads = [threading.Thread(target=add, args=(of,)) for of in range(4)]
+    threads = [threading.Thread(target=add, args=(of % 4,)) for of in range(8)]  # two add the same
     [t.start() for t in threads]
     [t.join() for t in threads]
     writer.flush()

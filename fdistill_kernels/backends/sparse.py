@@ -79,7 +79,7 @@ def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
     for what, wrong in faults.items():
         if wrong.is_cuda:
             torch._assert_async(~wrong.any(), what)
-        elif checks.readable(wrong) and wrong.any():
+        elif not checks.imagined(wrong) and wrong.any():
             row = int(wrong.any(1).nonzero()[0])
             values = getattr(targets, what.split()[0])[row]
             shown = ", ".join(f"{x:.6g}" for x in values[:8].tolist()) + (", ..." if len(values) > 8 else "")

@@ -112,6 +112,9 @@ class FDistillConfig(TrainingArguments):
         check_number("label_smoothing_factor", self.label_smoothing_factor, 0, 1)
         check_number("hidden_weight", self.hidden_weight, 0)
         check_number("neftune_noise_alpha", self.neftune_noise_alpha or 0, 0)
+        if self.student_server and (bare := without_credentials(self.student_server)) != self.student_server:
+            raise ValueError(f"student_server={bare!r} was given with a user, and configurations are written to files: "
+                             "give a key as the environment variable FDISTILL_API_KEY")  # fmt: skip
         if bool(self.student_server) != bool(self.student_server_path):
             raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
                              "where it finds the weights")  # fmt: skip
@@ -167,9 +170,8 @@ class FDistillConfig(TrainingArguments):
         return dataclasses.replace(self, **{**kept, "method": "predistill", **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dict for JSON, with divergences as text, and without a password in a URL."""
-        server = self.student_server and without_credentials(self.student_server)
-        return {**super().to_dict(), "divergence": _as_text(self.divergence), "student_server": server}
+        """As a dict for JSON, with divergences as text."""
+        return {**super().to_dict(), "divergence": _as_text(self.divergence)}
 
     def __getstate__(self) -> dict[str, Any]:
         """For a checkpoint: divergences become text if their functions cannot be pickled."""

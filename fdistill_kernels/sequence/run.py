@@ -139,7 +139,8 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         kept = Path(run.samples or asked.config.output_dir or "") / "endpoint"
         endpoint = Endpoint(model.teacher, vocabulary=vocabulary_of(config), k=run.k, store=kept, padded=True)
         check_tokenizer(endpoint, tokenizer, model.tokenizer or model.student)
-        if asked.command == "train":
+        halves = asked.config.halves() if asked.command == "train" else ()
+        if halves and (asked.config.eval_strategy != "no" or any(half.divergence is not None for half in halves)):
             endpoint.check()
         return Served(endpoint, run.tail), tokenizer, config
     if is_store(model.teacher):
@@ -362,18 +363,20 @@ class Run:
         source: Any = self.model
         if run.vllm_url:
             source = Endpoint(run.vllm_url, model=teacher, vocabulary=self.teacher.vocabulary, concurrency=32)
-            check_tokenizer(source, self.tokenizer, teacher)
         mark, settings = teacher, {}
         if self.model is not None:
             mark, settings = self.teacher_fingerprint, generation_settings(self.model, sampling)
-            if run.vllm_url and source.fingerprint not in (None, mark):
-                raise ValueError(f"--vllm_url: {source.url} serves another model than {teacher}, by its fingerprint")
         else:
             assert isinstance(self.teacher, Served)
             source = source or self.teacher.endpoint
             mark = source.fingerprint or source.model
         store = TeacherSamples(folder, prompts, sampling, mark, self.config.seed, settings)
-        if store.missing():
+        if store.missing():  # else a server need not be there any more
+            if run.vllm_url:
+                check_tokenizer(source, self.tokenizer, teacher)
+                if self.model is not None and source.fingerprint not in (None, mark):
+                    raise ValueError(f"--vllm_url: {source.url} serves another model than {teacher}, or it in another "
+                                     "dtype or configuration, by its fingerprint")  # fmt: skip
             with Progress(console=self.console) as bar:
                 task = bar.add_task("teacher samples", total=len(self.pairs))
                 for done in store.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):

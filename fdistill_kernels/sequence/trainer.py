@@ -647,6 +647,11 @@ class FDistillTrainer(Trainer):
         with self.watch.apart():
             return super().evaluate(*args, **keywords)
 
+    def predict(self, *args: Any, **keywords: Any) -> Any:
+        """As `Trainer.predict`, which is no time of training either."""
+        with self.watch.apart():
+            return super().predict(*args, **keywords)
+
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,
                         ignore_keys: Any = None) -> Any:  # fmt: skip
         """The evaluation loss of a batch. No logits are made."""

@@ -238,14 +238,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if sampling.beams:
             raise ValueError("a server is asked for samples, not for beams")
         pairs = self._pairs(prompts, [()] * len(prompts))
-        vocabulary = self.vocabulary if vocabulary is None else min(vocabulary, self.vocabulary)
-        if vocabulary < self.vocabulary:
-            more = {"logit_bias": {i: -100 for i in range(vocabulary, self.vocabulary)}, **more}
+        drawn = self.vocabulary if vocabulary is None else min(vocabulary, self.vocabulary)
 
         async def all_of_them() -> list[Tensor]:
             await self._open()
+            rows = (await self._known()).get("vocabulary", self.vocabulary)
+            how = {"logit_bias": {i: -100 for i in range(drawn, rows)}, **more} if drawn < rows else more
             return await _all(
-                (self._drawn, prompt, sampling, seed + i, i, vocabulary, more) for i, (prompt, _) in enumerate(pairs)
+                (self._drawn, prompt, sampling, seed + i, i, drawn, how) for i, (prompt, _) in enumerate(pairs)
             )
 
         return self._wait(self._submit(all_of_them))
@@ -263,12 +263,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """A text's token ids by the server's own tokenizer (POST /tokenize); None: it has no such answer."""
 
         async def once() -> Any:
-            asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
             try:
+                asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
                 return (await self._post("/tokenize", asked)).get("tokens")
-            except EndpointError as error:
-                if error.status not in (404, 405):
-                    raise
+            except (EndpointError, Misfit):  # with whatever status it says so
                 return None
 
         async def asked() -> Any:
@@ -581,8 +579,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 raise Misfit(f"it has no list of 1 to {new} token ids")
             if not all(isinstance(i, int) and 0 <= i < vocabulary for i in made):
                 raise Misfit(f"it has ids outside [0, {vocabulary})")
-            if len(made) < new and _end_of(reply) == "length":
-                raise Misfit(f"it was cut after {len(made)} of {new} tokens: is the server's context long enough?")
+            if len(made) < new and _end_of(reply) == "length":  # as it would be again
+                raise EndpointError(f"it was cut after {len(made)} of {new} tokens: the server's context is too short")
             if reply.get("prompt_token_ids") not in (None, ids):
                 raise Misfit(f"it continues another prompt than that of {len(ids)} tokens")
             if (read := (reply.get("meta_info") or {}).get("prompt_tokens")) not in (None, len(ids)):

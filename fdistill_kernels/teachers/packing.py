@@ -98,24 +98,21 @@ def decode_log_probs(kept: dict[str, np.ndarray]) -> np.ndarray:
     return values.astype(np.float16)
 
 
-#: A list's mass may be above 1 by so much, of sums in float32.
-ABOVE = 1e-5
-
-
 def rest_of(log_probs: np.ndarray) -> np.ndarray:
-    """(M) float32, what the float32 log-probabilities (M, K) leave to other ids: 1 − Σp, whose digits no rounded list
-    keeps; NaN of a mass above 1.
+    """(M) float32, what the float32 log-probabilities (M, K) leave to other ids: 1 − Σp, at least 0, whose digits no
+    rounded list keeps.
     """
-    rest = 1 - np.exp(log_probs.astype(np.float64)).sum(1)
-    return np.where(rest < -ABOVE, np.nan, np.maximum(rest, 0)).astype(np.float32)
+    return np.maximum(1 - np.exp(log_probs, dtype=np.float64).sum(1), 0).astype(np.float32)
 
 
 def with_rest(log_probs: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """(M, K) float32: log-probabilities, shifted row by row so that they leave `rest` (M) to other ids."""
+    """(M, K) float32: log-probabilities, shifted row by row so that they leave `rest` (M) to other ids; rows whose mass
+    is above 1, of which that is nothing, as they are.
+    """
     values = log_probs.astype(np.float32)
-    mass = np.exp(values).sum(1)
-    shift = np.divide(1 - rest, mass, out=np.ones_like(mass), where=(mass > 0) & (rest < 1))
-    values += np.log(shift)[:, None]
+    mass, wanted = np.exp(values, dtype=np.float64).sum(1), 1 - rest.astype(np.float64)
+    shifted = (mass > 0) & (wanted > 0) & ((rest > 0) | (mass < 1))
+    values += np.log(np.divide(wanted, mass, out=np.ones_like(mass), where=shifted))[:, None].astype(np.float32)
     return values
 
 

@@ -483,8 +483,9 @@ class TeacherStore:
         """The rows of all continuations, M = Σ L in total, one sequence after another.
 
         Returns:
-            A `TopK` with ids (M, K) int64, padded with −1 at the end, log_probs (M, K), the store's temperature and
-                `tail`; or `Hidden` states (M, D) in the dtype of the head, and the head.
+            A `TopK` with ids (M, K) int64, padded with −1 at the end, log_probs (M, K) float32 (float16 if a sequence
+                was given in 16 bits, or to version 0.1: then all are rounded), the store's temperature and `tail`; or
+                `Hidden` states (M, D) in the dtype of the head, and the head.
 
         Raises:
             MissingTargets: (a ValueError) sequences are not in the store; with what is damaged.
@@ -595,7 +596,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             return False
         rows, mass = (self._top_k if self.store.kind == "top_k" else self._states)(targets, len(tokens[1]))
         with self._adding:
-            if key in self._pending:
+            if key in self.store._index or key in self._pending:  # meanwhile
                 return False
             self._pending[key] = tokens[0], tokens[1], rows, mass
             self._bytes += sum(t.nbytes for t in tokens) + sum(t.nbytes for t in rows.values())
