@@ -141,7 +141,10 @@ In float32 it is inf, with a zero gradient, where the sum is below 1e-38."""
 
 def _symbol(family: str, parameter: float, limits: dict[float, str]) -> str:
     """The kernel at a parameter: the family's, but for its limits'."""
-    return next((limit for at, limit in limits.items() if abs(parameter - at) <= NEAR), family)
+    for at, limit in limits.items():  # a loop: compilers of torch 2.8 know no default of `next`
+        if abs(parameter - at) <= NEAR:
+            return limit
+    return family
 
 
 def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
