@@ -103,7 +103,7 @@ class StudentServer(Server):
                 if key not in self.cache:
                     self.cache[key] = self.model.log_probs(made)[-1]
                 scores = self.cache[key] / how["temperature"]
-            for i, bias in how["logit_bias"].items():
+            for i, bias in how.get("logit_bias", {}).items():
                 scores[int(i)] += bias
             if how["top_k"] > 0:
                 scores[scores < scores.topk(how["top_k"]).values[-1]] = -torch.inf

@@ -426,7 +426,7 @@ class TeacherSamples:
         """
         import pyarrow
 
-        ask = functools.partial(getattr(source, "draw", functools.partial(draw, source)), vocabulary=vocabulary)
+        ask = source.draw if hasattr(source, "draw") else functools.partial(draw, source)
         for number in [n for n in self.missing() if n % ranks == rank]:
             made: list[list[int]] = []
             done = sum(len(self._range(i)) for i, shard in enumerate(self.shards()) if shard.exists())
@@ -434,7 +434,8 @@ class TeacherSamples:
             for begin in range(0, len(indices), batch):
                 some = indices[begin : begin + batch]
                 prompts = [torch.as_tensor(self.prompts[i]) for i in some]
-                made += [row.tolist() for row in ask(prompts, self.sampling, self.seed * 1_000_003 + some[0])]
+                seed = self.seed * 1_000_003 + some[0]
+                made += [row.tolist() for row in ask(prompts, self.sampling, seed, vocabulary)]
                 done += len(some)
                 yield done
             write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), self.shards()[number])

@@ -55,10 +55,10 @@ class StudentServer:
     def __init__(self, url: str, folder: str | Path, student: Any, vocabulary: int):
         self.folder, self.adapter = Path(folder).absolute(), _adapter_of(student)
         size, (self.pad, ends) = vocabulary_of(student.config), special_tokens(student)
-        self.endpoint = Endpoint(url, model="", vocabulary=vocabulary, concurrency=CONCURRENCY)  # "": no adapter
+        self.endpoint = Endpoint(url, model="", vocabulary=size, concurrency=CONCURRENCY)  # "": no adapter
+        self.vocabulary = vocabulary
         self.name = f"the student's server at {self.endpoint.url}"
-        beyond = {i: -100 for i in range(vocabulary, size)}
-        self.how: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": ends, "logit_bias": beyond}
+        self.how = {"ignore_eos": True, "stop_token_ids": ends}
         self.probe = torch.linspace(0, vocabulary - 1, PROBE).long()
         self.mark = ""  # of these weights alone: the adapter's name, and the salt of what the server caches
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # ids, their log-probabilities here and there
@@ -85,7 +85,8 @@ class StudentServer:
                     self.take(student, step)
                 every = [torch.tensor(p) for of_rank in of_ranks for p in of_rank]
                 seed = int(torch.randint(2**31, ()))
-                rows = iter(self.endpoint.draw(every, sampling, seed, cache_salt=self.mark, **self.how))
+                more: dict[str, Any] = {"cache_salt": self.mark, **self.how}
+                rows = iter(self.endpoint.draw(every, sampling, seed, self.vocabulary, **more))
                 made = [[[next(rows).tolist() for _ in of_rank] for of_rank in of_ranks]]
             except Exception as error:  # of any kind: the other ranks wait
                 cause, made = error, [str(error)]

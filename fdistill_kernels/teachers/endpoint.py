@@ -40,7 +40,7 @@ from ..provenance import install
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
-from .store import MissingTargets, TeacherStore, _pair, _settings, check_same
+from .store import MissingTargets, TeacherStore, _pair, _settings, check_same, paired
 
 if TYPE_CHECKING:
     from ..sequence.sampling import Sampling  # which needs transformers
@@ -323,10 +323,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self._loop.call_soon(self._loop.stop)
 
     def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Pair]:
-        if len(prompts) != len(continuations):
-            raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: each has one")
         pairs = []
-        for number, pair in enumerate(zip(prompts, continuations, strict=True)):
+        for number, pair in enumerate(paired(prompts, continuations)):
             try:
                 prompt, continuation = (
                     tuple(map(operator.index, p.tolist() if isinstance(p, Tensor) else p)) for p in pair

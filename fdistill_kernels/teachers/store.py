@@ -136,6 +136,13 @@ def _token_ids(name: str, ids: TokenIds) -> np.ndarray:
     return found.astype("<i4")
 
 
+def paired(prompts: Sequence[Any], continuations: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each prompt with its continuation."""
+    if len(prompts) != len(continuations):
+        raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: each has one")
+    return zip(prompts, continuations, strict=True)
+
+
 def _pair(prompt: TokenIds, continuation: TokenIds) -> tuple[bytes, np.ndarray, np.ndarray]:
     """A sequence's hash, its prompt and its continuation."""
     of = _token_ids("prompt", prompt), _token_ids("continuation", continuation)
@@ -493,9 +500,7 @@ class TeacherStore:
                 not have.
         """
         checked_tail(tail)
-        if len(prompts) != len(continuations):
-            raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: each has one")
-        keys = [_pair(*pair)[0] for pair in zip(prompts, continuations, strict=True)]
+        keys = [_pair(*pair)[0] for pair in paired(prompts, continuations)]
         if not keys:
             raise ValueError("targets of no sequence were asked for")
         parts = self._gather(keys)
