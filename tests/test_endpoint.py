@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fdistill_kernels.sparse import TopK
-from fdistill_kernels.teachers import store as store_module
-from fdistill_kernels.teachers.endpoint import READS, Endpoint, EndpointError, _agree, _pause, _seconds
+from fdistill_kernels.teachers import writer as writer_module
+from fdistill_kernels.teachers.connection import EndpointError, _pause, _seconds
+from fdistill_kernels.teachers.endpoint import READS, Endpoint, _agree
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
 
@@ -455,7 +456,7 @@ def test_retries_are_logged_but_not_each(caplog):
             "sequence 0 (prompt of 2 tokens 1 2" in line.getMessage()
             and "out of memory; try 2 of 10 in 0.0" in line.getMessage()
         )
-        teacher._next_line, server.faults = 0.0, itertools.chain(["429"], itertools.repeat(None))
+        teacher.connection._next_line, server.faults = 0.0, itertools.chain(["429"], itertools.repeat(None))
         teacher.targets([[1, 2]], [[4]])
         assert "slow down" in caplog.messages[1] and "4 other retries" in caplog.messages[1]
 
@@ -500,12 +501,12 @@ def test_what_is_damaged_is_asked_again(tmp_path):
 
 
 def test_a_disk_that_damages_every_write_is_told(tmp_path, monkeypatch):
-    write = store_module.write_whole
+    write = writer_module.write_whole
 
     def damaging(path, content, **more):
         write(path, content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content, **more)
 
-    monkeypatch.setattr(store_module, "write_whole", damaging)
+    monkeypatch.setattr(writer_module, "write_whole", damaging)
     with Server() as server, endpoint(server, store=tmp_path) as teacher:
         with pytest.raises(OSError, match=f"{tmp_path} damages what is written.*another checksum"):
             teacher.targets([[1]], [[2]])
@@ -567,7 +568,7 @@ def test_closing_never_hangs():
         teacher.close()
         asking.join(5)
         teacher.close()
-        assert time.monotonic() - begin < 1 and "closed" in failed[0] and not teacher._thread.is_alive()
+        assert time.monotonic() - begin < 1 and "closed" in failed[0] and not teacher._background._thread.is_alive()
         with pytest.raises(EndpointError, match="closed"):
             teacher.targets([[1]], [[2]])
 
@@ -633,12 +634,12 @@ def test_a_reply_that_trickles_is_timed_as_a_whole():
 def test_connections_are_not_used_up_by_replies_that_came_too_late():
     with Server() as server, endpoint(server, model="tiny", concurrency=2, retries=0) as teacher:
         for n in range(80):  # of one server and network, wherever in a request the time is over
-            teacher.timeout = 0.001 + 0.0002 * n
+            teacher.connection.timeout = 0.001 + 0.0002 * n
             with contextlib.suppress(EndpointError):
                 teacher.targets([[1]], [[2, n % V]])
-        teacher.timeout = 5
+        teacher.connection.timeout = 5
         check(teacher.targets([[3]], [[4]]), server.model, [[3]], [[4]])
-        assert not teacher._client._transport._pool._requests
+        assert not teacher.connection.client._transport._pool._requests
 
 
 def test_a_batch_that_is_called_off_gives_its_connections_back():
@@ -646,11 +647,11 @@ def test_a_batch_that_is_called_off_gives_its_connections_back():
     with Server() as server, endpoint(server, model="tiny", concurrency=4) as teacher:
         for n in range(250):  # wherever in a request it is
             pairs = teacher._pairs([[1]] * 4, [[2, n % V, n // V, i] for i in range(4)])
-            future = teacher._submit(teacher._batch, pairs)
+            future = teacher._background.submit(teacher._batch, pairs)
             time.sleep(draw.uniform(0, 0.02))
             future.cancel()
         check(teacher.targets([[3]], [[4]]), server.model, [[3]], [[4]])
-        pool = teacher._client._transport._pool
+        pool = teacher.connection.client._transport._pool
         assert not pool._requests and all(connection.is_idle() for connection in pool.connections)
 
 

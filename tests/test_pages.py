@@ -53,7 +53,7 @@ def teachers(tmp_path):
 
 def check_teachers(names):
     assert names["of_both"].ids.shape[-1] <= 2 * 64 and names["rows"].states.shape == (3, D)
-    assert names["targets"].ids.shape[0] == 2 and not names["endpoint"]._thread.is_alive()
+    assert names["targets"].ids.shape[0] == 2 and not names["endpoint"]._background._thread.is_alive()
 
 
 @contextlib.contextmanager

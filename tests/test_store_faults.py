@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fdistill_kernels.sparse import TopK
-from fdistill_kernels.teachers import TeacherStore, store
+from fdistill_kernels.teachers import TeacherStore, files, store
+from fdistill_kernels.teachers.pairs import pair_of
 from fdistill_kernels.values import Head
 
 from .conftest import WHOLE
@@ -92,7 +93,7 @@ def base(request, tmp_path_factory):
             writer.add(*one)
             if i % A_SHARD == A_SHARD - 1:
                 writer.flush()
-    shards = {i: opened._index[store._pair(*one[:2])[0]][0].path.stem for i, one in enumerate(made)}
+    shards = {i: opened._index[pair_of(*one[:2])[0]][0].path.stem for i, one in enumerate(made)}
     return folder, request.param, made, shards
 
 
@@ -121,7 +122,7 @@ def damage(path, rng):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_damaged_bytes_are_named_and_never_read(base, tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(store.os, "fsync", lambda _: None)  # which takes time, and is not asked about here
+    monkeypatch.setattr(files.os, "fsync", lambda _: None)  # which takes time, and is not asked about here
     whole, kind, made, shards = base
     rng = np.random.default_rng(seed)
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
@@ -188,8 +189,8 @@ class Faults:
     def __init__(self, monkeypatch, nth, how):
         self.nth, self.how, self.calls, self.log = nth, how, 0, []
         for name in ("replace", "link", "fsync", "unlink", "open"):
-            monkeypatch.setattr(store.os, name, self._faulty(name, getattr(os, name)))
-        monkeypatch.setattr(store, "open", self._opened, raising=False)
+            monkeypatch.setattr(files.os, name, self._faulty(name, getattr(os, name)))
+        monkeypatch.setattr(files, "open", self._opened, raising=False)
 
     def _faulty(self, name, real):
         def call(*args, **kwargs):

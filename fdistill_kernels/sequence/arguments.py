@@ -22,7 +22,8 @@ from transformers.hf_argparser import string_to_bool
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..sparse import TAILS
-from ..teachers.endpoint import DEFAULT_K, without_credentials
+from ..teachers.connection import without_credentials
+from ..teachers.endpoint import DEFAULT_K
 from .data import Answers, Policy
 from .metrics import MEASURES
 from .teachers import is_url

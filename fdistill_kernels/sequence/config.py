@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..checks import check_choice, check_integer, check_number
 from ..own import resolve
-from ..teachers.endpoint import without_credentials
+from ..teachers.connection import without_credentials
 from .objectives import METHODS, SOURCES, Half, method, mixture, with_cross_entropy
 from .ranks import join
 from .sampling import Sampling

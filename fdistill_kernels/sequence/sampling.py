@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..checks import check_integer, check_number
+from ..teachers.files import write_whole
 from ..teachers.packing import hash_tensor
-from ..teachers.store import check_same, write_whole
+from ..teachers.settings import check_same
 from .models import (
     IGNORE,
     accepted,

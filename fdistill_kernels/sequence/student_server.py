@@ -21,7 +21,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..teachers.endpoint import Endpoint, EndpointError, _message
+from ..teachers.connection import EndpointError, message_of
+from ..teachers.endpoint import Endpoint
 from .models import evaluating, rows_of, vocabulary_of
 from .sampling import Sampling, special_tokens
 
@@ -125,14 +126,14 @@ class StudentServer:
         """The server's reply to a request that only the way it was started can make it refuse."""
         import httpx
 
+        server = self.endpoint.connection
         try:
-            reply = httpx.post(self.endpoint.url + path, json=body, timeout=TIMEOUT, auth=self.endpoint.auth,
-                               headers=self.endpoint.headers)  # fmt: skip
+            reply = httpx.post(server.url + path, json=body, timeout=TIMEOUT, auth=server.auth, headers=server.headers)
         except httpx.RequestError as error:
             raise EndpointError(f"{self.name} does not answer to {path}: {error!r}") from error
         if reply.status_code != 200:
             started = "VLLM_SERVER_DEV_MODE=1" if self.adapter is None else LORA
-            raise EndpointError(f"{self.name} refuses {path} with status {reply.status_code}: {_message(reply)} "
+            raise EndpointError(f"{self.name} refuses {path} with status {reply.status_code}: {message_of(reply)} "
                                 f"(it must be started with {started}, and see {self.folder})",
                                 reply.status_code)  # fmt: skip
         return reply

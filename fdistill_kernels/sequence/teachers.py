@@ -23,7 +23,7 @@ from .. import products
 from ..backends.rows import capped
 from ..sparse import TopK, checked_tail
 from ..teachers import Endpoint, TeacherStore
-from ..teachers.endpoint import without_credentials
+from ..teachers.connection import without_credentials
 from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
 from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted, vocabulary_of

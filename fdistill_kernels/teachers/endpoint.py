@@ -13,22 +13,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import email.utils
 import errno
 import fcntl
 import itertools
-import logging
 import math
 import operator
 import os
-import random
-import re
-import struct
-import threading
-import time
-import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +28,15 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_number
-from ..provenance import install
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
+from .background import Background, all_of
+from .connection import FIRST_WAIT, Connection, EndpointError
+from .locks import is_locked, locked
+from .pairs import pair_of, paired
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
-from .store import MissingTargets, TeacherStore, _pair, _settings, check_same, paired
+from .settings import check_same, checked_settings
+from .store import MissingTargets, TeacherStore
 
 if TYPE_CHECKING:
     from ..sequence.sampling import Sampling  # which needs transformers
@@ -50,25 +46,12 @@ Ids = Sequence[int] | Tensor
 KINDS = ("vllm", "sglang", "vllm_hidden")
 #: Ids of a position, where none are asked for.
 DEFAULT_K = 64
-#: Seconds before the second try, doubled for each further one up to the longest; each is multiplied by 0.5 to 1.
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 #: How far a probability, or states relative to their norm, may move when a sequence is asked for again.
 AGREES = 0.1
-#: Rows that the stored sequence which is asked for again should have; seconds between two lines of the log.
-ENOUGH, LINE_EVERY = 8, 5.0
+#: Rows that the stored sequence which is asked for again should have.
+ENOUGH = 8
 #: Times that a batch reads damaged rows from the store before it is given up.
 READS = 3
-LOG = logging.getLogger("fdistill_kernels.endpoint")
-#: How vLLM and SGLang say that a sequence, and the token after it that each of them must generate, are too long.
-TOO_LONG = re.compile(r"context (length|window)|maximum model length|max_tokens must be at least", re.IGNORECASE)
-
-
-class EndpointError(RuntimeError, ConnectionError):
-    """The server refused a sequence (`status`: its HTTP status), or did not answer in any try (0)."""
-
-    def __init__(self, what: str, status: int = 0):
-        super().__init__(what)
-        self.status = status
 
 
 class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
@@ -115,11 +98,6 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         head: Head | None = None, norm: Callable[[Tensor], Tensor] | None = None,
         states_folder: str | Path | None = None, layer: int = -1,
     ):  # fmt: skip
-        try:
-            import anyio  # noqa: F401
-            import httpx
-        except ImportError as error:
-            raise ImportError(f"Endpoint needs the package {error.name}: {install('served')}") from error
         for name, value, least in (
             ("vocabulary", vocabulary, 1), ("k", DEFAULT_K if k is None else k, 1), ("concurrency", concurrency, 1),
             ("retries", retries, 0), ("layer", layer, -(2**63)),
@@ -145,11 +123,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if head is not None and head.weight.shape[0] != vocabulary:
             raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
         k = min(DEFAULT_K if k is None else k, vocabulary)
-        self.url, self.auth = _address(url)
-        if self.auth and api_key:
-            raise ValueError(f"{self.url}: either api_key or the url's user and password, of which a request sends one")
-        self.model, self.vocabulary, self.k, self.kind, self.timeout = model, vocabulary, k, kind, timeout
-        self.retries, self.first_wait, self.head, self.norm, self.layer = retries, first_wait, head, norm, layer
+        self.connection = Connection(url, api_key, concurrency, timeout, retries, first_wait)
+        self.model, self.vocabulary, self.k, self.kind = model, vocabulary, k, kind
+        self.head, self.norm, self.layer = head, norm, layer
         self.states_folder, self._lists = states_folder, Lists(k, vocabulary, short_rows, padded)
         self._kept: dict[str, Any] = {"vocabulary": vocabulary, "kind": "top_k", "k": k}  # settings of its store
         if head is not None:
@@ -159,35 +135,30 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self._folder: Path | None = None  # of a store to be made
         if isinstance(store, TeacherStore):
             self.store, free = store, ("states", "rank") if head else ("log_probs",)
-            asked = _settings(**self._kept | {n: x for n, x in store.settings.items() if n in free})
+            asked = checked_settings(**self._kept | {n: x for n, x in store.settings.items() if n in free})
             check_same(f"{store.folder} holds other targets", store.settings, asked)
         elif store is not None:
             self._folder = Path(store)
-        self.headers = {} if self.auth else _authorization(api_key)
-        self._client = httpx.AsyncClient(
-            timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            auth=self.auth, headers=self.headers,
-        )  # fmt: skip  # each request is timed as a whole: a reply that trickles would never time out
-        self._places, self._opening, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock(), threading.Lock()
-        self._submitted: set[Future[Any]] = set()
         self._about: dict[str, Any] | None = None  # what the list of models says
-        self._opened = self._tried = self._closed = False
-        self._not_before, self._next_line, self._untold, self._process = 0.0, 0.0, 0, os.getpid()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="fdistill endpoint")
-        self._thread.start()
+        self._opening, self._opened, self._tried = asyncio.Lock(), False, False
+        self._background = Background(f"the endpoint at {self.url}", self.connection.client.aclose)
 
     # What is asked for
 
     @property
+    def url(self) -> str:
+        """The server's, without /v1, user and password."""
+        return self.connection.url
+
+    @property
     def tokenizer(self) -> str | None:
         """Hash of the server's tokenizer, if /v1/models gives one. The first reading asks the server."""
-        return self._wait(self._submit(self._known)).get("tokenizer")
+        return self._background.run(self._known).get("tokenizer")
 
     @property
     def fingerprint(self) -> str | None:
         """Fingerprint of the server's model, if /v1/models gives one. The first reading asks the server."""
-        return self._wait(self._submit(self._known)).get("fingerprint")
+        return self._background.run(self._known).get("fingerprint")
 
     def targets(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> TopK | Hidden:
         """The teacher at all M tokens of the continuations, sequence by sequence: lists (M, K), or states (M, D).
@@ -201,7 +172,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def ask(self, prompts: Sequence[Ids], continuations: Sequence[Ids], tail: str = "bucket") -> Callable[..., Any]:
         """Begins to ask. Returns a function that waits for the `targets`; it takes another tail if one is given."""
         checked_tail(tail)
-        future = self._submit(self._batch, self._pairs(prompts, continuations))
+        future = self._background.submit(self._batch, self._pairs(prompts, continuations))
         return lambda tail=tail: self._wait(future, checked_tail(tail))
 
     def prefetch(
@@ -216,7 +187,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         try:
             while True:
                 for batch in itertools.islice(source, ahead + 1 - len(on_the_way)):
-                    on_the_way.append((batch, self._submit(self._batch, self._pairs(batch[0], batch[1]))))
+                    on_the_way.append((batch, self._background.submit(self._batch, self._pairs(batch[0], batch[1]))))
                 if not on_the_way:
                     return
                 batch, future = on_the_way.popleft()
@@ -244,11 +215,11 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             await self._open()
             rows = (await self._known()).get("vocabulary", self.vocabulary)
             how = {"logit_bias": {i: -100 for i in range(drawn, rows)}, **more} if drawn < rows else more
-            return await _all(
+            return await all_of(
                 (self._drawn, prompt, sampling, seed + i, i, drawn, how) for i, (prompt, _) in enumerate(pairs)
             )
 
-        return self._wait(self._submit(all_of_them))
+        return self._background.run(all_of_them)
 
     def check(self) -> None:
         """Asks what the model is, and two short sequences, as the first `targets` would: before anything is begun."""
@@ -257,7 +228,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             await self._open()
             await self._try()
 
-        self._wait(self._submit(first))
+        self._background.run(first)
 
     def tokenized(self, text: str) -> list[int] | None:
         """A text's token ids by the server's own tokenizer (POST /tokenize); None: it has no such answer."""
@@ -265,62 +236,26 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         async def once() -> Any:
             try:
                 asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
-                return (await self._post("/tokenize", asked)).get("tokens")
+                return (await self.connection.post("/tokenize", asked)).get("tokens")
             except (EndpointError, Misfit):  # with whatever status it says so
                 return None
 
         async def asked() -> Any:
             await self._known()
-            return await self._until_it_fits("a text's tokens", once)
+            return await self.connection.until_it_fits("a text's tokens", once)
 
-        return self._wait(self._submit(asked))
+        return self._background.run(asked)
 
     def close(self) -> None:
         """Cancels all requests; whoever waits for them gets an error. Answers that have come are in the store."""
-        if os.getpid() != self._process:
-            return
-        with self._gate:
-            if self._closed:
-                return
-            self._closed = True
-            for future in tuple(self._submitted):
-                future.cancel()
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        self._thread.join(timeout=10)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._background.close()
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    # Between the caller's thread and the loop's
-
-    def _submit(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
-        async def in_a_scope() -> Any:  # so that whoever cancels the future calls the requests off as `_all` does
-            return (await _all([(work, *arguments)]))[0]
-
-        if os.getpid() == self._process:
-            with self._gate:  # what is submitted before `close` is there to be called off by it
-                if not self._closed:
-                    future = asyncio.run_coroutine_threadsafe(in_a_scope(), self._loop)
-                    self._submitted.add(future)
-                    future.add_done_callback(self._submitted.discard)
-                    return future
-        raise EndpointError(f"the endpoint at {self.url} is closed, or belongs to the process that forked this one")
-
     def _wait(self, future: Future[Any], tail: str = "") -> Any:
-        try:
-            found = future.result()
-        except CancelledError as error:
-            raise EndpointError(f"the endpoint at {self.url} was closed before it answered") from error
-        finally:
-            future.cancel()  # where the caller was interrupted
+        found = self._background.result(future)
         return found._replace(tail=tail) if isinstance(found, TopK) else found
-
-    async def _end(self) -> None:
-        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
-        await self._client.aclose()
-        self._loop.call_soon(self._loop.stop)
 
     def _pairs(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Pair]:
         pairs = []
@@ -378,7 +313,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if pairs:
             await self._try()
         try:
-            failed = await _all((one, number, pair) for number, pair in enumerate(pairs))
+            failed = await all_of((one, number, pair) for number, pair in enumerate(pairs))
         finally:
             if self.store is not None and made:
                 with self.store.writer() as writer:
@@ -398,13 +333,13 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """
         claims = os.open(store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         try:
-            for byte in sorted({int.from_bytes(_pair(*pair)[0][:7], "big") for pair in pairs}):
-                while not _locked(claims, fcntl.F_WRLCK, byte, 1):
+            for byte in sorted({int.from_bytes(pair_of(*pair)[0][:7], "big") for pair in pairs}):
+                while not locked(claims, fcntl.F_WRLCK, byte, 1):
                     await asyncio.sleep(0.05)
             store.refresh()
             yield list(dict.fromkeys(pairs[i] for i in store.missing(pairs)))
         finally:
-            _locked(claims, fcntl.F_UNLCK)  # closing is not enough where a forked process has the file, too
+            locked(claims, fcntl.F_UNLCK)  # closing is not enough where a forked process has the file, too
             os.close(claims)
 
     # One teacher
@@ -412,7 +347,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     async def _known(self) -> dict[str, Any]:
         """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`."""
         if self._about is None:
-            self._about = await self._until_it_fits("the list of models", self._served)
+            self._about = await self.connection.until_it_fits("the list of models", self._served)
             self.model = self._about["id"]
         return self._about
 
@@ -467,7 +402,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 return
             first = tuple(i * (min(self.vocabulary, 200) - 1) // 5 for i in range(5))  # a student's last may be padding
             short = [((a,), tuple(more)) for a, *more in (first, first[::-1], first)]
-            one, other, again = await _all((self._asked, pair, "a short sequence") for pair in short)
+            one, other, again = await all_of((self._asked, pair, "a short sequence") for pair in short)
             if not _agree(one, again):
                 raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
             if first != first[::-1] and _agree(one, other, 1e-6):
@@ -480,16 +415,16 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """A pair's rows: `TopK` (L, K), or states (L, D)."""
         ids, begin = [*pair[0], *pair[1]], len(pair[0])
         once = self._of_sglang if self.kind == "sglang" else self._of_vllm
-        return self._until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), len(ids))
+        return self.connection.until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), len(ids))
 
     async def _generate(self, ids: list[int], new: int, how: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Sends token ids, to be continued by up to `new` more. Returns SGLang's reply, or vLLM's only choice."""
         if self.kind == "sglang":
             body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new}, **more}
-            found = await self._post("/generate", body)
+            found = await self.connection.post("/generate", body)
         else:
             body = {"model": self.model, "prompt": ids, "max_tokens": new, "return_token_ids": True, **how, **more}
-            reply = await self._post("/v1/completions", body)
+            reply = await self.connection.post("/v1/completions", body)
             with form("it is no completion"):
                 (choice,) = reply["choices"]
                 found = {**choice, "kv_transfer_params": reply.get("kv_transfer_params")}
@@ -535,7 +470,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
         assert self.head is not None and self.norm is not None
         weight = self.head.weight
-        while not path.exists() or _is_locked(lock):
+        while not path.exists() or is_locked(lock):
             await asyncio.sleep(0.005)
         try:
             found = load_file(path)
@@ -569,7 +504,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         async def once() -> Tensor:
             reply = await self._generate(ids, new, {**how, of_seed: seed})
             if (files := self._files(reply)) is not None:  # nobody reads the states of a sample
-                while _is_locked(files[1]):
+                while is_locked(files[1]):
                     await asyncio.sleep(0.005)
                 _remove(*files)
             made = reply.get(of_ids)
@@ -585,11 +520,11 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 raise Misfit(f"it continues a prompt of {read} tokens, not of {len(ids)}")
             return torch.tensor(made)
 
-        return await self._until_it_fits(f"prompt {number} of {len(ids)} tokens", once)
+        return await self.connection.until_it_fits(f"prompt {number} of {len(ids)} tokens", once)
 
     async def _served(self) -> dict[str, Any]:
         try:
-            listed = (await self._post("/v1/models")).get("data")
+            listed = (await self.connection.post("/v1/models")).get("data")
         except EndpointError as error:
             if self.model is None or error.status not in (404, 405):
                 raise
@@ -601,96 +536,6 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str}
         about = found[0] if found else {"id": self.model}
         return {name: about[name] for name, kind in kinds.items() if isinstance(about.get(name), kind)}
-
-    async def _until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]], tokens: int = 0) -> Any:
-        """The result of `once`, which is tried again after ever longer waits. A Retry-After holds for all requests.
-
-        tokens: the length of the sequence, which the error names if the server's context is too short for it.
-        """
-        import anyio
-
-        for tries in itertools.count(1):
-            try:
-                async with self._places:
-                    while (rest := self._not_before - time.monotonic()) > 0:
-                        await asyncio.sleep(rest)
-                    with anyio.fail_after(self.timeout):
-                        return await once()
-            except Misfit as error:
-                happened = str(error)
-            except TimeoutError:
-                happened = f"no whole reply within {self.timeout} s"
-            except EndpointError as error:
-                said = str(error)
-                if tokens and error.status == 400 and TOO_LONG.search(said):
-                    said += (" (the server's context must be at least one token longer than the longest sequence: "
-                             f"{tokens + 1} for this one)")  # fmt: skip
-                raise EndpointError(f"{what}: {said} ({self.url})", error.status) from error
-            if tries > self.retries:
-                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}: {happened}")
-            wait = _pause(self.first_wait, tries) * random.uniform(0.5, 1)
-            wait = max(wait, self._not_before - time.monotonic())
-            self._untold += 1
-            if time.monotonic() >= self._next_line:
-                more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
-                LOG.warning("%s: %s; try %d of %d in %.3g s%s", what, happened, tries + 1, self.retries + 1, wait, more)
-                self._next_line, self._untold = time.monotonic() + LINE_EVERY, 0
-            await asyncio.sleep(wait)
-        raise AssertionError
-
-    async def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One request's reply as an object; GET without a body. What another try may mend is a Misfit."""
-        import httpx
-
-        try:
-            reply = await self._client.request("GET" if body is None else "POST", self.url + path, json=body)
-        except httpx.RequestError as error:
-            raise Misfit(f"the connection broke: {error!r}") from error
-        if reply.status_code != 200:
-            said, after = f"status {reply.status_code}: {_message(reply)}", _seconds(reply.headers.get("Retry-After"))
-            if to := reply.headers.get("Location"):
-                said += f" (it redirects to {without_credentials(to)}, which is not followed)"
-            if reply.status_code not in (408, 429) and reply.status_code < 500:
-                raise EndpointError(f"the server refuses it with {said}", reply.status_code)
-            if after > self.timeout:
-                raise EndpointError(f"the server asks to wait {after:g} s, with {said}", reply.status_code)
-            self._not_before = max(self._not_before, time.monotonic() + after)
-            raise Misfit(said)
-        try:
-            found = reply.json()
-        except (ValueError, RecursionError) as error:
-            raise Misfit(f"a body of {len(reply.content)} bytes that is no JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise Misfit("it is no JSON object")
-        if found.get("error") or found.get("object") == "error":  # with status 200
-            raise Misfit(f"the server says: {_message(reply)}")
-        return found
-
-
-async def _all(work: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """The results of functions with their arguments, in order; the first failure calls off the rest.
-
-    They run in a scope of anyio, which httpx is written for: if it calls off a request, the connection is given back,
-    which a task's own `cancel` does not always achieve.
-    """
-    import anyio
-
-    found: dict[int, Any] = {}
-    failed: list[Exception] = []
-    async with anyio.create_task_group() as group:
-
-        async def one(number: int, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
-            try:
-                found[number] = await function(*arguments)
-            except Exception as error:
-                failed.append(error)
-                group.cancel_scope.cancel()
-
-        for number, call in enumerate(work):
-            group.start_soon(one, number, *call)
-    for error in failed:
-        raise error
-    return [found[number] for number in range(len(found))]
 
 
 def _end_of(reply: dict[str, Any]) -> Any:
@@ -717,108 +562,9 @@ def _short(store: TeacherStore) -> Pair | None:
     return None
 
 
-def _pause(first: float, tries: int) -> float:
-    """Seconds to wait at most after so many tries."""
-    return min(first * 2.0 ** min(tries - 1, 64), LONGEST_WAIT)  # 2¹⁰²⁴ is no float
-
-
-def _message(reply: Any) -> str:
-    """The server's error message, in the forms of vLLM, SGLang and FastAPI."""
-    try:
-        found = reply.json()
-        found = found.get("error", found.get("message", found.get("detail", found)))
-        return str(found.get("message", found) if isinstance(found, dict) else found)
-    except (ValueError, AttributeError, RecursionError):
-        return reply.text[:500]
-
-
-def _address(url: str) -> tuple[str, tuple[str, str] | None]:
-    """A server's url without /v1, user and password; and these two.
-
-    Raises:
-        TypeError: it is no text.
-        ValueError: it does not begin with http:// or https:// and a host, or does not end with a path.
-    """
-    if not isinstance(url, str):
-        raise TypeError(f"the url must be text, not {type(url).__name__}")
-    shown = without_credentials(url)
-    try:
-        parts = urllib.parse.urlsplit(url)
-        there = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
-    except ValueError:  # a port of other things than digits
-        there = False
-    if not there:
-        raise ValueError(f"the url must begin with http:// or https:// and a host, without spaces: {shown!r}")
-    if set("?#") & set(url):
-        raise ValueError(f"the url must end with the server's path, without ?query and #fragment: {shown!r}")
-    user, at, host = parts.netloc.rpartition("@")
-    auth = tuple(map(urllib.parse.unquote, user.partition(":")[::2]))
-    bare = urllib.parse.urlunsplit(parts._replace(netloc=host))
-    return bare.rstrip("/").removesuffix("/v1"), auth if at else None  # type: ignore[return-value]
-
-
-def without_credentials(url: str) -> str:
-    """A url as errors and files may have it, without user and password."""
-    return re.sub(r"^([^/]*//)?.*@", r"\1", url)
-
-
-def _authorization(api_key: str | None) -> dict[str, str]:
-    """The header of a key.
-
-    Raises:
-        ValueError, TypeError: what no header can have. The key is not shown.
-    """
-    if api_key is None:
-        api_key = os.environ.get("FDISTILL_API_KEY")
-    if api_key is not None and not isinstance(api_key, str):
-        raise TypeError(f"api_key must be text, not {type(api_key).__name__}")
-    if api_key and not re.fullmatch(r"[!-~]+", api_key):
-        raise ValueError("api_key has spaces, line breaks or letters that are not ASCII; of a key that was read from a "
-                         "file give .strip()")  # fmt: skip
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
-def _seconds(after: str | None) -> float:
-    """Seconds to wait by a Retry-After header, which has seconds or a date."""
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(after or 0))
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(after or "").timestamp() - time.time())
-    return 0.0
-
-
-def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
-    """Calls a function that takes a lock without waiting; whether the lock was free."""
-    try:
-        lock(*arguments)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _locked(file: int, kind: int, begin: int = 0, length: int = 0) -> bool:
-    """Locks or unlocks bytes of a file (length 0: all) for this descriptor.
-
-    Systems without such locks (macOS) have `lockf`, whose locks are the process's: batches of one process then do not
-    wait for each other.
-    """
-    if not hasattr(fcntl, "F_OFD_SETLK"):
-        how = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
-        return _had(fcntl.lockf, file, how, length, begin)
-    return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, begin, length, 0))
-
-
 def _remove(*files: Path) -> None:
     for file in files:
         file.unlink(missing_ok=True)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with open(path) as file:
-            return not _had(fcntl.flock, file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
 
 
 def _agree(one: Any, other: Any, within: float = AGREES) -> bool:
