@@ -382,7 +382,7 @@ def linear_cross_entropy(
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -405,6 +405,7 @@ def linear_cross_entropy(
             (N, d1, ...), or (N, V, d1, ...) of probabilities; without return_parts, shard and reduction="batchmean".
         target: class indices (...), in [0, V) or `ignore_index`; or class probabilities (..., V), as in
             `cross_entropy`.
+        ignore_index: as in `cross_entropy`; None, which is torch's own default, is −100.
         weight: (V) factor on each class, as in `cross_entropy`.
         token_weight: (...) factor on each token's loss; not in the denominator.
         The rest: as in `linear_f_divergence` and `cross_entropy`.
@@ -415,6 +416,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: as `linear_f_divergence`.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
     check_shard("shard", shard)
     checks.check_hidden("input", input)
     checks.check_tensor("target", target, floating=False)

@@ -192,6 +192,9 @@ def test_modules_and_compile():
     assert "tvd" in repr(loss) and "z_loss=0.1" in repr(fk.LinearCrossEntropyLoss(z_loss=0.1))
     torch.testing.assert_close(fk.LinearCrossEntropyLoss()(hidden, weight, target),
                                fk.linear_cross_entropy(hidden, weight, target))  # fmt: skip
+    ignored = target.index_fill(0, torch.tensor([1]), -100)  # None: torch's own default
+    torch.testing.assert_close(fk.LinearCrossEntropyLoss(ignore_index=None)(hidden, weight, ignored),
+                               fk.linear_cross_entropy(hidden, weight, ignored))  # fmt: skip
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, teacher, teacher_weight)
     torch.testing.assert_close(compiled, want)
     for got, expected in zip(gradients(compiled, hidden, weight), gradients(want, hidden, weight), strict=True):
