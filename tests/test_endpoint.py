@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fdistill_kernels.sparse import TopK
-from fdistill_kernels.teachers import writer as writer_module
+from fdistill_kernels.teachers import shard as shard_module
 from fdistill_kernels.teachers.connection import EndpointError, _pause, _seconds
 from fdistill_kernels.teachers.endpoint import READS, Endpoint, _agree
 from fdistill_kernels.teachers.store import TeacherStore
@@ -501,12 +501,12 @@ def test_what_is_damaged_is_asked_again(tmp_path):
 
 
 def test_a_disk_that_damages_every_write_is_told(tmp_path, monkeypatch):
-    write = writer_module.write_whole
+    write = shard_module.write_whole
 
     def damaging(path, content, **more):
         write(path, content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content, **more)
 
-    monkeypatch.setattr(writer_module, "write_whole", damaging)
+    monkeypatch.setattr(shard_module, "write_whole", damaging)
     with Server() as server, endpoint(server, store=tmp_path) as teacher:
         with pytest.raises(OSError, match=f"{tmp_path} damages what is written.*another checksum"):
             teacher.targets([[1]], [[2]])

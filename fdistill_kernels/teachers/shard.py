@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from pathlib import Path
 
 import numpy as np
+import torch
 import xxhash
+from safetensors.torch import save
 from torch import Tensor
 
 from . import packing
-from .files import Damaged, mapped, unsealed
+from .files import Damaged, mapped, sealed, unsealed, write_whole
+
+#: Of a sequence: prompt, continuation, tensors of its rows, and sums of their mass.
+Kept = tuple[np.ndarray, np.ndarray, dict[str, Tensor], list[float]]
 
 
 class Shard:
@@ -41,3 +48,29 @@ class Shard:
                 raise Damaged(f"{self.path.name} has another checksum than written")
             self.verified = True
         return mapped(self.path)
+
+
+def write_shard(folder: Path, settings: str, sequences: dict[bytes, Kept]) -> str:
+    """Writes a shard and its sidecar; returns their name."""
+    prompts, continuations, rows, masses = zip(*sequences.values(), strict=True)
+    tokens = [part for pair in zip(prompts, continuations, strict=True) for part in pair]
+    tensors = {name: torch.cat([r[name] for r in rows]).contiguous() for name in rows[0]}
+    tensors["tokens"] = torch.from_numpy(np.concatenate(tokens))
+    tensors["places"] = torch.from_numpy(np.cumsum([0, *map(len, tokens)]))
+    content, lengths = save(tensors), [len(c) for c in continuations]
+    side = {
+        "settings": settings, "bytes": len(content), "checksum": xxhash.xxh3_128_hexdigest(content),
+        "sequences": len(rows), "tokens": sum(lengths), "keys": b"".join(sequences).hex(), "rows": lengths,
+        "mass": [sum(m) for m in zip(*masses, strict=True)],
+    }  # fmt: skip
+    name = uuid.uuid4().hex
+    paths = [folder / f"{name}.{suffix}" for suffix in ("safetensors", "json")]
+    try:
+        for path, written in zip(paths, (content, sealed(side)), strict=True):
+            write_whole(path, written)
+    except OSError:
+        for path in paths[::-1]:  # it will be tried again, under another name
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+    return name

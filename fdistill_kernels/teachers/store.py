@@ -26,14 +26,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..checks import check_integer
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from . import packing
+from .encode import counted, encoded_lists, encoded_states
 from .files import UNREADABLE, Damaged, hash_of, mapped, remove_old, sealed, unsealed, write_whole
 from .pairs import Pair, TokenIds, pair_of, paired
 from .settings import FORMAT, as_json, check_same, checked_settings, kept_head
-from .shard import Shard
-from .writer import Writer, counted
+from .shard import Kept, Shard, write_shard
 
 HEAD = "head.safetensors"
 #: Shards that are kept memory-mapped; the system allows a process some 65,000 maps.
@@ -334,6 +335,13 @@ class TeacherStore:
         """A context manager that adds sequences, in shards of about this size. Several may write at the same time."""
         return Writer(self, shard_bytes)
 
+    def _encoded(self, targets: Any, length: int) -> tuple[dict[str, Tensor], list[float]]:
+        """A sequence's tensors, and the sums of its rows' mass."""
+        if self.kind == "top_k":
+            return encoded_lists(targets, length, self.settings)
+        projection = None if self.settings["rank"] is None else self._head_tensors()["projection"]
+        return encoded_states(targets, length, self.settings, projection), []
+
     def summary(self) -> dict[str, Any]:
         """Counts: kind, sequences, tokens, bytes of the shards, bytes per token, damaged shards.
 
@@ -348,3 +356,55 @@ class TeacherStore:
             sums = zip(*(s.mass for s in shards), strict=True) if rows else iter(())
             found["mass"] = dict(zip(counted(self.settings["k"]), (sum(m) / rows for m in sums), strict=False))
         return found
+
+
+class Writer(contextlib.AbstractContextManager["Writer"]):
+    """Adds sequences to a store; see `TeacherStore.writer`. What `flush` returned from is never lost."""
+
+    def __init__(self, store: TeacherStore, shard_bytes: int):
+        check_integer("shard_bytes", shard_bytes, 1)
+        self.store, self.shard_bytes, self._bytes = store, shard_bytes, 0
+        self._adding = threading.RLock()  # threads may share a writer
+        self._pending: dict[bytes, Kept] = {}
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with contextlib.suppress(*([OSError] if kind else [])):  # what was added before an error is good
+            self.flush()
+
+    def add(self, prompt: TokenIds, continuation: TokenIds, targets: TopK | Tensor) -> bool:
+        """Adds a sequence, unless it is in the store; returns whether it was added.
+
+        Args:
+            prompt: (P) token ids.
+            continuation: (L) token ids.
+            targets: for "top_k", a `TopK` with rows (L, K'), K' ≤ K, −1 anywhere as padding; its tail is not kept. For
+                "hidden", states (L, D).
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
+            OSError: a full shard could not be written. Its sequences are kept in memory, and `flush` tries again.
+        """
+        key, *tokens = pair_of(prompt, continuation)
+        if key in self.store._index or key in self._pending:
+            return False
+        rows, mass = self.store._encoded(targets, len(tokens[1]))
+        with self._adding:
+            if key in self.store._index or key in self._pending:  # meanwhile
+                return False
+            self._pending[key] = tokens[0], tokens[1], rows, mass
+            self._bytes += sum(t.nbytes for t in tokens) + sum(t.nbytes for t in rows.values())
+            if self._bytes >= self.shard_bytes:
+                self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Writes what was added. When this returns it is on the disk.
+
+        Raises:
+            OSError: the message names the file. What was added is kept in memory, and everything before stays readable.
+        """
+        with self._adding:
+            if self._pending:
+                name = write_shard(self.store.folder / "shards", self.store._made_of, self._pending)
+                self._pending, self._bytes = {}, 0
+                self.store._take(name)
