@@ -11,7 +11,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.config import FDistillConfig
-from fdistill_kernels.sequence.data import conversation, read_pairs, tokenize
+from fdistill_kernels.sequence.data import read_pairs, tokenize
+from fdistill_kernels.sequence.encoding import conversation
 
 from .test_sequence import bart, llama
 

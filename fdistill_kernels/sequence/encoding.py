@@ -1,0 +1,233 @@
+"""A row of text or messages as token ids, as a model reads and writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Ids(NamedTuple):
+    """Token ids of a row: prompt, what follows it (None: nothing), and which of those tokens count (None: all)."""
+
+    prompt: list[int]
+    rest: list[int] | None
+    counted: list[bool] | None
+
+
+def plain(value: Any) -> Any:
+    """Messages or tools without the nulls that a table puts in where other rows have more keys."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
+
+
+def _answers(turns: list[dict[str, Any]], begin: int) -> list[int]:
+    """The indices of answers from turn `begin` on. One that opens a conversation answers nothing, and is only read."""
+    return [i for i in range(max(begin, 1), len(turns)) if turns[i]["role"] == "assistant"]
+
+
+def conversation(
+    tokenizer: Any, turns: list[dict[str, Any]], begin: int = 0, tools: Any = None, ends: Sequence[int] = ()
+) -> Ids:
+    """A conversation by the tokenizer's chat template. Answers from turn `begin` on count, up to their end token.
+
+    The end token is the tokenizer's or one of `ends`. If the template marks answers ({% generation %}), its marks
+    decide; otherwise what rendering one more turn adds. The prompt is what generation gets before the first of these
+    answers. If the last turn is no answer, all is prompt.
+
+    Raises:
+        ValueError: the template renders turns differently when more turns follow, so that an answer's tokens are
+            unknown.
+    """
+
+    def ids(count: int, ask: bool = False) -> list[int]:
+        return list(_rendered(tokenizer, turns[:count], tools, add_generation_prompt=ask)["input_ids"])
+
+    if len(turns) == 1 and turns[0]["role"] == "assistant":
+        raise ValueError("an answer alone has no prompt")
+    answers = _answers(turns, begin)
+    if not answers or answers[-1] != len(turns) - 1:
+        return Ids(ids(len(turns), True), None, None)
+    prompt, stops = ids(answers[0], True), {tokenizer.eos_token_id, *ends}
+    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)):
+        marked = _rendered(tokenizer, turns, tools, return_assistant_tokens_mask=True)
+        whole, counted = list(marked["input_ids"]), [bool(m) for m in marked["assistant_masks"]]
+        agrees = whole[: len(prompt)] == prompt and any(counted[len(prompt) :])
+    else:
+        whole = ids(len(turns))
+        counted, agrees = [False] * len(whole), True
+        for i in answers:
+            before, after = ids(i, True), ids(i + 1)
+            agrees &= len(before) < len(after) and after[: len(before)] == before and whole[: len(after)] == after
+            said = after[len(before) :]
+            stop = len(before) + next((i for i, token in enumerate(said, 1) if token in stops), len(said))
+            counted[len(before) : stop] = [True] * (stop - len(before))
+    if not agrees:
+        raise ValueError("the chat template renders turns otherwise when an answer follows, so that its tokens are not "
+                         "told apart: --answers each makes a row of every answer, or give --chat_template_path one "
+                         "with {% generation %} that only adds")  # fmt: skip
+    counted = counted[: len(whole)]
+    last = len(whole) - counted[::-1].index(True)
+    return Ids(prompt, whole[len(prompt) : last], counted[len(prompt) : last])
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=True, **options)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses: {error}") from error
+
+
+def _around(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and after a text (text=, or text_target=)."""
+    one, among = tokenizer(**text, add_special_tokens=False)["input_ids"], list(tokenizer(**text)["input_ids"])
+    at = next((i for i in range(len(among)) if among[i : i + len(one)] == one), None)
+    return ([], []) if at is None else (among[:at], among[at + len(one) :])
+
+
+class Encoder:
+    """Turns rows into token ids, for a causal or an encoder–decoder model."""
+
+    def __init__(
+        self, tokenizer: Any, encoder_decoder: bool, teacher_system: str | None = None, ends: Sequence[int] = (),
+        begins: Sequence[int | None] = (),
+    ):  # fmt: skip
+        self.tokenizer, self.encoder_decoder, self.teacher_system = tokenizer, encoder_decoder, teacher_system
+        self.ends = ends
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token")
+        self.end: int = tokenizer.eos_token_id
+        self.before, self.behind = _around(tokenizer, text="a")
+        before, target = _around(tokenizer, text_target="a") if encoder_decoder else ([], [])
+        # a language's code may follow the end token, where generation stops
+        self.beyond = target[::-1].index(self.end) if self.end in target else 0
+        codes = {*before, *target} - {self.end} if hasattr(tokenizer, "tgt_lang") else set()
+        if codes and begins and not codes & set(begins):
+            first = tokenizer.convert_ids_to_tokens([i for i in begins if i is not None])
+            raise ValueError(f"the tokenizer's targets are of the language tgt_lang={tokenizer.tgt_lang!r}, and "
+                             f"generation begins with {', '.join(first)}: set forced_bos_token_id in the models' "
+                             "generation configs, or tgt_lang")  # fmt: skip
+        self.forced = [i for i in begins[1:] if i is not None and i not in before]  # as generation writes it
+
+    def __call__(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
+        """A row's ids, the ids of the teacher's prompt if it has its own, and the text of the answer.
+
+        Raises:
+            ValueError: the row has neither text nor messages.
+        """
+        row = _parsed(row)
+        if _is_chat(row):
+            return self._chat(row)
+        if self.teacher_system:
+            raise ValueError("--teacher_system is of messages, and this is text: give it a teacher_prompt")
+        own = self._teacher_prompt(row)
+        if "text" in row:
+            if self.encoder_decoder:
+                raise ValueError("text without a prompt is for causal models")
+            whole = self._prompt(_text(row, "text"))
+            begin = max(len(self.before), 1)
+            return Ids(whole[:begin], self._ended(whole[begin:]), None), own, row["text"]
+        rest = self._target(_text(row, "target")) if "target" in row else None
+        return Ids(self._prompt(_text(row, "prompt")), rest, None), own, row.get("target", "")
+
+    def _chat(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
+        (turns, begin), tools = _turns(row), plain(row.get("tools")) or None
+        if self.encoder_decoder:
+            raise ValueError("messages are for causal models: give an encoder–decoder model text")
+        found = conversation(self.tokenizer, turns, begin, tools, self.ends)
+        asked = len(turns) if found.rest is None else _answers(turns, begin)[0]
+        if self.teacher_system:
+            if isinstance(row.get("teacher_prompt"), str) and row["teacher_prompt"]:
+                raise ValueError("--teacher_system is of messages, and teacher_prompt is text")
+            shown = [t for t in plain(row.get("teacher_prompt")) or turns[:asked] if t["role"] != "system"]
+            row = {**row, "teacher_prompt": [{"role": "system", "content": self.teacher_system}, *shown]}
+        said = _said(turns[asked]) if found.rest is not None else ""
+        return found, self._teacher_prompt(row), said
+
+    def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
+        """The ids of the teacher's own prompt, which may be text or messages; None if there is none."""
+        own = plain(row.get("teacher_prompt"))
+        if not own or isinstance(own, str):
+            return self._prompt(own) if own else None
+        tools = plain(row.get("tools")) or None
+        return list(_rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"])
+
+    def _prompt(self, text: str) -> list[int]:
+        """As the model reads it. A causal model continues it, so an end token stays only if the text has it."""
+        if self.encoder_decoder:
+            found = self.tokenizer(text=text)["input_ids"]
+            return found if self.end in self.behind else self._ended(found)
+        found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found if found[: len(self.before)] == self.before else [*self.before, *found]
+
+    def _target(self, text: str) -> list[int]:
+        """As generation writes it: up to its end token."""
+        if not self.encoder_decoder:
+            return self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        found = self.tokenizer(text_target=text)["input_ids"]
+        return [*self.forced, *self._ended(found[: len(found) - self.beyond])]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] == self.end else [*ids, self.end]
+
+
+def _parsed(row: dict[str, Any]) -> dict[str, Any]:
+    """Messages and tools that a file has as JSON text, parsed."""
+    return {k: _of_text(k, v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
+
+
+def _of_text(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a list, or its JSON, not {text[:40]!r} ({error})") from error
+
+
+def _said(turn: dict[str, Any]) -> str:
+    """A turn's text, which may be listed in parts."""
+    content = turn.get("content") or ""
+    return "".join(str(p.get("text") or "") for p in content) if isinstance(content, list) else str(content)
+
+
+def _is_chat(row: dict[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
+
+
+def _turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """A row's conversation, and the turn from which on answers count."""
+    turns, begin = plain(row.get("messages") or row.get("prompt")), 0
+    if "prompt" in row:
+        begin, answer = len(turns), plain(row.get("target"))
+        turns = turns + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [])
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+        raise ValueError(f"messages must be a list of role and content, not {turns!r}")
+    return turns, begin
+
+
+def each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversation as one row per answer, with the turns before it, as generation sees them.
+
+    Turns after the last answer are left out. Other rows, and conversations without an answer, stay as they are.
+
+    Raises:
+        ValueError: the teacher has its own prompt, and there are several answers.
+    """
+    row = _parsed(row)
+    turns, begin = _turns(row) if _is_chat(row) else ([], 0)
+    answers = _answers(turns, begin)
+    if len(answers) > 1 and row.get("teacher_prompt"):
+        raise ValueError(f"teacher_prompt is of one answer, and there are {len(answers)}")
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    return [{**rest, "prompt": turns[:i], "target": [turns[i]]} for i in answers] or [row]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name} must be text, not {row[name]!r}")
+    return str(row[name])
