@@ -9,6 +9,8 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import torch.multiprocessing as mp
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import DistributedType, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -27,6 +30,8 @@ import fdistill_kernels as fk
 import fdistill_kernels.sequence.trainer
 from benchmarks import cluster_demo
 from fdistill_kernels import cli
+from fdistill_kernels.sequence import watch
+from fdistill_kernels.sequence.run import Run
 
 from .test_distributed import rows
 from .test_sequence import llama
@@ -67,7 +72,8 @@ def whole(tensor):
 
 
 def trained(folder, method, ranks, sampled_by=1, split=(), **sizes):
-    """The steps' losses and the weights of a student, of ranks that have each their own rows.
+    """The steps' losses and numbers of tokens, an evaluation's loss, and the weights of a student, of ranks that have
+    each their own rows.
 
     split: of "teacher", whether it is split as the student is.
     """
@@ -76,10 +82,13 @@ def trained(folder, method, ranks, sampled_by=1, split=(), **sizes):
     teacher = model(folder / "teacher", **(sizes if "teacher" in split else {}))
     run = trainer(folder / "run", student, teacher, rows(), method=method, optim="sgd", max_steps=2, learning_rate=0.1,
                   top_k=sampled_by, logging_steps=1, per_device_train_batch_size=4 // ranks // accumulated,
-                  **METHODS[method])  # fmt: skip
-    run.train()
-    losses = [line["loss"] for line in run.state.log_history if "loss" in line]
-    return losses, [whole(p) for p in student.parameters()]
+                  per_device_eval_batch_size=2, **METHODS[method])  # fmt: skip
+    clock = SimpleNamespace(perf_counter=lambda: float(run.state.global_step))  # a step takes a second
+    with patch.object(watch, "time", clock):
+        run.train()
+    logged = [line[name] for line in run.state.log_history if "loss" in line for name in ("loss", "tokens_per_second")]
+    # of 5 rows, so that a rank lacks some of the last batch
+    return [*logged, run.evaluate(rows()[:5])["eval_loss"]], [whole(p) for p in student.parameters()]
 
 
 #: Ways to train: ranks with rows of their own, and how `trained` shares out the model. Where all have the same rows they
@@ -96,17 +105,44 @@ def train_every_way(rank, world, folder):
     for way, settings in ways.items():
         for method in METHODS if world < 4 else ["js"]:
             torch.save(trained(folder, method, **settings), folder / f"{way}, {method}, {rank}.pt")
+        if world < 4 and "split" not in settings:
+            sizes = {name: size for name, size in settings.items() if name != "sampled_by"}
+            torch.save(left_out(folder, **sizes), folder / f"{way}, left out, {rank}.pt")
 
 
 def check_every_way(folder, world):
     for way, settings in WAYS[world].items():
-        for method in METHODS if world < 4 else ["js"]:
+        for method in [*METHODS, *["left out"] * ("split" not in settings)] if world < 4 else ["js"]:
             wanted, weights = torch.load(folder / f"one, {settings.get('sampled_by', 1)}, {method}, 0.pt")
             for rank in range(world):
                 found, of_rank = torch.load(folder / f"{way}, {method}, {rank}.pt")
                 assert found == pytest.approx(wanted, rel=1e-6), (way, method)  # logged in float32
                 for a, b in zip(of_rank, weights, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=f"{way} {method}")
+
+
+def left_out(folder, ranks, **sizes):
+    """As `trained`, where one batch of an epoch has no finite loss and is skipped; and where nothing is to be learned."""
+    student, found = model(folder / "student", **sizes), []
+    for masked in (False, True):
+        data = [row | {"labels_mask": [False] * len(row["labels"])} if masked else row for row in rows()]
+        run = trainer(folder / "run", student, model(folder / "teacher"), data, divergence="js", optim="sgd",
+                      learning_rate=0.1, logging_steps=1, per_device_train_batch_size=2, on_nan="skip", per_device_eval_batch_size=2,
+                      gradient_accumulation_steps=2 // ranks)  # fmt: skip
+        half = run._half
+
+        def broken(of, wrapped, update, half=half):
+            here = any(int(p[0]) == 9 for p in update.sequences["gold"].prompts)
+            return half(of, wrapped, update) * (torch.nan if here else 1)
+
+        run._half = broken if not masked else half
+        run.train()
+        found += [line.get(name, 0) for line in run.state.log_history if "loss" in line
+                  for name in ("loss", "loss_on_gold", "skipped_batches")]  # fmt: skip
+        stream = Dataset.from_list(rows()[:4]).to_iterable_dataset()
+        found.append(run.evaluate(stream)["eval_loss"])
+    assert sum(found[2:6:3]) == 1 and found[7:-1] == [0] * 6
+    return found, [whole(p) for p in student.parameters()]
 
 
 # --- plain losses
@@ -241,6 +277,20 @@ def launched(configuration):
         os.environ |= before
 
 
+def made_by_the_first(rank, world, folder):
+    """A base model that the first rank makes before the others ask whether it is to be made: all get the adapter."""
+    begin = Run.begin
+
+    def late(run):
+        begin(run)
+        while rank and not (run.folder / "predistilled").exists():
+            time.sleep(0.05)
+
+    with patch.object(Run, "begin", late):
+        more = "--student_layers", "1", "--use_peft", "--lora_target_modules", "q_proj"
+        assert cli.main([*arguments(folder, "made", 2, *more), "--student", ""]) == 0
+
+
 def command(rank, world, folder):
     """One process; or each configuration of so many."""
     if world == 1:
@@ -248,6 +298,7 @@ def command(rank, world, folder):
         return
     with launched("ddp"):
         assert cli.main(arguments(folder, "ddp", 2)) == 0
+        made_by_the_first(rank, world, folder)
     with launched("fsdp2"):
         assert cli.main(arguments(folder, "refused", 2)) == 2  # on a CPU, whose models would be left whole
         with processes_of_cards():

@@ -32,6 +32,12 @@ def row_group(model: Any) -> dist.ProcessGroup | None:
     return None
 
 
+def copies_of_rows(model: Any) -> int:
+    """How many ranks, one after another, work on the same rows."""
+    group = row_group(model)
+    return 1 if group is None else group.size()
+
+
 def from_first(model: Any, value: Any) -> Any:
     """The value of the first of a model's `row_group`, on all of them."""
     held = [value]

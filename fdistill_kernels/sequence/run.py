@@ -564,7 +564,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     results_file, folder, stage = run.folder / "results.json", run.folder / "student", stage_of(run.config)
     student = run.student()
     check_search(student)  # whose outputs are measured
-    stored = isinstance(run.teacher, Stored)
+    stored, making = isinstance(run.teacher, Stored), run.to_make()  # asked before the first rank makes it
     trainer = run.trainer(student, run.samples() if stored else run.pairs, stage)  # refuses, before any work
     with trainer.args.main_process_first(local=False):
         run.begin()
@@ -572,7 +572,7 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
         return read_json(results_file, "remove it, and the same command measures anew")
     started = time.perf_counter()
     if not folder.exists():
-        if run.to_make():
+        if making:
             run.make(student)
             trainer = run.trainer(run.student(), trainer.train_dataset, stage)
         trainer.train_dataset = trainer.train_dataset if stored else run.samples()

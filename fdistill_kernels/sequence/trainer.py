@@ -51,7 +51,7 @@ from .models import (
 )
 from .objectives import Half
 from .predistill import predistillation_loss
-from .ranks import from_first, is_of_ranks, row_group
+from .ranks import copies_of_rows, from_first, is_of_ranks, row_group
 from .sampling import check_search, draw, share_ends, special_tokens
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, parts_of, teacher_of
@@ -116,8 +116,9 @@ class FDistillTrainer(Trainer):
     Each log has means since the last one, over all ranks. For each source of the objective: loss_on_SOURCE;
     student_entropy_on_SOURCE and teacher_entropy_on_SOURCE (nats, at the temperature of the loss); agreement_on_SOURCE
     (share of steps where both models have the same likeliest token); overlap_on_SOURCE (Σ min(p, q)); or, if the
-    teacher gives lists, the masses and overlap of `SparseParts`. Also tokens_per_second (tokens with a loss), and
-    sampling_share and teacher_share (shares of the time; the latter without the teacher's head).
+    teacher gives lists, the masses and overlap of `SparseParts`. Also tokens_per_second (tokens with a loss),
+    skipped_batches (how many, by on_nan, if any), and sampling_share and teacher_share (shares of the time; the latter
+    without the teacher's head).
 
     Args:
         model: the student: a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters; or its
@@ -202,10 +203,9 @@ class FDistillTrainer(Trainer):
                                   ids_read=min(read) if self.teacher.encoder_decoder else None)  # fmt: skip
         ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
         trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
-        streams = any(not hasattr(data, "__len__") for name in ("train_dataset", "eval_dataset")
-                      for _, data in datasets_of(name, trainer.get(name)))  # fmt: skip
-        if streams and args.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
-            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # batches of ranks differ in size
+        loaders: Any = args.accelerator_config
+        if loaders.dispatch_batches is None:  # which is True for streams, and batches of ranks differ in size
+            loaders.dispatch_batches = False
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
             raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
@@ -528,6 +528,7 @@ class FDistillTrainer(Trainer):
         if not torch.isfinite(loss):
             loss = self._skipped(loss, inputs, update, student)
             self.watch.sums, self.watch.tokens = before
+            self.watch.skipped += 1
         loss = update.weight * loss
         return (loss, {}) if return_outputs else loss
 
@@ -607,11 +608,11 @@ class FDistillTrainer(Trainer):
 
     def _skipped(self, loss: Tensor, inputs: dict[str, Any], update: Update, student: nn.Module) -> Tensor:
         """0 in place of a loss that is not finite, if `on_nan` says so."""
-        step = self.state.global_step
         if self.args.on_nan == "skip":
-            self.log({"skipped_batches": step})
-            return sum((p.sum() for p in student.parameters() if p.requires_grad), loss.new_zeros(())) * 0.0
-        path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}.pt"
+            return _of_nothing(loss, student)
+        step, rank = self.state.global_step, self.args.process_index
+        of_rank = f"_rank_{rank}" if self.args.world_size > 1 else ""  # several may stop, each with its own batch
+        path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}{of_rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in inputs.items() if name != "update"}
         torch.save(batch | {"sequences": {source: vars(found) for source, found in update.sequences.items()}}, path)
@@ -622,7 +623,7 @@ class FDistillTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
         """As `Trainer.log`; adds what `Watch` has measured to a training loss."""
         if "loss" in logs:
-            logs |= self.watch.line(self.accelerator)
+            logs |= self.watch.line(self.accelerator, copies_of_rows(self._unwrapped(self.model)))
         super().log(logs, *args, **keywords)
 
     # --- evaluation
@@ -657,9 +658,16 @@ class FDistillTrainer(Trainer):
         """The evaluation loss of a batch. No logits are made."""
         with torch.no_grad():
             found = self._gold_kl(model, self._prepare_inputs(inputs))
-        # without the examples that fill the last batch of some ranks
-        self._evaluated += self.accelerator.gather_for_metrics(found).sum(0).cpu()
+        self._evaluated += self._of_all_rows(found).sum(0).cpu()
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
+
+    def _of_all_rows(self, found: Tensor) -> Tensor:
+        """What all ranks have found of an evaluation's rows, each once: some ranks have the same, and some have their
+        last batch filled up.
+        """
+        copies, loader = copies_of_rows(self._unwrapped(self.model)), self.accelerator.gradient_state
+        every = self.accelerator.gather(found).unflatten(0, (-1, copies, len(found)))[:, 0].flatten(0, 1)
+        return every[: loader.remainder] if loader.end_of_dataloader and loader.remainder > 0 else every
 
     def evaluation_loop(self, *args: Any, **keywords: Any) -> Any:
         """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, not over batches."""
@@ -669,6 +677,32 @@ class FDistillTrainer(Trainer):
         metrics = output.metrics or {}
         metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
         return output
+
+
+def _of_nothing(loss: Tensor, student: nn.Module) -> Tensor:
+    """0, whose backward is the loss's, with all that ranks send each other in it, but gives every weight 0."""
+    nothing = loss.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
+
+    def begin(_: Tensor) -> None:
+        weights = {p for p in student.parameters() if p.requires_grad} | _leaves(loss)  # FSDP's have others inside
+        hooks = contextlib.ExitStack()
+        for p in weights:
+            hooks.callback(p.register_hook(torch.zeros_like).remove)
+        torch.autograd.Variable._execution_engine.queue_callback(hooks.close)
+
+    if nothing.requires_grad:
+        nothing.register_hook(begin)
+    return nothing
+
+
+def _leaves(made: Tensor) -> set[Tensor]:
+    """The tensors that a tensor's backward ends at."""
+    nodes, seen = [made.grad_fn], set()
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return {node.variable for node in seen if hasattr(node, "variable")}
 
 
 def _groups_by_length(args: Any) -> bool:

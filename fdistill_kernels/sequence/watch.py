@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
         """Begins anew."""
         # of each source: the loss and what it is a mean over, tokens beside a teacher, and their parts
         self.sums = torch.zeros(len(self.sources), 3 + len(self.parts), dtype=wide(self.device), device=self.device)
-        self.tokens = 0
+        self.tokens = self.skipped = 0  # tokens of batches that count, and batches that do not
         self.times: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self.begin = time.perf_counter()
 
@@ -86,11 +86,14 @@ class Watch(TrainerCallback):
         event.record()
         return event
 
-    def line(self, accelerator: Any) -> dict[str, float]:
-        """What there is to log, over all ranks, which must all ask; begins anew."""
-        sums = accelerator.reduce(torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens])]), "sum").tolist()
+    def line(self, accelerator: Any, copies: int) -> dict[str, float]:
+        """What there is to log, over all ranks, which must all ask; begins anew. copies: ranks with the same rows."""
+        counts = self.sums.new_tensor([self.tokens, self.skipped])
+        *sums, tokens, skipped = (accelerator.reduce(torch.cat([self.sums.flatten(), counts]), "sum") / copies).tolist()
         seconds = time.perf_counter() - self.begin
-        logs = {"tokens_per_second": sums.pop() / seconds}
+        logs = {"tokens_per_second": tokens / seconds}
+        if skipped:
+            logs["skipped_batches"] = int(skipped)
         width = 3 + len(self.parts)
         for i, source in enumerate(self.sources):
             loss, number, tokens, *parts = sums[i * width : (i + 1) * width]
