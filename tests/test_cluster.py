@@ -31,6 +31,7 @@ import fdistill_kernels.sequence.trainer
 from benchmarks import cluster_demo
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import watch
+from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.run import Run
 
 from .test_distributed import rows
@@ -143,6 +144,21 @@ def left_out(folder, ranks, **sizes):
         found.append(run.evaluate(stream)["eval_loss"])
     assert sum(found[2:6:3]) == 1 and found[7:-1] == [0] * 6
     return found, [whole(p) for p in student.parameters()]
+
+
+def gone_on_with(rank, world, folder):
+    """A run that stops in the middle of its second epoch, and of the use of its samples, ends as one that does not."""
+    data, ended = Dataset.from_list([row | {"length": i % 5} for i, row in enumerate(rows() * 2)]), []
+    for stops in ([7], [5, 7]):
+        student = model(folder / "student")
+        for i, stop in enumerate(stops):
+            run = trainer(folder / f"gone on with {len(stops)}", student, model(folder / "teacher"), data, method="rkl",
+                          max_steps=stop, student_every=3, per_device_train_batch_size=2, save_strategy="steps",
+                          save_steps=1, lr_scheduler_type="constant", **BY_LENGTH)  # fmt: skip
+            run.train(resume_from_checkpoint=bool(i))
+        ended.append([p.detach().clone() for p in student.parameters()])
+    for one, other in zip(*ended, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 # --- plain losses
@@ -341,6 +357,7 @@ def check_commands(folder, names):
 def everything(rank, world, folder):
     train_every_way(rank, world, folder / "float64")
     if world > 1:
+        gone_on_with(rank, world, folder / "float64")
         means_over_ranks(rank, world, folder)
         sequence_parallel(rank, world, folder)
     command(rank, world, folder / "command")

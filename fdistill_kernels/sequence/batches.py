@@ -7,7 +7,7 @@ labels −100 where nothing is learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,21 +53,17 @@ class Sequences:
 
 class ByLength(Sampler[int]):
     """transformers' order of rows by length, which the seed and the epoch alone decide: a run that is gone on with has
-    the batches that it would have had.
+    the batches that it would have had. What accelerate's loaders make of a sampler on several ranks tells it no epoch.
     """
 
-    def __init__(self, sampler: Any, seed: int):
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """As the trainer says at the beginning of one."""
-        self.epoch = epoch
+    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], float | None]):
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + int(self.epoch() or 0))
         return iter(self.sampler)
 
 

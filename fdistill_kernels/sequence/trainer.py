@@ -407,7 +407,9 @@ class FDistillTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **keywords)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ByLength(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return ByLength(sampler, seed, lambda: self.state.epoch)
 
     def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
         """The batches of one update, which begins in its first step: then a resumed run has its generators."""
@@ -500,7 +502,8 @@ class FDistillTrainer(Trainer):
         if isinstance(self.teacher, Itself):
             self.teacher.load(checkpoint)
         if self._kept_in(checkpoint).exists():
-            known = torch.load(self._kept_in(checkpoint), map_location=self.args.device, weights_only=True)
+            kind = self.args.device.type  # torch loads to no "cpu:0", as it is called where ranks are several
+            known = torch.load(self._kept_in(checkpoint), map_location=kind, weights_only=True)
             self._kept = [Sequences(**found) for found in known]
 
     def _kept_in(self, folder: str) -> Path:
