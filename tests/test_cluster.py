@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ import fdistill_kernels as fk
 import fdistill_kernels.sequence.trainer
 from benchmarks import cluster_demo
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import watch
+from fdistill_kernels.sequence import build, watch
 from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.run import Run
 
@@ -307,6 +308,22 @@ def made_by_the_first(rank, world, folder):
         assert cli.main([*arguments(folder, "made", 2, *more), "--student", ""]) == 0
 
 
+def filled_together(rank, world, folder):
+    """A store whose first rank is ready before the other begins, and tells of all that is there."""
+    fill, words = build.fill, io.StringIO()
+
+    def late(*args):
+        while rank and not list((folder / "store" / "shards").glob("*.json")):
+            time.sleep(0.05)
+        return fill(*args)
+
+    with patch.object(build, "fill", late), contextlib.redirect_stdout(words):
+        assert cli.main(["teacher", "build", "--teacher", f"{folder}/teacher", "--data", f"{folder}/pairs.tsv", "--kind",
+                         "top_k", "--sequences", "gold", "--max-new-tokens", "4", "--output_dir", f"{folder}/store",
+                         "--json"]) == 0  # fmt: skip
+    assert rank or json.loads(words.getvalue())["sequences"] == 5
+
+
 def command(rank, world, folder):
     """One process; or each configuration of so many."""
     if world == 1:
@@ -315,6 +332,7 @@ def command(rank, world, folder):
     with launched("ddp"):
         assert cli.main(arguments(folder, "ddp", 2)) == 0
         made_by_the_first(rank, world, folder)
+        filled_together(rank, world, folder)
     with launched("fsdp2"):
         assert cli.main(arguments(folder, "refused", 2)) == 2  # on a CPU, whose models would be left whole
         with processes_of_cards():

@@ -387,6 +387,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--samples, --vllm_url: not used, as the objective is": call("--method", "rkl", "--samples", "x", "--vllm_url", url),
         "--samples: not used, as --online_teacher draws": call("--online_teacher", "--samples", "x"),
         "--beams: not used, as the objective is on no beams": call("--beams", "2"),
+        "--save_steps, --save_strategy: not used, as a student that is split":
+            call("--tensor_parallel", "2", "--save_strategy", "steps", "--save_steps", "5"),
         "hidden_weight=0.1 is not used but by predistill": call("--hidden_weight", "0.1"),
         "nosuch is not supported": call("--report_to", "nosuch"),
     }.items():  # fmt: skip

@@ -46,6 +46,9 @@ def build(asked: Asked, console: Console) -> dict[str, Any]:
         task = bar.add_task("the teacher's word", total=len(pairs))
         for done in fill(store, teacher, pairs, run.config.per_device_eval_batch_size, *rank()):
             bar.update(task, advance=done)
+    while store.missing(pairs):  # other ranks ask
+        time.sleep(0.1)
+        store.refresh()
     return {"folder": str(store.folder), **_shown(TeacherStore(store.folder))}
 
 

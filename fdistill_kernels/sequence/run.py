@@ -66,6 +66,8 @@ from .sampling import (
 from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
+#: Options of checkpoints.
+SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
 #: What torch.compile puts before the names of a model's weights.
 COMPILED = "_orig_mod."
 
@@ -268,7 +270,9 @@ class Run:
         """Raises ValueError for options that are given and that such a run makes nothing of."""
         asked, sources, builds = self.asked, self.sources(), self.asked.command == "teacher build"
         served, stored = is_url(asked.model.teacher), is_store(str(asked.model.teacher))
-        drawing = {"samples", "vllm_url", "online_teacher"}
+        drawing, saving = {"samples", "vllm_url", "online_teacher"}, {*SAVING}
+        if asked.given.get("save_strategy") == "no":
+            saving.remove("save_strategy")
         unused = (
             (stored, {*drawing, "k"}, "a store draws nothing and has its own samples and k"),
             (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
@@ -279,6 +283,7 @@ class Run:
             (not sources and not builds, drawing - ({"samples"} if served else set()),
              "the objective is on no sequences that the teacher draws"),
             ("beam" not in sources and not builds, {"beams"}, "the objective is on no beams"),
+            (asked.run.tensor_parallel > 1, saving, "a student that is split over ranks is saved at the end alone"),
         )  # fmt: skip
         for here, names, why in unused:
             if here and (found := sorted(n for n in names if asked.given.get(n))):
