@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import DistributedType, PartialState
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -160,6 +160,14 @@ def gone_on_with(rank, world, folder):
         ended.append([p.detach().clone() for p in student.parameters()])
     for one, other in zip(*ended, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def cut_sequences(rank, world, folder):
+    """Ranks that have each a part of a sequence, of which the loss has no whole rows, are refused before any work."""
+    with pytest.raises(ValueError, match="cp_size=2 cuts a batch's sequences"):
+        trainer(folder / "run", model(folder / "student"), model(folder / "teacher"), rows(),
+                parallelism_config={"cp_size": 2})  # fmt: skip
+    AcceleratorState._reset_state()  # which keeps it
 
 
 # --- plain losses
@@ -376,6 +384,7 @@ def everything(rank, world, folder):
     train_every_way(rank, world, folder / "float64")
     if world > 1:
         gone_on_with(rank, world, folder / "float64")
+        cut_sequences(rank, world, folder / "float64")
         means_over_ranks(rank, world, folder)
         sequence_parallel(rank, world, folder)
     command(rank, world, folder / "command")

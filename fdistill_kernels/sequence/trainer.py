@@ -210,6 +210,10 @@ class FDistillTrainer(Trainer):
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
             raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
                              "the model with a DistributedConfig")  # fmt: skip
+        for name in ("cp_size", "sp_size"):
+            if (size := getattr(getattr(self.accelerator, "parallelism_config", None), name, 1)) > 1:
+                raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have "
+                                 "whole ones: leave it out")  # fmt: skip
         self._check_optimizer()
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
