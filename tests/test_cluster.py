@@ -162,6 +162,18 @@ def gone_on_with(rank, world, folder):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+def own_samples(rank, world, folder):
+    """Two ranks with one prompt draw each its own samples, and have one generator before and after."""
+    data, made = [rows()[0]] * 8, []
+    run = trainer(folder / "run", model(folder / "student"), model(folder / "teacher"), data, method="rkl", top_k=0)
+    draw = run._draw
+    run._draw = lambda *given: made.append(draw(*given)) or made[-1]
+    run.train()
+    mine = [[y.tolist() for y in found.continuations] for found in made], torch.get_rng_state().tolist()
+    dist.all_gather_object(every := [None] * world, mine)
+    assert every[0][0] != every[1][0] and every[0][1] == every[1][1]
+
+
 def cut_sequences(rank, world, folder):
     """Ranks that have each a part of a sequence, of which the loss has no whole rows, are refused before any work."""
     with pytest.raises(ValueError, match="cp_size=2 cuts a batch's sequences"):
@@ -384,6 +396,7 @@ def everything(rank, world, folder):
     train_every_way(rank, world, folder / "float64")
     if world > 1:
         gone_on_with(rank, world, folder / "float64")
+        own_samples(rank, world, folder / "float64")
         cut_sequences(rank, world, folder / "float64")
         means_over_ranks(rank, world, folder)
         sequence_parallel(rank, world, folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +39,18 @@ def copies_of_rows(model: Any) -> int:
     """How many ranks, one after another, work on the same rows."""
     group = row_group(model)
     return 1 if group is None else group.size()
+
+
+@contextlib.contextmanager
+def own_noise(number: int, of: int, device: torch.device) -> Iterator[None]:
+    """Lets each of so many ranks with rows of their own draw by other random numbers: the seed made torch's generators
+    the same on all. Afterwards they are so again.
+    """
+    seed = int(torch.randint(2**62, ())) + number if of > 1 else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def from_first(model: Any, value: Any) -> Any:

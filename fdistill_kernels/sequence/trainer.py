@@ -51,7 +51,7 @@ from .models import (
 )
 from .objectives import Half
 from .predistill import predistillation_loss
-from .ranks import copies_of_rows, from_first, is_of_ranks, row_group
+from .ranks import copies_of_rows, from_first, is_of_ranks, own_noise, row_group
 from .sampling import check_search, draw, share_ends, special_tokens
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, parts_of, teacher_of
@@ -461,7 +461,9 @@ class FDistillTrainer(Trainer):
             elif given is not None:
                 found[source] = given
             else:
-                with self.watch.timed("sampling"):
+                copies = copies_of_rows(student)
+                ranks = self.args.process_index // copies, self.args.world_size // copies
+                with self.watch.timed("sampling"), own_noise(*ranks, self.args.device):
                     found[source] = self._draw(source, student, batch, number)
             found[source].counted = chosen(student, found[source].continuations, found[source].counted)
         return found
