@@ -156,8 +156,13 @@ def main() -> None:
     parser.add_argument("--first", action="store_true", help="what matters most on a card never seen, in eight minutes")
     parser.add_argument("--dry", action="store_true", help="toy shapes on a CPU, to know that all this works")
     parser.add_argument("--minutes", type=float, help="for everything (default: 9, with --first 8)")
-    parser.add_argument("--only", nargs="*", help="steps to run, by name")
+    parser.add_argument("--only", nargs="+", help="steps to run, by name", metavar="STEP")
     args = parser.parse_args()
+    known = [s.name for s in steps(args.out, args.dry, args.first) if s.first or not args.first]
+    if unknown := [name for name in args.only or () if name not in known]:
+        parser.error(f"--only: no step {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+    if not (args.dry or torch.cuda.is_available()):  # tests without a card are skipped, which is no failure
+        parser.error("torch finds no card here; --dry takes toy shapes on a CPU")
     deadline = time.monotonic() + 60 * (args.minutes or (8 if args.first else 9))
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(TRITON_CACHE_DIR=f"{scratch}/triton", TORCHINDUCTOR_CACHE_DIR=f"{scratch}/inductor")
@@ -166,8 +171,7 @@ def main() -> None:
             args.out = Path(scratch, "results") if args.out == parser.get_default("out") else args.out
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "check.log").unlink(missing_ok=True)
-        chosen = [s for s in steps(args.out.resolve(), args.dry, args.first) if s.first or not args.first]
-        chosen = [s for s in chosen if not args.only or s.name in args.only]
+        chosen = [s for s in steps(args.out.resolve(), args.dry, args.first) if s.name in (args.only or known)]
         passed = run_all(chosen, args.out.resolve(), deadline)
         print(*(args.out / "check.log").read_text().splitlines()[-60:], sep="\n")
     print("gpu_check: all passed" if passed else "gpu_check: FAILURES above")

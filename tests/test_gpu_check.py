@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import Step, run_all, steps
+from benchmarks.gpu_check import Step, main, run_all, steps
 
 from .conftest import WHOLE, emulated_library
 
@@ -89,6 +89,17 @@ def test_a_fault_in_each_step_loses_nobody_elses_results(tmp_path, monkeypatch):
     assert (
         "illegal memory" in found["linear_ours"][-1]["error"] and "illegal memory" in found["linear_peers"][-1]["error"]
     )
+
+
+@pytest.mark.parametrize("more, said", [(["--dry", "--only", "row cuda"], "'row cuda'; known: build, rows triton"),
+                                        (["--first", "--only", "memcheck"], "no step 'memcheck'"),
+                                        ([], "no card here; --dry")])  # fmt: skip
+def test_what_cannot_run_is_refused_before_any_work(more, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.sh", str(tmp_path / "results"), *more])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def ends(process, seconds=30):
