@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -375,6 +376,12 @@ def test_help(capsys, monkeypatch):
     told = " ".join((own + train).split())
     assert "(default: )" not in told and "(default: None)" not in told
     assert "number of passes over the data, in place of --max_steps --max_steps" in told  # which has a default
+    off = re.findall(r"--no_(\w+) (?=the same as --\1 False --)?", told)
+    assert "hidden_normalize" in off and all(f"--no_{name} the same as --{name} False --" in told for name in off)
+    for command, used in arguments.USED.items():  # nothing of what it refuses
+        said = shown(*command.split())
+        assert set(re.findall(r"--(\w+)", said)) <= used | arguments.OF_LINE, command
+    assert "fdistill-run" not in own and "training rows" not in own
     monkeypatch.setattr(cli, "NEEDED", ("nosuch_package",))
     assert '(needs pip install ".[sequence]" in a clone)' in " ".join(shown("train").split())
     assert cli.main(["train", "--data", "x"]) == 2

@@ -160,6 +160,9 @@ def _attributes(kind: Any) -> dict[str, str]:
     return {name: said.removesuffix(".").split(". ")[0] for name, said in words.items()}
 
 
+_QUANTISED = (
+    "4bit, 8bit (bitsandbytes), a quant_method of transformers, or its configuration as JSON; default: not quantised"
+)
 #: What --help says: of each own option, and of those of `TrainingArguments` that mean something else here.
 HELP = {
     "output_dir": "folder of the run, the store, or evaluate's sentences; train and build go on with what is there",
@@ -177,9 +180,8 @@ HELP = {
     "revision": "branch, tag or commit of the --student on the hub; default: its main branch",
     "teacher_revision": "branch, tag or commit of the teacher on the hub; default: its main branch",
     "trust_remote_code": "run the code that comes with a model or its tokenizer",
-    "quantization": "quantise the student (to train it, add --use_peft): 4bit, 8bit (bitsandbytes), a quant_method of "
-                    "transformers, or its configuration as JSON; default: not quantised",
-    "teacher_quantization": "quantise the teacher, as in --quantization",
+    "quantization": f"quantise the student (to train it, add --use_peft): {_QUANTISED}",
+    "teacher_quantization": f"quantise the teacher: {_QUANTISED}",
     "use_peft": "train only a new LoRA adapter on the student, as the options of this group say",
     "lora_r": "rank of the adapter's matrices, with --use_peft",
     "lora_alpha": "scale of the adapter, with --use_peft: its output is multiplied by lora_alpha/lora_r",
@@ -220,6 +222,24 @@ HELP = {
     "log_probs": "dtype of stored log-probabilities, for --kind top_k: float16 or uint8",
     "head_rank": "for --kind hidden, store states in this many singular directions of the head; default: whole states",
     **_attributes(FDistillConfig),
+}  # fmt: skip
+#: What some of them mean to one command.
+HELP_OF = {
+    "evaluate": {
+        "output_dir": "folder for sentences.parquet, the outputs and measures of each row; default: they are not kept",
+        "dtype": "dtype of the student's weights; auto: as in its files",
+        "quantization": f"quantise the student: {_QUANTISED}",
+        "data": "rows to measure: a .jsonl, .json, .csv, .tsv or .parquet file, or the name of a hub dataset",
+        "eval_data": "the same, of a hub dataset its --dataset_test_split; not beside --data",
+        "limit": "number of rows to use, from the first on; default: all",
+    },
+    "teacher build": {
+        "output_dir": "folder of the store; one that was begun is gone on with",
+        "teacher": "model folder or hub name of the teacher",
+        "tokenizer": "folder or hub name of the tokenizer; default: the teacher's",
+        "eval_data": "held-out rows, in such a file or dataset, of which gold targets alone are stored; default: the "
+                     "last tenth of --data, at most --eval_pairs",
+    },
 }  # fmt: skip
 
 
@@ -286,10 +306,12 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", string_to_bool: "BOOL"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but no None: what that means an option's help says."""
+    """Shows defaults, but no None and none of what turns an option off, and none beside one that the help says."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        off = isinstance(action, argparse._StoreFalseAction)
+        own = action.default is None or off or "; default: " in (action.help or "")
+        return action.help if own else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         short = len(action.option_strings[0]) == 2
@@ -366,7 +388,9 @@ def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | No
     parser.set_defaults(**DEFAULTS, num_train_epochs=None)
     names, used = {a.dest: a.default for a in parser._actions}, USED.get(command)
     for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
+        action.help = {**HELP, **HELP_OF.get(command, {})}.get(action.dest, action.help)
+        if isinstance(action, argparse._StoreFalseAction):  # --no_NAME, to which HfArgumentParser gives NAME's help
+            action.help = f"the same as --{action.dest} False"
         if action.dest == "report_to":  # its type is a text or a list, of which HfArgumentParser takes the text alone
             action.nargs = "*"
         if action.dest in OF_JSON:
