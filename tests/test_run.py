@@ -369,6 +369,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "must both be causal": call(command="evaluate", teacher="bart"),
         "have different tokenizers": call(command="evaluate", student="stranger"),
         "rkl asks for no sequences of the teacher": call("--method", "rkl", command="sample-teacher", student=None),
+        "--online_teacher: not used, as samples that are kept": call("--online_teacher", command="sample-teacher"),
+        "--predistill_steps: not used, as the method": call("--method", "predistill", "--predistill_steps", "2"),
         "--use_peft makes a new adapter, and": call("--use_peft", student="adapter"),
         "there is no file": call(data="nothing.tsv"),
         "--student or --student_layers is needed": call(student=None),
@@ -536,6 +538,28 @@ def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
     assert max(line["step"] for line in lines_of(tmp_path / "run")) == 2
     assert cli.main([*call, "--max_steps", "2", "--learning_rate", "1e-5"]) == 2
     assert "holds another run: learning_rate was" in capsys.readouterr().err
+
+
+def test_predistillation_alone(causal, tmp_path):
+    """As the method it has the run's own steps, not those of a stage before another method."""
+    call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "predistill", "--hidden_weight", "1",
+              "--eval_pairs", "4", "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    for steps in (2, 3):
+        assert cli.main([*call, "--max_steps", str(steps)]) == 0
+        lines = lines_of(tmp_path / "run")
+        assert max(line["step"] for line in lines) == steps and {line["stage"] for line in lines} == {"predistill"}
+    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+
+
+def test_a_store_without_a_student_asks_the_hub_for_nothing(causal, tmp_path, capsys, monkeypatch):
+    build = of(causal, "teacher", "teacher", None, "pairs.jsonl", "--output_dir", f"{tmp_path}/store")
+    assert cli.main([build[0], "build", *build[1:]]) == 0
+    monkeypatch.setattr(run.GenerationConfig, "from_pretrained", lambda name, **_: pytest.fail(f"asked for {name!r}"))
+    for command, words in (("train", "--student or --student_layers is"), ("sample-teacher", "nothing to draw")):
+        call = of(tmp_path, command, "store", None, "", "--method", "kl", "--output_dir", f"{tmp_path}/run")
+        assert cli.main([*call, "--data", f"{causal}/pairs.jsonl"]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_padded_heads_prompts_alone_and_both_of_the_teacher_s_kinds(causal, tmp_path, capsys):

@@ -232,9 +232,9 @@ class Run:
         """Who has the configurations of generation: the teacher's model, or what the student's files say of it."""
         if self.model is not None:
             return self.model
-        own = None
+        own, student = None, self.asked.model.student
         with contextlib.suppress(OSError):  # there is no such file
-            own = GenerationConfig.from_pretrained(str(self.asked.model.student))
+            own = GenerationConfig.from_pretrained(student) if student else None
         return SimpleNamespace(config=of_student, generation_config=own)
 
     def _check_pair(self, config: Any) -> None:
@@ -270,6 +270,9 @@ class Run:
         """Raises ValueError for options that are given and that such a run makes nothing of."""
         asked, sources, builds = self.asked, self.sources(), self.asked.command == "teacher build"
         served, stored = is_url(asked.model.teacher), is_store(str(asked.model.teacher))
+        if asked.command == "sample-teacher" and (stored or not sources):
+            asks = f"{name_of(self.config)} asks for no sequences of the teacher"
+            raise ValueError(f"{'a store has its own samples' if stored else asks}: there is nothing to draw")
         drawing, saving = {"samples", "vllm_url", "online_teacher"}, {*SAVING}
         if asked.given.get("save_strategy") == "no":
             saving.remove("save_strategy")
@@ -284,6 +287,8 @@ class Run:
              "the objective is on no sequences that the teacher draws"),
             ("beam" not in sources and not builds, {"beams"}, "the objective is on no beams"),
             (asked.run.tensor_parallel > 1, saving, "a student that is split over ranks is saved at the end alone"),
+            (asked.command == "sample-teacher", {"online_teacher"}, "samples that are kept are drawn once"),
+            (self.config.method == "predistill", {"predistill_steps"}, "the method is pre-distillation itself"),
         )  # fmt: skip
         for here, names, why in unused:
             if here and (found := sorted(n for n in names if asked.given.get(n))):
@@ -444,19 +449,20 @@ class Run:
                                     "output_dir": str(self.folder / f"trainer-{stage}")}  # fmt: skip
         if self.asked.run.tensor_parallel > 1:
             settings["save_strategy"] = "no"  # transformers saves no optimizer of a model that is split as it is loaded
-        if stage != "predistill" and self.asked.run.predistill_steps:
+        first = self.asked.run.predistill_steps if stage == "predistill" else 0  # else it is the method itself
+        if not first and self.asked.run.predistill_steps:
             settings = {name: value for name, value in settings.items() if name not in OF_PREDISTILLATION}
         config = FDistillConfig(**settings)
-        if stage == "predistill":
+        if first:
             best = {"metric_for_best_model": "loss", "greater_is_better": False} if config.metric_for_best_model else {}
-            config = config.for_predistillation(max_steps=self.asked.run.predistill_steps, push_to_hub=False, **best)
+            config = config.for_predistillation(max_steps=first, push_to_hub=False, **best)
         try:
             trainer = FDistillTrainer(student, self.teacher, config, train_dataset=rows, eval_dataset=self.held_out,
                                       processing_class=self.tokenizer)  # fmt: skip
         except (ImportError, RuntimeError) as error:  # a package that --report_to or --optim names
             raise ValueError(str(error)) from error
         trainer.add_callback(_Log(self.folder / "metrics.jsonl", stage))
-        if stage != "predistill" and self.asked.run.eval_measures:
+        if not first and self.asked.run.eval_measures:
             trainer.add_callback(Measures(trainer.log, self.model, *self.held_out_rows(), self.tokenizer,
                                           self.config.sampling()))  # fmt: skip
         return trainer
@@ -600,8 +606,6 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
 def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
     """Runs `fdistill sample-teacher`: draws and stores the samples that `train` would draw first."""
     run = Run(asked, console)
-    if not run.sources():
-        raise ValueError(f"{name_of(run.config)} asks for no sequences of the teacher: there is nothing to draw")
     return {"prompts": len(run.samples()), "folder": str(run.asked.run.samples or run.folder)}
 
 

@@ -566,6 +566,7 @@ class FDistillTrainer(Trainer):
     def _predistillation(self, model: Any, update: Update) -> Tensor:
         assert isinstance(self.teacher, InRoom)
         gold = update.sequences["gold"]
+        self.watch.tokens += gold.number(True)
         counts = (update.items["prompts"], update.items["gold"]) if update.items else None
         return predistillation_loss(
             self._unwrapped(model), self.teacher.model, gold.prompts, gold.continuations, self.pad,
