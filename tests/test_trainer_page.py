@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fdistill_kernels.sequence.arguments import DEFAULTS, KINDS, ask
+from fdistill_kernels.sequence.arguments import BY_LENGTH, DEFAULTS, KINDS, ask
 from fdistill_kernels.sequence.data import read_pairs, tokenize
 
 from .test_data import PLAIN, tokenizer_of
@@ -49,6 +49,15 @@ def test_files_are_taken_and_every_option_of_ours_is_on_the_page():
     page = PAGES["docs/trainer.md"]
     ours = {name for kind in ("model", "lora", "data", "run") for name in vars(KINDS[kind]())} - {"tokenizer"}
     assert not {name for name in ours if not re.search(rf"--{name}\b", page)}
+    told = " ".join(re.search(r"These defaults differ.*?\n\n", page, re.DOTALL)[0].split())
+    words = {
+        "output_dir": "--output_dir fdistill-run`", "max_steps": "1000 steps", "learning_rate": "rate of 1e-4", "top_k": "--top_k 30`",
+        "report_to": "no reporting", "eval_strategy": "evaluation", "eval_steps": "quarter of the steps (`--eval_steps`",
+        "save_steps": "`--save_steps`", "save_total_limit": "--save_total_limit 1`", "logging_steps": "--logging_steps 0.02`",
+        "per_device_eval_batch_size": "batches of 32 (`--per_device_eval_batch_size`", **dict.fromkeys(BY_LENGTH, "similar lengths"),
+        **dict.fromkeys({"warmup_ratio", "warmup_steps"} & DEFAULTS.keys(), "a tenth of the steps"),
+    }  # fmt: skip
+    assert words.keys() == DEFAULTS.keys() and [name for name, said in words.items() if said not in told] == []
     assert DEFAULTS["max_steps"] == 1000 and DEFAULTS["learning_rate"] == 1e-4 and DEFAULTS["eval_steps"] == 0.25
 
 
