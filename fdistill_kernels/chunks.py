@@ -114,7 +114,10 @@ def _teacher_logits_(call: LinearCall, begin: int, end: int, rows: slice | Tenso
     """The teacher's logits of a chunk's rows, into a buffer."""
     teacher = call.teacher
     if callable(teacher.rows):
-        return out.copy_(checks.check_chunk(teacher.rows(begin, end), out))
+        made, shard = teacher.rows(begin, end), call.shard
+        if shard.group and isinstance(made, Tensor) and made.shape[-1] == shard.size:  # whole, beside a split student
+            made = made[..., shard.begin : shard.begin + out.shape[1]]
+        return out.copy_(checks.check_chunk(made, out))
     assert teacher.rows is not None
     if teacher.weight is None:
         return out.copy_(teacher.rows[rows])

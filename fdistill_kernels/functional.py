@@ -303,7 +303,8 @@ def linear_f_divergence(
             `Head`. A head that does not require grad costs no product for its gradient.
         teacher_hidden: (..., D_t) with `teacher_weight`, or `Hidden`. Or without `teacher_weight`: logits (..., V), as
             a tensor or `Logits`; a `TopK`; or a function ``(begin, end) -> logits (end − begin, V)`` of a range of the
-            flattened rows. The teacher gets no gradient: this argument must not require grad.
+            flattened rows, beside a split student whole or of this rank's part. The teacher gets no gradient: this
+            argument must not require grad.
         teacher_weight, teacher_bias: the teacher's head, (V, D_t) and (V), in the dtype of its hidden states; or a
             `Head`. It may be the student's.
         logit_scale, teacher_logit_scale: factor on hidden weightᵀ (Cohere, Granite). The student's default is 1, the

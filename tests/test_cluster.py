@@ -34,6 +34,7 @@ from fdistill_kernels import cli
 from fdistill_kernels.sequence import build, watch
 from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.run import Run
+from fdistill_kernels.sequence.teachers import Itself, Mixture
 
 from .test_distributed import rows
 from .test_sequence import llama
@@ -110,11 +111,13 @@ def train_every_way(rank, world, folder):
         if world < 4 and "split" not in settings:
             sizes = {name: size for name, size in settings.items() if name != "sampled_by"}
             torch.save(left_out(folder, **sizes), folder / f"{way}, left out, {rank}.pt")
+            torch.save(other_teachers(folder, **sizes), folder / f"{way}, other teachers, {rank}.pt")
 
 
 def check_every_way(folder, world):
     for way, settings in WAYS[world].items():
-        for method in [*METHODS, *["left out"] * ("split" not in settings)] if world < 4 else ["js"]:
+        more = ["left out", "other teachers"] if "split" not in settings else []
+        for method in [*METHODS, *more] if world < 4 else ["js"]:
             wanted, weights = torch.load(folder / f"one, {settings.get('sampled_by', 1)}, {method}, 0.pt")
             for rank in range(world):
                 found, of_rank = torch.load(folder / f"{way}, {method}, {rank}.pt")
@@ -162,6 +165,22 @@ def gone_on_with(rank, world, folder):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+def other_teachers(folder, ranks, **sizes):
+    """As `trained`: a mixture, and the student itself; a batch of an evaluation has nothing to learn."""
+    found, weights = [], []
+    for teacher in (Mixture([model(folder / "teacher"), model(folder / "student")]), Itself()):
+        student = model(folder / "student", **sizes)
+        data = [row | {"labels_mask": [i > 2] * len(row["labels"]), "teacher_prompt_ids": [9, *row["prompt_ids"]]}
+                for i, row in enumerate(rows())]  # fmt: skip
+        run = trainer(folder / "run", student, teacher, data, divergence="js", optim="sgd", learning_rate=0.1,
+                      per_device_train_batch_size=4 // ranks, per_device_eval_batch_size=1, logging_steps=1)  # fmt: skip
+        run.train()
+        found += [line["loss"] for line in run.state.log_history if "loss" in line]
+        found.append(run.evaluate(data)["eval_loss"])
+        weights += [whole(p) for p in student.parameters()]
+    return found, weights
+
+
 def own_samples(rank, world, folder):
     """Two ranks with one prompt draw each its own samples, and have one generator before and after."""
     data, made = [rows()[0]] * 8, []
@@ -174,8 +193,10 @@ def own_samples(rank, world, folder):
     assert every[0][0] != every[1][0] and every[0][1] == every[1][1]
 
 
-def cut_sequences(rank, world, folder):
-    """Ranks that have each a part of a sequence, of which the loss has no whole rows, are refused before any work."""
+def refused(rank, world, folder):
+    """Ranks that have each a part of a sequence, of which the loss has no whole rows; an average of parts of weights."""
+    with pytest.raises(ValueError, match="takes a student that is whole on each rank"):
+        trainer(folder / "run", model(folder / "student", fsdp_size=2), Itself(decay=0.5))
     with pytest.raises(ValueError, match="cp_size=2 cuts a batch's sequences"):
         trainer(folder / "run", model(folder / "student"), model(folder / "teacher"), rows(),
                 parallelism_config={"cp_size": 2})  # fmt: skip
@@ -397,7 +418,7 @@ def everything(rank, world, folder):
     if world > 1:
         gone_on_with(rank, world, folder / "float64")
         own_samples(rank, world, folder / "float64")
-        cut_sequences(rank, world, folder / "float64")
+        refused(rank, world, folder / "float64")
         means_over_ranks(rank, world, folder)
         sequence_parallel(rank, world, folder)
     command(rank, world, folder / "command")

@@ -287,7 +287,12 @@ def hidden_states(rank, world):
         for teacher in (fk.top_k_of(logits, 5), logits[:, part].to(dtype), logits.to(dtype)):
             of_whole = teacher if isinstance(teacher, fk.TopK) else logits.to(dtype)
             one = fk.linear_f_divergence(hidden, weight, of_whole, **keywords)
-            same(fk.linear_f_divergence(hidden, weight[part], teacher, shard=shard, **keywords), one, tolerance)
+            given = [
+                teacher,
+                *([lambda begin, end, x=teacher: x[begin:end]] if isinstance(teacher, torch.Tensor) else []),
+            ]
+            for of_part in given:  # as such, and from a function
+                same(fk.linear_f_divergence(hidden, weight[part], of_part, shard=shard, **keywords), one, tolerance)
         ce = fk.linear_cross_entropy(mine[0], mine[1], labels, linear_bias=mine[2], shard=shard)
         same(ce, fk.linear_cross_entropy(*whole[:2], labels, linear_bias=whole[2]), tolerance)
     gathered = shard._replace(sum_hidden=False)  # as sequence parallelism's gather, which sums by itself

@@ -596,7 +596,7 @@ def rows_of(
 
     def keep(found: Rows) -> Tensor:
         rows.append(found)
-        return found.hidden.flatten()[:0]
+        return found.hidden[:0, 0]  # flatten of a DTensor without rows never ends
 
     _, outputs = forward_to_head(model, prompts, continuations, pad, keep, **options)
     return rows[0], outputs

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, get_scheduler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -85,6 +86,8 @@ REFUSED = {
     "model_init": "give the model itself",
 }
 
+NOT_AVERAGED = "Itself(decay=...) takes a student that is whole on each rank: not FSDP's or ZeRO-3's"
+
 #: Options of `TrainingArguments` that only some optimizers are made with.
 OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
 
@@ -155,6 +158,8 @@ class FDistillTrainer(Trainer):
         for found in _models_of(self.teacher):
             _check_apart(model, found)
         if isinstance(self.teacher, Itself):
+            if self.teacher.decay is not None and any(isinstance(m, FSDPModule) for m in model.modules()):
+                raise ValueError(NOT_AVERAGED)
             self.teacher.bind(model)
         if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
             raise ValueError("teacher and student must both be causal, or both encoder–decoder")
@@ -223,7 +228,7 @@ class FDistillTrainer(Trainer):
         self._check_models()
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-                raise ValueError("Itself(decay=...) takes a student that is whole on each rank: not FSDP's or ZeRO-3's")
+                raise ValueError(NOT_AVERAGED)
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
         self.add_callback(self.watch)
