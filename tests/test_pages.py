@@ -1,6 +1,7 @@
 """The Python of the documents runs as it stands."""
 
 import contextlib
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -142,3 +143,12 @@ def test_every_tail_is_on_the_page():
 def test_the_apis_page_has_every_public_name():
     of_page = re.findall(r"^::: fdistill_kernels\.(\w+)$", PAGES["api"], re.MULTILINE)
     assert sorted(of_page) == sorted([*fk.__all__, "Endpoint", "TeacherStore"])  # the two that need an extra
+
+
+@pytest.mark.parametrize("name", [name for name in ("cross_entropy", "linear_cross_entropy") if hasattr(F, name)])
+def test_arguments_are_those_of_torch(name):
+    """As README.md says; `options` are of torch's own chunks."""
+    theirs, ours = (list(inspect.signature(getattr(of, name)).parameters.values()) for of in (F, fk))
+    placed = [p.name for p in theirs if p.kind is not p.KEYWORD_ONLY]
+    assert [p.name for p in ours][: len(placed)] == placed
+    assert {p.name for p in theirs} - {"options"} <= {p.name for p in ours}
