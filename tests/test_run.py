@@ -598,3 +598,15 @@ def test_json_has_no_infinity(tmp_path, capsys):
     assert run.main("evaluate", arguments, lambda *_: {"perplexity": math.inf, "kl": math.nan, "bleu": 1.5}) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found == {"perplexity": None, "kl": None, "bleu": 1.5}
+
+
+def test_a_hub_that_is_not_there_is_one_line(tmp_path, capsys):
+    """--push_to_hub makes its repository before any work; whichever its client, a lost connection is no fault of ours."""
+
+    def work(*_):
+        raise type("ConnectError", (run.OF_HUB,), {})("[Errno -2] Name or service not known")
+
+    asked = ["--teacher", "t", "--student", "s", "--data", "x.jsonl", "--output_dir", str(tmp_path)]
+    assert run.main("train", asked, work) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("fdistill: ") and "Name or service not known" in told

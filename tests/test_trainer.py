@@ -738,6 +738,10 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, teacher, hidden_weight=0.1)
     with pytest.raises(ValueError, match=r"beams=2 is not used but by an objective on beam sequences"):
         trainer(tmp_path, student, teacher, method="kl", beams=2)
+    small = dict(per_device_train_batch_size=4, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="drops the only batch of train_dataset, which has 3 rows, fewer than the 4"):
+        trainer(tmp_path, student, teacher, data(3), **small)
+    trainer(tmp_path, student, teacher, data(4), **small)
     for train, found in (("x", "str"), ([1, 2], "list of int")):
         with pytest.raises(TypeError, match=f"train_dataset must be a dataset, .* not a {found}"):
             trainer(tmp_path, student, teacher, train)

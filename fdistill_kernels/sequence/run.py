@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
@@ -68,6 +69,8 @@ from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 #: Options of checkpoints.
 SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
+#: What the hub's client raises; lost connections are no OSError in all of its versions.
+OF_HUB = HfHubHTTPError.__bases__[0]
 #: What torch.compile puts before the names of a model's weights.
 COMPILED = "_orig_mod."
 
@@ -659,6 +662,8 @@ def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dic
             told = f"no space left on the disk ({str(error).splitlines()[0]}); with more the same command goes on"
         elif isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, yaml.YAMLError)):
             told = " ".join(str(error).split())
+        elif isinstance(error, OF_HUB):
+            told = f"the hub cannot be reached ({error})"
         else:
             raise
         print(f"fdistill: {told}", file=sys.stderr)
