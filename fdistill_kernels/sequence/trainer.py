@@ -360,7 +360,7 @@ class FDistillTrainer(Trainer):
             self._check_dataset(name, data, self.sources or ["gold"], self._compared(), model)
             if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
                 raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
-                                 f"fewer than the {args.train_batch_size} of a batch: no step would be trained")  # fmt: skip
+                                 f"fewer than the {args.train_batch_size} of a batch: nothing would train")  # fmt: skip
             length, columns = args.length_column_name, columns_of(data)
             known = length in columns and hasattr(data, "column_names")  # Trainer reads the column of such data alone
             known = hasattr(data, "__len__") and (known or not columns or "input_ids" in columns)
