@@ -27,6 +27,8 @@ from fdistill_kernels.integrations.transformers import causal_loss
 from fdistill_kernels.reference import f_divergence_rows
 
 from .conftest import reference, relative
+from .fuzz.layouts import Draw
+from .fuzz.operators import operator_call
 
 N, V, D = 6, 301, 24
 
@@ -94,6 +96,8 @@ BAD_ROWS = {
     "strides": dict(student=torch.randn(1, V, N).mT),
     "two dimensions": dict(student=torch.randn(N, V), teacher=torch.randn(N, V)),
     "unknown kernel": dict(divergence="Nosuch 0.0 1.0"),
+    "student's layout": dict(student=torch.randn(1, N, V).to_sparse()),
+    "teacher's layout": dict(teacher=torch.randn(1, N, V).to_sparse()),
 }  # fmt: skip
 
 
@@ -128,6 +132,12 @@ def test_operators_by_hand_take_what_they_can():
         *row_arguments(labels=torch.zeros(2 * N).long()[::2], row_scale=torch.ones(N).double())
     )
     assert all(x.isfinite().all() for x in got)
+
+
+def test_the_fuzzer_calls_operators_as_they_are():
+    """By their names, which change with what a call holds."""
+    called = {operator_call(Draw(0, index)) for index in range(60)}
+    assert {"divergence_rows", "divergence_rows_", "linear_rows"} <= called
 
 
 def test_operators_by_hand_have_no_derivative_and_tell_of_what_they_write():

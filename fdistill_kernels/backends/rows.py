@@ -256,6 +256,8 @@ class RowCall(NamedTuple):
         listed = self.targets.ids is not None
         if teacher is None and not listed and (self.terms.divergence is not None or self.terms.labels is None):
             raise ValueError("without a teacher there are the labels' terms alone")
+        if {student.layout, rows.layout} != {torch.strided}:
+            raise ValueError(f"student is {student.layout}, teacher {rows.layout}: both must be dense tensors")
         if (teacher is not None or listed) and self.terms.divergence is None:
             raise ValueError("a teacher needs a divergence")
         if teacher is None and self.teacher_gradient:

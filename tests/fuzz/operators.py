@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 import fdistill_kernels as fk
-from fdistill_kernels.backends.rows import TokenTerms
+from fdistill_kernels.backends.rows import LinearCall, RowCall, Teacher, TokenTerms
+from fdistill_kernels.carried import flat, names_of
 from fdistill_kernels.divergences import Divergence
+from fdistill_kernels.values import Head
 
 from .arguments import DTYPES, JUMP, logits, per_token, spoil
 from .checks import Failure, called, check_gradient, close, unchanged
@@ -21,6 +23,12 @@ LEAVES = {
     "skip_tiles": "path_skip_tiles", "chunk_bytes": "path_chunk_bytes",
     **{f"want_{name}": f"wants_{name}" for name in ("hidden", "weight", "bias")},
 }  # fmt: skip
+#: The operators' arguments that are not drawn here, as a call has them by itself: no list, and all of the vocabulary.
+_TERMS = TokenTerms(*[None] * len(TokenTerms._fields))
+OTHERS = {
+    False: dict(zip(names_of(RowCall), flat(RowCall(None, None, _TERMS)), strict=True)),
+    True: dict(zip(names_of(LinearCall), flat(LinearCall(None, Head(None), Teacher(), _TERMS)), strict=True)),
+}
 
 
 def terms_of(draw: Draw, n: int, v: int) -> tuple[dict[str, Any], Divergence | None]:
@@ -98,7 +106,7 @@ def operator_call(draw: Draw) -> str:
         problem = error
     operator = getattr(torch.ops.fdistill_kernels, name)
     names = LEAVES | ({"teacher": "teacher_rows", "student_softcap": "head_softcap"} if linear else {})
-    got = called(draw, lambda **k: operator(**{names.get(key, key): x for key, x in k.items()}), a, a)
+    got = called(draw, lambda **k: operator(**OTHERS[linear] | {names.get(key, key): x for key, x in k.items()}), a, a)
     if got is not None and want is None:
         raise Failure(f"taken, though the reference cannot: {problem!r}")
     if got is not None:
