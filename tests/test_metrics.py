@@ -69,6 +69,23 @@ def test_in_place_with_caps_and_without_labels_terms(divergence, backend):
     compare(parts, expected(student, teacher, None, 2.0), LIVE | True)
 
 
+def test_of_a_teacher_that_is_no_number(backend):
+    student, teacher = torch.randn(N, V), torch.randn(N, V)
+    teacher[1, 4] = torch.nan
+    _, parts = fk.f_divergence(student, teacher, "kl", reduction="none", return_parts="metrics", backend=backend)
+    assert parts.overlap.isnan().tolist() == parts.teacher_entropy.isnan().tolist() == [n == 1 for n in range(N)]
+    assert parts.student_entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [1e4, torch.finfo(torch.float32).min])
+def test_of_labels_whose_digits_an_offset_hides(offset, backend):
+    student = torch.full((2, V), offset)
+    _, parts = fk.cross_entropy(
+        student, torch.tensor([3, 7]), reduction="none", return_parts="metrics", backend=backend
+    )
+    torch.testing.assert_close(parts.label_log_prob, -torch.tensor([V, V]).log(), rtol=2e-6, atol=0)
+
+
 def test_of_cross_entropy(backend):
     logits = (2 * torch.randn(N, V)).requires_grad_()
     _, parts = fk.cross_entropy(logits, LABELS, reduction="none", return_parts="metrics", backend=backend)

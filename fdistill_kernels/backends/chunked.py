@@ -122,7 +122,7 @@ def _metrics(student: _Model, teacher: _Model | None, labels: Tensor | None) -> 
     nothing, lse = torch.zeros_like(student.top), student.logits.logsumexp(1, keepdim=True)
     label = nothing
     if labels is not None:
-        label = (student.logits.gather(1, labels) - student.top) - (lse - student.top)
+        label = _log_softmax(student.logits).gather(1, labels)
     if teacher is None:
         return entropy(student), nothing, nothing, nothing, lse, label
     agreement = (student.peak == teacher.peak).to(lse)
