@@ -60,7 +60,8 @@ def _tvd(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
 
 def _triangular(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
-    return (p - q) ** 2 / (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    total = p + q  # of nothing, or nearly, 1: an upstream gradient over so little would be infinite
+    return (p - q) ** 2 / total.masked_fill(total < torch.finfo(p.dtype).tiny, 1)
 
 
 def _engine(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
