@@ -204,6 +204,7 @@ def _statistics(call: RowCall, ids: Tensor, z: Tensor, ranks: Ranks, backend: An
         of_rest, plain_rest = (sums[0] + apart * rate).logsumexp(0), (sums[1] + apart).logsumexp(0)
     listed = torch.where(ids >= 0, z, -torch.inf)
     top = torch.cat((listed, rest_top.unsqueeze(1)), 1).amax(1)
+    top = torch.where(of_rest.isnan(), of_rest, top)  # not each backend's largest of a NaN and others is the NaN
     nothing = rest_top == -torch.inf
     apart = torch.where(nothing, 0, rest_top - top)
     rest = torch.where(nothing, 0, rest_top), torch.where(nothing, 0, of_rest)
