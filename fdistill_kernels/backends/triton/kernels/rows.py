@@ -353,7 +353,7 @@ def row_kernel(
                     label_logit = capped(label_logit, student_cap)
                 else:
                     label_logit = tl.load(saved + 8 * step)  # its entry may be the gradient already, in place
-                pivot = tl.where(tl.abs(label_logit) < float("inf"), label_logit, 0.0)
+                pivot = tl.where(tl.abs(label_logit) < 1e37, label_logit, 0.0)  # not finfo.min, a mask
 
             if ALONE or PHASE == STATISTICS:
                 statistics = softmaxes_of(
