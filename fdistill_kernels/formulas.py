@@ -141,7 +141,7 @@ class Formula:
         return self.student(entry, parameter, 1 - parameter), self.teacher(entry, parameter, 1 - parameter)
 
 
-def times(x: Tensor, y: Tensor) -> Tensor:
+def times(x: Tensor, y: Tensor | float) -> Tensor:
     """``x·y`` with 0·y = 0 for infinite or undefined y: the limit of x log x and its kin."""
     return torch.where(x == 0, torch.zeros_like(x), x * y)
 

@@ -467,6 +467,53 @@ def test_class_weights(backend):
     assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
+def test_label_smoothing_beside_masks(backend):
+    """Of finfo.min, at whose sum float32 ends: as large as that, but a number."""
+    logits = torch.randn(2, 300)
+    logits[:, ::2] = torch.finfo(torch.float32).min
+    for label in (0, 1):
+        losses = fk.cross_entropy(logits, torch.tensor([label, label]), label_smoothing=0.1, backend=backend)
+        assert losses > 1e37
+
+
+@pytest.mark.parametrize("caps", [(None, None), (None, 3.0), (5.0, 3.0)], ids=str)
+@pytest.mark.parametrize("name", ["kl", "rkl", "csd"])  # whose gradient waits for no sum, or for one, or for statistics
+def test_a_divergence_that_weighs_nothing_is_nothing(name, caps, backend):
+    """Whatever either model's logits are, and beside labels, whatever the teacher's are."""
+    student, teacher = torch.randn(5, V), torch.randn(5, V)
+    weight = torch.tensor([1.0, 0, 0, 0, 0])
+    teacher[1, 3], teacher[2], student[3, 3], student[4] = math.nan, -math.inf, math.nan, -math.inf
+    labels = torch.tensor([0, 1, 2, -100, -100])
+    caps = dict(zip(("logit_softcap", "teacher_logit_softcap"), caps, strict=True))
+    for labels_terms in ({}, dict(labels=labels, ce_weight=0.5)):
+        for trained in (False, backend != "cuda"):  # which has Triton's kernels for it
+            leaves = student.clone().requires_grad_(), teacher.clone().requires_grad_(trained)
+            loss, parts = fk.f_divergence(*leaves, name, divergence_weight=weight, temperature=0.5, reduction="none",
+                                          return_parts=True, backend=backend, **labels_terms, **caps)  # fmt: skip
+            assert (parts.divergence[1:] == 0).all() and loss.isfinite().all() and loss[0] > 0
+            for gradient in torch.autograd.grad(loss.sum(), leaves[: 1 + trained]):
+                assert gradient.isfinite().all() and (gradient[3:] == 0).all() and (gradient[0] != 0).any()
+                assert labels_terms or (gradient[1:] == 0).all()
+
+
+@pytest.mark.parametrize("memory", ["chunks", "minimal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_hidden_states_of_a_divergence_that_weighs_nothing(dtype, memory, backend):
+    """0 times their NaN would be NaN in all of the weight's gradient."""
+    hidden, weight, teacher, teacher_weight = heads(dtype=dtype)
+    with torch.no_grad():
+        hidden[1], teacher[2] = math.nan, math.nan
+    for masked in (False, True):
+        counts = (torch.arange(len(hidden)) != 3).float() if masked else None
+        loss = fk.linear_f_divergence(
+            hidden, weight, teacher, teacher_weight, "js", token_weight=counts, memory=memory, logit_softcap=5.0,
+            divergence_weight=(torch.arange(len(hidden)) > 2).float(), backend=backend,
+        )  # fmt: skip
+        of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
+        assert loss > 0 and of_weight.isfinite().all() and (of_weight != 0).any()
+        assert of_hidden.isfinite().all() and (of_hidden[:3] == 0).all()
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("form", ["logits", "function", "hidden"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -411,6 +411,32 @@ def test_the_truncated_sum_says_what_it_is():
     assert (wanted < 0).any() or (wanted > 0).all()
 
 
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "within"])
+def test_a_student_that_is_no_number(tail, backend):
+    """Outside the list, too, is told by the loss; not by one that weighs nothing."""
+    student, (ids, log_probs) = logits_of(29).float(), listed(logits_of(30), 5)
+    outside = next(v for v in range(V) if v not in ids[1])
+    student[1, outside] = math.nan
+    student.requires_grad_()
+    for weight in (torch.ones(len(student)), (torch.arange(len(student)) != 1).float()):
+        loss = fk.f_divergence(student, fk.TopK(ids, log_probs.float(), tail), "js", divergence_weight=weight,
+                               reduction="none", backend=backend)  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        right = [n != 1 or weight[1] == 0 for n in range(len(student))]
+        assert loss.isfinite().tolist() == gradient.isfinite().all(1).tolist() == right
+    assert (gradient[1] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_what_neither_model_has_is_nothing_however_it_weighs():
+    student, (ids, log_probs) = logits_of(31).requires_grad_(), listed(logits_of(32), 5)
+    ids[:, 2:] = -1
+    for divergence in SUMS:
+        loss = fk.f_divergence(student, fk.TopK(ids, log_probs, "ignore"), divergence, divergence_weight=100.0)
+        assert torch.autograd.grad(loss, student)[0].isfinite().all(), divergence
+
+
 def test_the_masses_and_the_overlap():
     student, teacher = logits_of(27, 6, 200), logits_of(28, 6, 200)
     ids, log_probs = listed(teacher, 10)

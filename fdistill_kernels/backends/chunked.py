@@ -62,14 +62,16 @@ def _chunk(call: RowCall, i: int, inner: slice, n: slice) -> tuple[Tensor, Tenso
         divergence = times(weight, value.sum(1, keepdim=True))
         student_gradient = times(weight * student.rate, of_student)
         if of_teacher is not None:
-            slope = cap_slope(teacher.logits, call.teacher_softcap)
-            teacher_gradient = times(weight * teacher.rate, of_teacher) * slope
+            teacher_gradient = times(weight * teacher.rate, of_teacher)
+            if call.teacher_softcap:  # NaN of a NaN, which may weigh nothing
+                teacher_gradient = times(teacher_gradient, cap_slope(teacher.logits, call.teacher_softcap))
 
     if labels is not None:
         cross_entropy, squared_lse, of_labels = _label_terms(terms, z_s, labels, n)
         student_gradient = student_gradient + of_labels
 
-    student_gradient = student_gradient * cap_slope(z_s, call.student_softcap)
+    if call.student_softcap:
+        student_gradient = times(student_gradient, cap_slope(z_s, call.student_softcap))
 
     def finish(x: Tensor) -> Tensor:
         return torch.where(live, scale * x, zero)

@@ -99,6 +99,11 @@ class TokenTerms(NamedTuple):
         """The terms of some of the rows."""
         return _of_rows(self, (*SCALES, "labels"), rows)
 
+    def counts(self) -> Tensor:
+        """Whether a row's gradient is any (N,): without labels it is none where the divergence weighs nothing."""
+        counts = self.row_scale != 0
+        return counts & (self.divergence_scale != 0) if self.labels is None else counts
+
 
 #: The fields that are tensors, one entry a row (a class for `class_weight`); those of numbers; and a list's.
 VECTORS, LISTS = tensors(TokenTerms), tensors(Targets)
@@ -251,13 +256,13 @@ class RowCall(NamedTuple):
                              f"not {tuple(student.shape)} and {tuple(rows.shape)}")  # fmt: skip
         if not student.is_floating_point() or rows.dtype != student.dtype or rows.device != student.device:
             raise ValueError(f"student is {student.dtype} on {student.device}, teacher {rows.dtype} on {rows.device}")
+        if {student.layout, rows.layout} != {torch.strided}:
+            raise ValueError(f"student is {student.layout}, teacher {rows.layout}: both must be dense tensors")
         if student.shape[2] > 1 and (student.stride(2) != 1 or rows.stride(2) != 1):
             raise ValueError("student and teacher must be dense in V")
         listed = self.targets.ids is not None
         if teacher is None and not listed and (self.terms.divergence is not None or self.terms.labels is None):
             raise ValueError("without a teacher there are the labels' terms alone")
-        if {student.layout, rows.layout} != {torch.strided}:
-            raise ValueError(f"student is {student.layout}, teacher {rows.layout}: both must be dense tensors")
         if (teacher is not None or listed) and self.terms.divergence is None:
             raise ValueError("a teacher needs a divergence")
         if teacher is None and self.teacher_gradient:

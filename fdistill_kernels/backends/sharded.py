@@ -391,7 +391,7 @@ class _Rows:
         if self.labels is not None and call.student_gradient:
             found[0] = found[0] + self.label_gradient(n, logits[0])
         slopes = cap_slope(logits[0], call.student_softcap), cap_slope(logits[-1], call.teacher_softcap)
-        student, teacher = (scale * x * slope for x, slope in zip(found, slopes, strict=True))
+        student, teacher = (times(scale * x, slope) for x, slope in zip(found, slopes, strict=True))
         return student, teacher
 
     def label_gradient(self, n: slice, logits: Tensor) -> Tensor:
