@@ -232,8 +232,7 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
     }
     if (!first()) return;
     task.parts[n] = 0.0f;
-    if constexpr (kTeacher)
-      task.parts[n] = Math<float>::times(row.scale * row.divergence_scale, Divergence::unit * total.divergence);
+    if constexpr (kTeacher) task.parts[n] = row.scale * row.divergence_scale * Divergence::unit * total.divergence;
   }
 
   FDISTILL_DEVICE bool first() const { return rank() == 0 && thread() == 0; }

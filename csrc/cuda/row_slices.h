@@ -82,13 +82,10 @@ struct RowSlices {
     return cap * (1.0f - 2.0f / (exp2f(t * (2 * kLog2E)) + 1.0f));
   }
 
-  // Writes down row n, whose facts the first threads carry; for the first warp. A row is ignored, too, whose divergence
-  // weighs nothing and has no labels beside it.
+  // Writes down row n, whose facts the first threads carry; for the first warp.
   FDISTILL_DEVICE void announce(int at, uint32_t n, float fact) {
     if (n >= task.row_count) return;
     Row& row = shared.rows[at];
-    const float divergence_scale = from_lane(fact, kDivergence);  // for the first thread
-    if (kTeacher && !task.labels && thread() == 0 && fact * divergence_scale == 0.0f) fact = 0.0f;
     if (thread() == kLabel) {
       int32_t label;
       memcpy(&label, &fact, sizeof(label));

@@ -23,7 +23,7 @@ struct Row {
   FDISTILL_DEVICE bool has_teacher() const { return scale * divergence_scale != 0.0f; }
   FDISTILL_DEVICE float teacher_rate() const { return has_teacher() ? other_rate : rate; }
 };
-constexpr int kFacts = 5, kDivergence = 3, kLabel = 4;
+constexpr int kFacts = 5, kLabel = 4;
 
 // A model's softmax, whole or in part: p = exp((z - top) rate) / total. A top starts from kLowest: finite, so that
 // -inf - top is -inf.

@@ -99,11 +99,6 @@ class TokenTerms(NamedTuple):
         """The terms of some of the rows."""
         return _of_rows(self, (*SCALES, "labels"), rows)
 
-    def counts(self) -> Tensor:
-        """Whether a row's gradient is any (N,): without labels it is none where the divergence weighs nothing."""
-        counts = self.row_scale != 0
-        return counts & (self.divergence_scale != 0) if self.labels is None else counts
-
 
 #: The fields that are tensors, one entry a row (a class for `class_weight`); those of numbers; and a list's.
 VECTORS, LISTS = tensors(TokenTerms), tensors(Targets)

@@ -393,9 +393,8 @@ def _write_gradient_(
         at = torch.cat((ids, torch.where(here.any(1), -1, labels.labels).unsqueeze(1)), 1)
         values, z = torch.cat((values, at_label), 1), torch.cat((z, labels.at_label.unsqueeze(1)), 1)
     values = torch.where(at >= 0, values * cap_slope(z, cap), 0)
-    counts = call.terms.counts().to(rate.dtype)
     backend.rest_gradient_(
-        gradient, call.student, cap, counts, rate, of_all, ranks.here(at, call.student.shape[-1]), values
+        gradient, call.student, cap, call.terms.row_scale, rate, of_all, ranks.here(at, call.student.shape[-1]), values
     )
 
 

@@ -58,8 +58,7 @@ class _Sweeps:
 
     def __init__(self, call: LinearCall):
         # float16 tiles of a row's gradient must not underflow, however little it weighs; a masked row counts 0 times
-        terms = call.terms._replace(row_scale=torch.where(call.terms.counts(), call.terms.row_scale, 0))
-        call = call._replace(terms=terms)
+        terms = call.terms
         self.power, self.most = terms.row_scale.new_ones(1), terms.row_scale.new_ones(())
         self.share = (terms.row_scale != 0).to(call.hidden.dtype)
         if call.hidden.dtype == torch.float16:

@@ -318,29 +318,26 @@ def row_kernel(
         if PHASE != WHOLE:
             begin = member * span
             end = tl.minimum(begin + span, first + vocabulary)
-        scale, of_divergence = tl.load(row_scale + n), 0.0
-        counts = scale != 0
-        if DIVERGENCE:
-            of_divergence = scale * tl.load(divergence_scale + n)
-            counts = counts if LABELS else of_divergence != 0
-        if not counts:
+        caps = (student_cap, teacher_cap)
+        scale = tl.load(row_scale + n)
+        if scale == 0:
             if ALONE or PHASE == GRADIENT:
                 zero_row(student_gradient_row, begin, end, bounds, BLOCK, LINE)
                 zero_row(teacher_gradient_row, begin, end, bounds, BLOCK, LINE)
                 for part in tl.static_range(3):
                     tl.store(parts + part * rows + n, 0.0)
         else:
-            student_rate, teacher_rate, caps = 1.0, 1.0, (student_cap, teacher_cap)
+            student_rate, teacher_rate, of_divergence = 1.0, 1.0, 0.0
             if DIVERGENCE:
                 student_rate = tl.load(student_inverse_temperature + n)
                 teacher_rate = student_rate
                 if teacher_inverse_temperature is not None:
                     teacher_rate = tl.load(teacher_inverse_temperature + n)
-                if LABELS:  # what weighs nothing beside them may be infinite: the student is compared with itself
+                of_divergence = scale * tl.load(divergence_scale + n)
+                # what weighs nothing beside labels may be no number: the student is compared with itself
+                if LABELS or not LATE or coefficients is not None:
                     teacher_row = tl.where(of_divergence == 0, student_row, teacher_row)
                     teacher_rate = tl.where(of_divergence == 0, student_rate, teacher_rate)
-                    if student_cap is not None and teacher_cap is not None:
-                        caps = (student_cap, tl.where(of_divergence == 0, student_cap, teacher_cap))
             saved, here, step = partials, partials, rows * SPLITS  # of all spans, and of this one
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS
@@ -360,8 +357,8 @@ def row_kernel(
 
             if ALONE or PHASE == STATISTICS:
                 statistics = softmaxes_of(
-                    student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, caps[0],
-                    caps[1], pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
+                    student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, student_cap,
+                    teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
                 )  # fmt: skip
                 if LATE:  # in place, no warp may write where another has still to look for the peak
                     tl.debug_barrier()
@@ -391,7 +388,7 @@ def row_kernel(
                     threshold = tl.load(coefficients + 8 * rows + n)
                 if MEMBERS == LABEL:
                     label_there = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
-                    label_there = capped(label_there, caps[1])
+                    label_there = capped(label_there, teacher_cap)
                     inside_there = (teacher_top == label_there) & (statistics[7] == label_logit)
                 elif MEMBERS == LARGEST:
                     inside_there = teacher_top >= threshold
