@@ -29,7 +29,7 @@ from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.own import FDivergence, resolve
 from fdistill_kernels.sequence import sampling, watch
 from fdistill_kernels.sequence.arguments import BY_LENGTH
-from fdistill_kernels.sequence.config import OF_JSON
+from fdistill_kernels.sequence.config import MAY_BE_JSON
 from fdistill_kernels.sequence.models import virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.report import name_of
@@ -682,7 +682,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence={"gold": "kl"}, shares={"student": 1.0}), "divergences of gold, and shares of student"),
     (dict(divergence={"silver": "kl"}), "unknown sources"),
     (dict(divergence="{no"), "divergence is no JSON"),
-    *((dict([(name, "{no")]), f"{name} is no JSON") for name in OF_JSON if hasattr(FDistillConfig, name)),
+    *((dict([(name, "{no")]), f"{name} is no JSON") for name in MAY_BE_JSON if hasattr(FDistillConfig, name)),
     (dict(divergence='{"gold": 3}'), "divergence must name each source's"),
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
     (dict(divergence="kl", shares="divergence=1"), "shares have unknown sources ['divergence']"),

@@ -98,7 +98,7 @@ class FDistillConfig(TrainingArguments):
             join(self.ddp_timeout)
         if isinstance(given := getattr(self, "parallelism_config", None), Mapping):  # as a command line has it
             self.parallelism_config = _parallelism(given)
-        for name in OF_JSON:  # which TrainingArguments reads without saying which one it could not
+        for name in MAY_BE_JSON:  # which TrainingArguments reads without saying which one it could not
             _of_json(name, getattr(self, name, None))
         super().__post_init__()
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
@@ -191,8 +191,8 @@ class FDistillConfig(TrainingArguments):
 
 
 #: Options of `TrainingArguments` that may be JSON text.
-OF_JSON = ("accelerator_config", "fsdp_config", "deepspeed", "gradient_checkpointing_kwargs",
-           "activation_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip
+MAY_BE_JSON = ("accelerator_config", "fsdp_config", "deepspeed", "gradient_checkpointing_kwargs",
+               "activation_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip
 #: Options of `TrainingArguments` about the logits of evaluation and their metrics.
 OF_LOGITS = ("label_names", "include_for_metrics", "batch_eval_metrics", "include_inputs_for_metrics",
              "eval_accumulation_steps", "eval_use_gather_object")  # fmt: skip

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sampling import write_whole
+from ..teachers.files import write_whole
 
 if TYPE_CHECKING:
     from .arguments import Asked

@@ -36,6 +36,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..provenance import as_json
 from ..teachers import Endpoint, TeacherStore
+from ..teachers.files import write_whole
 from .arguments import LENGTHS, Asked, ask, how_long, load_yaml, without_secrets
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
@@ -62,7 +63,6 @@ from .sampling import (
     fingerprint,
     generation_settings,
     write_table,
-    write_whole,
 )
 from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
 from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
@@ -276,9 +276,8 @@ class Run:
         if asked.command == "sample-teacher" and (stored or not sources):
             asks = f"{name_of(self.config)} asks for no sequences of the teacher"
             raise ValueError(f"{'a store has its own samples' if stored else asks}: there is nothing to draw")
-        drawing, saving = {"samples", "vllm_url", "online_teacher"}, {*SAVING}
-        if asked.given.get("save_strategy") == "no":
-            saving.remove("save_strategy")
+        drawing = {"samples", "vllm_url", "online_teacher"}
+        saving = {*SAVING} - ({"save_strategy"} if asked.given.get("save_strategy") == "no" else set())
         unused = (
             (stored, {*drawing, "k"}, "a store draws nothing and has its own samples and k"),
             (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
