@@ -53,8 +53,6 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
             end = min(begin + step, count)
             rows = slice(begin, end) if live is None else live[begin:end]
             states, of_rows = hidden[rows], terms.of_rows(rows)
-            if live is None:  # 0 times a masked row's NaN would be NaN in the weight's gradient
-                states = states.masked_fill((of_rows.row_scale == 0).unsqueeze(1), 0)
             logits, *others = (buffer[: end - begin] for buffer in buffers)
             products.logits_(states, head, logits)
             teacher_logits, cap = None, call.teacher.softcap
@@ -76,6 +74,9 @@ def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor,
                     under_way = wire.begin(dist.all_reduce, of_states), rows, of_states
                 else:
                     of_hidden[rows] = of_states
+            if live is None or terms.metrics:  # 0 times an ignored row's NaN would be NaN in the weight's gradient
+                made = of_rows.without_metrics() if terms.metrics else of_rows
+                states = states.masked_fill((made.row_scale == 0).unsqueeze(1), 0)
             if powers is not None:
                 share = torch.where(of_rows.row_scale == 0, 0, powers[rows] / most).unsqueeze(1)
                 states = states * share.to(states.dtype) if states.is_cuda else states.float() * share

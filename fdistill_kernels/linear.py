@@ -132,9 +132,7 @@ class _LinearLoss(torch.autograd.Function):
         gradients: list[Any]
         if ctx.again and not (ctx.gradients is not None and scattered.same_factor(factor, ctx.group)):
             call = built(LinearCall, kept(ctx))
-            row_scale = call.terms.row_scale
-            terms = replaced(call.terms, metrics=False, row_scale=torch.where(row_scale == 0, 0, row_scale * factor))
-            gradients = list(_rows(_detached(call, terms, wants), ctx.backend)[1:])
+            gradients = list(_rows(_detached(call, call.terms.without_metrics(factor), wants), ctx.backend)[1:])
             factor = None
         else:
             if not ctx.again:

@@ -160,11 +160,10 @@ class _RowsLoss(torch.autograd.Function):
         upstream = once(upstream)
         if ctx.later or (ctx.again and not is_power_of_two(upstream)):
             call = built(RowCall, leaves)
-            scale = torch.where(row_scale == 0, 0, row_scale * upstream)  # rounded once, the factor included
             now = replaced(
                 call, student=call.student.detach(), teacher=None if call.teacher is None else call.teacher.detach(),
-                terms=replaced(call.terms, row_scale=scale, metrics=False), student_gradient=wants[0],
-                teacher_gradient=wants[1],
+                terms=call.terms.without_metrics(upstream),  # rounded once, the factor included
+                student_gradient=wants[0], teacher_gradient=wants[1],
             )  # fmt: skip
             _, *gradients = backends.divergence_rows(now, ctx.backend)
         else:

@@ -486,6 +486,18 @@ def test_heuristic_of_hopper(vocabulary):
         assert chosen == launch.heuristic(8192, vocabulary, 2, H100, symbol)
 
 
+def test_more_rows_than_kernels_count(monkeypatch):
+    """Numbers of a row lie rows apart, up to nine times, which 32 bits count."""
+    monkeypatch.setattr("fdistill_kernels.backends.triton.MOST_ROWS", 7)
+    for rows in (7, 8):
+        student = torch.randn(rows, 9)
+        if rows == 7:
+            fk.f_divergence(student, torch.randn(rows, 9), backend="triton", return_parts="metrics")
+        else:
+            with pytest.raises(ValueError, match="8 rows of logits: the Triton kernels take 7 at once"):
+                fk.f_divergence(student, torch.randn(rows, 9), backend="triton", return_parts="metrics")
+
+
 def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
     launch._tuned.cache_clear()

@@ -136,6 +136,51 @@ def test_a_cap_of_one_model_alone_beside_nothing(of, name, backend):
         assert ours.isfinite().all() and all((x[:2] == 0).all() for x in others)
 
 
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("of", ["logits", "hidden states", "list", "list, uniform", "list, ignore"])
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_no_numbers_that_weigh_nothing_beside_metrics(of, dtype, backend):
+    """A token's metrics are not numbers, where its logits are none; the gradients are, as if it were not there."""
+    weight, live = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([True, False, True])
+    given = (torch.randn(3, 8), torch.randn(V, 8)) if of == "hidden states" else (torch.randn(3, V),)
+    theirs = (torch.randn(3, 8), torch.randn(V, 8)) if of == "hidden states" else (torch.randn(3, V),)
+    loss_of = fk.linear_f_divergence if of == "hidden states" else fk.f_divergence
+
+    def run(models, teacher, weight):
+        leaves = [x.to(dtype).requires_grad_() for x in models]
+        if of.startswith("list"):
+            teacher = (fk.top_k_of(teacher[0], 5)._replace(tail=of[6:] or "bucket"),)
+        loss, parts = loss_of(*leaves, *(x if isinstance(x, fk.TopK) else x.to(dtype) for x in teacher), "js", divergence_weight=weight,
+                              reduction="sum", return_parts="metrics" if "list" not in of else True, backend=backend)  # fmt: skip
+        return loss, parts, torch.autograd.grad(loss, leaves)
+
+    broken = given[0].clone()
+    broken[1, 3] = torch.nan
+    loss, parts, ours = run((broken, *given[1:]), theirs, weight)
+    teacher = (theirs[0][live], *theirs[1:])
+    wanted_loss, _, wanted = run((given[0][live], *given[1:]), teacher, weight[live])
+    torch.testing.assert_close(loss, wanted_loss)
+    torch.testing.assert_close(ours[0][live], wanted[0])
+    assert (ours[0][1] == 0).all() and parts[-3].isnan() == ("list" not in of)
+    torch.testing.assert_close(ours[1:], wanted[1:])
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["neyman", "pearson", fk.Alpha(5.0), fk.Alpha(-4.0), "js"], ids=str)
+def test_two_caps_beside_nothing(name, backend):
+    """The student beside itself, in a row whose divergence weighs nothing, has the student's cap, not the teacher's."""
+    student = (torch.randn(2, V) * 1e3).requires_grad_()
+    loss = fk.f_divergence(
+        student, torch.randn(2, V), name, divergence_weight=torch.tensor([1.0, 0.0]), labels=torch.tensor([0, 1]),
+        ce_weight=1.0, temperature=0.02, logit_softcap=30.0, teacher_logit_softcap=50.0, reduction="none",
+        backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    rest = F.cross_entropy(30 * (student[1:] / 30).tanh(), torch.tensor([1]))
+    torch.testing.assert_close(gradient[1], torch.autograd.grad(rest, student)[0][1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:tail='ignore'")
 def test_terms_that_weigh_nothing_elsewhere():
     """Beside lists, of hidden states and inside compilers; and labels' terms."""

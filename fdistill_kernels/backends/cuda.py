@@ -167,11 +167,13 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     student = call.student
     assert LIBRARY is not None
     parts = torch.empty(call.parts, call.terms.row_scale.shape[0], dtype=torch.float32, device=student.device)
+    asked = call
     if call.terms.metrics:
         triton.write_metrics(call, parts)
+        asked = call._replace(terms=call.terms.without_metrics())
     fresh, nothing = call.empty_gradients()
     gradient = student if call.inplace else fresh
-    _, task, _held = row_task(call, gradient if call.student_gradient else None, None, parts)
+    _, task, _held = row_task(asked, gradient if call.student_gradient else None, None, parts)
     symbol = gpu_symbol(call.divergence) if call.divergence else ""
     with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0

@@ -95,6 +95,15 @@ class TokenTerms(NamedTuple):
         beside: Any = Metrics if targets.ids is None else SparseParts
         return len(beside._fields) - 1 if self.metrics else 3  # tokens are no row's
 
+    def without_metrics(self, factor: float | Tensor = 1.0) -> TokenTerms:
+        """The terms times a factor (of each row), where gradients alone are made: rows whose only term weighs nothing
+        are ignored, whatever their logits are.
+        """
+        ignored = self.row_scale == 0
+        if self.labels is None:
+            ignored = ignored | (self.divergence_scale == 0)
+        return replaced(self, metrics=False, row_scale=torch.where(ignored, 0, self.row_scale * factor))
+
     def of_rows(self, rows: slice | Tensor) -> TokenTerms:
         """The terms of some of the rows."""
         return _of_rows(self, (*SCALES, "labels"), rows)

@@ -376,6 +376,7 @@ def _write_gradient_(
 ) -> None:  # fmt: skip
     """of_z: (n, K + 1) the divergence's gradient by the list's logits, and the rest's."""
     top, cap, rate = row.top, call.student_softcap, call.terms.student_inverse_temperature
+    row_scale = call.terms.without_metrics().row_scale
     of_rest, at, values = of_z[:, -1], ids, of_z[:, :-1]
     of_all = Rest(row.rest_top, of_rest, row.of_rest)
     if labels is not None:
@@ -394,7 +395,7 @@ def _write_gradient_(
         values, z = torch.cat((values, at_label), 1), torch.cat((z, labels.at_label.unsqueeze(1)), 1)
     values = torch.where(at >= 0, values * cap_slope(z, cap), 0)
     backend.rest_gradient_(
-        gradient, call.student, cap, call.terms.row_scale, rate, of_all, ranks.here(at, call.student.shape[-1]), values
+        gradient, call.student, cap, row_scale, rate, of_all, ranks.here(at, call.student.shape[-1]), values
     )
 
 
@@ -418,7 +419,7 @@ def _whole_rows(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: A
     teacher[:, :vocabulary].masked_fill_(hidden & (teacher[:, :vocabulary] == rest.unsqueeze(1)), -torch.inf)
     rate = terms.teacher_inverse_temperature * targets.temperature
     whole = RowCall(
-        wide, teacher[None, :, :vocabulary], replaced(terms, teacher_inverse_temperature=rate, metrics=False),
+        wide, teacher[None, :, :vocabulary], replaced(terms.without_metrics(), teacher_inverse_temperature=rate),
         call.student_softcap, student_gradient=gradient is not None, shard=call.shard,
     )  # fmt: skip
     parts, of_student, _ = (sharded if ranks.wire else backend).divergence_rows(whole)

@@ -108,6 +108,9 @@ def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str
     }  # fmt: skip
 
 
+#: Kernels count in 32 bits the at most nine numbers that they have of each row.
+MOST_ROWS = (2**31 - 1) // 9
+
 #: The kernels' names of `Formula.constants`, and of those with the models exchanged.
 CONSTANTS = ("parameter", "rest", "log_parameter", "log_rest", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 OTHERS = ("other_parameter", "other_rest", "other_log", "other_log_rest")
@@ -147,6 +150,8 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 def _launch(call: RowCall, symbol: str = "") -> Launch:
     symbol = symbol or (gpu_symbol(call.divergence) if call.divergence else "labels")
     rows, vocabulary = call.terms.row_scale.shape[0], call.student.shape[2]
+    if rows > MOST_ROWS:
+        raise ValueError(f"{rows} rows of logits: the Triton kernels take {MOST_ROWS} at once")
     if call.shard.group:  # the same for all ranks, though their shards may differ
         vocabulary = -(-call.shard.size // Collectives(call.shard.group).ranks)
     size, device = call.student.element_size(), call.student.device
@@ -175,6 +180,9 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     of_student, of_teacher = call.empty_gradients()
     student_gradient = student if call.inplace else of_student if call.student_gradient else None
     teacher_gradient = of_teacher if call.teacher_gradient else None
+    if terms.metrics:
+        write_metrics(call, parts)
+        terms = terms.without_metrics()
     if divergence and divergence.scale != 1:
         terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
     class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
@@ -195,8 +203,6 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     tickets = torch.zeros(1 + rows, dtype=torch.int32, device=student.device) if together else None
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
     strides = *_strides_of(student), *_strides_of(teacher), *_strides_of(student_gradient)
-    if terms.metrics:
-        write_metrics(call, parts)
 
     numbers, of_divergence = arguments(divergence, call.teacher_gradient)
     given = (

@@ -318,8 +318,7 @@ def row_kernel(
         if PHASE != WHOLE:
             begin = member * span
             end = tl.minimum(begin + span, first + vocabulary)
-        caps = (student_cap, teacher_cap)
-        scale = tl.load(row_scale + n)
+        scale, cap_of_teacher = tl.load(row_scale + n), teacher_cap
         if scale == 0:
             if ALONE or PHASE == GRADIENT:
                 zero_row(student_gradient_row, begin, end, bounds, BLOCK, LINE)
@@ -338,6 +337,9 @@ def row_kernel(
                 if LABELS or not LATE or coefficients is not None:
                     teacher_row = tl.where(of_divergence == 0, student_row, teacher_row)
                     teacher_rate = tl.where(of_divergence == 0, student_rate, teacher_rate)
+                    if student_cap is not None and teacher_cap is not None:
+                        cap_of_teacher = tl.where(of_divergence == 0, student_cap, teacher_cap)
+            caps = (student_cap, cap_of_teacher)
             saved, here, step = partials, partials, rows * SPLITS  # of all spans, and of this one
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS
@@ -357,8 +359,8 @@ def row_kernel(
 
             if ALONE or PHASE == STATISTICS:
                 statistics = softmaxes_of(
-                    student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, student_cap,
-                    teacher_cap, pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
+                    student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, caps[0],
+                    caps[1], pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
                 )  # fmt: skip
                 if LATE:  # in place, no warp may write where another has still to look for the peak
                     tl.debug_barrier()
@@ -388,7 +390,7 @@ def row_kernel(
                     threshold = tl.load(coefficients + 8 * rows + n)
                 if MEMBERS == LABEL:
                     label_there = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
-                    label_there = capped(label_there, teacher_cap)
+                    label_there = capped(label_there, caps[1])
                     inside_there = (teacher_top == label_there) & (statistics[7] == label_logit)
                 elif MEMBERS == LARGEST:
                     inside_there = teacher_top >= threshold
