@@ -10,7 +10,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from fdistill_kernels import cli
 from fdistill_kernels.divergences import TABLE
-from fdistill_kernels.sequence.models import forward_to_head, rows_of, step_loss
+from fdistill_kernels.sequence.forward import forward_to_head, rows_of
+from fdistill_kernels.sequence.losses import step_loss
 from fdistill_kernels.sequence.sampling import Sampling, draw
 
 from .test_run import arguments, lines_of, make_files

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fdistill_kernels.integrations import transformers as integration
 from fdistill_kernels.integrations.transformers import causal_loss, patch_model, seq2seq_loss, undo_patch
-from fdistill_kernels.sequence.models import check_head
+from fdistill_kernels.sequence.losses import check_head
 
 from .test_sequence import bart, gpt2, llama, t5
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence import Sampling, metrics
 from fdistill_kernels.sequence.metrics import distinct_bigrams, measured, risk, sentence_sums, teacher_dist
-from fdistill_kernels.sequence.sampling import draw, write_table
+from fdistill_kernels.sequence.samples import write_table
+from fdistill_kernels.sequence.sampling import draw
 
 from .test_sequence import EOS, bart, llama
 

@@ -21,8 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.sequence import sampling
-from fdistill_kernels.sequence.models import accepted, chosen, forward_to_head, rows_of, step_loss, teacher_forced
+from fdistill_kernels.sequence.forward import forward_to_head, rows_of
+from fdistill_kernels.sequence.generation import chosen
+from fdistill_kernels.sequence.losses import step_loss
+from fdistill_kernels.sequence.models import accepted
 from fdistill_kernels.sequence.sampling import Sampling, draw
+from fdistill_kernels.sequence.teacher_forcing import teacher_forced
 
 V = 99
 #: Fields of configurations, where they have them. Rates of dropout are set to 0 besides.

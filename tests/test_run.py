@@ -28,8 +28,9 @@ from transformers import (
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import metrics, report, run
 from fdistill_kernels.sequence.arguments import ask
-from fdistill_kernels.sequence.models import load_model, load_student
+from fdistill_kernels.sequence.loading import load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
+from fdistill_kernels.sequence.tokenizers import load_tokenizer
 
 from .openai_server import Server
 from .test_data import PLAIN
@@ -153,10 +154,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import run, sampling
+from fdistill_kernels.sequence import run, samples
 
 moment, *arguments = sys.argv[1:]
-write, log = sampling.write_whole, run._Log.on_log
+write, log = samples.write_whole, run._Log.on_log
 
 def half_a_shard(path, content):
     if path.suffix == ".parquet":
@@ -172,7 +173,7 @@ def half_a_line(self, args, state, *rest, **more):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "shard":
-    sampling.write_whole = half_a_shard
+    samples.write_whole = half_a_shard
 else:
     run._Log.on_log = half_a_line
 cli.main(arguments)
@@ -465,7 +466,7 @@ def test_a_folder_without_a_tokenizer(make, tmp_path):
     """In whose place transformers 5 makes one of special tokens alone, which has an empty text of every word."""
     make(320).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
-        run.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp_path, capsys):

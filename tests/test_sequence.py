@@ -23,10 +23,15 @@ from transformers import (
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 from fdistill_kernels.sequence import METHODS, Sampling, TeacherSamples, copy_layers, method_by_name, mixture
+from fdistill_kernels.sequence.forward import forward_to_head, rows_of
+from fdistill_kernels.sequence.hashes import fingerprint
+from fdistill_kernels.sequence.losses import step_loss
 from fdistill_kernels.sequence.metrics import risk, translation_scores
-from fdistill_kernels.sequence.models import forward_to_head, rows_of, step_loss, teacher_forced
 from fdistill_kernels.sequence.predistill import PUBLISHED, chosen_layers, predistillation_loss
-from fdistill_kernels.sequence.sampling import draw, fingerprint, generation_settings
+from fdistill_kernels.sequence.samples import generation_settings
+from fdistill_kernels.sequence.sampling import draw
+from fdistill_kernels.sequence.teacher_forcing import teacher_forced
+from fdistill_kernels.teachers.files import write_whole
 
 BOS, EOS, V, LENGTH = 1, 0, 4, 3
 TOKENS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
@@ -419,9 +424,7 @@ def test_outputs_that_cannot_be_made_are_refused_by_name(own):
 
 
 def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatch):
-    from fdistill_kernels.sequence import sampling as module
-
-    monkeypatch.setattr(module, "SHARD", 4)
+    monkeypatch.setattr("fdistill_kernels.sequence.samples.SHARD", 4)
     model, prompts = gpt2(60), [[5, 6, k] for k in range(2, 13)]
     settings = Sampling(max_new_tokens=5)
 
@@ -450,11 +453,9 @@ def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatc
 
 
 def test_full_disk_leaves_whole_files(tmp_path, monkeypatch):
-    from fdistill_kernels.sequence import sampling as module
-
     monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="could not be written"):
-        module.write_whole(tmp_path / "x.parquet", b"1")
+        write_whole(tmp_path / "x.parquet", b"1")
     assert not list(tmp_path.iterdir())
 
 

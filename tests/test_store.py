@@ -19,7 +19,9 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 
 import fdistill_kernels as fk
 from fdistill_kernels import linear_f_divergence
-from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, fingerprint, generation_settings
+from fdistill_kernels.sequence.hashes import fingerprint
+from fdistill_kernels.sequence.samples import TeacherSamples, generation_settings
+from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sparse import TopK
 from fdistill_kernels.teachers import TeacherStore, packing
 from fdistill_kernels.values import Head, Hidden

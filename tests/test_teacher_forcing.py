@@ -7,17 +7,12 @@ import transformers
 import fdistill_kernels as fk
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.sequence import sampling
-from fdistill_kernels.sequence.models import (
-    chosen,
-    context,
-    forward_to_head,
-    padded,
-    rows_of,
-    step_loss,
-    teacher_forced,
-    unpadded,
-)  # fmt: skip
+from fdistill_kernels.sequence.forward import forward_to_head, rows_of
+from fdistill_kernels.sequence.generation import chosen
+from fdistill_kernels.sequence.losses import step_loss
+from fdistill_kernels.sequence.models import context
 from fdistill_kernels.sequence.sampling import Sampling, _until_end, draw, drawn_by_forward
+from fdistill_kernels.sequence.teacher_forcing import padded, teacher_forced, unpadded
 from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
 
 from .test_sequence import EOS, bart, batch, gpt2, llama, t5

@@ -15,7 +15,8 @@ import fdistill_kernels as fk
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import build, run, serve, teachers
 from fdistill_kernels.sequence.arguments import ask
-from fdistill_kernels.sequence.models import TeacherRows, rows_of, step_loss
+from fdistill_kernels.sequence.forward import rows_of
+from fdistill_kernels.sequence.losses import TeacherRows, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.teachers import (
     InRoom,
@@ -615,7 +616,7 @@ def test_padded_heads_of_either_model(tmp_path):
 
 
 def test_a_model_s_fingerprint_is_what_it_says_not_where_it_lies(causal_files, tmp_path):
-    from fdistill_kernels.sequence.sampling import fingerprint
+    from fdistill_kernels.sequence.hashes import fingerprint
 
     shutil.copytree(causal_files / "causal", tmp_path / "moved")
     one, other = (AutoModelForCausalLM.from_pretrained(p) for p in (causal_files / "causal", tmp_path / "moved"))

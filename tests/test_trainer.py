@@ -33,7 +33,8 @@ from fdistill_kernels.sequence.config import MAY_BE_JSON
 from fdistill_kernels.sequence.models import virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.report import name_of
-from fdistill_kernels.sequence.sampling import Sampling, TeacherSamples, draw, drawn_by_forward
+from fdistill_kernels.sequence.samples import TeacherSamples
+from fdistill_kernels.sequence.sampling import Sampling, draw, drawn_by_forward
 from fdistill_kernels.sequence.teachers import Mixture, OfRows, Stored
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 

@@ -35,7 +35,7 @@ import sacrebleu
 from benchmarks.paper.stages import ARMS, GATE
 from fdistill_kernels.provenance import finite
 from fdistill_kernels.sequence.metrics import summary
-from fdistill_kernels.sequence.sampling import write_whole
+from fdistill_kernels.teachers.files import write_whole
 
 HERE = Path(__file__).parent
 DRAWS = 10_000

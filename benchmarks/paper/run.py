@@ -35,7 +35,7 @@ from transformers import HfArgumentParser
 from benchmarks.paper import analysis
 from benchmarks.paper.stages import SIZES, Experiment, progress
 from fdistill_kernels.provenance import provenance
-from fdistill_kernels.sequence.sampling import write_whole
+from fdistill_kernels.teachers.files import write_whole
 
 
 @dataclass

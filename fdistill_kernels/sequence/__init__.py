@@ -3,6 +3,7 @@
 from .objectives import METHODS, Half, mixture
 from .objectives import method as method_by_name
 from .predistill import copy_layers
-from .sampling import Sampling, TeacherSamples
+from .samples import TeacherSamples
+from .sampling import Sampling
 
 __all__ = ["METHODS", "Half", "Sampling", "TeacherSamples", "copy_layers", "method_by_name", "mixture"]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .models import IGNORE, context, padded, tokens_counted, unpadded
+from .models import context
+from .teacher_forcing import IGNORE, padded, tokens_counted, unpadded
 
 #: Columns of token ids.
 IDS = ("prompt_ids", "labels", "sample_ids", "beam_ids", "teacher_prompt_ids")

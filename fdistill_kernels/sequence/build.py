@@ -22,10 +22,11 @@ from ..teachers import TeacherStore
 from ..teachers.store import HEAD
 from ..values import Hidden
 from .arguments import Asked
-from .models import TeacherRows, load_model
-from .ranks import rank
-from .run import Run, device, tokenizer_hash
-from .sampling import fingerprint
+from .hashes import fingerprint, tokenizer_hash
+from .loading import load_model
+from .losses import TeacherRows
+from .ranks import device, rank
+from .run import Run
 from .teachers import InRoom, is_store, is_url, logits_function, logits_in_pieces
 
 Pair = tuple[list[int], list[int]]

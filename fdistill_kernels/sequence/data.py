@@ -157,7 +157,7 @@ def tokenize(
         teacher_system: system message for the teacher's prompts alone.
         ends: tokens that also end an answer, besides the tokenizer's end token (as Gemma's <end_of_turn>), because
             generation stops at them.
-        begins: what an encoder–decoder model's generation begins with (`models.beginning`), for targets to begin so.
+        begins: what an encoder–decoder's generation begins with (`generation.beginning`), for targets to begin so.
         name: of the data, for error messages.
         tell: called with a line that says how many rows were cut or dropped.
 

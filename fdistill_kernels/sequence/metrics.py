@@ -19,18 +19,13 @@ from transformers import TrainerCallback
 from ..checks import check_integer
 from ..functional import cross_entropy, f_divergence
 from ..own import resolve
-from .models import (
-    Rows,
-    chosen,
-    evaluating,
-    forward_to_head,
-    ids_of_tokenizer,
-    rows_of,
-    step_loss,
-    tokens_counted,
-    vocabulary_of,
-)
-from .sampling import Sampling, check_search, draw, special_tokens
+from .forward import forward_to_head, rows_of
+from .generation import check_search, chosen, special_tokens
+from .losses import Rows, step_loss
+from .models import evaluating, vocabulary_of
+from .sampling import Sampling, draw
+from .teacher_forcing import tokens_counted
+from .tokenizers import ids_of_tokenizer
 
 BATCH = 32
 #: A greedy output loops if a smaller share of its bigrams is distinct.

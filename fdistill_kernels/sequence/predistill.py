@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..own import resolve
-from .models import Rows, forward_to_head, padded, rows_of, step_loss
+from .forward import forward_to_head, rows_of
+from .losses import Rows, step_loss
+from .teacher_forcing import padded
 
 #: A configuration's names for its numbers of layers.
 ENCODER = ("encoder_layers", "num_layers")

@@ -65,3 +65,11 @@ def is_of_ranks(error: BaseException) -> bool:
     """Whether an error is of what ranks send each other; gloo's have no class of their own."""
     words = str(error)
     return isinstance(error, dist.DistError) or "gloo" in words or "Connection closed by peer" in words
+
+
+def device(use_cpu: bool = False) -> torch.device:
+    """The device of this process's models: its GPU, or the CPU."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
 import re
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +28,7 @@ import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
+from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..provenance import as_json
@@ -41,31 +38,18 @@ from .arguments import LENGTHS, Asked, ask, how_long, load_yaml, without_secrets
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
+from .generation import beginning, check_search, end_tokens, token_id
+from .hashes import data_hash, fingerprint, tokenizer_hash
+from .loading import load_config, load_model, load_student, read_json
 from .metrics import Measures, measured
-from .models import (
-    beginning,
-    ids_of_tokenizer,
-    load_config,
-    load_model,
-    load_student,
-    read_json,
-    token_id,
-    vocabulary_of,
-)
+from .models import vocabulary_of
 from .predistill import copy_layers
-from .ranks import join, rank
+from .ranks import device, join, rank
 from .report import logged, name_of, plot, write_report
-from .sampling import (
-    TeacherSamples,
-    check_search,
-    data_hash,
-    end_tokens,
-    fingerprint,
-    generation_settings,
-    write_table,
-)
+from .samples import TeacherSamples, generation_settings, write_table
 from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
-from .trainer import FDistillConfig, FDistillTrainer, check_vocabularies
+from .tokenizers import check_tokenizer, check_vocabularies, ids_of_tokenizer, load_tokenizer
+from .trainer import FDistillConfig, FDistillTrainer
 
 #: Options of checkpoints.
 SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
@@ -75,34 +59,6 @@ OF_HUB = HfHubHTTPError.__bases__[0]
 COMPILED = "_orig_mod."
 
 
-def device(use_cpu: bool = False) -> torch.device:
-    """The device of this process's models: its GPU, or the CPU."""
-    if use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of a tokenizer's vocabulary, as 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-
-
-def load_tokenizer(path: Any, **options: Any) -> Any:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        ValueError: it has none. For many models transformers 5 makes one then that has special tokens alone.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
-    if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) <= {"▁"}:  # SentencePiece's space, of T5's
-        raise ValueError(f"{path} has no tokenizer that can be loaded (but one of special tokens alone)")
-    return tokenizer
-
-
 def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
     """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any."""
     options = {"revision": revision} if revision else {}
@@ -110,26 +66,6 @@ def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
     if asked.model.chat_template_path:
         tokenizer.chat_template = Path(asked.model.chat_template_path).read_text(encoding="utf-8")
     return tokenizer
-
-
-#: A text of many kinds of tokens, on which two tokenizers of one size hardly agree.
-TEXT = "The quick brown fox: 0123456789 + Ünïcödé, привет, 你好!\n\tdef f(x): return {x}"
-
-
-def check_tokenizer(endpoint: Endpoint, tokenizer: Any, of: str) -> None:
-    """A server's tokenizer must be the one of `of`: by its hash if the server tells it, else by a text's tokens.
-
-    Raises:
-        ValueError: it is another one. A server that tells neither is warned of.
-    """
-    known = endpoint.tokenizer
-    same = None if known is None else known == tokenizer_hash(tokenizer)
-    if known is None and (ids := endpoint.tokenized(TEXT)) is not None:
-        same = ids == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    if same is None:
-        warnings.warn(f"{endpoint.url} tells nothing of its tokenizer, which must be that of {of}", stacklevel=2)
-    elif not same:
-        raise ValueError(f"{endpoint.url} has another tokenizer than {of}")
 
 
 def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from ..teachers.readers import MINUS_INFINITY
-from .models import load_model, token_id
-from .run import device, load_tokenizer, tokenizer_hash
-from .sampling import Sampling, draw, end_tokens, fingerprint
+from .generation import end_tokens, token_id
+from .hashes import fingerprint, tokenizer_hash
+from .loading import load_model
+from .ranks import device
+from .sampling import Sampling, draw
 from .teachers import InRoom, logits_in_pieces
+from .tokenizers import load_tokenizer
 
 
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:

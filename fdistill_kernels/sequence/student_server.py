@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from ..teachers.connection import EndpointError, message_of
 from ..teachers.endpoint import Endpoint
-from .models import evaluating, rows_of, vocabulary_of
-from .sampling import Sampling, special_tokens
+from .forward import rows_of
+from .generation import special_tokens
+from .models import evaluating, vocabulary_of
+from .sampling import Sampling
 
 #: Tokens of the sequence that the server is asked about, and how many ids of each; 20 are vLLM's default at most.
 PROBE, LISTED = 8, 8

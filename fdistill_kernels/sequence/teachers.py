@@ -26,8 +26,14 @@ from ..teachers import Endpoint, TeacherStore
 from ..teachers.connection import without_credentials
 from ..values import Hidden, RowFunction
 from .batches import prompts_of_teacher
-from .models import TeacherRows, check_forward, evaluating, load_model, of_model, rows_of, tokens_counted, vocabulary_of
-from .sampling import Sampling, draw, special_tokens
+from .forward import rows_of
+from .generation import special_tokens
+from .loading import load_model
+from .losses import TeacherRows, of_model
+from .models import evaluating, vocabulary_of
+from .probes import check_forward
+from .sampling import Sampling, draw
+from .teacher_forcing import tokens_counted
 
 #: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
 AHEAD = 4
@@ -135,7 +141,7 @@ class InRoom(Teacher):
                 self.model.to(device)
 
     def check(self, pack: bool) -> None:
-        """Raises ValueError as `models.check_forward`."""
+        """Raises ValueError as `probes.check_forward`."""
         check_forward(self.model, self.model, _pad(self.model), pack)
 
     def _rows(self, batch: Batch) -> TeacherRows:

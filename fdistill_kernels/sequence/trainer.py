@@ -35,47 +35,22 @@ from .batches import (
     prompts_of_teacher,
 )
 from .config import OF_PREDISTILLATION, FDistillConfig
-from .models import (
-    Rows,
-    beginning,
-    check_forward,
-    check_head,
-    chosen,
-    forward_to_head,
-    ids_of_tokenizer,
-    ids_read,
-    load_student,
-    names_damage,
-    step_loss,
-    virtual_tokens,
-    vocabulary_of,
-)
+from .forward import forward_to_head
+from .generation import beginning, check_search, chosen, share_ends, special_tokens
+from .loading import load_student, names_damage
+from .losses import Rows, check_head, step_loss
+from .models import ids_read, virtual_tokens, vocabulary_of
 from .objectives import Half
 from .predistill import predistillation_loss
+from .probes import check_forward
 from .ranks import copies_of_rows, from_first, is_of_ranks, own_noise, row_group
-from .sampling import check_search, draw, share_ends, special_tokens
+from .sampling import draw
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, parts_of, teacher_of
+from .tokenizers import check_vocabularies, ids_of_tokenizer
 from .watch import Watch, wide
 
 __all__ = ["FDistillConfig", "FDistillTrainer", "Update", "check_vocabularies", "collate"]
-
-
-def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Checks that two tokenizers agree in what they share.
-
-    Raises:
-        ValueError: a token has two ids, or an id two tokens.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    tokens = {i: t for t, i in theirs.items()}
-    differ = [t for t, i in ours.items() if theirs.get(t, i) != i or (t not in theirs and i in tokens)]
-    if differ or not set(ours) & set(theirs):
-        token = next(iter(differ or ours))
-        i = ours[token]
-        other = theirs.get(token, f"{tokens[i]!r} has that id" if i in tokens else "missing")
-        raise ValueError(f"student and teacher have different tokenizers: {token!r} is {i} in one and {other} in the "
-                         "other; step-wise losses need one vocabulary")  # fmt: skip
 
 
 #: What `Trainer` takes and has no place here, and what to do instead.

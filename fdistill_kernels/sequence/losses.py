@@ -1,0 +1,82 @@
+"""The steps of a batch that a loss is taken on, the student's and the teacher's, and the step-wise losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..deferred import is_plain, output_embedding
+from ..divergences import Divergence
+from ..functional import linear_cross_entropy, linear_f_divergence
+from ..sparse import TopK
+from ..values import Head, Hidden, RowFunction
+
+
+class Rows(NamedTuple):
+    """The steps of a batch's continuations that count, one after the other."""
+
+    hidden: Tensor  # (M, D), what predicts the token
+    tokens: Tensor  # (M,)
+    head: Head | None  # None: it is not one floating matrix (LoRA's sum, quantised), and has only `logits`
+    vocabulary: int
+    logits: Callable[[Tensor], Tensor]  # of a few rows of hidden states
+
+
+class TeacherRows(NamedTuple):
+    """What a student's `Rows` are compared with, row by row: hidden states with their head, a list, or a function."""
+
+    value: Hidden | TopK | RowFunction
+    vocabulary: int
+
+
+NOT_PLAIN = "the student's output embedding is LoRA or quantised: leave it out, or train it as a whole"
+
+
+def check_head(model: Any) -> None:
+    """Raises ValueError for a student whose output embedding is not one plain weight."""
+    if not is_plain(output_embedding(getattr(model, "_orig_mod", model))):
+        raise ValueError(NOT_PLAIN)
+
+
+def step_loss(
+    student: Rows, teacher: Rows | TeacherRows | None, divergence: Divergence | None, temperature: float = 1.0,
+    ce_weight: float = 0.0, reduction: str = "sum", **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """The step-wise losses of a batch's rows: a divergence from the teacher, or, without one, the tokens' −log q."""
+    head = student.head
+    if head is None:
+        raise ValueError(NOT_PLAIN)
+    if divergence is None:
+        return linear_cross_entropy(student.hidden, head, student.tokens, reduction=reduction, **keywords)
+    assert teacher is not None
+    if isinstance(teacher, Rows):
+        teacher = of_model(teacher, student.hidden.device)
+    shared, value = min(student.vocabulary, teacher.vocabulary), teacher.value
+    if not isinstance(value, (Hidden, TopK)):
+        value = _first(value, shared)
+    elif isinstance(value, TopK):  # ids beyond are of a padded head, and their mass is the tail's
+        value = value._replace(ids=torch.where(value.ids < shared, value.ids, -1))
+    return linear_f_divergence(
+        student.hidden, head, value, divergence=divergence, vocab_size=shared, labels=student.tokens,
+        ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,
+    )  # fmt: skip
+
+
+def _first(logits: RowFunction, vocabulary: int) -> RowFunction:
+    """The first entries of rows."""
+    return lambda begin, end: logits(begin, end)[:, :vocabulary]
+
+
+def of_model(rows: Rows, device: torch.device) -> TeacherRows:
+    """A model's rows for a student on a device; as logits if the head is on another device or is not one matrix."""
+    if rows.head is not None and rows.head.weight.device == device:
+        return TeacherRows(Hidden(rows.hidden, rows.head.with_each(Tensor.detach)), rows.vocabulary)
+
+    @torch.no_grad()
+    def logits(begin: int, end: int) -> Tensor:
+        return rows.logits(rows.hidden[begin:end]).to(device)
+
+    return TeacherRows(logits, rows.vocabulary)
