@@ -13,7 +13,8 @@ from fdistill_kernels.sequence.losses import step_loss
 from fdistill_kernels.sequence.models import context
 from fdistill_kernels.sequence.sampling import Sampling, _until_end, draw, drawn_by_forward
 from fdistill_kernels.sequence.teacher_forcing import padded, teacher_forced, unpadded
-from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, logits_function, teacher_of
+from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, teacher_of
+from fdistill_kernels.sequence.teachers.base import logits_function
 
 from .test_sequence import EOS, bart, batch, gpt2, llama, t5
 

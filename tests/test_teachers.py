@@ -13,21 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import build, run, serve, teachers
+from fdistill_kernels.sequence import build, run, serve
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.forward import rows_of
 from fdistill_kernels.sequence.losses import TeacherRows, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
-from fdistill_kernels.sequence.teachers import (
-    InRoom,
-    Itself,
-    KeepAverage,
-    Mixture,
-    OfRows,
-    Stored,
-    logits_function,
-    teacher_of,
-)
+from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, teacher_of
+from fdistill_kernels.sequence.teachers.base import logits_function
+from fdistill_kernels.sequence.teachers.itself import KeepAverage
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
 from .conftest import WHOLE
@@ -421,7 +414,7 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
             assert (choice["token_ids"], choice["finish_reason"]) == (drawn, why)
     logits = torch.zeros(1, room.vocabulary)
     logits[:, 4:] = -torch.inf
-    monkeypatch.setattr(teachers, "logits_function", lambda *_: lambda begin, end: logits)
+    monkeypatch.setattr("fdistill_kernels.sequence.teachers.base.logits_function", lambda *_: lambda begin, end: logits)
     found = serve.completions(room, tokenizer, {**body, "prompt": [3, 9]}, 9)
     assert json.loads(json.dumps(found, allow_nan=False))["choices"][0]["prompt_logprobs"][1]["9"]["logprob"] == -9999
 
@@ -434,11 +427,11 @@ def test_the_logits_of_a_few_tokens_at_a_time_are_made(causal_files, tmp_path, m
         logits = logits_function(rows, device)
         return lambda begin, end: spans.append((begin, end)) or logits(begin, end)
 
-    monkeypatch.setattr(teachers, "logits_function", noted)
+    monkeypatch.setattr("fdistill_kernels.sequence.teachers.base.logits_function", noted)
     store = fk.TeacherStore.create(tmp_path, kind="top_k", vocabulary=room.vocabulary, key={}, k=3)
     whole = serve.prompt_log_probs(room, tokenizer, prompt, 3)
     (listed,) = build._targets(room, [(prompt[:1], prompt[1:])], store)
-    monkeypatch.setattr(teachers, "ENTRIES", 2 * room.vocabulary + 1)
+    monkeypatch.setattr("fdistill_kernels.sequence.teachers.base.ENTRIES", 2 * room.vocabulary + 1)
     pieces = serve.prompt_log_probs(room, tokenizer, prompt, 3)
     (in_pieces,) = build._targets(room, [(prompt[:1], prompt[1:])], store)
     assert spans == [(0, 7)] * 2 + [(0, 2), (2, 4), (4, 6), (6, 7)] * 2 and len(whole) == len(pieces) == 8

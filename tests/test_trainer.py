@@ -351,7 +351,7 @@ def of_prompts(drawn=None):
 def test_accumulated_batches_are_one_large_batch(method, settings, tmp_path, monkeypatch):
     drawn, weights = [], []
     monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts(drawn))
-    monkeypatch.setattr("fdistill_kernels.sequence.teachers.draw", of_prompts(drawn))
+    monkeypatch.setattr("fdistill_kernels.sequence.teachers.in_room.draw", of_prompts(drawn))
     for size in (12, 3):
         student, teacher = gpt2_64(60, seed=1), gpt2_64(60, seed=2)
         run = trainer(tmp_path, student, teacher, data(12), method=method, max_steps=1, optim="sgd", learning_rate=1.0,

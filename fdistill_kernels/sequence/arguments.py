@@ -26,7 +26,7 @@ from ..teachers.connection import without_credentials
 from ..teachers.endpoint import DEFAULT_K
 from .data import Answers, Policy
 from .metrics import MEASURES
-from .teachers import is_url
+from .teachers.given import is_url
 from .trainer import FDistillConfig
 
 #: Batches of similar lengths need little padding; transformers 5 has another name for it.

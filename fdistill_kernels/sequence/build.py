@@ -27,7 +27,9 @@ from .loading import load_model
 from .losses import TeacherRows
 from .ranks import device, rank
 from .run import Run
-from .teachers import InRoom, is_store, is_url, logits_function, logits_in_pieces
+from .teachers import InRoom
+from .teachers.base import logits_function, logits_in_pieces
+from .teachers.given import is_store, is_url
 
 Pair = tuple[list[int], list[int]]
 #: Seconds after which what was asked is on disk.

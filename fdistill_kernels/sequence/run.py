@@ -47,7 +47,8 @@ from .predistill import copy_layers
 from .ranks import device, join, rank
 from .report import logged, name_of, plot, write_report
 from .samples import TeacherSamples, generation_settings, write_table
-from .teachers import InRoom, Served, Stored, Teacher, is_store, is_url
+from .teachers import InRoom, Served, Stored, Teacher
+from .teachers.given import is_store, is_url
 from .tokenizers import check_tokenizer, check_vocabularies, ids_of_tokenizer, load_tokenizer
 from .trainer import FDistillConfig, FDistillTrainer
 

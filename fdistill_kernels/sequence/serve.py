@@ -18,7 +18,8 @@ from .hashes import fingerprint, tokenizer_hash
 from .loading import load_model
 from .ranks import device
 from .sampling import Sampling, draw
-from .teachers import InRoom, logits_in_pieces
+from .teachers import InRoom
+from .teachers.base import logits_in_pieces
 from .tokenizers import load_tokenizer
 
 

@@ -46,7 +46,9 @@ from .probes import check_forward
 from .ranks import copies_of_rows, from_first, is_of_ranks, own_noise, row_group
 from .sampling import draw
 from .student_server import StudentServer
-from .teachers import InRoom, Itself, KeepAverage, Mixture, OfRows, Served, Stored, parts_of, teacher_of
+from .teachers import InRoom, Itself, Mixture, OfRows, Served, Stored, teacher_of
+from .teachers.itself import KeepAverage
+from .teachers.several import parts_of
 from .tokenizers import check_vocabularies, ids_of_tokenizer
 from .watch import Watch, wide
 

@@ -1,0 +1,112 @@
+"""Teachers that are not at hand: a store of what one said, and a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...sparse import TopK, checked_tail
+from ...teachers import Endpoint, TeacherStore
+from ...values import Hidden
+from ..batches import prompts_of_teacher
+from ..losses import TeacherRows
+from ..sampling import Sampling
+from .base import Batch, Teacher
+
+#: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
+AHEAD = 4
+
+
+class Stored(Teacher):
+    """A `TeacherStore`: works without the teacher's weights, but knows only the sequences in the store.
+
+    Args:
+        tail: for a store of top-k lists, as in `TopK`.
+    """
+
+    anything = False
+
+    def __init__(self, store: TeacherStore, tail: str = "bucket"):
+        self.store, self.tail, self.vocabulary = store, checked_tail(tail), store.vocabulary
+        self.whole = store.kind == "hidden"
+        if self.whole and tail != "bucket":
+            raise ValueError(f"tail={tail!r} is of lists, and {store.folder} holds hidden states")
+        self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
+
+    def _rows(self, batch: Batch) -> TeacherRows:
+        pairs = [(p.tolist(), c.tolist()) for p, c in zip(batch.prompts, batch.continuations, strict=True) if len(c)]
+        if not pairs:
+            return TeacherRows(lambda begin, end: torch.empty(0, self.vocabulary), self.vocabulary)
+        found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
+        return TeacherRows(_moved(found, batch), self.vocabulary)
+
+    def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
+        """Checks that all sequences of a dataset's columns are in the store.
+
+        Raises:
+            ValueError: some are not; the message says which, and what the store was built from.
+        """
+        prompts = rows[prompts_of_teacher(rows.column_names)][:]
+        for column in columns:
+            pairs = list(zip(prompts, rows[column][:], strict=True))
+            there = [i for i, (_, c) in enumerate(pairs) if len(c)]
+            lacking = [there[i] for i in self.store.missing([pairs[i] for i in there])]
+            if lacking:
+                shown = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+                made = self.store.extra.get("job", {})
+                of = ", ".join(f"{n} {made[n]}" for n in ("data", "limit", "max_new_tokens", "sequences") if n in made)
+                damaged = f"; damaged: {', '.join(self.store.damaged)}" if self.store.damaged else ""
+                raise ValueError(
+                    f"{len(lacking)} of {len(pairs)} sequences of {name} ({column}: {shown}) are not in the store "
+                    f"{self.store.folder}{', which was built of ' + of if of else ''}{damaged}"
+                )
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """Refused: a store cannot draw."""
+        raise ValueError(
+            f"the teacher is the store {self.store.folder}, which draws nothing: give the data the column sample_ids, "
+            "or take a teacher that is at hand"
+        )
+
+
+class Served(Teacher):
+    """An `Endpoint`: a server scores any sequence by top-k lists or hidden states."""
+
+    anything, encoder_decoder = True, False
+
+    def __init__(self, endpoint: Endpoint, tail: str = "bucket"):
+        self.endpoint, self.tail, self.vocabulary = endpoint, checked_tail(tail), endpoint.vocabulary
+        self.whole = endpoint.kind == "vllm_hidden"
+        self._ahead: dict[Any, Any] = {}  # what has been asked for and not been used
+
+    def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> None:
+        """Starts the requests for a batch whose rows are needed soon."""
+        while len(self._ahead) > AHEAD:  # of batches that nobody came for
+            self._ahead.pop(next(iter(self._ahead)))
+        self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
+
+    def _rows(self, batch: Batch) -> TeacherRows:
+        asked = [p.tolist() for p in batch.prompts], [c.tolist() for c in batch.continuations]
+        begun = self._ahead.pop(_batch_key(*asked), None) or self.endpoint.ask(*asked)
+        return TeacherRows(_moved(begun(self.tail), batch), self.vocabulary)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """As `Teacher.draw`; the seed of a batch is the next number of torch's generator."""
+        seed = int(torch.randint(2**31, ()))
+        return self.endpoint.draw([p.cpu() for p in prompts], sampling, seed, vocabulary)
+
+
+def _batch_key(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Any:
+    return tuple((tuple(p), tuple(c)) for p, c in zip(prompts, continuations, strict=True))
+
+
+def _moved(value: Any, batch: Batch) -> Any:
+    """A list or hidden states on the batch's device, without the rows that do not count."""
+    here = slice(None) if batch.counted is None else torch.cat(list(batch.counted)).cpu()
+    if isinstance(value, TopK):
+        return value._replace(ids=value.ids[here].to(batch.device), log_probs=value.log_probs[here].to(batch.device))
+    states, head = value
+    return Hidden(states[here].to(batch.device), head.with_each(lambda x: x.to(batch.device)))

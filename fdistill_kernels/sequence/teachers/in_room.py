@@ -1,0 +1,62 @@
+"""A model at hand as the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forward import rows_of
+from ..generation import special_tokens
+from ..losses import TeacherRows, of_model
+from ..models import vocabulary_of
+from ..probes import check_forward
+from ..sampling import Sampling, draw
+from .base import Batch, Teacher
+
+
+class InRoom(Teacher):
+    """A model at hand, of any dtype or device, quantised or not. It is never trained."""
+
+    anything = whole = True
+
+    def __init__(self, model: Any):
+        self.model = model.eval().requires_grad_(False)
+        self.vocabulary = vocabulary_of(model.config)
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model to the student's device, unless it was placed explicitly."""
+        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
+            at = next(self.model.parameters()).device
+            if at.type == "cpu" and device.type != "cpu":
+                self.model.to(device)
+
+    def check(self, pack: bool) -> None:
+        """Raises ValueError as `probes.check_forward`."""
+        check_forward(self.model, self.model, _pad(self.model), pack)
+
+    def _rows(self, batch: Batch) -> TeacherRows:
+        return rows_of_model(self.model, batch)
+
+    def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
+        """As `Teacher.draw`."""
+        return draw(self.model, prompts, sampling, None, vocabulary)
+
+
+def _pad(model: Any) -> int:
+    """An id for what attention masks out; of a model that cannot generate, any."""
+    try:
+        return special_tokens(model)[0]
+    except ValueError:
+        return 0
+
+
+@torch.no_grad()
+def rows_of_model(model: Any, batch: Batch) -> TeacherRows:
+    """A model's rows, without a graph."""
+    at, (_, _, device, pack, counted) = next(model.parameters()).device, batch
+    prompts, continuations = ([x.to(at) for x in rows] for rows in batch[:2])
+    return of_model(rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)[0], device)
