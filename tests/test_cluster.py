@@ -31,9 +31,8 @@ import fdistill_kernels as fk
 import fdistill_kernels.sequence.trainer
 from benchmarks import cluster_demo
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import build, watch
-from fdistill_kernels.sequence.arguments import BY_LENGTH
-from fdistill_kernels.sequence.run import Run
+from fdistill_kernels.sequence import build, run, watch
+from fdistill_kernels.sequence.options import BY_LENGTH
 from fdistill_kernels.sequence.teachers import Itself, Mixture
 
 from .test_distributed import rows
@@ -337,14 +336,14 @@ def launched(configuration):
 
 def made_by_the_first(rank, world, folder):
     """A base model that the first rank makes before the others ask whether it is to be made: all get the adapter."""
-    begin = Run.begin
+    begin = run.begin
 
-    def late(run):
-        begin(run)
-        while rank and not (run.folder / "predistilled").exists():
+    def late(asked, *more):
+        begin(asked, *more)
+        while rank and not (asked.folder / "predistilled").exists():
             time.sleep(0.05)
 
-    with patch.object(Run, "begin", late):
+    with patch.object(run, "begin", late):
         more = "--student_layers", "1", "--use_peft", "--lora_target_modules", "q_proj"
         assert cli.main([*arguments(folder, "made", 2, *more), "--student", ""]) == 0
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import metrics, report, run
+from fdistill_kernels.sequence import metrics, report, run, run_folder, stages
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.loading import load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
@@ -104,8 +104,8 @@ def test_train_then_again_then_evaluate(files, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) != results
     logged = lines_of(folder)
     assert [line["step"] for line in logged if line["stage"] == "tvd" and "loss" in line] == [1, 2, 3, 4, 5, 6]
-    rows, measured = [], run.measured
-    monkeypatch.setattr(run, "measured", lambda *a: rows.append(len(a[2])) or measured(*a))
+    rows, measured = [], stages.measured
+    monkeypatch.setattr(stages, "measured", lambda *a: rows.append(len(a[2])) or measured(*a))
     command = ["evaluate", "--teacher", f"{files}/teacher", "--student", f"{folder}/student", "--max-new-tokens", "8"]
     assert cli.main([*command, "--data", f"{files}/pairs.tsv", "--output_dir", f"{files}/measured", "--json"]) == 0
     whole = capsys.readouterr().out
@@ -121,18 +121,18 @@ def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypat
     assert cli.main(arguments(files, "--method", "kl")) == 0
     whole = AutoModelForSeq2SeqLM.from_pretrained(files / "run" / "student")
     (files / "run").rename(files / "whole")
-    original = run.FDistillTrainer.compute_loss
+    original = stages.FDistillTrainer.compute_loss
 
     def killed(self, *args, **keywords):
         if self.args.method == "kl" and self.state.global_step == 2 and self.model.training:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **keywords)
 
-    monkeypatch.setattr(run.FDistillTrainer, "compute_loss", killed)
+    monkeypatch.setattr(stages.FDistillTrainer, "compute_loss", killed)
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main(arguments(files, "--method", "kl")) == 130
     assert signal.getsignal(signal.SIGTERM) is before  # this process has its own again
-    monkeypatch.setattr(run.FDistillTrainer, "compute_loss", original)
+    monkeypatch.setattr(stages.FDistillTrainer, "compute_loss", original)
     assert not (files / "run" / "student").exists()
     assert cli.main(arguments(files, "--method", "kl")) == 0
     again = AutoModelForSeq2SeqLM.from_pretrained(files / "run" / "student")
@@ -145,7 +145,7 @@ def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
         (tmp_path / name).mkdir()
         if name != "checkpoint-11":
             (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert run.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert run_folder.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert (tmp_path / "checkpoint-best").exists() and not (tmp_path / "checkpoint-11").exists(), "partly written"
 
 
@@ -154,10 +154,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import run, samples
+from fdistill_kernels.sequence import run_folder, samples
 
 moment, *arguments = sys.argv[1:]
-write, log = samples.write_whole, run._Log.on_log
+write, log = samples.write_whole, run_folder.Log.on_log
 
 def half_a_shard(path, content):
     if path.suffix == ".parquet":
@@ -175,7 +175,7 @@ def half_a_line(self, args, state, *rest, **more):
 if moment == "shard":
     samples.write_whole = half_a_shard
 else:
-    run._Log.on_log = half_a_line
+    run_folder.Log.on_log = half_a_line
 cli.main(arguments)
 """
 
@@ -294,7 +294,7 @@ def test_curves_say_what_they_are_of(tmp_path, monkeypatch):
 
 
 def test_what_is_not_finite_is_null_in_files_and_missing_in_curves(tmp_path):
-    log = run._Log(tmp_path / "metrics.jsonl", "rkl")
+    log = run_folder.Log(tmp_path / "metrics.jsonl", "rkl")
     state = SimpleNamespace(is_world_process_zero=True, global_step=2, log_history=[{"loss": math.inf, "step": 1}])
     log.on_train_begin(None, state, None)
     log.on_log(None, state, None, logs={"loss": math.nan, "eval_loss": 1.0})
@@ -555,7 +555,9 @@ def test_predistillation_alone(causal, tmp_path):
 def test_a_store_without_a_student_asks_the_hub_for_nothing(causal, tmp_path, capsys, monkeypatch):
     build = of(causal, "teacher", "teacher", None, "pairs.jsonl", "--output_dir", f"{tmp_path}/store")
     assert cli.main([build[0], "build", *build[1:]]) == 0
-    monkeypatch.setattr(run.GenerationConfig, "from_pretrained", lambda name, **_: pytest.fail(f"asked for {name!r}"))
+    monkeypatch.setattr(
+        stages.GenerationConfig, "from_pretrained", lambda name, **_: pytest.fail(f"asked for {name!r}")
+    )
     for command, words in (("train", "--student or --student_layers is"), ("sample-teacher", "nothing to draw")):
         call = of(tmp_path, command, "store", None, "", "--method", "kl", "--output_dir", f"{tmp_path}/run")
         assert cli.main([*call, "--data", f"{causal}/pairs.jsonl"]) == 2

@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import build, run, serve
+from fdistill_kernels.sequence import build, serve
 from fdistill_kernels.sequence.arguments import ask
+from fdistill_kernels.sequence.asked_models import load_asked, teacher_for
 from fdistill_kernels.sequence.forward import rows_of
 from fdistill_kernels.sequence.losses import TeacherRows, step_loss
 from fdistill_kernels.sequence.sampling import Sampling
@@ -593,9 +593,9 @@ def test_a_read_only_store_and_one_that_was_poured(causal_files, tmp_path, capsy
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
     asked = ask("train", settings={"teacher": store, "student": adapter, "tokenizer": causal_files / "student", "data": "x",
                                    "tensor_parallel": 2})  # fmt: skip
-    assert run.teacher_for(asked)[2].vocab_size == base.config.vocab_size
+    assert teacher_for(asked)[2].vocab_size == base.config.vocab_size
     with pytest.raises(ValueError, match="--tensor_parallel splits whole weights"):
-        run.Run._loaded(SimpleNamespace(asked=asked), adapter)
+        load_asked(asked, adapter)
 
 
 def test_padded_heads_of_either_model(tmp_path):

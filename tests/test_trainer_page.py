@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fdistill_kernels.sequence.arguments import BY_LENGTH, DEFAULTS, KINDS, ask
+from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.data import read_pairs, tokenize
+from fdistill_kernels.sequence.options import BY_LENGTH, DEFAULTS, KINDS
 
 from .test_data import PLAIN, tokenizer_of
 from .test_sequence import llama

@@ -37,10 +37,10 @@ from transformers import (
 )
 
 from fdistill_kernels.sequence import Sampling, TeacherSamples, copy_layers
-from fdistill_kernels.sequence.arguments import BY_LENGTH
 from fdistill_kernels.sequence.hashes import fingerprint
 from fdistill_kernels.sequence.metrics import measured, searched
-from fdistill_kernels.sequence.run import last_checkpoint
+from fdistill_kernels.sequence.options import BY_LENGTH
+from fdistill_kernels.sequence.run_folder import last_checkpoint
 from fdistill_kernels.sequence.samples import generation_settings, write_table
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 from fdistill_kernels.teachers.files import write_whole

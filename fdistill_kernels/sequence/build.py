@@ -21,12 +21,12 @@ from ..sparse import TopK
 from ..teachers import TeacherStore
 from ..teachers.store import HEAD
 from ..values import Hidden
-from .arguments import Asked
 from .hashes import fingerprint, tokenizer_hash
 from .loading import load_model
 from .losses import TeacherRows
+from .options import Asked
 from .ranks import device, rank
-from .run import Run
+from .stages import Run
 from .teachers import InRoom
 from .teachers.base import logits_function, logits_in_pieces
 from .teachers.given import is_store, is_url

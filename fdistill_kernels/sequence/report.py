@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..teachers.files import write_whole
 
 if TYPE_CHECKING:
-    from .arguments import Asked
+    from .options import Asked
     from .trainer import FDistillConfig
 
 #: What results.json holds, for people.

@@ -22,8 +22,6 @@ from .hashes import data_hash
 from .sampling import Sampling, draw
 
 SHARD = 256
-
-
 #: What a generation configuration says that `draw` says otherwise, or that decides nothing.
 SAID = {"pad_token_id", "use_cache", "max_length", "transformers_version"}
 

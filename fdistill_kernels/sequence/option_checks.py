@@ -1,0 +1,92 @@
+"""Options that are missing, too small, in conflict, or not used."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .options import Asked
+from .report import name_of
+from .teachers.given import is_store, is_url
+
+#: Smallest values of numbers that nothing else checks.
+LEAST = {
+    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1,
+    "tensor_parallel": 1, "max_steps": 1,
+}  # fmt: skip
+#: Options of checkpoints.
+SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
+
+
+def check(asked: Asked) -> None:
+    """Raises ValueError for options that are missing, too small, or in conflict."""
+    model, given = asked.model, asked.given
+    for name, least in LEAST.items():
+        value = given.get(name)
+        if value is not None and value < least and not (name == "max_steps" and "num_train_epochs" in given):
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+    if (epochs := given.get("num_train_epochs")) is not None and epochs <= 0:
+        raise ValueError(f"--num_train_epochs must be positive, not {epochs:g}")
+    if epochs and (given.get("max_steps") or 0) > 0:
+        raise ValueError("--max_steps and --num_train_epochs both say how long the run is: give one of them")
+    if not model.teacher:
+        raise ValueError("--teacher is needed")
+    if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):
+        raise ValueError("--data is needed")
+    train, test = (
+        bool(path) and not Path(path).is_file() for path in (asked.data.data or "", asked.data.eval_data or "")
+    )
+    hub = {"dataset_config": train or test, "dataset_train_split": train, "dataset_test_split": test}
+    for name, used in hub.items():
+        if given.get(name) and not used:
+            raise ValueError(f"--{name} is of a hub dataset, and none is there to take it")
+    if model.student and model.student_layers:
+        raise ValueError("--student_layers makes a student, and --student names another: give one of them")
+    if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
+        raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
+    if asked.lora.use_peft and model.student and (Path(model.student) / "adapter_config.json").exists():
+        raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
+                         "merge it into its base model for a new one")  # fmt: skip
+    if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
+        if not asked.lora.use_peft:
+            raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")
+    elif model.quantization and asked.command != "evaluate" and not asked.lora.use_peft:
+        raise ValueError("--quantization leaves the student's weights as they are: train an adapter, --use_peft")
+    warmup = given.get("warmup_steps") or 0
+    for name in ("max_steps", "predistill_steps"):
+        if 0 < (steps := given.get(name) or 0) < warmup:
+            raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
+    for prefix in ("", "teacher_"):
+        model.options(prefix)
+    if asked.config.eval_strategy == "no" and asked.run.eval_measures:  # a configuration checks its own
+        raise ValueError("--eval_measures measures at every evaluation, and --eval_strategy no leaves none")
+
+
+def check_used(asked: Asked) -> None:
+    """Raises ValueError for options that are given and that such a run makes nothing of."""
+    if asked.command == "evaluate" and asked.data.data and asked.data.eval_data:
+        raise ValueError("evaluate measures one file: give --data or --eval_data")
+    sources, builds = asked.drawn(), asked.command == "teacher build"
+    served, stored = is_url(asked.model.teacher), is_store(str(asked.model.teacher))
+    if asked.command == "sample-teacher" and (stored or not sources):
+        asks = f"{name_of(asked.config)} asks for no sequences of the teacher"
+        raise ValueError(f"{'a store has its own samples' if stored else asks}: there is nothing to draw")
+    drawing = {"samples", "vllm_url", "online_teacher"}
+    saving = {*SAVING} - ({"save_strategy"} if asked.given.get("save_strategy") == "no" else set())
+    unused = (
+        (stored, {*drawing, "k"}, "a store draws nothing and has its own samples and k"),
+        (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
+        (served or stored, {"teacher_dtype", "teacher_revision", "teacher_quantization", "device_map"},
+         "the teacher's weights are not loaded"),
+        (not asked.model.student, {"revision", "quantization"}, "no --student is loaded"),
+        (asked.run.online_teacher, {"samples", "vllm_url"}, "--online_teacher draws anew at every step"),
+        (not sources and not builds, drawing - ({"samples"} if served else set()),
+         "the objective is on no sequences that the teacher draws"),
+        ("beam" not in sources and not builds, {"beams"}, "the objective is on no beams"),
+        (asked.run.tensor_parallel > 1, saving, "a student that is split over ranks is saved at the end alone"),
+        (asked.command == "sample-teacher", {"online_teacher"}, "samples that are kept are drawn once"),
+        (asked.config.method == "predistill", {"predistill_steps"}, "the method is pre-distillation itself"),
+    )  # fmt: skip
+    for here, names, why in unused:
+        if here and (found := sorted(n for n in names if asked.given.get(n))):
+            raise ValueError(f"--{', --'.join(found)}: not used, as {why}")

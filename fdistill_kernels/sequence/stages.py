@@ -1,0 +1,261 @@
+"""One run of a command: its teacher, its data, and what its stages do with them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import GenerationConfig, set_seed
+
+from ..teachers import Endpoint
+from .asked_models import made_of, teacher_for, tokenizer_of
+from .batches import prompts_of_teacher
+from .config import OF_PREDISTILLATION
+from .data import read_pairs, tokenize
+from .generation import beginning, end_tokens, token_id
+from .hashes import data_hash, fingerprint
+from .loading import load_config, load_model
+from .metrics import Measures, measured
+from .option_checks import check_used
+from .options import Asked
+from .ranks import device, rank
+from .run_folder import Log, last_checkpoint, save_whole
+from .samples import TeacherSamples, generation_settings, write_table
+from .sampling import Sampling
+from .teachers import InRoom, Served, Stored
+from .teachers.given import is_store
+from .tokenizers import check_tokenizer, check_vocabularies, ids_of_tokenizer
+from .trainer import FDistillConfig, FDistillTrainer
+
+#: What torch.compile puts before the names of a model's weights.
+COMPILED = "_orig_mod."
+
+
+class Run:
+    """One run of a command: its teacher, tokenizer, tokenized data and folder."""
+
+    def __init__(self, asked: Asked, console: Console):
+        self.asked, self.console, self.config = asked, console, asked.config
+        self.folder, self.device = asked.folder, device(self.config.use_cpu)
+        set_seed(self.config.seed)
+        check_used(asked)
+        pairs, held_out = self._read()
+        self.teacher, self.tokenizer, of_teacher = teacher_for(asked)
+        self.model = self.teacher.model if isinstance(self.teacher, InRoom) else None
+        of_student = of_teacher
+        if asked.model.student:
+            of_student = load_config(asked.model.student, **asked.model.source())
+            self._check_pair(of_student)
+        if isinstance(self.teacher, InRoom):
+            self.teacher.to(self.device)
+        self.pairs, self.held_out = self._tokenized(pairs, held_out, of_student, of_teacher)
+        self._check_columns()
+
+    def _read(self) -> tuple[Any, Any]:
+        """The rows of --data and of --eval_data; None where one is not given."""
+        data, pairs, held_out = self.asked.data, None, None
+        columns = data.prompt_column, data.target_column
+        if data.data:
+            pairs = read_pairs(data.data, data.limit, columns, data.dataset_config, data.dataset_train_split)
+        if data.eval_data:
+            limit = data.limit if self.asked.command == "evaluate" else data.eval_pairs
+            held_out = read_pairs(data.eval_data, limit, columns, data.dataset_config, data.dataset_test_split)
+        return pairs, held_out
+
+    def _tokenized(self, pairs: Any, held_out: Any, of_student: Any, of_teacher: Any) -> tuple[Any, Any]:
+        """The training rows and the held-out rows as token ids, for the models of two configurations."""
+        data, speaker = self.asked.data, self._speaker(of_student)
+
+        def ids(rows: Any, name: Any) -> Any:
+            return tokenize(
+                rows, self.tokenizer, of_student, data.max_target_tokens, teacher=of_teacher, name=str(name),
+                new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
+                answers=data.answers, teacher_system=data.teacher_system, tell=self.console.print,
+                ends=end_tokens(token_id(speaker, "eos_token_id")),
+                begins=beginning(speaker) if of_teacher.is_encoder_decoder else (),
+            )  # fmt: skip
+
+        rows: Any = None if pairs is None else ids(pairs, data.data)
+        if held_out is not None:
+            return rows, ids(held_out, data.eval_data)
+        count = min(data.eval_pairs, max(1, len(rows) // 10)) if self.asked.command != "evaluate" else len(rows)
+        return (rows.select(range(max(1, len(rows) - count))),
+                rows.select(range(len(rows) - count, len(rows))))  # fmt: skip
+
+    def _speaker(self, of_student: Any) -> Any:
+        """Who has the configurations of generation: the teacher's model, or what the student's files say of it."""
+        if self.model is not None:
+            return self.model
+        own, student = None, self.asked.model.student
+        with contextlib.suppress(OSError):  # there is no such file
+            own = GenerationConfig.from_pretrained(student) if student else None
+        return SimpleNamespace(config=of_student, generation_config=own)
+
+    def _check_pair(self, config: Any) -> None:
+        """The student must be of the teacher's kind, and its tokenizer the same."""
+        model = self.asked.model
+        if bool(config.is_encoder_decoder) != self.teacher.encoder_decoder:
+            raise ValueError(f"{model.student} and {model.teacher} must both be causal, or both encoder–decoder")
+        if model.tokenizer is None or model.student != model.tokenizer:
+            try:
+                own = tokenizer_of(self.asked, model.student, model.revision)
+            except ValueError:
+                if model.tokenizer is None:
+                    raise
+            else:
+                check_vocabularies(own, self.tokenizer)
+
+    def _check_columns(self) -> None:
+        data, command = self.asked.data, self.asked.command
+        if command != "sample-teacher" and "labels" not in self.held_out.column_names:
+            raise ValueError(f"{data.eval_data or data.data} has prompts alone, and held-out rows need targets: give "
+                             "--eval_data that has them")  # fmt: skip
+        if command == "evaluate":
+            return
+        one, other = ("teacher_prompt_ids" in rows.column_names for rows in (self.pairs, self.held_out))
+        if one != other:
+            raise ValueError(f"{data.data if other else data.eval_data} lacks the column teacher_prompt, which "
+                             f"{data.eval_data if other else data.data} has")  # fmt: skip
+        on_gold = any(half.source == "gold" for half in self.config.halves()) or self.asked.run.predistill_steps
+        if command == "train" and on_gold and "labels" not in self.pairs.column_names:
+            raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone")
+
+    def samples(self) -> Any:
+        """The training rows with the teacher's stored samples; samples that are missing are drawn first."""
+        rows, wanted = self.pairs, self.asked.drawn()
+        for source in wanted if not self.asked.run.online_teacher else ():
+            column = "beam_ids" if source == "beam" and len(wanted) > 1 else "sample_ids"
+            rows = rows.add_column(column, self.drawn(source == "beam").load())
+        return rows
+
+    def drawn(self, beams: bool) -> TeacherSamples:
+        """The teacher's samples (or beams) for all training rows; those that are missing are drawn and stored."""
+        name, sampling = "teacher_beams" if beams else "teacher_samples", self.config.sampling(beams)
+        folder, prompts = Path(self.asked.run.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
+        if is_store(folder.parent):  # which may grow: other prompts have other samples
+            folder = folder.with_name(f"{name}-{data_hash(prompts)}")
+        if isinstance(self.teacher, Stored):
+            kept, made = self.teacher.store.folder / f"{name}-{data_hash(prompts)}", self.teacher.store.extra
+            return TeacherSamples.kept(kept, prompts, made.get("job", {}))
+        source, mark, settings = self._source(sampling)
+        store = TeacherSamples(folder, prompts, sampling, mark, self.config.seed, settings)
+        if store.missing():  # else a server need not be there any more
+            self._fill(store, source, mark)
+        return store
+
+    def _source(self, sampling: Sampling) -> tuple[Any, str, dict[str, Any]]:
+        """The model or server that draws, its fingerprint or name, and its `generation_settings`."""
+        source: Any = self.model
+        if url := self.asked.run.vllm_url:
+            source = Endpoint(url, model=str(self.asked.model.teacher), vocabulary=self.teacher.vocabulary,
+                              concurrency=32)  # fmt: skip
+        if self.model is not None:
+            return source, self.teacher_fingerprint, generation_settings(self.model, sampling)
+        assert isinstance(self.teacher, Served)
+        source = source or self.teacher.endpoint
+        return source, source.fingerprint or source.model, {}
+
+    def _fill(self, store: TeacherSamples, source: Any, mark: str) -> None:
+        """Draws the samples that are missing, each rank its share."""
+        if self.asked.run.vllm_url:
+            teacher = str(self.asked.model.teacher)
+            check_tokenizer(source, self.tokenizer, teacher)
+            if self.model is not None and source.fingerprint not in (None, mark):
+                raise ValueError(f"--vllm_url: {source.url} serves another model than {teacher}, or it in another "
+                                 "dtype or configuration, by its fingerprint")  # fmt: skip
+        with Progress(console=self.console) as bar:
+            task = bar.add_task("teacher samples", total=len(self.pairs))
+            for done in store.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):
+                bar.update(task, completed=done)
+        while store.missing():  # other ranks draw; no collective waits for hours
+            time.sleep(1)
+
+    @functools.cached_property
+    def teacher_fingerprint(self) -> str:
+        """The fingerprint of the teacher's weights, which reads every byte of them, once."""
+        return fingerprint(self.model)
+
+    def trainer(self, student: Any, rows: Any, stage: str) -> FDistillTrainer:
+        """The trainer of a stage, with its own folder for checkpoints."""
+        settings: dict[str, Any] = {"hub_model_id": self.folder.name, **self.asked.training,
+                                    "output_dir": str(self.folder / f"trainer-{stage}")}  # fmt: skip
+        if self.asked.run.tensor_parallel > 1:
+            settings["save_strategy"] = "no"  # transformers saves no optimizer of a model that is split as it is loaded
+        first = self.asked.run.predistill_steps if stage == "predistill" else 0  # else it is the method itself
+        if not first and self.asked.run.predistill_steps:
+            settings = {name: value for name, value in settings.items() if name not in OF_PREDISTILLATION}
+        config = FDistillConfig(**settings)
+        if first:
+            best = {"metric_for_best_model": "loss", "greater_is_better": False} if config.metric_for_best_model else {}
+            config = config.for_predistillation(max_steps=first, push_to_hub=False, **best)
+        try:
+            trainer = FDistillTrainer(student, self.teacher, config, train_dataset=rows, eval_dataset=self.held_out,
+                                      processing_class=self.tokenizer)  # fmt: skip
+        except (ImportError, RuntimeError) as error:  # a package that --report_to or --optim names
+            raise ValueError(str(error)) from error
+        trainer.add_callback(Log(self.folder / "metrics.jsonl", stage))
+        if not first and self.asked.run.eval_measures:
+            trainer.add_callback(Measures(trainer.log, self.model, *self.held_out_rows(), self.tokenizer,
+                                          self.config.sampling()))  # fmt: skip
+        return trainer
+
+    def fit(self, trainer: FDistillTrainer, into: Path) -> None:
+        """Trains, from the last checkpoint if there is one, and saves the student into a folder."""
+        trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, whole
+        weights = {name.replace(COMPILED, ""): value for name, value in gathered.items()}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if rank()[0] == 0 or getattr(model, "is_distributed_loading_by_transformers", False):  # which all ranks gather
+            save_whole(model, into, self.tokenizer, weights)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+
+    def make(self, student: Any) -> None:
+        """Makes `predistilled/`: the student after pre-distillation, or unchanged as the base model of an adapter."""
+        made = made_of(self.asked)
+        if self.asked.run.predistill_steps:
+            self.fit(self.trainer(student, self.pairs, "predistill"), made)
+        elif rank()[0] == 0:
+            save_whole(student, made, self.tokenizer)
+        while not made.exists():  # the first rank writes
+            time.sleep(0.1)
+
+    def loaded(self, path: Any) -> Any:
+        """Loads a student that is to be measured, onto this process's device."""
+        student = load_model(path, **self.asked.model.options())
+        return student if getattr(student, "is_quantized", False) else student.to(self.device)
+
+    def held_out_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[str]]:
+        """The held-out rows as prompts, the teacher's prompts, first answers, and the text of these answers."""
+        rows = self.held_out
+        answers = rows["labels"][:]
+        if "labels_mask" in rows.column_names:
+            answers = [ids[: mask.index(False) if False in mask else None]
+                       for ids, mask in zip(answers, rows["labels_mask"], strict=True)]  # fmt: skip
+        prompts, teacher_prompts, targets = ([torch.tensor(x) for x in ids] for ids in (
+            rows["prompt_ids"][:], rows[self.teacher_prompts()][:], answers))  # fmt: skip
+        return prompts, teacher_prompts, targets, rows["reference"][:]
+
+    def teacher_prompts(self) -> str:
+        """The name of the column that holds the teacher's prompts."""
+        return prompts_of_teacher(self.held_out.column_names)
+
+    def measure(self, model: Any, draws: int = 1, keep: bool = True) -> dict[str, float]:
+        """Measures a model on the held-out rows by `metrics.measured`, with `draws` samples of the teacher.
+
+        Returns the summary. If `keep`, sentences.parquet in the run's folder has a row for each sentence.
+        """
+        table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
+                                self.config.seed, draws)  # fmt: skip
+        if keep:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_table(table, self.folder / "sentences.parquet")
+        return found
