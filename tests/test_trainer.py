@@ -350,7 +350,7 @@ def of_prompts(drawn=None):
 ])  # fmt: skip
 def test_accumulated_batches_are_one_large_batch(method, settings, tmp_path, monkeypatch):
     drawn, weights = [], []
-    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts(drawn))
+    monkeypatch.setattr("fdistill_kernels.sequence.updates.draw", of_prompts(drawn))
     monkeypatch.setattr("fdistill_kernels.sequence.teachers.in_room.draw", of_prompts(drawn))
     for size in (12, 3):
         student, teacher = gpt2_64(60, seed=1), gpt2_64(60, seed=2)
@@ -407,7 +407,7 @@ def test_kept_samples_are_of_their_own_batch(tmp_path, monkeypatch):
     from fdistill_kernels.sequence.teachers import OfRows
 
     drawn, seen = [], []
-    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts(drawn))
+    monkeypatch.setattr("fdistill_kernels.sequence.updates.draw", of_prompts(drawn))
     teachers = OfRows({"a": gpt2(60, seed=2), "b": gpt2(60, seed=3)})
     named = data(16, teacher=["a", "b", "b", "a"] * 4)
     run = trainer(tmp_path, gpt2(60, seed=1), teachers, named, method="rkl", student_every=2, max_steps=4,
@@ -457,7 +457,7 @@ def training_loss(run, rows):
 
 
 def test_objectives(tmp_path, monkeypatch):
-    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts())
+    monkeypatch.setattr("fdistill_kernels.sequence.updates.draw", of_prompts())
     student, teacher = gpt2_64(60, seed=1), gpt2_64(60, seed=2)
     rows = data(6, sample_ids=[[3, 4, 5, EOS], [3, EOS], [EOS], [5, EOS], [7, 8, 9], [4, EOS]])
     student_ids = of_prompts()(None, [torch.tensor(row["prompt_ids"]) for row in rows])
@@ -545,7 +545,7 @@ def test_evaluation_is_a_mean_over_all_tokens(tmp_path):
 
 
 def test_what_is_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr("fdistill_kernels.sequence.trainer.draw", of_prompts())
+    monkeypatch.setattr("fdistill_kernels.sequence.updates.draw", of_prompts())
     student, teacher, rows = gpt2_64(60, seed=1), gpt2_64(60, seed=2), data(8)
     student_ids = of_prompts()(None, [torch.tensor(row["prompt_ids"]) for row in rows])
     for row, ids in zip(rows, student_ids, strict=True):

@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, get_scheduler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..own import resolve
-from ..sparse import WHOLE
-from .batches import (
-    ByLength,
-    Sequences,
-    check_contexts,
-    collate,
-    column_of,
-    columns_of,
-    datasets_of,
-    given_sequences,
-    of_example,
-    prompts_of,
-    prompts_of_teacher,
-)
+from .batches import Sequences, collate, given_sequences
 from .config import OF_PREDISTILLATION, FDistillConfig
+from .dataset_checks import check_datasets, compared, sources_of
 from .forward import forward_to_head
-from .generation import beginning, check_search, chosen, share_ends, special_tokens
-from .loading import load_student, names_damage
+from .generation import chosen, share_ends, special_tokens
 from .losses import Rows, check_head, step_loss
-from .models import ids_read, virtual_tokens, vocabulary_of
+from .models import ids_read, vocabulary_of
+from .not_finite import of_nothing
 from .objectives import Half
+from .optimizer_checks import check_optimizer
+from .pairing import (
+    check_apart,
+    check_objective,
+    check_pair,
+    check_tokenizers,
+    models_of,
+    student_of,
+    temperature_of_lists,
+)
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, from_first, is_of_ranks, own_noise, row_group
-from .sampling import draw
+from .ranks import copies_of_rows, is_of_ranks
 from .student_server import StudentServer
-from .teachers import InRoom, Itself, Mixture, OfRows, Served, Stored, teacher_of
-from .teachers.itself import KeepAverage
+from .teachers import InRoom, Itself, OfRows, Served, teacher_of
+from .teachers.itself import NOT_AVERAGED, KeepAverage
 from .teachers.several import parts_of
-from .tokenizers import check_vocabularies, ids_of_tokenizer
+from .tokenizers import check_vocabularies
+from .updates import Update, UpdatingTrainer
 from .watch import Watch, wide
 
 __all__ = ["FDistillConfig", "FDistillTrainer", "Update", "check_vocabularies", "collate"]
@@ -63,28 +55,8 @@ REFUSED = {
     "model_init": "give the model itself",
 }
 
-NOT_AVERAGED = "Itself(decay=...) takes a student that is whole on each rank: not FSDP's or ZeRO-3's"
 
-#: Options of `TrainingArguments` that only some optimizers are made with.
-OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
-
-
-@dataclass
-class Update:
-    """What a batch needs to know about its update.
-
-    Attributes:
-        sequences: by source, the sequences of the batch: given, drawn, or kept from an earlier one.
-        items: by source, the mean number of tokens or sequences in the update's batches, by which losses are divided.
-        weight: a factor of the loss, with which `Trainer`'s division is by the number of the update's batches.
-    """
-
-    sequences: dict[str, Sequences]
-    items: dict[str, Tensor]
-    weight: float = 1.0
-
-
-class FDistillTrainer(Trainer):
+class FDistillTrainer(UpdatingTrainer):
     """Distils `teacher` into `model` with the objective of `args`.
 
     Datasets have the columns prompt_ids and labels (the ids of the gold target, with its end token). They may have
@@ -125,78 +97,33 @@ class FDistillTrainer(Trainer):
                 raise ValueError(f"{name} is not used by FDistillTrainer: {instead}")
         if not isinstance(args, FDistillConfig):
             raise TypeError(f"args must be a FDistillConfig, not {type(args).__name__}")
-        model = _student_of(model)
+        model = student_of(model)
         ours, theirs = (p if hasattr(p, "get_vocab") else getattr(p, "tokenizer", p)  # a processor's
                         for p in (processing_class, teacher_processing_class))  # fmt: skip
         if ours is not None and theirs is not None:
             check_vocabularies(ours, theirs)
-        _check_apart(model, teacher)
+        check_apart(model, teacher)
         self.teacher = teacher_of(teacher)
-        for found in _models_of(self.teacher):
-            _check_apart(model, found)
         if isinstance(self.teacher, Itself):
-            if self.teacher.decay is not None and any(isinstance(m, FSDPModule) for m in model.modules()):
-                raise ValueError(NOT_AVERAGED)
             self.teacher.bind(model)
-        if self.teacher.encoder_decoder != bool(model.config.is_encoder_decoder):
-            raise ValueError("teacher and student must both be causal, or both encoder–decoder")
-        of_each = [beginning(m)[1] for m in (model, *_models_of(self.teacher)) if m.config.is_encoder_decoder]
-        if len(set(of_each) - {None}) > 1:
-            raise ValueError(f"generation is forced to begin with other tokens by student and teacher, {of_each}: set "
-                             "the same forced_bos_token_id in their generation configs")  # fmt: skip
-        if args.pack and model.config.is_encoder_decoder:
-            raise ValueError("pack puts a causal model's batch in one row; the student is an encoder–decoder")
-        args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
+        check_pair(model, self.teacher)
+        check_objective(args, model, self.teacher)
+        check_tokenizers(model, self.teacher, (ours, theirs))
         self.halves, self.sampling = args.halves(), args.sampling()
-        for name in OF_PREDISTILLATION if self.halves else ():
-            if getattr(args, name) != getattr(FDistillConfig, name):
-                raise ValueError(f"{name}={getattr(args, name)!r} is not used but by predistill")
-        self.sources = list(dict.fromkeys(half.source for half in self.halves))
-        if args.beams != FDistillConfig.beams and self.halves and "beam" not in self.sources:
-            raise ValueError(f"beams={args.beams} is not used but by an objective on beam sequences")
-        self._check_comparison(args)
-        own = {"student": vocabulary_of(model.config), "teacher": self.teacher.vocabulary}
-        self.vocabulary, read = min(own.values()), (ids_read(model), *map(ids_read, _models_of(self.teacher)))
-        for (whose, most), tokenizer in zip(own.items(), (ours, theirs), strict=True):
-            size = ids_of_tokenizer(tokenizer) if hasattr(tokenizer, "get_vocab") else 0
-            if size > (max(most, *read) if self.teacher.encoder_decoder else most):
-                raise ValueError(f"the {whose}'s tokenizer has {size} ids, the {whose} {most}: it is another model's, "
-                                 "or has tokens for which the model's embedding was not resized")  # fmt: skip
-        share_ends(model, _models_of(self.teacher), self.vocabulary)
-        self._check_data(model, args, trainer)
-        self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
-        self._kept: list[Sequences] = []  # the student's samples that are used again
+        self.sources = sources_of(self.halves)
+        self.vocabulary = min(vocabulary_of(model.config), self.teacher.vocabulary)
+        share_ends(model, models_of(self.teacher), self.vocabulary)
+        check_datasets(trainer.get("train_dataset"), trainer.get("eval_dataset"), model, self.teacher, args)
+        _prepare_embeddings(model, args)
         self._evaluated = torch.zeros(2, dtype=torch.float64)
-        of_teacher = self.teacher.model if isinstance(self.teacher, InRoom) else None
-        if of_teacher is not None and row_group(of_teacher) is not None and row_group(model) is None:
-            raise ValueError("the teacher is split over ranks with the same rows, and the student is not, whose ranks "
-                             "have each their own")  # fmt: skip
-        if not self.halves and (virtual_tokens(model) or virtual_tokens(of_teacher)):
-            raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
-                             "the other side: pre-distil the model before it gets them")  # fmt: skip
-        embeddings = _embeddings(model) if args.freeze_embeddings or args.neftune_noise_alpha else []
-        for embedding in embeddings if args.freeze_embeddings else ():
-            embedding.requires_grad_(False)
-        if args.neftune_noise_alpha and len(set(embeddings[:2])) > 1:
-            raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha} is not used: {type(model).__name__} "
-                             "reads by its encoder's embedding, and the noise is on another: leave it out")  # fmt: skip
-        known = functools.partial(collate, vocabulary=self.vocabulary, teacher_vocabulary=self.teacher.vocabulary,
-                                  encoder_decoder=self.teacher.encoder_decoder,
-                                  ids_read=min(read) if self.teacher.encoder_decoder else None)  # fmt: skip
-        ahead = isinstance(self.teacher, Served) and not args.dataloader_num_workers
-        trainer.setdefault("data_collator", functools.partial(self._collate_and_ask, known) if ahead else known)
+        args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         loaders: Any = args.accelerator_config
         if loaders.dispatch_batches is None:  # which is True for streams, and batches of ranks differ in size
             loaders.dispatch_batches = False
+        trainer.setdefault("data_collator", self._collator(model, ahead=not args.dataloader_num_workers))
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
-            raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
-                             "the model with a DistributedConfig")  # fmt: skip
-        for name in ("cp_size", "sp_size"):
-            if (size := getattr(getattr(self.accelerator, "parallelism_config", None), name, 1)) > 1:
-                raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have "
-                                 "whole ones: leave it out")  # fmt: skip
-        self._check_optimizer()
+        self._check_accelerator()
+        check_optimizer(self)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         for part in parts_of(self.teacher):
@@ -209,24 +136,41 @@ class FDistillTrainer(Trainer):
             self.add_callback(KeepAverage(self.teacher))
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
         self.add_callback(self.watch)
-        self.server: StudentServer | None = None
+        self.server = None
         if args.student_server and args.student_server_path:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
             self.server = StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model),
                                         self.vocabulary)  # fmt: skip
 
-    def _check_comparison(self, args: FDistillConfig) -> None:
-        """Raises ValueError for options of the loss that it has not with such a teacher."""
-        if all(half.divergence is None for half in self.halves):
-            return
-        if args.memory == "minimal" and isinstance(self.teacher, (Mixture, OfRows)):
-            raise ValueError(f"memory='minimal' needs the teacher's hidden states, and {type(self.teacher).__name__} "
-                             "gives logits: take memory='chunks'")  # fmt: skip
-        taken = _temperature_of_lists(self.teacher)
-        if taken not in (None, args.temperature):
-            raise ValueError(f"temperature={args.temperature:g}, but the teacher's lists were taken at {taken:g}: give "
-                             f"temperature={taken:g}, or the lists one of the tails {', '.join(WHOLE)}")  # fmt: skip
+    def _collator(self, student: Any, ahead: bool) -> Any:
+        """`collate` for the two models; ahead: a server is asked for a batch's rows as soon as it is made."""
+        read = None
+        if self.teacher.encoder_decoder:
+            read = min(map(ids_read, (student, *models_of(self.teacher))))
+        known = functools.partial(collate, vocabulary=self.vocabulary, teacher_vocabulary=self.teacher.vocabulary,
+                                  encoder_decoder=self.teacher.encoder_decoder, ids_read=read)  # fmt: skip
+        return functools.partial(self._collate_and_ask, known) if ahead and isinstance(self.teacher, Served) else known
+
+    def _collate_and_ask(self, known: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
+        assert isinstance(self.teacher, Served)
+        batch: dict[str, Any] = known(examples)
+        for source in compared(self.halves):
+            if (found := given_sequences(source, batch)) is not None:
+                prompts, continuations = ([x.tolist() for x in y] for y in (found.teacher_prompts, found.continuations))
+                self.teacher.expect(prompts, continuations)
+        return batch
+
+    def _check_accelerator(self) -> None:
+        """Raises ValueError for ways to share work between ranks that this trainer does not go."""
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
+            raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
+                             "the model with a DistributedConfig")  # fmt: skip
+        for name in ("cp_size", "sp_size"):
+            if (size := getattr(getattr(self.accelerator, "parallelism_config", None), name, 1)) > 1:
+                raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have "
+                                 "whole ones: leave it out")  # fmt: skip
 
     def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
         """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
@@ -235,58 +179,6 @@ class FDistillTrainer(Trainer):
             found["parallelism_config"] = copy.copy(found["parallelism_config"])
             found["parallelism_config"]._validate_accelerator = lambda _: None
         return found
-
-    def _check_optimizer(self) -> None:
-        """Before any work, that the optimizer can be made and uses its options, and that a schedule of a plain one can.
-
-        Raises:
-            ValueError: no weights to train, or options that they have not. ImportError: a package that is not there.
-        """
-        if self.train_dataset is None:
-            return
-        if not any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
-            raise ValueError("no weight of the student has requires_grad: there is nothing to train")
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-            return
-        if not self.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
-            self._check_optim_args()
-        plain, name = torch.optim.SGD([torch.zeros(1)], self.args.learning_rate), self.args.lr_scheduler_type
-        keywords: dict[str, Any] = dict(self.args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
-        try:
-            get_scheduler(name, plain, 1, sys.maxsize, keywords)
-        except TypeError as error:
-            raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
-
-    def _check_optim_args(self) -> None:
-        """Raises ValueError for an option that is given and that the optimizer is made without, whatever its value."""
-
-        optim = getattr(self.args.optim, "value", self.args.optim)
-
-        def made(**changes: Any) -> str:
-            args = copy.copy(self.args)
-            vars(args).update(changes)
-            return str(self.get_optimizer_cls_and_kwargs(args, self.model))  # type: ignore[arg-type]
-
-        def unused(name: str, values: Sequence[Any]) -> bool:
-            try:
-                return all(made(**{name: value}) == known for value in values)
-            except (LookupError, ValueError, AttributeError, TypeError):  # of a value that it reads
-                return False
-
-        try:
-            known = made()
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"optim={optim}, optim_args={self.args.optim_args!r}: {error}") from error
-        parts = [part.strip() for part in (self.args.optim_args or "").split(",") if part.strip()]
-        ignored = []
-        for i, part in enumerate(parts):
-            others = f"{part}1", f"{part.partition('=')[0]}=True"
-            if unused("optim_args", [",".join([*parts[:i], other, *parts[i + 1 :]]) for other in others]):
-                ignored.append(f"optim_args {part}")
-        ignored += [name for name in OF_OPTIMIZERS if getattr(self.args, name) != getattr(FDistillConfig, name)
-                    and unused(name, [getattr(FDistillConfig, name)])]  # fmt: skip
-        if ignored:
-            raise ValueError(f"optim={optim} makes nothing of {', '.join(ignored)}")
 
     def _check_models(self) -> None:
         """Before any work, what the first step would refuse; models that are sharded later are asked in that step.
@@ -304,201 +196,6 @@ class FDistillTrainer(Trainer):
             for part in parts_of(self.teacher):
                 if isinstance(part, InRoom):
                     part.check(pack)
-
-    def _compared(self) -> list[str]:
-        """The sources whose sequences the teacher is asked about, of those that data have."""
-        return [h.source for h in self.halves if h.divergence is not None and h.source != "student"]
-
-    def _collate_and_ask(self, known: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
-        batch = known(examples)
-        for source in self._compared():
-            if (found := given_sequences(source, batch)) is not None:
-                prompts, continuations = ([x.tolist() for x in y] for y in (found.teacher_prompts, found.continuations))
-                self.teacher.expect(prompts, continuations)  # type: ignore[attr-defined]
-        return batch
-
-    def _check_data(self, model: Any, args: FDistillConfig, trainer: dict[str, Any]) -> None:
-        """Before any work: what objective and teacher ask of the data sets, where their columns are known.
-
-        Raises:
-            ValueError: a data set is empty, lacks a column, or has sequences too long for a model; pre-distillation
-                without a model's hidden states; sequences that a store has never seen, or that it would have to draw; a
-                column for teachers' names that is not there, or that nobody reads.
-        """
-        if not self.halves and not isinstance(self.teacher, InRoom):
-            raise ValueError("predistill matches hidden states with those of a model that is at hand: give that model")
-        if not self.teacher.anything and any(h.source == "student" and h.divergence is not None for h in self.halves):
-            raise ValueError("the objective compares on the student's samples, which a store has never seen: take "
-                             "method kl, or a divergence on shares of teacher and gold, or a teacher that is at hand, "
-                             "or an Endpoint")  # fmt: skip
-        evaluates = args.eval_strategy != "no"
-        for name, data in datasets_of("train_dataset", trainer.get("train_dataset")):
-            self._check_dataset(name, data, self.sources or ["gold"], self._compared(), model)
-            if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
-                raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
-                                 f"fewer than the {args.train_batch_size} of a batch: nothing would train")  # fmt: skip
-            length, columns = args.length_column_name, columns_of(data)
-            known = length in columns and hasattr(data, "column_names")  # Trainer reads the column of such data alone
-            known = hasattr(data, "__len__") and (known or not columns or "input_ids" in columns)
-            if _groups_by_length(args) and not known:
-                raise ValueError(f"batches by length need a datasets.Dataset as {name} with the column {length}, each "
-                                 "example's tokens")  # fmt: skip
-        for name, data in datasets_of("eval_dataset", trainer.get("eval_dataset")):
-            self._check_dataset(name, data, ["gold"] * evaluates, ["gold"] * evaluates, model)
-
-    def _check_dataset(self, name: str, data: Any, sources: list[str], compared: list[str], model: Any) -> None:
-        """One of them: sources whose sequences are used, and compared with the teacher's word."""
-        first = data[0] if isinstance(data, (list, tuple)) and data else {}
-        if isinstance(data, str) or not isinstance(first, Mapping):
-            found = type(data).__name__ if isinstance(data, str) else f"{type(data).__name__} of {type(first).__name__}"
-            raise TypeError(f"{name} must be a dataset, or a list of examples by column, not a {found}")
-        if hasattr(data, "__len__") and len(data) == 0:
-            raise ValueError(f"{name} is empty")
-        columns = columns_of(data)
-        if not columns or not sources:
-            return
-        if not {"prompt_ids", "input_ids"} & set(columns):
-            raise ValueError(f"{name} needs the column prompt_ids; it has {', '.join(columns)}")
-        if "gold" in sources and "labels" not in columns:
-            raise ValueError(f"{name} needs the column labels: the objective, or the evaluation, is on gold targets")
-        if not self.teacher.anything and any(not column_of(s, columns) for s in sources):
-            raise ValueError("the objective is on the teacher's samples, and a store draws none: give the data the "
-                             "column sample_ids")  # fmt: skip
-        if {"teacher", "beam"} <= set(sources) and "sample_ids" in columns and "beam_ids" not in columns:
-            raise ValueError(f"{name}: the objective is on the teacher's samples and its beams, sample_ids are one of "
-                             "them: give both sample_ids and beam_ids, or none")  # fmt: skip
-        if ("teacher" in columns) != isinstance(self.teacher, OfRows):
-            raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
-        if isinstance(self.teacher, OfRows) and hasattr(data, "__len__"):
-            named = [e["teacher"] for e in data] if isinstance(data, (list, tuple)) else data["teacher"]
-            self.teacher.choose(list(map(str, named)))
-        for part in [] if isinstance(self.teacher, OfRows) else parts_of(self.teacher):
-            if isinstance(part, Stored):
-                wanted = {column for source in compared if (column := column_of(source, columns))}
-                part.check(name, _as_dataset(data, part.encoder_decoder), sorted(wanted))
-        same = isinstance(self.teacher, Itself) and self.teacher.decay is None and self.teacher.adapter
-        if same and "teacher_prompt_ids" not in columns:
-            raise ValueError("Itself() is the student with another prompt: give the data the column "
-                             "teacher_prompt_ids, or Itself(decay=...), or Itself(adapter=False)")  # fmt: skip
-        theirs = prompts_of_teacher(columns)
-        for source in sources:
-            column = column_of(source, columns)
-            new = 0 if column else self.sampling.max_new_tokens
-            for searching in _models_of(self.teacher) if source == "beam" and not column else ():
-                check_search(searching)
-            for other in _models_of(self.teacher) if source in compared or source == "student" else ():
-                check_contexts(name, data, theirs, column, new, "the teacher's", other)
-            check_contexts(name, data, "prompt_ids", column, new, "the student's", model)
-
-    # --- an update: its batches, what is drawn for them, what losses are divided by
-
-    def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **keywords)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        return ByLength(sampler, seed, lambda: self.state.epoch)
-
-    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
-        """The batches of one update, which begins in its first step: then a resumed run has its generators."""
-        batches, number = super().get_batch_samples(*args, **keywords)
-        self._waiting = batches
-        return batches, number
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
-        """As `Trainer.training_step`. Before an update's first step the samples of all its batches are drawn."""
-        if self._waiting:
-            batches, self._waiting = self._waiting, []
-            with self.compute_loss_context_manager():
-                self._begin_update(self._unwrapped(model), batches)
-        return super().training_step(model, inputs, *args, **keywords)
-
-    def _begin_update(self, student: Any, batches: list[dict[str, Any]]) -> None:
-        """Gives each batch its `Update`."""
-        if self.state.global_step % self.args.student_every == 0:
-            self._kept = []
-        found = [self._sequences(student, self._prepare_inputs(batch), i) for i, batch in enumerate(batches)]
-        if self.args.student_every > 1:
-            self._kept = self._kept or [of["student"] for of in found]
-        counts = [{source: s.number(self._by_token) for source, s in of.items()} for of in found]
-        if not self.halves:
-            counts = [{**n, "prompts": sum(map(len, of["gold"].prompts))} for n, of in zip(counts, found, strict=True)]
-        numbers = torch.tensor([list(n.values()) for n in counts], dtype=wide(self.args.device))
-        mean = self.accelerator.reduce(numbers.mean(0).to(self.args.device), "mean")
-        items = dict(zip(counts[0], mean, strict=True))
-        # Trainer of transformers before 4.55 divides by what was asked for, also where an epoch's last update has less
-        divisor = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-        for batch, sequences in zip(batches, found, strict=True):
-            batch["update"] = Update(sequences, items, divisor / len(batches))
-
-    @property
-    def _by_token(self) -> bool:
-        return self.args.normalize == "token"
-
-    def _sequences(self, student: Any, batch: dict[str, Any], number: int = 0) -> dict[str, Sequences]:
-        """By source those that a batch has, or else new ones; of the student, where some are kept, those."""
-        found: dict[str, Sequences] = {}
-        for source in self.sources or ["gold"]:
-            given = given_sequences(source, batch)
-            if source == "student" and self._kept:
-                found[source] = self._kept[number % len(self._kept)]
-            elif given is not None:
-                found[source] = given
-            else:
-                copies = copies_of_rows(student)
-                ranks = self.args.process_index // copies, self.args.world_size // copies
-                with self.watch.timed("sampling"), own_noise(*ranks, self.args.device):
-                    found[source] = self._draw(source, student, batch, number)
-            found[source].counted = chosen(student, found[source].continuations, found[source].counted)
-        return found
-
-    def _draw(self, source: str, student: Any, batch: dict[str, Any], number: int) -> Sequences:
-        """New sequences for the prompts of an update's batch, by its number."""
-        (prompts, teacher_prompts), teachers = prompts_of(batch), batch.get("teacher", [])
-        if source == "student" and self.server is not None:
-            made = self.server.draw(student, prompts, self.sampling, self.state.global_step, fresh=number == 0)
-        elif source == "student":
-            made = draw(student, prompts, self.sampling, None, self.vocabulary)
-        else:
-            if isinstance(self.teacher, OfRows):
-                self.teacher.choose(teachers)
-            made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.vocabulary)
-        return Sequences(
-            prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
-        )
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """With the generators' states, which decide the next samples, those samples that are used again."""
-        super()._save_rng_state(output_dir)
-        if self._kept:
-            torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
-        with _of_checkpoint(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _of_checkpoint(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _of_checkpoint(checkpoint):
-            super()._load_rng_state(checkpoint)
-            if checkpoint is not None:
-                self._load_more(checkpoint)
-
-    def _load_more(self, checkpoint: str) -> None:
-        """What a checkpoint has beside `Trainer`'s own files."""
-        if isinstance(self.teacher, Itself):
-            self.teacher.load(checkpoint)
-        if self._kept_in(checkpoint).exists():
-            kind = self.args.device.type  # torch loads to no "cpu:0", as it is called where ranks are several
-            known = torch.load(self._kept_in(checkpoint), map_location=kind, weights_only=True)
-            self._kept = [Sequences(**found) for found in known]
-
-    def _kept_in(self, folder: str) -> Path:
-        return Path(folder) / f"student_samples_{self.args.process_index}.pt"
 
     # --- the loss
 
@@ -542,11 +239,6 @@ class FDistillTrainer(Trainer):
                 f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
                 f"({error})"
             ) from error
-
-    def _unwrapped(self, model: Any) -> Any:
-        """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
-        model = self.accelerator.unwrap_model(getattr(model, "_orig_mod", model))
-        return getattr(model, "_orig_mod", model)
 
     def _predistillation(self, model: Any, update: Update) -> Tensor:
         assert isinstance(self.teacher, InRoom)
@@ -604,7 +296,7 @@ class FDistillTrainer(Trainer):
     def _skipped(self, loss: Tensor, inputs: dict[str, Any], update: Update, student: nn.Module) -> Tensor:
         """0 in place of a loss that is not finite, if `on_nan` says so."""
         if self.args.on_nan == "skip":
-            return _of_nothing(loss, student)
+            return of_nothing(loss, student)
         step, rank = self.state.global_step, self.args.process_index
         of_rank = f"_rank_{rank}" if self.args.world_size > 1 else ""  # several may stop, each with its own batch
         path = Path(str(self.args.output_dir)) / f"nan_batch_step_{step}{of_rank}.pt"
@@ -630,7 +322,7 @@ class FDistillTrainer(Trainer):
         found.counted = chosen(self._unwrapped(model), found.continuations, found.counted)
 
         def losses(rows: Rows, teacher: Any) -> Tensor:
-            temperature = _temperature_of_lists(self.teacher) or 1.0
+            temperature = temperature_of_lists(self.teacher) or 1.0
             return self.step_loss(rows, teacher, resolve("kl"), temperature, reduction="none").reshape(-1)
 
         of_rows = self._at_head(Half("gold", resolve("kl")), model, found, losses).detach()
@@ -674,84 +366,15 @@ class FDistillTrainer(Trainer):
         return output
 
 
-def _of_nothing(loss: Tensor, student: nn.Module) -> Tensor:
-    """0, whose backward is the loss's, with all that ranks send each other in it, but gives every weight 0."""
-    nothing = loss.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
-
-    def begin(_: Tensor) -> None:
-        weights = {p for p in student.parameters() if p.requires_grad} | _leaves(loss)  # FSDP's have others inside
-        hooks = contextlib.ExitStack()
-        for p in weights:
-            hooks.callback(p.register_hook(torch.zeros_like).remove)
-        torch.autograd.Variable._execution_engine.queue_callback(hooks.close)
-
-    if nothing.requires_grad:
-        nothing.register_hook(begin)
-    return nothing
-
-
-def _leaves(made: Tensor) -> set[Tensor]:
-    """The tensors that a tensor's backward ends at."""
-    nodes, seen = [made.grad_fn], set()
-    while nodes:
-        if (node := nodes.pop()) is not None and node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-    return {node.variable for node in seen if hasattr(node, "variable")}
-
-
-def _groups_by_length(args: Any) -> bool:
-    """Whether batches are made by lengths; transformers 5 has another name for it."""
-    by_length = getattr(args, "train_sampling_strategy", "") in ("group_by_length", "batch_rebalance")
-    return bool(getattr(args, "group_by_length", by_length))
-
-
-def _of_checkpoint(folder: str | None) -> contextlib.AbstractContextManager[None]:
-    """Names a checkpoint's file that is damaged."""
-    if folder is None:
-        return contextlib.nullcontext()
-    return names_damage(folder, f"remove {folder} to go on from an earlier checkpoint, or from the start")
-
-
-def _student_of(given: Any) -> Any:
-    """A student of a model or a path."""
-    model = load_student(given).float() if isinstance(given, (str, Path)) else given
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
-    return model
-
-
-def _embeddings(model: Any) -> list[nn.Module]:
-    """A model's input embedding; of an encoder–decoder then those that its encoder and its decoder read by."""
+def _prepare_embeddings(model: Any, args: FDistillConfig) -> None:
+    """Freezes a student's embeddings if asked for; raises ValueError for noise on one that it does not read by."""
+    if not (args.freeze_embeddings or args.neftune_noise_alpha):
+        return
     halves = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
-    return [part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens  # FSMT's
-            for part in (model, *halves)]  # fmt: skip
-
-
-def _temperature_of_lists(teacher: Any) -> float | None:
-    """The one temperature at which a teacher's lists can be compared; None: any will do."""
-    if not isinstance(teacher, (Stored, Served)) or teacher.whole or teacher.tail in WHOLE:
-        return None
-    return float(teacher.store.settings["temperature"]) if isinstance(teacher, Stored) else 1.0
-
-
-def _models_of(teacher: Any) -> list[Any]:
-    """The models at hand of a teacher, but the student itself."""
-    return [part.model for part in parts_of(teacher) if isinstance(part, InRoom)]
-
-
-def _check_apart(student: nn.Module, teacher: Any) -> None:
-    """Raises ValueError where a teacher has weights of the student, which would not be trained then."""
-    theirs = set(map(id, teacher.parameters())) if isinstance(teacher, nn.Module) else set()
-    if any(id(p) in theirs for p in student.parameters()):
-        raise ValueError("student and teacher share weights, and a teacher's are not trained: for a student that is "
-                         "its own teacher, or its base model below an adapter, give Itself, else a copy")  # fmt: skip
-
-
-def _as_dataset(data: Any, encoder_decoder: bool = False) -> Any:
-    """With columns; of texts as input_ids with those of prompts and labels."""
-    from datasets import Dataset
-
-    if "prompt_ids" not in columns_of(data):
-        data = [{name: ids.tolist() for name, ids in of_example(e, encoder_decoder).items()} for e in data]
-    return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data
+    embeddings = [part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens  # FSMT's
+                  for part in (model, *halves)]  # fmt: skip
+    for embedding in embeddings if args.freeze_embeddings else ():
+        embedding.requires_grad_(False)
+    if args.neftune_noise_alpha and len(set(embeddings[:2])) > 1:
+        raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha} is not used: {type(model).__name__} "
+                         "reads by its encoder's embedding, and the noise is on another: leave it out")  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from ..losses import TeacherRows
@@ -17,6 +18,8 @@ from ..models import evaluating, vocabulary_of
 from ..sampling import Sampling, draw
 from .base import Batch, Teacher
 from .in_room import rows_of_model
+
+NOT_AVERAGED = "Itself(decay=...) takes a student that is whole on each rank: not FSDP's or ZeRO-3's"
 
 
 class Itself(Teacher):
@@ -49,10 +52,12 @@ class Itself(Teacher):
         """Sets the student.
 
         Raises:
-            ValueError: adapter is False, and the student has no adapter.
+            ValueError: adapter is False, and the student has no adapter; or an average of a student in parts.
         """
         if not self.adapter and not hasattr(student, "disable_adapter"):
             raise ValueError(f"Itself(adapter=False) needs a PEFT model, and the student is a {type(student).__name__}")
+        if self.decay is not None and any(isinstance(m, FSDPModule) for m in student.modules()):
+            raise ValueError(NOT_AVERAGED)
         self.student = student
         self.vocabulary = vocabulary_of(student.config)
         self.encoder_decoder = bool(student.config.is_encoder_decoder)

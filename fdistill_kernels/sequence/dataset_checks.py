@@ -1,0 +1,123 @@
+"""What an objective and a teacher ask of the datasets, where their columns are known, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from .batches import check_contexts, column_of, columns_of, datasets_of, of_example, prompts_of_teacher
+from .config import FDistillConfig
+from .generation import check_search
+from .objectives import Half
+from .pairing import models_of
+from .teachers import Itself, OfRows, Stored, Teacher
+from .teachers.several import parts_of
+
+
+def sources_of(halves: Sequence[Half]) -> list[str]:
+    """The sources of an objective's sequences; of pre-distillation, which has no halves, gold targets."""
+    return list(dict.fromkeys(half.source for half in halves)) or ["gold"]
+
+
+def compared(halves: Sequence[Half]) -> list[str]:
+    """The sources whose sequences the teacher is asked about, of those that data have."""
+    return [h.source for h in halves if h.divergence is not None and h.source != "student"]
+
+
+def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, args: FDistillConfig) -> None:
+    """Checks a trainer's datasets.
+
+    Raises:
+        ValueError: a dataset is empty, lacks a column, or has sequences too long for a model; sequences that a store
+            has never seen, or that it would have to draw; a column for teachers' names that is not there, or that
+            nobody reads.
+    """
+    halves, gold = args.halves(), ["gold"] if args.eval_strategy != "no" else []
+    for name, data in datasets_of("train_dataset", train):
+        _check_dataset(name, data, sources_of(halves), compared(halves), student, teacher, args.max_new_tokens)
+        if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
+            raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
+                             f"fewer than the {args.train_batch_size} of a batch: nothing would train")  # fmt: skip
+        length, columns = args.length_column_name, columns_of(data)
+        known = length in columns and hasattr(data, "column_names")  # Trainer reads the column of such data alone
+        known = hasattr(data, "__len__") and (known or not columns or "input_ids" in columns)
+        if _groups_by_length(args) and not known:
+            raise ValueError(f"batches by length need a datasets.Dataset as {name} with the column {length}, each "
+                             "example's tokens")  # fmt: skip
+    for name, data in datasets_of("eval_dataset", evaluation):
+        _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
+
+
+def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str], student: Any, teacher: Teacher,
+                   new_tokens: int) -> None:  # fmt: skip
+    """One of them: sources whose sequences are used, and those that are compared with the teacher's word."""
+    first = data[0] if isinstance(data, (list, tuple)) and data else {}
+    if isinstance(data, str) or not isinstance(first, Mapping):
+        found = type(data).__name__ if isinstance(data, str) else f"{type(data).__name__} of {type(first).__name__}"
+        raise TypeError(f"{name} must be a dataset, or a list of examples by column, not a {found}")
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise ValueError(f"{name} is empty")
+    columns = columns_of(data)
+    if not columns or not sources:
+        return
+    _check_columns(name, columns, sources, teacher)
+    _check_teachers(name, data, columns, compared, teacher)
+    theirs, at_hand = prompts_of_teacher(columns), models_of(teacher)
+    for source in sources:
+        column = column_of(source, columns)
+        new = 0 if column else new_tokens
+        for searching in at_hand if source == "beam" and not column else ():
+            check_search(searching)
+        for other in at_hand if source in compared or source == "student" else ():
+            check_contexts(name, data, theirs, column, new, "the teacher's", other)
+        check_contexts(name, data, "prompt_ids", column, new, "the student's", student)
+
+
+def _check_columns(name: str, columns: Collection[str], sources: Collection[str], teacher: Teacher) -> None:
+    """Raises ValueError for columns that are missing, or of which one has two meanings."""
+    if not {"prompt_ids", "input_ids"} & set(columns):
+        raise ValueError(f"{name} needs the column prompt_ids; it has {', '.join(columns)}")
+    if "gold" in sources and "labels" not in columns:
+        raise ValueError(f"{name} needs the column labels: the objective, or the evaluation, is on gold targets")
+    if not teacher.anything and any(not column_of(s, columns) for s in sources):
+        raise ValueError("the objective is on the teacher's samples, and a store draws none: give the data the "
+                         "column sample_ids")  # fmt: skip
+    if {"teacher", "beam"} <= set(sources) and "sample_ids" in columns and "beam_ids" not in columns:
+        raise ValueError(f"{name}: the objective is on the teacher's samples and its beams, sample_ids are one of "
+                         "them: give both sample_ids and beam_ids, or none")  # fmt: skip
+    if ("teacher" in columns) != isinstance(teacher, OfRows):
+        raise ValueError(f"{name}: the column teacher names each example's, of OfRows: give both, or neither")
+
+
+def _check_teachers(name: str, data: Any, columns: Collection[str], compared: list[str], teacher: Teacher) -> None:
+    """Raises ValueError for teachers that are not known, sequences that a store has not, and prompts of the student's
+    where it is its own teacher.
+    """
+    if isinstance(teacher, OfRows):
+        if hasattr(data, "__len__"):
+            named = [e["teacher"] for e in data] if isinstance(data, (list, tuple)) else data["teacher"]
+            teacher.choose(list(map(str, named)))
+        return
+    for part in parts_of(teacher):
+        if isinstance(part, Stored):
+            wanted = {column for source in compared if (column := column_of(source, columns))}
+            part.check(name, _as_dataset(data, part.encoder_decoder), sorted(wanted))
+    same = isinstance(teacher, Itself) and teacher.decay is None and teacher.adapter
+    if same and "teacher_prompt_ids" not in columns:
+        raise ValueError("Itself() is the student with another prompt: give the data the column "
+                         "teacher_prompt_ids, or Itself(decay=...), or Itself(adapter=False)")  # fmt: skip
+
+
+def _groups_by_length(args: Any) -> bool:
+    """Whether batches are made by lengths; transformers 5 has another name for it."""
+    by_length = getattr(args, "train_sampling_strategy", "") in ("group_by_length", "batch_rebalance")
+    return bool(getattr(args, "group_by_length", by_length))
+
+
+def _as_dataset(data: Any, encoder_decoder: bool = False) -> Any:
+    """With columns; of texts as input_ids with those of prompts and labels."""
+    from datasets import Dataset
+
+    if "prompt_ids" not in columns_of(data):
+        data = [{name: ids.tolist() for name, ids in of_example(e, encoder_decoder).items()} for e in data]
+    return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data

@@ -1,0 +1,69 @@
+"""Whether a trainer's optimizer and its schedule can be made, and use the options that are given."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer, get_scheduler
+
+from .config import FDistillConfig
+
+#: Options of `TrainingArguments` that only some optimizers are made with.
+OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """Before any work, that the optimizer can be made and uses its options, and that a schedule of a plain one can.
+
+    Raises:
+        ValueError: no weights to train, or options that they have not. ImportError: a package that is not there.
+    """
+    if trainer.train_dataset is None:
+        return
+    if not any(p.requires_grad for p in trainer.model.parameters()):  # type: ignore[union-attr]
+        raise ValueError("no weight of the student has requires_grad: there is nothing to train")
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        return
+    if not trainer.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
+        _check_options(trainer)
+    plain, name = torch.optim.SGD([torch.zeros(1)], trainer.args.learning_rate), trainer.args.lr_scheduler_type
+    keywords: dict[str, Any] = dict(trainer.args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+    try:
+        get_scheduler(name, plain, 1, sys.maxsize, keywords)
+    except TypeError as error:
+        raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
+
+
+def _check_options(trainer: Trainer) -> None:
+    """Raises ValueError for an option that is given and that the optimizer is made without, whatever its value."""
+    optim = getattr(trainer.args.optim, "value", trainer.args.optim)
+
+    def made(**changes: Any) -> str:
+        args = copy.copy(trainer.args)
+        vars(args).update(changes)
+        return str(trainer.get_optimizer_cls_and_kwargs(args, trainer.model))  # type: ignore[arg-type]
+
+    def unused(name: str, values: Sequence[Any]) -> bool:
+        try:
+            return all(made(**{name: value}) == known for value in values)
+        except (LookupError, ValueError, AttributeError, TypeError):  # of a value that it reads
+            return False
+
+    try:
+        known = made()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"optim={optim}, optim_args={trainer.args.optim_args!r}: {error}") from error
+    parts = [part.strip() for part in (trainer.args.optim_args or "").split(",") if part.strip()]
+    ignored = []
+    for i, part in enumerate(parts):
+        others = f"{part}1", f"{part.partition('=')[0]}=True"
+        if unused("optim_args", [",".join([*parts[:i], other, *parts[i + 1 :]]) for other in others]):
+            ignored.append(f"optim_args {part}")
+    ignored += [name for name in OF_OPTIMIZERS if getattr(trainer.args, name) != getattr(FDistillConfig, name)
+                and unused(name, [getattr(FDistillConfig, name)])]  # fmt: skip
+    if ignored:
+        raise ValueError(f"optim={optim} makes nothing of {', '.join(ignored)}")

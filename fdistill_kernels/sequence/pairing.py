@@ -1,0 +1,123 @@
+"""Student, teacher and objective together: what is refused before any work because one does not fit another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..sparse import WHOLE
+from .config import OF_PREDISTILLATION, FDistillConfig
+from .generation import beginning
+from .loading import load_student
+from .models import ids_read, virtual_tokens, vocabulary_of
+from .objectives import Half
+from .ranks import row_group
+from .teachers import InRoom, Mixture, OfRows, Served, Stored, Teacher
+from .teachers.several import parts_of
+from .tokenizers import ids_of_tokenizer
+
+
+def student_of(given: Any) -> Any:
+    """A student of a model or a path."""
+    model = load_student(given).float() if isinstance(given, (str, Path)) else given
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
+    return model
+
+
+def models_of(teacher: Teacher) -> list[Any]:
+    """The models at hand of a teacher, but the student itself."""
+    return [part.model for part in parts_of(teacher) if isinstance(part, InRoom)]
+
+
+def check_apart(student: nn.Module, teacher: Any) -> None:
+    """Raises ValueError where a teacher has weights of the student, which would not be trained then."""
+    theirs = set(map(id, teacher.parameters())) if isinstance(teacher, nn.Module) else set()
+    if any(id(p) in theirs for p in student.parameters()):
+        raise ValueError("student and teacher share weights, and a teacher's are not trained: for a student that is "
+                         "its own teacher, or its base model below an adapter, give Itself, else a copy")  # fmt: skip
+
+
+def check_pair(student: Any, teacher: Teacher) -> None:
+    """Checks the two models.
+
+    Raises:
+        ValueError: they are of different kinds, begin sequences otherwise, share weights, or are split over ranks
+            otherwise.
+    """
+    at_hand = models_of(teacher)
+    for model in at_hand:
+        check_apart(student, model)
+    if teacher.encoder_decoder != bool(student.config.is_encoder_decoder):
+        raise ValueError("teacher and student must both be causal, or both encoder–decoder")
+    of_each = [beginning(m)[1] for m in (student, *at_hand) if m.config.is_encoder_decoder]
+    if len(set(of_each) - {None}) > 1:
+        raise ValueError(f"generation is forced to begin with other tokens by student and teacher, {of_each}: set "
+                         "the same forced_bos_token_id in their generation configs")  # fmt: skip
+    if isinstance(teacher, InRoom) and row_group(teacher.model) is not None and row_group(student) is None:
+        raise ValueError("the teacher is split over ranks with the same rows, and the student is not, whose ranks "
+                         "have each their own")  # fmt: skip
+
+
+def check_tokenizers(student: Any, teacher: Teacher, tokenizers: Sequence[Any]) -> None:
+    """Raises ValueError for a tokenizer, the student's or the teacher's (None: not known), that has more ids than its
+    model.
+    """
+    own = {"student": vocabulary_of(student.config), "teacher": teacher.vocabulary}
+    read = max(map(ids_read, (student, *models_of(teacher)))) if teacher.encoder_decoder else 0
+    for (whose, most), tokenizer in zip(own.items(), tokenizers, strict=True):
+        size = ids_of_tokenizer(tokenizer) if hasattr(tokenizer, "get_vocab") else 0
+        if size > max(most, read):
+            raise ValueError(f"the {whose}'s tokenizer has {size} ids, the {whose} {most}: it is another model's, "
+                             "or has tokens for which the model's embedding was not resized")  # fmt: skip
+
+
+def check_objective(args: FDistillConfig, student: Any, teacher: Teacher) -> None:
+    """Checks what the objective asks of the two models.
+
+    Raises:
+        ValueError: options that it does not use, or that it has not with such models; pre-distillation without a
+            model's hidden states; or a comparison on sequences that a store has never seen.
+    """
+    halves = args.halves()
+    if args.pack and student.config.is_encoder_decoder:
+        raise ValueError("pack puts a causal model's batch in one row; the student is an encoder–decoder")
+    for name in OF_PREDISTILLATION if halves else ():
+        if getattr(args, name) != getattr(FDistillConfig, name):
+            raise ValueError(f"{name}={getattr(args, name)!r} is not used but by predistill")
+    if args.beams != FDistillConfig.beams and halves and all(half.source != "beam" for half in halves):
+        raise ValueError(f"beams={args.beams} is not used but by an objective on beam sequences")
+    if any(half.divergence is not None for half in halves):
+        _check_comparison(args, halves, teacher)
+    if halves:
+        return
+    if not isinstance(teacher, InRoom):
+        raise ValueError("predistill matches hidden states with those of a model that is at hand: give that model")
+    if virtual_tokens(student) or virtual_tokens(teacher.model):
+        raise ValueError("predistill matches hidden states token by token, and PEFT's virtual tokens have none on "
+                         "the other side: pre-distil the model before it gets them")  # fmt: skip
+
+
+def _check_comparison(args: FDistillConfig, halves: Sequence[Half], teacher: Teacher) -> None:
+    """Raises ValueError for options of the loss, or sequences, that it has not with such a teacher."""
+    if args.memory == "minimal" and isinstance(teacher, (Mixture, OfRows)):
+        raise ValueError(f"memory='minimal' needs the teacher's hidden states, and {type(teacher).__name__} "
+                         "gives logits: take memory='chunks'")  # fmt: skip
+    taken = temperature_of_lists(teacher)
+    if taken not in (None, args.temperature):
+        raise ValueError(f"temperature={args.temperature:g}, but the teacher's lists were taken at {taken:g}: give "
+                         f"temperature={taken:g}, or the lists one of the tails {', '.join(WHOLE)}")  # fmt: skip
+    if not teacher.anything and any(h.source == "student" and h.divergence is not None for h in halves):
+        raise ValueError("the objective compares on the student's samples, which a store has never seen: take "
+                         "method kl, or a divergence on shares of teacher and gold, or a teacher that is at hand, "
+                         "or an Endpoint")  # fmt: skip
+
+
+def temperature_of_lists(teacher: Any) -> float | None:
+    """The one temperature at which a teacher's lists can be compared; None: any will do."""
+    if not isinstance(teacher, (Stored, Served)) or teacher.whole or teacher.tail in WHOLE:
+        return None
+    return float(teacher.store.settings["temperature"]) if isinstance(teacher, Stored) else 1.0

@@ -1,0 +1,182 @@
+"""An update: its batches, the sequences that are drawn for them, and what their losses are divided by."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .batches import ByLength, Sequences, given_sequences, prompts_of
+from .config import FDistillConfig
+from .generation import chosen
+from .loading import names_damage
+from .objectives import Half
+from .ranks import copies_of_rows, from_first, own_noise
+from .sampling import Sampling, draw
+from .student_server import StudentServer
+from .teachers import Itself, OfRows, Teacher
+from .watch import Watch, wide
+
+
+@dataclass
+class Update:
+    """What a batch needs to know about its update.
+
+    Attributes:
+        sequences: by source, the sequences of the batch: given, drawn, or kept from an earlier one.
+        items: by source, the mean number of tokens or sequences in the update's batches, by which losses are divided.
+        weight: a factor of the loss, with which `Trainer`'s division is by the number of the update's batches.
+    """
+
+    sequences: dict[str, Sequences]
+    items: dict[str, Tensor]
+    weight: float = 1.0
+
+
+class UpdatingTrainer(Trainer):
+    """A `transformers.Trainer` whose batches have an `Update`, for a loss of it; its checkpoints have what is kept.
+
+    Attributes:
+        halves: the objective. sources: those of its sequences.
+        vocabulary: ids from here on are not drawn.
+        server: what draws from the student; None: the student itself.
+    """
+
+    args: FDistillConfig
+    teacher: Teacher
+    halves: tuple[Half, ...]
+    sources: list[str]
+    sampling: Sampling
+    vocabulary: int
+    watch: Watch
+    server: StudentServer | None
+
+    def __init__(self, **trainer: Any):
+        self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
+        self._kept: list[Sequences] = []  # the student's samples that are used again
+        super().__init__(**trainer)
+
+    def _unwrapped(self, model: Any) -> Any:
+        """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
+        model = self.accelerator.unwrap_model(getattr(model, "_orig_mod", model))
+        return getattr(model, "_orig_mod", model)
+
+    def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **keywords)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return ByLength(sampler, seed, lambda: self.state.epoch)
+
+    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
+        """The batches of one update, which begins in its first step: then a resumed run has its generators."""
+        batches, number = super().get_batch_samples(*args, **keywords)
+        self._waiting = batches
+        return batches, number
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
+        """As `Trainer.training_step`. Before an update's first step the samples of all its batches are drawn."""
+        if self._waiting:
+            batches, self._waiting = self._waiting, []
+            with self.compute_loss_context_manager():
+                self._begin_update(self._unwrapped(model), batches)
+        return super().training_step(model, inputs, *args, **keywords)
+
+    def _begin_update(self, student: Any, batches: list[dict[str, Any]]) -> None:
+        """Gives each batch its `Update`."""
+        if self.state.global_step % self.args.student_every == 0:
+            self._kept = []
+        found = [self._sequences(student, self._prepare_inputs(batch), i) for i, batch in enumerate(batches)]
+        if self.args.student_every > 1:
+            self._kept = self._kept or [of["student"] for of in found]
+        counts = [{source: s.number(self._by_token) for source, s in of.items()} for of in found]
+        if not self.halves:
+            counts = [{**n, "prompts": sum(map(len, of["gold"].prompts))} for n, of in zip(counts, found, strict=True)]
+        numbers = torch.tensor([list(n.values()) for n in counts], dtype=wide(self.args.device))
+        mean = self.accelerator.reduce(numbers.mean(0).to(self.args.device), "mean")
+        items = dict(zip(counts[0], mean, strict=True))
+        # Trainer of transformers before 4.55 divides by what was asked for, also where an epoch's last update has less
+        divisor = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        for batch, sequences in zip(batches, found, strict=True):
+            batch["update"] = Update(sequences, items, divisor / len(batches))
+
+    @property
+    def _by_token(self) -> bool:
+        return self.args.normalize == "token"
+
+    def _sequences(self, student: Any, batch: dict[str, Any], number: int = 0) -> dict[str, Sequences]:
+        """By source those that a batch has, or else new ones; of the student, where some are kept, those."""
+        found: dict[str, Sequences] = {}
+        for source in self.sources:
+            given = given_sequences(source, batch)
+            if source == "student" and self._kept:
+                found[source] = self._kept[number % len(self._kept)]
+            elif given is not None:
+                found[source] = given
+            else:
+                copies = copies_of_rows(student)
+                ranks = self.args.process_index // copies, self.args.world_size // copies
+                with self.watch.timed("sampling"), own_noise(*ranks, self.args.device):
+                    found[source] = self._draw(source, student, batch, number)
+            found[source].counted = chosen(student, found[source].continuations, found[source].counted)
+        return found
+
+    def _draw(self, source: str, student: Any, batch: dict[str, Any], number: int) -> Sequences:
+        """New sequences for the prompts of an update's batch, by its number."""
+        (prompts, teacher_prompts), teachers = prompts_of(batch), batch.get("teacher", [])
+        if source == "student" and self.server is not None:
+            made = self.server.draw(student, prompts, self.sampling, self.state.global_step, fresh=number == 0)
+        elif source == "student":
+            made = draw(student, prompts, self.sampling, None, self.vocabulary)
+        else:
+            if isinstance(self.teacher, OfRows):
+                self.teacher.choose(teachers)
+            made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.vocabulary)
+        return Sequences(
+            prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the generators' states, which decide the next samples, those samples that are used again."""
+        super()._save_rng_state(output_dir)
+        if self._kept:
+            torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
+        with _of_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _of_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _of_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+            if checkpoint is not None:
+                self._load_more(checkpoint)
+
+    def _load_more(self, checkpoint: str) -> None:
+        """What a checkpoint has beside `Trainer`'s own files."""
+        if isinstance(self.teacher, Itself):
+            self.teacher.load(checkpoint)
+        if self._kept_in(checkpoint).exists():
+            kind = self.args.device.type  # torch loads to no "cpu:0", as it is called where ranks are several
+            known = torch.load(self._kept_in(checkpoint), map_location=kind, weights_only=True)
+            self._kept = [Sequences(**found) for found in known]
+
+    def _kept_in(self, folder: str) -> Path:
+        return Path(folder) / f"student_samples_{self.args.process_index}.pt"
+
+
+def _of_checkpoint(folder: str | None) -> contextlib.AbstractContextManager[None]:
+    """Names a checkpoint's file that is damaged."""
+    if folder is None:
+        return contextlib.nullcontext()
+    return names_damage(folder, f"remove {folder} to go on from an earlier checkpoint, or from the start")
