@@ -42,15 +42,19 @@ def copies_of_rows(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def own_noise(number: int, of: int, device: torch.device) -> Iterator[None]:
-    """Lets each of so many ranks with rows of their own draw by other random numbers: the seed made torch's generators
-    the same on all. Afterwards they are so again.
-    """
-    seed = int(torch.randint(2**62, ())) + number if of > 1 else None
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators begin at a seed, and afterwards they are where they were; None: they just go on."""
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def own_noise(number: int, of: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Lets each of so many ranks with rows of their own draw by other random numbers: the seed made torch's generators
+    the same on all. Afterwards they are so again.
+    """
+    return seeded(int(torch.randint(2**62, ())) + number if of > 1 else None, device)
 
 
 def from_first(model: Any, value: Any) -> Any:

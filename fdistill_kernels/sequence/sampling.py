@@ -20,8 +20,8 @@ from .forward import rows_of
 from .generation import TOKENS, beginning, check_search, for_search, special_tokens
 from .models import accepted, check_context, evaluating, ids_of, virtual_tokens, vocabulary_of
 from .probes import asked, close
-from .ranks import from_first
-from .teacher_forcing import IGNORE, padded, teacher_forced
+from .ranks import from_first, seeded
+from .teacher_forcing import IGNORE, padded_inputs, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -79,27 +79,11 @@ def draw(
     pad, ends = special_tokens(model)
     if sampling.beams:
         check_search(model)
-    device, new = next(model.parameters()).device, sampling.max_new_tokens
-    encoder_decoder, longest = model.config.is_encoder_decoder, max(map(len, prompts))
+    new, encoder_decoder, longest = sampling.max_new_tokens, model.config.is_encoder_decoder, max(map(len, prompts))
     check_context(model, max(longest, new) if encoder_decoder else longest + new)
-    config = model.config.get_text_config()
-    size, routers = vocabulary_of(config), getattr(config, "output_router_logits", None)
-    beyond = {*range(size if vocabulary is None else vocabulary, size)}
-    if sampling.beams:
-        beyond |= {*(getattr(getattr(model, "generation_config", None), "suppress_tokens", None) or ())}
-    owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
-    settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=sorted(beyond) or None,
-                    cache_implementation=sampling.cache,
-                    synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
-    if encoder_decoder:
-        settings |= dict(zip(("decoder_start_token_id", "forced_bos_token_id"), beginning(model), strict=True))
+    settings = _settings(model, sampling, vocabulary)
     try:
-        for module, own in owners.items():  # samples are of p itself: no repetition penalty the model came with
-            kept = {name: getattr(own, name, None) for name in TOKENS} if encoder_decoder else {}
-            module.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends, **kept)
-        if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
-            config.output_router_logits = False
-        with evaluating(model), _seeded(model, seed):
+        with evaluating(model), _seeded(model, seed), _of_p_itself(model) as owners:
             itself = not virtual_tokens(model) and asked(
                 _generates_itself, model, pad, settings, of=(sampling.cache, settings.get("decoder_start_token_id"))
             )
@@ -111,23 +95,56 @@ def draw(
                     raise ValueError(f"cache_implementation={sampling.cache!r} is not used: {type(model).__name__} is "
                                      "drawn from by its forward, without a cache")  # fmt: skip
                 return drawn_by_forward(model, prompts, sampling, vocabulary)
-            made = model.generate(**_left_padded(model, prompts, pad, device), **settings, **sampling.keywords())
+            made = model.generate(**_left_padded(model, prompts, pad), **settings, **sampling.keywords())
     except RuntimeError as error:  # of torch.multinomial
         if "probability tensor" not in str(error):
             raise
         raise FloatingPointError(f"{type(model).__name__} has logits that are not finite: it draws nothing") from error
+    return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else longest :]]
+
+
+def _settings(model: Any, sampling: Sampling, vocabulary: int | None) -> dict[str, Any]:
+    """What `generate` is told beside `Sampling.keywords`."""
+    pad, ends = special_tokens(model)
+    size = vocabulary_of(model.config)
+    beyond = {*range(size if vocabulary is None else vocabulary, size)}
+    if sampling.beams:
+        beyond |= {*(getattr(getattr(model, "generation_config", None), "suppress_tokens", None) or ())}
+    settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=sorted(beyond) or None,
+                    cache_implementation=sampling.cache,
+                    synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
+    if model.config.is_encoder_decoder:
+        settings |= dict(zip(("decoder_start_token_id", "forced_bos_token_id"), beginning(model), strict=True))
+    return settings
+
+
+@contextlib.contextmanager
+def _of_p_itself(model: Any) -> Iterator[dict[Any, Any]]:
+    """Inside, what is drawn is of p itself: no part of the model has a repetition penalty, say, that it came with.
+    Yields the parts with what they have outside.
+    """
+    (pad, ends), config = special_tokens(model), model.config.get_text_config()
+    owners = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}  # PEFT's is inside
+    routers = getattr(config, "output_router_logits", None)
+    try:
+        for module, own in owners.items():
+            kept = {name: getattr(own, name, None) for name in TOKENS} if model.config.is_encoder_decoder else {}
+            module.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends, **kept)
+        if routers:  # the auxiliary loss of experts is of whole sequences, and fails of single steps
+            config.output_router_logits = False
+        yield owners
     finally:
         for module, own in owners.items():
             module.generation_config = own
         if routers:
             config.output_router_logits = routers
-    return [_until_end(row, ends) for row in made[:, 1 if encoder_decoder else longest :]]
 
 
-def _left_padded(model: Any, prompts: Sequence[Tensor], pad: int, device: torch.device) -> dict[str, Tensor]:
+def _left_padded(model: Any, prompts: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
     """What `generate` is given: causal models go on from the right."""
-    inputs = padded(prompts, IGNORE, "right" if model.config.is_encoder_decoder else "left").to(device)
-    return dict(input_ids=inputs.masked_fill(inputs == IGNORE, pad), attention_mask=(inputs != IGNORE).long())
+    device = next(model.parameters()).device
+    side = "right" if model.config.is_encoder_decoder else "left"
+    return padded_inputs([p.to(device) for p in prompts], pad, side)
 
 
 def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
@@ -139,7 +156,7 @@ def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
     short, long = torch.linspace(size // 4, 3 * size // 4, 6, device=device).long().split((2, 4))
     try:
         made = model.generate(
-            **_left_padded(model, [short, long], pad, device), **settings, do_sample=False, num_beams=1,
+            **_left_padded(model, [short, long], pad), **settings, do_sample=False, num_beams=1,
             max_new_tokens=2, min_new_tokens=2, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     except torch.OutOfMemoryError:
@@ -156,19 +173,13 @@ def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:
     return close(own.to(model.dtype), said.to(model.dtype), 1e-2, 16)
 
 
-@contextlib.contextmanager
-def _seeded(model: Any, seed: int | None) -> Iterator[None]:
-    """The seed alone decides, and torch's generators stay where they were; no seed: they go on, on the ranks of a
-    `row_group` from where the first one's is.
-    """
+def _seeded(model: Any, seed: int | None) -> contextlib.AbstractContextManager[None]:
+    """As `seeded`; without a seed the ranks of a `row_group` go on from where the first one is."""
     device = next(model.parameters()).device
-    generators: Any = torch.cuda if device.type == "cuda" else torch
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        else:
-            generators.set_rng_state(from_first(model, generators.get_rng_state()))
-        yield
+    if seed is None:
+        generators: Any = torch.cuda if device.type == "cuda" else torch
+        generators.set_rng_state(from_first(model, generators.get_rng_state()))
+    return seeded(seed, device)
 
 
 @torch.no_grad()

@@ -31,6 +31,12 @@ def padded(rows: Sequence[Tensor], value: int, side: str = "right") -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
+def padded_inputs(rows: Sequence[Tensor], pad: int, side: str = "right") -> dict[str, Tensor]:
+    """A list of rows as a model's input_ids and attention_mask, padded on one side."""
+    inputs = padded(rows, IGNORE, side)
+    return {"input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": (inputs != IGNORE).long()}
+
+
 def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[Tensor]:
     """Continuations with −100 in place of the tokens that do not count.
 
@@ -70,13 +76,11 @@ def teacher_forced(
     targets = masked(continuations, counted)
     if model.config.is_encoder_decoder:
         check_context(model, max(map(len, (*prompts, *continuations))))
-        start, inputs = beginning(model)[0], padded(prompts, IGNORE)
+        start = beginning(model)[0]
         written = padded([torch.cat((c.new_full((1,), start), c[:-1])) for c in continuations], pad)
         labels = padded(targets, IGNORE)
-        return {
-            "input_ids": inputs.masked_fill(inputs == IGNORE, pad), "attention_mask": (inputs != IGNORE).long(),
-            "decoder_input_ids": written,
-        }, nn.functional.pad(labels, (0, written.shape[1] - labels.shape[1]), value=IGNORE)  # fmt: skip
+        labels = nn.functional.pad(labels, (0, written.shape[1] - labels.shape[1]), value=IGNORE)
+        return {**padded_inputs(prompts, pad), "decoder_input_ids": written}, labels
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
     check_context(model, max(map(len, pairs)))
     targets = [torch.cat((p.new_full((len(p) - 1,), IGNORE), t, p.new_full((1,), IGNORE)))
@@ -84,6 +88,4 @@ def teacher_forced(
     if pack:
         positions = torch.cat([torch.arange(len(pair)) for pair in pairs])
         return {"input_ids": torch.cat(pairs)[None], "position_ids": positions[None]}, torch.cat(targets)[None]
-    inputs = padded(pairs, IGNORE)
-    mask = (inputs != IGNORE).long()
-    return {"input_ids": inputs.masked_fill(mask == 0, pad), "attention_mask": mask}, padded(targets, IGNORE)
+    return padded_inputs(pairs, pad), padded(targets, IGNORE)

@@ -19,9 +19,8 @@ from .config import OF_PREDISTILLATION, FDistillConfig
 from .dataset_checks import check_datasets, compared, sources_of
 from .forward import forward_to_head
 from .generation import chosen, share_ends, special_tokens
-from .losses import Rows, check_head, step_loss
+from .losses import Rows, check_head, of_nothing, step_loss
 from .models import ids_read, vocabulary_of
-from .not_finite import of_nothing
 from .objectives import Half
 from .optimizer_checks import check_optimizer
 from .pairing import (
