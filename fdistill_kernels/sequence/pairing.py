@@ -116,6 +116,20 @@ def _check_comparison(args: FDistillConfig, halves: Sequence[Half], teacher: Tea
                          "or an Endpoint")  # fmt: skip
 
 
+def prepare_embeddings(model: Any, args: FDistillConfig) -> None:
+    """Freezes a student's embeddings if asked for; raises ValueError for noise on one that it does not read by."""
+    if not (args.freeze_embeddings or args.neftune_noise_alpha):
+        return
+    halves = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
+    embeddings = [part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens  # FSMT's
+                  for part in (model, *halves)]  # fmt: skip
+    for embedding in embeddings if args.freeze_embeddings else ():
+        embedding.requires_grad_(False)
+    if args.neftune_noise_alpha and len(set(embeddings[:2])) > 1:
+        raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha} is not used: {type(model).__name__} "
+                         "reads by its encoder's embedding, and the noise is on another: leave it out")  # fmt: skip
+
+
 def temperature_of_lists(teacher: Any) -> float | None:
     """The one temperature at which a teacher's lists can be compared; None: any will do."""
     if not isinstance(teacher, (Stored, Served)) or teacher.whole or teacher.tail in WHOLE:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
@@ -63,6 +64,15 @@ def from_first(model: Any, value: Any) -> Any:
     if (group := row_group(model)) is not None:
         dist.broadcast_object_list(held, group=group, group_src=0)
     return held[0]
+
+
+def of_all_rows(found: Tensor, accelerator: Any, copies: int) -> Tensor:
+    """What all ranks have found of an evaluation's rows (B, ...), each once: so many ranks one after another have the
+    same, and some have their last batch filled up.
+    """
+    loader = accelerator.gradient_state
+    every = accelerator.gather(found).unflatten(0, (-1, copies, len(found)))[:, 0].flatten(0, 1)
+    return every[: loader.remainder] if loader.end_of_dataloader and loader.remainder > 0 else every
 
 
 def is_of_ranks(error: BaseException) -> bool:

@@ -138,17 +138,17 @@ class Run:
     def drawn(self, beams: bool) -> TeacherSamples:
         """The teacher's samples (or beams) for all training rows; those that are missing are drawn and stored."""
         name, sampling = "teacher_beams" if beams else "teacher_samples", self.config.sampling(beams)
-        folder, prompts = Path(self.asked.run.samples or self.folder) / name, self.pairs[self.teacher_prompts()][:]
-        if is_store(folder.parent):  # which may grow: other prompts have other samples
-            folder = folder.with_name(f"{name}-{data_hash(prompts)}")
+        prompts, folder = self.pairs[self.teacher_prompts()][:], Path(self.asked.run.samples or self.folder)
+        in_store = f"{name}-{data_hash(prompts)}"  # which may grow: other prompts have other samples
         if isinstance(self.teacher, Stored):
-            kept, made = self.teacher.store.folder / f"{name}-{data_hash(prompts)}", self.teacher.store.extra
-            return TeacherSamples.kept(kept, prompts, made.get("job", {}))
+            store = self.teacher.store
+            return TeacherSamples.kept(store.folder / in_store, prompts, store.extra.get("job", {}))
         source, mark, settings = self._source(sampling)
-        store = TeacherSamples(folder, prompts, sampling, mark, self.config.seed, settings)
-        if store.missing():  # else a server need not be there any more
-            self._fill(store, source, mark)
-        return store
+        folder /= in_store if is_store(folder) else name
+        samples = TeacherSamples(folder, prompts, sampling, mark, self.config.seed, settings)
+        if samples.missing():  # else a server need not be there any more
+            self._fill(samples, source, mark)
+        return samples
 
     def _source(self, sampling: Sampling) -> tuple[Any, str, dict[str, Any]]:
         """The model or server that draws, its fingerprint or name, and its `generation_settings`."""
@@ -162,7 +162,7 @@ class Run:
         source = source or self.teacher.endpoint
         return source, source.fingerprint or source.model, {}
 
-    def _fill(self, store: TeacherSamples, source: Any, mark: str) -> None:
+    def _fill(self, samples: TeacherSamples, source: Any, mark: str) -> None:
         """Draws the samples that are missing, each rank its share."""
         if self.asked.run.vllm_url:
             teacher = str(self.asked.model.teacher)
@@ -172,9 +172,9 @@ class Run:
                                  "dtype or configuration, by its fingerprint")  # fmt: skip
         with Progress(console=self.console) as bar:
             task = bar.add_task("teacher samples", total=len(self.pairs))
-            for done in store.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):
+            for done in samples.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):
                 bar.update(task, completed=done)
-        while store.missing():  # other ranks draw; no collective waits for hours
+        while samples.missing():  # other ranks draw; no collective waits for hours
             time.sleep(1)
 
     @functools.cached_property

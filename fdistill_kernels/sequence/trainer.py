@@ -29,12 +29,13 @@ from .pairing import (
     check_pair,
     check_tokenizers,
     models_of,
+    prepare_embeddings,
     student_of,
     temperature_of_lists,
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, is_of_ranks
+from .ranks import copies_of_rows, is_of_ranks, of_all_rows
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
@@ -113,7 +114,7 @@ class FDistillTrainer(UpdatingTrainer):
         self.vocabulary = min(vocabulary_of(model.config), self.teacher.vocabulary)
         share_ends(model, models_of(self.teacher), self.vocabulary)
         check_datasets(trainer.get("train_dataset"), trainer.get("eval_dataset"), model, self.teacher, args)
-        _prepare_embeddings(model, args)
+        prepare_embeddings(model, args)
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         loaders: Any = args.accelerator_config
@@ -344,16 +345,9 @@ class FDistillTrainer(UpdatingTrainer):
         """The evaluation loss of a batch. No logits are made."""
         with torch.no_grad():
             found = self._gold_kl(model, self._prepare_inputs(inputs))
-        self._evaluated += self._of_all_rows(found).sum(0).cpu()
+        every = of_all_rows(found, self.accelerator, copies_of_rows(self._unwrapped(self.model)))
+        self._evaluated += every.sum(0).cpu()
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
-
-    def _of_all_rows(self, found: Tensor) -> Tensor:
-        """What all ranks have found of an evaluation's rows, each once: some ranks have the same, and some have their
-        last batch filled up.
-        """
-        copies, loader = copies_of_rows(self._unwrapped(self.model)), self.accelerator.gradient_state
-        every = self.accelerator.gather(found).unflatten(0, (-1, copies, len(found)))[:, 0].flatten(0, 1)
-        return every[: loader.remainder] if loader.end_of_dataloader and loader.remainder > 0 else every
 
     def evaluation_loop(self, *args: Any, **keywords: Any) -> Any:
         """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, not over batches."""
@@ -363,17 +357,3 @@ class FDistillTrainer(UpdatingTrainer):
         metrics = output.metrics or {}
         metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
         return output
-
-
-def _prepare_embeddings(model: Any, args: FDistillConfig) -> None:
-    """Freezes a student's embeddings if asked for; raises ValueError for noise on one that it does not read by."""
-    if not (args.freeze_embeddings or args.neftune_noise_alpha):
-        return
-    halves = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
-    embeddings = [part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens  # FSMT's
-                  for part in (model, *halves)]  # fmt: skip
-    for embedding in embeddings if args.freeze_embeddings else ():
-        embedding.requires_grad_(False)
-    if args.neftune_noise_alpha and len(set(embeddings[:2])) > 1:
-        raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha} is not used: {type(model).__name__} "
-                         "reads by its encoder's embedding, and the noise is on another: leave it out")  # fmt: skip
