@@ -106,19 +106,19 @@ def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
             or the number of ranks is not a multiple of `split`.
     """
     with names_damage(base_of(path) or path, ANEW), names_damage(path, ANEW):
-        return _load_model(path, split, **options)
+        config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if base := base_of(path):
+            from peft import PeftConfig, PeftModel
+
+            of_adapter = PeftConfig.from_pretrained(str(path))
+            if of_adapter.is_prompt_learning:  # transformers puts no virtual tokens into a model
+                return PeftModel.from_pretrained(_whole(kind, base, **options), str(path))
+        return _whole(kind, path, **options) if split == 1 else _split(kind, path, split, **options)
 
 
-def _load_model(path: str | Path, split: int, **options: Any) -> Any:
-    config = load_config(path, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if base := base_of(path):
-        from peft import PeftConfig, PeftModel
-
-        if PeftConfig.from_pretrained(str(path)).is_prompt_learning:  # transformers puts no virtual tokens into a model
-            return PeftModel.from_pretrained(_whole(kind, base, **options), str(path))
-    if split == 1:
-        return _whole(kind, path, **options)
+def _split(kind: Any, path: str | Path, split: int, **options: Any) -> Any:
+    """A model each of whose layers is shared by so many ranks."""
     ranks = rank()[1]
     if ranks % split:
         raise ValueError(f"{ranks} ranks are no multiple of the {split} that share a layer")

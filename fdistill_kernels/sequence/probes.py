@@ -34,17 +34,26 @@ def close(one: Tensor, other: Tensor, tolerance: float, roundings: int = 8) -> b
 
 
 def check_forward(model: Any, wrapped: Any, pad: int, pack: bool, tokens: int = 0) -> None:
-    """Tests once whether a model's padded batches, or packed rows, give the same as their sequences alone.
+    """Tests once whether a model's padded batches, or packed rows of so many tokens, give the same as their sequences
+    alone: many models do not look where positions start again.
 
     Raises:
         ValueError: they do not: the model looks at later tokens (as BERT does if it is not a decoder), so that its
-            predictions know the answer; or at padding; or see `check_packing`.
+            predictions know the answer; or at padding; or it mixes packed sequences, or attends within chunks of the
+            whole row.
     """
+    config, name = model.config.get_text_config(), type(model).__name__
     if not asked(_steps_alone, model, wrapped, pad):
-        raise ValueError(f"{type(model).__name__} looks at later tokens or at padding, so that its logits are no steps "
+        raise ValueError(f"{name} looks at later tokens or at padding, so that its logits are no steps "
                          "of a generation (of BERT and its kin a decoder has is_decoder=True)")  # fmt: skip
-    if pack:
-        check_packing(model, wrapped, tokens)
+    if not pack:
+        return
+    if not asked(_keeps_apart, model, wrapped):
+        raise ValueError(f"{name} mixes sequences that are packed in one row: leave out pack")
+    chunk = getattr(config, "attention_chunk_size", None)  # Llama 4's chunks are of rows, not of sequences
+    if chunk and tokens > chunk:
+        raise ValueError(f"{name} attends within chunks of {chunk} tokens, which {tokens} packed ones would be cut by: "
+                         "leave out pack")  # fmt: skip
 
 
 def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
@@ -65,21 +74,6 @@ def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
     alone, beside = logits([prompt], [whole])[0], logits([prompt, other], [whole, more[:3]])[0]
     moved = float((beside - alone).norm() / alone.norm())  # by activations that are quantised a batch at a time
     return close(padded, ended, 1e-2) and close(padded, alone, max(5e-3, 3 * moved), 16)
-
-
-def check_packing(model: Any, wrapped: Any, tokens: int) -> None:
-    """Tests once whether a model separates packed sequences: many do not look where positions start again.
-
-    Raises:
-        ValueError: it does not, so that packed losses would be wrong; or it attends within chunks of the whole row.
-    """
-    config, name = model.config.get_text_config(), type(model).__name__
-    if not asked(_keeps_apart, model, wrapped):
-        raise ValueError(f"{name} mixes sequences that are packed in one row: leave out pack")
-    chunk = getattr(config, "attention_chunk_size", None)  # Llama 4's chunks are of rows, not of sequences
-    if chunk and tokens > chunk:
-        raise ValueError(f"{name} attends within chunks of {chunk} tokens, which {tokens} packed ones would be cut by: "
-                         "leave out pack")  # fmt: skip
 
 
 def _keeps_apart(model: Any, wrapped: Any) -> bool:
