@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .batches import check_contexts, column_of, columns_of, datasets_of, of_example, prompts_of_teacher
 from .config import FDistillConfig
 from .generation import check_search
-from .objectives import Half
+from .objectives import compared_sources, sources_of
 from .pairing import models_of
 from .teachers import Itself, OfRows, Stored, Teacher
 from .teachers.several import parts_of
-
-
-def sources_of(halves: Sequence[Half]) -> list[str]:
-    """The sources of an objective's sequences; of pre-distillation, which has no halves, gold targets."""
-    return list(dict.fromkeys(half.source for half in halves)) or ["gold"]
-
-
-def compared(halves: Sequence[Half]) -> list[str]:
-    """The sources whose sequences the teacher is asked about, of those that data have."""
-    return [h.source for h in halves if h.divergence is not None and h.source != "student"]
 
 
 def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, args: FDistillConfig) -> None:
@@ -34,7 +24,7 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
     """
     halves, gold = args.halves(), ["gold"] if args.eval_strategy != "no" else []
     for name, data in datasets_of("train_dataset", train):
-        _check_dataset(name, data, sources_of(halves), compared(halves), student, teacher, args.max_new_tokens)
+        _check_dataset(name, data, sources_of(halves), compared_sources(halves), student, teacher, args.max_new_tokens)
         if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
             raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
                              f"fewer than the {args.train_batch_size} of a batch: nothing would train")  # fmt: skip

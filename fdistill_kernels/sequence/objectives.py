@@ -109,3 +109,13 @@ def with_cross_entropy(halves: tuple[Half, ...], weight: float) -> tuple[Half, .
         raise ValueError("ce_weight is of the cross-entropy on gold targets, which the objective has already")
     beside = [half._replace(ce_weight=weight) if half in gold else half for half in halves]
     return (*beside, *([] if gold else [Half("gold", None, weight)]))
+
+
+def sources_of(halves: tuple[Half, ...]) -> list[str]:
+    """The sources of an objective's sequences; of pre-distillation, which has no halves, gold targets."""
+    return list(dict.fromkeys(half.source for half in halves)) or ["gold"]
+
+
+def compared_sources(halves: tuple[Half, ...]) -> list[str]:
+    """The sources whose sequences the teacher is asked about, of those that data have."""
+    return [h.source for h in halves if h.divergence is not None and h.source != "student"]

@@ -16,12 +16,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..own import resolve
 from .batches import Sequences, collate, given_sequences
 from .config import OF_PREDISTILLATION, FDistillConfig
-from .dataset_checks import check_datasets, compared, sources_of
+from .dataset_checks import check_datasets
 from .forward import forward_to_head
 from .generation import chosen, share_ends, special_tokens
 from .losses import Rows, check_head, of_nothing, step_loss
 from .models import ids_read, vocabulary_of
-from .objectives import Half
+from .objectives import Half, compared_sources, sources_of
 from .optimizer_checks import check_optimizer
 from .pairing import (
     check_apart,
@@ -156,7 +156,7 @@ class FDistillTrainer(UpdatingTrainer):
         """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
         assert isinstance(self.teacher, Served)
         batch: dict[str, Any] = known(examples)
-        for source in compared(self.halves):
+        for source in compared_sources(self.halves):
             if (found := given_sequences(source, batch)) is not None:
                 prompts, continuations = ([x.tolist() for x in y] for y in (found.teacher_prompts, found.continuations))
                 self.teacher.expect(prompts, continuations)
