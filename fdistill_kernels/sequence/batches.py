@@ -1,4 +1,4 @@
-"""Batches from examples of token ids, the sequences that losses are taken on, and checks of a dataset before training.
+"""Batches from examples of token ids, and the sequences that losses are taken on.
 
 An example is {prompt_ids, labels}, or one text as tokenizers and chat collators make it: {input_ids, labels}, with
 labels −100 where nothing is learned.
@@ -6,17 +6,14 @@ labels −100 where nothing is learned.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .models import context
 from .teacher_forcing import IGNORE, padded, tokens_counted, unpadded
 
 #: Columns of token ids.
@@ -211,50 +208,3 @@ def columns_of(data: Any) -> list[str]:
     if getattr(data, "column_names", None):
         return list(data.column_names)
     return list(data[0]) if isinstance(data, (list, tuple)) and data else []
-
-
-def datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:
-    """A dataset by its name; if there are several, each by its own."""
-    if isinstance(data, dict):
-        yield from ((f"{name}[{part!r}]", found) for part, found in data.items())
-    elif data is not None:
-        yield name, data
-
-
-def lengths(data: Any, column: str) -> np.ndarray | None:
-    """The number of tokens in a column of each example; None if the data would have to be read for it."""
-    if isinstance(data, (list, tuple)):
-        return np.array([0 if (ids := e.get(column)) is None else len(ids) for e in data])
-    if not (hasattr(data, "select_columns") and hasattr(data, "with_format") and hasattr(data, "__len__")):
-        return None
-    import pyarrow.compute
-
-    found = pyarrow.compute.list_value_length(data.select_columns([column]).with_format("arrow")[:].column(0))
-    return pyarrow.compute.fill_null(found, 0).to_numpy()
-
-
-def check_contexts(name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, model: Any) -> None:
-    """Checks that a dataset's prompts with their continuations fit a model.
-
-    Args:
-        prompt, column: columns of token ids; column None: `new` tokens are drawn.
-        whose: the model's name in the error.
-
-    Raises:
-        ValueError: they do not.
-    """
-    limit, columns, causal = context(model), columns_of(data), not model.config.is_encoder_decoder
-    if "prompt_ids" not in columns and prompt == "prompt_ids":
-        prompt = "input_ids"
-    one_text = prompt == "input_ids" and causal  # which holds its labels
-    if limit == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
-        return
-    prompts = lengths(data, prompt)
-    more = np.array(0 if one_text else new) if column is None or one_text else lengths(data, column)
-    if prompts is None or more is None or not len(prompts):
-        return
-    whole = prompts + more if causal else np.maximum(prompts, more)
-    row = int(whole.argmax())
-    if whole[row] > limit:
-        beside = f"{new} new tokens" if column is None else f"its {column}"
-        raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {whole[row]} tokens, {whose} context {limit}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from .batches import check_contexts, column_of, columns_of, datasets_of, of_example, prompts_of_teacher
+import numpy as np
+
+from .batches import column_of, columns_of, of_example, prompts_of_teacher
 from .config import FDistillConfig
 from .generation import check_search
+from .models import context
 from .objectives import compared_sources, sources_of
 from .pairing import models_of
 from .teachers import Itself, OfRows, Stored, Teacher
@@ -23,7 +27,7 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
             nobody reads.
     """
     halves, gold = args.halves(), ["gold"] if args.eval_strategy != "no" else []
-    for name, data in datasets_of("train_dataset", train):
+    for name, data in _datasets_of("train_dataset", train):
         _check_dataset(name, data, sources_of(halves), compared_sources(halves), student, teacher, args.max_new_tokens)
         if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
             raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
@@ -34,7 +38,7 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
         if _groups_by_length(args) and not known:
             raise ValueError(f"batches by length need a datasets.Dataset as {name} with the column {length}, each "
                              "example's tokens")  # fmt: skip
-    for name, data in datasets_of("eval_dataset", evaluation):
+    for name, data in _datasets_of("eval_dataset", evaluation):
         _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
 
 
@@ -59,8 +63,8 @@ def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str]
         for searching in at_hand if source == "beam" and not column else ():
             check_search(searching)
         for other in at_hand if source in compared or source == "student" else ():
-            check_contexts(name, data, theirs, column, new, "the teacher's", other)
-        check_contexts(name, data, "prompt_ids", column, new, "the student's", student)
+            _check_contexts(name, data, theirs, column, new, "the teacher's", other)
+        _check_contexts(name, data, "prompt_ids", column, new, "the student's", student)
 
 
 def _check_columns(name: str, columns: Collection[str], sources: Collection[str], teacher: Teacher) -> None:
@@ -111,3 +115,50 @@ def _as_dataset(data: Any, encoder_decoder: bool = False) -> Any:
     if "prompt_ids" not in columns_of(data):
         data = [{name: ids.tolist() for name, ids in of_example(e, encoder_decoder).items()} for e in data]
     return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data
+
+
+def _datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:
+    """A dataset by its name; if there are several, each by its own."""
+    if isinstance(data, dict):
+        yield from ((f"{name}[{part!r}]", found) for part, found in data.items())
+    elif data is not None:
+        yield name, data
+
+
+def _lengths(data: Any, column: str) -> np.ndarray | None:
+    """The number of tokens in a column of each example; None if the data would have to be read for it."""
+    if isinstance(data, (list, tuple)):
+        return np.array([0 if (ids := e.get(column)) is None else len(ids) for e in data])
+    if not (hasattr(data, "select_columns") and hasattr(data, "with_format") and hasattr(data, "__len__")):
+        return None
+    import pyarrow.compute
+
+    found = pyarrow.compute.list_value_length(data.select_columns([column]).with_format("arrow")[:].column(0))
+    return pyarrow.compute.fill_null(found, 0).to_numpy()
+
+
+def _check_contexts(name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, model: Any) -> None:
+    """Checks that a dataset's prompts with their continuations fit a model.
+
+    Args:
+        prompt, column: columns of token ids; column None: `new` tokens are drawn.
+        whose: the model's name in the error.
+
+    Raises:
+        ValueError: they do not.
+    """
+    limit, columns, causal = context(model), columns_of(data), not model.config.is_encoder_decoder
+    if "prompt_ids" not in columns and prompt == "prompt_ids":
+        prompt = "input_ids"
+    one_text = prompt == "input_ids" and causal  # which holds its labels
+    if limit == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
+        return
+    prompts = _lengths(data, prompt)
+    more = np.array(0 if one_text else new) if column is None or one_text else _lengths(data, column)
+    if prompts is None or more is None or not len(prompts):
+        return
+    whole = prompts + more if causal else np.maximum(prompts, more)
+    row = int(whole.argmax())
+    if whole[row] > limit:
+        beside = f"{new} new tokens" if column is None else f"its {column}"
+        raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {whole[row]} tokens, {whose} context {limit}")
