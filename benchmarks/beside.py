@@ -3,6 +3,7 @@
 python -m benchmarks.beside
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def bars() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Draws a panel for each title. The picture keeps its numbers, which a test compares with the files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shown = bars()
     figure, panels = plt.subplots(2, 2, figsize=(10, 4.4), layout="constrained")
     for axes, (title, values) in zip(panels.flat, shown.items(), strict=True):

@@ -163,7 +163,10 @@ def main() -> None:
         parser.error(f"--only: no step {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
     if not (args.dry or torch.cuda.is_available()):  # tests without a card are skipped, which is no failure
         parser.error("torch finds no card here; --dry takes toy shapes on a CPU")
-    deadline = time.monotonic() + 60 * (args.minutes or (8 if args.first else 9))
+    minutes = args.minutes if args.minutes is not None else 8 if args.first else 9
+    if not minutes > 0:
+        parser.error(f"--minutes must be positive, not {minutes:g}")
+    deadline = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(TRITON_CACHE_DIR=f"{scratch}/triton", TORCHINDUCTOR_CACHE_DIR=f"{scratch}/inductor")
         if args.dry:

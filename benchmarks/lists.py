@@ -19,6 +19,7 @@ import torch
 import fdistill_kernels as fk
 from fdistill_kernels import demo
 from fdistill_kernels.bench import median_seconds
+from fdistill_kernels.options import count
 from fdistill_kernels.provenance import provenance
 from fdistill_kernels.teachers import TeacherStore
 
@@ -164,8 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--errors", action="store_true")
-    parser.add_argument("--steps", type=int, default=320, help="of the teacher's training; default: 320")
+    parser.add_argument("--steps", type=count, default=320, help="of the teacher's training; default: 320")
     args = parser.parse_args()
+    if not (args.cost or args.errors):
+        parser.error("nothing to measure: give --cost, --errors, or both")
     torch.set_num_threads(2)
     warnings.filterwarnings("ignore", "tail='ignore'")
     if args.cost:

@@ -11,9 +11,11 @@ names the test.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -664,12 +666,16 @@ def examined(number: Numbers, document: str) -> tuple[str, list[str]]:
     return new, loose + [f"{document} is not what its result files say"] * (new != text)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 after printing what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(arguments)
     number, wrong = Numbers(), []
     for document in DOCUMENTS:
         text, complaints = examined(number, document)
-        if "--write" in arguments:
+        if args.write:
             (ROOT / document).write_text(text, encoding="utf-8")
             complaints = [c for c in complaints if "is not what" not in c]
         wrong += complaints
@@ -677,8 +683,8 @@ def main(arguments: list[str]) -> int:
         print(f"{text:>10s}  {file}: {key}")
     for complaint in wrong:
         print(complaint, file=sys.stderr)
-    return 1 if wrong and arguments else 0
+    return int(bool(wrong) and (args.write or args.check))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

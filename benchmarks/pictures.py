@@ -3,6 +3,7 @@
 python -m benchmarks.pictures
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def save(figure, name: str) -> None:
 
 def main() -> None:
     """Fits, and draws what it has fitted."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     fits = {name: fitted(name) for name in NAMED}
     families = {of: {x: fitted(make(x)) for x in values} for of, (make, _, values) in FAMILIES.items()}
     shares = gradient_by_rank()

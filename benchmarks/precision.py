@@ -3,6 +3,7 @@
 python -m benchmarks.precision
 """
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ LEAST = 1e-9  # an error of 0 has no place on a logarithm's axis
 
 def main() -> None:
     """Measures, and draws what it has measured."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = {v: [row for d in TABLE.values() for row in precision(d, "cpu", "cpu", v)] for v in (VOCABULARY, *OTHERS)}
     rows = [dataclasses.asdict(row) for row in found[VOCABULARY]]
     worst = {

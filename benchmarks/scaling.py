@@ -8,6 +8,7 @@ rows operators and bytes are counted, and carried to larger shapes. Times are a 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import tempfile
@@ -528,6 +529,7 @@ def draw(shares: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Counts, models, draws."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device, of_rows = h100(), arithmetic(list(fk.TABLE))
     content = {
         "run": provenance("python -m benchmarks.scaling"), "device": asdict(device), "checked": asdict(CHECKED),

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
 
+from fdistill_kernels.options import count
 from fdistill_kernels.provenance import provenance, versions
 
 RESULTS = Path(__file__).parent / "results" / "trainers_cpu.json"
@@ -100,7 +101,7 @@ def measured(who: str, source: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=count, default=8)
     parser.add_argument("--one", nargs=2, metavar=("WHO", "SEQUENCES"), help="in this process, to the standard output")
     parser.add_argument("--write", action="store_true", help=f"keep the rows in {RESULTS.name}")
     args = parser.parse_args()

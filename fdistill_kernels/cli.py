@@ -22,7 +22,7 @@ from . import __version__, backends
 from .backends import cuda
 from .divergences import TABLE, Divergence
 from .doctor import details, lines, remedy, shareable
-from .options import OnceParser
+from .options import OnceParser, count
 from .own import resolve
 from .provenance import as_json, install
 
@@ -71,16 +71,10 @@ def _shape(text: str) -> tuple[int, int]:
     return n, v
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
-    return int(text)
-
-
 def _threads(text: str) -> int:
-    if (count := _count(text)) > (cores := os.cpu_count() or 1):
+    if (asked := count(text)) > (cores := os.cpu_count() or 1):
         raise argparse.ArgumentTypeError(f"must be at most {cores}, the cores of this machine, not {text!r}")
-    return count
+    return asked
 
 
 def _port(text: str) -> int:
@@ -322,7 +316,7 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     held.add_argument("--repair", action="store_true", help="move damaged shards into FOLDER/damaged; nothing may be "
                       "writing to the store; then the command that built it adds their sequences again")  # fmt: skip
     held.add_argument("--teacher", help="folder or hub name of the model")
-    held.add_argument("--sequences", type=_count, default=SEQUENCES, metavar="N",
+    held.add_argument("--sequences", type=count, default=SEQUENCES, metavar="N",
                       help=f"how many sequences are computed again with --teacher; default: {SEQUENCES}")  # fmt: skip
     held.add_argument("--seed", type=int, default=0, help="which sequences these are; default: 0")
     served = action("serve", "Serve a model over HTTP, for `--teacher http://...` and for clients of vLLM's API.")
@@ -419,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo-output", metavar="DIR", help="folder of the results; default: demo-output")
     for name, steps, of in (("teacher", 320, "the teacher"), ("start", 60, "the start that all students share"),
                             ("student", 150, "each student")):
-        demo.add_argument(f"--{name}-steps", type=_count, default=steps, metavar="N",
+        demo.add_argument(f"--{name}-steps", type=count, default=steps, metavar="N",
                           help=f"training steps of {of}; default: {steps}")
     demo.add_argument("--expect", type=Path, metavar="FILE",
                       help="exit with status 1 unless the results are close to those of this results.json")

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def count(text: str) -> int:
+    """The type of an option that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+    return int(text)
+
+
 class _Once(argparse._StoreAction):
     """Stores an option's value, and refuses a second one, of which only the last would count."""
 

@@ -5,12 +5,12 @@
 Runs without a GPU, in a process of its own: not under TRITON_INTERPRET. `make aot` writes the tables of three versions.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -342,8 +342,14 @@ def measure(workers=2, part=False):
 
 def main():
     """Prints the table; with --json prints it as JSON and leaves the committed one alone."""
-    table = measure(part="--part" in sys.argv)
-    if "--json" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--part", action="store_true")
+    args = parser.parse_args()
+    if args.part and not args.json:
+        parser.error("--part is of --json: a table has every variant")
+    table = measure(part=args.part)
+    if args.json:
         print(json.dumps({"triton": triton.__version__, "kernels": table}))
         return
     lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table.items())

@@ -159,7 +159,11 @@ def _share(experiment: Experiment, name: str) -> float:
 
 def main() -> int:
     """0; 1 where a stage failed, 2 for a folder of another run."""
-    (arguments,) = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
+    try:
+        (arguments,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.watch:
         watch(arguments, [])
         return 0

@@ -1,0 +1,55 @@
+"""The commands of benchmarks and tests: what they take is known before they begin."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [path for path in sorted((ROOT / "benchmarks").rglob("*.py")) if '== "__main__":' in path.read_text()]
+FILES += [ROOT / "tests" / "aot.py", ROOT / "tests" / "matrix.py"]
+MODULES = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for p in FILES]
+
+
+def ended(module, arguments, monkeypatch, capsys):
+    """A command's exit status and what it prints; the work that it begins with is an AssertionError."""
+
+    def begins(*_):
+        raise AssertionError(f"{module} has begun")
+
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as found:
+        for name in ("benchmarks.numbers.Numbers", "subprocess.Popen", "torch.randn", "torch.manual_seed"):
+            patch.setattr(name, begins)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return found.value.code, "".join(capsys.readouterr())
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules")
+@pytest.mark.parametrize("module", MODULES)
+def test_commands_help_and_refuse_what_they_do_not_know(module, monkeypatch, capsys):
+    status, said = ended(module, ["--help"], monkeypatch, capsys)
+    assert status == 0 and said.startswith("usage: ") and "--help" in said
+    given = ["--out", "nowhere", "--data", "nowhere", "--who", "peers"] if "--out" in said else []
+    given = [x for option in zip(given[::2], given[1::2], strict=True) if option[0] in said for x in option]
+    for unknown in (["--no-such-option"], ["folder", "no-such-argument"]):
+        status, said = ended(module, [*given, *unknown], monkeypatch, capsys)
+        assert status == 2 and "not used" in said.replace("unrecognized", "not used") and unknown[-1] in said
+
+
+@pytest.mark.parametrize("module, arguments", [
+    ("benchmarks.lists", ["--errors", "--steps", "0"]), ("benchmarks.stores", ["--sequences", "0"]),
+    ("benchmarks.trainers", ["--steps", "-1"]), ("benchmarks.cluster_demo", ["--steps", "0"]),
+    ("benchmarks.cluster_demo", ["--teacher-steps", "0"]), ("benchmarks.peers", ["--out", "x", "--depth", "0"]),
+    ("benchmarks.paper.run", ["--data", "x", "--out", "x", "--processes", "0"]),
+])  # fmt: skip
+def test_numbers_of_nothing_are_refused(module, arguments, monkeypatch, capsys):
+    status, said = ended(module, arguments, monkeypatch, capsys)
+    assert status == 2 and arguments[-2] in said and "must be" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("module, arguments", [("benchmarks.lists", []), ("tests.aot", ["--part"])])
+def test_commands_that_would_do_nothing_or_half_say_so(module, arguments, monkeypatch, capsys):
+    status, said = ended(module, arguments, monkeypatch, capsys)
+    assert status == 2 and (said.rstrip().endswith("or both") or "--part is of --json" in said)
