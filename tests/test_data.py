@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from fdistill_kernels.sequence.arguments import ask
+from fdistill_kernels.sequence.arguments import KINDS, ask
 from fdistill_kernels.sequence.config import FDistillConfig
 from fdistill_kernels.sequence.data import read_pairs, tokenize
 from fdistill_kernels.sequence.encoding import conversation
@@ -418,3 +419,28 @@ def test_options_and_what_they_were_called(tmp_path):
     options = found.model.options("teacher_")
     assert (options["revision"], options["trust_remote_code"]) == ("main", False)
     assert options["quantization_config"].weights == "int4"
+
+
+#: Numbers that are 0 or less and mean something: as the option's help says, or nothing of what it is a share or weight of.
+MEANT = {
+    "0": {"adam_beta1", "adam_beta2", "adam_epsilon", "beta", "ce_weight", "data_seed", "dataloader_num_workers",
+          "eval_accumulation_steps", "eval_delay", "hidden_weight", "label_smoothing_factor", "learning_rate", "local_rank",
+          "lora_dropout", "max_grad_norm", "neftune_noise_alpha", "predistill_steps", "seed", "top_k", "warmup_steps",
+          "warmup_ratio", "weight_decay"},
+    "-1": {"data_seed", "local_rank", "past_index"},
+    "nan": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MEANT)
+def test_numbers_that_mean_nothing_are_refused_by_name(value):
+    """Of every option that is a number; transformers takes some of them for another number, or for none."""
+    kinds = [*KINDS.values(), FDistillConfig]
+    hints = {name: kind for of in kinds for name, kind in get_type_hints(of).items()}
+    numbers = {name for name, kind in hints.items() if {int, float} & {kind, *get_args(kind)}}
+    assert len(numbers) > 40
+    for name in numbers - MEANT[value]:
+        command = "teacher build" if name == "head_rank" else "train"
+        student = {} if name == "head_rank" else {"student": "s", "use_peft": True}
+        with pytest.raises((ValueError, TypeError), match=name):
+            ask(command, [f"--{name}={value}"], {"teacher": "t", "data": "d", **student})

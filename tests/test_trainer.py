@@ -702,6 +702,8 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(top_p=0.0), "top_p must be in (0, 1]"),
     (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),
     (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1"),
+    (dict(eval_strategy="steps", eval_steps=0), "eval_steps must be in (0, inf), not 0"),
+    (dict(max_steps=0), "max_steps must be at least 1, or -1"), (dict(max_steps=-2), "max_steps must be at least -1"),
 ])  # fmt: skip
 def test_refused_configurations(settings, words, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)):

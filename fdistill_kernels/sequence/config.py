@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,20 +101,23 @@ class FDistillConfig(TrainingArguments):
             self.parallelism_config = _parallelism(given)
         for name in MAY_BE_JSON:  # which TrainingArguments reads without saying which one it could not
             _of_json(name, getattr(self, name, None))
-        super().__post_init__()
+        for name, least in INTEGERS.items():
+            if not self._is_left_out(name):
+                check_integer(name, getattr(self, name), least)
+        for name, bounds in NUMBERS.items():
+            if not (self._is_left_out(name) or (name, getattr(self, name)) == ("max_grad_norm", math.inf)):
+                check_number(name, getattr(self, name), *bounds)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
+        if self.max_steps == 0:  # which Trainer takes for -1
+            raise ValueError("max_steps must be at least 1, or -1 beside num_train_epochs, not 0")
+        super().__post_init__()  # in which eval_steps=0 becomes logging_steps
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
         self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
         for name, known in (("normalize", ("token", "sequence")), ("on_nan", ("stop", "skip")),
                             ("memory", ("chunks", "minimal")), ("hidden_reduction", ("mean", "sum"))):  # fmt: skip
             check_choice(name, getattr(self, name), known)
-        for name in ("beams", "student_every", "per_device_train_batch_size", "per_device_eval_batch_size",
-                     "gradient_accumulation_steps"):  # fmt: skip
-            check_integer(name, getattr(self, name), 1)
-        for name in ("temperature", "sample_temperature"):
-            check_number(name, getattr(self, name), 0, open_low=True)
-        check_number("label_smoothing_factor", self.label_smoothing_factor, 0, 1)
-        check_number("hidden_weight", self.hidden_weight, 0)
-        check_number("neftune_noise_alpha", self.neftune_noise_alpha or 0, 0)
         if self.student_server and (bare := without_credentials(self.student_server)) != self.student_server:
             raise ValueError(f"student_server={bare!r} was given with a user, and configurations are written to files: "
                              "give a key as the environment variable FDISTILL_API_KEY")  # fmt: skip
@@ -147,6 +151,10 @@ class FDistillConfig(TrainingArguments):
         for name, why in unused.items():
             if why:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not used {why}")
+
+    def _is_left_out(self, name: str) -> bool:
+        """Whether an option has None for its default, or is none of this transformers'."""
+        return getattr(self, name, None) is None and getattr(type(self), name, None) is None
 
     def halves(self) -> tuple[Half, ...]:
         """The objective; empty for pre-distillation."""
@@ -190,6 +198,21 @@ class FDistillConfig(TrainingArguments):
         return made
 
 
+#: Options that are integers, and their least values.
+INTEGERS = {
+    "beams": 1, "student_every": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "max_steps": -1, "save_total_limit": 1, "seed": 0, "data_seed": -(2**63),
+    "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1, "ddp_timeout": 1, "ddp_bucket_cap_mb": 1,
+}  # fmt: skip
+#: Options that are numbers, and their bounds, as `check_number` takes them. `Trainer` takes some of what is beyond for
+#: "never", "always", "no limit" or another option's value.
+NUMBERS: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("hidden_weight", "neftune_noise_alpha", "learning_rate", "weight_decay", "adam_epsilon",
+                     "max_grad_norm", "num_train_epochs", "warmup_steps", "eval_delay"), (0, math.inf, False)),
+    **dict.fromkeys(("temperature", "sample_temperature", "eval_steps", "save_steps", "logging_steps"),
+                    (0, math.inf, True)),
+    **dict.fromkeys(("label_smoothing_factor", "warmup_ratio"), (0, 1, False)),
+}  # fmt: skip
 #: Options of `TrainingArguments` that may be JSON text.
 MAY_BE_JSON = ("accelerator_config", "fsdp_config", "deepspeed", "gradient_checkpointing_kwargs",
                "activation_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..checks import check_number
 from .options import Asked
 from .report import name_of
 from .teachers.given import is_store, is_url
 
 #: Smallest values of numbers that nothing else checks.
 LEAST = {
-    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1,
-    "tensor_parallel": 1, "max_steps": 1,
+    "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1, "lora_alpha": 1,
+    "tensor_parallel": 1, "max_steps": 1, "head_rank": 1,
 }  # fmt: skip
 #: Options of checkpoints.
 SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
@@ -25,6 +26,7 @@ def check(asked: Asked) -> None:
         value = given.get(name)
         if value is not None and value < least and not (name == "max_steps" and "num_train_epochs" in given):
             raise ValueError(f"--{name} must be at least {least}, not {value}")
+    check_number("--lora_dropout", asked.lora.lora_dropout, 0, 1)
     if (epochs := given.get("num_train_epochs")) is not None and epochs <= 0:
         raise ValueError(f"--num_train_epochs must be positive, not {epochs:g}")
     if epochs and (given.get("max_steps") or 0) > 0:
