@@ -401,6 +401,38 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "config.yaml").exists()  # so that the folder is free for the command put right
 
 
+def test_paths_that_lead_nowhere_are_told_before_a_model_is_loaded(causal, tmp_path, capsys, monkeypatch):
+    for module, name in ((run, "load_model"), (run, "load_student")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    (tmp_path / "broken.jinja").write_text("{{ bos_token }}\n{% if %}")
+    shutil.copytree(causal / "teacher", tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "folder").mkdir()
+    models = {"--teacher": causal / "teacher", "--student": causal / "student"}
+    base = {"train": models | {"--data": causal / "pairs.jsonl"}, "evaluate": models | {"--data": causal / "pairs.jsonl"},
+            "teacher build": {"--teacher": causal / "teacher", "--data": causal / "pairs.jsonl"}}  # fmt: skip
+    paths = [(("--chat_template_path",), "nosuch", "latin.jinja", "broken.jinja", "folder"), (("--output_dir",), "file", "file/x"),
+             (("--data",), "nosuch.jsonl"), (("--teacher",), "nosuch", "damaged"), (("--tokenizer",), "nosuch"),
+             (("--config",), "nosuch", "folder", "latin.jinja")]  # fmt: skip
+    served = ("--method", "rkl", "--student_server", "http://127.0.0.1:9", "--student_server_path")
+    of_train = [(("--samples",), "file"), (served, "file"), (("--eval_data",), "nosuch.jsonl"), (("--student",), "nosuch", "damaged"),
+                (("--accelerator_config",), "nosuch")]  # fmt: skip
+    for command, given in base.items():
+        for (*more, option), *names in paths + (of_train if command == "train" else []):
+            for name in names:
+                named = {"--output_dir": tmp_path / "run", **given, option: tmp_path / name}
+                asked = [*command.split(), *more, *(str(x) for pair in named.items() for x in pair)]
+                assert cli.main(asked) == 2, asked
+                told = capsys.readouterr().err.strip().splitlines()[-1]
+                assert told.startswith("fdistill: ") and name in told, (asked, told)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fdistill-run").write_text("")  # where nothing is said
+    with pytest.raises(ValueError, match=r"--output_dir fdistill-run: .* is a file"):
+        ask("train", ["--teacher", "t", "--student", "s", "--data", "d"])
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import set_seed
 
 from ..teachers import Endpoint, TeacherStore
@@ -21,11 +22,22 @@ from .tokenizers import check_tokenizer, load_tokenizer
 
 
 def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
-    """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any."""
+    """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any.
+
+    Raises:
+        ValueError: it has none that can be loaded, or the template is no Jinja.
+    """
     options = {"revision": revision} if revision else {}
     tokenizer = load_tokenizer(path, trust_remote_code=asked.model.trust_remote_code, **options)
     if asked.model.chat_template_path:
-        tokenizer.chat_template = Path(asked.model.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = asked.model.chat_template()
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        except TemplateSyntaxError as error:
+            where = f"{asked.model.chat_template_path}, line {error.lineno}"
+            raise ValueError(f"--chat_template_path {where}: {error.message}") from error
+        except Exception:  # of a conversation that is none of the data's
+            pass
     return tokenizer
 
 
@@ -47,8 +59,9 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         return Served(endpoint, run.tail), tokenizer, config
     if is_store(model.teacher):
         return _stored_teacher(asked)
-    teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
+    load_config(model.teacher, **model.source("teacher_"))  # what is wrong beside the weights is told before they load
     tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, model.teacher_revision)
+    teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
     return teacher, tokenizer, teacher.model.config
 
 

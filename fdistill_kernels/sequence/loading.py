@@ -84,7 +84,8 @@ def load_config(path: str | Path, **options: Any) -> Any:
     """A model's configuration, or that of a PEFT adapter's base model. options: as in `load_model`."""
     base = base_of(path)
     try:
-        return AutoConfig.from_pretrained(base or path, **options)
+        with names_damage(base or path, ANEW):
+            return AutoConfig.from_pretrained(base or path, **options)
     except (OSError, ValueError) as error:
         if Path(base or path).exists():
             raise

@@ -15,6 +15,8 @@ LEAST = {
     "limit": 1, "eval_pairs": 1, "max_target_tokens": 1, "predistill_steps": 0, "k": 1, "lora_r": 1, "lora_alpha": 1,
     "tensor_parallel": 1, "max_steps": 1, "head_rank": 1,
 }  # fmt: skip
+#: Folders that are made if they are not there.
+OF_FOLDERS = {"output_dir", "samples", "student_server_path"}
 #: Options of checkpoints.
 SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
 
@@ -60,6 +62,13 @@ def check(asked: Asked) -> None:
             raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
     for prefix in ("", "teacher_"):
         model.options(prefix)
+    if model.chat_template_path is not None:
+        model.chat_template()
+    made = given if asked.command == "evaluate" else {**asked.training, **given}
+    for name in OF_FOLDERS:
+        path = Path(made.get(name) or "").absolute()
+        if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
+            raise ValueError(f"--{name} {made[name]}: {there} is a file, and no folder")
     if asked.config.eval_strategy == "no" and asked.run.eval_measures:  # a configuration checks its own
         raise ValueError("--eval_measures measures at every evaluation, and --eval_strategy no leaves none")
 

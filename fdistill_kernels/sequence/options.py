@@ -76,6 +76,13 @@ class ModelArguments:
             found["quantization_config"] = AutoQuantizationConfig.from_dict(asked or {"quant_method": quantization})
         return {name: value for name, value in found.items() if value is not None}
 
+    def chat_template(self) -> str:
+        """The text of --chat_template_path."""
+        try:
+            return Path(self.chat_template_path or "").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--chat_template_path {self.chat_template_path} cannot be read: {error}") from error
+
 
 @dataclass
 class LoraArguments:

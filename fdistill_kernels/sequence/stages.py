@@ -47,11 +47,12 @@ class Run:
         set_seed(self.config.seed)
         check_used(asked)
         pairs, held_out = self._read()
+        of_student = load_config(asked.model.student, **asked.model.source()) if asked.model.student else None
         self.teacher, self.tokenizer, of_teacher = teacher_for(asked)
         self.model = self.teacher.model if isinstance(self.teacher, InRoom) else None
-        of_student = of_teacher
-        if asked.model.student:
-            of_student = load_config(asked.model.student, **asked.model.source())
+        if of_student is None:
+            of_student = of_teacher
+        else:
             self._check_pair(of_student)
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.device)
