@@ -361,6 +361,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "row 0: prompt has": call(student="shorter", data="long.jsonl"),  # the student's context
         "room for 16: see --long_prompts": call(teacher="shorter", data="long.jsonl"),
         "lacks the column teacher_prompt, which": call(*pairs, data="own.jsonl"),
+        "pairs.jsonl gives one row, which cannot be held out and": call("--limit", "1"),
+        "chats.jsonl gives one row, which": call("--answers", "each", "--limit", "1", data="chats.jsonl"),
         "prompts.jsonl has prompts alone, and held-out rows need": call(data="prompts.jsonl"),
         "the objective is on gold targets, and": call(*pairs, "--method", "mle", data="prompts.jsonl"),
         "bare has no tokenizer that can be loaded": call(student="bare"),

@@ -86,6 +86,9 @@ class Run:
         rows: Any = None if pairs is None else ids(pairs, data.data)
         if held_out is not None:
             return rows, ids(held_out, data.eval_data)
+        if len(rows) == 1 and self.asked.command == "train":
+            raise ValueError(f"{data.data} gives one row, which cannot be held out and trained on: give more, or "
+                             "--eval_data")  # fmt: skip
         count = min(data.eval_pairs, max(1, len(rows) // 10)) if self.asked.command != "evaluate" else len(rows)
         return (rows.select(range(max(1, len(rows) - count))),
                 rows.select(range(len(rows) - count, len(rows))))  # fmt: skip
