@@ -251,14 +251,39 @@ def test_nan_stops_with_the_batch_or_is_skipped(tmp_path):
     before = student.lm_head.weight.clone()
     trainer(tmp_path, student, broken, stored, method="kl", on_nan="skip").train()
     assert torch.equal(student.lm_head.weight, before)
-    run = trainer(tmp_path, student, gpt2(60, seed=2), stored, method="kl", on_nan="skip", logging_steps=2,
-                  learning_rate=0.0)  # fmt: skip
-    losses, step_loss = iter((math.nan, 1.0)), run.step_loss
-    run.step_loss = lambda *a, **k: tuple(next(losses) * made if i == 0 else made
-                                          for i, made in enumerate(step_loss(*a, **k)))  # fmt: skip
-    run.train()
-    (line,) = [line for line in run.state.log_history if "loss" in line]
-    assert line["loss_on_teacher"] == pytest.approx(2 * line["loss"], rel=1e-4)  # of the batch that counts
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2, 9])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_skipped_is_in_no_mean(parts, logging_steps, tmp_path):
+    """Of steps, and of the batches of one: the losses that are logged, and that of the whole training."""
+    stored = data(sample_ids=[[3, EOS]] * 8)
+    for skipped in ((), (0,), (parts,), (0, 2 * parts - 1), range(2 * parts)):
+        run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), stored, method="kl", on_nan="skip", learning_rate=0.0,
+                      logging_steps=logging_steps, gradient_accumulation_steps=parts,
+                      per_device_train_batch_size=4 // parts)  # fmt: skip
+        losses, step_loss = [], run.step_loss
+
+        def broken(*a, skipped=skipped, losses=losses, step_loss=step_loss, **k):
+            made, *more = step_loss(*a, **k)
+            losses.append(math.nan if len(losses) in skipped else made.item())
+            return made * losses[-1] / made.detach(), *more
+
+        run.step_loss = broken
+        trained = run.train()
+
+        def mean(found):
+            return torch.tensor(found).nanmean().item()
+
+        lines = [line for line in run.state.log_history if "loss" in line]
+        of_line = parts * logging_steps
+        for i, line in enumerate(lines):
+            here = losses[i * of_line : (i + 1) * of_line]
+            assert line["loss"] == pytest.approx(mean(here), rel=1e-3, nan_ok=True), skipped
+            assert line.get("loss_on_teacher", math.nan) == pytest.approx(line["loss"], rel=1e-3, nan_ok=True)
+        assert len(lines) == 2 // logging_steps and len(losses) == 2 * parts
+        for found in (trained.training_loss, trained.metrics["train_loss"], run.state.log_history[-1]["train_loss"]):
+            assert found == pytest.approx(mean(losses), rel=1e-3, nan_ok=True), skipped
 
 
 def test_bad_input(tmp_path):

@@ -216,7 +216,9 @@ class FDistillTrainer(UpdatingTrainer):
             loss = torch.stack([self._half(half, model, update) for half in self.halves]).sum()
         else:
             loss = self._predistillation(model, update)
-        if not torch.isfinite(loss):
+        finite = bool(torch.isfinite(loss))
+        self.watch.passed(self._share(update), finite)
+        if not finite:
             loss = self._skipped(loss, inputs, update, student)
             self.watch.sums, self.watch.tokens = before
             self.watch.skipped += 1
@@ -230,7 +232,8 @@ class FDistillTrainer(UpdatingTrainer):
             ConnectionError: another rank has died, or did not come within ``ddp_timeout``.
         """
         try:
-            return super().train(*args, **keywords)
+            found = super().train(*args, **keywords)
+            return found._replace(training_loss=found.metrics["train_loss"])  # as `log` has it
         except RuntimeError as error:
             if self.args.world_size == 1 or not is_of_ranks(error):
                 raise
@@ -239,6 +242,14 @@ class FDistillTrainer(UpdatingTrainer):
                 f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
                 f"({error})"
             ) from error
+
+    def _share(self, update: Update) -> Tensor:
+        """What share a batch's tokens or sequences, of which the loss is a mean, are of its update's on a rank."""
+        shares = []
+        for source, found in update.sequences.items():
+            number = torch.tensor(found.number(self._by_token), dtype=wide(self.args.device), device=self.args.device)
+            shares.append(number / update.items.get(source, number))
+        return torch.stack(shares).nan_to_num(1.0).mean() / update.count
 
     def _predistillation(self, model: Any, update: Update) -> Tensor:
         assert isinstance(self.teacher, InRoom)
@@ -308,7 +319,10 @@ class FDistillTrainer(UpdatingTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
-        """As `Trainer.log`; adds what `Watch` has measured to a training loss."""
+        """As `Trainer.log`; a training loss is of what is not skipped, beside what `Watch` measures."""
+        for name, steps in (("loss", self.watch.steps), ("train_loss", self.watch.ever)):
+            if name in logs:
+                logs[name] = self.watch.of_counted(logs[name], steps, self.accelerator)
         if "loss" in logs:
             logs |= self.watch.line(self.accelerator, copies_of_rows(self._unwrapped(self.model)))
         super().log(logs, *args, **keywords)

@@ -32,11 +32,13 @@ class Update:
         sequences: by source, the sequences of the batch: given, drawn, or kept from an earlier one.
         items: by source, the mean number of tokens or sequences in the update's batches, by which losses are divided.
         weight: a factor of the loss, with which `Trainer`'s division is by the number of the update's batches.
+        count: that number.
     """
 
     sequences: dict[str, Sequences]
     items: dict[str, Tensor]
     weight: float = 1.0
+    count: int = 1
 
 
 class UpdatingTrainer(Trainer):
@@ -104,7 +106,7 @@ class UpdatingTrainer(Trainer):
         # Trainer of transformers before 4.55 divides by what was asked for, also where an epoch's last update has less
         divisor = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         for batch, sequences in zip(batches, found, strict=True):
-            batch["update"] = Update(sequences, items, divisor / len(batches))
+            batch["update"] = Update(sequences, items, divisor / len(batches), len(batches))
 
     @property
     def _by_token(self) -> bool:
