@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 from .teacher_forcing import IGNORE, padded, tokens_counted, unpadded
 
@@ -47,6 +47,19 @@ class Sequences:
     def number(self, of_tokens: bool) -> int:
         """The number of tokens that count, or the number of sequences."""
         return sum(self.tokens()) if of_tokens else len(self.continuations)
+
+
+class Counted(IterableDataset[Any]):
+    """A stream that counts its rows: `number` is how many there were."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        self.number = 0
+        for row in self.rows:
+            self.number += 1
+            yield row
 
 
 class ByLength(Sampler[int]):

@@ -66,13 +66,14 @@ def from_first(model: Any, value: Any) -> Any:
     return held[0]
 
 
-def of_all_rows(found: Tensor, accelerator: Any, copies: int) -> Tensor:
+def of_all_rows(found: Tensor, accelerator: Any, copies: int, streamed: int | None) -> Tensor:
     """What all ranks have found of an evaluation's rows (B, ...), each once: so many ranks one after another have the
-    same, and some have their last batch filled up.
+    same, and some have their last batch filled up. streamed: how many rows a stream has given so far.
     """
     loader = accelerator.gradient_state
     every = accelerator.gather(found).unflatten(0, (-1, copies, len(found)))[:, 0].flatten(0, 1)
-    return every[: loader.remainder] if loader.end_of_dataloader and loader.remainder > 0 else every
+    own = loader.remainder if streamed is None else streamed % len(every)
+    return every[:own] if loader.end_of_dataloader and own > 0 else every
 
 
 def is_of_ranks(error: BaseException) -> bool:

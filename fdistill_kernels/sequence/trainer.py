@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..own import resolve
-from .batches import Sequences, collate, given_sequences
+from .batches import Counted, Sequences, collate, given_sequences
 from .config import OF_PREDISTILLATION, FDistillConfig
 from .dataset_checks import check_datasets
 from .forward import forward_to_head
@@ -116,6 +117,7 @@ class FDistillTrainer(UpdatingTrainer):
         check_datasets(trainer.get("train_dataset"), trainer.get("eval_dataset"), model, self.teacher, args)
         prepare_embeddings(model, args)
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+        self._streamed: Counted | None = None
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         loaders: Any = args.accelerator_config
         if loaders.dispatch_batches is None:  # which is True for streams, and batches of ranks differ in size
@@ -359,14 +361,20 @@ class FDistillTrainer(UpdatingTrainer):
         """The evaluation loss of a batch. No logits are made."""
         with torch.no_grad():
             found = self._gold_kl(model, self._prepare_inputs(inputs))
-        every = of_all_rows(found, self.accelerator, copies_of_rows(self._unwrapped(self.model)))
+        copies, streamed = copies_of_rows(self._unwrapped(self.model)), self._streamed and self._streamed.number
+        every = of_all_rows(found, self.accelerator, copies, streamed)
         self._evaluated += every.sum(0).cpu()
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
 
-    def evaluation_loop(self, *args: Any, **keywords: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **keywords: Any) -> Any:
         """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, not over batches."""
         self._evaluated.zero_()
-        output = super().evaluation_loop(*args, **keywords)
+        shard: Any = getattr(dataloader, "dataset", None)
+        self._streamed = None
+        filled = isinstance(shard, IterableDatasetShard) and not shard.drop_last
+        if filled and not dataloader.num_workers:  # which would count in their own processes
+            shard.dataset = self._streamed = Counted(shard.dataset)
+        output = super().evaluation_loop(dataloader, *args, **keywords)
         loss, tokens = self._evaluated.tolist()
         metrics = output.metrics or {}
         metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
