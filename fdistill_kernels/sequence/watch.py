@@ -35,7 +35,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, sources: list[str], lists: bool, device: torch.device):
         self.sources, self.parts, self.device = sources, OF_LISTS if lists else OF_ROWS, device
-        self.ever = [0.0, 0.0]  # as `steps`, since training began
+        self.ever = torch.zeros(2, dtype=wide(device), device=device)  # as `steps`, since training began
         self.reset()
 
     def reset(self) -> None:
@@ -46,22 +46,22 @@ class Watch(TrainerCallback):
         self.times: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self.begin = time.perf_counter()
 
-        self.steps = [0.0, 0.0]  # of all batches, and of those that count
+        self.steps = torch.zeros_like(self.ever)  # of all batches, and of those that count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the trainer."""
         self.reset()
-        self.ever = [0.0, 0.0]
+        self.ever.zero_()
 
-    def passed(self, share: float, counts: bool) -> None:
+    def passed(self, share: Tensor, counts: bool) -> None:
         """A batch, which is such a share of its step."""
-        for steps in (self.steps, self.ever):
-            steps[0] += share
-            steps[1] += share * counts
+        found = torch.stack([share, share * counts]).to(self.ever)
+        self.steps += found
+        self.ever += found
 
-    def of_counted(self, mean: float, steps: list[float], accelerator: Any) -> float:
+    def of_counted(self, mean: float, steps: Tensor, accelerator: Any) -> float:
         """A mean loss over steps, where what does not count is 0, as one over what counts: NaN if that is nothing."""
-        every, counted = accelerator.reduce(self.sums.new_tensor(steps), "sum").tolist()
+        every, counted = accelerator.reduce(steps, "sum").tolist()
         return mean if counted == every else mean * every / counted if counted else math.nan
 
     def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, number: int,
