@@ -32,7 +32,7 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     plain = (terms.temperature_squared, terms.ce_weight, terms.label_smoothing, terms.z_loss, terms.ignore_index,
              terms.reduction, terms.temperature, terms.teacher_temperature, terms.divergence_weight)  # fmt: skip
     again = not torch.compiler.is_compiling() and NUMBERS.issuperset(map(type, plain))
-    if others := (_plain_once if again else _checked_plain)(*plain):
+    if others := (_plain_once if again else _checked_plain)(student.dtype, *plain):
         terms = replaced(terms, **others)
     if (terms.ce_weight or terms.z_loss) and terms.labels is None:
         raise ValueError("ce_weight and z_loss need labels")
@@ -61,18 +61,22 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
 
 
 def _checked_plain(
-    temperature_squared: object, ce_weight: Any, label_smoothing: Any, z_loss: Any, ignore_index: object,
-    reduction: object, *per_token: Any,
+    dtype: torch.dtype, temperature_squared: object, ce_weight: Any, label_smoothing: Any, z_loss: Any,
+    ignore_index: object, reduction: object, *per_token: Any,
 ) -> dict[str, float]:  # fmt: skip
-    """The numbers that were no floats, as floats, by name."""
+    """The numbers that were no floats, as floats, by name. Weights are such as the arithmetic holds: an infinite one
+    would be NaN where it meets 0, in a row that is masked out.
+    """
+    most = ENDS[torch.float64 if dtype == torch.float64 else torch.float32].max
     checks.check_flag("temperature_squared", temperature_squared)
     checks.check_integer("ignore_index", ignore_index)
     checks.check_reduction(reduction)
-    given = [("ce_weight", -math.inf, math.inf, ce_weight), ("label_smoothing", 0, 1, label_smoothing),
-             ("z_loss", 0, math.inf, z_loss)]  # fmt: skip
+    given = [("ce_weight", -most, most, ce_weight), ("label_smoothing", 0, 1, label_smoothing),
+             ("z_loss", 0, most, z_loss)]  # fmt: skip
     for of_token, value in zip(PER_TOKEN, per_token, strict=True):
         if not (isinstance(value, Tensor) or (value is None and of_token[0] == "teacher_temperature")):
-            given.append((*of_token, value))
+            name, low, high = of_token
+            given.append((name, max(low, -most), min(high, most), value))
     found = {name: checks.check_number(name, value, low, high) for name, low, high, value in given}
     return {name: found[name] for name, *_, value in given if found[name] is not value}
 
