@@ -30,7 +30,7 @@ def top_k_of(
     Args:
         teacher, student: logits (..., V), as a tensor or `Logits`; or `Hidden` states (..., D) with their head, whose
             logits are made a few rows at a time.
-        k: number of ids per row; V if that is less.
+        k: number of ids per row; V if that is less: the list is then the whole row, where ``torch.topk`` raises.
         support: whose largest entries: "teacher"; "student", for a divergence that is exact where the student has its
             mass; or "union", of up to 2k ids, padded with −1.
         student: for support="student" and "union" only.

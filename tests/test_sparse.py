@@ -625,7 +625,10 @@ def test_lists_made_of_models(dtype, monkeypatch):
             == sorted(set(row))
             == sorted(set(largest.indices.view(8, 6)[n].tolist()) | set(of_student.ids.view(8, 6)[n].tolist()))
         )
-    for teacher in (of_student, both, fk.top_k_of(log_p, 10**6)):
+    whole = fk.top_k_of(log_p, 10**6)  # of which no more is kept than there is
+    assert whole.ids.shape == log_p.shape
+    torch.testing.assert_close(fk.f_divergence(student, whole, "js"), fk.f_divergence(student, log_p, "js"))
+    for teacher in (of_student, both, whole):
         assert torch.isfinite(fk.f_divergence(student, teacher, "rkl"))
     sample = fk.sample_of(fk.Logits(log_p), 50, proposal_temperature=1.3, generator=generator)
     assert torch.isfinite(fk.f_divergence(student, sample, "js"))
