@@ -409,7 +409,8 @@ def test_options_and_what_they_were_called(tmp_path):
         ("--warmup_steps", "30", "--predistill_steps", "5"): "more than --predistill_steps 5",
         ("--per_device_train_batch_size", "0"): "must be at least 1, not 0", ("--limit", "-1"): "--limit must be at least 1",
         ("--quantization", "4bit"): "train an adapter, --use_peft", ("--long_targets", "snip"): "invalid choice: 'snip'",
-        ("--dtype", "float17"): "--dtype must be auto or a dtype of torch", ("--method", "tv"): "unknown method 'tv'",
+        ("--dtype", "float17"): "--dtype must be auto or a floating", ("--teacher_dtype", "int8"): "--teacher_dtype must be auto or",
+        ("--vllm_url", "localhost:8000"): "--vllm_url must begin with http", ("--method", "tv"): "unknown method 'tv'",
         ("--resume_from_checkpoint", "x"): "--resume_from_checkpoint", ("--sample_temperature", "0"): "sample_temperature must be in",
     }.items():  # fmt: skip
         with pytest.raises(ValueError) as told:

@@ -35,6 +35,8 @@ def check(asked: Asked) -> None:
         raise ValueError("--max_steps and --num_train_epochs both say how long the run is: give one of them")
     if not model.teacher:
         raise ValueError("--teacher is needed")
+    if asked.run.vllm_url and not is_url(asked.run.vllm_url):
+        raise ValueError(f"--vllm_url must begin with http:// or https://, not {asked.run.vllm_url!r}")
     if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):
         raise ValueError("--data is needed")
     train, test = (

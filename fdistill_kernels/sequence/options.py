@@ -63,8 +63,8 @@ class ModelArguments:
     def options(self, prefix: str = "") -> dict[str, Any]:
         """Keyword arguments of `load_model` for the student, or with "teacher_" for the teacher."""
         dtype, quantization = getattr(self, prefix + "dtype"), getattr(self, prefix + "quantization")
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"--{prefix}dtype must be auto or a dtype of torch, not {dtype!r}")
+        if dtype != "auto" and getattr(getattr(torch, dtype, None), "is_floating_point", False) is not True:
+            raise ValueError(f"--{prefix}dtype must be auto or a floating dtype of torch, not {dtype!r}")
         found = {
             **self.source(prefix),
             "torch_dtype" if _4 else "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
