@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import metrics, report, run, run_folder, stages
+from fdistill_kernels.sequence import asked_models, build, metrics, report, run, run_folder, stages
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.loading import load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
@@ -404,7 +404,12 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
 
 
 def test_paths_that_lead_nowhere_are_told_before_a_model_is_loaded(causal, tmp_path, capsys, monkeypatch):
-    for module, name in ((run, "load_model"), (run, "load_student")):
+    for module, name in (
+        (asked_models, "load_model"),
+        (asked_models, "load_student"),
+        (stages, "load_model"),
+        (build, "load_model"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("a file")
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")

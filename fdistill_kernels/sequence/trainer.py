@@ -361,8 +361,8 @@ class FDistillTrainer(UpdatingTrainer):
         """The evaluation loss of a batch. No logits are made."""
         with torch.no_grad():
             found = self._gold_kl(model, self._prepare_inputs(inputs))
-        copies, streamed = copies_of_rows(self._unwrapped(self.model)), self._streamed and self._streamed.number
-        every = of_all_rows(found, self.accelerator, copies, streamed)
+        copies = copies_of_rows(self._unwrapped(self.model))
+        every = of_all_rows(found, self.accelerator, copies, None if self._streamed is None else self._streamed.number)
         self._evaluated += every.sum(0).cpu()
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
 
