@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import pkgutil
 import re
 from types import SimpleNamespace
 
@@ -143,6 +144,16 @@ def test_every_tail_is_on_the_page():
 def test_the_apis_page_has_every_public_name():
     of_page = re.findall(r"^::: fdistill_kernels\.(\w+)$", PAGES["api"], re.MULTILINE)
     assert sorted(of_page) == sorted([*fk.__all__, "Endpoint", "TeacherStore"])  # the two that need an extra
+
+
+def test_the_apis_page_has_what_trainers_inherit():
+    """Of a class of ours that the page has not, its own classes' methods are there if it asks for them."""
+    for name, options in re.findall(
+        r"^::: (fdistill_kernels\.sequence\.[\w.]+)\n((?: +.*\n)*)", PAGES["api"], re.MULTILINE
+    ):
+        _, *bases = pkgutil.resolve_name(name).__mro__
+        ours = [b for b in bases if b.__module__.startswith("fdistill_kernels.") and b.__name__ not in PAGES["api"]]
+        assert not ours or "inherited_members: true" in options, name
 
 
 @pytest.mark.parametrize("name", [name for name in ("cross_entropy", "linear_cross_entropy") if hasattr(F, name)])
