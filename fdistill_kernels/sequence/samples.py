@@ -70,10 +70,10 @@ class TeacherSamples:
         try:
             known = json.loads((folder / "manifest.json").read_text())
         except (OSError, ValueError) as error:
-            shown = ", ".join(f"{n} {job.get(n)}" for n in ("data", "limit", "eval_data", "eval_pairs") if n in job)
-            raise ValueError(
-                f"{folder.parent} holds no samples of the teacher for these prompts ({error}); it was built of {shown}"
-            ) from error
+            told = ("data", "limit", "eval_data", "eval_pairs", "sequences")
+            kind = folder.name.partition("-")[0].replace("_", " ")  # teacher samples, or teacher beams
+            raise ValueError(f"{folder.parent} holds no {kind} for these prompts ({error}); it was built of "
+                             + ", ".join(f"{n} {job[n]}" for n in told if n in job)) from error  # fmt: skip
         sampling = Sampling(**{name: known[name] for name in Sampling().decided()})
         decided = {"data", "prompts", "seed", "teacher", *sampling.decided()}
         return cls(folder, prompts, sampling, known["teacher"], known["seed"],
