@@ -470,6 +470,10 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
             "2",
         )
         asked = ("train", *of_run, "--output-dir", tmp_path / "run", "--method", "rkl", "--k", "50", "--json")
+        beams = ("--method", "seqkd", "--output-dir", tmp_path / "beams")
+        command("train", *of_run, *beams, "--teacher", url, expect=2)
+        assert "train_dataset has no beam_ids, and a server is asked for samples" in capsys.readouterr().err
+        assert not (tmp_path / "beams" / "config.yaml").exists()
         command(*asked, "--teacher", url.replace("://", "://me:sesame@"))
         told = capsys.readouterr()
         assert json.loads(told.out)["perplexity"] > 1

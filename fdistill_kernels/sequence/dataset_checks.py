@@ -14,7 +14,7 @@ from .generation import check_search
 from .models import context
 from .objectives import compared_sources, sources_of
 from .pairing import models_of
-from .teachers import Itself, OfRows, Stored, Teacher
+from .teachers import Itself, OfRows, Served, Stored, Teacher
 from .teachers.several import parts_of
 
 
@@ -60,6 +60,9 @@ def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str]
     for source in sources:
         column = column_of(source, columns)
         new = 0 if column else new_tokens
+        if source == "beam" and not column and isinstance(teacher, Served):
+            raise ValueError(f"{name} has no beam_ids, and a server is asked for samples, not for beams: take method "
+                             "kl, or a teacher that is at hand")  # fmt: skip
         for searching in at_hand if source == "beam" and not column else ():
             check_search(searching)
         for other in at_hand if source in compared or source == "student" else ():

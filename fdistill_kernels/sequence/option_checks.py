@@ -95,6 +95,7 @@ def check_used(asked: Asked) -> None:
         (asked.run.online_teacher, {"samples", "vllm_url"}, "--online_teacher draws anew at every step"),
         (not sources and not builds, drawing - ({"samples"} if served else set()),
          "the objective is on no sequences that the teacher draws"),
+        ("beam" in sources, {"vllm_url"}, "a server is asked for samples, not for beams"),
         ("beam" not in sources and not builds, {"beams"}, "the objective is on no beams"),
         (asked.run.tensor_parallel > 1, saving, "a student that is split over ranks is saved at the end alone"),
         (asked.command == "sample-teacher", {"online_teacher"}, "samples that are kept are drawn once"),
