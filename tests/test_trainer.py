@@ -773,7 +773,7 @@ def test_refused_by_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="drops the only batch of train_dataset, which has 3 rows, fewer than the 4"):
         trainer(tmp_path, student, teacher, data(3), **small)
     trainer(tmp_path, student, teacher, data(4), **small)
-    for train, found in (("x", "str"), ([1, 2], "list of int")):
+    for train, found in (("x", "str"), ([1, 2], "list of int"), (iter(data(4)), "list_iterator")):
         with pytest.raises(TypeError, match=f"train_dataset must be a dataset, .* not a {found}"):
             trainer(tmp_path, student, teacher, train)
     with pytest.raises(ValueError, match=r"neftune_noise_alpha=5\.0 is not used: BartForConditionalGeneration reads"):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from .batches import column_of, columns_of, of_example, prompts_of_teacher
 from .config import FDistillConfig
@@ -46,8 +47,9 @@ def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str]
                    new_tokens: int) -> None:  # fmt: skip
     """One of them: sources whose sequences are used, and those that are compared with the teacher's word."""
     first = data[0] if isinstance(data, (list, tuple)) and data else {}
-    if isinstance(data, str) or not isinstance(first, Mapping):
-        found = type(data).__name__ if isinstance(data, str) else f"{type(data).__name__} of {type(first).__name__}"
+    readable = hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
+    if isinstance(data, str) or not readable or not isinstance(first, Mapping):
+        found = type(data).__name__ + (f" of {type(first).__name__}" if isinstance(data, (list, tuple)) else "")
         raise TypeError(f"{name} must be a dataset, or a list of examples by column, not a {found}")
     if hasattr(data, "__len__") and len(data) == 0:
         raise ValueError(f"{name} is empty")
