@@ -88,16 +88,16 @@ def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
     return teacher, tokenizer, load_config(configured, **model.source())
 
 
-def made_of(asked: Asked) -> Path:
+def made_folder(asked: Asked) -> Path:
     """Where the student is that training starts from, if that is made first."""
     return asked.folder / "predistilled"
 
 
 def to_make(asked: Asked) -> bool:
-    """Whether `made_of` must still be made: by pre-distillation, or as the base model of an adapter."""
+    """Whether `made_folder` must still be made: by pre-distillation, or as the base model of an adapter."""
     run, model = asked.run, asked.model
     wanted = run.predistill_steps or (model.student_layers and asked.lora.use_peft)
-    return bool(wanted) and not made_of(asked).exists()
+    return bool(wanted) and not made_folder(asked).exists()
 
 
 def student_for(asked: Asked, teacher: Any) -> Any:
@@ -105,7 +105,7 @@ def student_for(asked: Asked, teacher: Any) -> Any:
 
     teacher: the teacher's model; None: it is not at hand.
     """
-    model, made, split = asked.model, made_of(asked), asked.run.tensor_parallel
+    model, made, split = asked.model, made_folder(asked), asked.run.tensor_parallel
     if split > 1:
         join(asked.config.ddp_timeout)
         if model.student_layers:

@@ -15,18 +15,12 @@ from .models import ids_of, virtual_tokens
 
 #: What it decides of samples.
 TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
-
-
 #: What it says of how outputs come (their number, form, speed and kind of search), which is for `draw` to say.
 FORM = ("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
         "output_hidden_states", "max_time", "low_memory", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
         "penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty")  # fmt: skip
-
-
 #: What it says of outputs and needs more than a model: a tokenizer, or code from elsewhere.
 NOT_HERE = ("stop_strings", "token_healing", "constraints", "force_words_ids")
-
-
 #: What it says of greedy outputs and `generate` alone follows; and with which value it says nothing.
 BY_GENERATE = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),

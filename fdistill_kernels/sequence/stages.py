@@ -15,7 +15,7 @@ from rich.progress import Progress
 from transformers import GenerationConfig, set_seed
 
 from ..teachers import Endpoint
-from .asked_models import made_of, teacher_for, tokenizer_of
+from .asked_models import made_folder, teacher_for, tokenizer_of
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
 from .data import read_pairs, tokenize
@@ -224,7 +224,7 @@ class Run:
 
     def make(self, student: Any) -> None:
         """Makes `predistilled/`: the student after pre-distillation, or unchanged as the base model of an adapter."""
-        made = made_of(self.asked)
+        made = made_folder(self.asked)
         if self.asked.run.predistill_steps:
             self.fit(self.trainer(student, self.pairs, "predistill"), made)
         elif rank()[0] == 0:

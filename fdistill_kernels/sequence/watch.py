@@ -26,7 +26,7 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 class Watch(TrainerCallback):
-    """Sums since the last log line, or since training began. Nothing waits for a GPU until they are asked for.
+    """Sums since the last log line. Nothing waits for a GPU until they are asked for.
 
     Args:
         sources: of the objective's halves, whose losses are logged each.
@@ -35,18 +35,17 @@ class Watch(TrainerCallback):
 
     def __init__(self, sources: list[str], lists: bool, device: torch.device):
         self.sources, self.parts, self.device = sources, OF_LISTS if lists else OF_ROWS, device
-        self.ever = torch.zeros(2, dtype=wide(device), device=device)  # as `steps`, since training began
+        self.ever = torch.zeros(2, dtype=wide(device), device=device)  # as `steps`, but since training began
         self.reset()
 
     def reset(self) -> None:
         """Begins anew."""
         # of each source: the loss and what it is a mean over, tokens beside a teacher, and their parts
         self.sums = torch.zeros(len(self.sources), 3 + len(self.parts), dtype=wide(self.device), device=self.device)
+        self.steps = torch.zeros_like(self.ever)  # all, and those of which batches count
         self.tokens = self.skipped = 0  # tokens of batches that count, and batches that do not
         self.times: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self.begin = time.perf_counter()
-
-        self.steps = torch.zeros_like(self.ever)  # of all batches, and of those that count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the trainer."""
