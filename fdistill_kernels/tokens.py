@@ -166,8 +166,6 @@ def token_terms(
         if labels is not None and terms.reduction == "mean" and terms.num_items is None:
             class_weight = class_weight * (tokens / sum_of_target_weights(class_weight, labels, mask))
     labels = labels if terms.ce_weight or terms.z_loss or metrics or needed else None
-    if labels is None and divergence is not None and not metrics:  # what weighs nothing may be no number
-        row_scale, every_row = _where_it_weighs(weight, vectors, row_scale, every_row)
     of_student = vectors.inverse(t)
     of_rows = TokenTerms(
         row_scale=row_scale,
@@ -183,6 +181,9 @@ def token_terms(
         label_smoothing=float(terms.label_smoothing),
         metrics=metrics,
     )
+    may_weigh_nothing = isinstance(weight, Tensor) or (vectors.known(weight) and weight == 0)
+    if may_weigh_nothing and labels is None and divergence is not None and not metrics:
+        of_rows, every_row = of_rows.without_metrics(), False
     if vectors.compiling:
         return of_rows, tokens, None
     of_labels = _within(terms.ce_weight, vectors.dtype), _within(terms.z_loss, vectors.dtype)
@@ -205,15 +206,6 @@ def _row_scale(
         share = vectors.full(1.0) if terms.token_weight is None else vectors.of(terms.token_weight)
         row_scale, live = share / denominator, False
     return (row_scale, live) if mask is None else (torch.where(mask, row_scale, 0), False)
-
-
-def _where_it_weighs(
-    weight: float | Tensor, vectors: _Vectors, row_scale: Tensor, every_row: bool
-) -> tuple[Tensor, bool]:
-    """row_scale and what is known of it, 0 in rows whose only term weighs nothing: they are ignored."""
-    if isinstance(weight, Tensor):
-        return torch.where(vectors.of(weight) == 0, 0, row_scale), False
-    return (vectors.full(0.0), False) if vectors.known(weight) and weight == 0 else (row_scale, every_row)
 
 
 def _within(value: Any, dtype: torch.dtype) -> float:

@@ -96,8 +96,8 @@ class TokenTerms(NamedTuple):
         return len(beside._fields) - 1 if self.metrics else 3  # tokens are no row's
 
     def without_metrics(self, factor: float | Tensor = 1.0) -> TokenTerms:
-        """The terms times a factor (of each row), where gradients alone are made: rows whose only term weighs nothing
-        are ignored, whatever their logits are.
+        """The terms times a factor (of each row), for calls that no metrics are asked of: rows whose only term weighs
+        nothing are ignored then, whatever their logits are.
         """
         ignored = self.row_scale == 0
         if self.labels is None:
