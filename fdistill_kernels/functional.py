@@ -14,6 +14,7 @@ from .carried import replaced
 from .divergences import ENGINE, Divergence
 from .heads import (
     LARGEST,
+    Entries,
     check_alone,
     check_no_divergence,
     cut_shard,
@@ -132,7 +133,8 @@ def f_divergence(
         others = {f"teacher_logits.{n}": getattr(teacher_logits, n) for n in LISTS}
     else:
         given = logits_of("teacher_logits", teacher_logits, "teacher_logit_softcap", teacher_logit_softcap)
-        values = _teacher_here("teacher_logits", given.values, vocab_size, student, padded, shard, teacher_shard)
+        entries = Entries(student.shape[-1], padded, vocab_size, shard)
+        values = _teacher_here("teacher_logits", given.values, entries, teacher_shard)
         checks.check_pair(student, values)
         if student.dtype != values.dtype:
             if inplace:
@@ -158,18 +160,14 @@ def _logits_here(
     return valid(name, logits, shard, -1), shard, logits.shape[-1]
 
 
-def _teacher_here(
-    name: str, logits: Any, vocab_size: int | None, student: Tensor, padded: int, shard: VocabShard | None,
-    own: VocabShard | None,
-) -> Tensor:  # fmt: skip
+def _teacher_here(name: str, logits: Any, of_student: Entries, own: VocabShard | None) -> Tensor:
     """The teacher's logits at the student's entries."""
     logits, own = local_part(name, logits, -1, own)
-    if shard is None:
-        if own is not None:
-            raise ValueError(f"{name} is split over ranks, and the student's vocabulary is whole: split it, too")
-        return checks.shared_vocabulary(name, logits, vocab_size)
+    if of_student.shard is None:
+        of_student.check_whole(name, own)
+        return checks.shared_vocabulary(name, logits, of_student.vocab_size)
     checks.check_logits(name, logits)
-    return teacher_part(name, logits, -1, student.shape[-1], padded, shard, own)
+    return teacher_part(name, logits, -1, of_student.size, of_student.padded, of_student.shard, own)
 
 
 def _vocabulary(local: int, shard: VocabShard | None) -> int:
@@ -366,8 +364,8 @@ def linear_f_divergence(
         terms = checked_terms(terms, hidden, vocabulary)
         teacher = Teacher(targets=targets_of(teacher_hidden, hidden, terms, "teacher_hidden"))
     else:
-        teacher = teacher_of(teacher_hidden, teacher_weight, hidden, head.scale, head.weight.shape[0], vocab_size,
-                             padded, shard, teacher_shard, **keywords)  # fmt: skip
+        entries = Entries(head.weight.shape[0], padded, vocab_size, shard)
+        teacher = teacher_of(teacher_hidden, teacher_weight, hidden, head.scale, entries, teacher_shard, **keywords)
     path = path_of(memory, skip_tiles, chunk_bytes, teacher, shard)
     terms = checked_terms(terms, hidden, vocabulary)
     checks.check_parts(return_parts)

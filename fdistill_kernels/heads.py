@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ from .values import Head, Hidden, Logits, LossTerms, RowFunction
 LARGEST = torch.finfo(torch.float32).max
 #: What a teacher's tensor without a head is.
 AS_LOGITS = "teacher_hidden, taken as logits without teacher_weight,"
+
+
+class Entries(NamedTuple):
+    """The student's entries on this rank.
+
+    Attributes:
+        size, padded: their number, without padding and with it (0: the vocabulary is not split).
+        vocab_size: to how many of the first entries the caller cut both vocabularies.
+        shard: where they are in a split vocabulary.
+    """
+
+    size: int
+    padded: int
+    vocab_size: int | None
+    shard: VocabShard | None
+
+    def check_whole(self, name: str, own: VocabShard | None) -> None:
+        """Raises ValueError for a teacher that is split beside a student that is not."""
+        if self.shard is None and own is not None:
+            raise ValueError(f"{name} is split over ranks, and the student's vocabulary is whole: split it, too")
 
 
 def checked_cap(name: str, softcap: float | None) -> float | None:
@@ -120,73 +140,86 @@ def check_no_divergence(weight: Any) -> None:
 
 def teacher_of(
     teacher: Tensor | RowFunction | Hidden | Logits, weight: Tensor | Head | None,
-    student: Tensor, scale: float, vocabulary: int, vocab_size: int | None, padded: int = 0,
-    shard: VocabShard | None = None, own: VocabShard | None = None, **keywords: Any,
+    student: Tensor, scale: float, of_student: Entries, own: VocabShard | None = None, **keywords: Any,
 ) -> Teacher:  # fmt: skip
-    """The teacher beside the student's hidden states; keywords: of its head (None: not given)."""
-    names = "teacher_hidden", "teacher_weight", "teacher_bias"
+    """The teacher beside the student's hidden states, its head's scale and entries; own: its shard; keywords: of its
+    head (None: not given).
+    """
+    of_student.check_whole("teacher_hidden", own)
     if isinstance(teacher, (Hidden, Logits)):
         check_alone("teacher_hidden", teacher, teacher_weight=weight, **keywords)
     if isinstance(teacher, Hidden):
         if not isinstance(teacher.head, Head):
             raise TypeError(f"the head of a Hidden teacher must be a Head, not {type(teacher.head).__name__}")
         teacher, weight = teacher
-    cap = keywords["teacher_logit_softcap"]
-    if isinstance(teacher, Logits):
-        cap = checked_cap("teacher_hidden.softcap", teacher.softcap)
-        teacher = teacher.values
-    elif cap is not None and weight is None:
-        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
-    if isinstance(teacher, Tensor):
-        values: Any
-        if weight is None:
-            values, own = parallel.local_part("teacher_hidden", teacher, -1, own)
-        else:
-            values, _ = parallel.local_part("teacher_hidden", teacher, 0)
-        teacher = values
-        _check_teacher(values, student)
-    elif not callable(teacher):
+    if not isinstance(teacher, (Tensor, Logits)) and not callable(teacher):
         raise TypeError(
             f"teacher_hidden must be a tensor or a function of a range of rows, not {type(teacher).__name__}"
         )
     if weight is None:
-        if keywords["teacher_bias"] is not None:
-            raise ValueError("teacher_bias needs teacher_weight")
-        if isinstance(teacher, Tensor):
-            checks.check_logits("teacher_hidden", teacher)
-            if shard is not None:
-                teacher = parallel.teacher_part(AS_LOGITS, teacher, -1, vocabulary, padded, shard, own)
-            size = teacher.shape[-1]
-            if size < vocabulary or (size > vocabulary and vocab_size is None):
-                raise ValueError(
-                    f"{AS_LOGITS} has {size} entries a row, and the student's vocabulary {vocabulary}: hidden states "
-                    "need teacher_weight, and padded logits vocab_size="
-                )
-            teacher = teacher[..., :vocabulary]
-            teacher = teacher.detach().reshape(-1, vocabulary)
-        assert not isinstance(teacher, (Hidden, Logits))  # taken apart above
-        return Teacher(teacher, softcap=cap)
+        return _teacher_of_logits(teacher, student, of_student, own, **keywords)
     if not isinstance(teacher, Tensor):
         raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
-        head = Head(head.weight, head.bias, scale, head.softcap)
-    head = scattered.cast(head, teacher)
+        head = head._replace(scale=scale)
+    return _teacher_of_states(teacher, head, student, of_student, own)
+
+
+def _teacher_of_logits(
+    teacher: Tensor | RowFunction | Logits, student: Tensor, of_student: Entries, own: VocabShard | None,
+    *, teacher_bias: Any, teacher_logit_softcap: float | None, **_: Any,
+) -> Teacher:  # fmt: skip
+    """A teacher's logits, or the function that makes a chunk's."""
+    size, padded, vocab_size, shard = of_student
+    cap = None
+    if isinstance(teacher, Logits):
+        cap, teacher = checked_cap("teacher_hidden.softcap", teacher.softcap), teacher.values
+    elif teacher_logit_softcap is not None:
+        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
+    if teacher_bias is not None:
+        raise ValueError("teacher_bias needs teacher_weight")
+    if not isinstance(teacher, Tensor):
+        if own is not None:
+            raise ValueError("teacher_shard is for tensors: a function gives the student's entries, or all")
+        return Teacher(teacher, softcap=cap)
+    logits, own = parallel.local_part("teacher_hidden", teacher, -1, own)
+    _check_teacher(logits, student)
+    checks.check_logits("teacher_hidden", logits)
+    of_student.check_whole("teacher_hidden", own)
+    if shard is not None:
+        logits = parallel.teacher_part(AS_LOGITS, logits, -1, size, padded, shard, own)
+    entries = logits.shape[-1]
+    if entries < size or (entries > size and vocab_size is None):
+        raise ValueError(
+            f"{AS_LOGITS} has {entries} entries a row, and the student's vocabulary {size}: hidden states "
+            "need teacher_weight, and padded logits vocab_size="
+        )
+    return Teacher(logits[..., :size].detach().reshape(-1, size), softcap=cap)
+
+
+def _teacher_of_states(
+    states: Tensor, head: Head, student: Tensor, of_student: Entries, own: VocabShard | None
+) -> Teacher:
+    """A teacher's hidden states and head."""
+    names = "teacher_hidden", "teacher_weight", "teacher_bias"
+    size, padded, vocab_size, shard = of_student
+    states, _ = parallel.local_part(names[0], states, 0)
+    _check_teacher(states, student)
+    head = scattered.cast(head, states)
     if shard is None and own is None:
         head = scattered.whole(head)
     if shard is not None:
-        rows, own = parallel.local_part("teacher_weight", head.weight, 0, own)
-        bias, of_bias = parallel.local_part("teacher_bias", head.bias, 0)
+        rows, own = parallel.local_part(names[1], head.weight, 0, own)
+        bias, of_bias = parallel.local_part(names[2], head.bias, 0)
         if bias is not None and of_bias is None and bias.shape == rows.shape[:1]:
             of_bias = own  # else it is whole beside a weight that is not
-        part = [None if x is None else parallel.teacher_part(n, x, 0, vocabulary, padded, shard, of)
+        part = [None if x is None else parallel.teacher_part(n, x, 0, size, padded, shard, of)
                 for n, x, of in zip(names[1:], (rows, bias), (own, of_bias), strict=True)]  # fmt: skip
         assert part[0] is not None
         head = head._replace(weight=part[0], bias=part[1])
-    elif own is not None:
-        raise ValueError("teacher_shard is given, and the student's vocabulary is whole: split it, too")
-    states, head = checked_head(teacher, head, names, None if shard else vocab_size)
-    checks.check_vocabularies(vocabulary, head.weight.shape[0])
+    states, head = checked_head(states, head, names, None if shard else vocab_size)
+    checks.check_vocabularies(size, head.weight.shape[0])
     head = head.with_each(lambda x: x.detach().to(states.dtype))
     return Teacher(states.detach().reshape(-1, states.shape[-1]), *head)
 

@@ -642,6 +642,18 @@ def padding_and_other_groups(rank, world):
             fk.f_divergence(
                 student[:, part], teacher[:, :2], "js", shard=full, teacher_shard=own._replace(begin=0 if rank else 40)
             )
+    hidden, weight = randn(N, 4, seed=17), randn(V, 4, seed=18)
+    for words, call in (
+        ("teacher_logits is split", lambda own: fk.f_divergence(student, teacher, "js", teacher_shard=own)),
+        ("teacher_hidden is split", lambda own: fk.linear_f_divergence(hidden, weight, teacher, teacher_shard=own)),
+        ("teacher_hidden is split",
+         lambda own: fk.linear_f_divergence(hidden, weight, hidden, weight, teacher_shard=own)),
+        ("teacher_shard is for tensors",
+         lambda own: fk.linear_f_divergence(hidden, weight[part], lambda *rows: teacher[slice(*rows)], shard=shard,
+                                            vocab_size=V - 3, teacher_shard=own)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            call(shard)
     with pytest.raises(ValueError, match="does not fit shards"):
         vocab_shard(dist.group.WORLD, 3, 100)
     assert vocab_shard(None, 3).size == 3 * world
