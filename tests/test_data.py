@@ -12,8 +12,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence.arguments import KINDS, ask
 from fdistill_kernels.sequence.config import FDistillConfig
-from fdistill_kernels.sequence.data import read_pairs, tokenize
+from fdistill_kernels.sequence.data import tokenize
 from fdistill_kernels.sequence.encoding import conversation
+from fdistill_kernels.sequence.reading import read_pairs
 
 from .test_sequence import bart, llama
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from fdistill_kernels.sequence.arguments import ask
-from fdistill_kernels.sequence.data import read_pairs, tokenize
+from fdistill_kernels.sequence.data import tokenize
 from fdistill_kernels.sequence.options import BY_LENGTH, DEFAULTS, KINDS
+from fdistill_kernels.sequence.reading import read_pairs
 
 from .test_data import PLAIN, tokenizer_of
 from .test_sequence import llama

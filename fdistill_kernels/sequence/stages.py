@@ -18,7 +18,7 @@ from ..teachers import Endpoint
 from .asked_models import made_folder, teacher_for, tokenizer_of
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION
-from .data import read_pairs, tokenize
+from .data import tokenize
 from .generation import beginning, end_tokens, token_id
 from .hashes import data_hash, fingerprint
 from .loading import load_config, load_model
@@ -26,6 +26,7 @@ from .metrics import Measures, measured
 from .option_checks import check_used
 from .options import Asked
 from .ranks import device, rank
+from .reading import read_pairs
 from .run_folder import Log, last_checkpoint, save_whole
 from .samples import TeacherSamples, generation_settings, write_table
 from .sampling import Sampling

@@ -1,0 +1,126 @@
+"""Rows of a file or a hub dataset, with prompts and targets as text or messages."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("prompt", "target")
+#: Other columns that rows may have.
+OTHERS = ("teacher_prompt", "messages", "tools", "text")
+
+
+def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS,
+               config: str | None = None, split: str = "train") -> Any:  # fmt: skip
+    """A `datasets.Dataset` with the columns prompt and target, or only prompt, messages or text, and `OTHERS`.
+
+    Args:
+        path: a .jsonl, .json, .csv or .tsv file (.tsv: two columns, without a header or with two of the names here),
+            also as .gz, or a .parquet file; or the name of a hub dataset, with its config and split.
+        limit: read only the first rows, this many.
+        columns: names of the prompt and target columns in the file; a column completion also counts as target.
+
+    Raises:
+        ValueError: an unknown kind of file, a line that cannot be read, a missing column, no rows. OSError: no file.
+    """
+    rows = _load(str(path), columns, config, split)
+    if not len(rows):
+        raise ValueError(f"{path} has no rows")
+    has = rows.column_names
+    target = "completion" if columns[1] not in has and columns[1] == COLUMNS[1] else columns[1]
+    wanted = next(
+        (w for w in ((columns[0], target), ("messages",), (columns[0],), ("text",)) if set(w) <= set(has)), ()
+    )
+    named = [name for name, usual in zip(columns, COLUMNS, strict=True) if name != usual and name not in has]
+    if named or not wanted:
+        lacking = repr(named[0]) if named else f"{columns[0]!r}, and messages and text"
+        raise ValueError(f"{path} lacks the column {lacking}; it has {', '.join(has)}")
+    kept = [n for n in dict.fromkeys((*wanted, "teacher_prompt", "tools")) if n in has]
+    rows = rows.select_columns(kept)
+    names = dict(zip((columns[0], target), COLUMNS, strict=True))
+    rows = rows.rename_columns({a: b for a, b in names.items() if a in kept and a != b})
+    return rows.select(range(min(limit, len(rows)))) if limit else rows
+
+
+def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    kind = Path(path).name.removesuffix(".gz").rpartition(".")[2]
+    if kind not in ("jsonl", "json", "csv", "tsv", "parquet"):
+        if Path(path).is_file():
+            raise ValueError(f"{path} must be .jsonl, .json, .csv, .tsv or .parquet, not .{kind}")
+        return load_dataset(path, config, split=split)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return _read(path, kind, columns)
+    except (OSError, EOFError, zlib.error) as error:
+        if not path.endswith(".gz"):
+            raise
+        raise ValueError(f"{path} cannot be read as gzip: {error}") from error
+
+
+def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    with _open(path, "rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{path} has no rows")
+    try:
+        if kind in ("csv", "tsv"):
+            return _read_table(path, "\t" if kind == "tsv" else ",", columns)
+        return load_dataset("parquet" if kind == "parquet" else "json", data_files=path, split="train")
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(_culprit(path, kind) or f"{path}: {error.__cause__ or error}") from error
+
+
+def _open(path: str, mode: str, **keywords: Any) -> Any:
+    return (gzip.open if path.endswith(".gz") else open)(path, mode, **keywords)
+
+
+def _culprit(path: str, kind: str) -> str | None:
+    """The line that is not UTF-8 or not JSON, and why."""
+    if kind == "parquet":
+        return None
+    with _open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode().strip()
+                if kind == "json" and text.startswith("["):  # one value over many lines
+                    kind = "array"
+                if kind in ("json", "jsonl") and text:
+                    json.loads(text)
+            except ValueError as error:
+                return f"{path}, line {number}: {error}"
+    return None
+
+
+def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
+    """Reads every cell as text: what looks like a number or a null is a word."""
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import csv as arrow
+
+    tabs = separator == "\t"
+    with _open(path, "rt", encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark, which arrow skips
+        quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        first = next(csv.reader(file, delimiter=separator, quoting=quoting))
+    known = [name in {*columns, "completion", *OTHERS} for name in first]
+    if tabs and len(known) == 2 and sum(known) == 1:
+        raise ValueError(f"{path} begins with {first}, of which one is the name of a column: begin it with two names, "
+                         "or with none")  # fmt: skip
+    header = not tabs or any(known)
+    names = first if header else list(columns)
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have one name, among {', '.join(names)}")
+    table = arrow.read_csv(
+        path, arrow.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
+        arrow.ParseOptions(delimiter=separator, quote_char=False if tabs else '"', newlines_in_values=not tabs),
+        arrow.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False),
+    )  # fmt: skip
+    return Dataset(table)
