@@ -36,7 +36,7 @@ def _dtype_once(numpy_dtype):
 
 
 def _type_once(init):
-    """Types of one shape and element are one."""
+    """Types of one shape and element have the same attributes. Not one dict: in Python 3.13.0 that loses some of it."""
     known = {}
 
     def patched(self, element_ty, shape):
@@ -44,10 +44,11 @@ def _type_once(init):
         if element_ty.is_ptr():  # which have no hash
             init(self, element_ty, shape)
         elif key in known:
-            self.__dict__ = known[key]
+            vars(self).update(known[key])
         else:
             init(self, element_ty, shape)
-            known[key] = self.__dict__
+            self.of_tensors = {}
+            known[key] = dict(vars(self))
 
     return patched
 
@@ -56,13 +57,14 @@ def _shape_once(init):
     """What a tensor has of its type, it has from the first one of that type."""
 
     def patched(self, handle, type):
-        of_type = type.__dict__.get("of_tensors")
-        if of_type is None:
-            init(self, handle, type)
-            type.of_tensors = {name: value for name, value in self.__dict__.items() if name != "handle"}
-        else:
-            self.__dict__.update(of_type)
+        of_type = vars(type).setdefault("of_tensors", {})
+        if of_type:
+            vars(self).update(of_type)
             self.handle = handle
+        else:
+            init(self, handle, type)
+            of_type.update(vars(self))
+            del of_type["handle"]
 
     return patched
 
