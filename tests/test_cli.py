@@ -203,7 +203,7 @@ def test_a_library_of_another_version_is_named(capsys, monkeypatch):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_list", lambda args: [][1])
+    monkeypatch.setattr(cli.list, "run", lambda args: [][1])
     with pytest.raises(IndexError):
         cli.main(["list"])
 
@@ -212,7 +212,7 @@ def test_an_interrupt_has_no_traceback(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_list", interrupted)
+    monkeypatch.setattr(cli.list, "run", interrupted)
     assert cli.main(["list"]) == 130 and capsys.readouterr().err == "\nstopped\n"
 
 

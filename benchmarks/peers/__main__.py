@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fdistill_kernels.cli import DTYPES, _shape
+from fdistill_kernels.commands.common import DTYPES, as_shape
 from fdistill_kernels.options import count
 from fdistill_kernels.provenance import as_json, provenance, versions
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--shape", type=_shape, default=(1024, 32000), metavar="N,V")
+    parser.add_argument("--shape", type=as_shape, default=(1024, 32000), metavar="N,V")
     parser.add_argument("--depth", type=count, default=512, help="features of the hidden states")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=DIVERGENCES)
