@@ -30,74 +30,107 @@ MINIMAL_CHUNK_BYTES = 8_000_000
 
 def linear_rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (3 or more, N), and the gradients of hidden states, weight and bias in float32, one not wanted empty."""
-    hidden, head, wants, wide = call.hidden, call.head, call.wants, call.terms.row_scale.dtype
-    terms, powers, most = _without_underflow(call.terms, hidden.dtype)
-    parts = torch.zeros(call.parts, hidden.shape[0], dtype=wide, device=hidden.device)
-    of_hidden = torch.zeros(hidden.shape if wants.hidden else (0,), dtype=wide, device=hidden.device)
-    of_weight = products.empty(terms.row_scale, *(head.weight.shape if wants.weight else (0,)))
-    of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)
-    live = None if callable(call.teacher.rows) else _live_rows(call.terms)
-    count = hidden.shape[0] if live is None else len(live)
-    vocabulary, models = head.weight.shape[0], 1 if call.teacher.rows is None else 2
-    like, row = hidden.new_empty(0, dtype=_buffer_dtype(call)), _buffer_row(vocabulary, backend)
-    step = _chunk_rows(call, count, models * row * like.element_size())
-    wire = Collectives(call.shard.group) if call.shard.group else None
-    if wire is not None:
-        step = min(sharded.agree(call, step, rows=len(hidden)))
-    under_way: tuple[Any, Any, Tensor] | None = None  # a chunk's sum over ranks, while the next one's products are made
-    buffers = [products.empty(like, step, row)[:, :vocabulary] for _ in range(models)]
-    if not count:
-        of_weight.zero_()
-    with torch.autocast(hidden.device.type, enabled=False):
-        for begin in range(0, count, step):
-            end = min(begin + step, count)
-            rows = slice(begin, end) if live is None else live[begin:end]
-            states, of_rows = hidden[rows], terms.of_rows(rows)
-            logits, *others = (buffer[: end - begin] for buffer in buffers)
-            products.logits_(states, head, logits)
-            teacher_logits, cap = None, call.teacher.softcap
-            if call.teacher.itself:  # a kernel reads an entry of both before it writes the gradient there
-                teacher_logits, cap = logits.unsqueeze(0), head.softcap
-            elif others:
-                teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0)
-            row_call = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, head.softcap, cap,
-                               student_gradient=any(wants), inplace=any(wants),
-                               targets=call.teacher.targets.of_rows(rows), shard=call.shard)  # fmt: skip
-            parts[:, rows] = backends.rows_by(backend, row_call)[0]
-            if not any(wants):
-                continue
-            gradient = logits.to(hidden.dtype)
-            if wants.hidden:
-                of_states = products.hidden_gradient(gradient, head.weight, head.scale).to(wide)
-                if wire is not None and call.shard.sum_hidden:
-                    _end_sum(wire, under_way, of_hidden)
-                    under_way = wire.begin(dist.all_reduce, of_states), rows, of_states
-                else:
-                    of_hidden[rows] = of_states
-            if live is None or terms.metrics:  # 0 times an ignored row's NaN would be NaN in the weight's gradient
-                made = of_rows.without_metrics() if terms.metrics else of_rows
-                states = states.masked_fill((made.row_scale == 0).unsqueeze(1), 0)
-            if powers is not None:
-                share = torch.where(of_rows.row_scale == 0, 0, powers[rows] / most).unsqueeze(1)
-                states = states * share.to(states.dtype) if states.is_cuda else states.float() * share
-            if wants.weight:
-                keep = 1.0 if begin else 0.0
-                products.add_weight_gradient_(gradient, states, head.scale, keep, of_weight)
-            if wants.bias:
-                of_bias += gradient.sum(0, dtype=wide) if powers is None else (gradient.to(wide) * share).sum(0)
-    _end_sum(wire, under_way, of_hidden)
-    if powers is not None:
-        parts = parts * powers
-        of_hidden = of_hidden * powers.unsqueeze(1) if wants.hidden else of_hidden
-        of_weight, of_bias = of_weight.mul_(most), of_bias * most
-    return parts, of_hidden, of_weight, of_bias
+    chunks = _Chunks(call, backend)
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        for begin in range(0, chunks.count, chunks.step):
+            chunks.add(begin, min(begin + chunks.step, chunks.count))
+    return chunks.sums()
 
 
-def _end_sum(wire: Collectives | None, under_way: tuple[Any, Any, Tensor] | None, of_hidden: Tensor) -> None:
-    if wire is not None and under_way is not None:
-        work, rows, of_states = under_way
-        wire.end(work)
-        of_hidden[rows] = of_states
+class _Chunks:
+    """The sums of a call over its chunks.
+
+    Attributes:
+        live: indices of the rows that count, `count` of them; None: all.
+        terms, powers, most: as `_without_underflow` has them.
+        buffers: the logits (step, V) of a chunk, of each model.
+        under_way: a chunk's sum over the ranks of a split vocabulary, while the next one's products are made.
+    """
+
+    def __init__(self, call: LinearCall, backend: str) -> None:
+        hidden, head, wants = call.hidden, call.head, call.wants
+        self.call, self.backend = call, backend
+        self.terms, self.powers, self.most = _without_underflow(call.terms, hidden.dtype)
+        self.wide = wide = self.terms.row_scale.dtype
+        self.parts = torch.zeros(call.parts, hidden.shape[0], dtype=wide, device=hidden.device)
+        self.of_hidden = torch.zeros(hidden.shape if wants.hidden else (0,), dtype=wide, device=hidden.device)
+        self.of_weight = products.empty(self.terms.row_scale, *(head.weight.shape if wants.weight else (0,)))
+        self.of_bias = torch.zeros(head.weight.shape[:1] if wants.bias else (0,), dtype=wide, device=hidden.device)
+        self.live = None if callable(call.teacher.rows) else _live_rows(call.terms)
+        self.count = hidden.shape[0] if self.live is None else len(self.live)
+        vocabulary, models = head.weight.shape[0], 1 if call.teacher.rows is None else 2
+        like, row = hidden.new_empty(0, dtype=_buffer_dtype(call)), _buffer_row(vocabulary, backend)
+        self.step = _chunk_rows(call, self.count, models * row * like.element_size())
+        self.wire = Collectives(call.shard.group) if call.shard.group else None
+        self.under_way: tuple[Any, Any, Tensor] | None = None
+        if self.wire is not None:
+            self.step = min(sharded.agree(call, self.step, rows=len(hidden)))
+        self.buffers = [products.empty(like, self.step, row)[:, :vocabulary] for _ in range(models)]
+
+    def add(self, begin: int, end: int) -> None:
+        """A chunk of the rows that count."""
+        call, wants = self.call, self.call.wants
+        rows = slice(begin, end) if self.live is None else self.live[begin:end]
+        states, of_rows = call.hidden[rows], self.terms.of_rows(rows)
+        gradient = self._add_parts(begin, end, rows, states, of_rows)
+        if not any(wants):
+            return
+        if wants.hidden:
+            self._add_hidden(rows, products.hidden_gradient(gradient, call.head.weight, call.head.scale).to(self.wide))
+        if self.live is None or of_rows.metrics:  # 0 times an ignored row's NaN would be NaN in the weight's gradient
+            made = of_rows.without_metrics() if of_rows.metrics else of_rows
+            states = states.masked_fill((made.row_scale == 0).unsqueeze(1), 0)
+        share = None
+        if self.powers is not None:
+            share = torch.where(of_rows.row_scale == 0, 0, self.powers[rows] / self.most).unsqueeze(1)
+            states = states * share.to(states.dtype) if states.is_cuda else states.float() * share
+        if wants.weight:
+            keep = 1.0 if begin else 0.0
+            products.add_weight_gradient_(gradient, states, call.head.scale, keep, self.of_weight)
+        if wants.bias:
+            self.of_bias += gradient.sum(0, dtype=self.wide) if share is None else (
+                gradient.to(self.wide) * share).sum(0)  # fmt: skip
+
+    def _add_parts(self, begin: int, end: int, rows: slice | Tensor, states: Tensor, of_rows: TokenTerms) -> Tensor:
+        """The gradient of the chunk's logits (rows, V), in their buffer."""
+        call = self.call
+        logits, *others = (buffer[: end - begin] for buffer in self.buffers)
+        products.logits_(states, call.head, logits)
+        teacher_logits, cap = None, call.teacher.softcap
+        if call.teacher.itself:  # a kernel reads an entry of both before it writes the gradient there
+            teacher_logits, cap = logits.unsqueeze(0), call.head.softcap
+        elif others:
+            teacher_logits = _teacher_logits_(call, begin, end, rows, others[0]).unsqueeze(0)
+        trained = any(call.wants)
+        of_logits = RowCall(logits.unsqueeze(0), teacher_logits, of_rows, call.head.softcap, cap,
+                            student_gradient=trained, inplace=trained, targets=call.teacher.targets.of_rows(rows),
+                            shard=call.shard)  # fmt: skip
+        self.parts[:, rows] = backends.rows_by(self.backend, of_logits)[0]
+        return logits.to(states.dtype) if trained else logits
+
+    def _add_hidden(self, rows: slice | Tensor, of_states: Tensor) -> None:
+        """The gradient of the chunk's hidden states, which ranks of a split vocabulary sum."""
+        if self.wire is None or not self.call.shard.sum_hidden:
+            self.of_hidden[rows] = of_states
+        else:
+            self._end_sum()
+            self.under_way = self.wire.begin(dist.all_reduce, of_states), rows, of_states
+
+    def _end_sum(self) -> None:
+        if self.wire is not None and self.under_way is not None:
+            work, rows, of_states = self.under_way
+            self.wire.end(work)
+            self.of_hidden[rows] = of_states
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `linear_rows` returns, of the chunks that were added."""
+        self._end_sum()
+        if not self.count:
+            self.of_weight.zero_()
+        if self.powers is None:
+            return self.parts, self.of_hidden, self.of_weight, self.of_bias
+        of_hidden = self.of_hidden * self.powers.unsqueeze(1) if self.call.wants.hidden else self.of_hidden
+        return self.parts * self.powers, of_hidden, self.of_weight.mul_(self.most), self.of_bias * self.most
 
 
 def _without_underflow(terms: TokenTerms, dtype: torch.dtype) -> tuple[TokenTerms, Tensor | None, Any]:
