@@ -212,16 +212,8 @@ def plot(stages: list[Stage], path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
-    started = time.perf_counter()
-    expected = json.loads(args.expect.read_text()) if args.expect else {}
-    console = Console(stderr=args.json)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
-    source = read_text(args.text)
-    text = tokenize(source)
+def _stages(args: argparse.Namespace) -> list[Stage]:
+    """The teacher, the start that all students share, and each student."""
     teacher = gpt2(TEACHER, args.seed)
 
     def distillation(divergence: Divergence) -> Loss:
@@ -237,18 +229,46 @@ def main(args: argparse.Namespace) -> int:
     losses = {"baseline": label_loss} | {str(d): distillation(d) for d in args.divergence}
     students = [Stage(name, gpt2(STUDENT, args.seed + 1), args.student_steps, loss, start)
                 for name, loss in losses.items()]  # fmt: skip
-    stages = [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
-    of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(), "losses": list(losses),
-          "steps": {stage.name: stage.steps for stage in stages}}  # fmt: skip
+    return [Stage("teacher", teacher, args.teacher_steps, label_loss), start, *students]
+
+
+def _restore(stages: list[Stage], of: dict[str, Any], checkpoint: Path) -> None:
+    """Goes on from a checkpoint, which must be `of` the same run."""
+    saved = torch.load(checkpoint, weights_only=True)
+    made = saved.get("of", {})
+    if other := [name for name, value in of.items() if made.get(name) != value]:
+        raise ValueError(f"{checkpoint} was made with other {', '.join(other)}: give --restart to start again")
+    for stage in stages:
+        stage.restore(saved[stage.name])
+
+
+def _measured(stages: list[Stage], windows: Tensor) -> dict[str, dict[str, float]]:
+    """Each model's size and its measures on held-out text, by name."""
+    rows = {}
+    for stage in stages:
+        nats, kl = evaluate(stage.model, windows, stages[0].model)
+        rows[stage.name] = dict(parameters=stage.model.num_parameters(), steps=stage.done, perplexity=math.exp(nats),
+                                kl_to_teacher=kl)  # fmt: skip
+    return rows
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
+    started = time.perf_counter()
+    expected = json.loads(args.expect.read_text()) if args.expect else {}
+    console = Console(stderr=args.json)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    source = read_text(args.text)
+    text, stages = tokenize(source), _stages(args)
+    _, _, *students = stages
+    of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(),
+          "losses": [s.name for s in students], "steps": {stage.name: stage.steps for stage in stages}}  # fmt: skip
     if args.expect:
         _comparable(expected, stages, of["text_sha256"], args.expect)
     if checkpoint.exists() and not args.restart:
-        saved = torch.load(checkpoint, weights_only=True)
-        made = saved.get("of", {})
-        if other := [name for name, value in of.items() if made.get(name) != value]:
-            raise ValueError(f"{checkpoint} was made with other {', '.join(other)}: give --restart to start again")
-        for stage in stages:
-            stage.restore(saved[stage.name])
+        _restore(stages, of, checkpoint)
         console.print(f"continuing from {checkpoint}")
     try:
         run(stages, text, of, checkpoint, console)
@@ -256,16 +276,12 @@ def main(args: argparse.Namespace) -> int:
         print(f"\nstopped; the same command continues from {checkpoint}", file=sys.stderr)
         return 130
 
-    windows = text.windows()
-    fused, eager = loss_speed(students[-1].model, teacher, args.divergence[-1], windows[:8])
-    rows = {}
-    for stage in stages:
-        nats, kl = evaluate(stage.model, windows, teacher)
-        rows[stage.name] = dict(parameters=stage.model.num_parameters(), steps=stage.done, perplexity=math.exp(nats),
-                                kl_to_teacher=kl)  # fmt: skip
+    windows, last = text.windows(), args.divergence[-1]
+    fused, eager = loss_speed(students[-1].model, stages[0].model, last, windows[:8])
+    rows = _measured(stages, windows)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     results = {
-        "models": rows, "loss": str(args.divergence[-1]), "loss_tokens_per_second": fused,
+        "models": rows, "loss": str(last), "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
         "peak_memory_mib": kilobytes / 1024, "text_sha256": of["text_sha256"],
         **provenance(" ".join(["fdistill", *sys.argv[1:]])),
