@@ -181,8 +181,10 @@ def token_terms(
         label_smoothing=float(terms.label_smoothing),
         metrics=metrics,
     )
-    may_weigh_nothing = isinstance(weight, Tensor) or (vectors.known(weight) and weight == 0)
-    if may_weigh_nothing and labels is None and divergence is not None and not metrics:
+    may_weigh_nothing = divergence is None or isinstance(weight, Tensor) or (vectors.known(weight) and weight == 0)
+    if labels is not None and (terms.z_loss or (terms.ce_weight and class_weight is None)):
+        may_weigh_nothing = False
+    if may_weigh_nothing and not metrics:
         of_rows, every_row = of_rows.without_metrics(), False
     if vectors.compiling:
         return of_rows, tokens, None

@@ -1287,7 +1287,13 @@ def test_several_heads_share_a_smaller_vocabulary():
 
 def test_log_sum_exp_of_infinite_logits():
     logits = torch.tensor([[1.0, torch.inf], [-torch.inf, -torch.inf], [torch.nan, torch.inf]])
-    assert torch.equal(fk.log_sum_exp(logits)[:2], logits.logsumexp(1)[:2]) and fk.log_sum_exp(logits)[2].isnan()
+    want = logits.logsumexp(1)
+    torch.testing.assert_close(fk.log_sum_exp(logits), want, equal_nan=True)
+    keywords = dict(labels=torch.zeros(3).long(), z_loss=0.5, reduction="none", return_parts="metrics")
+    for backend in ("torch", "cpu"):
+        for z, other in ((logits, {}), (logits.bfloat16(), dict(temperature=2.0))):
+            _, parts = fk.f_divergence(z, torch.zeros_like(z), backend=backend, **keywords, **other)
+            torch.testing.assert_close((parts.log_sum_exp, parts.z_loss), (want, 0.5 * want**2), equal_nan=True)
 
 
 @pytest.mark.parametrize("numbers", [

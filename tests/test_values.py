@@ -181,6 +181,33 @@ def test_two_caps_beside_nothing(name, backend):
     torch.testing.assert_close(gradient[1], torch.autograd.grad(rest, student)[0][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [False, "metrics"], ids=str)
+@pytest.mark.parametrize("of", ["logits", "hidden states", "dkd"])
+def test_labels_that_weigh_nothing(of, parts, backend):
+    """By their class, or beside a divergence that weighs nothing: whatever the student's logits are there."""
+    labels, weight, live = torch.tensor([1, 2, 3]), torch.tensor([1.0, 1, 0, 1, 1]), torch.tensor([True, False, True])
+    first, head = torch.randn(3, 5), torch.randn(5, 5)
+    first[1, 3] = torch.nan
+
+    def run(first, rows):
+        leaves = first[rows].clone().requires_grad_(), head.clone().requires_grad_()
+        keywords = dict(reduction="sum", return_parts=parts, backend=backend)
+        if of == "dkd":
+            loss = fk.f_divergence(leaves[0], head[:3][rows], "dkd", divergence_weight=live[rows].float(), labels=labels[rows], **keywords)  # fmt: skip
+        elif of == "logits":
+            loss = fk.cross_entropy(leaves[0], labels[rows], weight, **keywords)
+        else:
+            loss = fk.linear_cross_entropy(*leaves, labels[rows], weight=weight, **keywords)
+        loss = loss[0] if parts else loss
+        return loss, torch.autograd.grad(loss, leaves[: 1 + (of == "hidden states")])
+
+    (loss, ours), (wanted_loss, wanted) = run(first, [0, 1, 2]), run(first, [0, 2])
+    torch.testing.assert_close((loss, ours[0][live], *ours[1:]), (wanted_loss, *wanted))
+    assert (ours[0][1] == 0).all()
+    with pytest.raises(ValueError, match="target"):
+        fk.cross_entropy(first, labels + 3, 0 * weight, backend=backend)
+
+
 @pytest.mark.filterwarnings("ignore:tail='ignore'")
 def test_terms_that_weigh_nothing_elsewhere():
     """Beside lists, of hidden states and inside compilers; and labels' terms."""

@@ -214,8 +214,8 @@ def _label_terms(terms: TokenTerms, z: Tensor, label: Tensor, n: slice) -> tuple
     cross_entropy = times(of_label, -log_q.gather(1, label))
     if spread:
         cross_entropy = cross_entropy - spread * times(w, log_q).sum(1, keepdim=True)
-    of_q = ce_scale * (of_label + (spread * w.sum() if spread else 0)) + 2 * z_scale * lse
-    gradient = of_q * log_q.exp() - (ce_scale * spread * w if spread else 0)
+    of_q = ce_scale * (of_label + (spread * w.sum() if spread else 0)) + 2 * times(z_scale, lse)
+    gradient = times(of_q, log_q.exp()) - (ce_scale * spread * w if spread else 0)
     gradient.scatter_add_(1, label, -ce_scale * of_label)
     return cross_entropy, lse**2, gradient
 

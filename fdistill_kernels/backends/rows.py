@@ -96,12 +96,19 @@ class TokenTerms(NamedTuple):
         return len(beside._fields) - 1 if self.metrics else 3  # tokens are no row's
 
     def without_metrics(self, factor: float | Tensor = 1.0) -> TokenTerms:
-        """The terms times a factor (of each row), for calls that no metrics are asked of: rows whose only term weighs
+        """The terms times a factor (of each row), for calls that no metrics are asked of: rows whose terms weigh
         nothing are ignored then, whatever their logits are.
         """
-        ignored = self.row_scale == 0
-        if self.labels is None:
-            ignored = ignored | (self.divergence_scale == 0)
+        ignored = None if self.divergence is None else self.divergence_scale == 0
+        if self.labels is not None:
+            of_class = self.cross_entropy_scale == 0
+            if self.class_weight is not None and not self.label_smoothing:
+                known = self.labels.clamp(0, len(self.class_weight) - 1)  # one that is no class is an error's
+                of_class = of_class | ((self.class_weight[known] == 0) & (known == self.labels))
+            of_labels = of_class & (self.z_loss_scale == 0)
+            ignored = of_labels if ignored is None else ignored & of_labels
+        assert ignored is not None
+        ignored = ignored | (self.row_scale == 0)
         return replaced(self, metrics=False, row_scale=torch.where(ignored, 0, self.row_scale * factor))
 
     def of_rows(self, rows: slice | Tensor) -> TokenTerms:
