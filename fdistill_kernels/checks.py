@@ -99,7 +99,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
     """An int of 64 bits, `low` or more."""
-    if torch.compiler.is_compiling() and not isinstance(value, int):
+    if torch.compiler.is_compiling() and not isinstance(value, (int, float, Tensor, str)) and value is not None:
         return  # a symbolic one
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {_shown(value)}")
@@ -375,6 +375,10 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
         num_items = check_number("num_items", num_items, 0)
     if _known(num_items) and _known(tokens) and num_items == 0 and tokens > 0:
         raise ValueError(f"num_items must be positive, not {num_items!r}, for {int(tokens)} tokens that count")
+    if torch.compiler.is_compiling() and (isinstance(num_items, Tensor) or num_items == 0):  # the graph asks
+        items = torch.as_tensor(num_items, device=device).float()
+        fits = ((items > 0) & items.isfinite()) | ((items == 0) & (tokens == 0))
+        torch._assert_async(fits, "num_items must be positive, or 0 where no token counts")
     return num_items  # type: ignore[return-value]
 
 

@@ -315,6 +315,28 @@ def test_labels_of_a_compiled_call_are_looked_at(teacher, divergence, wrong):
         torch.compile(loss, backend="aot_eager")(student)
 
 
+@pytest.mark.parametrize("name, right, wrong", [
+    ("labels", torch.tensor([0, -100, 2]), torch.tensor([0, V, 2])), ("num_items", torch.tensor(5.0), torch.tensor(-1.0)),
+    ("num_items", torch.tensor([3]), torch.tensor([0])), ("num_items", torch.tensor(5.0), torch.tensor(torch.inf)),
+    ("num_items", 2.5, 0), ("ignore_index", -1, 1.5),
+])  # fmt: skip
+@pytest.mark.parametrize("linear", [False, True])
+def test_what_a_graph_alone_knows_is_looked_at_there(name, right, wrong, linear):
+    """Labels that are a mask, and denominators."""
+    student, teacher = torch.randn(3, V, requires_grad=True), torch.randn(3, V)
+
+    def loss(x, value):
+        if linear:
+            return fk.linear_f_divergence(x, torch.eye(V), teacher, **{name: value})
+        return fk.f_divergence(x, teacher, **{name: value})
+
+    torch.compiler.reset()  # one function's code has a graph for each case
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student, right), loss(student, right))
+    with pytest.raises((RuntimeError, TypeError), match=name):
+        compiled(student, wrong)
+
+
 def test_changed_table_entries_are_what_they_say(backend):
     student, teacher = models()
     exact = student.detach().double(), teacher.double()

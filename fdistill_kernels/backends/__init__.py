@@ -108,11 +108,11 @@ def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int, name: str = "labels") -> None:
-    """Raises ValueError for labels outside [0, V) in rows that count; on a GPU the device itself stops."""
+    """Raises ValueError for labels outside [0, V) in rows that count; a GPU or a graph stops when it comes there."""
     if labels is None:
         return
     inside = labels.clamp(0, vocabulary - 1)
-    if labels.is_cuda:  # no wait for the device: the error surfaces there, and the kernel never reads out of bounds
+    if labels.is_cuda or torch.compiler.is_compiling():  # no wait: the error comes there, before a read out of bounds
         fits = ((inside == labels) | (row_scale == 0)).all()
         torch._assert_async(fits, f"{name} outside [0, V) that are not ignore_index")
     elif not checks.imagined(labels) and not torch.equal(inside, labels):
