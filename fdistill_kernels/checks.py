@@ -28,6 +28,8 @@ def check_tensor(name: str, value: object, floating: bool = True) -> None:
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):  # those that may be one have been made local
+        raise TypeError(f"{name} is a DTensor: give {name}.to_local(), this rank's, or {name}.full_tensor()")
     if not torch.compiler.is_compiling():
         _check_plain(name, value)
     elif forward_ad._current_level >= 0 or _untraceable():  # the first makes a guard of it

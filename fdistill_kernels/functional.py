@@ -417,7 +417,6 @@ def linear_cross_entropy(
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     check_shard("shard", shard)
-    checks.check_hidden("input", input)
     checks.check_tensor("target", target, floating=False)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         if shard is not None:

@@ -110,7 +110,7 @@ def head_here(
             bias = parallel.part_of(names[2], bias, shard, weight.shape[0])
         head = head._replace(weight=weight, bias=bias)
     else:
-        head, shard = scattered.head_here(hidden, head, teacher, teacher_weight, vocab_size)
+        head, shard = scattered.head_here(names[0], hidden, head, teacher, teacher_weight, vocab_size)
     weight = head.weight
     if shard is None:
         return *checked_head(states, head, names, vocab_size), None, 0
@@ -262,6 +262,7 @@ def many_heads(
 
     loss: `linear_cross_entropy`, of one head.
     """
+    checks.check_hidden("input", input)
     checks.check_reduction(reduction)
     checks.check_integer("ignore_index", ignore_index)
     if return_parts or (z_loss and weight is not None) or reduction == "batchmean":

@@ -51,7 +51,7 @@ def takes_turns(
 
 
 def head_here(
-    hidden: Tensor, head: Head, teacher: Any, teacher_weight: Any, vocab_size: int | None
+    name: str, hidden: Tensor, head: Head, teacher: Any, teacher_weight: Any, vocab_size: int | None
 ) -> tuple[Head, VocabShard | None]:
     """A head that may be a DTensor beside hidden states that are this rank's own: whole; or its rows here, and which.
 
@@ -64,7 +64,7 @@ def head_here(
     layouts = {x.placements if is_dtensor(x) else None for x in tensors if x is not None}
     if layouts <= {None}:
         return head, None
-    checks.check_hidden("hidden states", hidden)
+    checks.check_hidden(name, hidden)
     if len(layouts) > 1:
         raise ValueError("of a head's weight and bias both must be DTensors, of the same placements, or neither")
     head, device = cast(head, hidden), hidden.device.type

@@ -345,6 +345,19 @@ def dtensors(rank, world):
         same(found, fk.linear_f_divergence(hidden, weight, hidden, weight, divergence="kl", **beside))
     rows = distribute_tensor(student, mesh, [Replicate()])
     same(fk.f_divergence(rows, teacher, "js"), fk.f_divergence(student, teacher, "js"))
+    labels = torch.arange(N) % V
+    same(fk.linear_cross_entropy(states, head, labels), fk.linear_cross_entropy(hidden, weight, labels))
+    own = distribute_tensor(labels, mesh, [Shard(0)]), distribute_tensor(hidden, mesh, [Shard(0)])
+    for name, refused in {
+        "target": lambda: fk.cross_entropy(student, own[0]), "labels": lambda: fk.f_divergence(split, teacher, labels=own[0]),
+        "token_weight": lambda: fk.cross_entropy(student, labels, token_weight=own[0]),
+        "num_items": lambda: fk.f_divergence(student, teacher, num_items=own[0]),
+        "weight": lambda: fk.cross_entropy(student, labels, distribute_tensor(shift, mesh, [Replicate()])),
+        "input": lambda: fk.linear_cross_entropy(own[1], weight, labels),
+        "teacher_logits.ids": lambda: fk.f_divergence(student, fk.TopK(own[0].unsqueeze(1), shift[:N, None])),
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{name} is a DTensor: give {name}.to_local"):
+            refused()
     with pytest.raises(ValueError, match="shard is given beside student_logits, a DTensor"):
         fk.f_divergence(split, teacher, shard=VocabShard(dist.group.WORLD, 0, V))
 
