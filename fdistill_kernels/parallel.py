@@ -133,13 +133,16 @@ def valid(name: str, values: Tensor, shard: VocabShard, dim: int) -> Tensor:
     """Values without the entries that pad the vocabulary.
 
     Raises:
-        ValueError: a rank's shard holds only padding, or does not begin within the vocabulary; or the values here are
-            of another width than the shard.
+        ValueError: a rank's shard holds only padding, does not begin within the vocabulary, or leaves none of it to the
+            other ranks; or the values here are of another width than the shard.
     """
     begin, given = max(shard.begin, shard.last), values.shape[dim]
     count = min(given, shard.size - shard.begin)
     if shard.begin < 0 or begin >= shard.size or count < 1:
         raise ValueError(f"{name}: entries from {begin} on hold nothing of a vocabulary of {shard.size}")
+    if count > shard.size - (others := _joined(shard.group).size() - 1):
+        raise ValueError(f"shard has {count} of {shard.size} entries here, which leaves less than one to each of its "
+                         f"group's {others} other ranks: shards must not overlap")  # fmt: skip
     if shard.width and given not in (shard.width, min(shard.width, shard.size - shard.begin)):
         raise ValueError(f"{name} has {given} entries here, and its shard {shard.width}")
     return values if count == values.shape[dim] else values.narrow(dim, 0, count)

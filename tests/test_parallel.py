@@ -672,6 +672,9 @@ def padding_and_other_groups(rank, world):
     assert vocab_shard(None, 3).size == 3 * world
     with pytest.raises(ValueError, match="student_logits has 7 entries here, and its shard 9"):
         fk.f_divergence(student[:, :7], student[:, :7], "js", shard=vocab_shard(None, 9))
+    if world > 1:
+        with pytest.raises(ValueError, match=f"shard has {V} of {V} entries here"):
+            fk.f_divergence(student, teacher, "js", shard=VocabShard(dist.group.WORLD, 0, V))
 
 
 def refused_on_all_ranks(rank, world):
