@@ -80,6 +80,9 @@ def _checked_plain(
             name, low, high = of_token
             given.append((name, max(low, -most), min(high, most), value))
     found = {name: checks.check_number(name, value, low, high) for name, low, high, value in given}
+    if temperature_squared and "temperature" in found and "divergence_weight" in found:
+        of_square = found["divergence_weight"] * found["temperature"] ** 2
+        checks.check_number("divergence_weight·temperature², of temperature_squared,", of_square, -most, most)
     return {name: found[name] for name, *_, value in given if found[name] is not value}
 
 

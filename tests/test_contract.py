@@ -845,6 +845,9 @@ def test_weights_beyond_the_arithmetic_are_refused(name, dtype, beyond):
         fk.f_divergence(student, T.to(dtype), "kl", labels=labels, **{name: beyond})
     within = 1e300 if dtype == torch.float64 else 1e35
     assert fk.f_divergence(student, T.to(dtype), "kl", labels=labels, **{name: within}).isfinite()
+    if name == "divergence_weight":
+        with pytest.raises(ValueError, match=r"divergence_weight·temperature², .* must be in "):
+            fk.f_divergence(student, T.to(dtype), divergence_weight=within, temperature=1e9, temperature_squared=True)
 
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
@@ -1320,7 +1323,7 @@ def test_log_sum_exp_of_infinite_logits():
 
 @pytest.mark.parametrize("numbers", [
     (np.uint8(16), np.uint8(1)), (np.uint8(16), 2), (np.int64(2**31), 2), (np.float16(300), 1.0),
-    (10**18, 10**37), (Fraction(1, 3), Fraction(5, 2)), (True + 1, np.float64(0.5)),
+    (10**18, 10), (1.0, 10**37), (Fraction(1, 3), Fraction(5, 2)), (True + 1, np.float64(0.5)),
 ], ids=repr)  # fmt: skip
 def test_numbers_of_any_kind_are_the_floats_that_they_are(numbers):
     """NumPy's own wrap around, or overflow where float32 does not."""
