@@ -101,6 +101,17 @@ class FDistillConfig(TrainingArguments):
             self.parallelism_config = _parallelism(given)
         for name in MAY_BE_JSON:  # which TrainingArguments reads without saying which one it could not
             _of_json(name, getattr(self, name, None))
+        self._check_numbers()
+        super().__post_init__()  # in which eval_steps=0 becomes logging_steps
+        self.remove_unused_columns = False  # the collator's columns are not the model's arguments
+        self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
+        for name, known in (("normalize", ("token", "sequence")), ("on_nan", ("stop", "skip")),
+                            ("memory", ("chunks", "minimal")), ("hidden_reduction", ("mean", "sum"))):  # fmt: skip
+            check_choice(name, getattr(self, name), known)
+        self._check_server()
+        self._check_used()
+
+    def _check_numbers(self) -> None:
         for name, least in INTEGERS.items():
             if not self._is_left_out(name):
                 check_integer(name, getattr(self, name), least)
@@ -112,18 +123,17 @@ class FDistillConfig(TrainingArguments):
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
         if self.max_steps == 0:  # which Trainer takes for -1
             raise ValueError("max_steps must be at least 1, or -1 beside num_train_epochs, not 0")
-        super().__post_init__()  # in which eval_steps=0 becomes logging_steps
-        self.remove_unused_columns = False  # the collator's columns are not the model's arguments
-        self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
-        for name, known in (("normalize", ("token", "sequence")), ("on_nan", ("stop", "skip")),
-                            ("memory", ("chunks", "minimal")), ("hidden_reduction", ("mean", "sum"))):  # fmt: skip
-            check_choice(name, getattr(self, name), known)
+
+    def _check_server(self) -> None:
         if self.student_server and (bare := without_credentials(self.student_server)) != self.student_server:
             raise ValueError(f"student_server={bare!r} was given with a user, and configurations are written to files: "
                              "give a key as the environment variable FDISTILL_API_KEY")  # fmt: skip
         if bool(self.student_server) != bool(self.student_server_path):
             raise ValueError("student_server and student_server_path go together: who draws the student's samples, and "
                              "where it finds the weights")  # fmt: skip
+
+    def _check_used(self) -> None:
+        """Raises ValueError for what is given and changes nothing."""
         halves, _ = self.halves(), self.sampling()
         draws = any(h.source == "student" for h in halves)
         compared = any(h.divergence is not None for h in halves)
