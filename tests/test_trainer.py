@@ -579,9 +579,14 @@ def test_what_is_logged(tmp_path, monkeypatch):
     names = {"gold": "labels", "student": "student_ids"}
     steps = {name: steps_of(student, teacher, rows, column) for name, column in names.items()}
     for normalize in ("token", "sequence"):
-        run = trainer(tmp_path, student, teacher, rows, divergence="rkl", shares={"student": 0.5, "gold": 0.5},
-                      normalize=normalize, learning_rate=0.0, logging_steps=2, per_device_train_batch_size=2,
-                      gradient_accumulation_steps=2)  # fmt: skip
+        settings = dict(divergence="rkl", shares={"student": 0.5, "gold": 0.5}, normalize=normalize, learning_rate=0.0,
+                        per_device_train_batch_size=2)  # fmt: skip
+        run = trainer(tmp_path, student, teacher, rows, gradient_accumulation_steps=3, logging_steps=2, **settings)
+        run.train()  # whose second update is an epoch's rest
+        (line,) = [line for line in run.state.log_history if "loss" in line]
+        assert sum(line[f"loss_on_{source}"] for source in steps) == pytest.approx(line["loss"])
+        run = trainer(tmp_path, student, teacher, rows, gradient_accumulation_steps=4, logging_steps=1, max_steps=1,
+                      **settings)  # fmt: skip
         run.train()
         (line,) = [line for line in run.state.log_history if "loss" in line]
         for source, of in steps.items():

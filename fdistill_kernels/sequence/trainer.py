@@ -66,12 +66,12 @@ class FDistillTrainer(UpdatingTrainer):
     input_ids and labels, as in `collate`. Evaluation is the KL of the student from the teacher on gold targets, a mean
     over all tokens, at temperature 1 (of lists that allow one alone, at theirs).
 
-    Each log has means since the last one, over all ranks. For each source of the objective: loss_on_SOURCE;
-    student_entropy_on_SOURCE and teacher_entropy_on_SOURCE (nats, at the temperature of the loss); agreement_on_SOURCE
-    (share of steps where both models have the same likeliest token); overlap_on_SOURCE (Σ min(p, q)); or, if the
-    teacher gives lists, the masses and overlap of `SparseParts`. Also tokens_per_second (tokens with a loss),
-    skipped_batches (how many, by on_nan, if any), and sampling_share and teacher_share (shares of the time; the latter
-    without the teacher's head).
+    Each log has means since the last one, over all ranks. For each source of the objective: loss_on_SOURCE (over
+    updates, as loss is); over tokens student_entropy_on_SOURCE and teacher_entropy_on_SOURCE (nats, at the temperature
+    of the loss); agreement_on_SOURCE (share of steps where both models have the same likeliest token);
+    overlap_on_SOURCE (Σ min(p, q)); or, if the teacher gives lists, the masses and overlap of `SparseParts`. Also
+    tokens_per_second (tokens with a loss), skipped_batches (how many, by on_nan, if any), and sampling_share and
+    teacher_share (shares of the time; the latter without the teacher's head).
 
     Args:
         model: the student: a Hugging Face causal or encoder–decoder language model, possibly with PEFT adapters; or its
@@ -219,7 +219,7 @@ class FDistillTrainer(UpdatingTrainer):
         else:
             loss = self._predistillation(model, update)
         finite = bool(torch.isfinite(loss))
-        self.watch.passed(self._share(update), finite)
+        self.watch.passed(torch.stack([self._share(update, source) for source in update.sequences]).mean(), finite)
         if not finite:
             loss = self._skipped(loss, inputs, update, student)
             self.watch.sums, self.watch.tokens = before
@@ -245,13 +245,12 @@ class FDistillTrainer(UpdatingTrainer):
                 f"({error})"
             ) from error
 
-    def _share(self, update: Update) -> Tensor:
-        """What share a batch's tokens or sequences, of which the loss is a mean, are of its update's on a rank."""
-        shares = []
-        for source, found in update.sequences.items():
-            number = torch.tensor(found.number(self._by_token), dtype=wide(self.args.device), device=self.args.device)
-            shares.append(number / update.items.get(source, number))
-        return torch.stack(shares).nan_to_num(1.0).mean() / update.count
+    def _share(self, update: Update, source: str) -> Tensor:
+        """What share of its update on a rank a batch is, by what a source's loss is a mean over."""
+        number: Any = update.sequences[source].number(self._by_token)
+        number = torch.tensor(number, dtype=wide(self.args.device), device=self.args.device)
+        share: Tensor = number / update.items.get(source, number)
+        return share.nan_to_num(1.0) / update.count
 
     def _predistillation(self, model: Any, update: Update) -> Tensor:
         assert isinstance(self.teacher, InRoom)
@@ -279,7 +278,8 @@ class FDistillTrainer(UpdatingTrainer):
             made = self.step_loss(rows, teacher, half.divergence, self.args.temperature, half.ce_weight / half.weight,
                                   "mean", num_items=items, memory=self.args.memory, **options)  # fmt: skip
             made, parts = made if isinstance(made, tuple) else (made, None)
-            self.watch.add(half.source, half.weight * made, parts, items, number, found.number(True))
+            self.watch.add(half.source, half.weight * made, parts, items, self._share(update, half.source),
+                           update.count, found.number(True))  # fmt: skip
             return half.weight * made
 
         return self._at_head(half, model, found, loss)

@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
 
     def reset(self) -> None:
         """Begins anew."""
-        # of each source: the loss and what it is a mean over, tokens beside a teacher, and their parts
+        # of each source: the loss, and its share of updates, as in `Trainer`'s; tokens beside a teacher, their parts
         self.sums = torch.zeros(len(self.sources), 3 + len(self.parts), dtype=wide(self.device), device=self.device)
         self.steps = torch.zeros_like(self.ever)  # all, and those of which batches count
         self.tokens = self.skipped = 0  # tokens of batches that count, and batches that do not
@@ -63,13 +63,13 @@ class Watch(TrainerCallback):
         every, counted = accelerator.reduce(steps, "sum").tolist()
         return mean if counted == every else mean * every / counted if counted else math.nan
 
-    def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, number: int,
-            tokens: int) -> None:  # fmt: skip
-        """One half's loss of a batch, and its parts, sums over `items`; it has so many sequences or tokens that means
-        are over, and so many tokens.
+    def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, share: Tensor,
+            count: int, tokens: int) -> None:  # fmt: skip
+        """One half's loss of a batch, and its parts, sums over `items`; it is such a share of its update, which has
+        `count` batches, and has so many tokens.
         """
         found = self.sums[self.sources.index(source)]
-        found[:2] += torch.stack([loss.detach().to(found) * items, found.new_tensor(number)])
+        found[:2] += torch.stack([loss.detach().to(found) / count, share])
         self.tokens += tokens
         if parts is not None:
             of_rows = torch.stack([getattr(parts, name) for name in self.parts]).to(found) * items
@@ -111,9 +111,9 @@ class Watch(TrainerCallback):
             logs["skipped_batches"] = int(skipped)
         width = 3 + len(self.parts)
         for i, source in enumerate(self.sources):
-            loss, number, tokens, *parts = sums[i * width : (i + 1) * width]
-            if number:
-                logs[f"loss_on_{source}"] = loss / number
+            loss, updates, tokens, *parts = sums[i * width : (i + 1) * width]
+            if updates:
+                logs[f"loss_on_{source}"] = loss / updates
             if tokens:
                 logs |= {f"{n}_on_{source}": x / tokens for n, x in zip(self.parts, parts, strict=True)}
         for name, spans in self.times.items():
