@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from fdistill_kernels import demo
-from fdistill_kernels.options import count
+from fdistill_kernels.options import count, written
 from fdistill_kernels.provenance import provenance
 
 SPLIT, BATCH, LENGTH, PROMPT = dict(tp_size=2, fsdp_size=2), 8, 64, 4
@@ -102,7 +102,7 @@ def _process(rank: int, world: int, port: int, folder: Path, steps: int) -> None
 def main() -> int:
     """Both runs; 0 where they agree."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="the result file")
+    parser.add_argument("--out", type=written, help="the result file")
     parser.add_argument("--steps", type=count, default=40)
     parser.add_argument("--teacher-steps", type=count, default=60)
     args, started = parser.parse_args(), time.perf_counter()

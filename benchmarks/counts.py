@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fdistill_kernels.options import written
+
 #: Of the issue rate.
 ISSUE, CUDA_ISSUE = 0.65, 0.57
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -230,7 +232,7 @@ def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=written)
     args = parser.parse_args()
     table = measured()
     for name, entry in table.items():

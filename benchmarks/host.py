@@ -9,7 +9,6 @@ top, of which tests/test_host_cost.py holds the number.
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.utils.benchmark import Timer
 import fdistill_kernels as fk
 from fdistill_kernels.bench import eager_loss, make_logits, training_step
 from fdistill_kernels.divergences import JS, KL
+from fdistill_kernels.options import written
 from fdistill_kernels.provenance import provenance
 
 SHAPE = 8, 64
@@ -39,7 +39,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Te
 def main() -> None:
     """Measures, and writes a result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=written, required=True)
     out = parser.parse_args().out
     torch.set_num_threads(1)
     student, teacher = make_logits(SHAPE, torch.float32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fdistill_kernels.options import count
+from fdistill_kernels.options import count, written
 from fdistill_kernels.provenance import provenance
 from fdistill_kernels.sparse import TopK
 from fdistill_kernels.teachers import TeacherStore
@@ -88,7 +88,7 @@ def measure(name: str, folder: Path, sequences: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "stores.json")
+    parser.add_argument("--out", type=written, default=Path(__file__).parent / "results" / "stores.json")
     parser.add_argument("--sequences", type=count, default=128)
     args = parser.parse_args()
     torch.manual_seed(0)

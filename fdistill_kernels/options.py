@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,14 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
     return int(text)
+
+
+def written(text: str) -> Path:
+    """The type of an option that is a file to be written, whose folder must be there."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that is there, not {text!r}")
+    return path
 
 
 class _Once(argparse._StoreAction):

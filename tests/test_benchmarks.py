@@ -49,6 +49,13 @@ def test_numbers_of_nothing_are_refused(module, arguments, monkeypatch, capsys):
     assert status == 2 and arguments[-2] in said and "must be" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("of", ["cluster_demo", "counts", "host", "stores", "peers"])
+def test_a_result_file_s_folder_is_there_before_anything_is_measured(of, tmp_path, monkeypatch, capsys):
+    for path in (tmp_path / "nowhere" / "x.json", tmp_path):
+        status, said = ended(f"benchmarks.{of}", ["--out", str(path)], monkeypatch, capsys)
+        assert status == 2 and "--out: must be a file in a folder that is there" in said
+
+
 @pytest.mark.parametrize("module, arguments", [("benchmarks.lists", []), ("tests.aot", ["--part"])])
 def test_commands_that_would_do_nothing_or_half_say_so(module, arguments, monkeypatch, capsys):
     status, said = ended(module, arguments, monkeypatch, capsys)

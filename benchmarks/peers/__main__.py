@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fdistill_kernels.commands.common import DTYPES, as_shape
-from fdistill_kernels.options import count
+from fdistill_kernels.options import count, written
 from fdistill_kernels.provenance import as_json, provenance, versions
 
 from . import FORMS, PACKAGES, found
@@ -26,7 +25,7 @@ from .measure import DIVERGENCES, errors_by_scale, losses, measured
 def main() -> None:
     """Measures all losses and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=written, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--shape", type=as_shape, default=(1024, 32000), metavar="N,V")
