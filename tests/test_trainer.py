@@ -90,6 +90,19 @@ def test_resume_gives_the_same_weights(tmp_path, order):
     torch.testing.assert_close(*weights)
 
 
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
+    for steps, again in ((1, False), (2, True)):
+        run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), method="mle", max_steps=steps, save_strategy="steps",
+                      save_steps=1, save_only_model=True)  # fmt: skip
+        if not again:
+            run.train()
+    with pytest.raises(
+        ValueError, match="checkpoint-1 has no optimizer and no schedule, as save_only_model leaves them"
+    ):
+        run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 1  # none since
+
+
 def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
     rows = Dataset.from_list([{**row, "length": 5} for row in data()])
     orders = [list(trainer(tmp_path, gpt2(60), gpt2(60), rows, data_seed=seed, **BY_LENGTH)._get_train_sampler())
@@ -285,6 +298,20 @@ def test_what_is_skipped_is_in_no_mean(parts, logging_steps, tmp_path):
         assert len(lines) == 2 // logging_steps and len(losses) == 2 * parts
         for found in (trained.training_loss, trained.metrics["train_loss"], run.state.log_history[-1]["train_loss"]):
             assert ragged or found == pytest.approx(mean(losses), rel=1e-3, nan_ok=True), skipped
+
+
+def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
+    for options, more in (({"dispatch_batches": True}, {}), ({"even_batches": False}, {}),
+                          ({"even_batches": False}, {"dataloader_drop_last": True}), ({"split_batches": True}, {})):  # fmt: skip
+        run = FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **BASE, accelerator_config=options, **more),
+                              train_dataset=data(), data_collator=None)  # fmt: skip
+        run._check_accelerator()  # one rank
+        with patch.object(FDistillConfig, "world_size", 2):
+            if more or "split_batches" in options:
+                run._check_accelerator()
+            else:
+                with pytest.raises(ValueError, match=next(iter(options))):
+                    run._check_accelerator()
 
 
 def test_bad_input(tmp_path):
@@ -817,10 +844,13 @@ def test_refused_by_the_trainer(tmp_path):
     stream = Dataset.from_list([{**row, "length": 9} for row in data()]).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
         trainer(tmp_path, student, teacher, stream, **BY_LENGTH)  # whose order is its own
-    run = FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
-                          data_collator=lambda rows: {"input_ids": torch.ones(4, 3).long()})  # fmt: skip
-    with pytest.raises(ValueError, match="a batch needs prompt_ids, as collate makes it, and has input_ids: leave out"):
-        run.train()
+    for collator, told in (
+        (lambda rows: {"input_ids": torch.ones(4, 3).long()}, "a batch needs prompt_ids, as collate makes it, and has input"),
+        (lambda rows: rows[0]["text"], r"data_collator fails on the data's first row \(KeyError\('text'\)\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), train_dataset=data(),
+                            data_collator=collator)  # fmt: skip
     ahead = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "bert", vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         initializer_range=0.4, eos_token_id=EOS, pad_token_id=EOS))  # fmt: skip

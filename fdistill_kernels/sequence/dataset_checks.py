@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from .batches import column_of, columns_of, of_example, prompts_of_teacher
+from .batches import column_of, columns_of, of_example, prompts_of, prompts_of_teacher
 from .config import FDistillConfig
 from .generation import check_search
 from .models import context
@@ -41,6 +41,18 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
                              "example's tokens")  # fmt: skip
     for name, data in _datasets_of("eval_dataset", evaluation):
         _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
+
+
+def check_collator(collator: Any, *datasets: Any) -> None:
+    """Raises ValueError for a collator of one's own whose batches this trainer cannot read, by a first row at hand."""
+    found = [data for given in datasets for _, data in _datasets_of("", given) if hasattr(data, "__getitem__")]
+    if not found:
+        return
+    try:
+        batch = collator([found[0][0]])
+    except Exception as error:  # whatever it is that a collator of other data meets
+        raise ValueError(f"data_collator fails on the data's first row ({error!r}): leave it out") from error
+    prompts_of(batch)
 
 
 def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str], student: Any, teacher: Teacher,

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..own import resolve
 from .batches import Counted, Sequences, collate, given_sequences
 from .config import OF_PREDISTILLATION, FDistillConfig
-from .dataset_checks import check_datasets
+from .dataset_checks import check_collator, check_datasets
 from .forward import forward_to_head
 from .generation import chosen, share_ends, special_tokens
 from .losses import Rows, check_head, of_nothing, step_loss
@@ -122,7 +122,10 @@ class FDistillTrainer(UpdatingTrainer):
         loaders: Any = args.accelerator_config
         if loaders.dispatch_batches is None:  # which is True for streams, and batches of ranks differ in size
             loaders.dispatch_batches = False
-        trainer.setdefault("data_collator", self._collator(model, ahead=not args.dataloader_num_workers))
+        if (collator := trainer.get("data_collator")) is None:
+            trainer["data_collator"] = self._collator(model, ahead=not args.dataloader_num_workers)
+        else:
+            check_collator(collator, trainer.get("train_dataset"), trainer.get("eval_dataset"))
         super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
         self._check_accelerator()
         check_optimizer(self)
@@ -173,6 +176,13 @@ class FDistillTrainer(UpdatingTrainer):
             if (size := getattr(getattr(self.accelerator, "parallelism_config", None), name, 1)) > 1:
                 raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have "
                                  "whole ones: leave it out")  # fmt: skip
+        loaders: Any = self.args.accelerator_config
+        if self.args.world_size > 1 and loaders.dispatch_batches:
+            raise ValueError("dispatch_batches makes all batches on the first rank, and theirs differ in length here: "
+                             "leave it out")  # fmt: skip
+        if self.args.world_size > 1 and not (loaders.even_batches or self.args.dataloader_drop_last):
+            raise ValueError("even_batches=False leaves some ranks without a last batch, and others waiting for it: "
+                             "leave it out, or give dataloader_drop_last")  # fmt: skip
 
     def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
         """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""

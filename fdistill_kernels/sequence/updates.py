@@ -155,6 +155,9 @@ class UpdatingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not (self.is_deepspeed_enabled or Path(checkpoint, "scheduler.pt").exists()):
+            raise ValueError(f"{checkpoint} has no optimizer and no schedule, as save_only_model leaves them out, and "
+                             "a run cannot go on from it: give it as the model")  # fmt: skip
         with _of_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
