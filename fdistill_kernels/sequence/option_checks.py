@@ -23,7 +23,28 @@ SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", 
 
 def check(asked: Asked) -> None:
     """Raises ValueError for options that are missing, too small, or in conflict."""
-    model, given = asked.model, asked.given
+    _check_numbers(asked)
+    if not asked.model.teacher:
+        raise ValueError("--teacher is needed")
+    if asked.run.vllm_url and not is_url(asked.run.vllm_url):
+        raise ValueError(f"--vllm_url must begin with http:// or https://, not {asked.run.vllm_url!r}")
+    _check_data(asked)
+    _check_student(asked)
+    for prefix in ("", "teacher_"):
+        asked.model.options(prefix)
+    if asked.model.chat_template_path is not None:
+        asked.model.chat_template()
+    made = asked.given if asked.command == "evaluate" else {**asked.training, **asked.given}
+    for name in OF_FOLDERS:
+        path = Path(made.get(name) or "").absolute()
+        if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
+            raise ValueError(f"--{name} {made[name]}: {there} is a file, and no folder")
+    if asked.config.eval_strategy == "no" and asked.run.eval_measures:  # a configuration checks its own
+        raise ValueError("--eval_measures measures at every evaluation, and --eval_strategy no leaves none")
+
+
+def _check_numbers(asked: Asked) -> None:
+    given = asked.given
     for name, least in LEAST.items():
         value = given.get(name)
         if value is not None and value < least and not (name == "max_steps" and "num_train_epochs" in given):
@@ -33,10 +54,13 @@ def check(asked: Asked) -> None:
         raise ValueError(f"--num_train_epochs must be positive, not {epochs:g}")
     if epochs and (given.get("max_steps") or 0) > 0:
         raise ValueError("--max_steps and --num_train_epochs both say how long the run is: give one of them")
-    if not model.teacher:
-        raise ValueError("--teacher is needed")
-    if asked.run.vllm_url and not is_url(asked.run.vllm_url):
-        raise ValueError(f"--vllm_url must begin with http:// or https://, not {asked.run.vllm_url!r}")
+    warmup = given.get("warmup_steps") or 0
+    for name in ("max_steps", "predistill_steps"):
+        if 0 < (steps := given.get(name) or 0) < warmup:
+            raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
+
+
+def _check_data(asked: Asked) -> None:
     if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):
         raise ValueError("--data is needed")
     train, test = (
@@ -44,8 +68,12 @@ def check(asked: Asked) -> None:
     )
     hub = {"dataset_config": train or test, "dataset_train_split": train, "dataset_test_split": test}
     for name, used in hub.items():
-        if given.get(name) and not used:
+        if asked.given.get(name) and not used:
             raise ValueError(f"--{name} is of a hub dataset, and none is there to take it")
+
+
+def _check_student(asked: Asked) -> None:
+    model = asked.model
     if model.student and model.student_layers:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
@@ -53,26 +81,11 @@ def check(asked: Asked) -> None:
     if asked.lora.use_peft and model.student and (Path(model.student) / "adapter_config.json").exists():
         raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
                          "merge it into its base model for a new one")  # fmt: skip
-    if lora := [f"--{n}" for n in given if n != "use_peft" and n in vars(asked.lora)]:
+    if lora := [f"--{n}" for n in asked.given if n != "use_peft" and n in vars(asked.lora)]:
         if not asked.lora.use_peft:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")
     elif model.quantization and asked.command != "evaluate" and not asked.lora.use_peft:
         raise ValueError("--quantization leaves the student's weights as they are: train an adapter, --use_peft")
-    warmup = given.get("warmup_steps") or 0
-    for name in ("max_steps", "predistill_steps"):
-        if 0 < (steps := given.get(name) or 0) < warmup:
-            raise ValueError(f"--warmup_steps {warmup:g} are more than --{name} {steps}")
-    for prefix in ("", "teacher_"):
-        model.options(prefix)
-    if model.chat_template_path is not None:
-        model.chat_template()
-    made = given if asked.command == "evaluate" else {**asked.training, **given}
-    for name in OF_FOLDERS:
-        path = Path(made.get(name) or "").absolute()
-        if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
-            raise ValueError(f"--{name} {made[name]}: {there} is a file, and no folder")
-    if asked.config.eval_strategy == "no" and asked.run.eval_measures:  # a configuration checks its own
-        raise ValueError("--eval_measures measures at every evaluation, and --eval_strategy no leaves none")
 
 
 def check_used(asked: Asked) -> None:
