@@ -157,8 +157,11 @@ def teacher_part(
         local, given: the number of the student's entries here, without padding and with it.
 
     Raises:
-        ValueError: some entries of the student's shard are not here.
+        ValueError: some entries of the student's shard are not here; or it may be either, the whole or a padded shard.
     """
+    if own is None and values.shape[dim] == student.size == given != local:
+        raise ValueError(f"{name} has {given} entries here, as many as the whole vocabulary and as the student's shard "
+                         f"with padding: give the {local} without it, or teacher_shard=")  # fmt: skip
     if own is None and values.shape[dim] in (local, given):
         return values.narrow(dim, 0, local)
     begin = 0 if own is None else own.begin

@@ -675,6 +675,8 @@ def padding_and_other_groups(rank, world):
     if world > 1:
         with pytest.raises(ValueError, match=f"shard has {V} of {V} entries here"):
             fk.f_divergence(student, teacher, "js", shard=VocabShard(dist.group.WORLD, 0, V))
+        with pytest.raises(ValueError, match="as many as the whole vocabulary and as the student's shard with padding"):
+            fk.f_divergence(student, teacher, "js", shard=VocabShard(dist.group.WORLD, 9, V))
 
 
 def refused_on_all_ranks(rank, world):
