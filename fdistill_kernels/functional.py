@@ -221,7 +221,7 @@ def cross_entropy(
     checks.check_parts(return_parts)
     check_shard("shard", shard)
     values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
-    if isinstance(values, Tensor) and values.dim() > 2:
+    if isinstance(values, Tensor) and values.dim() > 2 and not values.is_nested:  # which is refused by name below
         values = values.movedim(1, -1)
     logits, shard, _ = _logits_here("input", values, None, shard)
     checks.check_tensor("target", target, floating=False)

@@ -263,6 +263,7 @@ def many_heads(
     loss: `linear_cross_entropy`, of one head.
     """
     checks.check_hidden("input", input)
+    checks.check_tensor("linear_weight", weights)
     checks.check_reduction(reduction)
     checks.check_integer("ignore_index", ignore_index)
     if return_parts or (z_loss and weight is not None) or reduction == "batchmean":

@@ -1393,6 +1393,11 @@ def test_values_that_are_refused_by_name():
     ):
         with pytest.raises((ValueError, TypeError), match=what):
             fk.f_divergence(student, teacher, shard=shard)
+    nested, labels = torch.nested.nested_tensor([student, student]), torch.zeros(4).long()
+    with pytest.raises(TypeError, match="input must be a dense tensor, not a nested one"):
+        fk.cross_entropy(nested, labels)
+    with pytest.raises(TypeError, match="linear_weight must be a dense tensor, not a nested one"):
+        fk.linear_cross_entropy(student, nested, labels)
 
 
 STRIDED = {
