@@ -377,7 +377,8 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
         num_items = check_number("num_items", num_items, 0)
     if _known(num_items) and _known(tokens) and num_items == 0 and tokens > 0:
         raise ValueError(f"num_items must be positive, not {num_items!r}, for {int(tokens)} tokens that count")
-    if torch.compiler.is_compiling() and (isinstance(num_items, Tensor) or num_items == 0):  # the graph asks
+    asked = torch.compiler.is_compiling() and device.type == "cpu"  # by the graph
+    if asked and (isinstance(num_items, Tensor) or num_items == 0):
         items = torch.as_tensor(num_items, device=device).float()
         fits = ((items > 0) & items.isfinite()) | ((items == 0) & (tokens == 0))
         torch._assert_async(fits, "num_items must be positive, or 0 where no token counts")

@@ -52,9 +52,9 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     checks.check_class_weight(terms.class_weight, vocabulary, student.device)
     if terms.labels is not None:
         checks.check_labels(terms.labels, student, labels_name)
-        # a mask alone is given to no operator; `not` of a number would make a graph for each
+        # a graph asks of a mask, which no operator is given; `not` of a number would make a graph for each
         mask = False if terms.ce_weight or terms.z_loss else torch.compiler.is_compiling()
-        if mask or checks.readable(terms.labels):  # with its name; the operator asks too
+        if (mask and student.device.type == "cpu") or checks.readable(terms.labels):  # by name; the operator asks too
             labels = terms.labels.reshape(-1).long()
             backends.check_label_range(labels, labels != terms.ignore_index, vocabulary, labels_name)
     if terms.token_weight is not None:
