@@ -250,6 +250,49 @@ def test_checkpointing_and_autocast():
         assert fk.f_divergence(layer(x), teacher.bfloat16()).dtype == torch.float32
 
 
+LOSSES = {
+    "logits": lambda h, w, y: fk.cross_entropy(h @ w.T, y),
+    "hidden states": lambda h, w, y: fk.linear_cross_entropy(h, w, y),
+    "each token": lambda h, w, y: fk.linear_f_divergence(h, w, h.detach() + 1, w.detach(), reduction="none").sum(),
+    "in place": lambda h, w, y: fk.cross_entropy(h @ w.T, y, inplace=True),
+}
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "reentrant", "selective", "save_on_cpu"])
+@pytest.mark.parametrize("of", LOSSES)
+def test_what_a_graph_keeps_may_be_made_again_or_put_elsewhere(of, way):
+    from torch.utils import checkpoint
+
+    hidden, weight, labels = torch.randn(6, 4), torch.randn(40, 4), torch.arange(6)
+
+    def kept(op):
+        policies = checkpoint.CheckpointPolicy
+        return policies.MUST_SAVE if "fdistill_kernels" in str(op) else policies.PREFER_RECOMPUTE
+
+    def contexts():
+        return checkpoint.create_selective_checkpoint_contexts(lambda _, op, *args, **keywords: kept(op))
+
+    def gradients(how):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = lambda *x: LOSSES[of](*x, labels)  # noqa: E731
+        if how == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                made = loss(*leaves)
+        elif how:
+            more = {"context_fn": contexts} if how == "selective" else {}
+            made = checkpoint.checkpoint(loss, *leaves, use_reentrant=how == "reentrant", **more)
+        else:
+            made = loss(*leaves)
+        (made * 3).backward()
+        return [x.grad for x in leaves]
+
+    if (of, way) == ("in place", "selective"):  # its gradient is in what is made again, and it is not
+        with pytest.raises(RuntimeError, match="inplace=True in a checkpoint"):
+            gradients(way)
+    else:
+        torch.testing.assert_close(gradients(way), gradients(""))
+
+
 def test_double_backward_is_refused(backend):
     student, teacher = models(2, 9)
     with pytest.raises(RuntimeError, match="no second derivative"):

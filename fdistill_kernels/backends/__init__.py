@@ -59,7 +59,11 @@ def divergence_rows(call: RowCall, backend: str) -> tuple[Tensor, Tensor, Tensor
     if own or not watched(call.student, call.teacher, *call.terms, *call.targets):
         return _run(call, backend)
     if call.inplace:
+        version = None if checks.imagined(call.student) else call.student._version
         parts, of_teacher = divergence_rows_operator_(*flat(call), backend)
+        if version is not None and call.student._version == version:
+            raise RuntimeError("inplace=True in a checkpoint that keeps this operator's results: the logits that it "
+                               "made again were not overwritten with their gradient")  # fmt: skip
         return parts, call.student.new_empty(0), of_teacher
     return divergence_rows_operator(*flat(call), backend)
 
