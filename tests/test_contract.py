@@ -903,6 +903,9 @@ def test_an_own_generator_hands_a_nan_on():
     losses = fk.f_divergence(student, teacher, square, reduction="none")
     assert losses[0].isnan() and losses[1:].isfinite().all()
     assert torch.autograd.grad(losses.sum(), student)[0].isnan().any(1).tolist() == [True] + [False] * (N - 1)
+    far = torch.zeros(1, 5)
+    far[0, 1] = -60.0  # where t² is beyond float32
+    assert fk.f_divergence(far, torch.zeros(1, 5), square) == torch.inf
 
 
 @pytest.mark.parametrize("logits, weights", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
