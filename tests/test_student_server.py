@@ -180,16 +180,15 @@ def test_a_server_that_keeps_its_weights_is_refused(rate, words, lora, tmp_path)
     (dict(vocabulary=62), "refuses /collective_rpc with status 500: the size of tensor"),
     (dict(ways=("lora",)), "refuses /collective_rpc with status 404: Not Found .*VLLM_SERVER_DEV_MODE=1"),
     (dict(short=True), r"gives no log-probabilities by token ids .KeyError.7"),
-    (dict(gone=True), "does not answer to /collective_rpc: ConnectError"),
 ])  # fmt: skip
 def test_refused_servers(how, words, tmp_path):
     of = gpt2(how.get("vocabulary", 64), seed=how.get("seed", 1))
     ways = how.get("ways", ("dev",))
-    with served(tmp_path, of, ways=ways, ignoring="seed" in how, short="short" in how) as (where, _):
-        if "gone" in how:
-            where["student_server"] = "http://127.0.0.1:9"
-        with pytest.raises(ConnectionError, match=words):
-            trained(tmp_path, lambda: gpt2(64, seed=1), where)
+    with (
+        served(tmp_path, of, ways=ways, ignoring="seed" in how, short="short" in how) as (where, _),
+        pytest.raises(ConnectionError, match=words),
+    ):
+        trained(tmp_path, lambda: gpt2(64, seed=1), where)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -215,6 +214,14 @@ def test_what_fails_on_the_first_rank_fails_on_each(rank, tmp_path, monkeypatch)
     monkeypatch.setattr(server, "take", take)
     with pytest.raises(ConnectionError, match="no samples of the student at step 3: the disk is full"):
         server.draw(student, [torch.tensor([1])], Sampling(2), step=3)
+
+
+def test_a_server_that_is_not_there_is_told_before_any_step(tmp_path):
+    where = dict(student_server="http://127.0.0.1:9", student_server_path=str(tmp_path / "weights"))
+    run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), **{**SETTINGS, **where})
+    with pytest.raises(ConnectionError, match=r"the student's server at http://.* does not answer to /v1/models"):
+        run.train()
+    assert not (tmp_path / "weights").exists()
 
 
 def test_refused_students(tmp_path):

@@ -442,6 +442,12 @@ def test_the_logits_of_a_few_tokens_at_a_time_are_made(causal_files, tmp_path, m
         assert [e["logprob"] for e in one.values()] == pytest.approx([e["logprob"] for e in other.values()], abs=1e-5)
 
 
+def test_a_server_of_an_encoder_decoder_is_refused_before_its_weights_are_read(tmp_path):
+    bart(seed=2).config.save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(ValueError, match="is an encoder–decoder model, and completions go on from their prompt"):
+        serve.server(str(tmp_path))
+
+
 def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):
     """rkl, on sequences that no store has seen; the second run asks the server for nothing that the first did."""
     server = serve.server(str(causal_files / "causal"), port=0)

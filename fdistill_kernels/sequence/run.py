@@ -55,6 +55,8 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
         return read_json(results_file, "remove it, and the same command measures anew")
     started = time.perf_counter()
     if not folder.exists():
+        if trainer.server is not None:
+            trainer.server.check()  # before the teacher draws
         if making:
             run.make(student)
             trainer = run.trainer(student_for(asked, run.model), trainer.train_dataset, stage)

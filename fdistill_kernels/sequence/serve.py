@@ -15,7 +15,7 @@ import torch
 from ..teachers.readers import MINUS_INFINITY
 from .generation import end_tokens, token_id
 from .hashes import fingerprint, tokenizer_hash
-from .loading import load_model
+from .loading import load_config, load_model
 from .ranks import device
 from .sampling import Sampling, draw
 from .teachers import InRoom
@@ -34,9 +34,9 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     Raises:
         ValueError: an encoder–decoder model, whose continuation does not follow its prompt in one sequence.
     """
-    room, name = InRoom(load_model(teacher)), Path(teacher).name
-    if room.encoder_decoder:
+    if load_config(teacher).is_encoder_decoder:
         raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
+    room, name = InRoom(load_model(teacher)), Path(teacher).name
     room.to(device())
     tokenizer = load_tokenizer(teacher)
     known = {"id": name, "object": "model", "fingerprint": fingerprint(room.model), "vocabulary": room.vocabulary,

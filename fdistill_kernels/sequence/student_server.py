@@ -66,6 +66,11 @@ class StudentServer:
         self.mark = ""  # of these weights alone: the adapter's name, and the salt of what the server caches
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # ids, their log-probabilities here and there
 
+    def check(self) -> None:
+        """Raises EndpointError where no server is there to answer; the first rank asks."""
+        if PartialState().is_main_process:
+            self._tell("/v1/models", method="GET")
+
     def draw(
         self, student: Any, prompts: Sequence[Tensor], sampling: Sampling, step: int, fresh: bool = True
     ) -> list[Tensor]:
@@ -124,13 +129,14 @@ class StudentServer:
         student.save_pretrained(path, **(adapter if self.adapter else {}))
         return path if self.adapter in (None, "default") else path / self.adapter
 
-    def _tell(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _tell(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
         """The server's reply to a request that only the way it was started can make it refuse."""
         import httpx
 
         server = self.endpoint.connection
         try:
-            reply = httpx.post(server.url + path, json=body, timeout=TIMEOUT, auth=server.auth, headers=server.headers)
+            reply = httpx.request(method, server.url + path, json=body, timeout=TIMEOUT, auth=server.auth,
+                                  headers=server.headers)  # fmt: skip
         except httpx.RequestError as error:
             raise EndpointError(f"{self.name} does not answer to {path}: {error!r}") from error
         if reply.status_code != 200:

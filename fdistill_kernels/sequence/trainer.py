@@ -241,8 +241,11 @@ class FDistillTrainer(UpdatingTrainer):
         """As `Trainer.train`.
 
         Raises:
-            ConnectionError: another rank has died, or did not come within ``ddp_timeout``.
+            ConnectionError: another rank has died, or did not come within ``ddp_timeout``; or student_server does not
+                answer.
         """
+        if self.server is not None:
+            self.server.check()
         try:
             found = super().train(*args, **keywords)
             return found._replace(training_loss=found.metrics["train_loss"])  # as `log` has it
