@@ -379,6 +379,11 @@ def command(rank, world, folder):
         with processes_of_cards():
             assert cli.main(arguments(folder, "fsdp2", 2)) == 0
     assert cli.main(arguments(folder, "tp", 1, "--tensor_parallel", "2")) == 0
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        for more in (("--optim", "adafactor"), ("--use_peft", "--lora_target_modules", "o_proj")):
+            assert cli.main(arguments(folder, "not", 1, "--tensor_parallel", "2", *more)) == 2
+    assert "optim=adafactor keeps whole rows" in told.getvalue() and "splits the inputs of o_proj" in told.getvalue()
 
 
 @contextlib.contextmanager

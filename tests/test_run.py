@@ -395,6 +395,7 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--beams: not used, as the objective is on no beams": call("--beams", "2"),
         "--save_steps, --save_strategy: not used, as a student that is split":
             call("--tensor_parallel", "2", "--save_strategy", "steps", "--save_steps", "5"),
+        "--use_dora: an adapter of whole weights": call("--tensor_parallel", "2", "--use_peft", "--use_dora"),
         "hidden_weight=0.1 is not used but by predistill": call("--hidden_weight", "0.1"),
         "nosuch is not supported": call("--report_to", "nosuch"),
     }.items():  # fmt: skip

@@ -141,4 +141,14 @@ def _adapted(asked: Asked, student: Any) -> Any:
     if named["target_modules"] == ["all-linear"]:  # PEFT's word for what it is not in a list
         named["target_modules"] = "all-linear"
     kind = "SEQ_2_SEQ_LM" if student.config.is_encoder_decoder else "CAUSAL_LM"
-    return get_peft_model(student, LoraConfig(task_type=kind, **named))
+    adapted = get_peft_model(student, LoraConfig(task_type=kind, **named))
+    if split := [name for name, layer in adapted.named_modules() if hasattr(layer, "lora_A") and _by_input(layer)]:
+        raise ValueError(f"--tensor_parallel splits the inputs of {split[0].rpartition('.')[2]}, of which there is no "
+                         "adapter: give others as --lora_target_modules")  # fmt: skip
+    return adapted
+
+
+def _by_input(layer: Any) -> bool:
+    """Whether ranks share a layer by its input's features."""
+    weight = getattr(layer.get_base_layer(), "weight", None)  # PEFT's layers of several weights have none
+    return any(place.is_shard(1) for place in getattr(weight, "placements", ()))

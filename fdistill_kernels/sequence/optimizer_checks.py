@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, get_scheduler
 
 from .config import FDistillConfig
@@ -26,6 +27,10 @@ def check_optimizer(trainer: Trainer) -> None:
         return
     if not any(p.requires_grad for p in trainer.model.parameters()):  # type: ignore[union-attr]
         raise ValueError("no weight of the student has requires_grad: there is nothing to train")
+    of_ranks = any(isinstance(p, DTensor) for p in trainer.model.parameters())  # type: ignore[union-attr]
+    if of_ranks and trainer.args.optim == "adafactor":
+        raise ValueError("optim=adafactor keeps whole rows and columns of a weight, and this student's are split: take "
+                         "another")  # fmt: skip
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         return
     if not trainer.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then

@@ -86,6 +86,8 @@ def _check_student(asked: Asked) -> None:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")
     elif model.quantization and asked.command != "evaluate" and not asked.lora.use_peft:
         raise ValueError("--quantization leaves the student's weights as they are: train an adapter, --use_peft")
+    if asked.run.tensor_parallel > 1 and asked.lora.use_dora:
+        raise ValueError("--use_dora: an adapter of whole weights, which --tensor_parallel splits: leave one out")
 
 
 def check_used(asked: Asked) -> None:
