@@ -78,10 +78,16 @@ def conversation(
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
     from jinja2 import TemplateError
 
+    parts = [str(turn["content"]) for turn in turns if isinstance(turn.get("content"), (list, dict))]
     try:
-        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=True, **options)
+        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False) if parts else ""
+        found = tokenizer.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=True, **options)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses: {error}") from error
+    if written := next((part for part in parts if part in text), None):
+        raise ValueError(f"the chat template takes content for text, and would write {written[:40]}: give text, or "
+                         "--chat_template_path one that reads parts")  # fmt: skip
+    return found
 
 
 def _around(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
@@ -205,7 +211,8 @@ def _turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     if "prompt" in row:
         begin, answer = len(turns), plain(row.get("target"))
         turns = turns + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [])
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+    said = isinstance(turns, list) and all(isinstance(t, dict) and "role" in t and len(t) > 1 for t in turns)
+    if not (said and turns):
         raise ValueError(f"messages must be a list of role and content, not {turns!r}")
     return turns, begin
 
