@@ -574,6 +574,10 @@ def test_rows_that_do_not_fit(tmp_path):
         ({"input_ids": [2, 3, 4], "labels": [-100, 4, 5]}, "nothing is shifted"),
         ({"input_ids": [2, 3], "labels": [-100, 4, 5]}, "must be of one length, not 2 and 3"),
         ({"prompt_ids": [2, -7], "labels": [3]}, "prompt_ids has the id -7"),
+        *(
+            ({"prompt_ids": [2], "labels": ids}, "labels must be an example's token ids, one list of integers, not")
+            for ids in ("hello", [3.5], [[3]], [3, None], [True], 3)
+        ),
         ({"prompt_ids": [2], "labels": [3], "teacher_prompt_ids": [60]}, "the id 60, but the teacher has 60"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -169,9 +169,10 @@ def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tens
     """An example's ids and mask as tensors, without padding.
 
     Raises:
-        ValueError: a mask of another length than what it is of, or ids that do not fit (`collate`).
+        ValueError: ids that are no integers, a mask of another length than what it is of, or ids that do not fit
+            (`collate`).
     """
-    rows = {n: torch.as_tensor(example[n], dtype=torch.long) for n in (*IDS, "input_ids") if example.get(n) is not None}
+    rows = {n: _ids(n, example[n]) for n in (*IDS, "input_ids") if example.get(n) is not None}
     if example.get("labels_mask") is not None:
         rows["labels_mask"] = torch.as_tensor(example["labels_mask"], dtype=torch.bool)
         if "labels" not in rows or rows["labels_mask"].shape != rows["labels"].shape:
@@ -201,6 +202,17 @@ def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tens
         if name == "labels" and "labels_mask" in rows:
             rows["labels_mask"] = rows["labels_mask"][inside]
     return rows
+
+
+def _ids(name: str, given: Any) -> Tensor:
+    """A column's ids; an empty list's dtype is none of its own."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):  # of texts, of None among ids, of lists that differ in length
+        found = torch.empty(())
+    if found.dim() != 1 or (len(found) and (found.is_floating_point() or found.dtype == torch.bool)):
+        raise ValueError(f"{name} must be an example's token ids, one list of integers, not {str(given)[:40]}")
+    return found.long()
 
 
 def _of_one_text(text: Tensor, labels: Tensor) -> dict[str, Tensor]:
