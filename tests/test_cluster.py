@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from fdistill_kernels import cli
 from fdistill_kernels.sequence import build, run, watch
 from fdistill_kernels.sequence.options import BY_LENGTH
 from fdistill_kernels.sequence.teachers import Itself, Mixture
+from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
 from .test_distributed import rows
 from .test_sequence import llama
@@ -434,7 +436,18 @@ def zero(rank, world, folder):
         with launched(name):
             assert cli.main(arguments(folder, name, 2)) == 0
     if world == 1:
-        command(rank, world, folder)
+        return command(rank, world, folder)
+    with launched("zero3"):  # both halves: the student draws, too, and its ranks do not end at one step
+        assert (
+            cli.main(arguments(folder, "zero3 js", 2, "--method", "js", "--top-k", "0", "--predistill_steps", "1")) == 0
+        )
+        args = FDistillConfig(output_dir=folder / "run", use_cpu=True, method="rkl", max_steps=2, max_new_tokens=4,
+                              per_device_train_batch_size=2, report_to=[])  # fmt: skip
+        with pytest.raises(ValueError, match="the teacher is partitioned by ZeRO-3"):
+            FDistillTrainer(str(folder / "student"), AutoModelForCausalLM.from_pretrained(folder / "teacher"), args)
+        student = AutoModelForCausalLM.from_pretrained(folder / "student")  # a part of it, as transformers has it
+        run = FDistillTrainer(student, str(folder / "teacher"), args, train_dataset=Dataset.from_list(rows()))
+        assert math.isfinite(run.train().training_loss)
 
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")

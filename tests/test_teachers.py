@@ -3,12 +3,14 @@
 import json
 import shutil
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations import deepspeed
 
 import fdistill_kernels as fk
 from fdistill_kernels import cli
@@ -17,6 +19,7 @@ from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.asked_models import load_asked, teacher_for
 from fdistill_kernels.sequence.forward import rows_of
 from fdistill_kernels.sequence.losses import TeacherRows, step_loss
+from fdistill_kernels.sequence.ranks import is_partitioned
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, teacher_of
 from fdistill_kernels.sequence.teachers.base import logits_function
@@ -243,6 +246,25 @@ def test_the_student_as_its_own_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr("fdistill_kernels.sequence.trainer.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"Itself\(decay=...\) takes a student that is whole on each rank"):
         trainer(tmp_path, llama(seed=1), Itself(decay=0.5), rows, divergence="kl")
+
+
+def test_a_teacher_is_whole_under_zero_3(tmp_path):
+    """Whose engine gathers a student's weights alone; transformers partitions what it loads once it is configured."""
+    model = llama(seed=1)
+    model.save_pretrained(tmp_path)
+    configured = Mock(is_zero3=lambda: True)
+    deepspeed.set_hf_deepspeed_config(configured)
+    try:
+        whole = teacher_of(str(tmp_path)).model  # without the package, which partitions
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    torch.testing.assert_close(flat(whole), flat(model))
+    assert not is_partitioned(model)
+    model.lm_head.weight.ds_id = 3  # as DeepSpeed marks what it has partitioned
+    assert is_partitioned(model)
+    with pytest.raises(ValueError, match="the teacher is partitioned by ZeRO-3"):
+        teacher_of(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

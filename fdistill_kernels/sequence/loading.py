@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.integrations import deepspeed
 
 from .ranks import rank
 
@@ -132,9 +133,24 @@ def _split(kind: Any, path: str | Path, split: int, **options: Any) -> Any:
     return kind.from_pretrained(path, distributed_config=sizes, **options)
 
 
+@contextlib.contextmanager
+def whole_on_each_rank() -> Iterator[None]:
+    """Has transformers make models whole inside. Once ZeRO-3 is configured it leaves each rank a part, which only an
+    engine gathers: a student gets one when it is trained, and a teacher never.
+    """
+    configured = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if configured is not None:
+            deepspeed.set_hf_deepspeed_config(configured)
+
+
 def _whole(kind: Any, path: str | Path, **options: Any) -> Any:
     """A model all of whose trainable weights are in its files: transformers makes up others, such as a missing head."""
-    model, told = kind.from_pretrained(path, output_loading_info=True, **options)
+    with whole_on_each_rank():
+        model, told = kind.from_pretrained(path, output_loading_info=True, **options)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(trained & set(told["missing_keys"])):
         raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} of "

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from .loading import whole_on_each_rank
+
 
 @contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
@@ -49,7 +51,7 @@ def context(of: Any) -> float:
         return float("inf")
     if getattr(config, "is_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # BERT and its kin
         if of is config:
-            with torch.device("meta"):
+            with whole_on_each_rank(), torch.device("meta"):
                 of = AutoModelForCausalLM.from_config(config)
         tables = [m for m in of.modules() if isinstance(m, nn.Embedding) and m is not of.get_input_embeddings()]
         # RoBERTa's positions begin behind its padding id

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 
 def rank() -> tuple[int, int]:
@@ -34,6 +36,12 @@ def row_group(model: Any) -> dist.ProcessGroup | None:
             group: dist.ProcessGroup = p.device_mesh["tp"].get_group()
             return group
     return None
+
+
+def is_partitioned(model: Any) -> bool:
+    """Whether each rank has a part of a model's weights, by FSDP or ZeRO-3: a forward pass waits for all ranks'."""
+    by_zero = any(hasattr(p, "ds_id") for p in model.parameters())
+    return by_zero or isinstance(model, FSDPModule) or is_fsdp_managed_module(model)
 
 
 def copies_of_rows(model: Any) -> int:

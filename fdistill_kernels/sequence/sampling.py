@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..checks import check_integer, check_number
@@ -20,7 +19,7 @@ from .forward import rows_of
 from .generation import TOKENS, beginning, check_search, for_search, special_tokens
 from .models import accepted, check_context, evaluating, ids_of, virtual_tokens, vocabulary_of
 from .probes import asked, close
-from .ranks import from_first, seeded
+from .ranks import from_first, is_partitioned, seeded
 from .teacher_forcing import IGNORE, padded_inputs, teacher_forced
 
 
@@ -112,7 +111,7 @@ def _settings(model: Any, sampling: Sampling, vocabulary: int | None) -> dict[st
         beyond |= {*(getattr(getattr(model, "generation_config", None), "suppress_tokens", None) or ())}
     settings = dict(pad_token_id=pad, eos_token_id=ends, use_cache=True, suppress_tokens=sorted(beyond) or None,
                     cache_implementation=sampling.cache,
-                    synced_gpus=isinstance(model, FSDPModule) or None)  # fmt: skip  # ranks wait for the last
+                    synced_gpus=is_partitioned(model))  # fmt: skip  # ranks wait for the last
     if model.config.is_encoder_decoder:
         settings |= dict(zip(("decoder_start_token_id", "forced_bos_token_id"), beginning(model), strict=True))
     return settings
@@ -201,7 +200,7 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
     drawn = sampling.keywords()["do_sample"]
     forced = beginning(model)[1] if model.config.is_encoder_decoder else None
     made = prompts[0].new_full((len(prompts), int(forced is not None)), forced or 0)
-    stops, sharded = made.new_tensor(ends), isinstance(model, FSDPModule)
+    stops, together = made.new_tensor(ends), is_partitioned(model)
     with evaluating(model):
         while made.shape[1] < sampling.max_new_tokens:
             rows, _ = rows_of(model, prompts, [*nn.functional.pad(made, (0, 1), value=pad)], pad)
@@ -210,7 +209,7 @@ def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, 
                 scores = warper(made, scores)
             step = torch.multinomial(scores.softmax(1), 1) if drawn else scores.argmax(1, True)
             made = torch.cat((made, step.to(made.device)), 1)
-            if not sharded and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
+            if not together and torch.isin(made, stops).any(1).all():  # else all ranks go on until the last has ended
                 break
     return [_until_end(row, ends) for row in made]
 

@@ -214,7 +214,8 @@ class Run:
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
         """Trains, from the last checkpoint if there is one, and saves the student into a folder."""
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
-        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model, whole
+        # of a sharded model, whole; of ZeRO-3's on the first rank alone
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
         weights = {name.replace(COMPILED, ""): value for name, value in gathered.items()}
         model = trainer.accelerator.unwrap_model(trainer.model)
         if rank()[0] == 0 or getattr(model, "is_distributed_loading_by_transformers", False):  # which all ranks gather

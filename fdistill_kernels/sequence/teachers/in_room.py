@@ -23,6 +23,9 @@ class InRoom(Teacher):
     anything = whole = True
 
     def __init__(self, model: Any):
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise ValueError("the teacher is partitioned by ZeRO-3, whose engine gathers the student's weights alone: "
+                             "load it before the FDistillConfig is made, or give its path")  # fmt: skip
         self.model = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary_of(model.config)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
