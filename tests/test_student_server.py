@@ -202,9 +202,11 @@ def test_what_fails_on_the_first_rank_fails_on_each(rank, tmp_path, monkeypatch)
         raise OSError("the disk is full")
 
     def broadcast(made):
-        assert made == (["the disk is full"] if rank == 0 else [None])
-        made[0] = "the disk is full"
+        told.append(made[1] or told[-1])
+        assert made[0] is None and bool(made[1]) == (rank == 0)
+        made[1] = told[-1]
 
+    told = ["no samples of the student at step 3: the disk is full"]  # what the first rank sends
     state = SimpleNamespace(process_index=rank, is_main_process=rank == 0)
     monkeypatch.setattr(module, "PartialState", lambda: state)
     monkeypatch.setattr(module, "gather_object", lambda own: own * 2)
@@ -214,6 +216,8 @@ def test_what_fails_on_the_first_rank_fails_on_each(rank, tmp_path, monkeypatch)
     monkeypatch.setattr(server, "take", take)
     with pytest.raises(ConnectionError, match="no samples of the student at step 3: the disk is full"):
         server.draw(student, [torch.tensor([1])], Sampling(2), step=3)
+    with pytest.raises(ConnectionError, match="does not answer to /v1/models" if rank == 0 else "the disk is full"):
+        server.check()
 
 
 def test_a_server_that_is_not_there_is_told_before_any_step(tmp_path):

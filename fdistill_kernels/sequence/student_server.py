@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,25 @@ LORA = "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 CONCURRENCY, TIMEOUT = 128, 600.0
 
 
+def _by_first(work: Callable[[], Any], failed: str) -> Any:
+    """What the first rank makes, on all ranks at once.
+
+    Raises:
+        EndpointError: it failed there, of any kind: the other ranks wait for it.
+    """
+    made: list[Any] = [None, None]
+    cause: Exception | None = None
+    if PartialState().is_main_process:
+        try:
+            made[0] = work()
+        except Exception as error:
+            cause, made[1] = error, f"{failed}{error}"
+    broadcast_object_list(made)
+    if made[1] is not None:
+        raise EndpointError(made[1]) from cause
+    return made[0]
+
+
 class StudentServer:
     """A vLLM server that draws from a student in training.
 
@@ -67,9 +86,8 @@ class StudentServer:
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # ids, their log-probabilities here and there
 
     def check(self) -> None:
-        """Raises EndpointError where no server is there to answer; the first rank asks."""
-        if PartialState().is_main_process:
-            self._tell("/v1/models", method="GET")
+        """Raises EndpointError, on all ranks, where no server is there to answer the first one."""
+        _by_first(lambda: self._tell("/v1/models", method="GET").status_code, "")
 
     def draw(
         self, student: Any, prompts: Sequence[Tensor], sampling: Sampling, step: int, fresh: bool = True
@@ -83,25 +101,19 @@ class StudentServer:
         Raises:
             ConnectionError: the server is gone, refuses, has no such endpoint, or does not speak with these weights.
         """
-        state = PartialState()
         of_ranks = gather_object([[p.tolist() for p in prompts]])
-        made: list[Any] = [None]
-        cause: Exception | None = None
-        if state.is_main_process:
-            try:
-                if fresh:
-                    self.take(student, step)
-                every = [torch.tensor(p) for of_rank in of_ranks for p in of_rank]
-                seed = int(torch.randint(2**31, ()))
-                more: dict[str, Any] = {"cache_salt": self.mark, **self.how}
-                rows = iter(self.endpoint.draw(every, sampling, seed, self.vocabulary, **more))
-                made = [[[next(rows).tolist() for _ in of_rank] for of_rank in of_ranks]]
-            except Exception as error:  # of any kind: the other ranks wait
-                cause, made = error, [str(error)]
-        broadcast_object_list(made)
-        if isinstance(made[0], str):
-            raise EndpointError(f"no samples of the student at step {step}: {made[0]}") from cause
-        return [torch.tensor(row) for row in made[0][state.process_index]]
+
+        def drawn() -> list[list[list[int]]]:
+            if fresh:
+                self.take(student, step)
+            every = [torch.tensor(p) for of_rank in of_ranks for p in of_rank]
+            seed = int(torch.randint(2**31, ()))
+            more: dict[str, Any] = {"cache_salt": self.mark, **self.how}
+            rows = iter(self.endpoint.draw(every, sampling, seed, self.vocabulary, **more))
+            return [[next(rows).tolist() for _ in of_rank] for of_rank in of_ranks]
+
+        made = _by_first(drawn, f"no samples of the student at step {step}: ")
+        return [torch.tensor(row) for row in made[PartialState().process_index]]
 
     def take(self, student: Any, step: int) -> None:
         """Gives the student's weights to the server.
