@@ -207,9 +207,9 @@ def _teacher_of_states(
     states, _ = parallel.local_part(names[0], states, 0)
     _check_teacher(states, student)
     head = scattered.cast(head, states)
-    if shard is None and own is None:
+    if shard is None:
         head = scattered.whole(head)
-    if shard is not None:
+    else:
         rows, own = parallel.local_part(names[1], head.weight, 0, own)
         bias, of_bias = parallel.local_part(names[2], head.bias, 0)
         if bias is not None and of_bias is None and bias.shape == rows.shape[:1]:

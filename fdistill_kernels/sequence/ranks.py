@@ -40,8 +40,12 @@ def row_group(model: Any) -> dist.ProcessGroup | None:
 
 def is_partitioned(model: Any) -> bool:
     """Whether each rank has a part of a model's weights, by FSDP or ZeRO-3: a forward pass waits for all ranks'."""
-    by_zero = any(hasattr(p, "ds_id") for p in model.parameters())
-    return by_zero or isinstance(model, FSDPModule) or is_fsdp_managed_module(model)
+    return is_partitioned_by_zero(model) or isinstance(model, FSDPModule) or is_fsdp_managed_module(model)
+
+
+def is_partitioned_by_zero(model: Any) -> bool:
+    """Whether ZeRO-3 has given each rank a part of a model's weights."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())  # as DeepSpeed marks them
 
 
 def copies_of_rows(model: Any) -> int:

@@ -13,6 +13,7 @@ from ..generation import special_tokens
 from ..losses import TeacherRows, of_model
 from ..models import vocabulary_of
 from ..probes import check_forward
+from ..ranks import is_partitioned_by_zero
 from ..sampling import Sampling, draw
 from .base import Batch, Teacher
 
@@ -23,7 +24,7 @@ class InRoom(Teacher):
     anything = whole = True
 
     def __init__(self, model: Any):
-        if any(hasattr(p, "ds_id") for p in model.parameters()):
+        if is_partitioned_by_zero(model):
             raise ValueError("the teacher is partitioned by ZeRO-3, whose engine gathers the student's weights alone: "
                              "load it before the FDistillConfig is made, or give its path")  # fmt: skip
         self.model = model.eval().requires_grad_(False)
