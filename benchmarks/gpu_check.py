@@ -24,7 +24,8 @@ import torch
 
 from fdistill_kernels.provenance import provenance
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = ROOT / "benchmarks" / "results"
 LIBRARY = ROOT / "fdistill_kernels" / "libfdistill_cuda.so"
 ACCESSES = """
 import os, torch, fdistill_kernels as fk
@@ -126,15 +127,14 @@ def run(step: Step, seconds: float, log: Path) -> int | str:
 def run_all(chosen: list[Step], out: Path, deadline: float, say: Callable[[str], None] = print) -> bool:
     """Every step in what time is left, the outcome of each saved when it ends; whether all passed."""
     outcomes: dict[str, dict[str, object]] = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = " ".join(["benchmarks/gpu_check.sh", *sys.argv[1:]])
+    ran = provenance(command, "cuda" if torch.cuda.is_available() else "cpu")  # a card that a step breaks says no more
     for step in chosen:
         begin = time.monotonic()
         left = deadline - begin
         status = run(step, min(step.seconds, left), out / "check.log") if left > 5 else "no time left"
         outcomes[step.name] = {"status": status, "seconds": round(time.monotonic() - begin, 1)}
-        (out / "check.json").write_text(
-            json.dumps({**provenance("benchmarks/gpu_check.sh", device), "steps": outcomes}, indent=1)
-        )
+        (out / "check.json").write_text(json.dumps({**ran, "steps": outcomes}, indent=1))
         say(
             f"gpu_check: {step.name:13s} {'passed' if status == 0 else f'FAILED ({status})'}"
             f" after {outcomes[step.name]['seconds']} s"
@@ -149,7 +149,7 @@ def main() -> None:
         "out",
         nargs="?",
         type=Path,
-        default=ROOT / "benchmarks" / "results",
+        default=DEFAULT,
         metavar="RESULTS",
         help="folder for result files, check.log, check.json (default: benchmarks/results)",
     )
@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="for everything (default: 9, with --first 8)")
     parser.add_argument("--only", nargs="+", help="steps to run, by name", metavar="STEP")
     args = parser.parse_args()
+    args.out = Path(os.environ.get("FDISTILL_FROM", "."), args.out).resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: told to end"))  # and the step under way with it
     known = [s.name for s in steps(args.out, args.dry, args.first) if s.first or not args.first]
     if unknown := [name for name in args.only or () if name not in known]:
         parser.error(f"--only: no step {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
@@ -171,11 +173,11 @@ def main() -> None:
         os.environ.update(TRITON_CACHE_DIR=f"{scratch}/triton", TORCHINDUCTOR_CACHE_DIR=f"{scratch}/inductor")
         if args.dry:
             os.environ.update(FDISTILL_DRY="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-            args.out = Path(scratch, "results") if args.out == parser.get_default("out") else args.out
+            args.out = Path(scratch, "results") if args.out == DEFAULT else args.out
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "check.log").unlink(missing_ok=True)
-        chosen = [s for s in steps(args.out.resolve(), args.dry, args.first) if s.name in (args.only or known)]
-        passed = run_all(chosen, args.out.resolve(), deadline)
+        chosen = [s for s in steps(args.out, args.dry, args.first) if s.name in (args.only or known)]
+        passed = run_all(chosen, args.out, deadline)
         print(*(args.out / "check.log").read_text().splitlines()[-60:], sep="\n")
     print("gpu_check: all passed" if passed else "gpu_check: FAILURES above")
     raise SystemExit(not passed)

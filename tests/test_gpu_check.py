@@ -55,9 +55,12 @@ def _quick(monkeypatch):
 def test_runs_dry(tmp_path):
     """What will run on a card is known to work. `make test` takes the longest steps; the test below begins every one."""
     few = [] if WHOLE else ["--first", "--only", "linear ours", "tests cuda"]
-    command = [ROOT / "benchmarks" / "gpu_check.sh", "--dry", tmp_path, *few]
-    process = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    command = [ROOT / "benchmarks" / "gpu_check.sh", "--dry", tmp_path.name, *few]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    process = subprocess.run(command, cwd=tmp_path.parent, env=environment, capture_output=True, text=True)
     assert process.returncode == 0 and "gpu_check: all passed" in process.stdout, process.stdout + process.stderr
+    ran = json.loads((tmp_path / "check.json").read_text())["command"]
+    assert ran == " ".join(["benchmarks/gpu_check.sh", *map(str, command[1:])])
     log = (tmp_path / "check.log").read_text()
     assert " passed" in log and "skipped" not in log, log
     for who in ("linear_ours", *(("rows_triton", "rows_cuda") if WHOLE else ())):
@@ -126,3 +129,20 @@ def test_time_that_is_up_is_said(tmp_path):
     assert outcomes["hangs"]["status"] == "stopped after 5 s" and outcomes["there"]["status"] == 0
     assert "begun" in (tmp_path / "check.log").read_text()
     assert ends(int((tmp_path / "child").read_text())), "what it waited for is gone with it"
+
+
+def test_told_to_end_it_ends_its_step_too(tmp_path):
+    """As `timeout` or a queue tells it."""
+    compiler, child = tmp_path / "nvcc", tmp_path / "child"
+    compiler.write_text(f"#!/bin/sh\necho $$ > {child}.new && mv {child}.new {child}\nexec sleep 1000\n")
+    compiler.chmod(0o755)
+    environment = {**os.environ, "PYTHON": sys.executable, "NVCC": str(compiler)}
+    command = [ROOT / "benchmarks" / "gpu_check.sh", "--dry", "--only", "build", "--", tmp_path / "results"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not child.exists() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and "told to end" in said
+    assert ends(int(child.read_text())), "the step is gone with it"

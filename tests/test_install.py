@@ -118,3 +118,15 @@ def test_a_library_older_than_a_divergence_says_so(monkeypatch):
         RuntimeError, match=r"'Newer' did not run: there is no such kernel; .*build it again.*cpu/build.sh \S+_cpu.so"
     ):
         fk.f_divergence(torch.zeros(2, 3), torch.zeros(2, 3), backend="cpu")
+
+
+@pytest.mark.parametrize("library, compiler", [("cpu", "CXX"), ("cuda", "NVCC")])
+def test_a_library_is_built_where_its_caller_says(library, compiler, tmp_path):
+    """Whose folder is not the script's; by a compiler that finds its source and writes its last argument's file."""
+    fake = tmp_path / "compiler"
+    fake.write_text('#!/bin/sh\nfor a; do case $a in *.cu|*.cpp) test -f "$a" || exit 1;; esac; last=$o; o=$a; '
+                    'test "$last" = -o && echo built > "$a"; done; exit 0\n')  # fmt: skip
+    fake.chmod(0o755)
+    command = ["bash", ROOT / "csrc" / library / "build.sh", "made.so"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, compiler: str(fake)}, check=True)
+    assert (tmp_path / "made.so").read_text() == "built\n"
