@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks, parallel, scattered
 from .backends.rows import Path, Teacher
+from .carried import replaced
 from .chunks import MINIMAL_CHUNK_BYTES
 from .divergences import Divergence
 from .parallel import VocabShard
@@ -108,7 +109,7 @@ def head_here(
         states, _ = parallel.local_part(names[0], hidden, 0)
         if shard is not None and bias is not None and bias.shape != weight.shape[:1]:
             bias = parallel.part_of(names[2], bias, shard, weight.shape[0])
-        head = head._replace(weight=weight, bias=bias)
+        head = replaced(head, weight=weight, bias=bias)
     else:
         head, shard = scattered.head_here(names[0], hidden, head, teacher, teacher_weight, vocab_size)
     weight = head.weight
@@ -124,7 +125,7 @@ def cut_shard(shard: VocabShard, vocab_size: int | None) -> VocabShard:
     if vocab_size is None:
         return shard
     checks.check_vocab_size(vocab_size, shard.size, "the entries of all shards")
-    return shard._replace(size=vocab_size)
+    return replaced(shard, size=vocab_size)
 
 
 def check_no_divergence(weight: Any) -> None:
@@ -162,7 +163,7 @@ def teacher_of(
         raise TypeError("teacher_weight is for hidden states; a function gives logits itself")
     head = head_of("teacher_weight", weight, **keywords)
     if not isinstance(weight, Head) and keywords["teacher_logit_scale"] is None:
-        head = head._replace(scale=scale)
+        head = replaced(head, scale=scale)
     return _teacher_of_states(teacher, head, student, of_student, own)
 
 
@@ -217,7 +218,7 @@ def _teacher_of_states(
         part = [None if x is None else parallel.teacher_part(n, x, 0, size, padded, shard, of)
                 for n, x, of in zip(names[1:], (rows, bias), (own, of_bias), strict=True)]  # fmt: skip
         assert part[0] is not None
-        head = head._replace(weight=part[0], bias=part[1])
+        head = replaced(head, weight=part[0], bias=part[1])
     states, head = checked_head(states, head, names, None if shard else vocab_size)
     checks.check_vocabularies(size, head.weight.shape[0])
     head = head.with_each(lambda x: x.detach().to(states.dtype))

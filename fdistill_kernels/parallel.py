@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backends.rows import WHOLE, Shard
+from .carried import replaced
 from .values import Head
 
 
@@ -231,4 +232,4 @@ def scattered_shard(weight: Any, size: int) -> VocabShard | None:
     if len(weight.placements) > 1 or not weight.placements[0].is_shard(0) or (ranks - 1) * -(-rows // ranks) >= size:
         return None
     _, shard = _of_dtensor("", weight, 0)
-    return shard and shard._replace(size=size, sum_hidden=False, own_rows=True)
+    return shard and replaced(shard, size=size, sum_hidden=False, own_rows=True)

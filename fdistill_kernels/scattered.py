@@ -23,7 +23,7 @@ from . import checks
 from .backends import sharded
 from .backends.collectives import Collectives
 from .backends.rows import LinearCall
-from .carried import built, flat, names_of
+from .carried import built, flat, names_of, replaced
 from .parallel import VocabShard, is_dtensor, scattered_shard
 from .sparse import TopK
 from .values import Head, Hidden
@@ -192,7 +192,7 @@ def _end(call: LinearCall, wire: Collectives, coming: tuple[list[Any], list[Any]
         for i, x in zip(where, out.unbind(1) if len(where) > 1 else (out,), strict=True):
             leaves[i] = x.contiguous()
     of_rank = built(LinearCall, leaves)
-    return of_rank._replace(shard=call.shard._replace(own_rows=False, sum_hidden=False))
+    return replaced(of_rank, shard=replaced(call.shard, own_rows=False, sum_hidden=False))
 
 
 def same_factor(factor: Tensor, group: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .carried import replaced
 from .divergences import CROSS_ENTROPY
 from .values import LossTerms
 
@@ -58,4 +59,4 @@ def as_cross_entropy(loss: Any, return_parts: bool | str) -> Any:
     loss, parts = loss
     nothing = torch.zeros_like(parts.divergence)
     no_label = {"label_log_prob": nothing} if return_parts == "metrics" else {}
-    return loss, parts._replace(divergence=nothing, cross_entropy=parts.divergence, **no_label)
+    return loss, replaced(parts, divergence=nothing, cross_entropy=parts.divergence, **no_label)

