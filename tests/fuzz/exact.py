@@ -23,8 +23,9 @@ TRAINED = {
 ROW_ERROR = 2e-5
 LINEAR_ERROR = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 #: Beyond the first a loss may be infinite: finfo.min, the mask of many models, is taken for -inf. Beyond the second float32
-#: may have overflowed on the way; a probability below the third has no digits left.
-FAR, HUGE, TINY = 1e6, 1e30, 1e-30
+#: may have overflowed on the way; a probability below the third has no digits left, and one whose logarithm is below
+#: the last, of float32 and float64, is 0.
+FAR, HUGE, TINY, LOST = 1e6, 1e30, 1e-30, (-87.0, -700.0)
 
 
 @dataclass
@@ -113,7 +114,10 @@ def logits_of(name: str, leaves: dict[str, Tensor], a: dict[str, Any]) -> tuple[
     given, weight, bias = (a.get(k) for k in ("teacher_hidden", "teacher_weight", "teacher_bias"))
     if weight is None:
         logits = given if isinstance(given, Tensor) else given.logits
-        return student, logits.detach().double()[..., keep].reshape(student.shape)
+        logits = logits.detach().double()[..., keep]
+        if not isinstance(given, Tensor):  # who is asked for no more rows than there are
+            logits = logits.reshape(-1, student.shape[-1])[: student.shape[:-1].numel()]
+        return student, logits.reshape(student.shape)
     scale = a["teacher_logit_scale"] if a.get("teacher_logit_scale") is not None else a.get("logit_scale", 1.0)
     bias = None if bias is None else bias.detach().double()
     teacher = head(given.detach().double(), weight.detach().double(), bias, scale)
@@ -215,6 +219,9 @@ def tolerances(
     slack = of_divergence * (divergence.abs() + 0.1) + of_labels * (cross_entropy.abs() + 0.1)
     slack = torch.where(weight == 0, 0, error * weight * (slack + terms.of_z * lse * (1 + lse + height)))
     peak = torch.maximum(p, q).amax(1)
+    least = LOST[dtype == torch.float64]  # of it there may be all of an enormous divergence
+    lost = (((log_p < least) & log_p.isfinite()) | ((log_q < least) & log_q.isfinite())).any(1)
+    slack = torch.where(lost & (divergence.abs() > FAR) & (weight * of_divergence != 0), torch.inf, slack)
     floor = 0.05 * error * (of_divergence * rate * peak + of_labels + 2 * terms.of_z * lse)
     floor = floor + 4 * digits * of_divergence * rate * divergence.abs()  # q (g - S) where g and S nearly cancel
     if chosen == "tvd" or chosen == TABLE["tvd"]:  # at equal probabilities its gradient jumps

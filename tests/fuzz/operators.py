@@ -159,6 +159,8 @@ def exact_rows(a: dict[str, Any], chosen: Divergence | None) -> tuple[list[Tenso
     linear = "hidden" in a
     first = a["hidden" if linear else "student"].dtype
     wide = torch.float64 if first == torch.float64 else first if linear else torch.float32
+    if linear and a["teacher_weight"] is not None:  # logits of a teacher are rounded to its own dtype
+        wide = max(wide, a["teacher"].dtype, key=lambda dtype: torch.finfo(dtype).eps)
     tolerance = tolerances(student.detach(), teacher, terms, parts, wide, linear)
     ones = torch.ones(n).double()
     factors = (factors[0], ones, ones)
