@@ -24,8 +24,9 @@ def is_user_s(hook: Callable[..., Any]) -> bool:
 
 def move_to_end(hooks: OrderedDict[int, Callable[..., Any]] | None, hook: Callable[..., Any]) -> None:
     """After all that were registered later, if it is there: it then sees what they make of their arguments."""
-    if hooks and hook in hooks.values() and next(reversed(hooks.values())) is not hook:
-        hooks.move_to_end(next(key for key, found in hooks.items() if found is hook))
+    found = list(hooks.values()) if hooks else []  # compilers of torch 2.8 look into no dict's values
+    if hooks and hook in found and found[-1] is not hook:
+        hooks.move_to_end(next(key for key, each in hooks.items() if each is hook))
 
 
 @contextlib.contextmanager

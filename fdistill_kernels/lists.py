@@ -50,12 +50,13 @@ def top_k_of(
     if (support == "teacher") != (student is None):
         raise ValueError("student is for support='student' or 'union', which need it")
     (shape, rows_of_teacher), found = _rows("teacher", teacher), []
-    others: Iterator[Tensor | None] = iter(lambda: None, 0)
+    others: Iterator[Tensor] | None = None
     if student is not None:
         student_shape, others = _rows("student", student)
         if student_shape != shape:
             raise ValueError(f"student has logits of shape {(*student_shape,)}, teacher of {(*shape,)}")
-    for logits, other in zip(rows_of_teacher, others, strict=False):
+    for logits in rows_of_teacher:
+        other = None if others is None else next(others)
         log_p, most = _log_softmax(logits, temperature), min(k, logits.shape[-1])
         ids = (logits if other is None or support == "union" else other).topk(most, -1).indices
         if support == "union":

@@ -220,7 +220,8 @@ def _of_dtensor(name: str, value: Any, dim: int) -> tuple[Tensor, VocabShard | N
     if last >= size:  # on all ranks alike
         raise ValueError(f"{name} is a DTensor whose {size} entries are split over {ranks} ranks by {stretch}, so that "
                          "the last have none")  # fmt: skip
-    return local, VocabShard(mesh.get_group(ways[0]), mesh.get_local_rank(ways[0]) * stretch, size, last=last)
+    here = mesh.get_coordinate()[ways[0]]  # compilers of torch 2.8 know no get_local_rank
+    return local, VocabShard(mesh.get_group(ways[0]), here * stretch, size, last=last)
 
 
 def scattered_shard(weight: Any, size: int) -> VocabShard | None:
