@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,65 +167,98 @@ def takes_split(call: RowCall) -> bool:
     return not (statistics or terms.metrics or terms.label_smoothing or terms.class_weight is not None)
 
 
+class _Spans(NamedTuple):
+    """How programs share rows, and where they meet.
+
+    Attributes:
+        size, splits: entries of a span, a multiple of the block, and spans of a row on this rank.
+        met: of all ranks, as a power of two.
+        partials: (PARTIALS, rows, met), what the spans leave for each other; None: each row is one program's.
+        tickets: (1 + rows), of teams; None: spans meet between launches.
+    """
+
+    size: int
+    splits: int
+    met: int
+    partials: Tensor | None
+    tickets: Tensor | None
+
+
+def _spans(call: RowCall, chosen: Launch, line: int) -> _Spans:
+    """Of a row from the start of its first line."""
+    rows, device = len(call.terms.row_scale), call.student.device
+    most = call.student.shape[2] + line - 1
+    size = -(-most // (chosen.splits * chosen.block)) * chosen.block
+    splits = -(-most // size)
+    ranks = Collectives(call.shard.group).ranks if call.shard.group else 0
+    met = 1 << ((chosen.splits * ranks if ranks else splits) - 1).bit_length()
+    partials = _empty_partials(rows, met, device) if met > 1 or ranks else None
+    together = chosen.together and splits > 1 and not ranks and TEAMS_RUN
+    tickets = torch.zeros(1 + rows, dtype=torch.int32, device=device) if together else None
+    return _Spans(size, splits, met, partials, tickets)
+
+
+def _terms_here(call: RowCall) -> TokenTerms:
+    """The terms as the row kernel takes them: without metrics, with a divergence's factor and this rank's labels."""
+    terms, divergence = call.terms, call.divergence
+    if terms.metrics:
+        terms = terms.without_metrics()
+    if divergence and divergence.scale != 1:
+        terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
+    if call.shard.group and terms.labels is not None:
+        terms = terms._replace(labels=terms.labels - call.shard.begin)
+    return terms
+
+
+def _vectors(terms: TokenTerms) -> list[Tensor | None]:
+    """The terms' vectors by place; the teacher's temperatures are none where they are the student's."""
+    vectors: list[Any] = list(terms[: len(VECTORS)])
+    if terms.teacher_inverse_temperature.data_ptr() == terms.student_inverse_temperature.data_ptr():
+        vectors[VECTORS.index("teacher_inverse_temperature")] = None
+    return vectors
+
+
 def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     """The call under a given launch. Ranks that split a vocabulary are like the spans of a row: what they leave in
     `partials` goes to all between the phases.
     """
     from .kernels import rows as kernels
 
-    student, teacher, divergence, terms = call.student, call.teacher, call.divergence, call.terms
-    _, inner, vocabulary = student.shape
-    rows = terms.row_scale.shape[0]
+    student, teacher, divergence, rows = call.student, call.teacher, call.divergence, len(call.terms.row_scale)
     parts = torch.empty(call.parts, rows, dtype=torch.float32, device=student.device)
     of_student, of_teacher = call.empty_gradients()
     student_gradient = student if call.inplace else of_student if call.student_gradient else None
     teacher_gradient = of_teacher if call.teacher_gradient else None
-    if terms.metrics:
+    if call.terms.metrics:
         write_metrics(call, parts)
-        terms = terms.without_metrics()
-    if divergence and divergence.scale != 1:
-        terms = terms._replace(divergence_scale=terms.divergence_scale * divergence.scale)
-    class_weight_sum = None if terms.class_weight is None else terms.class_weight.sum()
-    line = _line(chosen.block, student, teacher, student_gradient, teacher_gradient)
-    most = vocabulary + line - 1  # entries from the start of a row's first line
-    span = -(-most // (chosen.splits * chosen.block)) * chosen.block
-    splits = -(-most // span)
-    wire = Collectives(call.shard.group) if call.shard.group else None
-    if wire is not None and terms.labels is not None:
-        terms = terms._replace(labels=terms.labels - call.shard.begin)
-    vectors: list[Any] = list(terms[: len(VECTORS)])
-    if terms.teacher_inverse_temperature.data_ptr() == terms.student_inverse_temperature.data_ptr():
-        vectors[VECTORS.index("teacher_inverse_temperature")] = None
-    met = splits if wire is None else chosen.splits * wire.ranks
-    padded = 1 << (met - 1).bit_length()
-    partials = _empty_partials(rows, padded, student.device) if met > 1 or wire is not None else None
-    together = chosen.together and splits > 1 and wire is None and TEAMS_RUN
-    tickets = torch.zeros(1 + rows, dtype=torch.int32, device=student.device) if together else None
+    terms, line = _terms_here(call), _line(chosen.block, student, teacher, student_gradient, teacher_gradient)
+    spans = _spans(call, chosen, line)
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
     strides = *_strides_of(student), *_strides_of(teacher), *_strides_of(student_gradient)
-
     numbers, of_divergence = arguments(divergence, call.teacher_gradient)
     given = (
-        student, teacher, student_gradient, teacher_gradient, parts, partials, tickets, *vectors, coefficients,
-        rows, inner, vocabulary, span, *strides, call.student_softcap or None, call.teacher_softcap or None, *numbers,
-        terms.label_smoothing, class_weight_sum,
+        student, teacher, student_gradient, teacher_gradient, parts, spans.partials, spans.tickets, *_vectors(terms),
+        coefficients, rows, *student.shape[1:], spans.size, *strides, call.student_softcap or None,
+        call.teacher_softcap or None, *numbers, terms.label_smoothing,
+        None if terms.class_weight is None else terms.class_weight.sum(),
     )  # fmt: skip
     smoothed = terms.labels is not None and terms.label_smoothing > 0
 
     def phase(number: int, grid: tuple[int, int]) -> None:
-        constants_of = *of_divergence, smoothed, number, padded, chosen.block, line
+        constants_of = *of_divergence, smoothed, number, spans.met, chosen.block, line
         compiled.start(kernels.row_kernel, grid, given, constants_of, chosen.options)
 
     with launch.on(student.device):
-        if partials is None:
+        if spans.partials is None:
             phase(0, (chosen.programs, 1))
-        elif together:
-            phase(4, (chosen.programs, splits))
+        elif spans.tickets is not None:
+            phase(4, (chosen.programs, spans.splits))
         else:
+            grid = (rows, spans.splits) if spans.splits > 1 else (chosen.programs, 1)
             for number in (1, 2, 3) if teacher is not None else (1, 3):
-                phase(number, (rows, splits) if splits > 1 else (chosen.programs, 1))
-                if wire is not None and number < 3:
-                    _meet(wire, partials, chosen.splits, number)
+                phase(number, grid)
+                if call.shard.group and number < 3:
+                    _meet(Collectives(call.shard.group), spans.partials, chosen.splits, number)
     return parts, of_student, of_teacher
 
 
