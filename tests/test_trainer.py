@@ -1047,3 +1047,27 @@ def test_a_password_is_refused_where_it_would_be_written_to_files(tmp_path):
     with pytest.raises(ValueError, match="student_server='http://there' was given with a user") as error:
         FDistillConfig(str(tmp_path), method="rkl", student_server="http://me:sesame@there", student_server_path="x")
     assert "sesame" not in str(error.value)
+
+
+def test_a_metric_that_no_evaluation_has_is_told_before_any_step(tmp_path):
+    class Mine(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **_):
+            metrics["eval_mine"] = 1.0
+
+    def run(metric, evaluated=None, add=()):
+        made = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), method="mle", eval_strategy="steps", eval_steps=1,
+                       metric_for_best_model=metric, max_steps=1, save_strategy="best")  # fmt: skip
+        made.eval_dataset = evaluated or made.eval_dataset
+        for callback in add:
+            made.add_callback(callback)
+        made.train()
+        return made.state
+
+    for metric, evaluated in (("bleu", None), ("eval_los", None), ("loss", {"one": data(4)})):
+        with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}': an evaluation has "):
+            run(metric, evaluated)
+    assert run("loss").best_metric > 0 and run("eval_one_loss", {"one": data(4)}).best_metric > 0
+    assert run("mine", add=[Mine()]).best_metric == 1
+    for unused in (dict(metric_for_best_model="loss"), dict(greater_is_better=True)):
+        with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* is not used without"):
+            trainer(tmp_path, gpt2(60), gpt2(60), **unused)

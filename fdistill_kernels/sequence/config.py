@@ -148,6 +148,10 @@ class FDistillConfig(TrainingArguments):
             "temperature_squared": self.temperature_squared and not compared and "without a divergence",
             "gradient_checkpointing_kwargs": self.gradient_checkpointing_kwargs and not self.gradient_checkpointing
             and "without gradient_checkpointing",
+            "metric_for_best_model": self.metric_for_best_model is not None and self.eval_strategy == "no"
+            and "without an eval_strategy",
+            "greater_is_better": self.greater_is_better is not None and self.metric_for_best_model is None
+            and "without a metric_for_best_model",
             "eval_do_concat_batches": not self.eval_do_concat_batches and "here: no logits are made",
             "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
             and "here: tokens_per_second is logged",

@@ -57,6 +57,11 @@ REFUSED = {
 }
 
 
+#: What every evaluation has, and where others can be added to it.
+METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+OF_METRICS = ("on_evaluate", "evaluate", "evaluation_loop")
+
+
 class FDistillTrainer(UpdatingTrainer):
     """Distils `teacher` into `model` with the objective of `args`.
 
@@ -241,9 +246,11 @@ class FDistillTrainer(UpdatingTrainer):
         """As `Trainer.train`.
 
         Raises:
+            ValueError: no evaluation has metric_for_best_model, which `Trainer` says after the first.
             ConnectionError: another rank has died, or did not come within ``ddp_timeout``; or student_server does not
                 answer.
         """
+        self._check_best()
         if self.server is not None:
             self.server.check()
         try:
@@ -257,6 +264,19 @@ class FDistillTrainer(UpdatingTrainer):
                 f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
                 f"({error})"
             ) from error
+
+    def _check_best(self) -> None:
+        """Raises ValueError for a metric that no evaluation has; a callback or a subclass of yours may add to them."""
+        best, several = self.args.metric_for_best_model, self.eval_dataset
+        makers = (type(self), *(type(callback) for callback in self.callback_handler.callbacks))
+        added = any(name in vars(kind) for made in makers for kind in made.__mro__ for name in OF_METRICS
+                    if not kind.__module__.startswith(("transformers.", __name__)))  # fmt: skip
+        if best is None or added:
+            return
+        sets = [f"{name}_" for name in several] if isinstance(several, dict) else [""]
+        if best.removeprefix("eval_") not in (known := [f"{name}{metric}" for name in sets for metric in METRICS]):
+            raise ValueError(f"metric_for_best_model={best!r}: an evaluation has {', '.join(known)}; others are a "
+                             "callback's, as sequence.metrics.Measures")  # fmt: skip
 
     def _share(self, update: Update, source: str) -> Tensor:
         """What share of its update on a rank a batch is, by what a source's loss is a mean over."""
