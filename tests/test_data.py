@@ -311,6 +311,29 @@ def test_files_of_every_kind(tmp_path):
     assert '{"q": 1}' in told[0] and '{"r": "s"}' in told[1]  # without the nulls of a table's other rows
 
 
+def test_text_of_json_that_is_a_date_stays_text(tmp_path):
+    rows = [
+        {"prompt": "on the first", "target": "2020-05-01", "at": "2020-05-01"},
+        {"prompt": "then", "target": "2020-05-02T00:00:00Z"},
+    ]
+    lines = "\r\n\r\n".join(map(json.dumps, rows))
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for path in tmp_path.iterdir():
+        assert read_pairs(path).to_list() == [{"prompt": r["prompt"], "target": r["target"]} for r in rows], path
+    turns = [{"role": "user", "content": "2020-05-01"}, {"role": "assistant", "content": "2020-05-02"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}))
+    assert read_pairs(tmp_path / "d.jsonl").to_list() == [{"messages": turns}]
+
+
+def test_cells_of_any_length(tmp_path):
+    long = "word " * 400_000
+    (tmp_path / "a.csv").write_text(f"text\n{long}\n")
+    (tmp_path / "b.tsv").write_text(f"{long}\tb\n")
+    assert read_pairs(tmp_path / "a.csv")["text"][0] == read_pairs(tmp_path / "b.tsv")["prompt"][0] == long
+
+
 def test_bad_rows_are_named(tmp_path):
     good = b'{"prompt": "a", "target": "b"}\n'
     for name, content, words in (

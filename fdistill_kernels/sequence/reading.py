@@ -12,6 +12,8 @@ from typing import Any
 COLUMNS = ("prompt", "target")
 #: Other columns that rows may have.
 OTHERS = ("teacher_prompt", "messages", "tools", "text")
+#: Bytes of a table's row at most.
+LONGEST_ROW = 2**26
 
 
 def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, str] = COLUMNS,
@@ -65,7 +67,7 @@ def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -
 
 
 def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
-    from datasets import load_dataset
+    from datasets import Dataset, concatenate_datasets, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     with _open(path, "rb") as file:
@@ -74,13 +76,31 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
     try:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
-        return load_dataset("parquet" if kind == "parquet" else "json", data_files=path, split="train")
-    except (ValueError, DatasetGenerationError) as error:
+        found = load_dataset("parquet" if kind == "parquet" else "json", data_files=path, split="train")
+        read = {*columns, "completion", *OTHERS} if kind != "parquet" else ()
+        dated = [name for name, of in found.features.items() if name in read and "timestamp" in str(of)]
+        if not dated:
+            return found
+        # arrow takes text that is a date for the date
+        as_text = Dataset.from_list([{name: row.get(name) for name in dated} for row in _objects(path)])
+        return concatenate_datasets([found.remove_columns(dated), as_text], axis=1)
+    except (ValueError, csv.Error, DatasetGenerationError) as error:
         raise ValueError(_culprit(path, kind) or f"{path}: {error.__cause__ or error}") from error
 
 
 def _open(path: str, mode: str, **keywords: Any) -> Any:
     return (gzip.open if path.endswith(".gz") else open)(path, mode, **keywords)
+
+
+def _objects(path: str) -> list[Any]:
+    """The rows of a file of JSON: a list of them, or one value after another, each in a line if they are several."""
+    with _open(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return found if isinstance(found, list) else [found]
 
 
 def _culprit(path: str, kind: str) -> str | None:
@@ -108,8 +128,7 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
 
     tabs = separator == "\t"
     with _open(path, "rt", encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark, which arrow skips
-        quoting: Any = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        first = next(csv.reader(file, delimiter=separator, quoting=quoting))
+        first = file.readline().rstrip("\r\n").split("\t") if tabs else next(csv.reader(file))
     known = [name in {*columns, "completion", *OTHERS} for name in first]
     if tabs and len(known) == 2 and sum(known) == 1:
         raise ValueError(f"{path} begins with {first}, of which one is the name of a column: begin it with two names, "
@@ -119,7 +138,7 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have one name, among {', '.join(names)}")
     table = arrow.read_csv(
-        path, arrow.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
+        path, arrow.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header), block_size=LONGEST_ROW),
         arrow.ParseOptions(delimiter=separator, quote_char=False if tabs else '"', newlines_in_values=not tabs),
         arrow.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False),
     )  # fmt: skip
