@@ -1071,3 +1071,27 @@ def test_a_metric_that_no_evaluation_has_is_told_before_any_step(tmp_path):
     for unused in (dict(metric_for_best_model="loss"), dict(greater_is_better=True)):
         with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* is not used without"):
             trainer(tmp_path, gpt2(60), gpt2(60), **unused)
+
+
+def test_an_update_goes_on_where_a_stream_begins_again(tmp_path):
+    """7 rows in batches of 3, 3 and 1, two an update: what is trained on is the same as of a list of these batches."""
+    rows = data(7)
+    weights = []
+    for train in (Dataset.from_list(rows).to_iterable_dataset(), [rows[:3], rows[3:6], rows[6:], rows[:3]]):
+        student = gpt2(60, seed=1)
+        settings = dict(
+            method="mle", optim="sgd", lr_scheduler_type="constant", max_steps=2, gradient_accumulation_steps=2
+        )
+        if isinstance(train, list):
+            made = trainer(tmp_path, student, gpt2(60, seed=2), rows, **settings | dict(per_device_train_batch_size=1))
+            made.data_collator, made.train_dataset = (lambda given, known=made.data_collator: known(given[0])), train
+            made._get_train_sampler = lambda *_, given=train: torch.utils.data.SequentialSampler(given)
+        else:
+            made = trainer(tmp_path, student, gpt2(60, seed=2), train, **settings | dict(per_device_train_batch_size=3))
+        made.train()
+        weights.append(flat(student))
+    torch.testing.assert_close(*weights)
+    short = trainer(tmp_path, gpt2(60), gpt2(60), Dataset.from_list(rows).to_iterable_dataset(), **settings | dict(
+        per_device_train_batch_size=9))  # fmt: skip
+    with pytest.raises(ValueError, match="train_dataset ends after 1 batches of the first update's 2"):
+        short.train()

@@ -251,6 +251,7 @@ class FDistillTrainer(UpdatingTrainer):
                 answer.
         """
         self._check_best()
+        self._begun = []
         if self.server is not None:
             self.server.check()
         try:

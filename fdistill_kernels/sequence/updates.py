@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 
 from .batches import ByLength, Sequences, given_sequences, prompts_of
 from .config import FDistillConfig
@@ -61,6 +62,7 @@ class UpdatingTrainer(Trainer):
 
     def __init__(self, **trainer: Any):
         self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
+        self._begun: list[dict[str, Any]] = []  # batches of an update that a stream's end has cut
         self._kept: list[Sequences] = []  # the student's samples that are used again
         super().__init__(**trainer)
 
@@ -76,11 +78,24 @@ class UpdatingTrainer(Trainer):
             return sampler
         return ByLength(sampler, seed, lambda: self.state.epoch)
 
-    def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
-        """The batches of one update, which begins in its first step: then a resumed run has its generators."""
-        batches, number = super().get_batch_samples(*args, **keywords)
-        self._waiting = batches
-        return batches, number
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **keywords: Any) -> Any:
+        """The batches of one update, which begins in its first step: then a resumed run has its generators.
+
+        Where a stream ends within an update, that goes on when the stream begins again: `Trainer` makes no step of its
+        batches, and would add their gradients to the next update's, at the weight of a whole update.
+
+        Raises:
+            ValueError: a stream has not one update's batches.
+        """
+        found, number = super().get_batch_samples(epoch_iterator, num_batches - len(self._begun), *args, **keywords)
+        found, self._begun = self._begun + found, []
+        if len(found) < num_batches and not has_length(self.train_dataset):
+            if not self.state.global_step:
+                raise ValueError(f"train_dataset ends after {len(found)} batches of the first update's {num_batches}: "
+                                 "lower gradient_accumulation_steps or the batch size")  # fmt: skip
+            found, self._begun = [], found
+        self._waiting = found
+        return found, number
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
         """As `Trainer.training_step`. Before an update's first step the samples of all its batches are drawn."""
