@@ -1325,10 +1325,26 @@ def test_log_sum_exp_of_infinite_logits():
     want = logits.logsumexp(1)
     torch.testing.assert_close(fk.log_sum_exp(logits), want, equal_nan=True)
     keywords = dict(labels=torch.zeros(3).long(), z_loss=0.5, reduction="none", return_parts="metrics")
-    for backend in ("torch", "cpu"):
+    for backend, rows in (("torch", 3), ("cpu", 3), ("triton", 2)):  # Triton's +inf beside a NaN is +inf
         for z, other in ((logits, {}), (logits.bfloat16(), dict(temperature=2.0))):
             _, parts = fk.f_divergence(z, torch.zeros_like(z), backend=backend, **keywords, **other)
-            torch.testing.assert_close((parts.log_sum_exp, parts.z_loss), (want, 0.5 * want**2), equal_nan=True)
+            found, true = (parts.log_sum_exp, parts.z_loss), (want, 0.5 * want**2)
+            torch.testing.assert_close(*([x[:rows] for x in y] for y in (found, true)), equal_nan=True)
+            bias = dict(linear_bias=z[0].nan_to_num(0.0, posinf=torch.inf), memory="minimal", reduction="none")
+            _, parts = fk.linear_cross_entropy(z.new_zeros(1, 3), z.new_ones(2, 3), torch.zeros(1).long(), **bias,
+                                               z_loss=0.5, return_parts=True, backend=backend)  # fmt: skip
+            assert parts.z_loss.item() == torch.inf
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@pytest.mark.parametrize("listed", [0, 1])
+def test_z_losses_of_infinite_logits_beside_lists(backend, listed):
+    """In the list, and in the rest."""
+    logits = torch.tensor([[1.0, torch.inf], [-torch.inf, -torch.inf], [torch.nan, 0.0]])
+    teacher = fk.TopK(torch.full((3, 1), listed), torch.full((3, 1), -0.5))
+    _, parts = fk.f_divergence(logits, teacher, labels=torch.zeros(3).long(), z_loss=0.5, reduction="none",
+                               return_parts=True, backend=backend)  # fmt: skip
+    torch.testing.assert_close(parts.z_loss, 0.5 * logits.logsumexp(1) ** 2, equal_nan=True)
 
 
 @pytest.mark.parametrize("numbers", [

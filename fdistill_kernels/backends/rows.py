@@ -196,6 +196,11 @@ def split(terms: TokenTerms) -> tuple[TokenTerms, Tensor]:
     return terms._replace(row_scale=terms.row_scale / power), power
 
 
+def log_sum_exp(top: Tensor, log_total: Tensor) -> Tensor:
+    """Of logits whose largest is `top`; log_total: that of their distances from it, which is NaN of ±inf."""
+    return torch.where(top.isinf(), top, top + log_total)
+
+
 def capped(z: Tensor, softcap: float | None) -> Tensor:
     """Logits as c·tanh(z/c), without a cap as they are."""
     return softcap * (z / softcap).tanh() if softcap else z

@@ -25,7 +25,7 @@ from ..divergences import Divergence
 from ..formulas import NOTHING, Entry, Formula, RowStatistics, times
 from .chunked import CHUNK_ELEMENTS, entry_of, log_ratio, terms_at, widest
 from .collectives import Collectives
-from .rows import LinearCall, RowCall, cap_slope, capped
+from .rows import LinearCall, RowCall, cap_slope, capped, log_sum_exp
 
 #: Entries of rows made at once on a GPU, where a piece is some two hundred launches: 16 MB of each of its tensors.
 CARD_ELEMENTS = 1 << 22
@@ -341,11 +341,13 @@ class _Rows:
     def metrics(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """`values.Metrics` behind the losses; without a teacher 0 for what there is none of."""
         student_entropy, teacher_entropy, overlap = sums
-        agreement = 0 * overlap
+        agreement, label = torch.zeros_like(overlap), torch.zeros_like(overlap)
         if len(self.models) == 2:
             agreement = (self.peak_ids[0] == self.peak_ids[1]).to(overlap)
-        label = self.label_logit - self.models[0].top - self.log_plain if self.labels is not None else 0 * overlap
-        return [student_entropy, teacher_entropy, agreement, overlap, self.models[0].top + self.log_plain, label]
+        top = self.models[0].top
+        if self.labels is not None:
+            label = self.label_logit - top - self.log_plain
+        return [student_entropy, teacher_entropy, agreement, overlap, log_sum_exp(top, self.log_plain), label]
 
     def of_labels(self) -> list[Tensor]:
         """Cross-entropy and squared log-sum-exp of each row."""
@@ -357,7 +359,7 @@ class _Rows:
             self.weight_sum = sums[:, 1:]
             spread = smoothing / self.shard.size
             cross_entropy = cross_entropy + spread * (self.weight_sum * self.log_plain + sums[:, :1])
-        lse = top + self.log_plain
+        lse = log_sum_exp(top, self.log_plain)
         return [cross_entropy, lse * lse]
 
     def weighted(self, n: slice, logits: Tensor) -> Tensor:

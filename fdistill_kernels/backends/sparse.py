@@ -31,7 +31,7 @@ from ..formulas import times
 from ..own import FDivergence, autograd_inside_an_operator
 from . import chunked, sharded
 from .collectives import Collectives
-from .rows import RowCall, Shard, Targets, TokenTerms, cap_slope, capped
+from .rows import RowCall, Shard, Targets, TokenTerms, cap_slope, capped, log_sum_exp
 
 #: A row's mass above 1 that is taken for rounding (8-bit log-probabilities are 3 % off), and scaled away.
 MOST_MASS = 1.05
@@ -204,7 +204,8 @@ def _statistics(call: RowCall, ids: Tensor, z: Tensor, ranks: Ranks, backend: An
         of_rest, plain_rest = (sums[0] + apart * rate).logsumexp(0), (sums[1] + apart).logsumexp(0)
     listed = torch.where(ids >= 0, z, -torch.inf)
     top = torch.cat((listed, rest_top.unsqueeze(1)), 1).amax(1)
-    top = torch.where(of_rest.isnan(), of_rest, top)  # not each backend's largest of a NaN and others is the NaN
+    lost = of_rest.isnan() & (top != torch.inf)  # not each backend's largest of a NaN and others is the NaN
+    top = torch.where(lost, of_rest, top)
     nothing = rest_top == -torch.inf
     apart = torch.where(nothing, 0, rest_top - top)
     rest = torch.where(nothing, 0, rest_top), torch.where(nothing, 0, of_rest)
@@ -337,7 +338,7 @@ class _Labels:
             cross_entropy = cross_entropy + smoothing * (
                 self.log_all + ranks.summed(_distance(call, top)) / call.vocabulary
             )
-        lse = top + self.log_all
+        lse = log_sum_exp(top, self.log_all)
         self.parts = [torch.where(live, terms.row_scale * x, 0) for x in (cross_entropy, lse * lse)]
         self.of_plain = scale + 2 * terms.row_scale * terms.z_loss_scale * lse
         self.constant = -scale * smoothing / call.vocabulary

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...formulas import times
 from ...values import Head
 from .. import triton as triton_backend
-from ..rows import LinearCall, gpu_symbol, split
+from ..rows import LinearCall, gpu_symbol, log_sum_exp, split
 from . import launch
 from .compiled import kind_of
 from .kernels.head_statistics import statistics_kernel
@@ -183,7 +183,7 @@ class _Sweeps:
         weight_sum = self.vocabulary if terms.class_weight is None else terms.class_weight.sum()
         of_label = of_label * torch.ones_like(linear)
         cross_entropy = times(of_label, fact["student_top"] - label_logit + fact["plain_log_total"]) - spread * linear
-        lse = fact["student_top"] + fact["plain_log_total"]
+        lse = log_sum_exp(fact["student_top"], fact["plain_log_total"])
         weight = terms.row_scale * terms.cross_entropy_scale
         of_spread = spread * weight_sum if spread else 0
         fact["of_q"].copy_(weight * (of_label + of_spread) + terms.row_scale * 2 * terms.z_loss_scale * lse)
