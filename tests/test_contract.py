@@ -1347,6 +1347,15 @@ def test_z_losses_of_infinite_logits_beside_lists(backend, listed):
     torch.testing.assert_close(parts.z_loss, 0.5 * logits.logsumexp(1) ** 2, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_measures_of_two_models_are_0_without_a_teacher(backend):
+    logits = torch.tensor([[1.0, torch.nan], [0.0, torch.inf], [0.0, 0.0]])
+    _, parts = fk.cross_entropy(logits, torch.zeros(3).long(), reduction="none", return_parts="metrics",
+                                backend=backend)  # fmt: skip
+    for measure in (parts.teacher_entropy, parts.agreement, parts.overlap):
+        assert not measure.any()
+
+
 @pytest.mark.parametrize("numbers", [
     (np.uint8(16), np.uint8(1)), (np.uint8(16), 2), (np.int64(2**31), 2), (np.float16(300), 1.0),
     (10**18, 10), (1.0, 10**37), (Fraction(1, 3), Fraction(5, 2)), (True + 1, np.float64(0.5)),
