@@ -537,6 +537,11 @@ def statistics_alone(rank, world):
         (lp * factors.view(-1) + 0.3 * h).sum().backward()
     same(pairs[2].grad, pairs[0].grad)
     same(pairs[3].grad, pairs[1].grad[part])
+    logits[0, 2, V - 1], rows = torch.inf, logits.flatten(0, 1)
+    _, parts = fk.cross_entropy(rows[:, part], torch.zeros(6).long(), z_loss=0.5, reduction="none",
+                                return_parts="metrics", shard=shard)  # fmt: skip
+    lse = rows.logsumexp(1)
+    torch.testing.assert_close((parts.log_sum_exp, parts.z_loss), (lse, 0.5 * lse**2))
 
 
 def of_fully_shard(rank, world):
