@@ -235,6 +235,14 @@ def test_labels_smoothing_z_loss_and_caps(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_z_losses_of_infinite_logits(monkeypatch):
+    emulate_cuda(monkeypatch, 2)
+    logits, labels = torch.randn(3, 3001), torch.zeros(3).long()
+    logits[1, 2000] = torch.inf
+    _, parts = fk.cross_entropy(logits, labels, z_loss=0.5, reduction="none", return_parts=True, backend="cuda")
+    torch.testing.assert_close(parts.z_loss, 0.5 * logits.logsumexp(1) ** 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_capped_logits_are_not_rounded(dtype, monkeypatch):
     emulate_cuda(monkeypatch, 2)

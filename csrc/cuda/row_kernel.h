@@ -240,7 +240,8 @@ struct RowProgram : RowSlices<scalar_t, std::is_void_v<Divergence> ? 1 : 2> {
   // Cross-entropy and lse^2 of a row, and their gradient's coefficients.
   FDISTILL_DEVICE Gradient label_terms(uint32_t n, const Row& row, const Softmax& plain, float label_logit,
                                        float linear) const {
-    const float log_total = exact_log(plain.total), lse = plain.top + log_total, scale = row.scale;
+    const float log_total = exact_log(plain.total), scale = row.scale;
+    const float lse = plain.top == INFINITY ? INFINITY : plain.top + log_total;  // whose total is NaN
     const float of_label = 1.0f - task.label_smoothing, spread = task.label_smoothing / vocabulary;
     if (first()) {
       float cross_entropy = Math<float>::times(of_label, plain.top - label_logit + log_total);
