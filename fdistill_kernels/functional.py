@@ -306,7 +306,7 @@ def linear_f_divergence(
         teacher_weight, teacher_bias: the teacher's head, (V, D_t) and (V), in the dtype of its hidden states; or a
             `Head`. It may be the student's.
         logit_scale, teacher_logit_scale: factor on hidden weightᵀ (Cohere, Granite). The student's default is 1, the
-            teacher's is the student's scale.
+            teacher's is the student's scale. The teacher's needs `teacher_weight`.
         logit_softcap, teacher_logit_softcap: c > 0 replaces each logit z, after scale and bias, by c·tanh(z/c) (Gemma
             2, Gemma Team 2024, §2). Each model has its own; default: none. The teacher's needs `teacher_weight`.
         vocab_size: use only the first vocab_size rows of both heads, if they are padded differently.

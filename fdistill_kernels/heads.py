@@ -169,17 +169,18 @@ def teacher_of(
 
 def _teacher_of_logits(
     teacher: Tensor | RowFunction | Logits, student: Tensor, of_student: Entries, own: VocabShard | None,
-    *, teacher_bias: Any, teacher_logit_softcap: float | None, **_: Any,
+    **of_head: Any,
 ) -> Teacher:  # fmt: skip
     """A teacher's logits, or the function that makes a chunk's."""
     size, padded, vocab_size, shard = of_student
     cap = None
     if isinstance(teacher, Logits):
         cap, teacher = checked_cap("teacher_hidden.softcap", teacher.softcap), teacher.values
-    elif teacher_logit_softcap is not None:
-        raise ValueError("teacher_logit_softcap needs teacher_weight: logits given as such are taken as they are")
-    if teacher_bias is not None:
-        raise ValueError("teacher_bias needs teacher_weight")
+        if not callable(teacher):  # a value inside another is neither
+            checks.check_tensor("teacher_hidden.values", teacher)
+    for keyword, value in of_head.items():
+        if value is not None:
+            raise ValueError(f"{keyword} needs teacher_weight: logits given as such are taken as they are")
     if not isinstance(teacher, Tensor):
         if own is not None:
             raise ValueError("teacher_shard is for tensors: a function gives the student's entries, or all")
@@ -267,6 +268,7 @@ def many_heads(
     checks.check_tensor("linear_weight", weights)
     checks.check_reduction(reduction)
     checks.check_integer("ignore_index", ignore_index)
+    checks.check_parts(return_parts)
     if return_parts or (z_loss and weight is not None) or reduction == "batchmean":
         raise ValueError("linear_weight of more than two dimensions goes without return_parts, without batchmean, and "
                          "without z_loss beside weight")  # fmt: skip

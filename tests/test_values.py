@@ -278,6 +278,19 @@ def test_values_are_checked(name):
         BAD[name]()
 
 
+@pytest.mark.parametrize("keyword, value", [("bias", torch.zeros(V)), ("logit_scale", 2.0), ("logit_softcap", 3.0)])
+@pytest.mark.parametrize("teacher", [torch.randn(N, V), lambda begin, end: torch.randn(end - begin, V)])
+def test_what_is_of_a_teacher_s_head_needs_one(keyword, value, teacher):
+    with pytest.raises(ValueError, match=f"teacher_{keyword} needs teacher_weight"):
+        fk.linear_f_divergence(HIDDEN, WEIGHT, teacher, **{f"teacher_{keyword}": value})
+
+
+@pytest.mark.parametrize("inner", [fk.Logits(torch.randn(N, V)), fk.top_k_of(torch.randn(N, V), 2), None])
+def test_a_value_inside_another_is_refused(inner):
+    with pytest.raises(TypeError, match=r"teacher_hidden\.values must be a tensor"):
+        fk.linear_f_divergence(HIDDEN, WEIGHT, fk.Logits(inner))
+
+
 @pytest.mark.parametrize("size, error", [(V + 1, ValueError), (0, ValueError), ("5", TypeError), (2.0, TypeError)])
 def test_a_part_of_shards_is_one_of_their_vocabulary(size, error):
     shard, logits, (hidden, weight, *_) = fk.VocabShard(None, 0, V), torch.randn(N, V), problem()
