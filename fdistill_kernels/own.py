@@ -135,8 +135,14 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
     if not slope.isfinite().all():
         raise ValueError(f"{name}: f has no finite slope at t = {t[~slope.isfinite()][0]:g}")
     with torch.inference_mode(False), torch.enable_grad():
-        if generator(u.detach()).requires_grad:
+        try:
+            of_some = generator(u.detach()[1::2] * 1)
+        except RuntimeError as error:  # of a tensor that fits one size
+            raise ValueError(f"{name}: f must be an elementwise function of a tensor: {error}") from error
+        if of_some.requires_grad:
             raise ValueError(f"{name}: f has a parameter that requires grad, but the loss is not differentiable in it")
+    if of_some.shape != t[1::2].shape or not torch.allclose(of_some, value.detach()[1::2], 1e-6, 1e-9):
+        raise ValueError(f"{name}: f must be elementwise: its values at some t depend on the others beside them")
     slopes = value.detach().diff() / t.diff()
     falls = slopes.diff() < -1e-6 * (1 + slopes[1:].abs())
     if falls.any():

@@ -1399,6 +1399,9 @@ def test_a_list_of_nothing_is_a_list_of_padding(divergence):
     (lambda t: ((t - 1) ** 2).sqrt(), "f has no finite slope at t = 1"),
     (lambda t: t.sub_(1).pow_(2), "f must be differentiable by autograd: .*inplace"),
     (lambda t: t.numpy(), "f must be an elementwise function of a tensor"),
+    (lambda t: (t - 1) ** 2 / t.max(), "f must be elementwise: its values at some t depend on the others"),
+    (lambda t: (t - 1) ** 2 + 0.1 * (t - t.mean().detach()).relu(), "f must be elementwise: its values"),
+    (lambda t: (t - 1) ** 2 * torch.ones(601), "f must be an elementwise function of a tensor"),
 ])  # fmt: skip
 def test_generators_that_have_no_slope_are_refused(generator, what):
     with pytest.raises(ValueError, match=what):
