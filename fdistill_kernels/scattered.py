@@ -30,8 +30,10 @@ from .values import Head, Hidden
 
 #: Parts, and the gradients of hidden states, weight and bias.
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
-#: Tensors of a call that are the same for all of its rows.
-OF_ALL = ("head_weight", "head_bias", "teacher_weight", "teacher_bias", "terms_class_weight")
+#: Tensors of a call that no rank sends, but has its part of.
+OF_ALL = ("head_weight", "head_bias", "teacher_weight", "teacher_bias")
+#: One number a class: what a rank's mean divides by is in them, and is of its own labels.
+OF_CLASSES = "terms_class_weight"
 
 
 def takes_turns(
@@ -173,12 +175,13 @@ def _ended(wire: Collectives, under_way: tuple[Any, int, Tensor] | None, of_hidd
 
 def _begin(call: LinearCall, wire: Collectives, rank: int, counts: list[int]) -> tuple[list[Any], list[Any]]:
     """Begins to send the tensors of a rank's rows: what is under way, and where they come to. Vectors go as one."""
-    leaves, under_way, places = flat(call), [], []
-    of_rows = [i for i, n in enumerate(names_of(LinearCall)) if n not in OF_ALL and isinstance(leaves[i], Tensor)]
-    vectors = [i for i in of_rows if leaves[i].dim() == 1 and leaves[i].is_floating_point()]
-    for where in (vectors, *[[i] for i in of_rows if i not in vectors]):
+    leaves, names, under_way, places = flat(call), names_of(LinearCall), [], []
+    sent = [i for i, n in enumerate(names) if n not in OF_ALL and isinstance(leaves[i], Tensor)]
+    vectors = [i for i in sent if names[i] != OF_CLASSES and leaves[i].dim() == 1 and leaves[i].is_floating_point()]
+    for where in (vectors, *[[i] for i in sent if i not in vectors]):
         given = torch.stack([leaves[i] for i in where], 1) if len(where) > 1 else leaves[where[0]]
-        out = given.contiguous() if rank == wire.rank else given.new_empty(counts[rank], *given.shape[1:])
+        length = len(given) if names[where[0]] == OF_CLASSES else counts[rank]
+        out = given.contiguous() if rank == wire.rank else given.new_empty(length, *given.shape[1:])
         under_way.append(wire.begin(dist.broadcast, out, group_src=rank))
         places.append((where, out))
     return under_way, places

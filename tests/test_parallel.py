@@ -714,6 +714,29 @@ def refused_on_all_ranks(rank, world):
         vocab_shard("tp", 3)
 
 
+def class_weights_of_own_rows(rank, world):
+    """In turns, too, a rank's mean is divided by the class weights of its own targets."""
+    mesh, decisions = init_device_mesh("cpu", (world,)), scattered.takes_turns
+    counts = [3 + 2 * r if r != 1 else 0 for r in range(world)]
+    hidden, weight = [randn(n, D, seed=30 + r) for r, n in enumerate(counts)], randn(V, D, seed=40)
+    labels = [torch.arange(n) * (5 + r) % V for r, n in enumerate(counts)]
+    classes = randn(V, seed=41).abs()
+    for turns in (True, False):
+        scattered.takes_turns = lambda *_, turns=turns: turns
+        for smoothing in (0.0, 0.1):
+            keywords = dict(weight=classes, label_smoothing=smoothing)
+            whole = [x.clone().requires_grad_() for x in (*hidden, weight)]
+            each = [fk.linear_cross_entropy(h, whole[-1], y, **keywords) for h, y in zip(whole, labels, strict=False)]
+            sum(each).backward()
+            states, head = hidden[rank].clone(), distribute_tensor(weight, mesh, [Shard(0)])
+            found = fk.linear_cross_entropy(states.requires_grad_(), head.requires_grad_(), labels[rank], **keywords)
+            found.backward()
+            same(found, each[rank])
+            same(states.grad, whole[rank].grad)
+            same(head.grad.full_tensor(), whole[-1].grad / world)
+    scattered.takes_turns = decisions
+
+
 def in_a_compiler(rank, world):
     shard, part = here(rank, world)
     student, teacher = randn(N, V, seed=17)[:, part], randn(N, V, seed=18)[:, part]
@@ -736,7 +759,8 @@ def in_a_compiler(rank, world):
 
 def everything(rank, world):
     for work in (every_divergence, every_term, lists, hidden_states, dtensors, padding_and_other_groups,
-                 statistics_alone, another_call, scattered_heads, of_fully_shard, on_triton):  # fmt: skip
+                 statistics_alone, another_call, scattered_heads, class_weights_of_own_rows, of_fully_shard,
+                 on_triton):  # fmt: skip
         work(rank, world)
 
 
