@@ -327,6 +327,11 @@ def test_text_of_json_that_is_a_date_stays_text(tmp_path):
     assert read_pairs(tmp_path / "d.jsonl").to_list() == [{"messages": turns}]
 
 
+def test_names_of_columns_may_have_spaces_around_them(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt, target\na,b\n")
+    assert read_pairs(tmp_path / "a.csv").to_list() == [{"prompt": "a", "target": "b"}]
+
+
 def test_cells_of_any_length(tmp_path):
     long = "word " * 400_000
     (tmp_path / "a.csv").write_text(f"text\n{long}\n")

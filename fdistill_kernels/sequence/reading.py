@@ -129,7 +129,9 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
     tabs = separator == "\t"
     with _open(path, "rt", encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark, which arrow skips
         first = file.readline().rstrip("\r\n").split("\t") if tabs else next(csv.reader(file))
-    known = [name in {*columns, "completion", *OTHERS} for name in first]
+    wanted = {*columns, "completion", *OTHERS}
+    first = [name.strip() if name.strip() in wanted else name for name in first]  # "prompt, target"
+    known = [name in wanted for name in first]
     if tabs and len(known) == 2 and sum(known) == 1:
         raise ValueError(f"{path} begins with {first}, of which one is the name of a column: begin it with two names, "
                          "or with none")  # fmt: skip
