@@ -117,7 +117,7 @@ def write(row: Row, *cells: str) -> None:
     head = f"| row | python | {' | '.join(PINNED)} | result | when, of what |\n|{'---|' * (len(PINNED) + 4)}"
     tests = [f"- {r.name}: {r.tests}" + "".join(f"; not `{x}`: {why}" for x, why in r.left_out.items()) for r in ROWS]
     about = "Written by `make test-matrix`: versions as installed, and what became of the tests of the installed wheel."
-    of = f"## Tests of each row\n`tests/test_*.py`, all without `{SLOW}`, slow or of no version:"
+    of = f"## Tests of each row\n`tests/test_*.py`, all without `{SLOW}`, slow or of no version; of an older commit some fewer:"
     REPORT.write_text("\n".join(("# Versions", about, "", head, *lines.values(), "", of, *tests, "")))
 
 
