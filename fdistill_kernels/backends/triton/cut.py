@@ -177,11 +177,12 @@ class _Sweeps:
         terms, fact = self.call.terms, self.fact
         if terms.labels is None:
             return torch.zeros_like(linear), torch.zeros_like(linear)
-        known = torch.where(terms.row_scale != 0, terms.labels, 0)
-        of_label = (1 - terms.label_smoothing) * (1 if terms.class_weight is None else terms.class_weight[known])
         spread = terms.label_smoothing / self.vocabulary
-        weight_sum = self.vocabulary if terms.class_weight is None else terms.class_weight.sum()
-        of_label = of_label * torch.ones_like(linear)
+        of_label = torch.full_like(linear, 1 - terms.label_smoothing)
+        weight_sum: Any = self.vocabulary
+        if terms.class_weight is not None:
+            known = torch.where(terms.row_scale != 0, terms.labels, 0)
+            of_label, weight_sum = of_label * terms.class_weight[known], terms.class_weight.sum()
         cross_entropy = times(of_label, fact["student_top"] - label_logit + fact["plain_log_total"]) - spread * linear
         lse = log_sum_exp(fact["student_top"], fact["plain_log_total"])
         weight = terms.row_scale * terms.cross_entropy_scale
