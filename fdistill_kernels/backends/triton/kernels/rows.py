@@ -33,7 +33,7 @@ from .loads import (
 )
 from .softmaxes import added, met, no_sums, save, softmaxes_of
 from .stretches import NOWHERE, clear_until, fetched_of, first_two, start_of
-from .terms import ABOUT_ONE, LOG2E, log1p, log_sum_exp, times
+from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT, TOGETHER = (tl.constexpr(phase) for phase in range(5))
 PARTIALS = 14  # values a span leaves: nine of sweep 1, three of sweep 2, and what only it asks for, its place and top
@@ -122,7 +122,7 @@ def _label_terms(
     spread = smoothing / vocabulary
     if SMOOTHED:
         cross_entropy += spread * (class_weight_sum * (top - pivot + log_total) - linear)
-    lse = log_sum_exp(top, log_total)
+    lse = top + log_total
     of_q = ce_scale * of_label + 2 * z_scale * lse
     if SMOOTHED:
         of_q += ce_scale * spread * class_weight_sum
