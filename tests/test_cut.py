@@ -183,6 +183,8 @@ def test_misuse():
         fk.linear_f_divergence(hidden, weight, teacher @ teacher_weight.T, memory="minimal")
     with pytest.raises(ValueError, match="memory must be one of chunks, minimal"):
         fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, memory="little")
+    with pytest.raises(ValueError, match="teacher_logit_softcap needs teacher_weight"):
+        fk.linear_f_divergence(hidden, weight, teacher @ teacher_weight.T, teacher_logit_softcap=3.0)
     with pytest.raises(ValueError, match="logit_softcap must be in"):
         fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, logit_softcap=0.0)
 

@@ -184,13 +184,12 @@ class _Spans(NamedTuple):
     tickets: Tensor | None
 
 
-def _spans(call: RowCall, chosen: Launch, line: int) -> _Spans:
-    """Of a row from the start of its first line."""
+def _spans(call: RowCall, chosen: Launch, line: int, ranks: int) -> _Spans:
+    """Of a row from the start of its first line; ranks: that split the vocabulary, 0: it is whole."""
     rows, device = len(call.terms.row_scale), call.student.device
     most = call.student.shape[2] + line - 1
     size = -(-most // (chosen.splits * chosen.block)) * chosen.block
     splits = -(-most // size)
-    ranks = Collectives(call.shard.group).ranks if call.shard.group else 0
     met = 1 << ((chosen.splits * ranks if ranks else splits) - 1).bit_length()
     partials = _empty_partials(rows, met, device) if met > 1 or ranks else None
     together = chosen.together and splits > 1 and not ranks and TEAMS_RUN
@@ -232,7 +231,8 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     if call.terms.metrics:
         write_metrics(call, parts)
     terms, line = _terms_here(call), _line(chosen.block, student, teacher, student_gradient, teacher_gradient)
-    spans = _spans(call, chosen, line)
+    wire = Collectives(call.shard.group) if call.shard.group else None
+    spans = _spans(call, chosen, line, wire.ranks if wire else 0)
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
     strides = *_strides_of(student), *_strides_of(teacher), *_strides_of(student_gradient)
     numbers, of_divergence = arguments(divergence, call.teacher_gradient)
@@ -257,8 +257,8 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
             grid = (rows, spans.splits) if spans.splits > 1 else (chosen.programs, 1)
             for number in (1, 2, 3) if teacher is not None else (1, 3):
                 phase(number, grid)
-                if call.shard.group and number < 3:
-                    _meet(Collectives(call.shard.group), spans.partials, chosen.splits, number)
+                if wire is not None and number < 3:
+                    _meet(wire, spans.partials, chosen.splits, number)
     return parts, of_student, of_teacher
 
 

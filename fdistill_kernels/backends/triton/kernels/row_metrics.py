@@ -6,7 +6,7 @@ import triton.language as tl
 from .entries import entry_of, models_of
 from .loads import capped, first_of, is_whole, line_of, load_block, row_at
 from .softmaxes import BEYOND, added, by_lane, no_sums, softmaxes_of
-from .terms import LN2, log1p, log_sum_exp, times
+from .terms import LN2, log1p, times
 
 FIRST = tl.constexpr(3)  # of the parts
 COUNT = tl.constexpr(6)
@@ -100,5 +100,7 @@ def row_metrics_kernel(
             tl.store(at + rows, scale * entropy)
             tl.store(at + 2 * rows, scale * agreement)
             tl.store(at + 3 * rows, scale * common)
-            tl.store(at + 4 * rows, scale * log_sum_exp(student_top, log_total))
+            # log_total is NaN of +inf
+            lse = tl.where(student_top == float("inf"), student_top, student_top + log_total)
+            tl.store(at + 4 * rows, scale * lse)
             tl.store(at + 5 * rows, scale * label_log_prob)

@@ -98,12 +98,6 @@ def log1p(x):
 
 
 @triton.jit
-def log_sum_exp(top, log_total):
-    """Of logits whose largest is `top`; log_total: that of their distances from it, which is NaN of +inf."""
-    return tl.where(top == float("inf"), top, top + log_total)
-
-
-@triton.jit
 def _log1p_of(t):
     """log(1 + x) of t = x/(1 + x/2), x in [−1/4, 1]: 2 atanh(t/2), within 6e-9 of its own."""
     square = t * t
