@@ -36,7 +36,7 @@ class FDivergence(Divergence):
     Raises:
         ValueError: f is not elementwise, not finite, not convex, not differentiable, or f(1) ≠ 0, tested on t from 1e-3
             to 1e3; or both or neither of f and from_log_ratio are given.
-        TypeError: f is not a function.
+        TypeError: f is not a function, or triton not one of ``@triton.jit`` with these five arguments.
     """
 
     def __init__(

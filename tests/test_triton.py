@@ -85,6 +85,14 @@ def own_pearson(p, q, log_p, log_q, parameter):
     return q * (1 - t * t), 2 * p * (t - 1)
 
 
+@pytest.mark.parametrize(
+    "given", [3, own_pearson.fn, triton.jit(lambda p, q: (p, q))], ids=["no function", "plain", "two"]
+)
+def test_pairs_that_no_kernel_can_call_are_refused(given):
+    with pytest.raises(TypeError, match=r"own: triton must be a @triton\.jit function"):
+        fk.FDivergence(lambda t: (t - 1) ** 2, triton=given, name="own")
+
+
 def test_own_pair():
     own = fk.FDivergence(lambda t: (t - 1) ** 2, triton=own_pearson, name="own pearson")
     assert "without a Triton pair" in why_not(
