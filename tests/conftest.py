@@ -1,4 +1,5 @@
 import functools
+import gc
 import hashlib
 import itertools
 import os
@@ -70,6 +71,16 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if item.name.startswith(name)), len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """Hundreds of trainers collect garbage as they begin: what modules have made is none."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # which libraries count as leaked
 
 
 @pytest.fixture(autouse=True)

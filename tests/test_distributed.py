@@ -80,6 +80,7 @@ def drawn_by_a_server(folder, where):
 
 def worker(rank, folder, port, where):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate gives each rank all cores
     torch.set_num_threads(1)
     found = {(name, method): weights_after(method, MODELS[name], folder, 2) for name in MODELS for method in CASES}
     found["fsdp"], found["served"] = sharded(rank), drawn_by_a_server(folder, where)
