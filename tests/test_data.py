@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from typing import get_args, get_type_hints
 
 import pytest
@@ -292,7 +293,10 @@ def test_files_of_every_kind(tmp_path):
     for name in "bcef":  # as Excel begins a file
         path = next(p for p in tmp_path.iterdir() if p.name.startswith(name))
         path.with_name("marked_" + path.name).write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    for path in sorted(tmp_path.iterdir()):
+    (tmp_path / "[a] b").mkdir()  # a path, and no pattern
+    for name in ("f.jsonl", "g.parquet"):
+        shutil.copy(tmp_path / name, tmp_path / "[a] b" / f"[c] *{name}")
+    for path in sorted(tmp_path.rglob("*.*")):
         assert read_pairs(path).to_list() == rows, path
     assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]
     (tmp_path / "h.tsv").write_text("text\ta word\n")  # no header

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import zlib
@@ -76,7 +77,8 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
     try:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
-        found = load_dataset("parquet" if kind == "parquet" else "json", data_files=path, split="train")
+        there = glob.escape(str(Path(path).absolute()))  # `datasets` takes a path for a pattern
+        found = load_dataset("parquet" if kind == "parquet" else "json", data_files=there, split="train")
         read = {*columns, "completion", *OTHERS} if kind != "parquet" else ()
         dated = [name for name, of in found.features.items() if name in read and "timestamp" in str(of)]
         if not dated:
