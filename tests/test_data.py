@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from typing import get_args, get_type_hints
 
@@ -313,6 +314,13 @@ def test_files_of_every_kind(tmp_path):
     tokenizer.chat_template = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.x | tojson if m.x }}")
     told = tokenizer.batch_decode(tokenize(read_pairs(tmp_path / "calls.jsonl"), tokenizer, config)["prompt_ids"][:])
     assert '{"q": 1}' in told[0] and '{"r": "s"}' in told[1]  # without the nulls of a table's other rows
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path):
+    for text in ("before", "after!"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+        os.utime(tmp_path / "a.jsonl", (1e9, 1e9))  # as of files in an archive
+        assert read_pairs(tmp_path / "a.jsonl")["text"][:] == [text]
 
 
 def test_text_of_json_that_is_a_date_stays_text(tmp_path):

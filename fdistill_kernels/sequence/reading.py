@@ -6,6 +6,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
         there = glob.escape(str(Path(path).absolute()))  # `datasets` takes a path for a pattern
-        found = load_dataset("parquet" if kind == "parquet" else "json", data_files=there, split="train")
+        changed = str(os.stat(path).st_ctime_ns)  # and keeps what it read by mtime, which a copy may have of another
+        found = load_dataset("parquet" if kind == "parquet" else "json", changed, data_files=there, split="train")
         read = {*columns, "completion", *OTHERS} if kind != "parquet" else ()
         dated = [name for name, of in found.features.items() if name in read and "timestamp" in str(of)]
         if not dated:
