@@ -362,6 +362,8 @@ def test_bad_rows_are_named(tmp_path):
         ("ints.jsonl", b'{"prompt": "a", "target": 3}\n', "row 0: target must be text, not 3"),
         ("odd.tsv", b"a\tb\nc\td\te\n", "odd.tsv: CSV parse error: Row #2: Expected 2 columns, got 3"),
         ("none.tsv", b"", "none.tsv has no rows"), ("none.jsonl", b"", "none.jsonl has no rows"), ("none.csv", b"prompt,target\n", "no rows"),
+        ("blank.jsonl", b"\xef\xbb\xbf\r\n \r\n", "blank.jsonl has no rows"), ("list.json", b"[\n]", "list.json has no rows"),
+        ("blank.csv", b"\n\n", "blank.csv has no rows"), ("void.jsonl", b"null\n" + good, "void.jsonl begins with null, which is no row"),
         ("lacks.jsonl", b'{"source": "a", "target": "b"}\n', "lacks the column 'prompt', and messages and text; it has source, target"),
         ("plain.jsonl.gz", good, "plain.jsonl.gz cannot be read as gzip: Not a gzipped file"),
         ("short.jsonl.gz", gzip.compress(good * 99)[:-20], "short.jsonl.gz cannot be read as gzip: Compressed file ended"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import gzip
@@ -73,8 +74,11 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     with _open(path, "rb") as file:
-        if not file.read(1):
-            raise ValueError(f"{path} has no rows")
+        begin = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip(b"[ \t\r\n")
+    if begin.rstrip() in (b"", b"]"):
+        raise ValueError(f"{path} has no rows")
+    if kind in ("json", "jsonl") and begin.startswith(b"null"):  # which ends arrow, and Python with it
+        raise ValueError(f"{path} begins with null, which is no row")
     try:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
