@@ -199,6 +199,17 @@ def test_a_server_that_ignores_it_is_refused_at_once(kind):
         assert sum(server.asked.values()) <= PROBES
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_that_gives_no_ids_is_refused_at_once(kind, monkeypatch):
+    from fdistill_kernels.sequence.sampling import Sampling
+
+    monkeypatch.setattr(Server, "sample", lambda *_: None)
+    with Server(echo=False) as server, endpoint(server, kind=kind) as teacher:
+        with pytest.raises(EndpointError, match=r"gives no (token_ids|output_ids): a newer one is needed"):
+            teacher.draw([[1]], Sampling(max_new_tokens=4), 0)
+        assert sum(server.asked.values()) == 1
+
+
 def test_a_server_that_answers_at_random_or_always_the_same():
     model = Model()
     fine, calls = model.log_probs, itertools.count()

@@ -507,7 +507,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 while is_locked(files[1]):
                     await asyncio.sleep(0.005)
                 _remove(*files)
-            made = reply.get(of_ids)
+            if (made := reply.get(of_ids)) is None:
+                raise EndpointError(f"the server gives no {of_ids}: a newer one is needed, vLLM or SGLang")
             if not isinstance(made, list) or not 0 < len(made) <= new:
                 raise Misfit(f"it has no list of 1 to {new} token ids")
             if not all(isinstance(i, int) and 0 <= i < vocabulary for i in made):
