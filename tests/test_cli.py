@@ -245,15 +245,16 @@ def test_verify_of_losses_that_are_0(capsys, shape):
     assert status == 0 and all(o["ok"] for o in json.loads(out))
 
 
-@pytest.mark.parametrize("json_too", [False, True])
-def test_teacher_serve_says_where(capsys, monkeypatch, json_too):
+@pytest.mark.parametrize(("json_too", "host", "shown"), [(False, "127.0.0.1", "127.0.0.1"), (True, "::1", "[::1]")])
+def test_teacher_serve_says_where(capsys, monkeypatch, json_too, host, shown):
     def stopped():
         raise KeyboardInterrupt
 
     there = SimpleNamespace(server_address=("", 81), serve_forever=stopped, server_close=lambda: None)
     monkeypatch.setattr(serve, "server", lambda *_: there)
-    status, out = run(capsys, "teacher", "serve", "--teacher", "M", "--port", "0", *["--json"] * json_too)
-    said = {"teacher": "M", "url": "http://127.0.0.1:81"}
+    asked = ("--teacher", "M", "--host", host, "--port", "0", *["--json"] * json_too)
+    status, out = run(capsys, "teacher", "serve", *asked)
+    said = {"teacher": "M", "url": f"http://{shown}:81"}
     assert status == 0 and (json.loads(out) == said if json_too else out == f"serving M at {said['url']}\n")
 
 

@@ -470,9 +470,12 @@ def test_a_server_of_an_encoder_decoder_is_refused_before_its_weights_are_read(t
         serve.server(str(tmp_path))
 
 
-def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys):
+def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys, monkeypatch):
     """rkl, on sequences that no store has seen; the second run asks the server for nothing that the first did."""
     server = serve.server(str(causal_files / "causal"), port=0)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="in use"):
+        patch.setattr(serve, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        serve.server(str(causal_files / "causal"), port=server.server_address[1])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

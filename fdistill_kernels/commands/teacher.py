@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         from ..sequence.serve import server as of_model
 
         server = of_model(args.teacher, args.host, args.port)
-        url = f"http://{args.host}:{server.server_address[1]}"
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{host}:{server.server_address[1]}"
         found = {"teacher": args.teacher, "url": url}
         print(as_json(found) if args.json else f"serving {args.teacher} at {url}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,19 @@ from .teachers.base import logits_in_pieces
 from .tokenizers import load_tokenizer
 
 
+class Listening(ThreadingHTTPServer):
+    """Listens at an address, of IPv6, too. Requests wait until there is a handler for them."""
+
+    def __init__(self, host: str, port: int):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), BaseHTTPRequestHandler)
+
+    def handle_error(self, *_: Any) -> None:
+        """Of a client that has left."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*_)
+
+
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
     """A server with /v1/completions, for token ids and prompt_logprobs, and /v1/models, with the model's fingerprint.
 
@@ -33,9 +47,11 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
 
     Raises:
         ValueError: an encoder–decoder model, whose continuation does not follow its prompt in one sequence.
+        OSError: the address cannot be listened at.
     """
     if load_config(teacher).is_encoder_decoder:
         raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
+    listening = Listening(host, port)  # refuses, before the weights are read
     room, name = InRoom(load_model(teacher)), Path(teacher).name
     room.to(device())
     tokenizer = load_tokenizer(teacher)
@@ -88,13 +104,8 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
                 return self._refuse(400 if bad else 500, str(error))
             self._reply(200, {"object": "text_completion", "model": name, **reply})
 
-    class Listening(ThreadingHTTPServer):
-        def handle_error(self, *_: Any) -> None:
-            """Of a client that has left."""
-            if not isinstance(sys.exc_info()[1], ConnectionError):
-                super().handle_error(*_)
-
-    return Listening((host, port), Handler)
+    listening.RequestHandlerClass = Handler
+    return listening
 
 
 #: What it may say so alone, which changes nothing.
