@@ -426,6 +426,15 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
     for more in ({"echo": True}, {"logprobs": 3}, {"n": 2}, {"stream": True}, {"stop": ["a"]}, {"min_p": 0.1}):
         with pytest.raises(ValueError, match=f"and no {next(iter(more))}$"):
             serve.completions(room, tokenizer, body | more, 9)
+    for more in (
+        {"max_tokens": -1},
+        {"max_tokens": 2.5},
+        {"prompt_logprobs": True},
+        {"top_k": "3"},
+        {"prompt_logprobs": 10},
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(more))} must be"):
+            serve.completions(room, tokenizer, body | more, 9)
     off = dict(echo=False, logprobs=None, n=1, stream=False, stop=None, min_p=0.0, temperature=None)
     assert len(serve.completions(room, tokenizer, body | off, 9)["choices"]) == 2
     assert serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 0}, 9)["choices"][0]["token_ids"] == []

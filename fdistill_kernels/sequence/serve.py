@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_integer
 from ..teachers.readers import MINUS_INFINITY
 from .generation import end_tokens, token_id
 from .hashes import fingerprint, tokenizer_hash
@@ -85,9 +86,10 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
 
         def do_POST(self) -> None:
             """Completions of token ids."""
-            size = self.headers.get("Content-Length", "0")
-            if not size.isdecimal():
-                return self._refuse(400, f"Content-Length is {size!r}")
+            size = self.headers.get("Content-Length", "")
+            if not size.isdecimal():  # of a body in chunks, too, which nobody reads
+                self.close_connection = True
+                return self._refuse(411, f"Content-Length is {size!r}, and must be the number of bytes")
             body = self.rfile.read(int(size))
             if self.path.rstrip("/") != "/v1/completions":
                 return self._refuse(404, f"there is no {self.path}")
@@ -110,6 +112,8 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
 
 #: What it may say so alone, which changes nothing.
 OFF = {"min_p": 0, "repetition_penalty": 1, "n": 1, "stream": False, "echo": False}
+#: Integers that it may say, and their least values.
+INTEGERS = {"max_tokens": 0, "top_k": -1, "seed": -(2**63), "prompt_logprobs": 0}
 #: What a request may say.
 FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "seed", "prompt_logprobs",
           "return_token_ids", "add_special_tokens", "skip_special_tokens", "logit_bias"}  # fmt: skip
@@ -121,8 +125,9 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     With these and max_tokens ≤ 1 nothing is drawn.
 
     Raises:
-        ValueError: prompts that are not token ids, more log-probabilities than the server gives, a logit_bias that does
-            more than to keep the last ids from being drawn, or other fields.
+        ValueError, TypeError: prompts that are not token ids, numbers that are no integers or too small, more
+            log-probabilities than the server gives, a logit_bias that does more than to keep the last ids from being
+            drawn, or other fields.
     """
     body = {name: value for name, value in body.items() if value is not None}
     if "prompt" not in body:
@@ -136,13 +141,15 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     known = all(type(i) is int and 0 <= i < room.vocabulary for p in prompts for i in p)
     if not known or not all(map(len, prompts)):
         raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
-    if k is not None and not 0 <= int(k) <= most:
+    for field, least in INTEGERS.items():
+        check_integer(field, body.get(field, least), least)
+    if k is not None and k > most:
         raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
     if beyond := [name for name in sorted(body.keys() - FIELDS) if name not in OFF or body[name] != OFF[name]]:
         raise ValueError(f"only n = 1 without stream is served, and no {', '.join(beyond)}")
-    tokens = int(body.get("max_tokens", 16))
+    tokens = body.get("max_tokens", 16)
     sampling = Sampling(max(1, tokens), float(body.get("temperature", 1.0)) or 1e-4,
-                        max(0, int(body.get("top_k", 0))), float(body.get("top_p", 1.0)))  # fmt: skip
+                        max(0, body.get("top_k", 0)), float(body.get("top_p", 1.0)))  # fmt: skip
     seed, device = body.get("seed"), next(room.model.parameters()).device
     choices, ends = [], end_tokens(token_id(room.model, "eos_token_id"))
     for i, prompt in enumerate(prompts):
@@ -153,7 +160,7 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
         choice: dict[str, Any] = {"index": i, "text": text, "token_ids": made}
         choice["finish_reason"] = "stop" if made and made[-1] in ends else "length"
         if k is not None:
-            choice["prompt_logprobs"] = prompt_log_probs(room, tokenizer, prompt, int(k))
+            choice["prompt_logprobs"] = prompt_log_probs(room, tokenizer, prompt, k)
             choice["prompt_token_ids"] = prompt
         choices.append(choice)
     return {"choices": choices}
