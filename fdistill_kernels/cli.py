@@ -88,19 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:  # as it is in `fdistill list >&-`
                 sys.stdout.flush()
-    except BrokenPipeError:  # as in `fdistill list | head -1`
+    except OSError as error:  # of the output alone: `_main` tells the others
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
-        return 141
+        if isinstance(error, BrokenPipeError):  # as in `fdistill list | head -1`
+            return 141
+        print(f"fdistill: the output cannot be written: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
 
 
 def _main(argv: Sequence[str]) -> int:
-    if (status := _sequence(argv)) is not None:
-        return status
-    args = parser().parse_args(argv)
     try:
+        if (status := _sequence(argv)) is not None:
+            return status
+        args = parser().parse_args(argv)
         return int(args.run(args))
     except BrokenPipeError:
         raise

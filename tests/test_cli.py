@@ -224,6 +224,22 @@ def test_nobody_reads_the_output():
     assert done.returncode == 141 and not done.stderr
 
 
+def test_nothing_more_can_be_written():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "list"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+                              env={**os.environ, "PYTHONUNBUFFERED": ""})  # fmt: skip
+    assert done.returncode == 2 and re.fullmatch("fdistill: .*No space left on device\n", done.stderr)
+
+
+def test_no_memory_for_a_command_of_sequence(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+
+    monkeypatch.setattr("fdistill_kernels.sequence.run.main", full)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "fdistill train: there is not enough memory (tried to allocate 2.00 gib)\n"
+
+
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
 def test_an_output_that_is_closed(closed):
     words = " ".join(map(shlex.quote, COMMAND))
