@@ -767,6 +767,11 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),
     (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1"),
     (dict(eval_strategy="steps", eval_steps=0), "eval_steps must be in (0, inf), not 0"),
+    (dict(eval_strategy="epoch", eval_steps=5), "eval_steps=5 is not used by eval_strategy=epoch"),
+    (dict(eval_steps=5), "eval_steps=5 is not used by eval_strategy=no"),
+    (dict(save_strategy="no", save_only_model=True), "save_only_model=True is not used by save_strategy=no"),
+    (dict(lr_scheduler_type="constant", warmup_steps=9), "warmup_steps=9 is not used by lr_scheduler_type=constant"),
+    (dict(lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={"a": 1}), "is not used by lr_scheduler_type=constant_with"),
     (dict(max_steps=0), "max_steps must be at least 1, or -1"), (dict(max_steps=-2), "max_steps must be at least -1"),
 ])  # fmt: skip
 def test_refused_configurations(settings, words, tmp_path):

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from .config import idle
 from .metrics import MEASURES
 from .option_checks import check
 from .option_help import HELP, HELP_OF, Help, in_order
@@ -123,6 +124,8 @@ def _training(given: Mapping[str, Any], measures: bool) -> dict[str, Any]:
     of_trainer = {f.name for f in dataclasses.fields(FDistillConfig)}
     training = {"use_cpu": not torch.accelerator.is_available()} | defaults  # else ranks without a card train apart
     training |= {name: value for name, value in given.items() if name in of_trainer}
+    for name in idle(training).keys() - given.keys():  # defaults
+        training.pop(name, None)
     best = str(given.get("metric_for_best_model") or "loss").removeprefix("eval_")
     if best != "loss" and not (measures and best in MEASURES):
         raise ValueError("--metric_for_best_model must be loss, or beside --eval_measures one of "

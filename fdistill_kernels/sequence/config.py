@@ -162,6 +162,9 @@ class FDistillConfig(TrainingArguments):
             unused |= {name: getattr(self, name) != getattr(FDistillConfig, name) and "by predistill"
                        for name in NOT_IN_PREDISTILLATION}  # fmt: skip
         unused |= {name: getattr(self, name, None) and "here: no logits are made" for name in OF_LOGITS}
+        for name, said in idle(vars(self)).items():
+            value, default = (getattr(of, name, None) or None for of in (self, FDistillConfig))
+            unused[name] = value != default and f"by {said}"
         for name, why in unused.items():
             if why:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not used {why}")
@@ -227,6 +230,16 @@ NUMBERS: dict[str, tuple[float, float, bool]] = {
                     (0, math.inf, True)),
     **dict.fromkeys(("label_smoothing_factor", "warmup_ratio"), (0, 1, False)),
 }  # fmt: skip
+_WARMUP = ("warmup_steps", "warmup_ratio")
+#: Options that a schedule of the learning rate makes nothing of.
+NOT_OF_SCHEDULE: dict[str, tuple[str, ...]] = {
+    "constant": (*_WARMUP, "lr_scheduler_kwargs"), "constant_with_warmup": ("lr_scheduler_kwargs",),
+    "reduce_lr_on_plateau": _WARMUP, "greedy": _WARMUP,
+}  # fmt: skip
+#: What has a strategy, and options of it beside its steps.
+OF_STRATEGY: dict[str, tuple[str, ...]] = {
+    "eval": ("eval_delay",), "save": ("save_total_limit", "save_only_model"), "logging": (),
+}  # fmt: skip
 #: Options of `TrainingArguments` that may be JSON text.
 MAY_BE_JSON = ("accelerator_config", "fsdp_config", "deepspeed", "gradient_checkpointing_kwargs",
                "activation_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip
@@ -239,6 +252,22 @@ OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "beams", "student_every", "student_server", "student_server_path", "normalize", "pack",
                           "memory", "label_smoothing_factor")  # fmt: skip
+
+
+def idle(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options that the strategies and the schedule among them make nothing of, each with the one it is."""
+
+    def word(name: str) -> Any:
+        value = options.get(name, getattr(FDistillConfig, name))
+        return getattr(value, "value", value)
+
+    found: dict[str, str] = {}
+    for what, more in OF_STRATEGY.items():
+        strategy = word(f"{what}_strategy")
+        names = () if strategy == "steps" else (f"{what}_steps", *(more if strategy == "no" else ()))
+        found |= dict.fromkeys(names, f"{what}_strategy={strategy}")
+    schedule = word("lr_scheduler_type")
+    return found | dict.fromkeys(NOT_OF_SCHEDULE.get(schedule, ()), f"lr_scheduler_type={schedule}")
 
 
 def _parallelism(given: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, set_seed
 from ..teachers import Endpoint
 from .asked_models import made_folder, teacher_for, tokenizer_of
 from .batches import prompts_of_teacher
-from .config import OF_PREDISTILLATION
+from .config import OF_PREDISTILLATION, idle
 from .data import tokenize
 from .generation import beginning, end_tokens, token_id
 from .hashes import data_hash, fingerprint
@@ -193,6 +193,7 @@ class Run:
                                     "output_dir": str(self.folder / f"trainer-{stage}")}  # fmt: skip
         if self.asked.run.tensor_parallel > 1:
             settings["save_strategy"] = "no"  # transformers saves no optimizer of a model that is split as it is loaded
+            settings = {name: value for name, value in settings.items() if name not in idle(settings)}
         first = self.asked.run.predistill_steps if stage == "predistill" else 0  # else it is the method itself
         if not first and self.asked.run.predistill_steps:
             settings = {name: value for name, value in settings.items() if name not in OF_PREDISTILLATION}
