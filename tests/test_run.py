@@ -358,6 +358,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
 
     pairs, url = ("--eval_data", f"{causal}/pairs.jsonl"), "http://127.0.0.1:9"
     for words, asked in {
+        "--top_k, --top_p: not used, as no samples are asked for":
+            ["teacher", "build", *call("--sequences", "gold", "--top_p", "0.5", "--top_k", "3", student=None)[1:]],
         "row 0: prompt has": call(student="shorter", data="long.jsonl"),  # the student's context
         "room for 16: see --long_prompts": call(teacher="shorter", data="long.jsonl"),
         "lacks the column teacher_prompt, which": call(*pairs, data="own.jsonl"),
@@ -392,7 +394,9 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--vllm_url: not used, as a server is asked for samples, not for beams": call("--method", "seqkd", "--vllm_url", url),
         "--samples, --vllm_url: not used, as the objective is": call("--method", "rkl", "--samples", "x", "--vllm_url", url),
         "--samples: not used, as --online_teacher draws": call("--online_teacher", "--samples", "x"),
-        "--beams: not used, as the objective is on no beams": call("--beams", "2"),
+        "--beams: not used, as no beams are asked for": call("--beams", "2"),
+        "--hub_strategy: not used, as nothing is pushed": call("--hub_strategy", "end"),
+        "--run_name: not used, as --report_to names nobody": call("--run_name", "a"),
         "--save_steps, --save_strategy: not used, as a student that is split":
             call("--tensor_parallel", "2", "--save_strategy", "steps", "--save_steps", "5"),
         "--use_dora: an adapter of whole weights": call("--tensor_parallel", "2", "--use_peft", "--use_dora"),

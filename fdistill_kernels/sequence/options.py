@@ -211,8 +211,11 @@ class Asked:
         return Path(str(self.config.output_dir))
 
     def drawn(self) -> list[str]:
-        """The kinds of sequences in the objective that the teacher draws: "teacher", "beam", or both."""
-        return sorted({half.source for half in self.config.halves()} & {"teacher", "beam"})
+        """The kinds of sequences in the objective, or a store, that the teacher draws: "teacher", "beam", or both."""
+        named = {half.source for half in self.config.halves()}
+        if self.command == "teacher build":
+            named = {source.strip() for source in self.build.sequences.split(",")}
+        return sorted(named & {"teacher", "beam"})
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides a run, for people to read."""
