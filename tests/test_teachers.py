@@ -481,7 +481,9 @@ def test_a_server_of_an_encoder_decoder_is_refused_before_its_weights_are_read(t
 
 def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, capsys, monkeypatch):
     """rkl, on sequences that no store has seen; the second run asks the server for nothing that the first did."""
-    server = serve.server(str(causal_files / "causal"), port=0)
+    with monkeypatch.context() as patch:
+        patch.chdir(causal_files / "causal")
+        server = serve.server(".", port=0)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="in use"):
         patch.setattr(serve, "load_model", lambda *_: pytest.fail("a model was loaded"))
         serve.server(str(causal_files / "causal"), port=server.server_address[1])
@@ -492,6 +494,7 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
         prompts, targets = [torch.tensor([5, 6, 7])], [torch.tensor([8, 9, 10])]
         with fk.Endpoint(url, vocabulary=model.vocabulary, k=model.vocabulary) as endpoint:
             found = endpoint.targets(prompts, targets)
+            assert endpoint.model == "causal"
             log_p = dense(model, prompts, targets).log_softmax(-1)
             torch.testing.assert_close(found.log_probs.float(), log_p.gather(1, found.ids), rtol=0, atol=2e-3)
             drawn = endpoint.draw(prompts, Sampling(6), 3)
@@ -522,7 +525,9 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
         told = told.out + told.err + "".join(capsys.readouterr())
         written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
         assert "holds another run: teacher was" in told and "sesame" not in told and b"sesame" not in written
-        assert len(fk.TeacherStore(tmp_path / "run" / "endpoint")) > 5
+        command("teacher", "verify", tmp_path / "run" / "endpoint", "--teacher", causal_files / "causal", "--json")
+        found = json.loads(capsys.readouterr().out)
+        assert found["sequences"] > 5 and found["compared"] and found["tvd_largest"] < 0.01
     finally:
         server.shutdown()
         server.server_close()

@@ -53,7 +53,7 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     if load_config(teacher).is_encoder_decoder:
         raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
     listening = Listening(host, port)  # refuses, before the weights are read
-    room, name = InRoom(load_model(teacher)), Path(teacher).name
+    room, name = InRoom(load_model(teacher)), Path(teacher).absolute().name  # of "." the folder's
     room.to(device())
     tokenizer = load_tokenizer(teacher)
     known = {"id": name, "object": "model", "fingerprint": fingerprint(room.model), "vocabulary": room.vocabulary,
