@@ -62,7 +62,7 @@ class Text:
 def read_text(path: str | None) -> str:
     """The text of a file, or Python's language reference: the package's copy, since each Python comes with another."""
     if path is not None:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     return gzip.decompress(Path(__file__).with_name("python_reference.txt.gz").read_bytes()).decode()
 
 

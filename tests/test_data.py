@@ -433,6 +433,11 @@ def test_options_and_what_they_were_called(tmp_path):
     config = ask("train", [*base, "--config", str(tmp_path / "no.yaml")]).config
     assert config.save_strategy == config.eval_strategy == "no" and config.report_to == []
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-6} and config.save_steps == FDistillConfig.save_steps
+    (tmp_path / "a.jinja").write_bytes(b"\xef\xbb\xbf{{ bos_token }}")  # as some editors begin a file
+    assert (
+        ask("train", [*base, "--chat_template_path", str(tmp_path / "a.jinja")]).model.chat_template()
+        == "{{ bos_token }}"
+    )
     assert not ask("train", [*base, "--lr_scheduler_type", "constant"]).config.warmup_steps  # whose default is a tenth
     assert "hub_token" not in ask("train", [*base, "--hub_token", "secret"]).settings()  # which report.html shows
     assert ask("train", [*base, "--report_to", "wandb", "tensorboard"]).config.report_to == ["wandb", "tensorboard"]

@@ -79,7 +79,7 @@ class ModelArguments:
     def chat_template(self) -> str:
         """The text of --chat_template_path."""
         try:
-            return Path(self.chat_template_path or "").read_text(encoding="utf-8")
+            return Path(self.chat_template_path or "").read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise ValueError(f"--chat_template_path {self.chat_template_path} cannot be read: {error}") from error
 
