@@ -397,6 +397,10 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--beams: not used, as no beams are asked for": call("--beams", "2"),
         "--hub_strategy: not used, as nothing is pushed": call("--hub_strategy", "end"),
         "--run_name: not used, as --report_to names nobody": call("--run_name", "a"),
+        "--bf16_full_eval: not used, as evaluations while training": call("--bf16_full_eval"),
+        "--per_device_eval_batch_size: not used, as --eval_strategy no":
+            call("--eval_strategy", "no", "--per_device_eval_batch_size", "4"),
+        "--fsdp_config: not used, as --fsdp is not given": call("--fsdp_config", '{"min_num_params": 1}'),
         "--save_steps, --save_strategy: not used, as a student that is split":
             call("--tensor_parallel", "2", "--save_strategy", "steps", "--save_steps", "5"),
         "--use_dora: an adapter of whole weights": call("--tensor_parallel", "2", "--use_peft", "--use_dora"),
