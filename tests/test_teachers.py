@@ -614,7 +614,10 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
         "is a store: give a run another --output_dir": (*train, "--output-dir", store),
         "holds hidden states": (*train, "--output-dir", tmp_path / "y", "--tail", "within"),
         "tail must be one of": (*train, "--output-dir", tmp_path / "y", "--tail", "nonsense"),
-        "--k: not used, as a store draws nothing": (*train, "--output-dir", tmp_path / "y", "--k", "7"),
+        "--beams, --k: not used, as a store draws nothing":
+            (*train, "--output-dir", tmp_path / "y", "--k", "7", "--method", "seqkd", "--beams", "2"),
+        "--cache_implementation: not used, as nothing is drawn":
+            (*build, tmp_path / "x", "--sequences", "gold", "--cache_implementation", "static"),
         "--k: not used, as the teacher's own weights": ("train", *teacher, "--student", causal_files / "student", "--output-dir", tmp_path / "y", "--k", "7"),
         "manifest.json is missing": ("teacher", "inspect", tmp_path / "nosuch"),
         "row 0: target must be text": ("teacher", "build", "--teacher", causal_files / "causal", "--data", tmp_path / "rows.jsonl", "--max-new-tokens", "8", "--output-dir", tmp_path / "x"),

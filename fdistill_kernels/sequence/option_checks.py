@@ -102,7 +102,7 @@ def check_used(asked: Asked) -> None:
     drawing = {"samples", "vllm_url", "online_teacher"}
     saving = {*SAVING} - ({"save_strategy"} if asked.given.get("save_strategy") == "no" else set())
     unused = (
-        (stored, {*drawing, "k"}, "a store draws nothing and has its own samples and k"),
+        (stored, {*drawing, "k", "beams"}, "a store draws nothing and has its own samples and k"),
         (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
         (served or stored, {"teacher_dtype", "teacher_revision", "teacher_quantization", "device_map"},
          "the teacher's weights are not loaded"),
@@ -113,6 +113,7 @@ def check_used(asked: Asked) -> None:
         ("beam" in sources, {"vllm_url"}, "a server is asked for samples, not for beams"),
         ("beam" not in sources, {"beams"}, "no beams are asked for"),
         ("teacher" not in sources and builds, {"sample_temperature", "top_k", "top_p"}, "no samples are asked for"),
+        (not sources and builds, {"cache_implementation"}, "nothing is drawn"),
         (not asked.config.push_to_hub, {"hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
                                         "hub_revision"}, "nothing is pushed without --push_to_hub"),
         (True, {"bf16_full_eval", "fp16_full_eval"}, "evaluations while training are in its dtype"),
