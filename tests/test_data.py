@@ -443,6 +443,7 @@ def test_options_and_what_they_were_called(tmp_path):
     assert ask("train", [*base, "--report_to", "wandb", "tensorboard"]).config.report_to == ["wandb", "tensorboard"]
     (tmp_path / "bad.yaml").write_text("steps: 3\nstepz: 4\n")
     (tmp_path / "empty.yaml").write_text("k:\nseed: null\neval_steps: null\n")
+    (tmp_path / "twice.yaml").write_text("max_steps: 3\nk: 5\nmax-steps: 4\n")
     (tmp_path / "nested.yaml").write_text("config: run.yaml\njson: true\n")
     for argv, words in {
         ("--steps", "4", "--batch=2"): "--steps is --max_steps; --batch is --per_device_train_batch_size",
@@ -451,6 +452,7 @@ def test_options_and_what_they_were_called(tmp_path):
         ("--config", str(tmp_path / "bad.yaml")): "bad.yaml has unknown keys: steps, stepz (--steps is --max_steps)",
         ("--config", str(tmp_path / "empty.yaml")): "--k, --seed needs a value: leave it out for the default",
         ("--config", str(tmp_path / "nested.yaml")): "nested.yaml has unknown keys: config, json",
+        ("--config", str(tmp_path / "twice.yaml")): "twice.yaml is no YAML: max_steps is given twice",
         ("--num_train_epochs", "2", "--max_steps", "9"): "both say how long the run is",
         ("--torch_dtype", "auto"): "--torch_dtype is --dtype", ("--num_train_epochs", "0"): "--num_train_epochs must be positive",
         ("--max_steps", "many"): "argument --max_steps/--max-steps: invalid int value: 'many'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import enum
 import json
@@ -157,7 +158,14 @@ def _without_enums(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does."""
+    """A YAML loader that reads 1e-4 as a number, and takes no key twice, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """As of the base class."""
+        names = [str(key.value).replace("-", "_") for key, _ in node.value]
+        if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE),
