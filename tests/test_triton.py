@@ -531,6 +531,16 @@ def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
     launch._tuned.cache_clear()
 
 
+def test_a_launch_is_chosen_without_a_home(monkeypatch):
+    """As in a container whose user has no entry in /etc/passwd."""
+    for name in ("FDISTILL_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    launch._tuned.cache_clear()
+    assert launch.choose(10, 3000, 4, torch.device("cpu"), "Kl")
+    launch._tuned.cache_clear()
+
+
 def test_tune_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
     arguments = ["bench", "--tune", "--divergence", "js", "--shape", "2,1100", "--json"]

@@ -147,8 +147,8 @@ def _kernels() -> str:
 
 def cache_file() -> Path:
     """Where tuned launches of these kernels are kept: in $FDISTILL_CACHE, or ~/.cache/fdistill_kernels."""
-    folder = Path(os.environ.get("FDISTILL_CACHE", Path.home() / ".cache" / "fdistill_kernels"))
-    return folder / f"launches-{_kernels()}.json"
+    folder = os.environ.get("FDISTILL_CACHE") or os.path.expanduser("~/.cache/fdistill_kernels")  # there may be no home
+    return Path(folder) / f"launches-{_kernels()}.json"
 
 
 @functools.lru_cache
