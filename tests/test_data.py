@@ -384,6 +384,11 @@ def test_bad_rows_are_named(tmp_path):
         with pytest.raises(ValueError) as told:
             tokenize(read_pairs(tmp_path / name), tokenizer_of(PLAIN, bos=False), llama(320).config, name=name)
         assert words in str(told.value), str(told.value)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_bytes(good)
+    (tmp_path / "folder" / "b.jsonl").write_bytes(b'{"source": "a", "words": "b"}\n')
+    with pytest.raises(ValueError, match=r"(?s)folder: .*words"):
+        read_pairs(tmp_path / "folder")
     for name, columns, words in (("null.jsonl", ("prompt", "answer"), "'answer'; it has prompt, target"),
                                  ("turns.jsonl", ("question", "target"), "'question'; it has messages")):  # fmt: skip
         with pytest.raises(ValueError, match=f"lacks the column {words}"):

@@ -53,12 +53,16 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
 
 def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     kind = Path(path).name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("jsonl", "json", "csv", "tsv", "parquet"):
         if Path(path).is_file():
             raise ValueError(f"{path} must be .jsonl, .json, .csv, .tsv or .parquet, not .{kind}")
-        return load_dataset(path, config, split=split)
+        try:
+            return load_dataset(path, config, split=split)
+        except DatasetGenerationError as error:  # of a folder or a hub dataset whose files do not fit together, say
+            raise ValueError(f"{path}: {error.__cause__ or error}") from error
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
