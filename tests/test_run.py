@@ -244,6 +244,16 @@ def test_causal_students_left_padding_and_prompts_of_the_teachers_own(files, cap
     assert by_teacher and by_student and min(by_teacher) > max(by_student)
 
 
+@pytest.mark.parametrize(
+    "command, words", [("evaluate", "stopped"), ("sample-teacher", "stopped; the same command goes on")]
+)
+def test_a_command_that_is_stopped_says_what_goes_on(command, words, capsys, monkeypatch):
+    monkeypatch.setitem(run.WORK, command, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    asked = [command, "--teacher", "t", "--data", "d", *(["--student", "s"] if command == "evaluate" else [])]
+    assert cli.main(asked) == 130
+    assert capsys.readouterr().err.strip().removesuffix(" from here") == words
+
+
 def test_measures_of_few_and_empty_outputs(files):
     teacher, tokenizer = bart(), AutoTokenizer.from_pretrained(files / "teacher")
     teacher.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(60).index_fill(0, torch.tensor(0), 1e4))

@@ -126,7 +126,8 @@ def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dic
         with contextlib.redirect_stdout(sys.stderr), _interruptible():  # the trainer prints its logs
             results = (work or WORK[command])(asked, console)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        kept = "" if command == "evaluate" else "; the same command goes on from here"
+        print(f"\nstopped{kept}", file=sys.stderr)
         return 130
     except Exception as error:
         if _disk_is_full(error, asked and asked.training["output_dir"]):
