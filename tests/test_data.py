@@ -443,6 +443,14 @@ def test_options_and_what_they_were_called(tmp_path):
         ask("train", [*base, "--chat_template_path", str(tmp_path / "a.jinja")]).model.chat_template()
         == "{{ bos_token }}"
     )
+    (tmp_path / "home.yaml").write_text("samples: ~/samples\noutput_dir: ~/run\nteacher_system: ~ and so on\n")
+    found = ask(
+        "train", [*base, "--config", str(tmp_path / "home.yaml"), "--eval_data=~/a.tsv"]
+    )  # which no shell expands
+    assert [found.run.samples, str(found.folder), found.data.eval_data] == [
+        os.path.expanduser(f"~/{x}") for x in ("samples", "run", "a.tsv")
+    ]
+    assert found.data.teacher_system == "~ and so on"
     assert not ask("train", [*base, "--lr_scheduler_type", "constant"]).config.warmup_steps  # whose default is a tenth
     assert "hub_token" not in ask("train", [*base, "--hub_token", "secret"]).settings()  # which report.html shows
     assert ask("train", [*base, "--report_to", "wandb", "tensorboard"]).config.report_to == ["wandb", "tensorboard"]

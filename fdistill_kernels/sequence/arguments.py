@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import enum
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _given(parser: Parser, argv: Sequence[str], settings: Mapping[str, Any]) -> 
     found = vars(parsed(parser.parse_args, [*_arguments(said), *argv]))
     given = {name: None for name, value in said.items() if value is None}
     given |= {name: value for name, value in found.items() if value is not absent}
-    given = {name: _without_enums(value) for name, value in given.items() if name in names - OF_LINE}
+    given = {name: _plain(value) for name, value in given.items() if name in names - OF_LINE}
     return given, found["json"] is True
 
 
@@ -150,10 +151,12 @@ def _object(text: str) -> dict[str, Any]:
 _object.__name__ = "JSON object"  # in argparse's message
 
 
-def _without_enums(value: Any) -> Any:
-    """A value as YAML has it."""
+def _plain(value: Any) -> Any:
+    """A value as YAML has it, where a path is whole that a shell would have made whole."""
     if isinstance(value, list):
-        return [_without_enums(x) for x in value]
+        return [_plain(x) for x in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
     return value.value if isinstance(value, enum.Enum) else value
 
 
