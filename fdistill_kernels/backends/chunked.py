@@ -109,10 +109,9 @@ def log_ratio(z_t: Tensor, z_s: Tensor, teacher: Any, student: Any) -> Tensor:
     """
     apart = teacher.top - student.top
     constant = (teacher.log_total - student.log_total).to(apart.dtype)
-    rest = torch.where(teacher.rate == student.rate, 0, (teacher.rate - student.rate) * (z_s - student.top))
-    alike = ((z_t - z_s) - apart) * teacher.rate + rest
+    differences = ((z_t - z_s) - apart) * teacher.rate
     far = (z_t - teacher.top) * teacher.rate - (z_s - student.top) * student.rate
-    return torch.where(apart.abs() <= 1, alike, far) - constant
+    return torch.where((apart.abs() <= 1) & (teacher.rate == student.rate), differences, far) - constant
 
 
 def _metrics(student: _Model, teacher: _Model | None, labels: Tensor | None) -> tuple[Tensor, ...]:
