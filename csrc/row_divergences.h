@@ -13,7 +13,7 @@ constexpr int kCoefficients = 8, kMostSums = 5;
 // What `coefficients` sees of a row.
 struct RowFacts {
   float sums[kMostSums], u_at_peak, u_at_other_peak;
-  float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; at least kNoOverlap
+  float largest = 0.0f;  // of what `largest` says of entries, where a divergence has it; from kNoOverlap to -kNoOverlap
 };
 
 template <typename Other, bool is_centred = false>

@@ -24,7 +24,8 @@ from torch import Tensor
 
 #: A logarithm of 0 that may still be multiplied: masks of finfo.min, and −inf.
 LOWEST_LOG = -1e30
-#: Above the logarithm of p^a q^b of an entry that one model lacks, for 0 < a, b and a + b = 1.
+#: Above the logarithm of p^a q^b of an entry that one model lacks, for 0 < a, b and a + b = 1; its negative is below
+#: that for a > 1.
 NO_OVERLAP = -1e20
 #: |u| below which p and q are near, and series are used: as far as they hold a dtype's digits.
 NEAR = {torch.float32: 0.1875, torch.float64: 0.02}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .formulas import (
     KERNELS,
-    LOWEST_LOG,
     NO_OVERLAP,
     Entry,
     Formula,
@@ -61,7 +60,7 @@ def _anchor(e: Entry, a: float, rest: float) -> Tensor:
     """What keeps Σ p^α q^(1−α) in its dtype: its largest logarithm. Models without a common entry have none."""
     if e.anchor is not None:
         return e.anchor
-    return power_log(e, a, rest).amax(1, keepdim=True).clamp(NO_OVERLAP, -LOWEST_LOG)
+    return power_log(e, a, rest).amax(1, keepdim=True).clamp(NO_OVERLAP, -NO_OVERLAP)
 
 
 def _powers(e: Entry, a: float, rest: float) -> Sums:

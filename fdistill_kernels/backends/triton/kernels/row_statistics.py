@@ -7,7 +7,7 @@ from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import first_of, line_of, load_block, row_at, within
 from .softmaxes import added, by_lane, no_sums, softmaxes_of
 from .stretches import NOWHERE, clear_until
-from .terms import LOG2E, LOWEST_LOG, NO_OVERLAP
+from .terms import LOG2E, NO_OVERLAP
 
 COEFFICIENTS = tl.constexpr(8)
 #: How the teacher's largest entries are told: by their number, or by their mass.
@@ -110,7 +110,7 @@ def row_statistics_kernel(
                     y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
                     here = LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own)
                     most = tl.maximum(most, tl.max(by_lane(here, zeros.shape[0], LINE), 1))
-            facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -LOWEST_LOG)
+            facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -NO_OVERLAP)
             sums = zeros, zeros, zeros, zeros, zeros
             k, count = 0, tl.cdiv(bounds[1], BLOCK)
             while k < count:

@@ -1,8 +1,8 @@
 """Divergences that ask for statistics of their row, as csrc/row_divergences.h has and row_formulas.py explains them.
 
 A divergence's sums are of an entry (terms.py), its coefficients of the sums, both beside the row's facts: u at both
-peaks, and the largest of what it names, at least NO_OVERLAP. Its terms take the coefficients behind their constants,
-own[FIRST] and on, with the models exchanged in reverse.
+peaks, and the largest of what it names, from NO_OVERLAP to -NO_OVERLAP. Its terms take the coefficients behind their
+constants, own[FIRST] and on, with the models exchanged in reverse.
 """
 
 import triton
