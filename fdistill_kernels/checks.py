@@ -130,7 +130,7 @@ def check_overwritten(name: str, tensor: Tensor, others: Mapping[str, Tensor | N
     reach = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
-            if stride <= reach:
+            if stride <= reach and tensor.numel():
                 raise ValueError(
                     f"inplace=True would overwrite {name}, whose rows share memory: strides {tensor.stride()}"
                 )

@@ -198,6 +198,8 @@ def test_inplace_refuses_shared_memory():
         OPERATORS.divergence_rows_(*rows)
     pair = torch.randn(2, N, V, requires_grad=True) * 1  # neighbours in one storage share nothing
     fk.f_divergence(pair[0], pair[1].detach(), inplace=True)
+    nothing = (base * 1).expand(N, V)[None, :0].expand(2, 0, V)  # and no rows nothing either
+    assert fk.f_divergence(nothing, nothing.detach(), inplace=True) == 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
