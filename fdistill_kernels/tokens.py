@@ -289,7 +289,7 @@ def reduced(
 
 def number(factor: Tensor) -> float | None:
     """The one number that a tensor holds, where it may be asked for."""
-    return factor.item() if factor.numel() == 1 and checks.readable(factor) else None
+    return factor.item() if checks.readable(factor) and factor.numel() == 1 else None
 
 
 def is_power_of_two(factor: Tensor) -> bool:
