@@ -3,6 +3,8 @@
 import copy
 import itertools
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -447,9 +449,23 @@ def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatc
         samples(tmp_path / "whole", seed=1)
     with pytest.raises(ValueError, match="top_k was 0 and is 3"):
         samples(tmp_path / "whole", sampling=Sampling(max_new_tokens=5, top_k=3))
-    (tmp_path / "whole" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        samples(tmp_path / "whole")
+    shards = again.shards()
+    for content in (b"", shards[0].read_bytes()[:-9], shards[0].read_bytes(), parquet_of(index=[4, 5, 6, 7])):
+        shards[1].write_bytes(content)  # of a disk that failed, of the first shard, of another program
+        with pytest.raises(ValueError, match=r"shard-00001\.parquet is not what was written \(.*: remove it, and its"):
+            again.load()
+    shards[1].unlink()
+    assert list(again.fill(model, batch=2)) and again.load() == whole
+    for content in ("{", "[]", '"text"'):
+        (tmp_path / "whole" / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            samples(tmp_path / "whole")
+
+
+def parquet_of(**columns):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def test_full_disk_leaves_whole_files(tmp_path, monkeypatch):

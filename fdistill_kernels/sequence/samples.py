@@ -68,7 +68,7 @@ class TeacherSamples:
             ValueError: there are none for these prompts.
         """
         try:
-            known = json.loads((folder / "manifest.json").read_text())
+            known = _known(folder / "manifest.json")
         except (OSError, ValueError) as error:
             told = ("data", "limit", "eval_data", "eval_pairs", "sequences")
             kind = folder.name.partition("-")[0].replace("_", " ")  # teacher samples, or teacher beams
@@ -86,7 +86,7 @@ class TeacherSamples:
             write_whole(manifest, json.dumps(self.key, indent=1).encode())
             return
         try:
-            known = json.loads(manifest.read_text())
+            known = _known(manifest)
         except ValueError as error:
             raise ValueError(f"{manifest} is damaged ({error}); remove {self.folder} to sample anew") from error
         check_same(f"the samples in {self.folder} were drawn otherwise", known, self.key)
@@ -129,19 +129,34 @@ class TeacherSamples:
         """All continuations, in the order of the prompts.
 
         Raises:
-            ValueError: some are still missing.
+            ValueError: some are still missing, or a shard is not what was written.
         """
-        import pyarrow
-        import pyarrow.parquet
-
         if self.missing():
             raise ValueError(
                 f"{len(self.missing())} of {len(self.shards())} shards in {self.folder} are missing: sample them first"
             )
-        rows = pyarrow.concat_tables([pyarrow.parquet.read_table(s) for s in self.shards()])
-        if rows["index"].to_pylist() != list(range(len(self.prompts))):
-            raise ValueError(f"the shards in {self.folder} do not hold each prompt once; remove it to sample anew")
-        return rows["sample_ids"].to_pylist()
+        return [ids for number in range(len(self.shards())) for ids in self._shard(number)]
+
+    def _shard(self, number: int) -> list[list[int]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        path, why = self.shards()[number], "it holds other prompts"
+        try:
+            rows = pyarrow.parquet.read_table(path)
+            if rows["index"].to_pylist() == list(self._range(number)):
+                return rows["sample_ids"].to_pylist()
+        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            why = str(error)
+        raise ValueError(f"{path} is not what was written ({why}): remove it, and its prompts are sampled anew")
+
+
+def _known(manifest: Path) -> dict[str, Any]:
+    """What decided the samples there; ValueError where that cannot be read."""
+    known = json.loads(manifest.read_text())
+    if not isinstance(known, dict):
+        raise ValueError("it is no object of JSON")
+    return known
 
 
 def write_table(table: Any, path: str | Path) -> None:

@@ -137,7 +137,7 @@ def message_of(reply: Any) -> str:
     """The server's error message, in the forms of vLLM, SGLang and FastAPI."""
     try:
         found = reply.json()
-        found = found.get("error", found.get("message", found.get("detail", found)))
+        found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), found)
         return str(found.get("message", found) if isinstance(found, dict) else found)
     except (ValueError, AttributeError, RecursionError):
         return reply.text[:500]

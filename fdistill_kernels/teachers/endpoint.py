@@ -536,7 +536,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             raise EndpointError(f"model must be given: the server has {[m.get('id') for m in models]}")
         kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str}
         about = found[0] if found else {"id": self.model}
-        return {name: about[name] for name, kind in kinds.items() if isinstance(about.get(name), kind)}
+        return {name: about[name] for name, kind in kinds.items() if type(about.get(name)) is kind}  # true is no 1
 
 
 def _end_of(reply: dict[str, Any]) -> Any:
