@@ -403,6 +403,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--revision: not used, as no --student": call("--student_layers", "1", "--revision", "main", student=None),
         "--vllm_url: not used, as a server is asked for samples, not for beams": call("--method", "seqkd", "--vllm_url", url),
         "--samples, --vllm_url: not used, as the objective is": call("--method", "rkl", "--samples", "x", "--vllm_url", url),
+        "--served_model_name: not used, as no server of the teacher": call("--served_model_name", "x"),
+        "--server_kind: not used, as --teacher is no server": call("--server_kind", "vllm"),
         "--samples: not used, as --online_teacher draws": call("--online_teacher", "--samples", "x"),
         "--beams: not used, as no beams are asked for": call("--beams", "2"),
         "--hub_strategy: not used, as nothing is pushed": call("--hub_strategy", "end"),
@@ -652,6 +654,10 @@ def test_servers_of_both_models(causal, tmp_path):
             assert len(ours.told) == 2 and ours.bodies
     assert {body["model"] for body in theirs.bodies} == {f"{causal}/teacher"}
     assert len({body["seed"] for body in theirs.bodies}) == len(theirs.bodies) > 8
+    with Server(Student(f"{causal}/teacher")) as theirs:
+        drawn = [*call, "--vllm_url", theirs.url, "--served_model_name", "alias", "--samples", f"{tmp_path}/samples"]
+        assert cli.main(["sample-teacher", *drawn[1:]]) == 0
+    assert {body["model"] for body in theirs.bodies} == {"alias"}
 
 
 def test_json_has_no_infinity(tmp_path, capsys):

@@ -553,6 +553,22 @@ def test_a_server_that_only_tokenizes_is_compared_by_a_text(causal_files, tmp_pa
     assert ("has another tokenizer than" in capsys.readouterr().err) == swapped
 
 
+def test_a_server_of_several_models_and_of_either_kind(causal_files, tmp_path, capsys):
+    def trained(*more, expect=0):
+        command("train", "--teacher", server.url, "--student", causal_files / "student", "--data", causal_files / "pairs.tsv", *COMMON,
+                "--max-steps", "1", "--method", "rkl", "--output-dir", tmp_path / "-".join(more), *more, expect=expect)  # fmt: skip
+
+    with Server(Model(AutoTokenizer.from_pretrained(causal_files / "causal").vocab_size)) as server:
+        server.reply_models = [{"id": "base"}, {"id": "tuned"}]
+        trained(expect=2)
+        assert "--served_model_name: the server has ['base', 'tuned']" in capsys.readouterr().err
+        trained("--served_model_name", "tuned")
+        assert {body["model"] for body in server.bodies} == {"tuned"}
+        server.bodies.clear()
+        trained("--served_model_name", "tuned", "--server_kind", "sglang")
+        assert all(body["return_logprob"] for body in server.bodies) and server.bodies
+
+
 def kl_run(files, store):
     return ("train", "--teacher", store, "--student", files / "student", *COMMON, "--max-steps", "2", "--method", "kl")
 

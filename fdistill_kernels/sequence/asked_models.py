@@ -51,7 +51,8 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         config = load_config(model.student, **model.source())
         tokenizer = tokenizer_of(asked, model.tokenizer or model.student, model.revision)
         kept = Path(run.samples or asked.config.output_dir or "") / "endpoint"
-        endpoint = Endpoint(model.teacher, vocabulary=vocabulary_of(config), k=run.k, store=kept, padded=True)
+        endpoint = Endpoint(model.teacher, model=model.served_model_name, kind=model.server_kind, k=run.k, store=kept,
+                            vocabulary=vocabulary_of(config), padded=True)  # fmt: skip
         check_tokenizer(endpoint, tokenizer, model.tokenizer or model.student)
         halves = asked.config.halves() if asked.command == "train" else ()
         if halves and (asked.config.eval_strategy != "no" or any(half.divergence is not None for half in halves)):

@@ -106,6 +106,8 @@ def check_used(asked: Asked) -> None:
         (not (served or stored or builds), {"k", "tail"}, "the teacher's own weights need no lists"),
         (served or stored, {"teacher_dtype", "teacher_revision", "teacher_quantization", "device_map"},
          "the teacher's weights are not loaded"),
+        (not (served or asked.run.vllm_url), {"served_model_name"}, "no server of the teacher is asked"),
+        (not served, {"server_kind"}, "--teacher is no server's URL"),
         (not asked.model.student, {"revision", "quantization"}, "no --student is loaded"),
         (asked.run.online_teacher, {"samples", "vllm_url"}, "--online_teacher draws anew at every step"),
         (not sources and not builds, drawing - ({"samples"} if served else set()),

@@ -44,6 +44,8 @@ HELP = {
     "trust_remote_code": "run the code that comes with a model or its tokenizer",
     "quantization": f"quantise the student (to train it, add --use_peft): {_QUANTISED}",
     "teacher_quantization": f"quantise the teacher: {_QUANTISED}",
+    "served_model_name": "name of the teacher on its server, where that has several models or its own name for it",
+    "server_kind": "protocol of the server that --teacher names: vllm, or sglang",
     "use_peft": "train only a new LoRA adapter on the student, as the options of this group say",
     "lora_r": "rank of the adapter's matrices, with --use_peft",
     "lora_alpha": "scale of the adapter, with --use_peft: its output is multiplied by lora_alpha/lora_r",

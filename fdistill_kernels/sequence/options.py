@@ -54,6 +54,8 @@ class ModelArguments:
     trust_remote_code: bool = False
     quantization: str | None = None
     teacher_quantization: str | None = None
+    served_model_name: str | None = None
+    server_kind: Literal["vllm", "sglang"] = "vllm"
 
     def source(self, prefix: str = "") -> dict[str, Any]:
         """Keyword arguments of `load_config` for the student, or with "teacher_" for the teacher."""
@@ -161,7 +163,7 @@ _OF_DATA = {f.name for f in dataclasses.fields(DataArguments)}
 _OF_BUILD = {f.name for f in dataclasses.fields(BuildArguments)}
 USED: dict[str, set[str]] = {
     "evaluate": _OF_TEACHER | _OF_SAMPLES | _OF_DATA - {"eval_pairs"}
-    | {"student", "dtype", "revision", "quantization", "output_dir"},
+    | {"student", "dtype", "revision", "quantization", "output_dir", "served_model_name", "server_kind"},
     "teacher build": _OF_TEACHER | _OF_SAMPLES | _OF_DATA | _OF_BUILD
     | {"output_dir", "per_device_eval_batch_size", "k", "beams"},
 }  # fmt: skip

@@ -159,8 +159,8 @@ class Run:
         """The model or server that draws, its fingerprint or name, and its `generation_settings`."""
         source: Any = self.model
         if url := self.asked.run.vllm_url:
-            source = Endpoint(url, model=str(self.asked.model.teacher), vocabulary=self.teacher.vocabulary,
-                              concurrency=32)  # fmt: skip
+            name = self.asked.model.served_model_name or (str(self.asked.model.teacher) if self.model else None)
+            source = Endpoint(url, model=name, vocabulary=self.teacher.vocabulary, concurrency=32)
         if self.model is not None:
             return source, self.teacher_fingerprint, generation_settings(self.model, sampling)
         assert isinstance(self.teacher, Served)

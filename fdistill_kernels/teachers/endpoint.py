@@ -533,7 +533,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         models = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
         found = [m for m in models if self.model in (None, m.get("id"))]
         if self.model is None and (len(found) != 1 or not isinstance(found[0].get("id"), str)):
-            raise EndpointError(f"model must be given: the server has {[m.get('id') for m in models]}")
+            raise EndpointError("model must be given, to a command as --served_model_name: the server has "
+                                f"{[m.get('id') for m in models]}")  # fmt: skip
         kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str}
         about = found[0] if found else {"id": self.model}
         return {name: about[name] for name, kind in kinds.items() if type(about.get(name)) is kind}  # true is no 1
