@@ -802,6 +802,9 @@ def test_arguments():
         server.reply_models = [{"id": "a"}, {"id": "b"}]
         with endpoint(server) as teacher, pytest.raises(EndpointError, match=r"model must be given.*'a', 'b'"):
             teacher.targets([[1]], [[2]])
+        server.reply_models = [{"id": "a", "vocabulary": True, "fingerprint": 3}]  # which say nothing of either
+        with endpoint(server) as teacher:
+            assert teacher.targets([[1]], [[2]]).ids.shape[-1] and teacher.fingerprint is None
     nobody = Endpoint("http://127.0.0.1:9", vocabulary=V, retries=1, first_wait=0.001)
     for kind in (EndpointError, ConnectionError, OSError, RuntimeError):
         with pytest.raises(kind, match=r"list of models: given up after 2 tries.*broke"):
@@ -936,6 +939,7 @@ def test_waits_end_at_the_longest_after_any_number_of_tries():
 @pytest.mark.parametrize(("status", "headers", "body", "says"), [
     (200, {}, b'{"error": {"message": "the weights are gone"}}', "given up after 2 tries.* the weights are gone"),
     (200, {}, b'{"object": "error", "message": "the weights are gone"}', "given up.* the weights are gone"),
+    (400, {}, b'{"error": null, "message": "the weights are gone"}', "status 400: the weights are gone"),
     (307, {"Location": "http://me:hidden@there/v1"}, b"", r"status 307: .*redirects to http://there/v1"),
     (200, {}, b'{"a":' * 100_000, "given up after 2 tries.* no JSON"),
     (400, {}, b"[" * 100_000, r"status 400: \[\["),

@@ -159,8 +159,9 @@ class Run:
         """The model or server that draws, its fingerprint or name, and its `generation_settings`."""
         source: Any = self.model
         if url := self.asked.run.vllm_url:
-            name = self.asked.model.served_model_name or (str(self.asked.model.teacher) if self.model else None)
-            source = Endpoint(url, model=name, vocabulary=self.teacher.vocabulary, concurrency=32)
+            own = None if self.model is None else str(self.asked.model.teacher)  # else that is another server's URL
+            source = Endpoint(url, model=self.asked.model.served_model_name or own, vocabulary=self.teacher.vocabulary,
+                              concurrency=32)  # fmt: skip
         if self.model is not None:
             return source, self.teacher_fingerprint, generation_settings(self.model, sampling)
         assert isinstance(self.teacher, Served)
