@@ -460,6 +460,10 @@ def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatc
         (tmp_path / "whole" / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match="is damaged"):
             samples(tmp_path / "whole")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "whole" / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="holds no whole for these prompts"):
+            TeacherSamples.kept(tmp_path / "whole", prompts, {})
 
 
 def parquet_of(**columns):

@@ -69,12 +69,12 @@ class TeacherSamples:
         """
         try:
             known = _known(folder / "manifest.json")
-        except (OSError, ValueError) as error:
+            sampling = Sampling(**{name: known[name] for name in Sampling().decided()})
+        except (OSError, ValueError, KeyError) as error:
             told = ("data", "limit", "eval_data", "eval_pairs", "sequences")
             kind = folder.name.partition("-")[0].replace("_", " ")  # teacher samples, or teacher beams
             raise ValueError(f"{folder.parent} holds no {kind} for these prompts ({error}); it was built of "
                              + ", ".join(f"{n} {job[n]}" for n in told if n in job)) from error  # fmt: skip
-        sampling = Sampling(**{name: known[name] for name in Sampling().decided()})
         decided = {"data", "prompts", "seed", "teacher", *sampling.decided()}
         return cls(folder, prompts, sampling, known["teacher"], known["seed"],
                    {k: v for k, v in known.items() if k not in decided})  # fmt: skip
