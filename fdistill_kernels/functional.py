@@ -88,7 +88,7 @@ def f_divergence(
         vocab_size: compare only the first vocab_size entries, if the models' vocabularies are padded differently.
         inplace: the gradient overwrites `student_logits`, which must not be used again. Refused if the models' dtypes
             differ, or if rows share memory with each other or another argument. Without a gradient nothing is
-            overwritten.
+            overwritten. float16 then has to hold both models' gradients but for the token's weight.
         backend: "auto", or the name of a backend (`fdistill doctor`).
         return_parts: True also returns `LossParts`, "metrics" `Metrics`, which read each row once more. With a `TopK`
             both give `SparseParts`, which need a top-k of the student's rows.

@@ -69,7 +69,8 @@ class FDivergence(Divergence):
             (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
         larger, inverse = _larger(p, q, u)
         value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
-        return torch.where(value == torch.inf, value, value - slope), slope  # f overflows before f − t f′ has a sign
+        beyond = value.isinf() | slope.isinf()  # what overflows first may have either sign, and their sum is the loss
+        return torch.where(beyond, torch.inf, value - slope), torch.where(slope == -torch.inf, 0, slope)
 
     def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         """``q f(p/q)``, elementwise and differentiable by autograd; compilers trace this."""

@@ -313,6 +313,17 @@ def test_own_generator():
     assert torch.autograd.gradcheck(lambda s: fk.f_divergence(s, teacher, own), student)
 
 
+@pytest.mark.parametrize("f", [lambda t: (t - 1) ** 2, lambda t: 1 / t - 1, lambda t: 1 / t**2 - 1, lambda t: t**3 - 1])
+def test_own_generator_that_overflows_is_infinite(f):
+    """Whichever of f and its slope is the first to: where their signs differ, their difference has no digits left."""
+    for gap in (40.0, 43.9, 44.2, 60.0, 88.0, 200.0):
+        student, teacher = torch.tensor([[0.0, gap], [gap, 0.0]]), torch.tensor([[gap, 0.0], [gap / 2, 0.0]])
+        loss = fk.f_divergence(student, teacher, f, reduction="none", backend="torch")
+        exact = fk.f_divergence(student.double(), teacher.double(), f, reduction="none")
+        assert not loss.isnan().any()
+        assert ((loss == torch.inf) | ((loss.double() - exact).abs() <= 1e-3 * exact.abs() + 1e-6)).all()
+
+
 @pytest.mark.parametrize(
     "generator, message",
     [(lambda t: t * t, r"f\(1\) must be 0, but f\(1\) = 1"), (lambda t: -((t - 1) ** 2), "must be convex"),
