@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exact import FAR, HUGE, TRAINED, Exact
+from .exact import FAR, HUGE, TRAINED, Exact, of_rounding
 from .layouts import Draw
 
 #: What a call of fitting arguments may still be refused for.
@@ -70,19 +70,21 @@ def compare(name: str, a: dict[str, Any], loss: Tensor, want: Exact, leaves: dic
     if draw.maybe(0.2) and not a.get("inplace"):
         for one, two in zip(gradients, torch.autograd.grad(loss, inputs, upstream), strict=True):
             close("second gradient", two, one, 0)
-    exacts = torch.autograd.grad(
-        (want.loss * upstream.double()).sum(), [want.leaves[k] for k in leaves], allow_unused=True
+    *exacts, of_logits = torch.autograd.grad(
+        (want.loss * upstream.double()).sum(), [*(want.leaves[k] for k in leaves), want.logits], allow_unused=True
     )
-    first = a[TRAINED[name][0]]
-    narrow = first.dtype == torch.float16 and ("linear" in name or a.get("inplace"))
-    most = 1e3 if narrow else FAR  # of logits' gradients in that dtype
-    known = (want.rows.abs() < most) & (want.floor < HUGE)
+    first, floor = a[TRAINED[name][0]], want.floor * factor
+    known = (want.rows.abs() < FAR) & (want.floor < HUGE) & want.slack.isfinite()
+    if first.dtype == torch.float16 and ("linear" in name or a.get("inplace")):  # which its logits' gradients must fit
+        known &= want.rows.abs() < 1e3 * want.weight.clamp_max(1)
+    if "linear" in name:
+        floor = floor + of_rounding(of_logits, want.error, first.dtype)
     for k, got, exact_gradient in zip(leaves, gradients, exacts, strict=True):
         x = a[k]
         if got.dtype != x.dtype or got.shape != x.shape:
             raise Failure(f"{k}'s gradient is {got.dtype} {tuple(got.shape)}")
         e = torch.zeros(x.shape).double() if exact_gradient is None else exact_gradient
-        check_gradient(k, name, a, got.double(), e, want.error, want.floor * factor, known)
+        check_gradient(k, name, a, got.double(), e, want.error, floor, known)
 
 
 def check_gradient(

@@ -31,7 +31,7 @@ FAR, HUGE, TINY, LOST = 1e6, 1e30, 1e-30, (-87.0, -700.0)
 @dataclass
 class Exact:
     """A loss with its graph to `leaves`, and for each row: the loss, what it may be off by, and what its gradient by
-    logits may be, relative to its largest entry and beside that.
+    logits may be, relative to its largest entry and beside that; its factor, and the student's logits (N, V).
     """
 
     loss: Tensor
@@ -41,6 +41,8 @@ class Exact:
     error: Tensor
     floor: Tensor
     tokens: int
+    weight: Tensor
+    logits: Tensor
 
 
 @dataclass
@@ -86,7 +88,7 @@ def exact(name: str, a: dict[str, Any]) -> Exact:
     dtypes = [a[k].dtype for k in leaves]
     wide = dtypes[0] if "linear" in name else torch.float64 if torch.float64 in dtypes else torch.float32
     slack, error, floor = tolerances(student.detach(), teacher, terms, parts, wide, "linear" in name)
-    return Exact(loss, leaves, rows.detach(), slack, error, floor, tokens)
+    return Exact(loss, leaves, rows.detach(), slack, error, floor, tokens, terms.scale.abs(), student)
 
 
 def logits_of(name: str, leaves: dict[str, Tensor], a: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -221,10 +223,19 @@ def tolerances(
     peak = torch.maximum(p, q).amax(1)
     least = LOST[dtype == torch.float64]  # of it there may be all of an enormous divergence
     lost = (((log_p < least) & log_p.isfinite()) | ((log_q < least) & log_q.isfinite())).any(1)
-    slack = torch.where(lost & (divergence.abs() > FAR) & (weight * of_divergence != 0), torch.inf, slack)
+    masked = (((log_p < -HUGE) & (q > 0)) | ((log_q < -HUGE) & (p > 0))).any(1)  # by finfo.min, or by -inf
+    apart = (lost & (divergence.abs() > FAR)) | masked
+    slack = torch.where(apart & (weight * of_divergence != 0), torch.inf, slack)
     floor = 0.05 * error * (of_divergence * rate * peak + of_labels + 2 * terms.of_z * lse)
     floor = floor + 4 * digits * of_divergence * rate * divergence.abs()  # q (g - S) where g and S nearly cancel
     if chosen == "tvd" or chosen == TABLE["tvd"]:  # at equal probabilities its gradient jumps
         tied = (p - q).abs() <= (error.unsqueeze(1) + 1e-5) * torch.maximum(p, q)
         floor = floor + of_divergence * rate * torch.where(tied, p + q, 0).sum(1)
     return slack, error, weight * floor
+
+
+def of_rounding(of_logits: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a linear loss's rows (N,) lose where logits and their gradient are rounded to 16 bits, of `floor`'s kind: the
+    products with a head whose rows are alike cancel, and the roundings do not.
+    """
+    return error * of_logits.abs().sum(1) / 80 if torch.finfo(dtype).bits < 32 else torch.zeros_like(error)

@@ -90,8 +90,8 @@ def public_call(draw: Draw) -> str:
         close("sum of the parts", whole.nan_to_num(0, HUGE, -HUGE), loss.detach().nan_to_num(0, HUGE, -HUGE), slack)
         close("tokens", parts.tokens, torch.tensor(want.tokens), 0)
     compare(name, a, loss, want, dict(zip(leaves, inputs, strict=True)), draw)
-    if old is not None:
-        a[leaves[0]].detach().copy_(old)
+    if old is not None:  # the entries that were compared: padding may share their memory
+        a[leaves[0]].detach()[..., : a.get("vocab_size")].copy_(old[..., : a.get("vocab_size")])
     unchanged(draw, before)
     return name
 

@@ -13,7 +13,7 @@ from fdistill_kernels.values import Head
 
 from .arguments import DTYPES, JUMP, logits, per_token, spoil
 from .checks import Failure, called, check_gradient, close, unchanged
-from .exact import FAR, HUGE, Terms, capped, rows_of, tolerances
+from .exact import FAR, HUGE, Terms, capped, of_rounding, rows_of, tolerances
 from .layouts import SIZES, Draw
 
 #: The operators' names of what is named here as a user would.
@@ -155,13 +155,14 @@ def exact_rows(a: dict[str, Any], chosen: Divergence | None) -> tuple[list[Tenso
         targets = targets if a["class_weight"] is None else targets * a["class_weight"].detach().double()
     terms = Terms(scale, 1 / t_s, 1 / t_t, *factors, targets, chosen)
     losses, parts = rows_of(student, teacher, terms)
-    gradients = list(torch.autograd.grad(losses.sum(), leaves, allow_unused=True))
+    *gradients, of_logits = torch.autograd.grad(losses.sum(), [*leaves, student], allow_unused=True)
     linear = "hidden" in a
     first = a["hidden" if linear else "student"].dtype
     wide = torch.float64 if first == torch.float64 else first if linear else torch.float32
     if linear and a["teacher_weight"] is not None:  # logits of a teacher are rounded to its own dtype
         wide = max(wide, a["teacher"].dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = tolerances(student.detach(), teacher, terms, parts, wide, linear)
+    slack, error, floor = tolerances(student.detach(), teacher, terms, parts, wide, linear)
+    tolerance = slack, error, floor + of_rounding(of_logits, error, first) if linear else floor
     ones = torch.ones(n).double()
     factors = (factors[0], ones, ones)
     parts = [
@@ -184,7 +185,7 @@ def compare(a: dict[str, Any], got: Any, parts: list[Tensor], gradients: Any, to
             (slack + error * (part.abs().nan_to_num(0, 0, 0) + 0.1) + 1e-5)[said],
         )
     narrow = "hidden" in a and a["hidden"].dtype == torch.float16  # whose gradients by logits must not overflow
-    known = (torch.stack(parts).abs().amax(0) < (FAR / 1000 if narrow else FAR)) & (floor < HUGE)
+    known = (torch.stack(parts).abs().amax(0) < (FAR / 1000 if narrow else FAR)) & (floor < HUGE) & slack.isfinite()
     public = ("student_logits", "teacher_logits") if "student" in a else ("student_hidden", "student_weight")
     name = "f_divergence" if "student" in a else "linear_f_divergence"
     for ours, k, g, e in zip(a, public, got[1:], gradients, strict=False):
