@@ -162,9 +162,15 @@ def _entropy_gated(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], l
     return _kl(log_q, log_p).sum(-1) + torch.where(gate, _kl(log_p, log_q).sum(-1), 0)
 
 
+def _log_sum(log: Tensor) -> Tensor:
+    """logsumexp, of nothing −inf; written so that autograd makes no softmax of nothing."""
+    nothing = (log == -torch.inf).all(-1)
+    return log.masked_fill(nothing.unsqueeze(-1), 0).logsumexp(-1).masked_fill(nothing, -torch.inf)
+
+
 def _grouped(log_p: Tensor, log_q: Tensor, inside: Tensor, weight: float, within: float) -> Tensor:
     """weight·KL(the set's entries and the rest as one) + within·KL(inside the rest)."""
-    rest_p, rest_q = (x.masked_fill(inside, -torch.inf).logsumexp(-1) for x in (log_p, log_q))
+    rest_p, rest_q = (_log_sum(x.masked_fill(inside, -torch.inf)) for x in (log_p, log_q))
     coarse = _kl(log_p, log_q).masked_fill(~inside, 0).sum(-1) + _kl(rest_p, rest_q)
     dead = (rest_p == -torch.inf) | (rest_q == -torch.inf)
     rest_p, rest_q = (x.masked_fill(dead, 0).unsqueeze(-1) for x in (rest_p, rest_q))

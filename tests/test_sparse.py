@@ -740,6 +740,30 @@ def test_the_student_s_mass_is_the_list_s_whatever_the_tail():
 
 
 @pytest.mark.filterwarnings("ignore:tail='ignore'")
+@pytest.mark.parametrize("divergence", [fk.DKD(), fk.TailAware(2)], ids=str)
+def test_a_truncated_sum_with_nothing_outside_its_set_has_a_gradient(divergence):
+    """Autograd would make the softmax of nothing."""
+    student = torch.tensor([[0.1, 0.7, -0.2, -torch.inf]], requires_grad=True)
+    teacher, labels = torch.tensor([[0.3, -0.5, 1.0, 0.2]]).log_softmax(1), torch.tensor([1])
+    for ids in ([[1]], [[1, -1, -1]], [[-1, -1]], [[1, 0]], [[1, 3]], [[1, 2, 3]]):
+        given = torch.tensor(ids)
+        log_probs = torch.where(given == 3, -torch.inf, teacher.gather(1, given.clamp_min(0)))
+        loss = fk.f_divergence(student, fk.TopK(given, log_probs, "ignore"), divergence, labels=labels)
+        assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "within"])
+def test_a_list_of_zeros_beside_a_student_that_has_no_rest(tail):
+    student = torch.tensor([[0.5, -torch.inf]], requires_grad=True)
+    for ids in ([[0]], [[0, 1]]):
+        loss = fk.f_divergence(
+            student, fk.TopK(torch.tensor(ids), torch.full((1, len(ids[0])), -torch.inf), tail), "kl"
+        )
+        loss.backward()
+        assert loss == 0 and (student.grad == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
 def test_truncated_sums_under_every_mode():
     student, (ids, log_probs) = logits_of(70).float(), listed(logits_of(71), 5)
     log_probs[1, 2] = -math.inf  # listed, and the teacher's 0

@@ -246,8 +246,10 @@ def _categories_of(call: RowCall, ids: Tensor, given: Tensor, student: Tensor) -
     log_p = log_p * (targets.temperature * rate).unsqueeze(1)
     of_list, of_rest = torch.where(none, -torch.inf, student[:, :-1]), student[:, -1:]
     if targets.tail == "within":
-        of_rest = torch.where(none, of_rest, -torch.inf)
-    elif targets.tail != "renormalize":  # truncated sums need all of the student's
+        of_rest = torch.full_like(of_rest, -torch.inf)
+    if targets.tail in ("within", "renormalize"):
+        of_rest = torch.where(none, 0, of_rest)  # of which a student may have nothing
+    else:  # truncated sums need all of the student's
         of_list = student[:, :-1]
     return torch.cat((log_p, rest), 1), torch.cat((of_list, of_rest), 1)
 
