@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
 from .heads import LARGEST
-from .hooks import move_to_end, without_user_s
+from .hooks import are_in_the_way, move_to_end, without_user_s
 from .values import Head
 
 #: A function of hidden states and the head's weight and bias, run where the head has them whole.
@@ -133,6 +133,9 @@ def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
         return _probed(given, args)
     deferral = active()
     if deferral is None or head is not deferral.head or not isinstance(given, Tensor):
+        return None
+    if are_in_the_way(head, of_all=deferral.own_loss):  # another loss has none for them
+        deferral.reason = deferral.reason or "a backward hook of its output embedding, or a hook of all modules"
         return None
     plain = is_plain(head)
     deferral.beside = plain and (is_split(head) or nn.functional.linear is not LINEAR)

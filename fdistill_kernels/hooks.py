@@ -11,8 +11,9 @@ from torch import nn
 
 #: Whose hooks gather, move or compute weights, for whoever calls the module: FSDP's, parametrizations', ZeRO's.
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "fdistill_kernels")
-#: Where a module has them.
+#: Where a module has them, of its forward pass, and of gradients.
 PLACES = ("_forward_pre_hooks", "_forward_hooks")
+OF_GRADIENTS = ("_backward_pre_hooks", "_backward_hooks")
 
 
 def is_user_s(hook: Callable[..., Any]) -> bool:
@@ -20,6 +21,16 @@ def is_user_s(hook: Callable[..., Any]) -> bool:
     function = getattr(hook, "func", hook)  # of a functools.partial
     module = getattr(function, "__module__", None) or type(function).__module__
     return module.partition(".")[0] not in LIBRARIES
+
+
+def are_in_the_way(module: nn.Module, of_all: bool = True) -> bool:
+    """Whether the user has hooks that `without_user_s` does not pass by: of the gradients of what the module gives, who
+    wait for it; or (of_all) of all modules, which other threads call meanwhile.
+    """
+    found = [getattr(module, place, {}) for place in OF_GRADIENTS]
+    if of_all:
+        found += [getattr(nn.modules.module, f"_global{place}", {}) for place in (*PLACES, *OF_GRADIENTS)]
+    return any(is_user_s(hook) for hooks in found for hook in hooks.values())
 
 
 def move_to_end(hooks: OrderedDict[int, Callable[..., Any]] | None, hook: Callable[..., Any]) -> None:

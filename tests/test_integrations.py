@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -415,3 +416,44 @@ def test_hooks_of_the_head_have_one_turn(name, patched_first):
         assert len(calls) == 1
         found.append((loss.detach(), [p.grad for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+#: Hooks of a user's that wait for the gradient of logits, or are of all modules: logits are made for them.
+WAITING_HOOKS = {
+    "backward": lambda head, see: head.register_full_backward_hook(lambda m, i, o: see(m, i)),
+    "before backward": lambda head, see: head.register_full_backward_pre_hook(lambda m, o: see(m, o)),
+    "of all": lambda head, see: nn.modules.module.register_module_forward_hook(lambda m, a, o: see(m, o)),
+    "of all backward": lambda head, see: nn.modules.module.register_module_full_backward_hook(
+        lambda m, i, o: see(m, i)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*makes its logits whole", "ignore:Full backward hook")
+@pytest.mark.parametrize("name", WAITING_HOOKS)
+def test_hooks_that_wait_for_logits_get_them(name):
+    found = []
+    for patched in (False, True):
+        model, shapes = llama(), []
+        head = model.get_output_embeddings()
+
+        def doubled(module, values, head=head, shapes=shapes):
+            if module is not head:
+                return None
+            tensors = values if isinstance(values, tuple) else (values,)
+            shapes.append([x.shape for x in tensors])
+            return tuple(2 * x for x in tensors) if isinstance(values, tuple) else 2 * values
+
+        handle = WAITING_HOOKS[name](head, doubled)
+        try:
+            if patched:
+                patch_model(model)
+            ids = torch.arange(18).view(2, 9) % model.config.vocab_size
+            loss = model(input_ids=ids, labels=ids).loss
+            loss += 0  # as a mixture of experts adds its own
+            loss.backward()
+        finally:
+            handle.remove()
+        found.append((loss.detach(), shapes, [p.grad for p in model.parameters()]))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(*((loss, grads) for loss, _, grads in found), rtol=1e-4, atol=1e-6)
