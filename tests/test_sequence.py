@@ -574,6 +574,8 @@ def test_layers_with_settings_or_shapes_of_their_own():
         LEDForConditionalGeneration,
         MambaConfig,
         MambaForCausalLM,
+        ProphetNetConfig,
+        ProphetNetForConditionalGeneration,
     )
 
     led = LEDForConditionalGeneration(LEDConfig(
@@ -586,6 +588,30 @@ def test_layers_with_settings_or_shapes_of_their_own():
     japanese = GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**small, num_attention_heads=2))
     with pytest.raises(ValueError, match="layers differ"):
         copy_layers(japanese, 1)
+    prophet = ProphetNetForConditionalGeneration(ProphetNetConfig(
+        vocab_size=60, hidden_size=16, num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=2,
+        num_decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32))  # fmt: skip
+    student = copy_layers(prophet, 1, 2)
+    assert len(student.prophetnet.encoder.layers) == 1 and len(student.prophetnet.decoder.layers) == 2
+    prophet.config.is_encoder_decoder = False
+    with pytest.raises(ValueError, match=r"ProphetNetConfig: This model does not support .* Copy its layers yourself"):
+        copy_layers(prophet, 1)
+
+
+def test_layers_that_a_configuration_counts_twice_are_refused_before_the_student_is_trained():
+    """Its numbers belong together, so that a saved student's configuration could not be read again."""
+
+    class Counted(LlamaConfig):
+        def __init__(self, first=1, then=1, **more):
+            super().__init__(**more)
+            self.first, self.then = first, then
+            if first + then != self.num_hidden_layers:
+                raise TypeError("first and then must be all layers")
+
+    small = dict(vocab_size=60, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    teacher = LlamaForCausalLM(Counted(num_hidden_layers=2, **small))
+    with pytest.raises(ValueError, match=r"Counted does not go with fewer layers .first and then must"):
+        copy_layers(teacher, 1)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

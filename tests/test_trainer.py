@@ -85,9 +85,40 @@ def test_resume_gives_the_same_weights(tmp_path, order):
             run = trainer(tmp_path / str(len(stops)), student, gpt2(60, seed=2), stored, method="kl", max_steps=stop,
                           save_strategy="steps", save_steps=1, lr_scheduler_type="constant", **order)  # fmt: skip
             run.train(resume_from_checkpoint=bool(i))
-            student = run.model
-        weights.append(student.lm_head.weight.detach().clone())
+            student = gpt2(60, seed=1)
+        weights.append(run.model.lm_head.weight.detach().clone())
     torch.testing.assert_close(*weights)
+
+
+def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_best_models(tmp_path):
+    """A mixture's files have each expert apart, and the model has them in one tensor."""
+    small = dict(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, num_local_experts=4, eos_token_id=EOS, pad_token_id=EOS)  # fmt: skip
+    stored, kept = data(sample_ids=[[3, 4 + i, EOS] for i in range(8)]), {}
+
+    def mixture(seed):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **small))
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model, **_):
+            kept[state.global_step] = copy.deepcopy(model.state_dict())
+
+    def run(**more):
+        run = trainer(tmp_path, mixture(1), mixture(2), stored, method="kl", max_steps=3, save_strategy="steps",
+                      save_steps=1, lr_scheduler_type="constant", **more)  # fmt: skip
+        run.add_callback(Keep())
+        return run
+
+    run().train()
+    last, again = kept[3], run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(again.model.state_dict(), last, rtol=0, atol=0)
+    worse = run(learning_rate=0.5, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    with patch.object(worse, "_gold_kl", lambda *_: torch.tensor([[1.0 + worse.state.global_step, 1.0]])):
+        worse.train()
+    assert worse.state.best_model_checkpoint.endswith("checkpoint-1")
+    torch.testing.assert_close(worse.model.state_dict(), kept[1], rtol=0, atol=0)
 
 
 def test_weights_alone_are_no_run_to_go_on_with(tmp_path):

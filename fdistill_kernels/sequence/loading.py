@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pickle
 import zipfile
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations import deepspeed
@@ -18,6 +21,9 @@ from .ranks import rank
 
 #: What to do about a model's damaged file.
 ANEW = "get it anew, or, if a run made its folder, remove that, and the run's command makes it anew"
+
+#: What `from_pretrained` calls the dtype.
+DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -156,6 +162,16 @@ def _whole(kind: Any, path: str | Path, **options: Any) -> Any:
         raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} of "
                          f"{type(model).__name__}, which would be random")  # fmt: skip
     return model
+
+
+def load_alike(model: Any, path: str | Path) -> Any:
+    """A model of another one's class from a folder, in the widest dtype that this has, at least float32.
+
+    Raises:
+        ValueError: weights are not in its files.
+    """
+    dtypes = {x.dtype for x in model.state_dict().values() if x.is_floating_point()}
+    return _whole(type(model), path, **{DTYPE: functools.reduce(torch.promote_types, dtypes, torch.float32)})
 
 
 def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from ..teachers.connection import without_credentials
 from ..teachers.endpoint import DEFAULT_K
 from .data import Answers, Policy
+from .loading import DTYPE
 from .teachers.given import is_url
 from .trainer import FDistillConfig
 
@@ -69,7 +70,7 @@ class ModelArguments:
             raise ValueError(f"--{prefix}dtype must be auto or a floating dtype of torch, not {dtype!r}")
         found = {
             **self.source(prefix),
-            "torch_dtype" if _4 else "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+            DTYPE: dtype if dtype == "auto" else getattr(torch, dtype),
             "attn_implementation": self.attn_implementation, "device_map": self.device_map if prefix else None,
         }  # fmt: skip
         if quantization:

@@ -16,7 +16,7 @@ from .losses import Rows, step_loss
 from .teacher_forcing import padded
 
 #: A configuration's names for its numbers of layers.
-ENCODER = ("encoder_layers", "num_layers")
+ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers")
 DECODER = ("decoder_layers", "num_decoder_layers")
 CAUSAL = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 #: Published choices of layers that are not the even spread, by the teacher's and the student's number of layers: for 6,
@@ -48,7 +48,22 @@ def _set_layers(config: Any, names: tuple[str, ...], count: int) -> None:
             setattr(config, key, [values[i] for i in chosen_layers(of, count)])
     if names is ENCODER and "num_hidden_layers" in vars(config):  # as BART's before transformers 5.4
         config.num_hidden_layers = count
-    setattr(config, name, count)
+    try:
+        setattr(config, name, count)
+    except NotImplementedError as error:  # ProphetNet's, of which this is a sum
+        raise ValueError(f"{type(config).__name__}: {error} Copy its layers yourself") from error
+
+
+def _check_readable(config: Any) -> None:
+    """Raises ValueError for a configuration that a saved student could not be loaded with: its numbers belong together,
+    and one of them was changed.
+    """
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # each configuration has its own checks
+        why = " ".join(str(error).split())
+        raise ValueError(f"{type(config).__name__} does not go with fewer layers ({why}): copy its layers yourself"
+                         ) from error  # fmt: skip
 
 
 def copy_layers(teacher: Any, *layers: int) -> Any:
@@ -69,6 +84,7 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
         raise ValueError(f"{type(teacher).__name__} takes {len(wanted)} counts of layers, not {len(layers)}")
     for names, count in zip(wanted, layers, strict=True):
         _set_layers(config, names, count)
+    _check_readable(config)
     student = type(teacher)(config)
     sources, lists = dict(teacher.state_dict()), dict(teacher.named_modules())
     for name, module in student.named_modules():

@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from .batches import ByLength, Sequences, given_sequences, prompts_of
 from .config import FDistillConfig
 from .generation import chosen
-from .loading import names_damage
+from .loading import load_alike, names_damage
 from .objectives import Half
 from .ranks import copies_of_rows, from_first, own_noise
 from .sampling import Sampling, draw
@@ -64,6 +64,7 @@ class UpdatingTrainer(Trainer):
         self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
         self._begun: list[dict[str, Any]] = []  # batches of an update that a stream's end has cut
         self._kept: list[Sequences] = []  # the student's samples that are used again
+        self._renamed = False  # whether a checkpoint has weights that `Trainer` has not found by their names
         super().__init__(**trainer)
 
     def _unwrapped(self, model: Any) -> Any:
@@ -168,6 +169,29 @@ class UpdatingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
         with _of_checkpoint(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
+            self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Called with what of a checkpoint's weights `Trainer` has not found by their names: tied ones have several."""
+        of = dict(self.model.named_parameters(remove_duplicate=False))  # type: ignore[union-attr]
+        there = {id(p) for name, p in of.items() if name not in load_result.missing_keys}
+        lacking = [name for name in load_result.missing_keys if name in of and id(of[name]) not in there]
+        self._renamed = bool(lacking or load_result.unexpected_keys)
+
+    def _load_renamed(self, folder: str) -> None:
+        """Weights that a checkpoint has in the form of a model's files, which is not always its own: those may have
+        each expert apart. `Trainer` warns of these, and leaves the model's as they are.
+
+        Raises:
+            ValueError: a weight is not there by any name.
+        """
+        if self._renamed:
+            self._renamed, model = False, self._unwrapped(self.model)
+            model.load_state_dict(load_alike(model, folder).state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not (self.is_deepspeed_enabled or Path(checkpoint, "scheduler.pt").exists()):
