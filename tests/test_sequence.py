@@ -566,6 +566,18 @@ def test_predistillation_is_its_formula(make, options):
             predistillation_loss(student, teacher, prompts, targets, EOS, **wrong)
 
 
+def test_hidden_states_that_are_not_one_vector_for_each_token_are_refused():
+    from transformers import PegasusXConfig, PegasusXForConditionalGeneration
+
+    model = PegasusXForConditionalGeneration(PegasusXConfig(
+        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32,
+        decoder_attention_heads=2, decoder_ffn_dim=32, num_global_tokens=2, block_size=8))  # fmt: skip
+    prompts, targets = batch()
+    with pytest.raises(ValueError, match="PegasusXForConditionalGeneration's hidden states are not"):
+        predistillation_loss(model, model, prompts, targets, EOS)
+    assert predistillation_loss(model, model, prompts, targets, EOS, hidden_weight=0).isfinite()
+
+
 def test_layers_with_settings_or_shapes_of_their_own():
     from transformers import (
         GPTNeoXJapaneseConfig,
@@ -649,6 +661,26 @@ def test_a_student_whose_adapter_is_off_is_its_teacher(kind, tmp_path):
         Itself(adapter=False).bind(base)
     with pytest.raises(ValueError, match="not both"):
         Itself(decay=0.5, adapter=False)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make", [llama, t5])
+def test_what_adalora_adds_to_a_loss(make):
+    """As much as to the model's own loss; nothing where no gradients are asked for."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    (p, *_), (c, *_) = batch()
+    student = get_peft_model(make(), AdaLoraConfig(total_step=9, target_modules=["q_proj" if make is llama else "q"],
+                                                   task_type="CAUSAL_LM" if make is llama else "SEQ_2_SEQ_LM"))  # fmt: skip
+    own = dict(input_ids=torch.cat((p, c))[None]) if make is llama else dict(input_ids=p[None], labels=c[None])
+    found = student(**{"labels": own["input_ids"], **own})
+    labels = own["input_ids"][0, 1:] if make is llama else c
+    added = found.loss - torch.nn.functional.cross_entropy(found.logits[0, : len(labels)], labels)
+    _, outputs = forward_to_head(student, [p], [c], EOS, lambda rows: rows.hidden.sum())
+    assert added > 0.1
+    torch.testing.assert_close(outputs.loss, added, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert forward_to_head(student, [p], [c], EOS, lambda rows: rows.hidden.sum())[1].get("loss") is None
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "SwitchTransformers"])

@@ -214,6 +214,26 @@ def test_students_with_virtual_tokens(kind, make, tmp_path):
             trainer(tmp_path, student, teacher, method="mle", pack=True).train()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_weights_that_peft_keeps_in_no_checkpoint_are_not_gone_on_with(tmp_path):
+    """Of what makes virtual tokens it keeps the tokens alone, and of the base model what its configuration names."""
+    from peft import LoraConfig, get_peft_model
+
+    saves = dict(method="kl", save_strategy="steps", save_steps=1)
+    freed = get_peft_model(gpt2(60), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    freed.get_submodule("base_model.model.transformer.ln_f").requires_grad_(True)
+    for name, student in (("tokens", prompted("PromptEncoderConfig", gpt2)), ("freed", freed)):
+        run = trainer(tmp_path / name, student, gpt2(60, seed=2), **saves)
+        run.train()
+        with pytest.raises(ValueError, match="weights of the student are trained, and PEFT keeps"):
+            run.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="weights of the student are trained, and PEFT keeps"):
+            trainer(tmp_path, student, gpt2(60, seed=2), load_best_model_at_end=True, eval_strategy="steps",
+                    eval_steps=1, **saves)  # fmt: skip
+    with pytest.raises(ValueError, match="gradient_checkpointing runs layers again without the keys and values"):
+        trainer(tmp_path, prompted("PrefixTuningConfig", llama), llama(60, seed=2), gradient_checkpointing=True)
+
+
 @pytest.mark.parametrize("patched", [False, True])
 def test_models_that_shift_labels_in_their_forward_alone(patched, tmp_path):
     from transformers import M2M100Config, M2M100ForConditionalGeneration

@@ -21,8 +21,8 @@ def forward_to_head(
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """What `call` makes of a batch's rows in the output embedding's forward, and the model's own outputs.
 
-    Of a mixture of experts whose configuration has output_router_logits, the outputs' loss is the model's auxiliary
-    losses alone, times their coefficients, where gradients are enabled; else the outputs have no loss.
+    Of a mixture of experts whose configuration has output_router_logits, and of AdaLoRA, the outputs' loss is what the
+    model adds to its own, times its coefficients, where gradients are enabled; else the outputs have no loss.
 
     The model's forward runs with deferred logits, so that what it does to them is in the rows' head, and `call` runs
     before the model's call ends: FSDP and ZeRO-3 have the embedding's weight whole there. The logits' place is taken by
@@ -42,8 +42,11 @@ def forward_to_head(
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, counted)
-    if torch.is_grad_enabled() and getattr(model.config.get_text_config(), "output_router_logits", False):
-        inputs |= dict(labels=labels, output_router_logits=True)  # its own loss is 0, and what it adds to it
+    if torch.is_grad_enabled():
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            inputs |= dict(labels=labels, output_router_logits=True)  # its own loss is 0, and what it adds to it
+        if getattr(model, "peft_type", None) == "ADALORA":  # which adds to a loss that its matrices be orthogonal
+            inputs |= dict(labels=labels)
     inputs = accepted(model, {**inputs, "use_cache": False})
     uncompiled = getattr(wrapped, "_orig_mod", wrapped)  # questions have shapes that no batch will have
     check_forward(model, uncompiled, pad, pack, labels.numel())

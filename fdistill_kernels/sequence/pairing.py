@@ -85,6 +85,10 @@ def check_objective(args: FDistillConfig, student: Any, teacher: Teacher) -> Non
     halves = args.halves()
     if args.pack and student.config.is_encoder_decoder:
         raise ValueError("pack puts a causal model's batch in one row; the student is an encoder–decoder")
+    adapter = getattr(student, "active_peft_config", None)
+    if args.gradient_checkpointing and getattr(adapter, "peft_type", None) == "PREFIX_TUNING":
+        raise ValueError("gradient_checkpointing runs layers again without the keys and values that prefix tuning puts "
+                         "before theirs: leave it out")  # fmt: skip
     for name in OF_PREDISTILLATION if halves else ():
         if getattr(args, name) != getattr(FDistillConfig, name):
             raise ValueError(f"{name}={getattr(args, name)!r} is not used but by predistill")

@@ -106,14 +106,30 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
     return student
 
 
+def _mask(states: Any, masks: Sequence[Tensor], model: Any) -> Tensor:
+    """Which of a model's hidden states (B, L, D) are of tokens that count, (B, L): some models lengthen what they read.
+
+    Raises:
+        ValueError: they are not one vector for each token, as Gemma 3n's and Pegasus-X's.
+    """
+    mask = padded(masks, False)
+    if not all(isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] >= mask.shape[1] for x in states):
+        raise ValueError(f"{type(model).__name__}'s hidden states are not one vector for each token and cannot be "
+                         "matched: hidden_weight=0 leaves them out")  # fmt: skip
+    return nn.functional.pad(mask, (0, states[0].shape[1] - mask.shape[1])).to(states[0].device)
+
+
 def _matched(
-    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor, normalize: bool, reduction: str
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], masks: Sequence[Tensor], normalize: bool, reduction: str
 ) -> Tensor:
-    """MSE, summed over tokens, of the states after each student layer and after the corresponding teacher layer."""
+    """MSE, summed over tokens, of the states after each student layer and after the corresponding teacher layer.
+
+    masks: of the student's states and the teacher's, (B, L) each.
+    """
     depth, of = len(student) - 1, len(teacher) - 1
     errors = []
     for i in range(1, depth + 1):
-        ours, theirs = student[i][mask], teacher[round(i * of / depth)].to(student[i])[mask]
+        ours, theirs = student[i][masks[0]], teacher[round(i * of / depth)][masks[1]].to(student[i])
         if normalize:
             ours, theirs = (nn.functional.layer_norm(x, x.shape[-1:]) for x in (ours, theirs))
         errors.append((ours - theirs).square().mean(-1).sum())
@@ -141,7 +157,8 @@ def predistillation_loss(
         counted: which tokens of the targets are in the loss, as in `teacher_forced`.
 
     Raises:
-        ValueError: the hidden states of the models differ in size, or a setting is out of range.
+        ValueError: the hidden states of the models differ in size or are not one vector for each token, or a setting is
+            out of range.
     """
     if hidden_reduction not in ("mean", "sum"):
         raise ValueError(f"hidden_reduction must be mean or sum, not {hidden_reduction!r}")
@@ -170,11 +187,11 @@ def predistillation_loss(
         matched = {"hidden_states": (both, of_prompts + of_targets)}
     for name, (masks, count) in matched.items():
         states, their_states = getattr(ours, name), getattr(theirs, name)
+        of_each = [_mask(states, masks, student_model), _mask(their_states, masks, teacher_model)]
         if states[0].shape[-1] != their_states[0].shape[-1]:
             raise ValueError(
                 f"hidden states of {states[0].shape[-1]} and {their_states[0].shape[-1]} cannot be matched"
             )
-        mask = nn.functional.pad(padded(masks, False), (0, states[0].shape[1] - max(map(len, masks))))
-        error = _matched(states, their_states, mask.to(states[0].device), hidden_normalize, hidden_reduction)
+        error = _matched(states, their_states, of_each, hidden_normalize, hidden_reduction)
         loss = loss + hidden_weight * error / count
     return loss

@@ -18,7 +18,7 @@ from .config import FDistillConfig
 from .generation import chosen
 from .loading import load_alike, names_damage
 from .objectives import Half
-from .ranks import copies_of_rows, from_first, own_noise
+from .ranks import copies_of_rows, from_first, is_partitioned, own_noise
 from .sampling import Sampling, draw
 from .student_server import StudentServer
 from .teachers import Itself, OfRows, Teacher
@@ -66,6 +66,8 @@ class UpdatingTrainer(Trainer):
         self._kept: list[Sequences] = []  # the student's samples that are used again
         self._renamed = False  # whether a checkpoint has weights that `Trainer` has not found by their names
         super().__init__(**trainer)
+        if self.args.load_best_model_at_end:
+            check_kept(self._unwrapped(self.model))
 
     def _unwrapped(self, model: Any) -> Any:
         """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
@@ -167,6 +169,7 @@ class UpdatingTrainer(Trainer):
             torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
+        check_kept(self._unwrapped(self.model))
         with _of_checkpoint(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
             self._load_renamed(resume_from_checkpoint)
@@ -217,6 +220,22 @@ class UpdatingTrainer(Trainer):
 
     def _kept_in(self, folder: str) -> Path:
         return Path(folder) / f"student_samples_{self.args.process_index}.pt"
+
+
+def check_kept(model: Any) -> None:
+    """Raises ValueError for a PEFT model that trains weights which its checkpoints have not: of a network that makes
+    virtual tokens those tokens alone are kept, and of the base model's weights only what modules_to_save names.
+    """
+    if not getattr(model, "peft_config", None) or not hasattr(model, "active_adapters") or is_partitioned(model):
+        return
+    from peft import get_peft_model_state_dict
+
+    kept = [get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            for name in model.peft_config]  # fmt: skip
+    count = sum(x.numel() for of in kept for x in of.values())
+    if (trained := sum(p.numel() for p in model.parameters() if p.requires_grad)) > count:
+        raise ValueError(f"{trained:,} weights of the student are trained, and PEFT keeps {count:,} in a checkpoint, "
+                         "from which neither a run nor its best model can go on")  # fmt: skip
 
 
 def _of_checkpoint(folder: str | None) -> contextlib.AbstractContextManager[None]:
