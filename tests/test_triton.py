@@ -531,6 +531,18 @@ def test_tuned_launch_is_remembered(tmp_path, monkeypatch):
     launch._tuned.cache_clear()
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"of": 5}', '{"of": {"block": 8}}', '{"of": {"shape": 8}}'])
+def test_damaged_launches_are_none(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
+    cpu, tuned = torch.device("cpu"), launch.Launch(512, 4, 2)
+    launch.cache_file().write_text(text.replace('"of"', '"interpreter|Kl|3000|32 bit"'))
+    launch._tuned.cache_clear()
+    assert launch.choose(10, 3000, 4, cpu, "Kl") == launch.heuristic(10, 3000, 4, launch.device_of(cpu), "Kl")
+    launch.remember(tuned, launch.device_of(cpu), "Kl", 3000, 4)
+    assert launch.choose(10, 3000, 4, cpu, "Kl") == tuned
+    launch._tuned.cache_clear()
+
+
 def test_a_launch_is_chosen_without_a_home(monkeypatch):
     """As in a container whose user has no entry in /etc/passwd."""
     for name in ("FDISTILL_CACHE", "HOME"):

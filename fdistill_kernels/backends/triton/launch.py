@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,11 @@ def cache_file() -> Path:
 
 
 @functools.lru_cache
-def _tuned() -> dict[str, dict[str, Any]]:
+def _tuned() -> dict[str, Launch]:
+    """What is kept; nothing of a file that is damaged, whatever JSON it holds."""
     try:
-        return json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+        return {key: Launch(**of) for key, of in json.loads(cache_file().read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -169,7 +170,8 @@ def remember(launch: Launch, device: Device, symbol: str, vocabulary: int, items
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     _tuned.cache_clear()  # other processes have tuned since
-    partial.write_text(json.dumps({**_tuned(), _key(device, symbol, vocabulary, itemsize): asdict(launch)}, indent=1))
+    every = {**_tuned(), _key(device, symbol, vocabulary, itemsize): launch}
+    partial.write_text(json.dumps({key: asdict(kept) for key, kept in every.items()}, indent=1))
     partial.replace(path)
     _tuned.cache_clear()
 
@@ -200,4 +202,4 @@ def choose(
     tuned = every.get(_key(card, symbol, vocabulary, itemsize)) if every else None
     if tuned is None or launch.splits > 1:
         return launch
-    return Launch(**{**tuned, "programs": min(rows, tuned["programs"])})
+    return replace(tuned, programs=min(rows, tuned.programs))
