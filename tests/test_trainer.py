@@ -650,6 +650,12 @@ def test_evaluation_is_a_mean_over_all_tokens(tmp_path):
         assert run.evaluate(rows)["eval_loss"] == pytest.approx(want, rel=1e-12)
     found = run.evaluate({"one": rows[:3], "two": rows})
     assert found["eval_two_loss"] == pytest.approx(want, rel=1e-12) != pytest.approx(found["eval_one_loss"])
+    predicted = run.predict(rows)
+    assert predicted.metrics["test_loss"] == pytest.approx(want, rel=1e-12) and predicted.predictions is None
+    run.model.eval()
+    with torch.no_grad():  # as those do who call it themselves
+        loss, outputs = run.compute_loss(run.model, run.data_collator(rows), return_outputs=True)
+    assert loss.item() == pytest.approx(want, rel=1e-6) and outputs == {}
 
 
 def test_what_is_logged(tmp_path, monkeypatch):
