@@ -132,9 +132,7 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
 
         def of_states() -> Iterator[Tensor]:
             for some in flat.split(max(1, PIECE // size)):
-                out = some.new_empty(len(some), size)
-                products.logits_(some, head, out)
-                yield capped(_wide(out), head.softcap)
+                yield capped(_wide(products.logits(some, head)), head.softcap)
 
         return shape, of_states()
     values, cap = logits_of(name, model, "", None)

@@ -90,6 +90,16 @@ def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
         torch.addmm(out, hidden, head.weight.t(), beta=0, alpha=head.scale, out=out)
 
 
+def logits(hidden: Tensor, head: Head) -> Tensor:
+    """What `logits_` makes, as a new tensor; in a graph by operations that it can hold."""
+    if checks.traced():
+        bias = hidden.new_zeros(1) if head.bias is None else head.bias
+        return torch.addmm(bias, hidden, head.weight.t(), alpha=head.scale)
+    out = hidden.new_empty(hidden.shape[0], head.weight.shape[0])
+    logits_(hidden, head, out)
+    return out
+
+
 def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
     """``scale·gradient weight``: (n, V), (V, D) to (n, D), in float32 where the product is summed so."""
     if _native(gradient):

@@ -821,3 +821,20 @@ def test_lists_of_hidden_states_under_autocast_and_in_a_graph():
     student, teacher = torch.randn(N, V), torch.randn(N, V)
     step = torch.compile(lambda s, t: fk.f_divergence(s, fk.top_k_of(t, 4), "kl"), backend="eager", fullgraph=True)
     assert torch.equal(step(student, teacher), fk.f_divergence(student, fk.top_k_of(teacher, 4), "kl"))
+
+
+def test_lists_of_hidden_states_in_a_graph():
+    head = fk.Head(torch.randn(V, 8), torch.randn(V), 1.5, 4.0)
+
+    def step(student, states):
+        return fk.f_divergence(student, fk.top_k_of(fk.Hidden(states, head), 4), "js")
+
+    class Step(torch.nn.Module):
+        def forward(self, *given):
+            return step(*given)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    first, other = ((torch.randn(n, V), torch.randn(n, 8)) for n in (N, N + 2))
+    exported = torch.export.export(Step(), first, dynamic_shapes=(({0: batch}, {0: batch}),))
+    for run in (torch.compile(step, backend="eager", fullgraph=True), exported.module()):
+        torch.testing.assert_close(run(*other), step(*other))
