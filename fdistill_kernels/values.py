@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree
 
 from .carried import carried
 from .divergences import Divergence
@@ -127,3 +128,8 @@ class SparseParts(NamedTuple):
     teacher_mass: Tensor
     student_mass: Tensor
     overlap: Tensor
+
+
+#: What a program may return: torch.export saves those alone that it knows by name, and its error names this function.
+for _kind in (LossParts, Metrics, SparseParts):
+    _pytree._register_namedtuple(_kind, serialized_type_name=f"fdistill_kernels.{_kind.__name__}")

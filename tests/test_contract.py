@@ -280,6 +280,23 @@ def test_own_divergence_in_a_saved_export():
     torch.testing.assert_close(torch.export.load(buffer).module()(student, teacher), want)
 
 
+def test_parts_in_a_saved_export():
+    student, teacher = (x.detach() for x in models())
+    log_probs, ids = teacher.log_softmax(-1).topk(3)
+
+    class Parts(torch.nn.Module):
+        def forward(self, s, t, ids, log_probs):
+            of_list = fk.f_divergence(s, fk.TopK(ids, log_probs), return_parts=True)
+            return of_list, *(fk.f_divergence(s, t, return_parts=which) for which in (True, "metrics"))
+
+    given, buffer = (student, teacher, ids, log_probs), io.BytesIO()
+    torch.export.save(torch.export.export(Parts(), given), buffer)
+    buffer.seek(0)
+    found, want = torch.export.load(buffer).module()(*given), Parts()(*given)
+    torch.testing.assert_close(found, want)
+    assert [type(parts) for _, parts in found] == [type(parts) for _, parts in want]
+
+
 def test_own_divergence_compiled():
     student, teacher = models()
     labels = torch.randint(V, (N,))
