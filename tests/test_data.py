@@ -197,6 +197,41 @@ def test_templates_that_tell_no_answer_apart_are_refused(tmp_path):
         ids_of(tokenizer_of(PLAIN), [{"messages": TURNS}], tmp_path, bart(320))
 
 
+def test_marks_behind_an_end_token_do_not_count(tmp_path):
+    """Generation stops there; published templates also mark the line's end."""
+    marked = tokenizer_of(MARKED.replace("</s>{% endgeneration %}", "</s>\n{% endgeneration %}"))
+    rows = ids_of(marked, [{"messages": TURNS}], tmp_path)
+    assert counted(marked, rows[0])[0] == "good day</s>the end</s>"
+
+
+@pytest.mark.parametrize("answers", ["together", "each"])
+def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused_in_either_way(answers, tmp_path):
+    thinking = tokenizer_of(PLAIN.replace(OPEN, OPEN.replace("{% endif %}", "<think>\n{% endif %}")))
+    assert (
+        len(thinking.apply_chat_template(TURNS[:1], add_generation_prompt=True, tokenize=False).split("<think>")) == 2
+    )
+    for turns in (TURNS[:2], TURNS):
+        with pytest.raises(
+            ValueError, match=r"row 0: the chat template asks for answers that begin otherwise than those"
+        ):
+            ids_of(thinking, [{"messages": turns}], tmp_path, answers=answers)
+
+
+def test_what_a_template_writes_nothing_of_is_refused(tmp_path):
+    parts = tokenizer_of(PLAIN.replace("m['content']", "(m['content'] | map(attribute='text') | join)"))
+    silent, text = tokenizer_of(PLAIN.replace(TOOLS, "")), [{"type": "text", "text": "hello"}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    for tokenizer, row, what in (
+        (parts, {"messages": TURNS}, "content that is text"), (parts, {"prompt": TURNS[:1]}, "content that is text"),
+        (parts, {"messages": [{"role": "user", "content": text}, TURNS[1]]}, "content that is text"),
+        (silent, {"messages": TURNS, "tools": [{"name": "f"}]}, "tools"),
+        (silent, {"messages": [*TURNS[:1], call, {"role": "tool", "content": "2"}, TURNS[1]]}, "tool_calls"),
+        (silent, {"messages": TURNS, "teacher_prompt": [*TURNS[:1], call, *TURNS[2:3]]}, "tool_calls"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"row 0: the chat template writes nothing of {what}: leave it out"):
+            ids_of(tokenizer, [row], tmp_path)
+
+
 def test_end_and_begin_tokens_are_there_once(tmp_path):
     tokenizer = tokenizer_of(PLAIN, end=True)
     said = ids_of(tokenizer, [{"prompt": "hello</s>there</s>", "completion": "day</s>"}], tmp_path)[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 
@@ -35,13 +36,13 @@ def conversation(
 ) -> Ids:
     """A conversation by the tokenizer's chat template. Answers from turn `begin` on count, up to their end token.
 
-    The end token is the tokenizer's or one of `ends`. If the template marks answers ({% generation %}), its marks
-    decide; otherwise what rendering one more turn adds. The prompt is what generation gets before the first of these
-    answers. If the last turn is no answer, all is prompt.
+    The end token is the tokenizer's or one of `ends`. If the template marks answers ({% generation %}), its marks say
+    where they are; otherwise what rendering one more turn adds. The prompt is what generation gets before the first of
+    these answers. If the last turn is no answer, all is prompt.
 
     Raises:
-        ValueError: the template renders turns differently when more turns follow, so that an answer's tokens are
-            unknown.
+        ValueError: the template renders turns differently when more turns follow, or an answer otherwise than it asks
+            for one, so that an answer's tokens are unknown; or it leaves out what is given.
     """
 
     def ids(count: int, ask: bool = False) -> list[int]:
@@ -49,23 +50,31 @@ def conversation(
 
     if len(turns) == 1 and turns[0]["role"] == "assistant":
         raise ValueError("an answer alone has no prompt")
+    _check_written(tokenizer, turns, tools)
     answers = _answers(turns, begin)
     if not answers or answers[-1] != len(turns) - 1:
         return Ids(ids(len(turns), True), None, None)
     prompt, stops = ids(answers[0], True), {tokenizer.eos_token_id, *ends}
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)):
         marked = _rendered(tokenizer, turns, tools, return_assistant_tokens_mask=True)
-        whole, counted = list(marked["input_ids"]), [bool(m) for m in marked["assistant_masks"]]
+        whole = list(marked["input_ids"])
+        counted = _up_to_ends(whole, [bool(m) for m in marked["assistant_masks"]], stops)
+        begun = ids(answers[0] + 1)[: len(prompt)] == prompt
         agrees = whole[: len(prompt)] == prompt and any(counted[len(prompt) :])
     else:
         whole = ids(len(turns))
-        counted, agrees = [False] * len(whole), True
+        counted, begun, agrees = [False] * len(whole), True, True
         for i in answers:
             before, after = ids(i, True), ids(i + 1)
-            agrees &= len(before) < len(after) and after[: len(before)] == before and whole[: len(after)] == after
+            begun &= len(before) < len(after) and after[: len(before)] == before
+            agrees &= whole[: len(after)] == after
             said = after[len(before) :]
             stop = len(before) + next((i for i, token in enumerate(said, 1) if token in stops), len(said))
             counted[len(before) : stop] = [True] * (stop - len(before))
+    if not begun:
+        raise ValueError("the chat template asks for answers that begin otherwise than those it writes (with <think>, "
+                         "say), so that their tokens are not told apart: give answers that begin so, or "
+                         "--chat_template_path another")  # fmt: skip
     if not agrees:
         raise ValueError("the chat template renders turns otherwise when an answer follows, so that its tokens are not "
                          "told apart: --answers each makes a row of every answer, or give --chat_template_path one "
@@ -73,6 +82,33 @@ def conversation(
     counted = counted[: len(whole)]
     last = len(whole) - counted[::-1].index(True)
     return Ids(prompt, whole[len(prompt) : last], counted[len(prompt) : last])
+
+
+def _up_to_ends(ids: list[int], marks: list[bool], stops: Collection[int | None]) -> list[bool]:
+    """Marks without what is behind the first end token of each marked stretch, where generation stops."""
+    made, ended = [], False
+    for token, mark in zip(ids, marks, strict=True):
+        made.append(mark and not ended)
+        ended = mark and (ended or token in stops)
+    return made
+
+
+def _check_written(tokenizer: Any, turns: list[dict[str, Any]], tools: Any) -> None:
+    """Raises ValueError for text, calls of tools, or tools that a chat template makes nothing of."""
+    from jinja2 import TemplateError
+
+    longer = [{**t, "content": t["content"] + "x"} if isinstance(t.get("content"), str) else t for t in turns]
+    quiet = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
+    given = turns, tools
+    for what, other in {"content that is text": (longer, tools), "tool_calls": (quiet, tools),
+                        "tools": (turns, None)}.items():  # fmt: skip
+        if other == given:
+            continue
+        with contextlib.suppress(TemplateError, TypeError):  # it reads what it cannot be without
+            one, two = (tokenizer.apply_chat_template(x, tools=y, tokenize=False) for x, y in (given, other))
+            if one == two:
+                raise ValueError(f"the chat template writes nothing of {what}: leave it out, or give "
+                                 "--chat_template_path one that reads it")  # fmt: skip
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
@@ -162,6 +198,7 @@ class Encoder:
         if not own or isinstance(own, str):
             return self._prompt(own) if own else None
         tools = plain(row.get("tools")) or None
+        _check_written(self.tokenizer, own, tools)
         return list(_rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"])
 
     def _prompt(self, text: str) -> list[int]:

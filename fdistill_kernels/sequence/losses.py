@@ -33,7 +33,8 @@ class TeacherRows(NamedTuple):
     vocabulary: int
 
 
-NOT_PLAIN = "the student's output embedding is LoRA or quantised: leave it out, or train it as a whole"
+NOT_PLAIN = ("the student's output embedding is LoRA or quantised or has a forward of its own: leave that out, or "
+             "train it as a whole")  # fmt: skip
 
 
 def check_head(model: Any) -> None:
