@@ -121,6 +121,21 @@ def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_bes
     torch.testing.assert_close(worse.model.state_dict(), kept[1], rtol=0, atol=0)
 
 
+def test_rows_that_a_transform_makes_are_as_rows_that_are_there(tmp_path):
+    rows, weights = data(sample_ids=[[3, 4 + i, EOS] for i in range(8)]), []
+
+    def made(batch):
+        some = [rows[int(i)] for i in batch["text"]]
+        return {name: [row[name] for row in some] for name in some[0]}
+
+    lazy = Dataset.from_list([{"text": str(i)} for i in range(8)]).with_transform(made)
+    for train in (Dataset.from_list(rows), lazy):
+        run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), train, method="kl")
+        run.train()
+        weights.append(flat(run.model))
+    assert torch.equal(*weights)
+
+
 def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
     for steps, again in ((1, False), (2, True)):
         run = trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), method="mle", max_steps=steps, save_strategy="steps",

@@ -229,7 +229,10 @@ def _of_one_text(text: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def columns_of(data: Any) -> list[str]:
-    """A dataset's columns; none if they cannot be known without reading it."""
+    """A dataset's columns; none if they cannot be known without reading it, as those that a transform makes of rows."""
+    form = getattr(data, "format", None)
+    if isinstance(form, dict) and form.get("type") == "custom":  # with_transform's, and column_names are of its input
+        return []
     if getattr(data, "column_names", None):
         return list(data.column_names)
     return list(data[0]) if isinstance(data, (list, tuple)) and data else []
