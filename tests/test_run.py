@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
@@ -262,6 +263,15 @@ def test_measures_of_few_and_empty_outputs(files):
     _, measured = metrics.measured(teacher, teacher, prompts, prompts, ends, [""], tokenizer, Sampling(4))
     assert measured["perplexity"] == pytest.approx(1) and measured["bleu"] == 0
     assert measured["likelihood_risk"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_first_answer_is_measured_also_behind_what_does_not_count():
+    """As empty thoughts that a template writes before what it marks."""
+    masks = [[True, True, False, True], [False, True, True, False], [True] * 4, [False] * 4]
+    rows = {"prompt_ids": [[3]] * 4, "labels": [[4, 5, 6, 7]] * 4, "labels_mask": masks, "reference": ["a"] * 4}
+    given = SimpleNamespace(held_out=Dataset.from_dict(rows), teacher_prompts=lambda: "prompt_ids")
+    answers = stages.Run.held_out_rows(given)[2]
+    assert [x.tolist() for x in answers] == [[4, 5], [4, 5, 6], [4, 5, 6, 7], []]
 
 
 def test_sample_teacher_and_seqkd(files, capsys):

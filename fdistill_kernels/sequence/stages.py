@@ -246,8 +246,7 @@ class Run:
         rows = self.held_out
         answers = rows["labels"][:]
         if "labels_mask" in rows.column_names:
-            answers = [ids[: mask.index(False) if False in mask else None]
-                       for ids, mask in zip(answers, rows["labels_mask"], strict=True)]  # fmt: skip
+            answers = [ids[: _end_of_first(mask)] for ids, mask in zip(answers, rows["labels_mask"], strict=True)]
         prompts, teacher_prompts, targets = ([torch.tensor(x) for x in ids] for ids in (
             rows["prompt_ids"][:], rows[self.teacher_prompts()][:], answers))  # fmt: skip
         return prompts, teacher_prompts, targets, rows["reference"][:]
@@ -267,3 +266,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_table(table, self.folder / "sentences.parquet")
         return found
+
+
+def _end_of_first(mask: list[bool]) -> int:
+    """Where the first stretch that counts ends; what comes before it, as empty thoughts, is written too."""
+    begin = mask.index(True) if True in mask else 0
+    return next((i for i in range(begin, len(mask)) if not mask[i]), len(mask))
