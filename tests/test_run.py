@@ -265,6 +265,19 @@ def test_measures_of_few_and_empty_outputs(files):
     assert measured["likelihood_risk"] == pytest.approx(0, abs=1e-5)
 
 
+def test_the_end_tokens_of_an_adapter_are_its_base_models(tmp_path):
+    """Where the teacher is not at hand, whose model says them else."""
+    base = llama()
+    base.generation_config.eos_token_id = [1, 7]
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(load_model(tmp_path / "base"), peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for folder in ("base", "adapter"):
+        asked = SimpleNamespace(model=SimpleNamespace(student=str(tmp_path / folder), revision=None))
+        speaker = stages.Run._speaker(SimpleNamespace(model=None, asked=asked), base.config)
+        assert speaker.generation_config.eos_token_id == [1, 7], folder
+
+
 def test_the_first_answer_is_measured_also_behind_what_does_not_count():
     """As empty thoughts that a template writes before what it marks."""
     masks = [[True, True, False, True], [False, True, True, False], [True] * 4, [False] * 4]

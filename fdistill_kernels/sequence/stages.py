@@ -21,7 +21,7 @@ from .config import OF_PREDISTILLATION, idle
 from .data import tokenize
 from .generation import beginning, end_tokens, token_id
 from .hashes import data_hash, fingerprint
-from .loading import load_config, load_model
+from .loading import base_of, load_config, load_model
 from .metrics import Measures, measured
 from .option_checks import check_used
 from .options import Asked
@@ -98,9 +98,11 @@ class Run:
         """Who has the configurations of generation: the teacher's model, or what the student's files say of it."""
         if self.model is not None:
             return self.model
-        own, student = None, self.asked.model.student
+        own, student, revision = None, self.asked.model.student, self.asked.model.revision
         with contextlib.suppress(OSError):  # there is no such file
-            own = GenerationConfig.from_pretrained(student) if student else None
+            if student:  # an adapter has its base model's
+                more: dict[str, Any] = {"revision": revision} if revision else {}
+                own = GenerationConfig.from_pretrained(base_of(student) or student, **more)
         return SimpleNamespace(config=of_student, generation_config=own)
 
     def _check_pair(self, config: Any) -> None:
