@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import pickle
@@ -165,13 +166,14 @@ def _whole(kind: Any, path: str | Path, **options: Any) -> Any:
 
 
 def load_alike(model: Any, path: str | Path) -> Any:
-    """A model of another one's class from a folder, in the widest dtype that this has, at least float32.
+    """A model as another one from a folder, in the widest dtype that this has, at least float32.
 
     Raises:
         ValueError: weights are not in its files.
     """
     dtypes = {x.dtype for x in model.state_dict().values() if x.is_floating_point()}
-    return _whole(type(model), path, **{DTYPE: functools.reduce(torch.promote_types, dtypes, torch.float32)})
+    widest = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return _whole(type(model), path, config=copy.deepcopy(model.config), **{DTYPE: widest})
 
 
 def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
