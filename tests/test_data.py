@@ -205,6 +205,17 @@ def test_marks_behind_an_end_token_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("answers", ["together", "each"])
+def test_answers_that_end_where_the_next_turn_begins(answers, tmp_path):
+    """As GLM's, whose generation stops at the next turn's first token: it is of the answer, also of the last one."""
+    tokenizer, end = tokenizer_of(PLAIN.replace("</s>\n", "")), SPECIAL.index("<|im_start|>")
+    rows = ids_of(tokenizer, [{"messages": TURNS}], tmp_path, ends=[end], answers=answers)
+    said = ["good day<|im_start|>", "the end<|im_start|>"]
+    assert [counted(tokenizer, row)[0] for row in rows] == (said if answers == "each" else ["".join(said)])
+    rows = ids_of(tokenizer, [{"messages": TURNS}], tmp_path, answers=answers)  # generation does not stop there
+    assert counted(tokenizer, rows[0])[0] == ("good day" if answers == "each" else "good daythe end")
+
+
+@pytest.mark.parametrize("answers", ["together", "each"])
 def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused_in_either_way(answers, tmp_path):
     thinking = tokenizer_of(PLAIN.replace(OPEN, OPEN.replace("{% endif %}", "<think>\n{% endif %}")))
     assert (

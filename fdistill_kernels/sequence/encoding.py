@@ -36,9 +36,9 @@ def conversation(
 ) -> Ids:
     """A conversation by the tokenizer's chat template. Answers from turn `begin` on count, up to their end token.
 
-    The end token is the tokenizer's or one of `ends`. If the template marks answers ({% generation %}), its marks say
-    where they are; otherwise what rendering one more turn adds. The prompt is what generation gets before the first of
-    these answers. If the last turn is no answer, all is prompt.
+    The end token is the tokenizer's or one of `ends`, possibly the one that the next turn begins with. If the template
+    marks answers ({% generation %}), its marks say where they are; otherwise what rendering one more turn adds. The
+    prompt is what generation gets before the first of these answers. If the last turn is no answer, all is prompt.
 
     Raises:
         ValueError: the template renders turns differently when more turns follow, or an answer otherwise than it asks
@@ -63,13 +63,17 @@ def conversation(
         agrees = whole[: len(prompt)] == prompt and any(counted[len(prompt) :])
     else:
         whole = ids(len(turns))
+        if not stops & {*whole[len(ids(answers[-1], True)) :]}:
+            whole = whole + _end_behind(tokenizer, turns, tools, stops)
         counted, begun, agrees = [False] * len(whole), True, True
         for i in answers:
             before, after = ids(i, True), ids(i + 1)
             begun &= len(before) < len(after) and after[: len(before)] == before
             agrees &= whole[: len(after)] == after
-            said = after[len(before) :]
-            stop = len(before) + next((i for i, token in enumerate(said, 1) if token in stops), len(said))
+            said = whole[len(before) : len(after) + 1]  # with the next turn's first, where generation may stop
+            stop = len(before) + next(
+                (n for n, token in enumerate(said, 1) if token in stops), len(after) - len(before)
+            )
             counted[len(before) : stop] = [True] * (stop - len(before))
     if not begun:
         raise ValueError("the chat template asks for answers that begin otherwise than those it writes (with <think>, "
@@ -82,6 +86,20 @@ def conversation(
     counted = counted[: len(whole)]
     last = len(whole) - counted[::-1].index(True)
     return Ids(prompt, whole[len(prompt) : last], counted[len(prompt) : last])
+
+
+def _end_behind(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, stops: Collection[int | None]) -> list[int]:
+    """The token that the turn behind the last one begins with, if generation stops there: GLM's answers have no end of
+    their own. Else nothing.
+    """
+    calls = {name: value for name, value in turns[-1].items() if name == "tool_calls"}
+    short = [*turns[:-1], {"role": "assistant", "content": "x", **calls}]  # thoughts are dropped when a turn follows
+    with contextlib.suppress(ValueError):  # the template takes no such turn
+        longer = [*short, {"role": "tool" if calls else "user", "content": "x"}]
+        ends, more = (list(_rendered(tokenizer, one, tools)["input_ids"]) for one in (short, longer))
+        if more[: len(ends)] == ends and {*more[len(ends) : len(ends) + 1]} & {*stops}:
+            return more[len(ends) : len(ends) + 1]
+    return []
 
 
 def _up_to_ends(ids: list[int], marks: list[bool], stops: Collection[int | None]) -> list[bool]:
