@@ -124,6 +124,44 @@ def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_bes
     torch.testing.assert_close(worse.model.state_dict(), kept[1], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("active", [["mine"], ["default", "mine"]], ids=["one", "two"])
+def test_adapters_of_any_name_are_gone_on_with_and_are_the_best_models(tmp_path, active):
+    """PEFT keeps one that is not called default in a folder of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    kept = {}
+
+    def student():
+        torch.manual_seed(3)
+        lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        made = get_peft_model(gpt2(60), lora, adapter_name=active[0])
+        for name in active[1:]:
+            made.add_adapter(name, lora)
+        made.base_model.set_adapter(active)
+        return made
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model, **_):
+            kept[state.global_step] = copy.deepcopy(model.state_dict())
+
+    def run(**more):
+        run = trainer(tmp_path, student(), gpt2(60, seed=2), method="kl", max_steps=3, save_strategy="steps",
+                      save_steps=1, lr_scheduler_type="constant", **more)  # fmt: skip
+        run.add_callback(Keep())
+        return run
+
+    run().train()
+    last, again = kept[3], run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.model.active_adapters == active
+    torch.testing.assert_close(again.model.state_dict(), last, rtol=0, atol=0)
+    worse = run(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    with patch.object(worse, "_gold_kl", lambda *_: torch.tensor([[1.0 + worse.state.global_step, 1.0]])):
+        worse.train()
+    torch.testing.assert_close(worse.model.state_dict(), kept[1], rtol=0, atol=0)
+
+
 def test_rows_that_a_transform_makes_are_as_rows_that_are_there(tmp_path):
     rows, weights = data(sample_ids=[[3, 4 + i, EOS] for i in range(8)]), []
 

@@ -169,14 +169,24 @@ class UpdatingTrainer(Trainer):
             torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
-        check_kept(self._unwrapped(self.model))
+        model = self._unwrapped(self.model)
+        check_kept(model)
+        active = list(model.active_adapters) if _is_peft(model) else []
         with _of_checkpoint(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
             self._load_renamed(resume_from_checkpoint)
+        if len(active) > 1:  # `Trainer` goes on with the first alone
+            model.base_model.set_adapter(active)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_renamed(str(self.state.best_model_checkpoint))
+        """As `Trainer`, which loads one adapter, from where PEFT keeps the one that is called default."""
+        model, best = self._unwrapped(self.model), Path(str(self.state.best_model_checkpoint))
+        names = list(model.peft_config) if _is_peft(model) else []
+        if names in ([], ["default"]) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+            return self._load_renamed(str(best))
+        for name in names:
+            model.load_adapter(str(best if name == "default" else best / name), name)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Called with what of a checkpoint's weights `Trainer` has not found by their names: tied ones have several."""
@@ -222,11 +232,15 @@ class UpdatingTrainer(Trainer):
         return Path(folder) / f"student_samples_{self.args.process_index}.pt"
 
 
+def _is_peft(model: Any) -> bool:
+    return bool(getattr(model, "peft_config", None)) and hasattr(model, "active_adapters")
+
+
 def check_kept(model: Any) -> None:
     """Raises ValueError for a PEFT model that trains weights which its checkpoints have not: of a network that makes
     virtual tokens those tokens alone are kept, and of the base model's weights only what modules_to_save names.
     """
-    if not getattr(model, "peft_config", None) or not hasattr(model, "active_adapters") or is_partitioned(model):
+    if not _is_peft(model) or is_partitioned(model):
         return
     from peft import get_peft_model_state_dict
 
