@@ -213,6 +213,11 @@ def test_answers_that_end_where_the_next_turn_begins(answers, tmp_path):
     assert [counted(tokenizer, row)[0] for row in rows] == (said if answers == "each" else ["".join(said)])
     rows = ids_of(tokenizer, [{"messages": TURNS}], tmp_path, answers=answers)  # generation does not stop there
     assert counted(tokenizer, rows[0])[0] == ("good day" if answers == "each" else "good daythe end")
+    no_tool = "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endfor %}"
+    tokenizer.chat_template = no_tool + tokenizer.chat_template
+    none = {"messages": [turn | {"tool_calls": []} for turn in TURNS]}  # nothing is called, and no tool answers
+    rows = ids_of(tokenizer, [none], tmp_path, ends=[end], answers=answers)
+    assert [counted(tokenizer, row)[0] for row in rows] == (said if answers == "each" else ["".join(said)])
 
 
 @pytest.mark.parametrize("answers", ["together", "each"])
@@ -241,6 +246,8 @@ def test_what_a_template_writes_nothing_of_is_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"row 0: the chat template writes nothing of {what}: leave it out"):
             ids_of(tokenizer, [row], tmp_path)
+    none = {"messages": [turn | {"tool_calls": []} for turn in TURNS]}  # as tables have where nothing is called
+    assert ids_of(silent, [none], tmp_path)[0] == ids_of(silent, [{"messages": TURNS}], tmp_path)[0]
 
 
 def test_end_and_begin_tokens_are_there_once(tmp_path):

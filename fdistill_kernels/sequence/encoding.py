@@ -92,7 +92,7 @@ def _end_behind(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, stops: 
     """The token that the turn behind the last one begins with, if generation stops there: GLM's answers have no end of
     their own. Else nothing.
     """
-    calls = {name: value for name, value in turns[-1].items() if name == "tool_calls"}
+    calls = {name: value for name, value in turns[-1].items() if name == "tool_calls" and value}
     short = [*turns[:-1], {"role": "assistant", "content": "x", **calls}]  # thoughts are dropped when a turn follows
     with contextlib.suppress(ValueError):  # the template takes no such turn
         longer = [*short, {"role": "tool" if calls else "user", "content": "x"}]
@@ -116,7 +116,7 @@ def _check_written(tokenizer: Any, turns: list[dict[str, Any]], tools: Any) -> N
     from jinja2 import TemplateError
 
     longer = [{**t, "content": t["content"] + "x"} if isinstance(t.get("content"), str) else t for t in turns]
-    quiet = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
+    quiet = [{name: value for name, value in t.items() if name != "tool_calls" or not value} for t in turns]
     given = turns, tools
     for what, other in {"content that is text": (longer, tools), "tool_calls": (quiet, tools),
                         "tools": (turns, None)}.items():  # fmt: skip
