@@ -199,6 +199,11 @@ def refused(rank, world, folder):
     """Ranks that have each a part of a sequence, of which the loss has no whole rows; an average of parts of weights."""
     with pytest.raises(ValueError, match="takes a student that is whole on each rank"):
         trainer(folder / "run", model(folder / "student", fsdp_size=2), Itself(decay=0.5))
+    for sizes in (dict(fsdp_size=2), dict(tp_size=2)):
+        with pytest.raises(ValueError, match="load_best_model_at_end loads no weights"):
+            trainer(folder / "run", model(folder / "student", **sizes), model(folder / "teacher"), rows(),
+                    load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps", save_steps=1,
+                    eval_steps=1, save_only_model=True)  # fmt: skip
     with pytest.raises(ValueError, match="cp_size=2 cuts a batch's sequences"):
         trainer(folder / "run", model(folder / "student"), model(folder / "teacher"), rows(),
                 parallelism_config={"cp_size": 2})  # fmt: skip

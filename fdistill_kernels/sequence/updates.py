@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
@@ -67,6 +68,8 @@ class UpdatingTrainer(Trainer):
         self._renamed = False  # whether a checkpoint has weights that `Trainer` has not found by their names
         super().__init__(**trainer)
         if self.args.load_best_model_at_end:
+            if any(isinstance(p, DTensor) for p in self.model.parameters()):  # type: ignore[union-attr]
+                raise ValueError("load_best_model_at_end loads no weights into a model that was split as it was loaded")
             check_kept(self._unwrapped(self.model))
 
     def _unwrapped(self, model: Any) -> Any:
