@@ -172,24 +172,29 @@ class UpdatingTrainer(Trainer):
             torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **keywords: Any) -> None:
-        model = self._unwrapped(self.model)
-        check_kept(model)
-        active = list(model.active_adapters) if _is_peft(model) else []
+        check_kept(self._unwrapped(self.model))
         with _of_checkpoint(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
-            self._load_renamed(resume_from_checkpoint)
-        if len(active) > 1:  # `Trainer` goes on with the first alone
-            model.base_model.set_adapter(active)
+            if not self._load_adapters(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, *args, **keywords)
+                self._load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """As `Trainer`, which loads one adapter, from where PEFT keeps the one that is called default."""
-        model, best = self._unwrapped(self.model), Path(str(self.state.best_model_checkpoint))
+        best = str(self.state.best_model_checkpoint)
+        if not self._load_adapters(best):
+            super()._load_best_model()
+            self._load_renamed(best)
+
+    def _load_adapters(self, folder: str) -> bool:
+        """Loads each of a PEFT model's adapters from where PEFT keeps it, if there are others than the one that is
+        called default; else nothing. `Trainer` loads one of them, or goes on with one.
+        """
+        model = self._unwrapped(self.model)
         names = list(model.peft_config) if _is_peft(model) else []
         if names in ([], ["default"]) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-            return self._load_renamed(str(best))
+            return False
         for name in names:
-            model.load_adapter(str(best if name == "default" else best / name), name)
+            model.load_adapter(folder if name == "default" else str(Path(folder, name)), name, is_trainable=True)
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Called with what of a checkpoint's weights `Trainer` has not found by their names: tied ones have several."""
