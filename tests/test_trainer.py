@@ -90,39 +90,49 @@ def test_resume_gives_the_same_weights(tmp_path, order):
     torch.testing.assert_close(*weights)
 
 
-def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_best_models(tmp_path):
-    """A mixture's files have each expert apart, and the model has them in one tensor."""
-    small = dict(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=1, num_local_experts=4, eos_token_id=EOS, pad_token_id=EOS)  # fmt: skip
-    stored, kept = data(sample_ids=[[3, 4 + i, EOS] for i in range(8)]), {}
-
-    def mixture(seed):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **small))
+def check_gone_on_with_and_best(folder, student, teacher, train):
+    """A run that goes on with its second of three checkpoints ends as one that was never stopped, and a run whose first
+    is its best ends with that one's weights; `student()` is new each time. Returns the run that went on.
+    """
+    kept = {}
 
     class Keep(TrainerCallback):
         def on_save(self, args, state, control, model, **_):
             kept[state.global_step] = copy.deepcopy(model.state_dict())
 
     def run(**more):
-        run = trainer(tmp_path, mixture(1), mixture(2), stored, method="kl", max_steps=3, save_strategy="steps",
-                      save_steps=1, lr_scheduler_type="constant", **more)  # fmt: skip
+        run = trainer(folder, student(), teacher, train, method="kl", max_steps=3, save_strategy="steps", save_steps=1,
+                      lr_scheduler_type="constant", **more)  # fmt: skip
         run.add_callback(Keep())
         return run
 
     run().train()
     last, again = kept[3], run()
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     torch.testing.assert_close(again.model.state_dict(), last, rtol=0, atol=0)
-    deeper = trainer(tmp_path, gpt2(60, 2), gpt2(60), stored, method="kl", max_steps=3)
-    # transformers 4.50 refuses it before, in words of its own
-    with pytest.raises(ValueError, match=r"checkpoint-2 has no weights for transformer|is corrupted"):
-        deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     worse = run(learning_rate=0.5, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
     with patch.object(worse, "_gold_kl", lambda *_: torch.tensor([[1.0 + worse.state.global_step, 1.0]])):
         worse.train()
     assert worse.state.best_model_checkpoint.endswith("checkpoint-1")
     torch.testing.assert_close(worse.model.state_dict(), kept[1], rtol=0, atol=0)
+    return again
+
+
+def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_best_models(tmp_path):
+    """A mixture's files have each expert apart, and the model has them in one tensor."""
+    small = dict(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, num_local_experts=4, eos_token_id=EOS, pad_token_id=EOS)  # fmt: skip
+    stored = data(sample_ids=[[3, 4 + i, EOS] for i in range(8)])
+
+    def mixture(seed):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **small))
+
+    check_gone_on_with_and_best(tmp_path, lambda: mixture(1), mixture(2), stored)
+    deeper = trainer(tmp_path, gpt2(60, 2), gpt2(60), stored, method="kl", max_steps=3)
+    # transformers 4.50 refuses it before, in words of its own
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no weights for transformer|is corrupted"):
+        deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -130,8 +140,6 @@ def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_bes
 def test_adapters_of_any_name_are_gone_on_with_and_are_the_best_models(tmp_path, active):
     """PEFT keeps one that is not called default in a folder of its own."""
     from peft import LoraConfig, get_peft_model
-
-    kept = {}
 
     def student():
         torch.manual_seed(3)
@@ -142,25 +150,8 @@ def test_adapters_of_any_name_are_gone_on_with_and_are_the_best_models(tmp_path,
         made.base_model.set_adapter(active)
         return made
 
-    class Keep(TrainerCallback):
-        def on_save(self, args, state, control, model, **_):
-            kept[state.global_step] = copy.deepcopy(model.state_dict())
-
-    def run(**more):
-        run = trainer(tmp_path, student(), gpt2(60, seed=2), method="kl", max_steps=3, save_strategy="steps",
-                      save_steps=1, lr_scheduler_type="constant", **more)  # fmt: skip
-        run.add_callback(Keep())
-        return run
-
-    run().train()
-    last, again = kept[3], run()
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = check_gone_on_with_and_best(tmp_path, student, gpt2(60, seed=2), None)
     assert again.model.active_adapters == active
-    torch.testing.assert_close(again.model.state_dict(), last, rtol=0, atol=0)
-    worse = run(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
-    with patch.object(worse, "_gold_kl", lambda *_: torch.tensor([[1.0 + worse.state.global_step, 1.0]])):
-        worse.train()
-    torch.testing.assert_close(worse.model.state_dict(), kept[1], rtol=0, atol=0)
 
 
 def test_rows_that_a_transform_makes_are_as_rows_that_are_there(tmp_path):

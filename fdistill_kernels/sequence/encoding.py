@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -45,6 +46,7 @@ def conversation(
             for one, so that an answer's tokens are unknown; or it leaves out what is given.
     """
 
+    @functools.cache
     def ids(count: int, ask: bool = False) -> list[int]:
         return list(_rendered(tokenizer, turns[:count], tools, add_generation_prompt=ask)["input_ids"])
 
@@ -117,14 +119,14 @@ def _check_written(tokenizer: Any, turns: list[dict[str, Any]], tools: Any) -> N
 
     longer = [{**t, "content": t["content"] + "x"} if isinstance(t.get("content"), str) else t for t in turns]
     quiet = [{name: value for name, value in t.items() if name != "tool_calls" or not value} for t in turns]
-    given = turns, tools
+    given, written = (turns, tools), None
     for what, other in {"content that is text": (longer, tools), "tool_calls": (quiet, tools),
                         "tools": (turns, None)}.items():  # fmt: skip
         if other == given:
             continue
         with contextlib.suppress(TemplateError, TypeError):  # it reads what it cannot be without
-            one, two = (tokenizer.apply_chat_template(x, tools=y, tokenize=False) for x, y in (given, other))
-            if one == two:
+            written = written or tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+            if tokenizer.apply_chat_template(other[0], tools=other[1], tokenize=False) == written:
                 raise ValueError(f"the chat template writes nothing of {what}: leave it out, or give "
                                  "--chat_template_path one that reads it")  # fmt: skip
 

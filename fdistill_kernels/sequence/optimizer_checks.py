@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, get_scheduler
 
 from .config import FDistillConfig
+from .ranks import is_split
 
 #: Options of `TrainingArguments` that only some optimizers are made with.
 OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
@@ -27,8 +27,7 @@ def check_optimizer(trainer: Trainer) -> None:
         return
     if not any(p.requires_grad for p in trainer.model.parameters()):  # type: ignore[union-attr]
         raise ValueError("no weight of the student has requires_grad: there is nothing to train")
-    of_ranks = any(isinstance(p, DTensor) for p in trainer.model.parameters())  # type: ignore[union-attr]
-    if of_ranks and trainer.args.optim == "adafactor":
+    if trainer.args.optim == "adafactor" and is_split(trainer.model):
         raise ValueError("optim=adafactor keeps whole rows and columns of a weight, and this student's are split: take "
                          "another")  # fmt: skip
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:

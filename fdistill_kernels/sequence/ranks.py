@@ -38,6 +38,11 @@ def row_group(model: Any) -> dist.ProcessGroup | None:
     return None
 
 
+def is_split(model: Any) -> bool:
+    """Whether weights of a model are DTensors, as of FSDP2, and of one that was split as it was loaded."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def is_partitioned(model: Any) -> bool:
     """Whether each rank has a part of a model's weights, by FSDP or ZeRO-3: a forward pass waits for all ranks'."""
     return is_partitioned_by_zero(model) or isinstance(model, FSDPModule) or is_fsdp_managed_module(model)

@@ -19,13 +19,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..teachers.connection import EndpointError, message_of
 from ..teachers.endpoint import Endpoint
 from .forward import rows_of
 from .generation import special_tokens
 from .models import evaluating, vocabulary_of
+from .ranks import is_split
 from .sampling import Sampling
 
 #: Tokens of the sequence that the server is asked about, and how many ids of each; 20 are vLLM's default at most.
@@ -209,7 +209,7 @@ def _adapter_of(student: Any) -> str | None:
     """
     if student.config.is_encoder_decoder:
         raise ValueError("student_server: vLLM draws from causal students alone, not from an encoder–decoder")
-    if any(isinstance(p, DTensor) for p in student.parameters()):
+    if is_split(student):
         raise ValueError("student_server takes a student that is whole on each rank, and this one is split over ranks")
     if not hasattr(student, "peft_config"):
         return None

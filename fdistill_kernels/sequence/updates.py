@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
@@ -19,7 +18,7 @@ from .config import FDistillConfig
 from .generation import chosen
 from .loading import load_alike, names_damage
 from .objectives import Half
-from .ranks import copies_of_rows, from_first, is_partitioned, own_noise
+from .ranks import copies_of_rows, from_first, is_partitioned, is_split, own_noise
 from .sampling import Sampling, draw
 from .student_server import StudentServer
 from .teachers import Itself, OfRows, Teacher
@@ -68,7 +67,7 @@ class UpdatingTrainer(Trainer):
         self._renamed = False  # whether a checkpoint has weights that `Trainer` has not found by their names
         super().__init__(**trainer)
         if self.args.load_best_model_at_end:
-            if any(isinstance(p, DTensor) for p in self.model.parameters()):  # type: ignore[union-attr]
+            if is_split(self.model):
                 raise ValueError("load_best_model_at_end loads no weights into a model that was split as it was loaded")
             check_kept(self._unwrapped(self.model))
 
