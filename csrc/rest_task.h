@@ -20,4 +20,16 @@ struct RestTask {
   const float* values;       // (rows, list_size), the gradient at the ids
 };
 
+// Rows of which the divergence is made in the same visit as what it needs of the rest.
+struct ListTask {
+  RowTask row;               // without a teacher, class weights or metrics
+  int64_t row_count, vocabulary, list_size;  // the first two as in `row`
+  const int64_t* ids;        // (rows, list_size), -1: none; checked by the caller
+  const float* log_p;        // (rows, list_size + 1): the teacher's logits, the last the rest's, or each of its entries'
+  const uint8_t* hidden;     // (rows), 1: the teacher has nothing of the rest either where the student has nothing
+  int32_t whole;             // 1: over all entries; 0: over the list's and the rest as one category
+  int32_t alone;             // 1: the student's rest is left out, as the teacher's
+  int32_t labelled;          // 1: the divergence needs a label
+};
+
 }  // namespace fdistill

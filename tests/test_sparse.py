@@ -585,6 +585,64 @@ def test_inside_a_compiler():
         torch.testing.assert_close(eager, compiled)
 
 
+def rows_of_kind(kind, n, v, ids, seed):
+    """Logits (n, v) of a student, ordinary but for what the kind says."""
+    z = logits_of(seed, n, v).float()
+    generator = torch.Generator().manual_seed(seed)
+    listed_too = torch.full_like(z, -math.inf).scatter(1, ids, z.gather(1, ids))
+    return {
+        "ordinary": z,
+        "some are -inf": z.masked_fill(torch.rand(n, v, generator=generator) < 0.5, -math.inf),
+        "the list is -inf": z.scatter(1, ids, -math.inf),
+        "the rest is -inf": listed_too,
+        "one-hot on the list": z.scatter_add(1, ids[:, :1], torch.full((n, 1), 60.0)),
+        "one-hot off the list": z.index_add(1, torch.tensor([v - 1]), torch.full((n, 1), 60.0)),
+        "far from 0": z + 1e4,
+        "no number": z.index_fill(1, torch.tensor([v // 2]), math.nan),
+        "+inf": z.index_fill(1, torch.tensor([v // 2]), math.inf),
+        "all are -inf": torch.full_like(z, -math.inf),
+    }[kind]
+
+
+KINDS = ("ordinary", "some are -inf", "the list is -inf", "the rest is -inf", "one-hot on the list", "one-hot off the list",
+         "far from 0", "no number", "+inf", "all are -inf")  # fmt: skip
+
+
+@pytest.mark.skipif("cpu" not in backends_for(torch.float32), reason="the CPU library is not built")
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "within"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_visit_of_a_row_says_what_two_say(kind, tail, monkeypatch):
+    """`cpu.list_rows` against the categories' own way: labels, caps, temperatures, weights, in place, each dtype."""
+    ways = itertools.cycle(itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, 30.0), (1.0, 2.0)))
+    for n, (divergence, v, k) in enumerate(itertools.product(ALL, (64, 2049), (1, 17))):
+        (dtype, cap, temperature), labels = next(ways), torch.tensor([0, -100, 5, v - 1])
+        ids, log_p = listed(logits_of(n, 4, v), k)
+        ids[0, 0] = -1
+        teacher = fk.TopK(ids, log_p.float(), tail=tail)
+        student = rows_of_kind(kind, 4, v, ids.clamp_min(0), n).to(dtype)
+        more = [{}, {"labels": labels, "ce_weight": 0.5}, {"labels": labels, "ce_weight": 1.0, "label_smoothing": 0.1},
+                {"labels": labels, "z_loss": 0.1}, {"token_weight": torch.tensor([1.0, 0, 2, 1])}][n % 5]  # fmt: skip
+        if divergence.needs_labels:
+            more["labels"] = labels
+        more |= {"temperature": temperature, "logit_softcap": cap, "reduction": "none", "backend": "cpu"}
+        if tail == "bucket":
+            more["teacher_temperature"] = 1.0
+        found = []
+        for at_once in (False, True):
+            with monkeypatch.context() as patch:
+                if not at_once:
+                    patch.setattr(sparse, "_is_made_at_once", lambda *_: False)
+                leaf = student.clone().requires_grad_()
+                loss = fk.f_divergence(leaf * 1, teacher, divergence, inplace=n % 3 == 1, **more)
+                loss.sum().backward()
+                found.append((loss.detach(), leaf.grad.float()))
+        largest = found[0][1].abs().nan_to_num(0, 0, 0).amax(1, keepdim=True)
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-5, atol=1e-6, equal_nan=True)
+        far = (found[1][1] - found[0][1]).abs() > 2e-5 * largest + 2 * torch.finfo(dtype).eps * found[0][1].abs() + 1e-6
+        assert not far.any(), (divergence, v, k, dtype, more)
+        assert found[0][1].isnan().equal(found[1][1].isnan()), (divergence, v, k, dtype, more)
+
+
 def test_modules_and_pieces_of_rows(monkeypatch):
     student, (ids, log_probs) = logits_of(41, 12), listed(logits_of(42, 12), 5)
     teacher = fk.TopK(ids.view(3, 4, 5), log_probs.view(3, 4, 5))

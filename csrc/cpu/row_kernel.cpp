@@ -193,6 +193,8 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
   });
 }
 
+#include "lists.inc"
+
 template <typename Divergence, typename scalar_t>
 void run_row(const RowTask& task, int64_t n, const scalar_t* student, const scalar_t* teacher, float* scratch) {
   if constexpr (std::is_void_v<Divergence>) {
@@ -239,13 +241,13 @@ void run(const RowTask& task, int64_t begin, int64_t end, float* scratch) {
 }
 
 Kernels kernels_of(const char* divergence) {
-  if (!*divergence) return {run<void>, run_rest};
+  if (!*divergence) return {run<void>, run_rest, run_lists};
 #define FDISTILL_FIND(Name) \
-  if (!std::strcmp(divergence, #Name)) return {run<Name>, run_rest};
+  if (!std::strcmp(divergence, #Name)) return {run<Name>, run_rest, run_lists};
   FDISTILL_FOR_EACH_DIVERGENCE(FDISTILL_FIND)
   FDISTILL_FOR_EACH_ROW_DIVERGENCE(FDISTILL_FIND)
 #undef FDISTILL_FIND
-  return {nullptr, run_rest};
+  return {nullptr, run_rest, run_lists};
 }
 
 }  // namespace FDISTILL_ISA

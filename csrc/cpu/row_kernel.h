@@ -26,10 +26,19 @@ inline int64_t scratch_floats(const RestTask& task) {
   return 3 * kBlock + task.list_size + block_count(task.vocabulary) + 1;
 }
 
+// Floats of scratch: of whole rows both models', and the row kernel's; of categories the exponentials, the capped logits,
+// the rest's (above), a factor a block, and the categories', with the row kernel's.
+inline int64_t scratch_floats(const ListTask& task) {
+  const int64_t row = padded(task.vocabulary), categories = padded(task.list_size + 1), blocks = block_count(task.vocabulary);
+  return 6 * row + 3 * kBlock + 8 * categories + 4 * blocks;
+}
+
 // What takes rows [begin, end) of a task; no `row` where the build has no divergence of that name.
+using RowKernel = void (*)(const RowTask&, int64_t begin, int64_t end, float* scratch);
 struct Kernels {
-  void (*row)(const RowTask&, int64_t begin, int64_t end, float* scratch);
+  RowKernel row;
   void (*rest)(const RestTask&, int64_t begin, int64_t end, float* scratch);
+  void (*list)(const ListTask&, RowKernel, int64_t begin, int64_t end, float* scratch);
 };
 
 // Of each build, by its instruction set.

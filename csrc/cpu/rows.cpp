@@ -46,7 +46,7 @@ const char* run_rows(const Kernel& kernel, const Task& task, int threads) {
 extern "C" {
 
 // Goes up with every change of what Python hands over.
-__attribute__((visibility("default"))) int fdistill_cpu_interface() { return 6; }
+__attribute__((visibility("default"))) int fdistill_cpu_interface() { return 7; }
 
 // Null, or what went wrong. instruction_set: as torch names what this CPU has.
 __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(
@@ -58,6 +58,15 @@ __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(
 __attribute__((visibility("default"))) const char* fdistill_cpu_rest_rows(
     const char* instruction_set, const fdistill::RestTask* task, int threads) {
   return run_rows(find_kernels(instruction_set, "").rest, *task, threads);
+}
+
+__attribute__((visibility("default"))) const char* fdistill_cpu_list_rows(
+    const char* instruction_set, const char* divergence, const fdistill::ListTask* task, int threads) {
+  const auto kernels = find_kernels(instruction_set, divergence);
+  const auto rows = [&](const auto& of, int64_t begin, int64_t end, float* scratch) {
+    kernels.list(of, kernels.row, begin, end, scratch);
+  };
+  return kernels.row ? run_rows(rows, *task, threads) : "there is no such kernel";
 }
 
 // A fresh N x V tensor costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.

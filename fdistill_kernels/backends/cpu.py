@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from .native import DTYPES, NOWHERE, RestTask, open_library, row_task, rows_of, words
+from .native import DTYPES, NOWHERE, ListTask, RestTask, RowTask, open_library, row_task, rows_of, words
 from .rows import RowCall
 
-INTERFACE = 6  # of csrc/cpu/rows.cpp
+INTERFACE = 7  # of csrc/cpu/rows.cpp
 LARGE_PAGE = 2 << 20  # bytes
 
 
@@ -24,6 +24,7 @@ def _load() -> tuple[Any, str | None]:
         return None, str(error)
     library.fdistill_cpu_divergence_rows.restype = ctypes.c_char_p
     library.fdistill_cpu_rest_rows.restype = ctypes.c_char_p
+    library.fdistill_cpu_list_rows.restype = ctypes.c_char_p
     return library, None
 
 
@@ -89,6 +90,25 @@ def rest_gradient_(
     coefficients, values = torch.stack([x for x in rest if x is not None]), values.contiguous()
     _run_rest(student, softcap, row_scale, rate, ids.contiguous(), rest.of_plain is not None, gradient=rows_of(out),
               coefficients=coefficients.data_ptr(), values=values.data_ptr())  # fmt: skip
+
+
+def list_rows(call: RowCall, gradient: Tensor | None, teacher: Any, whole: bool) -> Tensor:
+    """The parts of rows beside a `sparse.Listed`, read once, without metrics; writes their gradient. whole: each entry
+    of the rest has a teacher of its own.
+    """
+    rows, size = teacher.ids.shape
+    parts = call.terms.row_scale.new_empty(3, rows)
+    symbol, packed, _held = row_task(call, gradient, None, parts)
+    ids, log_p = teacher.ids.contiguous(), teacher.log_p.contiguous()
+    task = ListTask(
+        row=RowTask.from_buffer_copy(packed), row_count=rows, vocabulary=call.student.shape[2], list_size=size,
+        ids=ids.data_ptr(), log_p=log_p.data_ptr(), hidden=teacher.hidden.data_ptr(), whole=whole,
+        alone=call.targets.tail == "within", labelled=call.divergence is not None and call.divergence.needs_labels,
+    )  # fmt: skip
+    error = LIBRARY.fdistill_cpu_list_rows(CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads())
+    if error:
+        raise RuntimeError(f"the CPU kernel {symbol!r} for lists did not run: {words('cpu', error)}")
+    return parts
 
 
 def _run_rest(

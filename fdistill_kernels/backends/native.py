@@ -107,6 +107,16 @@ class RestTask(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ListTask(ctypes.Structure):
+    """csrc/rest_task.h's, field by field."""
+
+    _fields_ = [
+        ("row", RowTask), *[(n, ctypes.c_int64) for n in ("row_count", "vocabulary", "list_size")],
+        *[(n, ctypes.c_void_p) for n in ("ids", "log_p", "hidden")],
+        *[(n, ctypes.c_int32) for n in ("whole", "alone", "labelled")],
+    ]  # fmt: skip
+
+
 def _codes(kind: Any) -> str:
     """A structure's fields as Python's `struct` names them."""
     if issubclass(kind, ctypes.Array):

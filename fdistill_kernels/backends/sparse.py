@@ -12,6 +12,8 @@ itself, never as 1 less the list's mass, so that it keeps its digits where it is
 A backend that has them gives two functions (`chunked`, `cpu` and `triton` do):
     rest_statistics(student, softcap, row_scale, rate, ids, plain) -> its top, log_rest, plain_rest, (N,) each
     rest_gradient_(out, student, softcap, row_scale, rate, Rest, ids, values)
+and one that makes all of it in one visit of a row gives a third (`cpu`):
+    list_rows(call, gradient, Listed, whole) -> the parts
 """
 
 from __future__ import annotations
@@ -93,10 +95,15 @@ def divergence_rows(call: RowCall, backend: Any) -> tuple[Tensor, Tensor, Tensor
     out, nothing = call.empty_gradients(getattr(backend, "empty", Tensor.new_empty))
     gradient = student if call.inplace else out if call.student_gradient else None
     whole, ranks = _asks_every_entry(call), Ranks(call.shard)
-    for i, j, n in _pieces(call, whole, ranks, backend):
+    at_once = _is_made_at_once(call, backend)
+    for i, j, n in _pieces(call, whole and not at_once, ranks, backend):
         some = replaced(call, student=student[i, j], terms=call.terms.of_rows(n), targets=call.targets.of_rows(n))
-        run = _whole_rows if whole else _categories
-        parts[:, n] = run(some, None if gradient is None else gradient[i, j], ranks, backend)
+        of_rows = None if gradient is None else gradient[i, j]
+        some, teacher = _listed(some, whole)
+        if at_once:
+            parts[:, n] = backend.list_rows(some, of_rows, teacher, whole)
+        else:
+            parts[:, n] = (_whole_rows if whole else _categories)(some, of_rows, teacher, ranks, backend)
     return parts, out, nothing
 
 
@@ -140,6 +147,12 @@ def _asks_every_entry(call: RowCall) -> bool:
     return tail == "uniform" or (tail == "renormalize" and (divergence.needs_labels or not sums))
 
 
+def _is_made_at_once(call: RowCall, backend: Any) -> bool:
+    """Whether the backend's `list_rows` can make all of a row in one visit."""
+    truncated = call.targets.tail in ("ignore", "sampled")
+    return hasattr(backend, "list_rows") and not (truncated or call.terms.metrics or call.shard.group)
+
+
 def _pieces(call: RowCall, whole: bool, ranks: Ranks, backend: Any) -> Iterator[tuple[slice, slice, slice]]:
     """Rows to be made at once: their places in (outer, inner), and their numbers."""
     (outer, inner, vocabulary), ids = call.student.shape, call.targets.ids
@@ -155,19 +168,72 @@ def _pieces(call: RowCall, whole: bool, ranks: Ranks, backend: Any) -> Iterator[
             yield slice(i, to[0]), slice(j, to[1]), slice(i * inner + j, (to[0] - 1) * inner + to[1])
 
 
-def _categories(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: Any) -> Tensor:
+class Listed(NamedTuple):
+    """The teacher of n rows.
+
+    Attributes:
+        ids: (n, K), −1 where there is none; all of a row that does not count.
+        given: (n, K) log p at them, −inf where there is none.
+        log_p: (n, K + 1) the teacher's logits of them, of a mass of 1 at most; and of the rest, or each of its entries.
+        hidden: (n,) whether the rest is no more than the list's rounding may hide: then it is 0, of which rkl would be
+            infinite, only where the student has nothing there either.
+    """
+
+    ids: Tensor
+    given: Tensor
+    log_p: Tensor
+    hidden: Tensor
+
+
+def _listed(call: RowCall, whole: bool) -> tuple[RowCall, Listed]:
+    """The list of some rows; whole: for rows of all entries. And the call, for which rows whose list is empty or of
+    zeros weigh nothing where the rest does not count: they say nothing.
+    """
+    targets, terms = call.targets, call.terms
+    assert targets.ids is not None and targets.log_probs is not None
+    ids = torch.where((terms.row_scale != 0).unsqueeze(1), targets.ids, -1)
+    given = torch.where(ids >= 0, targets.log_probs, -torch.inf)
+    mass, least = _mass(targets, given)
+    log_p, rest = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1), torch.zeros_like(mass)
+    rate = terms.teacher_inverse_temperature * targets.temperature
+    if targets.tail in ("bucket", "uniform"):
+        others = call.vocabulary - (ids >= 0).sum(1)
+        rest = torch.where(others == 0, 0, torch.maximum(1 - mass, least))
+        rest = rest / others.clamp_min(1) if whole else rest
+    elif not whole:
+        log_p = log_p * rate.unsqueeze(1)
+    if targets.tail in ("within", "renormalize"):
+        says = (given > -torch.inf).any(1)
+        terms = replaced(terms, divergence_scale=torch.where(says, terms.divergence_scale, 0))
+    if whole:
+        terms = replaced(terms, teacher_inverse_temperature=rate)
+    log_p = torch.cat((log_p, rest.log().to(given.dtype).unsqueeze(1)), 1)
+    return replaced(call, terms=terms), Listed(ids, given, log_p, 1 - mass <= least)
+
+
+def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ_S p`` as given, and how far its rounding may be from it, in the widest arithmetic."""
+    wide = given.to(chunked.widest(given))
+    p = wide.exp()
+    spread = torch.where(p > 0, p * wide.abs(), 0).sum(1)
+    return p.sum(1), 4 * targets.rounding * spread + torch.finfo(given.dtype).eps  # a few roundings, of who made them
+
+
+def _categories(call: RowCall, gradient: Tensor | None, teacher: Listed, ranks: Ranks, backend: Any) -> Tensor:
     """The parts of some rows, through their categories; writes their gradient."""
-    terms, rate = call.terms, call.terms.student_inverse_temperature
-    live, ids, given = _listed(call)
-    z = ranks.at(call, ids)
+    terms, rate, ids = call.terms, call.terms.student_inverse_temperature, teacher.ids
+    live, z = terms.row_scale != 0, ranks.at(call, teacher.ids)
     row = _statistics(call, ids, z, ranks, backend)
-    logits = row.logits(rate)
-    teacher, student_logits = _categories_of(call, ids, given, logits)
-    losses, of_logits = _of_categories(call, student_logits, teacher, ids, live, gradient is not None, backend)
+    logits, log_p = row.logits(rate), teacher.log_p.clone()
+    log_p[:, -1].masked_fill_(teacher.hidden & (logits[:, -1] == -torch.inf), -torch.inf)
+    of_student = logits
+    if call.targets.tail == "within":
+        of_student = torch.cat((logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)), 1)
+    losses, of_logits = _of_categories(call, of_student, log_p, ids, live, gradient is not None, backend)
     labels = _Labels(call, row, live, ranks) if terms.labels is not None else None
     parts = [losses, *([torch.zeros_like(losses)] * 2 if labels is None else labels.parts)]
     if terms.metrics:
-        parts += _masses(call, logits, given, ids, z, ranks)
+        parts += _masses(call, logits, teacher.given, ids, z, ranks)
     if gradient is not None:
         _write_gradient_(gradient, call, labels, backend, z, row, ids, of_logits * rate.unsqueeze(1), ranks)
     return torch.stack(parts[:3] + [torch.where(live, terms.row_scale * x, 0) for x in parts[3:]])
@@ -212,54 +278,10 @@ def _statistics(call: RowCall, ids: Tensor, z: Tensor, ranks: Ranks, backend: An
     return Row(listed - top.unsqueeze(1), top, *rest, of_rest + apart * rate, plain_rest + apart)
 
 
-def _listed(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count (n,), their ids, −1 in the others, and log p at them, −inf where there is none."""
-    ids, log_probs, live = call.targets.ids, call.targets.log_probs, call.terms.row_scale != 0
-    assert ids is not None and log_probs is not None
-    ids = torch.where(live.unsqueeze(1), ids, -1)
-    return live, ids, torch.where(ids >= 0, log_probs, -torch.inf)
-
-
 def _at(student: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The logits (n, K) at ids; any where there is no id."""
     at = ids.clamp(0, student.shape[-1] - 1).view(*student.shape[:2], ids.shape[1])
     return student.gather(2, at).to(dtype).flatten(0, 1)
-
-
-def _categories_of(call: RowCall, ids: Tensor, given: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Both models' logits (n, K + 1) of the categories, the rest last.
-
-    A teacher's rest that its list's rounding hides is as much as may be hidden: not 0, of which rkl would be infinite,
-    but where the student has nothing there either. Rows without a list, or whose list is of zeros, say nothing: all is
-    in the rest of both.
-    """
-    targets, rate = call.targets, call.terms.teacher_inverse_temperature
-    mass, least = _mass(targets, given)
-    none = ~(given > -torch.inf).any(1, keepdim=True)
-    log_p = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1)
-    if targets.tail == "bucket":
-        hidden = (1 - mass <= least) & (student[:, -1] == -torch.inf)
-        whole = ((ids >= 0).sum(1) == call.vocabulary) | hidden
-        rest = torch.where(whole, 0, torch.maximum(1 - mass, least)).log().to(given.dtype).unsqueeze(1)
-        return torch.cat((log_p, rest), 1), student
-    rest = torch.where(none, 0, torch.full_like(given[:, :1] if given.shape[1] else student[:, :1], -torch.inf))
-    log_p = log_p * (targets.temperature * rate).unsqueeze(1)
-    of_list, of_rest = torch.where(none, -torch.inf, student[:, :-1]), student[:, -1:]
-    if targets.tail == "within":
-        of_rest = torch.full_like(of_rest, -torch.inf)
-    if targets.tail in ("within", "renormalize"):
-        of_rest = torch.where(none, 0, of_rest)  # of which a student may have nothing
-    else:  # truncated sums need all of the student's
-        of_list = student[:, :-1]
-    return torch.cat((log_p, rest), 1), torch.cat((of_list, of_rest), 1)
-
-
-def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ_S p`` as given, and how far its rounding may be from it, in the widest arithmetic."""
-    wide = given.to(chunked.widest(given))
-    p = wide.exp()
-    spread = torch.where(p > 0, p * wide.abs(), 0).sum(1)
-    return p.sum(1), 4 * targets.rounding * spread + torch.finfo(given.dtype).eps  # a few roundings, of who made them
 
 
 def _of_categories(
@@ -402,33 +424,24 @@ def _write_gradient_(
     )
 
 
-def _whole_rows(call: RowCall, gradient: Tensor | None, ranks: Ranks, backend: Any) -> Tensor:
+def _whole_rows(call: RowCall, gradient: Tensor | None, teacher: Listed, ranks: Ranks, backend: Any) -> Tensor:
     """The parts of some rows whose rest is not one category: by whole rows of the teacher, of these few alone."""
-    terms, vocabulary, targets = call.terms, call.student.shape[-1], call.targets
-    live, ids, given = _listed(call)
-    mass, least = _mass(targets, given)
-    others = (call.vocabulary - (ids >= 0).sum(1)).clamp_min(1)
-    z, here = ranks.at(call, ids), ranks.here(ids, vocabulary)
-    rest = (torch.maximum(1 - mass, least) / others).log().to(given.dtype)
-    if targets.tail == "renormalize":  # rows without a list say nothing
-        none = ~(given > -torch.inf).any(1)
-        rest = none.to(given).log()
-        terms = replaced(terms, divergence_scale=torch.where(none, 0, terms.divergence_scale))
-    teacher = rest.unsqueeze(1).repeat(1, vocabulary + 1)
-    log_p = given - mass.clamp_min(1).log().to(given.dtype).unsqueeze(1)
-    teacher.scatter_(1, torch.where(here >= 0, here, vocabulary), log_p)  # what is no id falls beyond the vocabulary
-    wide = call.student.flatten(0, 1).to(teacher.dtype)[None]
-    hidden = (1 - mass <= least).unsqueeze(1) & (wide[0] == -torch.inf)  # as in `_categories_of`
-    teacher[:, :vocabulary].masked_fill_(hidden & (teacher[:, :vocabulary] == rest.unsqueeze(1)), -torch.inf)
-    rate = terms.teacher_inverse_temperature * targets.temperature
+    terms, vocabulary, ids = call.terms, call.student.shape[-1], teacher.ids
+    here, (log_p, rest) = ranks.here(ids, vocabulary), teacher.log_p.split((ids.shape[1], 1), 1)
+    wide = call.student.flatten(0, 1).to(log_p.dtype)
+    rows = rest.repeat(1, vocabulary + 1)
+    rows[:, :vocabulary].masked_fill_(teacher.hidden.unsqueeze(1) & (wide == -torch.inf), -torch.inf)
+    rows.scatter_(1, torch.where(here >= 0, here, vocabulary), log_p)  # what is no id falls beyond the vocabulary
     whole = RowCall(
-        wide, teacher[None, :, :vocabulary], replaced(terms.without_metrics(), teacher_inverse_temperature=rate),
-        call.student_softcap, student_gradient=gradient is not None, shard=call.shard,
+        wide[None], rows[None, :, :vocabulary], terms.without_metrics(), call.student_softcap,
+        student_gradient=gradient is not None, shard=call.shard,
     )  # fmt: skip
     parts, of_student, _ = (sharded if ranks.wire else backend).divergence_rows(whole)
     if terms.metrics:
+        z = ranks.at(call, ids)
         logits = _statistics(call, ids, z, ranks, backend).logits(terms.student_inverse_temperature)
-        found = _masses(call, logits, given, ids, z, ranks)
+        found = _masses(call, logits, teacher.given, ids, z, ranks)
+        live = terms.row_scale != 0
         parts = torch.cat((parts, torch.stack([torch.where(live, terms.row_scale * x, 0) for x in found])))
     if gradient is not None:
         gradient.copy_(of_student.view(gradient.shape))
