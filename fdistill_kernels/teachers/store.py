@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from .. import products
 from ..checks import check_integer
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
@@ -301,7 +302,7 @@ class TeacherStore:
         if self.kind == "hidden":
             head, lengths = self.head, [len(part["states"]) for part in parts]
             assert head is not None
-            states = torch.empty(sum(lengths), head.weight.shape[1], dtype=head.weight.dtype)
+            states = products.empty(head.weight, sum(lengths), head.weight.shape[1])
             for part, into in zip(parts, states.split(lengths), strict=True):
                 packing.decode_states(part, into)
             return Hidden(states, head)
