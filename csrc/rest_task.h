@@ -22,7 +22,8 @@ struct RestTask {
 
 // Rows of which the divergence is made in the same visit as what it needs of the rest.
 struct ListTask {
-  RowTask row;               // without a teacher, class weights or metrics
+  RowTask row;               // without a teacher or class weights; metrics = 1 (not of `whole`): parts is (6, rows), and
+                             // the last two are the student's mass on the list and the share of values.py's `overlap`
   int64_t row_count, vocabulary, list_size;  // the first two as in `row`
   const int64_t* ids;        // (rows, list_size), -1: none; checked by the caller
   const float* log_p;        // (rows, list_size + 1): the teacher's logits, the last the rest's, or each of its entries'

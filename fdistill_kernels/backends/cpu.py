@@ -93,11 +93,11 @@ def rest_gradient_(
 
 
 def list_rows(call: RowCall, gradient: Tensor | None, teacher: Any, whole: bool) -> Tensor:
-    """The parts of rows beside a `sparse.Listed`, read once, without metrics; writes their gradient. whole: each entry
-    of the rest has a teacher of its own.
+    """The parts of rows beside a `sparse.Listed`, read once; writes their gradient. whole: each entry of the rest has a
+    teacher of its own, and metrics are not made.
     """
     rows, size = teacher.ids.shape
-    parts = call.terms.row_scale.new_empty(3, rows)
+    parts = call.terms.row_scale.new_empty(call.parts, rows)
     symbol, packed, _held = row_task(call, gradient, None, parts)
     ids, log_p = teacher.ids.contiguous(), teacher.log_p.contiguous()
     task = ListTask(
@@ -108,6 +108,8 @@ def list_rows(call: RowCall, gradient: Tensor | None, teacher: Any, whole: bool)
     error = LIBRARY.fdistill_cpu_list_rows(CAPABILITY, symbol.encode(), ctypes.byref(task), torch.get_num_threads())
     if error:
         raise RuntimeError(f"the CPU kernel {symbol!r} for lists did not run: {words('cpu', error)}")
+    if call.terms.metrics:
+        parts[3] = call.terms.row_scale * teacher.given.exp().sum(1)
     return parts
 
 

@@ -95,7 +95,7 @@ def divergence_rows(call: RowCall, backend: Any) -> tuple[Tensor, Tensor, Tensor
     out, nothing = call.empty_gradients(getattr(backend, "empty", Tensor.new_empty))
     gradient = student if call.inplace else out if call.student_gradient else None
     whole, ranks = _asks_every_entry(call), Ranks(call.shard)
-    at_once = _is_made_at_once(call, backend)
+    at_once = _is_made_at_once(call, whole, backend)
     for i, j, n in _pieces(call, whole and not at_once, ranks, backend):
         some = replaced(call, student=student[i, j], terms=call.terms.of_rows(n), targets=call.targets.of_rows(n))
         of_rows = None if gradient is None else gradient[i, j]
@@ -147,10 +147,10 @@ def _asks_every_entry(call: RowCall) -> bool:
     return tail == "uniform" or (tail == "renormalize" and (divergence.needs_labels or not sums))
 
 
-def _is_made_at_once(call: RowCall, backend: Any) -> bool:
+def _is_made_at_once(call: RowCall, whole: bool, backend: Any) -> bool:
     """Whether the backend's `list_rows` can make all of a row in one visit."""
     truncated = call.targets.tail in ("ignore", "sampled")
-    return hasattr(backend, "list_rows") and not (truncated or call.terms.metrics or call.shard.group)
+    return hasattr(backend, "list_rows") and not (truncated or call.shard.group or (whole and call.terms.metrics))
 
 
 def _pieces(call: RowCall, whole: bool, ranks: Ranks, backend: Any) -> Iterator[tuple[slice, slice, slice]]:
