@@ -1,5 +1,6 @@
 """Teachers that are not in the room: the trainer and the command with a store, a server, several teachers, or itself."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -7,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -107,6 +109,13 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
     texts[4]["input_ids"][0] += 1
     with pytest.raises(ValueError, match=r"1 of 5 sequences of train_dataset \(labels: 4\) are not"):
         trainer(tmp_path, llama(seed=1), store, texts, divergence="kl")
+    padded = [{"prompt_ids": [0] * (9 - len(row["prompt_ids"])) + row["prompt_ids"],
+               "attention_mask": [0] * (9 - len(row["prompt_ids"])) + [1] * len(row["prompt_ids"]),
+               "labels": row["labels"] + [-100] * (9 - len(row["labels"]))} for row in rows]  # fmt: skip
+    runs = [trainer(tmp_path, llama(seed=1), store, train, divergence="kl") for train in (rows, padded)]
+    for run in runs:
+        run.train()
+    assert torch.equal(*(flat(run.model) for run in runs))
     unknown = data(8, sample_ids=[[7, 7, EOS]] * 8)
     with pytest.raises(ValueError, match=r"8 of 8 sequences of train_dataset \(sample_ids: 0, 1, 2, 3, 4, ...\) are"):
         trainer(tmp_path, llama(seed=1), store, unknown, method="kl")
@@ -124,6 +133,12 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
         Stored(store).draw([torch.tensor([3])], Sampling(4), 60)
     with pytest.raises(TypeError, match="a teacher is a Hugging Face model, a path"):
         teacher_of(3)
+
+
+def test_a_stream_is_not_read_before_it_is_trained_on(tmp_path):
+    teacher, rows = llama(seed=2), data()
+    endless = IterableDataset.from_generator(lambda: itertools.cycle(rows), features=Dataset.from_list(rows).features)
+    trainer(tmp_path, llama(seed=1), stored(tmp_path / "store", teacher, rows), endless, divergence="kl").train()
 
 
 def dense(teacher, prompts, targets):
@@ -180,6 +195,9 @@ def test_a_teacher_for_each_example(tmp_path):
     for each in runs:
         each.train()
     torch.testing.assert_close(*(flat(each.model) for each in runs), rtol=1e-3, atol=1e-4)
+    stores = {name: stored(tmp_path / name, teacher, data()[:4]) for name, teacher in teachers.items()}
+    with pytest.raises(ValueError, match=r"2 of 4 sequences of train_dataset \(labels: 5, 6\) are not in .*/a"):
+        trainer(tmp_path, llama(seed=1), OfRows(stores), rows, divergence="js")
     with pytest.raises(ValueError, match="names the teacher 'c'; known: a, b"):
         trainer(tmp_path, llama(seed=1), OfRows(teachers), [{**r, "teacher": "c"} for r in data()], divergence="js")
 

@@ -102,36 +102,31 @@ def _check_columns(name: str, columns: Collection[str], sources: Collection[str]
 
 def _check_teachers(name: str, data: Any, columns: Collection[str], compared: list[str], teacher: Teacher) -> None:
     """Raises ValueError for teachers that are not known, sequences that a store has not, and prompts of the student's
-    where it is its own teacher.
+    where it is its own teacher. A stream is not read for that.
     """
-    if isinstance(teacher, OfRows):
-        if hasattr(data, "__len__"):
-            named = [e["teacher"] for e in data] if isinstance(data, (list, tuple)) else data["teacher"]
-            teacher.choose(list(map(str, named)))
-        return
-    for part in parts_of(teacher):
-        if isinstance(part, Stored):
-            wanted = {column for source in compared if (column := column_of(source, columns))}
-            part.check(name, _as_dataset(data, part.encoder_decoder), sorted(wanted))
     same = isinstance(teacher, Itself) and teacher.decay is None and teacher.adapter
     if same and "teacher_prompt_ids" not in columns:
         raise ValueError("Itself() is the student with another prompt: give the data the column "
                          "teacher_prompt_ids, or Itself(decay=...), or Itself(adapter=False)")  # fmt: skip
+    if not hasattr(data, "__len__"):
+        return
+    named: list[str] = []
+    if isinstance(teacher, OfRows):
+        named = list(map(str, [e["teacher"] for e in data] if isinstance(data, (list, tuple)) else data["teacher"]))
+        teacher.choose(named)
+    wanted = sorted({column for source in compared if (column := column_of(source, columns))})
+    for mark, one in teacher.teachers.items() if isinstance(teacher, OfRows) else [("", teacher)]:
+        for part in parts_of(one):
+            if isinstance(part, Stored) and wanted:
+                of_it = ((n, of_example(e, part.encoder_decoder)) for n, e in enumerate(data)
+                         if not named or named[n] == mark)  # fmt: skip
+                part.check(name, of_it, wanted)
 
 
 def _groups_by_length(args: Any) -> bool:
     """Whether batches are made by lengths; transformers 5 has another name for it."""
     by_length = getattr(args, "train_sampling_strategy", "") in ("group_by_length", "batch_rebalance")
     return bool(getattr(args, "group_by_length", by_length))
-
-
-def _as_dataset(data: Any, encoder_decoder: bool = False) -> Any:
-    """With columns; of texts as input_ids with those of prompts and labels."""
-    from datasets import Dataset
-
-    if "prompt_ids" not in columns_of(data):
-        data = [{name: ids.tolist() for name, ids in of_example(e, encoder_decoder).items()} for e in data]
-    return Dataset.from_list(list(data)) if isinstance(data, (list, tuple)) else data
 
 
 def _datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:

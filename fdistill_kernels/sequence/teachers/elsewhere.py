@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,24 +43,27 @@ class Stored(Teacher):
         found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
         return TeacherRows(_moved(found, batch), self.vocabulary)
 
-    def check(self, name: str, rows: Any, columns: Sequence[str]) -> None:
-        """Checks that all sequences of a dataset's columns are in the store.
+    def check(self, name: str, examples: Iterable[tuple[int, dict[str, Tensor]]], columns: Sequence[str]) -> None:
+        """Checks that the sequences of a dataset's columns are in the store; examples: with their numbers, as
+        `batches.of_example` has them.
 
         Raises:
             ValueError: some are not; the message says which, and what the store was built from.
         """
-        prompts = rows[prompts_of_teacher(rows.column_names)][:]
-        for column in columns:
-            pairs = list(zip(prompts, rows[column][:], strict=True))
-            there = [i for i, (_, c) in enumerate(pairs) if len(c)]
-            lacking = [there[i] for i in self.store.missing([pairs[i] for i in there])]
-            if lacking:
-                shown = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+        asked, lacking = 0, {column: list[int]() for column in columns}
+        for number, row in examples:
+            asked += 1
+            for column in lacking.keys() & row.keys():
+                if len(row[column]) and (row[prompts_of_teacher(row)], row[column]) not in self.store:
+                    lacking[column].append(number)
+        for column, numbers in lacking.items():
+            if numbers:
+                shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
                 made = self.store.extra.get("job", {})
                 of = ", ".join(f"{n} {made[n]}" for n in ("data", "limit", "max_new_tokens", "sequences") if n in made)
                 damaged = f"; damaged: {', '.join(self.store.damaged)}" if self.store.damaged else ""
                 raise ValueError(
-                    f"{len(lacking)} of {len(pairs)} sequences of {name} ({column}: {shown}) are not in the store "
+                    f"{len(numbers)} of {asked} sequences of {name} ({column}: {shown}) are not in the store "
                     f"{self.store.folder}{', which was built of ' + of if of else ''}{damaged}"
                 )
 
