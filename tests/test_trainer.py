@@ -426,6 +426,9 @@ def test_bad_input(tmp_path):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2]}] * 4, method="predistill").train()
     with pytest.raises(ValueError, match="41 tokens, the student's context 32"):
         trainer(tmp_path, gpt2(60), gpt2(60), [{"prompt_ids": [2] * 40, "labels": [1]}] * 4, method="mle").train()
+    padded = [{"prompt_ids": [2], "labels": [1] + [-100] * 40}, {"prompt_ids": [0] * 39 + [2], "labels": [1],
+               "attention_mask": [0] * 39 + [1]}] * 2  # fmt: skip
+    trainer(tmp_path, gpt2(60), gpt2(60), padded, method="mle").train()  # which no context has to hold
     with pytest.raises(ValueError, match="on_nan must be one of"):
         FDistillConfig(str(tmp_path), on_nan="ignore")
 

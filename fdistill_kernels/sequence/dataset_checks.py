@@ -170,7 +170,11 @@ def _check_contexts(name: str, data: Any, prompt: str, column: str | None, new: 
     if prompts is None or more is None or not len(prompts):
         return
     whole = prompts + more if causal else np.maximum(prompts, more)
-    row = int(whole.argmax())
-    if whole[row] > limit:
-        beside = f"{new} new tokens" if column is None else f"its {column}"
-        raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {whole[row]} tokens, {whose} context {limit}")
+    for row in (-whole).argsort(kind="stable")[: (whole > limit).sum()].tolist():
+        example = of_example(data[row], not causal)  # without padding, which a batch has not
+        of_prompt = len(example.get(prompt.replace("input", "prompt"), ()))
+        lengths = of_prompt, len(example.get(column, ())) if column else new
+        tokens = sum(lengths) if causal else max(lengths)
+        if tokens > limit:
+            beside = f"its {column}" if column else f"{new} new tokens"
+            raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {tokens} tokens, {whose} context {limit}")
