@@ -324,6 +324,19 @@ def test_a_server_is_asked_for_the_next_batch_while_this_one_is_learnt_from(tmp_
     assert asked <= 8 + 4  # each sequence once, and what is tried at first
 
 
+def test_a_server_is_asked_once_for_each_batch_of_an_update(tmp_path):
+    rows = data(16, sample_ids=[[i + 2, EOS] for i in range(16)])
+    with Server(Model(60)) as server, fk.Endpoint(server.url, vocabulary=60, k=8) as endpoint:
+        options = {"shares": {"gold": 0.5, "teacher": 0.5}, "gradient_accumulation_steps": 8}
+        trainer(
+            tmp_path, llama(seed=1), endpoint, rows, divergence="kl", per_device_train_batch_size=1, **options
+        ).train()
+        asked = [
+            server.asked[tuple(row["prompt_ids"] + row[name])] for row in rows for name in ("labels", "sample_ids")
+        ]
+    assert asked == [1] * 32
+
+
 def test_lists_and_rows_are_compared_alike():
     student, teacher = llama(seed=1), llama(seed=2)
     prompts, targets = batch()

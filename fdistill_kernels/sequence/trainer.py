@@ -166,10 +166,12 @@ class FDistillTrainer(UpdatingTrainer):
         """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
         assert isinstance(self.teacher, Served)
         batch: dict[str, Any] = known(examples)
-        for source in compared_sources(self.halves):
+        sources = compared_sources(self.halves)
+        most = (self.args.gradient_accumulation_steps + 1) * len(sources)  # an update's, and loaders are one ahead
+        for source in sources:
             if (found := given_sequences(source, batch)) is not None:
                 prompts, continuations = ([x.tolist() for x in y] for y in (found.teacher_prompts, found.continuations))
-                self.teacher.expect(prompts, continuations)
+                self.teacher.expect(prompts, continuations, most)
         return batch
 
     def _check_accelerator(self) -> None:

@@ -16,9 +16,6 @@ from ..losses import TeacherRows
 from ..sampling import Sampling
 from .base import Batch, Teacher
 
-#: Batches that a server may be asked for before they are used; accelerate's loaders are one batch ahead.
-AHEAD = 4
-
 
 class Stored(Teacher):
     """A `TeacherStore`: works without the teacher's weights, but knows only the sequences in the store.
@@ -85,9 +82,9 @@ class Served(Teacher):
         self.whole = endpoint.kind == "vllm_hidden"
         self._ahead: dict[Any, Any] = {}  # what has been asked for and not been used
 
-    def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> None:
-        """Starts the requests for a batch whose rows are needed soon."""
-        while len(self._ahead) > AHEAD:  # of batches that nobody came for
+    def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], most: int) -> None:
+        """Starts the requests for a batch whose rows are needed soon; most: batches that may wait to be used."""
+        while len(self._ahead) >= most:  # of batches that nobody came for
             self._ahead.pop(next(iter(self._ahead)))
         self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
 
