@@ -523,6 +523,8 @@ def test_every_field_that_differs_is_named(tmp_path):
     filled(tmp_path)
     with pytest.raises(ValueError, match=r"teacher was 'abc' and is 'xyz'; tokenizer was 'def' and is None; more was"):
         TeacherStore(tmp_path, key={"teacher": "xyz", "sampling": {"temperature": 1.0}, "more": 1})
+    with pytest.raises(ValueError, match="key must be what JSON can keep"):
+        TeacherStore(tmp_path, key={"teacher": {"abc"}})
     with pytest.raises(ValueError, match=r"sampling was {'temperature': 1.0} and is None"):
         TeacherStore.create(tmp_path, kind="top_k", vocabulary=100, k=8, key={"teacher": "abc", "tokenizer": "def"})
     with pytest.raises(

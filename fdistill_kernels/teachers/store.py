@@ -13,7 +13,6 @@ their own checksum. No file is ever changed, and no two writers use the same nam
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -92,7 +91,7 @@ class TeacherStore:
         self.key, self.extra, self._head_hash = content.pop("key"), content.pop("extra"), content.pop("head_file")
         self.settings, self.kind, self.vocabulary = content, str(content["kind"]), int(content["vocabulary"])
         if key is not None:
-            check_same(f"{self.folder} holds other targets", self.key, json.loads(json.dumps(key)))
+            check_same(f"{self.folder} holds other targets", self.key, as_json("key", key))
         self._made_of = hash_of({"settings": content, "key": self.key, "head": self._head_hash})
         self._shards: dict[str, Shard] = {}
         self._unread: dict[str, str] = {}  # the sidecar is missing or damaged: refresh looks at it again
