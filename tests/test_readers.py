@@ -226,11 +226,16 @@ def test_columns():
     assert (rows.ids >= 0).sum(1).tolist() == [3, 4, 5, 6] and rows.ids[:, :3].tolist() == [r[:3] for r in data[0]["i"]]
     for spoil, says in (({"i": data[1]["i"]}, r"\(2, 8\)"), ({"l": ragged["l"]}, "position 0 .* 8 ids and 3 log"),
                         ({"i": ragged["i"], "l": ragged["l"][::-1]}, "position 0 .* 3 ids and 6 log"), ({"c": data[0]["c"][:-1]}, r"\(3, K\)"),
-                        ({"i": [[1] * K] * 4}, "twice"), ({"p": []}, "prompt of 0"), ({"l": [[0.5] * K] * 4}, "positive")):  # fmt: skip
+                        ({"i": [[1] * K] * 4}, "twice"), ({"p": []}, "prompt of 0"), ({"p": [-100]}, "has -100 in the place of"),
+                        ({"i": [[True] * K] * 4}, "ids are torch.bool"), ({"l": [[0.5] * K] * 4}, "positive")):  # fmt: skip
         with pytest.raises(Misfit, match=f"train 1: .*{says}"):
             list(readers.columns([data[0], {**data[0], **spoil}], name="train", **names))
     with pytest.raises(Misfit, match="row 0: KeyError"):
         list(readers.columns(data, vocabulary=V))
+    of_arrays = {**data[0], "i": np.array(data[0]["i"], np.uint16), "l": np.array(data[0]["l"], np.float16)}
+    _, _, rows = next(readers.columns([of_arrays], **names))
+    assert rows.ids.tolist() == data[0]["i"] and rows.log_probs.dtype == torch.float16
+    assert rows.log_probs.numpy().tobytes() == of_arrays["l"].tobytes()
 
 
 # DistillKit: an encoder of its own
@@ -439,7 +444,8 @@ def test_megatron(tmp_path, version, prefix):
         for (prompt, continuation, made), (ids, values, listed) in zip(found, rows, strict=True):
             assert prompt.tolist() == ids[:begin] and continuation.tolist() == ids[begin:]
             assert torch.equal(made.ids, listed[begin - 1 :])
-            assert torch.equal(made.log_probs, values.float().masked_fill(listed < 0, -torch.inf)[begin - 1 :])
+            assert torch.equal(made.log_probs, values.masked_fill(listed < 0, -torch.inf)[begin - 1 :])
+    assert made.log_probs.dtype == torch.float16  # so that a loss knows what their rounding hides of the rest
 
 
 def test_megatron_shards_that_do_not_fit(tmp_path):

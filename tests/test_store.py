@@ -601,6 +601,14 @@ def test_targets_that_do_not_fit_are_refused(tmp_path, targets, what):
     assert len(store) == 0 and not list((tmp_path / "shards").iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32], ids=str)
+def test_ids_of_any_integers_are_kept(tmp_path, dtype):
+    store = TeacherStore.create(tmp_path, kind="top_k", vocabulary=100, key=KEY, k=2)
+    with store.writer() as writer:
+        writer.add([1], [2, 3], GOOD._replace(ids=GOOD.ids.to(dtype)))
+    assert torch.equal(store.targets([[1]], [[2, 3]]).ids, GOOD.ids)
+
+
 def test_padding_may_have_any_log_probability(tmp_path):
     store = TeacherStore.create(tmp_path, kind="top_k", vocabulary=100, key=KEY, k=3)
     given = TopK(torch.tensor([[-1, 2], [-1, -1]]), torch.tensor([[torch.nan, -2.0], [9.0, torch.nan]]))

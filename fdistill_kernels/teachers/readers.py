@@ -44,19 +44,22 @@ class Lists(NamedTuple):
 
 
 def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
-    """(L, K) ids, −1 where padded, and log-probabilities, which become float32, as a `TopK`.
+    """(L, K) ids, −1 where padded, and log-probabilities, as a `TopK`. Those of tensors and arrays of 16 bits stay so,
+    by which a loss knows how they were rounded; all others become float32.
 
     Raises:
         Misfit: other shapes; an id outside the vocabulary or twice in a row; NaN, a positive log-probability, or a mass
             above 1.05, which logits or log-probabilities at another temperature have; a row without any id.
     """
-    ids, log_probs = torch.as_tensor(ids), torch.as_tensor(log_probs, dtype=torch.float32)
+    ids, given = torch.as_tensor(ids), torch.as_tensor(log_probs)
+    log_probs, kept = given.float(), given.dtype if given.is_floating_point() and given.itemsize == 2 else torch.float32
     if ids.shape != log_probs.shape or ids.ndim != 2 or len(ids) != positions or not ids.shape[1]:
         of = f"{tuple(ids.shape)} and log_probs {tuple(log_probs.shape)}"
         raise Misfit(f"ids {of} are not ({positions}, K) for {positions} tokens")
-    if ids.is_floating_point():
+    if ids.is_floating_point() or ids.dtype == torch.bool:
         raise Misfit(f"the ids are {ids.dtype}")
-    ids, real = ids.long(), ids >= 0
+    ids = ids.long()
+    real = ids >= 0
     log_probs = log_probs.masked_fill(~real | (log_probs <= MINUS_INFINITY), -torch.inf)
     ordered = ids.sort(1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
@@ -68,7 +71,7 @@ def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
     ):  # fmt: skip
         if bad.any():
             raise Misfit(f"position {int(bad.nonzero()[0])} of the continuation has {what}")
-    return TopK(ids, log_probs.clamp_max(0))
+    return TopK(ids, log_probs.clamp_max(0).to(kept))
 
 
 def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
@@ -369,7 +372,7 @@ def _iterations(paths: list[Path]) -> Iterator[tuple[str, int, list[tuple[Tensor
                     else:
                         parts = [[part] for part in parts]
                     samples = [s for v, low, high in zip(*parts, strict=True) for s in zip(
-                        v.float().unbind(1), _megatron_ids(v, low, high).unbind(1), strict=True)]  # fmt: skip
+                        v.unbind(1), _megatron_ids(v, low, high).unbind(1), strict=True)]  # fmt: skip
                     if not micro or len(samples) % micro:
                         raise Misfit(f"{len(samples)} samples in micro-batches of {micro}")
                 yield f"{path.name} {member.name}", int(member.name.split(".")[0]), samples, micro
@@ -393,7 +396,9 @@ def _split(sequence: Sequence[int], begin: int) -> tuple[Tensor, Tensor]:
     whole = torch.as_tensor(sequence)
     if not 0 < begin < len(whole) or whole.is_floating_point():
         raise Misfit(f"a prompt of {begin} tokens in a sequence of {len(whole)}, of {whole.dtype}")
-    return whole[:begin].long(), whole[begin:].long()
+    if (least := int((whole := whole.long()).min())) < 0:
+        raise Misfit(f"the sequence has {least} in the place of a token")
+    return whole[:begin], whole[begin:]
 
 
 @contextlib.contextmanager
