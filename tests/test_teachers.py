@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import threading
 from unittest.mock import Mock
@@ -139,6 +140,18 @@ def test_a_stream_is_not_read_before_it_is_trained_on(tmp_path):
     teacher, rows = llama(seed=2), data()
     endless = IterableDataset.from_generator(lambda: itertools.cycle(rows), features=Dataset.from_list(rows).features)
     trainer(tmp_path, llama(seed=1), stored(tmp_path / "store", teacher, rows), endless, divergence="kl").train()
+
+
+@pytest.mark.parametrize("kind", ["top_k", "hidden", "served"])
+def test_a_batch_without_tokens_beside_a_teacher_elsewhere(kind, tmp_path):
+    teacher, rows = llama(seed=2), data(8)
+    of_lists = dict(kind="top_k", k=8) if kind == "top_k" else {}
+    with Server(Model(60)) as server, fk.Endpoint(server.url, vocabulary=60, k=8) as endpoint:
+        given = endpoint if kind == "served" else stored(tmp_path / "store", teacher, rows, **of_lists)
+        few = [{**row, "labels": []} if n < 6 else row for n, row in enumerate(rows)]  # of four batches two have none
+        run = trainer(tmp_path, llama(seed=1), given, few, divergence="kl", max_steps=4, per_device_train_batch_size=2)
+        run.train()
+    assert math.isfinite(run.state.log_history[-1]["train_loss"])
 
 
 def dense(teacher, prompts, targets):

@@ -35,9 +35,13 @@ class Stored(Teacher):
 
     def _rows(self, batch: Batch) -> TeacherRows:
         pairs = [(p.tolist(), c.tolist()) for p, c in zip(batch.prompts, batch.continuations, strict=True) if len(c)]
-        if not pairs:
+        if pairs:
+            found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
+        elif self.whole:
             return TeacherRows(lambda begin, end: torch.empty(0, self.vocabulary), self.vocabulary)
-        found = self.store.targets([p for p, _ in pairs], [c for _, c in pairs], tail=self.tail)
+        else:  # what is logged of a list is other than of whole rows
+            temperature = self.store.settings["temperature"]
+            found = TopK(torch.empty(0, 1, dtype=torch.long), torch.empty(0, 1), self.tail, None, temperature)
         return TeacherRows(_moved(found, batch), self.vocabulary)
 
     def check(self, name: str, examples: Iterable[tuple[int, dict[str, Tensor]]], columns: Sequence[str]) -> None:
