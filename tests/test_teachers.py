@@ -409,6 +409,10 @@ def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
     assert held["compared"] == 16 and held["kl_largest"] < 1e-5 and held["damaged"] == {}
     command("teacher", "verify", store, "--teacher", causal_files / "student", expect=2)
     assert "has the fingerprint" in capsys.readouterr().err
+    build_store(causal_files, tmp_path / "half", "--kind", "top_k", "--teacher-dtype", "bfloat16")
+    capsys.readouterr()
+    command("teacher", "verify", tmp_path / "half", "--teacher", causal_files / "causal", "--json")
+    assert json.loads(capsys.readouterr().out)["kl_largest"] < 1e-5
     settings = ("--student", causal_files / "student", "--data", causal_files / "pairs.tsv", *COMMON, "--max-steps", "3",
                 "--warmup-steps", "1", "--method", "kl", "--json")  # fmt: skip
     results = []

@@ -22,7 +22,7 @@ from ..teachers import TeacherStore
 from ..teachers.store import HEAD
 from ..values import Hidden
 from .hashes import fingerprint, tokenizer_hash
-from .loading import load_model
+from .loading import DTYPE, load_config, load_model
 from .losses import TeacherRows
 from .options import Asked
 from .ranks import device, rank
@@ -202,11 +202,15 @@ def verify(
     found |= {"damaged": store.damaged, "sequences": len(store)}
     if teacher is None or not len(store) or HEAD in store.damaged:
         return found
-    model = InRoom(load_model(teacher))
+    options: dict[str, Any] = {}
+    if (store.folder / "config.json").exists():
+        options = {DTYPE: getattr(load_config(folder), DTYPE) or "auto"}  # which build may have been told
+    model = InRoom(load_model(teacher, **options))
     model.to(device())
     known = store.key.get("fingerprint", store.key.get("teacher"))  # of a server's the teacher is its name
     if (mark := fingerprint(model.model)) != known:
-        raise ValueError(f"{teacher} has the fingerprint {mark}, and {folder} is of {known}")
+        raise ValueError(f"{teacher} has the fingerprint {mark}, and {folder} is of {known}: of another model, or "
+                         "of this one quantised or configured otherwise")  # fmt: skip
     chosen = set(torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:sequences].tolist())
     apart = torch.cat([_apart(store, model, *pair) for i, pair in enumerate(store.sequences()) if i in chosen])
     kl, tvd = apart.T
