@@ -407,7 +407,8 @@ def _at(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Misfit(f"{where}: {error if isinstance(error, Misfit) else repr(error)}") from error
+        named = "" if isinstance(error, Misfit) else f"{type(error).__name__}: "  # repr of one of Unicode has all bytes
+        raise Misfit(f"{where}: {named}{error}") from error
 
 
 @contextlib.contextmanager
