@@ -117,6 +117,10 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
     for run in runs:
         run.train()
     assert torch.equal(*(flat(run.model) for run in runs))
+    with pytest.raises(ValueError, match=r"1 of 8 sequences of train_dataset \(labels: 3\) are not"):
+        trainer(
+            tmp_path, llama(seed=1), store, [*rows[:3], {**rows[3], "prompt_ids": None}, *rows[4:]], divergence="kl"
+        )
     unknown = data(8, sample_ids=[[7, 7, EOS]] * 8)
     with pytest.raises(ValueError, match=r"8 of 8 sequences of train_dataset \(sample_ids: 0, 1, 2, 3, 4, ...\) are"):
         trainer(tmp_path, llama(seed=1), store, unknown, method="kl")

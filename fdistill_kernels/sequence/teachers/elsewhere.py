@@ -55,7 +55,7 @@ class Stored(Teacher):
         for number, row in examples:
             asked += 1
             for column in lacking.keys() & row.keys():
-                if len(row[column]) and (row[prompts_of_teacher(row)], row[column]) not in self.store:
+                if len(row[column]) and (row.get(prompts_of_teacher(row), ()), row[column]) not in self.store:
                     lacking[column].append(number)
         for column, numbers in lacking.items():
             if numbers:
