@@ -354,6 +354,17 @@ def test_a_server_is_asked_once_for_each_batch_of_an_update(tmp_path):
     assert asked == [1] * 32
 
 
+def test_an_evaluation_asks_a_server_about_gold_targets_alone(tmp_path):
+    rows = data(8, sample_ids=[[59, i + 2, EOS] for i in range(8)])
+    with Server(Model(60)) as server, fk.Endpoint(server.url, vocabulary=60, k=8) as endpoint:
+        run = trainer(tmp_path, llama(seed=1), endpoint, rows, divergence="kl", shares={"teacher": 1.0})
+        run.evaluate(rows)
+        asked = [
+            [server.asked[tuple(row["prompt_ids"] + row[name])] for row in rows] for name in ("labels", "sample_ids")
+        ]
+    assert asked == [[1] * 8, [0] * 8]
+
+
 def test_lists_and_rows_are_compared_alike():
     student, teacher = llama(seed=1), llama(seed=2)
     prompts, targets = batch()

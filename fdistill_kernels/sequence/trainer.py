@@ -123,6 +123,7 @@ class FDistillTrainer(UpdatingTrainer):
         prepare_embeddings(model, args)
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         self._streamed: Counted | None = None
+        self._evaluating = False
         args._n_gpu = min(args.n_gpu, 1)  # one process a GPU: the loss is not in the copies that nn.DataParallel makes
         loaders: Any = args.accelerator_config
         if loaders.dispatch_batches is None:  # which is True for streams, and batches of ranks differ in size
@@ -166,7 +167,7 @@ class FDistillTrainer(UpdatingTrainer):
         """A batch, whose rows the server is asked for at once: loaders are ahead of the loss."""
         assert isinstance(self.teacher, Served)
         batch: dict[str, Any] = known(examples)
-        sources = compared_sources(self.halves)
+        sources = ["gold"] if self._evaluating else compared_sources(self.halves)
         most = (self.args.gradient_accumulation_steps + 1) * len(sources)  # an update's, and loaders are one ahead
         for source in sources:
             if (found := given_sequences(source, batch)) is not None:
@@ -410,7 +411,11 @@ class FDistillTrainer(UpdatingTrainer):
         filled = isinstance(shard, IterableDatasetShard) and not shard.drop_last
         if filled and not dataloader.num_workers:  # which would count in their own processes
             shard.dataset = self._streamed = Counted(shard.dataset)
-        output = super().evaluation_loop(dataloader, *args, **keywords)
+        self._evaluating = True
+        try:
+            output = super().evaluation_loop(dataloader, *args, **keywords)
+        finally:
+            self._evaluating = False
         loss, tokens = self._evaluated.tolist()
         metrics = output.metrics or {}
         metrics.update({name: loss / max(tokens, 1) for name in metrics if name.endswith("_loss")})
