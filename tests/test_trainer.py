@@ -216,6 +216,36 @@ def test_lora_student_longer_prompts_frozen_embeddings_and_bf16(tmp_path):
     assert torch.equal(frozen.lm_head.weight, before)
 
 
+class Packing(torch.nn.Linear):
+    """As bitsandbytes' 4-bit layers on a CPU: packed by the first evaluation, through which no gradient passes."""
+
+    support_avx512bf16_for_cpu, packed = True, False
+
+    def forward(self, x):
+        self.packed |= self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad
+        return super().forward(x).detach() if self.packed else super().forward(x)
+
+    def _save_to_state_dict(self, *args):
+        self.packed = False
+        super()._save_to_state_dict(*args)
+
+
+def test_weights_that_evaluation_packs_are_trained_through(tmp_path):
+    trained = []
+    for kind in (torch.nn.Linear, Packing):
+        student = llama(60, seed=1)
+        for name, module in student.named_modules():
+            if name.endswith("_proj"):
+                module.__class__ = kind
+        if kind is Packing:
+            with torch.no_grad():
+                student(torch.ones(1, 2, dtype=torch.long))
+            assert student.model.layers[0].self_attn.q_proj.packed
+        trainer(tmp_path, student, llama(60, seed=2), method="kl", optim="sgd", learning_rate=1.0).train()
+        trained.append(flat(student))
+    assert torch.equal(*trained)
+
+
 def prompted(kind, make, seed=1):
     """A model with four tokens of PEFT's own before its input, and large weights for them."""
     import peft

@@ -25,6 +25,11 @@ def student_of(given: Any) -> Any:
     model = load_student(given).float() if isinstance(given, (str, Path)) else given
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
+    packs = "support_avx512bf16_for_cpu"  # bitsandbytes: its 4-bit layers pack what they evaluate, for good, and no
+    for module in model.modules():  # gradient passes packed ones
+        if getattr(module, packs, False):
+            setattr(module, packs, False)
+            module.state_dict()  # unpacks
     return model
 
 
