@@ -91,6 +91,9 @@ def is_plain(head: Any) -> bool:
         return all(map(is_plain, (head.original_module, *head.modules_to_save.values())))
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return False
+    own = vars(head).get("_old_forward", vars(head).get("forward"))  # set on the instance; accelerate's keeps the first
+    if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:
+        return False
     weight: Any = head.weight  # a DTensor is FSDP's, or `is_split`; other subclasses are quantised
     return (type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor") and weight.is_floating_point()
 

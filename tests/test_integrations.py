@@ -8,12 +8,14 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from fdistill_kernels.integrations import transformers as integration
 from fdistill_kernels.integrations.transformers import causal_loss, patch_model, seq2seq_loss, undo_patch
+from fdistill_kernels.sequence.forward import rows_of
 from fdistill_kernels.sequence.losses import check_head
 
 from .test_sequence import bart, gpt2, llama, t5
@@ -285,6 +287,25 @@ def test_adapters_on_the_head(kind, is_own, monkeypatch):
     model.get_base_model().__class__ = type(plain)
     with pytest.warns(UserWarning, match=r"LlamaForCausalLM makes its logits whole.*peft\.tuners"):
         is_own(model, own)
+
+
+def test_heads_with_a_forward_of_their_own():
+    """Set on the module, as by who patches it: what it does beside the product was done to the loss, too."""
+    model, plain = llama(), llama()
+    head = model.lm_head
+    head.forward = lambda x: 2 * torch.nn.functional.linear(x, head.weight, head.bias)
+    with pytest.raises(TypeError, match="has a forward of its own"):
+        patch_model(model)
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        check_head(model)
+    with torch.no_grad():
+        rows, logits = ([torch.arange(3, 9)], [torch.arange(9, 14)]), model(torch.arange(3, 14)[None]).logits[0, 5:-1]
+        found, _ = rows_of(model, *rows, 0)  # a teacher's
+        torch.testing.assert_close(found.logits(found.hidden), logits)
+    add_hook_to_module(plain.lm_head, AlignDevicesHook())
+    check_head(patch_model(plain))
+    remove_hook_from_module(plain.lm_head)
+    check_head(plain)
 
 
 # --- what the fused loss has no form for
