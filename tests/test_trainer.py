@@ -873,6 +873,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(method="mle", temperature=2.0), "temperature=2.0 is not used without a divergence"),
     (dict(method="mle", temperature_squared=True), "temperature_squared=True is not used without a divergence"),
     (dict(include_num_input_tokens_seen=True), "tokens_per_second is logged"),
+    (dict(fp16=True), "fp16=True is not used on a CPU"),
     (dict(label_names=["labels"]), "is not used here: no logits are made"),
     (dict(include_for_metrics=["inputs"]), "is not used here: no logits are made"),
     (dict(batch_eval_metrics=True), "is not used here: no logits are made"),

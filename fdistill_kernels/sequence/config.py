@@ -146,6 +146,8 @@ class FDistillConfig(TrainingArguments):
             "cache_implementation": self.cache_implementation and self.student_server and "by a server",
             "temperature": self.temperature != 1 and not compared and "without a divergence",
             "temperature_squared": self.temperature_squared and not compared and "without a divergence",
+            "fp16": self.fp16 and self.device.type == "cpu" and not self.deepspeed
+            and "on a CPU, for which accelerate has no float16: take bf16",
             "gradient_checkpointing_kwargs": self.gradient_checkpointing_kwargs and not self.gradient_checkpointing
             and "without gradient_checkpointing",
             "metric_for_best_model": self.metric_for_best_model is not None and self.eval_strategy == "no"
