@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -415,6 +416,11 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--teacher is needed": call(teacher=None),
         "there is no folder": call(teacher="nosuch"),
         "bitsandbytes": call("--teacher_quantization", "4bit"),
+        "bitsandbytes_8bit says neither 4 nor 8 bits": call("--teacher_quantization", "bitsandbytes_8bit"),  # read as 4
+        "QuantoConfig makes nothing of weight": call("--teacher_quantization", '{"quant_method": "quanto", "weight": "int4"}'),
+        "--teacher_quantization torchao: ": call("--teacher_quantization", "torchao"),
+        "--quantization {no: JSONDecodeError": call("--use_peft", "--quantization", "{no"),
+        "adapter_config.json names no base": call("--quantization", "8bit", student="adapter"),  # which is trained on
         "lr_scheduler_kwargs={}: ": call("--lr_scheduler_type", "warmup_stable_decay"),
         "lomo": call("--optim", "lomo"),
         "--dataset_train_split is of a hub dataset": call("--dataset_train_split", "x"),
@@ -483,6 +489,28 @@ def test_paths_that_lead_nowhere_are_told_before_a_model_is_loaded(causal, tmp_p
     (tmp_path / "fdistill-run").write_text("")  # where nothing is said
     with pytest.raises(ValueError, match=r"--output_dir fdistill-run: .* is a file"):
         ask("train", ["--teacher", "t", "--student", "s", "--data", "d"])
+
+
+def test_a_quantised_student_is_checkpointed_only_if_that_is_asked_for(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        peft, "prepare_model_for_kbit_training", lambda model, checkpoint: said.append(bool(checkpoint)) or model
+    )
+    for more in ((), ("--gradient_checkpointing",)):
+        asked = ask(
+            "train",
+            ["--teacher", "t", "--student", "s", "--data", "d", "--use_peft", "--quantization", "quanto", *more],
+        )
+        asked_models._adapted(asked, llama(320))
+    assert said == [False, True]
+
+
+def test_a_card_that_a_way_to_quantise_needs_is_named(causal):
+    with (
+        patch.object(AutoModelForCausalLM, "from_pretrained", side_effect=NotImplementedError("only on GPU")),
+        pytest.raises(ValueError, match="teacher cannot be quantised here: only on GPU"),
+    ):
+        load_model(causal / "teacher", quantization_config={})
 
 
 def cut(path):

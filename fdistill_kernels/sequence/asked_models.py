@@ -136,7 +136,7 @@ def _adapted(asked: Asked, student: Any) -> Any:
 
     set_seed(asked.config.seed)  # the same adapter, whatever this process has drawn before
     if asked.model.quantization:
-        student = prepare_model_for_kbit_training(student)
+        student = prepare_model_for_kbit_training(student, asked.config.gradient_checkpointing)
     named = {n.removeprefix("lora_") if n in ("lora_r", "lora_target_modules", "lora_modules_to_save") else n: v
              for n, v in vars(asked.lora).items() if n != "use_peft"}  # fmt: skip
     if named["target_modules"] == ["all-linear"]:  # PEFT's word for what it is not in a list

@@ -157,8 +157,13 @@ def whole_on_each_rank() -> Iterator[None]:
 
 def _whole(kind: Any, path: str | Path, **options: Any) -> Any:
     """A model all of whose trainable weights are in its files: transformers makes up others, such as a missing head."""
-    with whole_on_each_rank():
-        model, told = kind.from_pretrained(path, output_loading_info=True, **options)
+    try:
+        with whole_on_each_rank():
+            model, told = kind.from_pretrained(path, output_loading_info=True, **options)
+    except RuntimeError as error:  # of a card that some ways to quantise need
+        if "quantization_config" not in options:
+            raise
+        raise ValueError(f"{path} cannot be quantised here: {error}") from error
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(trained & set(told["missing_keys"])):
         raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} of "

@@ -78,13 +78,14 @@ def _check_student(asked: Asked) -> None:
         raise ValueError("--student_layers makes a student, and --student names another: give one of them")
     if not re.fullmatch(r"\d+(,\d+)?", model.student_layers or "1"):
         raise ValueError(f"--student_layers must be as in 3,1 or 4, not {model.student_layers!r}")
-    if asked.lora.use_peft and model.student and (Path(model.student) / "adapter_config.json").exists():
+    adapted = bool(model.student) and (Path(str(model.student)) / "adapter_config.json").exists()
+    if asked.lora.use_peft and adapted:
         raise ValueError(f"--use_peft makes a new adapter, and {model.student} is one, which is trained on without it; "
                          "merge it into its base model for a new one")  # fmt: skip
     if lora := [f"--{n}" for n in asked.given if n != "use_peft" and n in vars(asked.lora)]:
         if not asked.lora.use_peft:
             raise ValueError(f"{', '.join(lora)}: of an adapter, which --use_peft asks for")
-    elif model.quantization and asked.command != "evaluate" and not asked.lora.use_peft:
+    elif model.quantization and asked.command != "evaluate" and not (asked.lora.use_peft or adapted):
         raise ValueError("--quantization leaves the student's weights as they are: train an adapter, --use_peft")
     if asked.run.tensor_parallel > 1 and asked.lora.use_dora:
         raise ValueError("--use_dora: an adapter of whole weights, which --tensor_parallel splits: leave one out")

@@ -74,9 +74,7 @@ class ModelArguments:
             "attn_implementation": self.attn_implementation, "device_map": self.device_map if prefix else None,
         }  # fmt: skip
         if quantization:
-            short = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
-            asked = json.loads(quantization) if quantization.startswith("{") else short.get(quantization)
-            found["quantization_config"] = AutoQuantizationConfig.from_dict(asked or {"quant_method": quantization})
+            found["quantization_config"] = _quantised(f"--{prefix}quantization {quantization}", quantization)
         return {name: value for name, value in found.items() if value is not None}
 
     def chat_template(self) -> str:
@@ -85,6 +83,23 @@ class ModelArguments:
             return Path(self.chat_template_path or "").read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise ValueError(f"--chat_template_path {self.chat_template_path} cannot be read: {error}") from error
+
+
+def _quantised(option: str, value: str) -> Any:
+    """transformers' configuration of a way to quantise; ValueError for what is none, or for fields that it ignores."""
+    short = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
+    try:
+        asked = json.loads(value) if value.startswith("{") else short.get(value, {"quant_method": value})
+        made = AutoQuantizationConfig.from_dict(dict(asked))
+    except Exception as error:  # each configuration has its own for it
+        raise ValueError(f"{option}: {type(error).__name__} {error}") from error
+    if getattr(made, "load_in_8bit", None) is False and not made.load_in_4bit:  # which loads in 4 bits
+        raise ValueError(
+            f"{option} says neither 4 nor 8 bits: give 4bit, 8bit, or load_in_4bit or load_in_8bit as JSON"
+        )
+    if unknown := sorted(name for name in asked if not (hasattr(made, name) or name in made.to_dict())):
+        raise ValueError(f"{option}: {type(made).__name__} makes nothing of {', '.join(unknown)}")
+    return made
 
 
 @dataclass
