@@ -216,6 +216,26 @@ def test_lora_student_longer_prompts_frozen_embeddings_and_bf16(tmp_path):
     assert torch.equal(frozen.lm_head.weight, before)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("settings", [dict(freeze_embeddings=True), {}], ids=["frozen", "lora"])
+def test_layers_whose_input_is_not_trained_are_checkpointed(settings, reentrant, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    trained = []
+    for more in ({}, dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})):
+        student = llama(60, seed=1)
+        if not settings:
+            student = get_peft_model(student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        torch.manual_seed(0)
+        for p in student.parameters():
+            p.data.normal_(0, 0.2)
+        trainer(
+            tmp_path, student, llama(60, seed=2), method="mle", optim="sgd", learning_rate=1.0, **settings, **more
+        ).train()
+        trained.append(flat(student))
+    torch.testing.assert_close(*trained)
+
+
 class Packing(torch.nn.Linear):
     """As bitsandbytes' 4-bit layers on a CPU: packed by the first evaluation, through which no gradient passes."""
 

@@ -127,6 +127,8 @@ def _check_comparison(args: FDistillConfig, halves: Sequence[Half], teacher: Tea
 
 def prepare_embeddings(model: Any, args: FDistillConfig) -> None:
     """Freezes a student's embeddings if asked for; raises ValueError for noise on one that it does not read by."""
+    if args.gradient_checkpointing:  # layers whose input wants no gradient would have none: transformers 5 sees to it
+        model.enable_input_require_grads()
     if not (args.freeze_embeddings or args.neftune_noise_alpha):
         return
     halves = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
