@@ -324,6 +324,45 @@ def test_an_average_moves_by_its_share_of_what_the_student_moves(dtype, tmp_path
         torch.testing.assert_close(p.float(), torch.lerp(was, theirs.float(), moved), rtol=1e-2, atol=1e-3)
 
 
+class Sealed(torch.Tensor):
+    """A weight that nobody writes to, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.lerp_, torch.Tensor.copy_):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_an_average_is_of_what_is_trained(tmp_path):
+    """Of an adapter's student the base model is as it was, quantised or not, and in no checkpoint; and of weights that
+    were trained for a time the average goes on.
+    """
+    student, own = llama(seed=1).requires_grad_(False), Itself(decay=0.5)
+    sealed, first, second = (student.model.layers[0].mlp.down_proj, student.lm_head, student.model.norm)
+    sealed.weight = torch.nn.Parameter(sealed.weight.detach().as_subclass(Sealed), requires_grad=False)
+    own.bind(student)
+    before = student.lm_head.weight.detach().clone()
+    for of, other in ((first, second), (second, first)):
+        of.requires_grad_(True)
+        other.requires_grad_(False)
+        with torch.no_grad():
+            of.weight.add_(1)
+        own.update()
+    assert {"lm_head.weight", "model.norm.weight"} == {name for name in own.exact() if name.endswith("weight")}
+    torch.testing.assert_close(own.average.lm_head.weight, before + 0.75)
+    save_file(own.exact(), tmp_path / KeepAverage.FILE)
+    again = Itself(decay=0.5)
+    again.bind(student)
+    again.load(tmp_path)
+    for one in (own, again):
+        one.update()
+    assert torch.equal(again.average.lm_head.weight, own.average.lm_head.weight)
+
+
 def test_a_server_is_asked_for_the_next_batch_while_this_one_is_learnt_from(tmp_path):
     with Server(Model(60), delay=0.05) as server, fk.Endpoint(server.url, vocabulary=60, k=8) as endpoint:
         run = trainer(tmp_path, llama(seed=1), endpoint, divergence="kl", max_steps=2)

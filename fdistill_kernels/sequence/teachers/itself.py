@@ -82,12 +82,13 @@ class Itself(Teacher):
         return self.student if self.average is None else self.average
 
     def exact(self) -> dict[str, Tensor]:
-        """The average's tensors, one that is tied once, by name; none narrower than float32, in which a small share of
-        the student's move is not lost.
+        """By name the average's buffers and its weights that the student trains or has trained, which alone may differ
+        from the student's; of tied ones one, and none narrower than float32, in which a small share is not lost.
         """
-        if not self._exact:
-            self._exact = {name: x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
-                           for name, x in _tensors(self.average).items()}  # fmt: skip
+        frozen = {name for name, p in self.student.named_parameters() if not p.requires_grad}
+        for name, x in _tensors(self.average).items():
+            if name not in self._exact and name not in frozen:
+                self._exact[name] = _wide(x)
         return self._exact
 
     @torch.no_grad()
@@ -96,14 +97,13 @@ class Itself(Teacher):
         if self.average is None:
             return
         assert self.decay is not None and self.student is not None
-        theirs = _tensors(self.student)
-        for name, mine in _tensors(self.average).items():
-            exact = self.exact()[name]
+        theirs, mine = _tensors(self.student), _tensors(self.average)
+        for name, exact in self.exact().items():
             if exact.is_floating_point():
                 exact.lerp_(theirs[name].to(exact), 1 - self.decay)
             else:
                 exact.copy_(theirs[name])
-            mine.copy_(exact)
+            mine[name].copy_(exact)
 
     @torch.no_grad()
     def load(self, checkpoint: str | Path) -> None:
@@ -119,9 +119,10 @@ class Itself(Teacher):
         path = Path(checkpoint) / KeepAverage.FILE
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}: the checkpoint is of a run without Itself(decay=...)")
-        kept = load_file(path)
-        for name, mine in _tensors(self.average).items():
-            mine.copy_(self.exact()[name].copy_(kept[name]))
+        mine = _tensors(self.average)
+        for name, kept in load_file(path).items():
+            self._exact[name] = _wide(mine[name]).copy_(kept)
+            mine[name].copy_(kept)
 
     def _rows(self, batch: Batch) -> TeacherRows:
         with self._speaking() as model:
@@ -152,6 +153,10 @@ class KeepAverage(TrainerCallback):
         if state.is_world_process_zero and self.teacher.average is not None:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             save_file({name: x.contiguous() for name, x in self.teacher.exact().items()}, folder / self.FILE)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
