@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     HfArgumentParser,
     MarianConfig,
     MarianMTModel,
@@ -264,6 +265,16 @@ def test_weights_that_evaluation_packs_are_trained_through(tmp_path):
         trainer(tmp_path, student, llama(60, seed=2), method="kl", optim="sgd", learning_rate=1.0).train()
         trained.append(flat(student))
     assert torch.equal(*trained)
+
+
+def test_routers_have_their_capacity_after_evaluations(tmp_path):
+    """NLLB-MoE's keep that of the last batch that they have seen in one."""
+    small = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                 encoder_ffn_dim=32, decoder_ffn_dim=32, num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1, expert_capacity=99,
+                 decoder_start_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS)  # fmt: skip
+    student, teacher = (AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("nllb-moe", **small)) for _ in range(2))
+    trainer(tmp_path, student, teacher, method="tvd", eval_strategy="steps", eval_steps=1).train()
+    assert {m.expert_capacity for m in student.modules() if hasattr(m, "expert_capacity")} == {99}
 
 
 def prompted(kind, make, seed=1):

@@ -15,13 +15,27 @@ from .loading import whole_on_each_rank
 
 
 @contextlib.contextmanager
+def routers_kept(*models: Any) -> Iterator[None]:
+    """Afterwards the routers of NLLB-MoE have their capacity: they set it to the number of tokens that they evaluate,
+    and would leave out what a training batch has beyond.
+    """
+    routers = [(m, m.expert_capacity) for model in models for m in model.modules() if hasattr(m, "expert_capacity")]
+    try:
+        yield
+    finally:
+        for router, capacity in routers:
+            router.expert_capacity = capacity
+
+
+@contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
     """Puts models into evaluation mode, and afterwards back."""
     training = [model.training for model in models]
     try:
-        for model in models:
-            model.eval()
-        yield
+        with routers_kept(*models):
+            for model in models:
+                model.eval()
+            yield
     finally:
         for model, was in zip(models, training, strict=True):
             model.train(was)
