@@ -30,7 +30,7 @@ from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.own import FDivergence, resolve
 from fdistill_kernels.sequence import sampling, watch
 from fdistill_kernels.sequence.config import MAY_BE_JSON
-from fdistill_kernels.sequence.models import virtual_tokens
+from fdistill_kernels.sequence.models import evaluating, virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.options import BY_LENGTH
 from fdistill_kernels.sequence.report import name_of
@@ -267,14 +267,31 @@ def test_weights_that_evaluation_packs_are_trained_through(tmp_path):
     assert torch.equal(*trained)
 
 
-def test_routers_have_their_capacity_after_evaluations(tmp_path):
-    """NLLB-MoE's keep that of the last batch that they have seen in one."""
-    small = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-                 encoder_ffn_dim=32, decoder_ffn_dim=32, num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1, expert_capacity=99,
-                 decoder_start_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS)  # fmt: skip
-    student, teacher = (AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("nllb-moe", **small)) for _ in range(2))
-    trainer(tmp_path, student, teacher, method="tvd", eval_strategy="steps", eval_steps=1).train()
+def small_model(kind, **more):
+    torch.manual_seed(1)
+    auto = AutoModelForCausalLM if kind == "rwkv" else AutoModelForSeq2SeqLM
+    return auto.from_config(AutoConfig.for_model(kind, vocab_size=60, eos_token_id=EOS, pad_token_id=EOS, **more))
+
+
+def test_evaluations_leave_no_traces_in_a_model(tmp_path):
+    """As the number of tokens in NLLB-MoE's routers, RWKV's scale, and BigBird's full attention after a short batch."""
+    small = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                 encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=EOS)  # fmt: skip
+    evaluated = dict(method="tvd", eval_strategy="steps", eval_steps=1)
+    experts = small | dict(num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1, expert_capacity=99)
+    student, teacher = (small_model("nllb-moe", **experts) for _ in range(2))
+    trainer(tmp_path, student, teacher, **evaluated).train()
     assert {m.expert_capacity for m in student.modules() if hasattr(m, "expert_capacity")} == {99}
+    big, ids = small_model("bigbird_pegasus", block_size=4, num_random_blocks=1, **small), torch.arange(3, 9)[None]
+    with evaluating(big):
+        big(input_ids=ids, decoder_input_ids=ids)
+    assert {m.attention_type for m in big.modules() if hasattr(m, "attention_type")} == {"block_sparse"}
+    student, teacher = (small_model("rwkv", hidden_size=16, num_hidden_layers=3, rescale_every=1) for _ in range(2))
+    run = trainer(tmp_path, student, teacher, **evaluated)
+    run.train()
+    run.save_model(str(tmp_path))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(saved.eval()(ids).logits, student.eval()(ids).logits)
 
 
 def prompted(kind, make, seed=1):

@@ -13,18 +13,28 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from .loading import whole_on_each_rank
 
+#: What models keep of an evaluation or of a short batch: NLLB-MoE's routers its number of tokens, beyond which they
+#: leave out what a training batch has; RWKV weights that are scaled, also in its files; BigBird full attention.
+TRACES = ("expert_capacity", "layers_are_rescaled", "attention_type")
+
 
 @contextlib.contextmanager
-def routers_kept(*models: Any) -> Iterator[None]:
-    """Afterwards the routers of NLLB-MoE have their capacity: they set it to the number of tokens that they evaluate,
-    and would leave out what a training batch has beyond.
-    """
-    routers = [(m, m.expert_capacity) for model in models for m in model.modules() if hasattr(m, "expert_capacity")]
+def as_found(*models: Any) -> Iterator[None]:
+    """Takes back afterwards what is in `TRACES`."""
+    found = [(module, name, vars(module)[name]) for model in models for module in model.modules() for name in TRACES
+             if name in vars(module)]  # fmt: skip
     try:
         yield
     finally:
-        for router, capacity in routers:
-            router.expert_capacity = capacity
+        for module, name, value in found:
+            if name == "expert_capacity":
+                module.expert_capacity = value
+            elif name == "layers_are_rescaled":
+                module.training, was = not value, module.training  # which says what they are to be
+                module._rescale_layers()
+                module.training = was
+            elif hasattr(module, "set_attention_type"):
+                module.set_attention_type(value)
 
 
 @contextlib.contextmanager
@@ -32,7 +42,7 @@ def evaluating(*models: Any) -> Iterator[None]:
     """Puts models into evaluation mode, and afterwards back."""
     training = [model.training for model in models]
     try:
-        with routers_kept(*models):
+        with as_found(*models):
             for model in models:
                 model.eval()
             yield

@@ -21,7 +21,7 @@ from .dataset_checks import check_collator, check_datasets
 from .forward import forward_to_head
 from .generation import chosen, share_ends, special_tokens
 from .losses import Rows, check_head, of_nothing, step_loss
-from .models import ids_read, routers_kept, vocabulary_of
+from .models import as_found, ids_read, vocabulary_of
 from .objectives import Half, compared_sources, sources_of
 from .optimizer_checks import check_optimizer
 from .pairing import (
@@ -413,7 +413,7 @@ class FDistillTrainer(UpdatingTrainer):
             shard.dataset = self._streamed = Counted(shard.dataset)
         self._evaluating = True
         try:
-            with routers_kept(self._unwrapped(self.model)):
+            with as_found(self._unwrapped(self.model)):
                 output = super().evaluation_loop(dataloader, *args, **keywords)
         finally:
             self._evaluating = False
