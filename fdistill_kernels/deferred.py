@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
 from .heads import LARGEST
-from .hooks import are_in_the_way, move_to_end, without_user_s
+from .hooks import are_in_the_way, is_user_s, move_to_end, without_user_s
 from .values import Head
 
 #: A function of hidden states and the head's weight and bias, run where the head has them whole.
@@ -92,7 +92,7 @@ def is_plain(head: Any) -> bool:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return False
     own = vars(head).get("_old_forward", vars(head).get("forward"))  # set on the instance; accelerate's keeps the first
-    if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:
+    if own is not None and is_user_s(own):  # tensor parallelism's is the product
         return False
     weight: Any = head.weight  # a DTensor is FSDP's, or `is_split`; other subclasses are quantised
     return (type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor") and weight.is_floating_point()
