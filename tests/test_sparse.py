@@ -327,6 +327,22 @@ def test_tempered_lists(tail):
         torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("tail", ["uniform", "renormalize", "within"])
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_a_temperature_that_takes_log_probs_beyond_float32(backend, tail):
+    """Those of a sure teacher at a low temperature, whose products with it are infinite, are of a distribution."""
+    student = torch.zeros(1, 5, requires_grad=True)
+    log_probs = torch.tensor([[-1e3, -1e3]])
+    teacher = fk.TopK(torch.tensor([[3, 1]]), log_probs, tail, temperature=1e18)
+    loss = fk.f_divergence(student, teacher, "kl", temperature=1.0, teacher_temperature=1e-18, backend=backend)
+    loss.backward()
+    p = [1 / 3, 0, 1 / 3, 0, 1 / 3] if tail == "uniform" else [0, 0.5, 0, 0.5, 0]
+    q = torch.tensor([0, 0.5, 0, 0.5, 0]) if tail == "within" else torch.full((5,), 0.2)
+    torch.testing.assert_close(student.grad[0], q - torch.tensor(p), rtol=1e-5, atol=1e-6)
+    known = torch.tensor(p) > 0
+    torch.testing.assert_close(loss, (torch.tensor(p) * (torch.tensor(p) / q).log())[known].sum(), rtol=1e-5, atol=1e-6)
+
+
 def test_temperatures_that_a_list_cannot_honour():
     student, (ids, log_probs) = logits_of(17), listed(logits_of(18), 4)
     for tail in ("bucket", "ignore"):
