@@ -343,6 +343,24 @@ def test_a_temperature_that_takes_log_probs_beyond_float32(backend, tail):
     torch.testing.assert_close(loss, (torch.tensor(p) * (torch.tensor(p) / q).log())[known].sum(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_what_weighs_nothing_in_a_sample_is_not_looked_at(backend):
+    """An entry whose term is infinite, and whose weight is 0."""
+    student = logits_of(60, 2, 9).float()
+    log_probs = torch.tensor([0.5, 0.0, 0.2]).log().expand(2, 3)
+    ids, weights = torch.tensor([[4, 2, 7]] * 2), torch.tensor([[1.0, 0.0, 2.0]] * 2)
+    for divergence in SUMS:
+        found = []
+        for keep in (slice(None), slice(None, None, 2)):
+            leaf = student.clone().requires_grad_()
+            teacher = fk.TopK(ids[:, keep], log_probs[:, keep], "sampled", weights[:, keep])
+            loss = fk.f_divergence(leaf, teacher, divergence, reduction="none", backend=backend)
+            loss.sum().backward()
+            assert torch.isfinite(loss).all() and torch.isfinite(leaf.grad).all(), divergence
+            found += [loss.detach(), leaf.grad]
+        torch.testing.assert_close(found[:2], found[2:], rtol=1e-5, atol=1e-6)
+
+
 def test_temperatures_that_a_list_cannot_honour():
     student, (ids, log_probs) = logits_of(17), listed(logits_of(18), 4)
     for tail in ("bucket", "ignore"):

@@ -332,6 +332,8 @@ def _sums(
     divergence: Divergence, log_p: Tensor, log_q: Tensor, listed: Tensor, weights: Tensor | None, labels: Tensor | None
 ) -> Tensor:
     """``Σ_S w φ(p, q)``, or of a divergence that is no such sum its formula of the list."""
+    if weights is not None:  # what weighs nothing adds nothing, not even where it is infinite
+        log_p, log_q = (x.masked_fill(weights == 0, -torch.inf) for x in (log_p, log_q))
     if divergence.kernel:  # an operator's divergence has the kernel's name
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", divergence.kernel).lower()
         divergence = dataclasses.replace(divergence, name=name)
