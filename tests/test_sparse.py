@@ -361,6 +361,21 @@ def test_what_weighs_nothing_in_a_sample_is_not_looked_at(backend):
         torch.testing.assert_close(found[:2], found[2:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_a_sum_over_no_ids_is_0(backend):
+    for divergence in ALL:
+        student = torch.zeros(2, 5, requires_grad=True)
+        empty = fk.TopK(torch.full((2, 3), -1), torch.zeros(2, 3), "ignore")
+        loss = fk.f_divergence(student, empty, divergence, labels=torch.tensor([1, 2]), backend=backend)
+        loss.backward()
+        assert loss == 0 and not student.grad.any(), divergence
+    student = torch.full((2, 5), -math.inf, requires_grad=True)  # nor is the student looked at
+    sample = fk.TopK(empty.ids, empty.log_probs, "sampled", torch.ones(2, 3))
+    fk.f_divergence(student, sample, "js", backend=backend).backward()
+    assert not student.grad.any()
+
+
 def test_temperatures_that_a_list_cannot_honour():
     student, (ids, log_probs) = logits_of(17), listed(logits_of(18), 4)
     for tail in ("bucket", "ignore"):

@@ -200,11 +200,12 @@ def _listed(call: RowCall, whole: bool) -> tuple[RowCall, Listed]:
         others = call.vocabulary - (ids >= 0).sum(1)
         rest = torch.where(others == 0, 0, torch.maximum(1 - mass, least))
         rest = rest / others.clamp_min(1) if whole else rest
-    elif targets.tail in ("within", "renormalize") and not whole:  # the largest first: a product may be infinite
-        largest = log_p.amax(1, keepdim=True).clamp_min(torch.finfo(log_p.dtype).min)
-        log_p = (log_p - largest) * rate.unsqueeze(1)
-    if targets.tail in ("within", "renormalize"):
-        says = (given > -torch.inf).any(1)
+    else:
+        renormalised = targets.tail in ("within", "renormalize")
+        if renormalised and not whole:  # the largest first: a product may be infinite
+            largest = log_p.amax(1, keepdim=True).clamp_min(torch.finfo(log_p.dtype).min)
+            log_p = (log_p - largest) * rate.unsqueeze(1)
+        says = (given > -torch.inf if renormalised else ids >= 0).any(1)
         terms = replaced(terms, divergence_scale=torch.where(says, terms.divergence_scale, 0))
     if whole:
         terms = replaced(terms, teacher_inverse_temperature=rate)
