@@ -371,9 +371,10 @@ def test_a_sum_over_no_ids_is_0(backend):
         loss.backward()
         assert loss == 0 and not student.grad.any(), divergence
     student = torch.full((2, 5), -math.inf, requires_grad=True)  # nor is the student looked at
-    sample = fk.TopK(empty.ids, empty.log_probs, "sampled", torch.ones(2, 3))
-    fk.f_divergence(student, sample, "js", backend=backend).backward()
-    assert not student.grad.any()
+    for ids, weights in ((empty.ids, torch.ones(2, 3)), (torch.tensor([[0, 1, 2]] * 2), torch.zeros(2, 3))):
+        sample = fk.TopK(ids, torch.full((2, 3), -2.0), "sampled", weights)
+        fk.f_divergence(student, sample, "js", backend=backend).backward()
+        assert not student.grad.any()
 
 
 def test_temperatures_that_a_list_cannot_honour():

@@ -205,7 +205,8 @@ def _listed(call: RowCall, whole: bool) -> tuple[RowCall, Listed]:
         if renormalised and not whole:  # the largest first: a product may be infinite
             largest = log_p.amax(1, keepdim=True).clamp_min(torch.finfo(log_p.dtype).min)
             log_p = (log_p - largest) * rate.unsqueeze(1)
-        says = (given > -torch.inf if renormalised else ids >= 0).any(1)
+        says = given > -torch.inf if renormalised else ids >= 0
+        says = (says if targets.weights is None else says & (targets.weights != 0)).any(1)
         terms = replaced(terms, divergence_scale=torch.where(says, terms.divergence_scale, 0))
     if whole:
         terms = replaced(terms, teacher_inverse_temperature=rate)
