@@ -377,6 +377,23 @@ def test_a_sum_over_no_ids_is_0(backend):
         assert not student.grad.any()
 
 
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_hidden_rest_beside_a_student_whose_mask_is_capped(backend, tail):
+    """Its masked logits are -cap, and no zeros: the teacher's rest is there as well."""
+    student, ids = logits_of(61, 3, 12), torch.arange(6).expand(3, 6)
+    student[:, 8:] = -math.inf
+    log_probs = logits_of(62, 3, 6).log_softmax(-1).half()
+    found = []
+    for least in (-math.inf, -1e4):
+        z = student.clamp_min(least).float().requires_grad_()
+        teacher = fk.TopK(ids, log_probs, tail)
+        for parts in (False, True):
+            loss = fk.f_divergence(z, teacher, "rkl", logit_softcap=2.0, backend=backend, return_parts=parts)
+            found.append((loss[0] if parts else loss).detach())
+    torch.testing.assert_close(torch.stack(found), found[2].expand(4), rtol=1e-5, atol=1e-6)
+
+
 def test_temperatures_that_a_list_cannot_honour():
     student, (ids, log_probs) = logits_of(17), listed(logits_of(18), 4)
     for tail in ("bucket", "ignore"):

@@ -211,7 +211,8 @@ def _listed(call: RowCall, whole: bool) -> tuple[RowCall, Listed]:
     if whole:
         terms = replaced(terms, teacher_inverse_temperature=rate)
     log_p = torch.cat((log_p, rest.log().to(given.dtype).unsqueeze(1)), 1)
-    return replaced(call, terms=terms), Listed(ids, given, log_p, 1 - mass <= least)
+    hidden = (1 - mass <= least) & (not call.student_softcap)  # a capped student has something everywhere
+    return replaced(call, terms=terms), Listed(ids, given, log_p, hidden)
 
 
 def _mass(targets: Targets, given: Tensor) -> tuple[Tensor, Tensor]:
