@@ -394,6 +394,24 @@ def test_a_hidden_rest_beside_a_student_whose_mask_is_capped(backend, tail):
     torch.testing.assert_close(torch.stack(found), found[2].expand(4), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", backends_for(torch.bfloat16))
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+def test_rows_that_overlap(backend, tail):
+    """16-bit logits whose rows share memory, or are one: a copy in 32 bits is not laid out like others."""
+    memory = logits_of(63, 1, 40).bfloat16().flatten()
+    ids, log_probs = listed(logits_of(64, 5, 30), 4)
+    teacher = fk.TopK(ids, log_probs.float(), tail, torch.ones(5, 4) if tail == "sampled" else None)
+    for strides in ((1, 1), (0, 1), (2, 1)):
+        rows = memory.as_strided((5, 30), strides)
+        for parts in (False, True):
+            found = [
+                fk.f_divergence(z, teacher, "js", reduction="none", backend=backend, return_parts=parts)
+                for z in (rows, rows.clone(memory_format=torch.contiguous_format))
+            ]
+            torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+
+
 def test_temperatures_that_a_list_cannot_honour():
     student, (ids, log_probs) = logits_of(17), listed(logits_of(18), 4)
     for tail in ("bucket", "ignore"):

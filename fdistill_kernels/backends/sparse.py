@@ -434,7 +434,7 @@ def _whole_rows(call: RowCall, gradient: Tensor | None, teacher: Listed, ranks: 
     """The parts of some rows whose rest is not one category: by whole rows of the teacher, of these few alone."""
     terms, vocabulary, ids = call.terms, call.student.shape[-1], teacher.ids
     here, (log_p, rest) = ranks.here(ids, vocabulary), teacher.log_p.split((ids.shape[1], 1), 1)
-    wide = call.student.flatten(0, 1).to(log_p.dtype)
+    wide = call.student.flatten(0, 1).to(log_p.dtype, memory_format=torch.contiguous_format)  # rows that overlap, too
     rows = rest.repeat(1, vocabulary + 1)
     rows[:, :vocabulary].masked_fill_(teacher.hidden.unsqueeze(1) & (wide == -torch.inf), -torch.inf)
     rows.scatter_(1, torch.where(here >= 0, here, vocabulary), log_p)  # what is no id falls beyond the vocabulary
