@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import fdistill_kernels as fk
+from fdistill_kernels.own import resolve
+from fdistill_kernels.sparse import TAILS, WHOLE
 
 from .exact import TRAINED, square
 from .layouts import Draw
@@ -84,6 +86,43 @@ def token_arguments(draw: Draw, lead: tuple[int, ...], v: int, target: bool, lin
     return a | ({"return_parts": True} if draw.maybe(0.1) else {})
 
 
+def top_k(draw: Draw, lead: tuple[int, ...], v: int, a: dict[str, Any]) -> fk.TopK:
+    """A list of any length, order, mass and precision for each token; `a` gets what it asks of the call."""
+    k = draw.choice([0, 1, 1, 2, 5, 16, 63, 64, min(v, 300), min(v, 300) + 3, v])
+    tail, taken_at = draw.choice(TAILS), draw.choice([1.0, 1.0, 1.0, 2.0, 0.5])
+    log_p = logits(draw, (*lead, v), torch.float32).double().log_softmax(-1)
+    ids = (log_p if draw.maybe(0.5) else torch.rand(log_p.shape)).topk(min(k, v)).indices
+    ids = torch.nn.functional.pad(ids, (0, max(0, k - v)), value=-1)
+    ids[torch.rand(ids.shape) < draw.choice([0, 0, 0.3, 1])] = -1
+    ids[torch.rand(lead) < draw.choice([0, 0.2])] = -1
+    ids = ids.gather(-1, torch.rand(ids.shape).argsort(-1)) if draw.maybe(0.8) else ids
+    log_probs = log_p.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
+    mass = log_probs.logsumexp(-1, keepdim=True).clamp_min(-1e30)
+    kind = draw.choice(["as it is"] * 4 + ["one", "above", "below", "nothing", "zeros"])
+    log_probs += {"one": -mass, "above": draw.uniform(0, 0.03) - mass, "below": -draw.uniform(0, 30)}.get(kind, 0)
+    log_probs[torch.rand(ids.shape) < {"nothing": 1, "zeros": 0.3}.get(kind, 0)] = -torch.inf
+    log_probs[ids < 0] = draw.choice([-torch.inf, torch.nan, 5.0])
+    fields = {"ids": ids.to(draw.choice([torch.int64, torch.int64, torch.int32, torch.int16])),
+              "log_probs": log_probs.to(draw.choice(DTYPES))}  # fmt: skip
+    if tail == "sampled":
+        fields["weights"] = per_token(draw, ids.shape, 0, draw.choice([1, 1, 20])) * (torch.rand(ids.shape) < 0.9)
+    fits = tail in WHOLE or draw.maybe(0.95)
+    if tail not in WHOLE and fits:
+        a["teacher_temperature"] = taken_at
+    teacher = fk.TopK(**{name: draw.place(x) for name, x in fields.items()}, tail=tail, temperature=taken_at)
+    draw.strange |= not (fits and is_proper(teacher, v))
+    return teacher
+
+
+def is_proper(teacher: fk.TopK, v: int) -> bool:
+    """Whether a list may be given, after the layouts that mix its rows."""
+    listed, order = teacher.ids >= 0, teacher.ids.sort(-1).values
+    twice = (order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)
+    mass = teacher.log_probs.double().exp().masked_fill(~listed, 0).sum(-1)
+    known = ~(listed & teacher.log_probs.isnan()).any()
+    return bool(known) and not twice.any() and not (mass > 1.05).any()
+
+
 #: Their set, gate or side of a tie may be another one in float64.
 JUMP = ("lk", "akl", "entropy_gated", "tail_aware", "dkd")
 
@@ -93,6 +132,16 @@ def divergence(draw: Draw, linear: bool) -> Any:
     own = [] if draw.wild else [square]
     return draw.choice([*(n for n in fk.TABLE if n not in JUMP), *own, fk.Alpha(draw.uniform(low, high)), fk.GJS(draw.uniform(0.01, 0.99)),
                         fk.SkewKL(draw.uniform(0, 0.99)), fk.SkewRKL(draw.uniform(0, 0.99))])  # fmt: skip
+
+
+def beside_a_list(draw: Draw, tail: str, a: dict[str, Any], linear: bool) -> Any:
+    """A divergence that the tail can have."""
+    if "labels" in a and tail != "sampled" and draw.maybe(0.1):
+        return "dkd"
+    found = divergence(draw, linear)
+    while tail == "sampled" and found is not square and resolve(found).statistics is not None:
+        found = divergence(draw, linear)
+    return found
 
 
 def nan_in_masked_rows(draw: Draw, a: dict[str, Any], *models: Tensor) -> None:
@@ -111,6 +160,8 @@ def nan_in_masked_rows(draw: Draw, a: dict[str, Any], *models: Tensor) -> None:
 def f_divergence(draw: Draw) -> dict[str, Any]:
     lead, v = draw.sizes()
     dtype = draw.choice(DTYPES)
+    if draw.maybe(0.35):
+        return of_a_list(draw, lead, v, dtype)
     other = dtype if draw.maybe(0.8) else draw.choice(DTYPES)
     student, teacher = logits(draw, (*lead, v), dtype), logits(draw, (*lead, v), other)
     a = token_arguments(draw, lead, v, False, False)
@@ -130,6 +181,19 @@ def f_divergence(draw: Draw) -> dict[str, Any]:
         draw.strange = True
     inplace = {"inplace": True} if draw.maybe(0.2) else {}
     return {"student_logits": student, "teacher_logits": teacher, **a, **inplace}
+
+
+def of_a_list(draw: Draw, lead: tuple[int, ...], v: int, dtype: torch.dtype) -> dict[str, Any]:
+    """`f_divergence` with a list for a teacher."""
+    student = logits(draw, (*lead, v), dtype)
+    a = token_arguments(draw, lead, v, False, False)
+    if draw.maybe(0.15) and "labels" not in a:
+        a["vocab_size"] = draw.randint(1, v)
+    teacher = top_k(draw, lead, a.get("vocab_size", v), a)
+    a["divergence"] = beside_a_list(draw, teacher.tail, a, False)
+    nan_in_masked_rows(draw, a, student)
+    inplace = {"inplace": True} if draw.maybe(0.25) else {}
+    return {"student_logits": draw.place(student), "teacher_logits": teacher, **a, **inplace}
 
 
 def cross_entropy(draw: Draw) -> dict[str, Any]:
@@ -186,8 +250,13 @@ def linear_f_divergence(draw: Draw) -> dict[str, Any]:
     lead, v = draw.sizes()
     dtype = draw.choice(DTYPES)
     a = token_arguments(draw, lead, v, False, True) | linear_rest(draw)
-    a["divergence"] = divergence(draw, True)
     student = head(draw, lead, v, dtype, TRAINED["linear_f_divergence"])
+    if draw.maybe(0.35):
+        teacher = top_k(draw, lead, v, a)
+        a["divergence"] = beside_a_list(draw, teacher.tail, a, True)
+        nan_in_masked_rows(draw, a, student["student_hidden"])
+        return {k: draw.place(x) for k, x in student.items()} | {"teacher_hidden": teacher} | a
+    a["divergence"] = divergence(draw, True)
     kind = draw.choice(["hidden", "hidden", "logits", "function", "tied"])
     if kind in ("logits", "function"):
         z = logits(draw, (*lead, v), dtype, tame=True)
@@ -230,8 +299,11 @@ def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
 
 def spoil(draw: Draw, a: dict[str, Any]) -> None:
     """One tensor that does not fit."""
-    key = draw.choice([k for k, x in a.items() if isinstance(x, Tensor)])
-    x, draw.strange = a[key].detach(), True
+    lists = {k: x for k, x in a.items() if isinstance(x, fk.TopK)}
+    tensors = {(k, None): x for k, x in a.items() if isinstance(x, Tensor)}
+    tensors |= {(k, n): x for k, list_ in lists.items() for n, x in list_._asdict().items() if isinstance(x, Tensor)}
+    key, name = draw.choice(list(tensors))
+    x, draw.strange = tensors[key, name].detach(), True
     at = draw.randrange(max(1, x.dim()))
     changes: list[Callable[[], Tensor]] = [
         lambda: x.unsqueeze(at), lambda: x.reshape(-1), lambda: x.long(), lambda: x.to(torch.complex64), lambda: x.bool(),
@@ -241,4 +313,5 @@ def spoil(draw: Draw, a: dict[str, Any]) -> None:
         n = x.shape[at]
         changes += [lambda: x.narrow(at, 0, n // 2), lambda: torch.cat([x, x], at), lambda: x.select(at, 0) if n else x,
                     lambda: x.movedim(at, 0), lambda: x.narrow(at, 0, 0), lambda: x.narrow(at, 0, min(n, 1))]  # fmt: skip
-    a[key] = draw.choice(changes)()
+    changed = draw.choice(changes)()
+    a[key] = changed if name is None else lists[key]._replace(**{name: changed})

@@ -87,6 +87,19 @@ def compare(name: str, a: dict[str, Any], loss: Tensor, want: Exact, leaves: dic
         check_gradient(k, name, a, got.double(), e, want.error, floor, known)
 
 
+def compare_measures(name: str, a: dict[str, Any], parts: Any, want: Exact) -> None:
+    """What `SparseParts` says of a list; the overlap where no rounding of the logits changes their order."""
+    if want.measures is None:
+        return
+    slack = want.error * want.weight.nan_to_num(0, 0)
+    rounded = "linear" in name or "logit_softcap" in a
+    for measure, exact_rows in zip(("teacher_mass", "student_mass", "overlap"), want.measures, strict=True):
+        got, rows = getattr(parts, measure), exact_rows.sum() if not want.loss.dim() else exact_rows
+        if measure == "overlap" and (rounded or not want.logits.isfinite().all()):
+            continue
+        close(measure, got, rows.reshape(got.shape), slack.reshape(got.shape) if got.dim() else slack.sum())
+
+
 def check_gradient(
     k: str, name: str, a: dict[str, Any], got: Tensor, want: Tensor, error: Tensor, floor: Tensor, known: Tensor
 ) -> None:

@@ -25,7 +25,7 @@ import fdistill_kernels as fk
 from fdistill_kernels import backends
 
 from . import arguments as drawn
-from .checks import Failure, called, close, compare, unchanged
+from .checks import Failure, called, close, compare, compare_measures, unchanged
 from .exact import HUGE, TRAINED, exact
 from .layouts import Draw
 from .operators import operator_call
@@ -74,7 +74,7 @@ def public_call(draw: Draw) -> str:
         want = exact(name, a)
     except Exception as error:  # whatever does not fit there either
         problem = error
-    loss = called(draw, function, run, inspect.signature(getattr(fk, name)).parameters)
+    loss = called(draw, function, run, [*inspect.signature(getattr(fk, name)).parameters, *fk.TopK._fields])
     if loss is None:
         unchanged(draw, before)
         return f"{name} refused"
@@ -89,17 +89,19 @@ def public_call(draw: Draw) -> str:
         slack = want.slack.reshape(loss.shape) if loss.dim() else want.slack.sum()
         close("sum of the parts", whole.nan_to_num(0, HUGE, -HUGE), loss.detach().nan_to_num(0, HUGE, -HUGE), slack)
         close("tokens", parts.tokens, torch.tensor(want.tokens), 0)
+        compare_measures(name, a, parts, want)
     compare(name, a, loss, want, dict(zip(leaves, inputs, strict=True)), draw)
     if old is not None:  # the entries that were compared: padding may share their memory
         a[leaves[0]].detach()[..., : a.get("vocab_size")].copy_(old[..., : a.get("vocab_size")])
     unchanged(draw, before)
-    return name
+    beside = a.get("teacher_logits", a.get("teacher_hidden"))
+    return f"{name} of a list, {beside.tail}" if isinstance(beside, fk.TopK) else name
 
 
 def module(name: str, a: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The module of a function with its settings fixed, and what is left to give it."""
     own = ("weight",) if name.endswith("cross_entropy") else ()
-    batch = {k: v for k, v in a.items() if k not in own and (isinstance(v, (Tensor, drawn.Given)))}
+    batch = {k: v for k, v in a.items() if k not in own and isinstance(v, (Tensor, drawn.Given, fk.TopK))}
     return lambda **rest: MODULES[name](**{k: v for k, v in a.items() if k not in batch})(**rest), batch
 
 

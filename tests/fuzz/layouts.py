@@ -51,6 +51,8 @@ class Draw(random.Random):
 
 
 def shown(x: Any) -> str:
+    if isinstance(x, tuple) and hasattr(x, "_asdict"):
+        return "".join(f"\n        {k} = {shown(field)}" for k, field in x._asdict().items())
     if not isinstance(x, Tensor):
         return repr(x)
     if x.layout != torch.strided:
