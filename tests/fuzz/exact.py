@@ -263,7 +263,8 @@ def categories(student: Tensor, teacher: List, terms: Terms) -> tuple[Tensor, Te
 def list_divergence(student: Tensor, teacher: List, terms: Terms, chosen: Divergence) -> Tensor:
     """Each row's divergence beside a list."""
     log_p, log_q, places = categories(student, teacher, terms)
-    of_nothing = (log_p.isnan() | log_q.isnan()).any(1)  # or of a NaN, which not each formula is of
+    summed = teacher.tail in ("ignore", "sampled")  # each term is its formula's, of a NaN of the teacher's too
+    of_nothing = (log_q.isnan() | (log_p.isnan() & (not summed))).any(1)  # or of a NaN, which not each formula is of
     return torch.where(of_nothing, torch.nan, of_categories(log_p, log_q, places, teacher, terms, chosen))
 
 
