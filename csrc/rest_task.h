@@ -24,7 +24,7 @@ struct RestTask {
 struct ListTask {
   RowTask row;               // without a teacher or class weights; metrics = 1 (not of `whole`): parts is (6, rows), and
                              // the last two are the student's mass on the list and the share of values.py's `overlap`
-  int64_t row_count, vocabulary, list_size;  // the first two as in `row`
+  int64_t list_size;
   const int64_t* ids;        // (rows, list_size), -1: none; checked by the caller
   const float* log_p;        // (rows, list_size + 1): the teacher's logits, the last the rest's, or each of its entries'
   const uint8_t* hidden;     // (rows), 1: the teacher has nothing of the rest either where the student has nothing

@@ -29,7 +29,8 @@ inline int64_t scratch_floats(const RestTask& task) {
 // Floats of scratch: of whole rows both models', and the row kernel's; of categories the exponentials, the capped logits,
 // the rest's (above), a factor a block, and the categories', with the row kernel's.
 inline int64_t scratch_floats(const ListTask& task) {
-  const int64_t row = padded(task.vocabulary), categories = padded(task.list_size + 1), blocks = block_count(task.vocabulary);
+  const int64_t row = padded(task.row.vocabulary), categories = padded(task.list_size + 1);
+  const int64_t blocks = block_count(task.row.vocabulary);
   return 6 * row + 3 * kBlock + 8 * categories + 4 * blocks;
 }
 

@@ -24,17 +24,17 @@ struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
 
-// kernel(task, begin, end, scratch) on pieces of the rows, enough of them to be worth a thread; null, or what went wrong.
-template <typename Kernel, typename Task>
-const char* run_rows(const Kernel& kernel, const Task& task, int threads) {
-  const int64_t vocabulary = task.vocabulary > 0 ? task.vocabulary : 1;
-  const int64_t shared = (task.row_count + 4 * threads - 1) / (4 * threads), small = 16384 / vocabulary;
+// kernel(task, begin, end, scratch) on pieces of `of`'s rows, enough of them to be worth a thread; null, or what went wrong.
+template <typename Kernel, typename Task, typename Rows>
+const char* run_rows(const Kernel& kernel, const Task& task, const Rows& of, int threads) {
+  const int64_t vocabulary = of.vocabulary > 0 ? of.vocabulary : 1;
+  const int64_t shared = (of.row_count + 4 * threads - 1) / (4 * threads), small = 16384 / vocabulary;
   const int64_t grain = shared > small ? shared : small > 0 ? small : 1;
   const size_t bytes = (fdistill::scratch_floats(task) * sizeof(float) + 63) / 64 * 64;
   std::atomic<bool> failed{false};
   const auto scratch = [&] { return std::unique_ptr<float, Free>(static_cast<float*>(std::aligned_alloc(64, bytes))); };
-  fdistill::for_pieces((task.row_count + grain - 1) / grain, threads, scratch, [&](const auto& mine, int64_t piece) {
-    const int64_t begin = piece * grain, end = begin + grain < task.row_count ? begin + grain : task.row_count;
+  fdistill::for_pieces((of.row_count + grain - 1) / grain, threads, scratch, [&](const auto& mine, int64_t piece) {
+    const int64_t begin = piece * grain, end = begin + grain < of.row_count ? begin + grain : of.row_count;
     if (mine) kernel(task, begin, end, mine.get());
     else failed = true;
   });
@@ -52,12 +52,12 @@ __attribute__((visibility("default"))) int fdistill_cpu_interface() { return 7; 
 __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(
     const char* instruction_set, const char* divergence, const fdistill::RowTask* task, int threads) {
   const auto kernel = find_kernels(instruction_set, divergence).row;
-  return kernel ? run_rows(kernel, *task, threads) : "there is no such kernel";
+  return kernel ? run_rows(kernel, *task, *task, threads) : "there is no such kernel";
 }
 
 __attribute__((visibility("default"))) const char* fdistill_cpu_rest_rows(
     const char* instruction_set, const fdistill::RestTask* task, int threads) {
-  return run_rows(find_kernels(instruction_set, "").rest, *task, threads);
+  return run_rows(find_kernels(instruction_set, "").rest, *task, *task, threads);
 }
 
 __attribute__((visibility("default"))) const char* fdistill_cpu_list_rows(
@@ -66,7 +66,7 @@ __attribute__((visibility("default"))) const char* fdistill_cpu_list_rows(
   const auto rows = [&](const auto& of, int64_t begin, int64_t end, float* scratch) {
     kernels.list(of, kernels.row, begin, end, scratch);
   };
-  return kernels.row ? run_rows(rows, *task, threads) : "there is no such kernel";
+  return kernels.row ? run_rows(rows, *task, task->row, threads) : "there is no such kernel";
 }
 
 // A fresh N x V tensor costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.

@@ -101,7 +101,7 @@ def list_rows(call: RowCall, gradient: Tensor | None, teacher: Any, whole: bool)
     symbol, packed, _held = row_task(call, gradient, None, parts)
     ids, log_p = teacher.ids.contiguous(), teacher.log_p.contiguous()
     task = ListTask(
-        row=RowTask.from_buffer_copy(packed), row_count=rows, vocabulary=call.student.shape[2], list_size=size,
+        row=RowTask.from_buffer_copy(packed), list_size=size,
         ids=ids.data_ptr(), log_p=log_p.data_ptr(), hidden=teacher.hidden.data_ptr(), whole=whole,
         alone=call.targets.tail == "within", labelled=call.divergence is not None and call.divergence.needs_labels,
     )  # fmt: skip

@@ -111,7 +111,7 @@ class ListTask(ctypes.Structure):
     """csrc/rest_task.h's, field by field."""
 
     _fields_ = [
-        ("row", RowTask), *[(n, ctypes.c_int64) for n in ("row_count", "vocabulary", "list_size")],
+        ("row", RowTask), ("list_size", ctypes.c_int64),
         *[(n, ctypes.c_void_p) for n in ("ids", "log_p", "hidden")],
         *[(n, ctypes.c_int32) for n in ("whole", "alone", "labelled")],
     ]  # fmt: skip
