@@ -155,7 +155,8 @@ class Loss:
             found = [("all_reduce", self.listed * WIDE), ("all_gather", 3 * WIDE)]
             found += [("all_reduce", WIDE)] * (self.labels + self.smoothing)
             return found + [("all_gather", self.listed * WIDE)] * self.metrics
-        own = {"tail_aware": [("all_gather", HEAD * WIDE)], "renyi": [("all_reduce", WIDE)],
+        own = {"tail_aware": [("all_gather", HEAD * WIDE), ("all_reduce", 2 * WIDE)], "dkd": [("all_reduce", 2 * WIDE)],
+               "lk": [("all_reduce", WIDE)], "renyi": [("all_reduce", WIDE)],
                "akl": [("all_reduce", SUM)] * HALVINGS + [("all_reduce", WIDE)]}.get(self.divergence, [])  # fmt: skip
         if self.divergence in STATISTICS:
             own = [*own, ("all_reduce", STATISTICS[self.divergence] * SUM)]

@@ -34,7 +34,7 @@ ABOUT_ONE = 1.0
 #: Coefficients of a series that native kernels use; float64 needs more.
 TERMS = 7
 #: The most coefficients of a row.
-COEFFICIENTS = 8
+COEFFICIENTS = 10
 #: Coefficients of (exp(u) − 1 − u)/u².
 SECOND_ORDER = tuple(1 / math.factorial(k) for k in range(2, 9))
 
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     largest entry, and at the teacher's.
 
     Of divergences with `RowStatistics` also which entries are in their set, and the coefficients (n, 1) of the row, at
-    most `COEFFICIENTS`; and what their anchor is, where the entries here are not the whole row.
+    most `COEFFICIENTS`; and before these are known `RowStatistics.largest` of the row, from NO_OVERLAP to -NO_OVERLAP.
     """
 
     p: Tensor
@@ -62,13 +62,13 @@ class Entry(NamedTuple):
     u_at_other_peak: Tensor
     inside: Tensor = NOTHING
     of_row: tuple[Tensor, ...] = ()
-    anchor: Tensor | None = None
+    largest: tuple[Tensor, ...] = ()
 
     def exchanged(self) -> Entry:
         """Teacher for student, the row's coefficients in reverse."""
         return Entry(
             self.q, self.p, self.log_q, self.log_p, -self.u, self.q_shifted, self.p_shifted, -self.u_at_other_peak,
-            -self.u_at_peak, self.inside, self.of_row[::-1], self.anchor,
+            -self.u_at_peak, self.inside, self.of_row[::-1], self.largest,
         )  # fmt: skip
 
     def about_one(self, power: float = 1.0) -> Tensor:
@@ -88,7 +88,8 @@ class RowStatistics:
     Attributes:
         members: which entries are in the row's set: the "label"; or the teacher's largest, by "count" (as many as the
             parameter) or by "mass" (as few as hold the parameter's share). Entries that tie are in it together.
-        anchor: what the sums are taken relative to (n, 1), where they are: a largest one of the row's entries.
+        largest: of what of its entries the row's largest (n, 1) are to be known first: logarithms, which sums are then
+            taken relative to, so that these stay in their dtype.
         sums: what is summed over the row, of its entries.
         coefficients: what `Entry.of_row` holds, of those sums (n, 1), the two numbers, and u at the peaks; no gradient
             flows through it.
@@ -97,7 +98,7 @@ class RowStatistics:
     sums: Callable[[Entry, float, float], tuple[Tensor, ...]]
     coefficients: Callable[[Entry, tuple[Tensor, ...], float, float], tuple[Tensor, ...]]
     members: str = ""
-    anchor: EntryFunction | None = None
+    largest: Callable[[Entry, float, float], tuple[Tensor, ...]] | None = None
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ _FORMULAS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def _lk(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
-    return -torch.minimum(log_p.exp(), log_q.exp()).sum(-1).log()
+    return -_log_sum(torch.minimum(log_p, log_q))
 
 
 def _renyi(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Tensor | None) -> Tensor:
@@ -173,8 +173,10 @@ def _grouped(log_p: Tensor, log_q: Tensor, inside: Tensor, weight: float, within
     rest_p, rest_q = (_log_sum(x.masked_fill(inside, -torch.inf)) for x in (log_p, log_q))
     coarse = _kl(log_p, log_q).masked_fill(~inside, 0).sum(-1) + _kl(rest_p, rest_q)
     dead = (rest_p == -torch.inf) | (rest_q == -torch.inf)
-    rest_p, rest_q = (x.masked_fill(dead, 0).unsqueeze(-1) for x in (rest_p, rest_q))
-    inner = _kl(log_p - rest_p, log_q - rest_q).masked_fill(inside, 0).sum(-1)
+    rest = ((log_p, rest_p), (log_q, rest_q))
+    # what is no part of the rest is equal in both models: masked before exp(log p − rest) may be infinite
+    within_p, within_q = ((x - r.masked_fill(dead, 0).unsqueeze(-1)).masked_fill(inside, 0) for x, r in rest)
+    inner = _kl(within_p, within_q).sum(-1)
     return _weighed(coarse.new_tensor(weight), coarse) + _weighed(within * (~dead).to(inner), inner)
 
 

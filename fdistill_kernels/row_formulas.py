@@ -29,7 +29,6 @@ from .formulas import (
     rkl_student,
     rkl_value,
     times,
-    tvd_student,
     tvd_value,
 )
 
@@ -41,36 +40,39 @@ def _whole_value(e: Entry, *_: float) -> Tensor:
     return times(e.q, e.of_row[1])
 
 
+def _smaller_logs(e: Entry, *_: float) -> Sums:
+    return (torch.minimum(e.log_p, e.log_q),)
+
+
 def _overlap(e: Entry, *_: float) -> Sums:
-    return tvd_value(e), torch.minimum(e.p, e.q)
+    return tvd_value(e), (torch.minimum(e.log_p, e.log_q) - e.largest[0]).exp()
 
 
-def _lk_coefficients(_: Entry, sums: Sums, *numbers: float) -> Sums:
+def _lk_coefficients(e: Entry, sums: Sums, *numbers: float) -> Sums:
     apart, overlap = sums
-    slope = torch.where(overlap > 0, 1 / overlap, 0)
-    return slope, torch.where(apart < 0.5, -(-apart).log1p(), -overlap.log()), slope
+    loss = torch.where(apart < 0.5, -(-apart).log1p(), -(overlap.log() + e.largest[0]))
+    of_overlap = torch.where(overlap == 0, -math.inf, loss)  # what is no part of nothing
+    return of_overlap, loss, of_overlap
 
 
 def _lk(e: Entry, *_: float) -> Tensor:  # −log(1 − TVD)
-    # from the peak's side, whose entries are then 0 without a rounding, which the slope may make large
-    return e.of_row[0] * (tvd_student(e) + 0.5 * e.q * e.u_at_peak.sign())
+    # from the peak's side, whose entries are then 0 without a rounding; the others' are no larger than the overlap
+    share = (e.log_q + e.of_row[0]).clamp_max(0).exp()
+    return times(share, 0.5 * (e.u_at_peak.sign() - e.u.sign()))
 
 
-def _anchor(e: Entry, a: float, rest: float) -> Tensor:
-    """What keeps Σ p^α q^(1−α) in its dtype: its largest logarithm. Models without a common entry have none."""
-    if e.anchor is not None:
-        return e.anchor
-    return power_log(e, a, rest).amax(1, keepdim=True).clamp(NO_OVERLAP, -NO_OVERLAP)
+def _power_logs(e: Entry, a: float, rest: float) -> Sums:
+    return (power_log(e, a, rest),)
 
 
 def _powers(e: Entry, a: float, rest: float) -> Sums:
-    return alpha_value(e, a, rest), power(e, a, rest, _anchor(e, a, rest))
+    return alpha_value(e, a, rest), power(e, a, rest, e.largest[0])
 
 
 def _renyi_coefficients(e: Entry, sums: Sums, a: float, rest: float) -> Sums:
     """The slope by alpha's terms, where Σ p^α q^(1−α) is near 1; else 0, and what the powers are multiplied with."""
     apart, total = sums
-    change, anchor = -a * rest * apart, _anchor(e, a, rest)
+    change, anchor = -a * rest * apart, e.largest[0]
     near = change.abs() < 0.5
     slope, of_power = torch.where(near, a / (1 + change), 0), torch.where(total > 0, a / total, 0)
     loss = torch.where(near, change.log1p(), total.log() + anchor) / -rest
@@ -136,57 +138,80 @@ def _csd_value(e: Entry, of_teacher: float, _: float) -> Tensor:
     return times(e.p if of_teacher else e.q, torch.where(e.u.isinf(), math.inf, square))
 
 
+def _logs_outside(e: Entry, *_: float) -> Sums:
+    """What keeps the rest's masses in their dtype, where the set has all but e^−100 of a model's."""
+    return tuple(torch.where(e.inside, NO_OVERLAP, log) for log in (e.log_p, e.log_q))
+
+
 def _rest(e: Entry, *_: float) -> Sums:
-    """Outside the set: both masses, their difference, and Σ p u; and the difference inside it."""
-    apart = difference(e)
-    return (*(torch.where(e.inside, 0, x) for x in (e.p, e.q, apart, times(e.p, e.u))), torch.where(e.inside, apart, 0))
+    """Outside the set, relative to their largest entries: both masses, their difference to q's, and Σ p u; and the
+    difference inside it.
+    """
+    of_p, of_q = e.largest
+    p, q = (e.log_p - of_p).exp(), (e.log_q - of_q).exp()
+    apart = difference(e._replace(p=(e.log_p - of_q).exp(), q=q))  # infinite where it is not asked for
+    outside = (torch.where(e.inside, 0, x) for x in (p, q, apart, times(p, e.u)))
+    return *outside, torch.where(e.inside, difference(e), 0)
 
 
-def _group_coefficients(_: Entry, sums: Sums, weight: float, within: float) -> Sums:
+def _group_coefficients(e: Entry, sums: Sums, weight: float, within: float) -> Sums:
     """Of ``weight·KL(the set's entries and its rest) + within·KL(inside the rest)``."""
     p, q, outside, of_kl, inside = sums
-    apart = torch.where(p + q > 1, -inside, outside)  # the smaller sum has the digits
-    u = torch.where(2 * apart.abs() < q, (apart / positive(q)).log1p(), p.log() - q.log())
+    top_p, top_q = e.largest
+    log_p, log_q = top_p + p.log(), top_q + q.log()
+    mass_p, mass_q = log_p.exp(), log_q.exp()
+    # p/q − 1, by the sum that has the digits
+    excess = torch.where(mass_p + mass_q > 1, -inside / positive(mass_q), outside / positive(q))
+    little = excess.abs() < 0.5
+    apart = torch.where(little, excess * mass_q, mass_p - mass_q)
+    u = torch.where(little, excess.log1p(), (top_p - top_q) + p.log() - q.log())
     weights, inner = torch.full_like(p, weight), torch.where((p > 0) & (q > 0), torch.full_like(p, within), 0)
-    share = times(weights, kl_value(Entry(p, q, p.log(), q.log(), u, p, q, u, u))) / positive(p + q)
+    loss = times(weights, kl_value(Entry(mass_p, mass_q, log_p, log_q, u, p, q, u, u)))
+    share = loss / ((p > 0).to(p) + (q > 0).to(q)).clamp_min(1)
     u = torch.where(p > 0, u, 0)  # nothing of the teacher's is there to be measured
-    return weights, apart / positive(q), u, 1 / positive(p), 1 / positive(q), share, inner, of_kl / positive(p) - u
+    of_p, of_q = 1 / positive(p), 1 / positive(q)
+    return weights, apart, u, top_p, top_q, of_p, of_q, share, inner, of_kl * of_p - u
 
 
-def _tail_aware_coefficients(_: Entry, sums: Sums, count: float, within: float) -> Sums:
-    return _group_coefficients(_, sums, 1.0, within)
+def _tail_aware_coefficients(e: Entry, sums: Sums, count: float, within: float) -> Sums:
+    return _group_coefficients(e, sums, 1.0, within)
 
 
 def _within(e: Entry) -> Entry:
     """An entry of the rest, among the rest."""
-    _, _, u, of_p, of_q, *_ = e.of_row
-    return e._replace(p=e.p * of_p, q=e.q * of_q, log_p=e.log_p - u, u=e.u - u)
+    _, _, u, top_p, top_q, of_p, of_q, *_ = e.of_row
+    p, q = (e.log_p - top_p).exp() * of_p, (e.log_q - top_q).exp() * of_q
+    return e._replace(p=p, q=q, log_p=e.log_p - u, u=e.u - u)
 
 
 def _grouped(e: Entry, *numbers: float) -> Tensor:
-    weight, excess, _, _, _, _, inner, _ = e.of_row
-    outside = -weight * times(e.q, excess) + times(inner, kl_student(_within(e)))
+    weight, apart, *_, inner, _ = e.of_row
+    within = _within(e)
+    outside = times(inner, kl_student(within)) - weight * within.q * apart
     return torch.where(e.inside, weight * kl_student(e), outside)
 
 
 def _grouped_value(e: Entry, *numbers: float) -> Tensor:
-    weight, _, _, _, _, share, inner, _ = e.of_row
-    outside = times(e.p + e.q, share) + times(inner, kl_value(_within(e)))
+    weight, *_, share, inner, _ = e.of_row
+    within = _within(e)
+    outside = times(within.p + within.q, share) + times(inner, kl_value(within))
     return torch.where(e.inside, times(weight, kl_value(e)), outside)
 
 
 def _grouped_rkl(e: Entry, *numbers: float) -> Tensor:
     """The teacher's term of `_grouped`, by an exchanged entry."""
-    of_kl, inner, _, _, of_p, u, _, weight = e.of_row
+    of_kl, inner, _, _, of_p, _, top_p, u, _, weight = e.of_row
     apart = -e.u - u  # from that of the rest as one, which then is 0 without a rounding
-    return torch.where(e.inside, times(weight, times(e.q, apart)), times(inner * of_p * e.q, apart - of_kl))
+    outside = times(inner * ((e.log_q - top_p).exp() * of_p), apart - of_kl)
+    return torch.where(e.inside, times(weight, times(e.q, apart)), outside)
 
 
-_LK, _RENYI = RowStatistics(_overlap, _lk_coefficients), RowStatistics(_powers, _renyi_coefficients, anchor=_anchor)
+_LK = RowStatistics(_overlap, _lk_coefficients, largest=_smaller_logs)
+_RENYI = RowStatistics(_powers, _renyi_coefficients, largest=_power_logs)
 _AKL, _GATE = RowStatistics(_gaps, _akl_coefficients, "mass"), RowStatistics(_entropy, _gate)
 _CSD = RowStatistics(_scores, _csd_coefficients)
-_TOP = RowStatistics(_rest, _tail_aware_coefficients, "count")
-_LABEL = RowStatistics(_rest, _group_coefficients, "label")
+_TOP = RowStatistics(_rest, _tail_aware_coefficients, "count", _logs_outside)
+_LABEL = RowStatistics(_rest, _group_coefficients, "label", _logs_outside)
 
 KERNELS |= {
     "Lk": Formula(_lk, _whole_value, "Lk", statistics=_LK),

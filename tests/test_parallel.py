@@ -23,15 +23,15 @@ from .conftest import WHOLE
 
 N, V, D = 6, 61, 8
 #: Collectives of a row's loss without labels; those of the others are two.
-CALLS = {"lk": 3, "renyi": 4, "entropy_gated": 3, "csd": 3, "dkd": 4, "tail_aware": 4, "akl": 4 + sharded.HALVINGS}
+CALLS = {"lk": 4, "renyi": 4, "entropy_gated": 3, "csd": 3, "dkd": 5, "tail_aware": 5, "akl": 4 + sharded.HALVINGS}
 #: Numbers of a token that a rank sends for loss and both gradients; the others are 11.
 NUMBERS = {
-    "lk": 13,
+    "lk": 14,
     "renyi": 14,
     "entropy_gated": 12,
     "csd": 12,
-    "dkd": 18,
-    "tail_aware": 32,
+    "dkd": 20,
+    "tail_aware": 34,
     "akl": 14 + sharded.HALVINGS,
 }
 

@@ -137,6 +137,42 @@ def test_groups_by_sixty_digits(divergence, scale, backend):
             assert wrong <= 2e-5 * max(map(abs, want))
 
 
+CONFIDENT = {
+    "both": (True, True, False), "student": (True, False, False), "teacher": (False, True, False),
+    "all in one, apart": (False, True, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", CONFIDENT)
+@pytest.mark.parametrize("gap", [60.0, 95.0, 300.0, 1e4])
+@pytest.mark.parametrize("divergence", [*NAMES, fk.TailAware(1), fk.Renyi(2.0)], ids=str)
+def test_rows_that_leave_nothing_in_float(divergence, gap, who, backend):
+    """An entry ahead of all others by more than a dtype's exponents: what is left of the row, or of the models' overlap,
+    is below its smallest number, and has its share of the loss all the same.
+    """
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 3, 300, generator=generator)
+    labels = torch.tensor([1, 128, 299])
+    of_student, of_teacher, apart = CONFIDENT[who]
+    student[range(3), labels] += gap * of_student
+    teacher[range(3), labels] += gap * of_teacher
+    student[:, 140:] -= gap * apart
+    for dtype in (torch.float32, *[torch.float64][: backend == "torch"]):
+        models = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+        exact = [x.double().detach().requires_grad_() for x in models]
+        wanted = {"labels": labels} if str(divergence) == "dkd" else {}
+        loss = fk.f_divergence(*models, divergence, reduction="none", backend=backend, **wanted)
+        expected = f_divergence_rows(*exact, divergence, **wanted)
+        unit = max(torch.finfo(dtype).eps * gap, 1e-5 if dtype == torch.float32 else 1e-12)  # that a gap has
+        beyond = expected.abs() > torch.finfo(dtype).max
+        wrong = (loss - expected).abs()[~beyond] / expected.abs()[~beyond].clamp_min(0.5)
+        assert not len(wrong) or wrong.max() <= 32 * unit
+        assert (loss[beyond] == math.inf).all()
+        got, want = (torch.autograd.grad(x[~beyond].sum(), y) for x, y in ((loss, models), (expected, exact)))
+        for g, e in zip(got, want, strict=True):
+            assert (g - e).abs().max() / e.abs().max().clamp_min(0.5) <= 32 * unit
+
+
 def test_identities(backend):
     """KL is tail_aware and dkd with what is left weighing as the teacher has it, and ab at (1, 0)."""
     student, teacher = pair()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..formulas import NOTHING, Entry, Formula, RowStatistics, times
+from ..formulas import NO_OVERLAP, NOTHING, Entry, Formula, RowStatistics, times
 from .rows import RowCall, TokenTerms, cap_slope, capped
 
 #: Elements of one chunk of rows; the arithmetic holds about ten temporaries of this size.
@@ -184,7 +184,14 @@ def _members(members: str, teacher: _Model, labels: Tensor | None, parameter: fl
     return teacher.logits >= order.values.gather(1, (before < parameter).sum(1, keepdim=True).clamp_min(1) - 1)
 
 
+def largest_in(entry: Entry, statistics: RowStatistics, numbers: tuple[float, float]) -> tuple[Tensor, ...]:
+    """`RowStatistics.largest` of these entries."""
+    found = () if statistics.largest is None else statistics.largest(entry, *numbers)
+    return tuple(x.amax(1, keepdim=True).clamp(NO_OVERLAP, -NO_OVERLAP) for x in found)
+
+
 def _with_statistics(entry: Entry, statistics: RowStatistics, numbers: tuple[float, float]) -> Entry:
+    entry = entry._replace(largest=largest_in(entry, statistics, numbers))
     sums = (x.sum(1, keepdim=True, dtype=widest(x)).to(x.dtype) for x in statistics.sums(entry, *numbers))
     return entry._replace(of_row=statistics.coefficients(entry, tuple(sums), *numbers))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..formulas import NOTHING, Entry, Formula, RowStatistics, times
-from .chunked import CHUNK_ELEMENTS, entry_of, log_ratio, terms_at, widest
+from .chunked import CHUNK_ELEMENTS, entry_of, largest_in, log_ratio, terms_at, widest
 from .collectives import Collectives
 from .rows import LinearCall, RowCall, cap_slope, capped, log_sum_exp
 
@@ -132,7 +132,7 @@ class _Rows:
         self.rates = [x.unsqueeze(1) for x in rates]
         self.coefficients: tuple[Tensor, ...] | None = None  # what `ask` finds
         self.threshold: Tensor | None = None
-        self.anchor: Tensor | None = None
+        self.most: tuple[Tensor, ...] = ()
         self.labels = None if call.terms.labels is None else torch.where(self.live[:, 0], call.terms.labels, 0)
 
     def chunks(self) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -224,7 +224,7 @@ class _Rows:
         return self.with_row(entry, n, t.logits, 0), local, models
 
     def with_row(self, entry: Entry, n: slice, teacher_logits: Tensor, at: int | Tensor) -> Entry:
-        """With the set's members among entries at places from `at`, and the row's coefficients and anchor."""
+        """With the set's members among entries at places from `at`, and what is known of the row."""
         members = self.divergence.statistics.members if self.divergence.statistics else ""
         inside = NOTHING
         if members == "label":
@@ -235,7 +235,7 @@ class _Rows:
             assert self.threshold is not None
             inside = teacher_logits >= self.threshold[n]
         of_row = () if self.coefficients is None else tuple(c[n] for c in self.coefficients)
-        return entry._replace(inside=inside, of_row=of_row, anchor=None if self.anchor is None else self.anchor[n])
+        return entry._replace(inside=inside, of_row=of_row, largest=tuple(x[n] for x in self.most))
 
     def ask(self, statistics: RowStatistics) -> None:
         """What the divergence asks of its rows."""
@@ -243,14 +243,14 @@ class _Rows:
         if statistics.members in ("count", "mass"):
             find = self.largest if statistics.members == "count" else self.heaviest
             self.threshold = find(numbers[0])
-        if statistics.anchor is not None:
-            largest = torch.cat([statistics.anchor(self.entry(n, x)[0], *numbers) for n, x in self.chunks()])
-            self.anchor = self.wire.reduced(largest, dist.ReduceOp.MAX)
+        if statistics.largest is not None:
+            mine = [torch.cat(largest_in(self.entry(n, x)[0], statistics, numbers), 1) for n, x in self.chunks()]
+            self.most = self.wire.reduced(torch.cat(mine), dist.ReduceOp.MAX).split(1, 1)
         sums = [_sums(statistics.sums(self.entry(n, logits)[0], *numbers)) for n, logits in self.chunks()]
         whole = self.wire.reduced(torch.cat(sums)).to(self.dtype).split(1, 1)
         nothing, (of_student, of_teacher) = torch.zeros_like(self.u_at_peaks[0]), self.u_at_peaks
         of_row = Entry(nothing, nothing, nothing, nothing, nothing, nothing, nothing, of_student, of_teacher,
-                       anchor=self.anchor)  # fmt: skip
+                       largest=self.most)  # fmt: skip
         self.coefficients = statistics.coefficients(of_row, tuple(whole), *numbers)
 
     def largest(self, count: float) -> Tensor:

@@ -5,11 +5,11 @@ import triton.language as tl
 
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
 from .loads import first_of, line_of, load_block, row_at, within
+from .row_terms import COEFFICIENTS
 from .softmaxes import added, by_lane, no_sums, softmaxes_of
 from .stretches import NOWHERE, clear_until
 from .terms import LOG2E, NO_OVERLAP
 
-COEFFICIENTS = tl.constexpr(8)
 #: How the teacher's largest entries are told: by their number, or by their mass.
 COUNT, MASS = tl.constexpr(0), tl.constexpr(1)
 
@@ -103,14 +103,17 @@ def row_statistics_kernel(
                     enough = tl.minimum(parameter, vocabulary * 1.0)
                 threshold = _threshold(teacher_row, bounds, models, enough, teacher_cap, BY, BLOCK, LINE)
             rows_of, caps, zeros = (student_row, teacher_row), (student_cap, teacher_cap), no_sums(student, BLOCK)
-            most = zeros + NO_OVERLAP
+            one, other = zeros + NO_OVERLAP, zeros + NO_OVERLAP
             if LARGEST_OF is not None:
                 for start in tl.range(0, bounds[1], BLOCK):
                     x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
                     y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
-                    here = LARGEST_OF(entry_of(x, y, models, u_at_peak, False), own)
-                    most = tl.maximum(most, tl.max(by_lane(here, zeros.shape[0], LINE), 1))
-            facts = u_at_peak, u_at_other_peak, tl.minimum(tl.max(most, 0), -NO_OVERLAP)
+                    inside = in_set(y, start + tl.arange(0, BLOCK), label, threshold, MEMBERS)
+                    of_one, of_other = LARGEST_OF(entry_of(x, y, models, u_at_peak, inside), own)
+                    one = tl.maximum(one, tl.max(by_lane(of_one, zeros.shape[0], LINE), 1))
+                    other = tl.maximum(other, tl.max(by_lane(of_other, zeros.shape[0], LINE), 1))
+            one, other = tl.minimum(tl.max(one, 0), -NO_OVERLAP), tl.minimum(tl.max(other, 0), -NO_OVERLAP)
+            facts = u_at_peak, u_at_other_peak, one, other
             sums = zeros, zeros, zeros, zeros, zeros
             k, count = 0, tl.cdiv(bounds[1], BLOCK)
             while k < count:

@@ -31,6 +31,7 @@ from .loads import (
     within,
     zero_row,
 )
+from .row_terms import COEFFICIENTS
 from .softmaxes import added, met, no_sums, save, softmaxes_of
 from .stretches import NOWHERE, clear_until, fetched_of, first_two, start_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
@@ -248,7 +249,8 @@ def _with_coefficients(own, coefficients, step):
     at = coefficients
     return (own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7], own[8], own[9], own[10], tl.load(at),
             tl.load(at + step), tl.load(at + 2 * step), tl.load(at + 3 * step), tl.load(at + 4 * step),
-            tl.load(at + 5 * step), tl.load(at + 6 * step), tl.load(at + 7 * step))  # fmt: skip
+            tl.load(at + 5 * step), tl.load(at + 6 * step), tl.load(at + 7 * step), tl.load(at + 8 * step),
+            tl.load(at + 9 * step))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -261,7 +263,7 @@ def row_kernel(
     row_scale, student_inverse_temperature, teacher_inverse_temperature,  # (rows); no teacher's: the student's
     divergence_scale, cross_entropy_scale, z_loss_scale, labels,  # (rows)
     class_weight,  # (vocabulary)
-    coefficients,  # (9, rows): of row_statistics.py
+    coefficients,  # (COEFFICIENTS + 1, rows): of row_statistics.py
     rows, inner, vocabulary, span,
     student_outer, student_inner, teacher_outer, teacher_inner, gradient_outer, gradient_inner,  # strides
     student_cap, teacher_cap,
@@ -386,8 +388,8 @@ def row_kernel(
                 own, other, factors = numbers, other_numbers, (0.0, 0.0, 1.0, 1.0)
                 if coefficients is not None:
                     own = _with_coefficients(numbers, coefficients + n, rows)
-                    other = _with_coefficients(other_numbers, coefficients + 7 * rows + n, -rows)
-                    threshold = tl.load(coefficients + 8 * rows + n)
+                    other = _with_coefficients(other_numbers, coefficients + (COEFFICIENTS - 1) * rows + n, -rows)
+                    threshold = tl.load(coefficients + COEFFICIENTS * rows + n)
                 if MEMBERS == LABEL:
                     label_there = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
                     label_there = capped(label_there, caps[1])
