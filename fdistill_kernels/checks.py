@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
 NO_TRANSFORM = (
     "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach into the fused losses; batch by leading "
     "dimensions, differentiate with torch.autograd"

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, RowCall, Targets, Teacher, TokenTerms, Wants
 from fdistill_kernels.carried import flat, names_of
+from fdistill_kernels.checks import INTEGERS
 from fdistill_kernels.integrations.transformers import causal_loss
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -972,8 +973,10 @@ def test_nothing_of_any_layout():
     assert causal_loss(types.SimpleNamespace(logits=torch.zeros(2, 0, 9)), torch.zeros(2, 0).long()) == 0
     x, head, weight, target = torch.randn(6, 8), torch.randn(13, 2, 8), torch.rand(13), torch.randint(13, (6, 2))
     want = fk.linear_cross_entropy(x, head, target, weight=weight)
-    for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
+    outputs = types.SimpleNamespace(logits=torch.randn(6, 13))
+    for kind in INTEGERS:
         assert fk.linear_cross_entropy(x, head, target.to(kind), weight=weight) == want
+        assert causal_loss(outputs, target[:, 0].to(kind)) == causal_loss(outputs, target[:, 0])
     logits = torch.randn(2, 5)
     eighth = fk.f_divergence(logits, 2 * logits, temperature=torch.full((2,), 2.0).to(torch.float8_e4m3fn))
     assert eighth == fk.f_divergence(logits, 2 * logits, temperature=torch.full((2,), 2.0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fdistill_kernels as fk
-from fdistill_kernels import lists, reference
+from fdistill_kernels import checks, lists, reference
 from fdistill_kernels.backends import BACKENDS, sparse
 from fdistill_kernels.sparse import TAILS
 
@@ -574,6 +574,13 @@ def test_what_does_not_fit_is_refused_by_name(case):
         fk.f_divergence(logits_of(30), teacher)
     with pytest.raises(error, match=words):
         fk.linear_f_divergence(torch.randn(N, 8), torch.randn(V, 8), teacher)
+
+
+@pytest.mark.parametrize("kind", checks.INTEGERS, ids=str)
+def test_ids_of_any_integers(kind):
+    student, (ids, log_probs) = logits_of(31).float(), listed(logits_of(32), 4)
+    found = fk.f_divergence(student, fk.TopK(ids.to(kind), log_probs))
+    assert found == fk.f_divergence(student, fk.TopK(ids, log_probs))
 
 
 def test_more_refusals():

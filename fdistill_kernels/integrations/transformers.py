@@ -207,7 +207,7 @@ def causal_loss(
         The loss, a 0-dim tensor unless `reduction` says otherwise.
     """
     if shift_labels is None:  # the label of each position is its next token; the last position has none
-        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = torch.nn.functional.pad(labels.long(), (0, 1), value=ignore_index)[..., 1:]
     return seq2seq_loss(outputs, shift_labels, num_items_in_batch, ignore_index=ignore_index, **keywords)
 
 
