@@ -552,6 +552,7 @@ def cases():
         "ids beyond V": (fk.TopK(beyond, log_probs), ValueError, rf"ids must be in \[0, {V}\), or -1 .*: row 1"),
         "ids below -1": (fk.TopK(negative, log_probs), ValueError, "ids must be in"),
         "mass": (fk.TopK(ids, log_probs + 2), ValueError, "mass of 1.05 at most: row"),
+        "NaN": (fk.TopK(ids, log_probs.where(log_probs > log_probs.amin(), math.nan)), ValueError, "log_probs must not be NaN: row"),
         "logits for log_probs": (fk.TopK(ids, torch.ones(N, 4)), ValueError, "mass of 1.05 at most"),
         "ids' dtype": (fk.TopK(ids.float(), log_probs), TypeError, "ids must be integers, not torch.float32"),
         "log_probs' dtype": (fk.TopK(ids, ids), TypeError, "log_probs must be floating point"),

@@ -60,7 +60,7 @@ def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
     """The values of rows that count; a GPU stops by itself, later.
 
     Raises:
-        ValueError: ids outside [0, V), but for −1; an id twice in a row; weights below 0; a mass above 1.
+        ValueError: ids outside [0, V), but for −1; an id twice in a row; weights below 0; a mass above 1, or NaN.
     """
     if targets.ids is None:
         return
@@ -74,6 +74,7 @@ def check_targets(targets: Targets, row_scale: Tensor, vocabulary: int) -> None:
     faults = {
         f"ids must be in [0, {vocabulary}), or -1 where a list is shorter": outside,
         "ids must differ within a row": (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0),
+        "log_probs must not be NaN": mass.isnan().unsqueeze(1),
         f"log_probs of a row must be of a mass of {MOST_MASS:g} at most": (mass > MOST_MASS).unsqueeze(1),
     }
     if (weights := targets.weights) is not None:
