@@ -106,7 +106,7 @@ def _check_settings(teacher: TopK, terms: LossTerms, name: str) -> None:
     temperature = checks.check_number(f"{name}.temperature", teacher.temperature, *TEMPERATURES)
     asked = terms.temperature if terms.teacher_temperature is None else terms.teacher_temperature
     if tail not in WHOLE and (isinstance(asked, Tensor) or asked != temperature):
-        what = "one a token" if isinstance(asked, Tensor) else f"{float(asked):g}"
+        what = "a tensor" if isinstance(asked, Tensor) else f"{float(asked):g}"
         raise ValueError(
             f"teacher_temperature is {what}, but {name}.log_probs were taken at {temperature:g}, and without "
             f"the rest of its logits no other can be had of them with tail={tail!r}: give teacher_temperature="

@@ -417,8 +417,9 @@ def test_temperatures_that_a_list_cannot_honour():
     for tail in ("bucket", "ignore"):
         with pytest.raises(ValueError, match="log_probs were taken at 1, and without the rest"):
             fk.f_divergence(student, fk.TopK(ids, log_probs, tail), temperature=2.0)
-        with pytest.raises(ValueError, match="teacher_temperature is one a token"):
-            fk.f_divergence(student, fk.TopK(ids, log_probs, tail), temperature=torch.ones(N))
+        for ones in (torch.ones(N), torch.ones(())):
+            with pytest.raises(ValueError, match=r"teacher_temperature is a tensor, .*: give teacher_temperature=1,"):
+                fk.f_divergence(student, fk.TopK(ids, log_probs, tail), temperature=ones)
     apart = fk.f_divergence(student, fk.TopK(ids, log_probs), temperature=2.0, teacher_temperature=1.0)
     same = fk.f_divergence(student / 2, fk.TopK(ids, log_probs))
     assert apart.item() == pytest.approx(same.item())
