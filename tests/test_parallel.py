@@ -610,7 +610,7 @@ def another_call(rank, world):
     few = slice(0, N - 1) if last else slice(None)
     tokens = torch.zeros(N, dtype=torch.long)
     log_p = fk.top_k_of(randn(N, V, seed=31), 4)
-    other = rf"rank {world - 1} .* other "
+    other, narrow = rf"rank {world - 1} .* other ", torch.float16 if last else torch.float32
     calls = {
         rf"{other}rows \({N - 1}, and rank 0 {N}\)": (
             lambda: fk.f_divergence(student[few], student[few], shard=shard),
@@ -623,8 +623,9 @@ def another_call(rank, world):
                 lambda pair=pair: fk.linear_f_divergence(hidden, split, hidden, split, pair[last]))),
         f"{other}entries_of_lists": (
             lambda: fk.f_divergence(student, fk.top_k_of(randn(N, V, seed=31), 4 if last else 3), shard=shard),),
-        f"{other}tail, temperature or weights of lists": (
-            lambda: fk.f_divergence(student, log_p._replace(tail="within" if last else "bucket"), shard=shard),),
+        f"{other}tail, temperature, weights or precision of lists": (
+            lambda: fk.f_divergence(student, log_p._replace(tail="within" if last else "bucket"), shard=shard),
+            lambda: fk.f_divergence(student, log_p._replace(log_probs=log_p.log_probs.to(narrow)), shard=shard)),
         f"{other}label_smoothing, class weights, soft-caps": (
             lambda: fk.f_divergence(student, student, logit_softcap=3.0 + last, shard=shard),
             lambda: fk.linear_cross_entropy(hidden, weight, tokens, label_smoothing=0.1 + 0.1 * last, shard=shard),

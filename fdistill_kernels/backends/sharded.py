@@ -70,13 +70,13 @@ def agree(call: RowCall | LinearCall, number: int | None = None, **more: Any) ->
     terms = call.terms
     teacher, targets = (call.teacher, call.targets) if isinstance(call, RowCall) else (None, call.teacher.targets)
     wants = (call.student_gradient, call.teacher_gradient) if isinstance(call, RowCall) else call.wants
-    of_list = f"{targets.tail} {targets.temperature!r} {targets.weights is not None}"
+    of_list = f"{targets.tail} {targets.temperature!r} {targets.weights is not None} {targets.rounding!r}"
     return Collectives(call.shard.group).agree(
         terms.row_scale.device, number, dtype=str(terms.row_scale.dtype), vocabulary=call.vocabulary,
         divergence=described(call.divergence),
         teacher=teacher is not None, entries_of_lists=0 if targets.ids is None else targets.ids.shape[1],
         labels=terms.labels is not None, metrics=terms.metrics, gradients=str(tuple(wants)),
-        **{"tail, temperature or weights of lists": of_list, SETTINGS: _settings(call)}, **more,
+        **{"tail, temperature, weights or precision of lists": of_list, SETTINGS: _settings(call)}, **more,
     )  # fmt: skip
 
 
