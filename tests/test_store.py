@@ -609,6 +609,16 @@ def test_ids_of_any_integers_are_kept(tmp_path, dtype):
     assert torch.equal(store.targets([[1]], [[2, 3]]).ids, GOOD.ids)
 
 
+def test_a_process_that_changes_its_folder_keeps_its_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = TeacherStore.create("store", kind="top_k", vocabulary=100, key=KEY, k=2)
+    with store.writer() as writer:
+        writer.add([1], [2, 3], GOOD)
+    opened = TeacherStore("store")
+    monkeypatch.chdir("/")
+    assert torch.equal(opened.targets([[1]], [[2, 3]]).ids, GOOD.ids) and not opened.damaged
+
+
 def test_padding_may_have_any_log_probability(tmp_path):
     store = TeacherStore.create(tmp_path, kind="top_k", vocabulary=100, key=KEY, k=3)
     given = TopK(torch.tensor([[-1, 2], [-1, -1]]), torch.tensor([[torch.nan, -2.0], [9.0, torch.nan]]))

@@ -52,7 +52,7 @@ class TeacherSamples:
         """Opens the folder or makes it; settings: the teacher's `generation_settings`."""
         if not len(prompts):
             raise ValueError("there are no prompts to sample for")
-        self.folder, self.prompts, self.sampling, self.seed = Path(folder), prompts, sampling, seed
+        self.folder, self.prompts, self.sampling, self.seed = Path(folder).absolute(), prompts, sampling, seed
         self.key = {"teacher": teacher, "data": data_hash(prompts), "prompts": len(prompts), "seed": seed,
                     **sampling.decided(), **(settings or {})}  # fmt: skip
         self._check_key()

@@ -126,7 +126,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         self.connection = Connection(url, api_key, concurrency, timeout, retries, first_wait)
         self.model, self.vocabulary, self.k, self.kind = model, vocabulary, k, kind
         self.head, self.norm, self.layer = head, norm, layer
-        self.states_folder, self._lists = states_folder, Lists(k, vocabulary, short_rows, padded)
+        self.states_folder = None if states_folder is None else Path(states_folder).absolute()
+        self._lists = Lists(k, vocabulary, short_rows, padded)
         self._kept: dict[str, Any] = {"vocabulary": vocabulary, "kind": "top_k", "k": k}  # settings of its store
         if head is not None:
             states = str(head.weight.dtype).removeprefix("torch.")
@@ -138,7 +139,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             asked = checked_settings(**self._kept | {n: x for n, x in store.settings.items() if n in free})
             check_same(f"{store.folder} holds other targets", store.settings, asked)
         elif store is not None:
-            self._folder = Path(store)
+            self._folder = Path(store).absolute()
         self._about: dict[str, Any] | None = None  # what the list of models says
         self._opening, self._opened, self._tried = asyncio.Lock(), False, False
         self._background = Background(f"the endpoint at {self.url}", self.connection.client.aclose)
@@ -460,7 +461,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if self.states_folder is None or not isinstance(made := choice["kv_transfer_params"], dict):
             return None
         path = Path(str(made.get("hidden_states_path")))
-        if not path.resolve().is_relative_to(Path(self.states_folder).resolve()):
+        if not path.resolve().is_relative_to(self.states_folder.resolve()):
             raise EndpointError(f"the server's hidden_states_path {path} is outside of {self.states_folder}")
         return path, Path(f"{path}.lock")
 

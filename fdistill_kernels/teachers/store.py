@@ -80,7 +80,7 @@ class TeacherStore:
         """
         if validate not in ("lazy", "full"):
             raise ValueError(f"validate must be lazy or full, not {validate!r}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # the process may change its folder
         try:
             content = unsealed(self.folder / "manifest.json")
         except Damaged as error:
