@@ -36,7 +36,8 @@ class TopK(NamedTuple):
                        distributions: never negative, and for f-divergences not larger than that of the logits.
         "uniform"      ``Σ_v φ(p̃, q)``, with p̃ = p on S and (1 − Σ_S p)/(V − |S|) elsewhere.
         "renormalize"  ``Σ_v φ(p̃, q)``, with p̃ = p/Σ_S p on S and 0 elsewhere; infinite if f(0) = ∞, as for rkl.
-        "within"       ``Σ_S φ(p/Σ_S p, q/Σ_S q)``: both models' conditional distributions, given S.
+        "within"       ``Σ_S φ(p/Σ_S p, q/Σ_S q)``: both models' conditional distributions, given S; 0 with no gradient
+                       where one of them is 0 on all of S, of which there is none.
         "ignore"       ``Σ_S φ(p, q)``, the sum of `reference.py`'s formula over S alone. Not a divergence: it can be
                        negative, and a warning says so.
         "sampled"      ``Σ_S w φ(p, q)`` with importance weights. For ids drawn n times from π, w = count/(n π) makes

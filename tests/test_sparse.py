@@ -601,6 +601,21 @@ def test_more_refusals():
         fk.f_divergence(shared, fk.TopK(ids, shared.detach()[:, :4]), inplace=True)
 
 
+@pytest.mark.parametrize("backend", backends_for(torch.float32))
+def test_a_student_of_nothing_on_the_list_has_no_distribution_within_it(backend):
+    student, teacher = logits_of(33).float(), fk.top_k_of(logits_of(34).float(), 4, tail="within")
+    student[2, teacher.ids[2]] = -math.inf
+    student.requires_grad_()
+    for name in ("kl", "js", "dkd", "ab"):
+        labels = teacher.ids[:, 0] if name == "dkd" else None
+        loss = fk.f_divergence(student, teacher, name, labels=labels, reduction="none", backend=backend)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert loss.isfinite().all() and gradient.isfinite().all()
+        assert loss.count_nonzero() == N - 1 and loss[2] == 0 and not gradient[2].any()
+        found = fk.f_divergence(student, teacher, name, labels=teacher.ids[:, 0], ce_weight=1.0, backend=backend)
+        assert found == math.inf  # the label's cross-entropy
+
+
 def test_rows_that_do_not_count_are_not_looked_at():
     student, (ids, log_probs) = logits_of(33).float(), listed(logits_of(34), 4)
     labels = torch.zeros(N, dtype=torch.long)

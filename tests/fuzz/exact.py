@@ -263,6 +263,11 @@ def categories(student: Tensor, teacher: List, terms: Terms) -> tuple[Tensor, Te
 def list_divergence(student: Tensor, teacher: List, terms: Terms, chosen: Divergence) -> Tensor:
     """Each row's divergence beside a list."""
     log_p, log_q, places = categories(student, teacher, terms)
+    if teacher.tail == "within":  # a student of nothing there has no distribution, given the list
+        on_list = torch.where(teacher.ids >= 0, student.gather(1, teacher.ids.clamp_min(0)), -torch.inf)
+        says = (on_list != -torch.inf).any(1)
+        terms.of_divergence = torch.where(says, terms.of_divergence, 0)
+        log_q = torch.where(says.unsqueeze(1), log_q, 0)
     summed = teacher.tail in ("ignore", "sampled")  # each term is its formula's, of a NaN of the teacher's too
     of_nothing = (log_q.isnan() | (log_p.isnan() & (not summed))).any(1)  # or of a NaN, which not each formula is of
     return torch.where(of_nothing, torch.nan, of_categories(log_p, log_q, places, teacher, terms, chosen))
