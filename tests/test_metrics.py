@@ -109,6 +109,25 @@ def test_of_hidden_states(memory, backend):
     compare(parts, expected((hidden @ weight.T).detach()))
 
 
+@pytest.mark.parametrize("weight", [0.0, torch.tensor([0.0, 1, 1, 0, 0, 2])], ids=["all", "some"])
+def test_of_rows_whose_terms_weigh_nothing(weight, backend):
+    student, teacher = torch.randn(N, V), torch.randn(N, V)
+    hidden, head = torch.randn(N, D), torch.randn(V, D)
+    how = {
+        "labels": LABELS,
+        "divergence_weight": weight,
+        "reduction": "none",
+        "return_parts": "metrics",
+        "backend": backend,
+    }
+    _, parts = fk.f_divergence(student, teacher, **how)
+    for memory in ("chunks", "minimal"):
+        _, of_states = fk.linear_f_divergence(hidden, head, hidden, head, memory=memory, **how)
+        for found in (parts, of_states):
+            assert (found.cross_entropy[LIVE] > 0).all() and not found.cross_entropy[1]
+            torch.testing.assert_close(found.cross_entropy, -found.label_log_prob)
+
+
 def test_of_an_own_divergence_and_compiled():
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
     own = fk.FDivergence(lambda t: (t - 1) ** 2)

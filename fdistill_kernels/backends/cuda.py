@@ -179,4 +179,4 @@ def divergence_rows(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
         stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else 0
         if not LIBRARY.divergence_rows(symbol, task, launch, stream):
             return triton.divergence_rows(call)
-    return parts, fresh, nothing
+    return triton.with_left_out(parts, call.terms), fresh, nothing

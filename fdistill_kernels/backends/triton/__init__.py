@@ -259,7 +259,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
                 phase(number, grid)
                 if wire is not None and number < 3:
                     _meet(wire, spans.partials, chosen.splits, number)
-    return parts, of_student, of_teacher
+    return with_left_out(parts, call.terms), of_student, of_teacher
 
 
 def _meet(wire: Collectives, partials: Tensor, splits: int, phase: int) -> None:
@@ -327,6 +327,16 @@ def write_metrics(call: RowCall, parts: Tensor) -> None:
     from .kernels.row_metrics import row_metrics_kernel
 
     _look(row_metrics_kernel, call, call.terms, parts=parts)
+
+
+def with_left_out(parts: Tensor, terms: TokenTerms) -> Tensor:
+    """With the cross-entropy, a metric, of rows that the row kernel leaves out since their terms weigh nothing; where
+    classes have weights, it is 0 there.
+    """
+    if terms.metrics and terms.labels is not None and terms.class_weight is None:
+        left_out = terms.without_metrics().row_scale == 0
+        parts[1] = torch.where(left_out, 0 - parts[-1], parts[1])
+    return parts
 
 
 def _look(kernel: Any, call: RowCall, terms: TokenTerms, **more: Any) -> None:
