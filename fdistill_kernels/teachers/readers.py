@@ -276,7 +276,9 @@ def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
-    """(L, k) float32 log-probabilities of a configuration's bytes (L, B)."""
+    """(L, k) log-probabilities of a configuration's bytes (L, B): float32 where it keeps them all so, else float16, by
+    which a loss knows that they are rounded.
+    """
     at = 0
 
     def take(count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -306,7 +308,8 @@ def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
     if at != packed.shape[1]:
         raise Misfit(f"{packed.shape[1]} bytes at each position, the configuration has {at}")
     made = torch.cat((first, fit), 1)
-    return made.cumsum(1) if config.get("delta_encoding", True) else made
+    made = made.cumsum(1) if config.get("delta_encoding", True) else made
+    return made.half() if rest or exact.itemsize == 2 else made
 
 
 def megatron(
