@@ -24,7 +24,7 @@ from fdistill_kernels.sequence.forward import rows_of
 from fdistill_kernels.sequence.losses import TeacherRows, step_loss
 from fdistill_kernels.sequence.ranks import is_partitioned
 from fdistill_kernels.sequence.sampling import Sampling
-from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Stored, teacher_of
+from fdistill_kernels.sequence.teachers import InRoom, Itself, Mixture, OfRows, Served, Stored, teacher_of
 from fdistill_kernels.sequence.teachers.base import logits_function
 from fdistill_kernels.sequence.teachers.itself import KeepAverage
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
@@ -378,6 +378,19 @@ def test_a_server_is_asked_for_the_next_batch_while_this_one_is_learnt_from(tmp_
         assert [ahead for _, ahead in waits] == [2, 1]  # this one's and the next one's were asked for
         asked = sum(server.asked.values())
     assert asked <= 8 + 4  # each sequence once, and what is tried at first
+
+
+def test_a_server_is_asked_once_for_equal_batches_that_wait():
+    with Server(Model(60)) as server, fk.Endpoint(server.url, vocabulary=60, k=8) as endpoint:
+        endpoint.check()
+        server.asked.clear()
+        teacher, batch = Served(endpoint), ([[1, 2], [3]], [[4], [5, 6]])
+        for _ in range(2):
+            teacher.expect(*batch, most=4)
+        of_tensors = [[torch.tensor(x) for x in side] for side in batch]
+        found = [teacher.rows(*of_tensors, torch.device("cpu")).value for _ in range(2)]
+        assert torch.equal(found[0].log_probs, found[1].log_probs) and not teacher._ahead
+        assert sum(server.asked.values()) == 2
 
 
 def test_a_server_is_asked_once_for_each_batch_of_an_update(tmp_path):

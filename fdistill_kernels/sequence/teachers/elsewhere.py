@@ -84,17 +84,23 @@ class Served(Teacher):
     def __init__(self, endpoint: Endpoint, tail: str = "bucket"):
         self.endpoint, self.tail, self.vocabulary = endpoint, checked_tail(tail), endpoint.vocabulary
         self.whole = endpoint.kind == "vllm_hidden"
-        self._ahead: dict[Any, Any] = {}  # what has been asked for and not been used
+        self._ahead: dict[Any, tuple[Any, int]] = {}  # what has been asked for, and how often it is still needed
 
     def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], most: int) -> None:
         """Starts the requests for a batch whose rows are needed soon; most: batches that may wait to be used."""
+        key = _batch_key(prompts, continuations)
+        begun, uses = self._ahead.pop(key, (None, 0))
         while len(self._ahead) >= most:  # of batches that nobody came for
             self._ahead.pop(next(iter(self._ahead)))
-        self._ahead[_batch_key(prompts, continuations)] = self.endpoint.ask(prompts, continuations)
+        self._ahead[key] = begun or self.endpoint.ask(prompts, continuations), uses + 1
 
     def _rows(self, batch: Batch) -> TeacherRows:
         asked = [p.tolist() for p in batch.prompts], [c.tolist() for c in batch.continuations]
-        begun = self._ahead.pop(_batch_key(*asked), None) or self.endpoint.ask(*asked)
+        key = _batch_key(*asked)
+        begun, uses = self._ahead.pop(key, (None, 1))
+        begun = begun or self.endpoint.ask(*asked)
+        if uses > 1:
+            self._ahead[key] = begun, uses - 1
         return TeacherRows(_moved(begun(self.tail), batch), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
