@@ -350,6 +350,8 @@ def test_files_of_every_kind(tmp_path):
     (tmp_path / "[a] b").mkdir()  # a path, and no pattern
     for name in ("f.jsonl", "g.parquet"):
         shutil.copy(tmp_path / name, tmp_path / "[a] b" / f"[c] *{name}")
+        shutil.copy(tmp_path / name, tmp_path / f"s3::{name}")  # a name, and no chain of addresses
+    (tmp_path / "[a] b" / "f.jsonl.gz").write_bytes(gzip.compress((tmp_path / "f.jsonl").read_bytes()))
     for path in sorted(tmp_path.rglob("*.*")):
         assert read_pairs(path).to_list() == rows, path
     assert read_pairs(tmp_path / "a.tsv", 1).to_list() == rows[:1]

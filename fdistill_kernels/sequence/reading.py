@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
-import glob
 import gzip
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 COLUMNS = ("prompt", "target")
 #: Other columns that rows may have.
@@ -86,7 +89,7 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
     try:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
-        there = glob.escape(str(Path(path).absolute()))  # `datasets` takes a path for a pattern
+        there = _plain_path(Path(path).absolute(), kind)
         changed = str(os.stat(path).st_ctime_ns)  # and keeps what it read by mtime, which a copy may have of another
         found = load_dataset("parquet" if kind == "parquet" else "json", changed, data_files=there, split="train")
         read = {*columns, "completion", *OTHERS} if kind != "parquet" else ()
@@ -98,6 +101,20 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
         return concatenate_datasets([found.remove_columns(dated), as_text], axis=1)
     except (ValueError, csv.Error, DatasetGenerationError) as error:
         raise ValueError(_culprit(path, kind) or f"{path}: {error.__cause__ or error}") from error
+
+
+def _plain_path(path: Path, kind: str) -> str:
+    """The file's path, or a link to it where `datasets` would take its name for a pattern or a chain of addresses."""
+    if not re.search(r"[*?\[\]]|::", str(path)):
+        return str(path)
+    from datasets import config
+
+    links = Path(config.HF_DATASETS_CACHE, "links")  # always of one name, by which what was read before is found
+    link = links / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.{kind}{'.gz' if path.suffix == '.gz' else ''}"
+    links.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path)
+    return str(link)
 
 
 def _open(path: str, mode: str, **keywords: Any) -> Any:
