@@ -279,6 +279,16 @@ def test_the_end_tokens_of_an_adapter_are_its_base_models(tmp_path):
         assert speaker.generation_config.eos_token_id == [1, 7], folder
 
 
+def test_held_out_answers_are_of_other_conversations(causal, tmp_path):
+    for numbers, count, begin in (([0, 1, 2], 1, 2), ([0, 1, 1], 1, 1), ([0, 0, 0, 1], 3, 3), ([0, 0], 1, 1),
+                                  ([0, 1, 1], 3, 0), ([0], 1, 0)):  # fmt: skip
+        assert stages._border(numbers, len(numbers) - count) == begin
+    call = of(causal, "train", "teacher", None, "chats.jsonl", "--student", f"{causal}/teacher", "--answers", "each",
+              "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    made = run.Run(ask("train", call[1:]), run.Console(quiet=True))
+    assert len(made.held_out) == 2 and len(made.pairs) == 16 and "row" not in made.pairs.column_names
+
+
 def test_the_first_answer_is_measured_also_behind_what_does_not_count():
     """As empty thoughts that a template writes before what it marks."""
     masks = [[True, True, False, True], [False, True, True, False], [True] * 4, [False] * 4]

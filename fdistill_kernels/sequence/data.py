@@ -22,7 +22,7 @@ def tokenize(
     rows: Any, tokenizer: Any, config: Any, max_target: int | None = None, *, teacher: Any = None, new_tokens: int = 1,
     long_prompts: str = "refuse", long_targets: str = "cut", answers: str = "together",
     teacher_system: str | None = None, ends: Sequence[int] = (), begins: Sequence[int | None] = (), name: str = "data",
-    tell: Callable[[str], Any] | None = None,
+    tell: Callable[[str], Any] | None = None, numbered: bool = False,
 ) -> Any:  # fmt: skip
     """Rows as token ids, in the columns prompt_ids, labels (all that follows the prompt, usually with an end token),
     labels_mask (which labels count; only if some do not), teacher_prompt_ids (only if the teacher's prompts differ),
@@ -42,6 +42,7 @@ def tokenize(
         begins: what an encoder–decoder's generation begins with (`generation.beginning`), for targets to begin so.
         name: of the data, for error messages.
         tell: called with a line that says how many rows were cut or dropped.
+        numbered: also the column row: the number of the row that each was made of.
 
     Raises:
         ValueError: an unknown policy; a row that is neither text nor messages, an empty or too long prompt; new tokens
@@ -60,7 +61,8 @@ def tokenize(
     def fitted(row: dict[str, Any]) -> dict[str, Any]:
         return lengths.fit(*encode_row(row), own_prompts)
 
-    return _kept(_mapped(rows, fitted, answers == "each", own_prompts, name), name, tell)
+    made = _kept(_mapped(rows, fitted, answers == "each", own_prompts, name), name, tell)
+    return made if numbered else made.remove_columns("row")
 
 
 class _Lengths(NamedTuple):
@@ -146,7 +148,7 @@ def _mapped(
 
 
 def _kept(made: Any, name: str, tell: Callable[[str], Any] | None) -> Any:
-    """The rows that are not dropped, with the columns that the trainer reads."""
+    """The rows that are not dropped, with the columns that the trainer reads and the row's number."""
     fates = collections.Counter(f for found in made["fate"] for f in found)
     kept = [(row, labels is None) for row, (labels, fate) in enumerate(zip(made["labels"], made["fate"], strict=True))
             if DROPPED not in fate]  # fmt: skip
@@ -161,7 +163,7 @@ def _kept(made: Any, name: str, tell: Callable[[str], Any] | None) -> Any:
         made = made.select([row for row, _ in kept])
     if not len(made):
         raise ValueError(f"{name} has no rows that are short enough")
-    dull = ["fate", "row"]
+    dull = ["fate"]
     if bare:
         dull += ["labels", "reference"]
     some = not bare and any(not all(mask) for mask in made["labels_mask"])

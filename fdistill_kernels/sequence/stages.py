@@ -75,24 +75,25 @@ class Run:
         """The training rows and the held-out rows as token ids, for the models of two configurations."""
         data, speaker = self.asked.data, self._speaker(of_student)
 
-        def ids(rows: Any, name: Any) -> Any:
+        def ids(rows: Any, name: Any, numbered: bool = False) -> Any:
             return tokenize(
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=of_teacher, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
-                answers=data.answers, teacher_system=data.teacher_system, tell=self.console.print,
+                answers=data.answers, teacher_system=data.teacher_system, tell=self.console.print, numbered=numbered,
                 ends=end_tokens(token_id(speaker, "eos_token_id")),
                 begins=beginning(speaker) if of_teacher.is_encoder_decoder else (),
             )  # fmt: skip
 
-        rows: Any = None if pairs is None else ids(pairs, data.data)
         if held_out is not None:
-            return rows, ids(held_out, data.eval_data)
+            return None if pairs is None else ids(pairs, data.data), ids(held_out, data.eval_data)
+        rows = ids(pairs, data.data, numbered=True)
         if len(rows) == 1 and self.asked.command == "train":
             raise ValueError(f"{data.data} gives one row, which cannot be held out and trained on: give more, or "
                              "--eval_data")  # fmt: skip
         count = min(data.eval_pairs, max(1, len(rows) // 10)) if self.asked.command != "evaluate" else len(rows)
-        return (rows.select(range(max(1, len(rows) - count))),
-                rows.select(range(len(rows) - count, len(rows))))  # fmt: skip
+        begin = _border(rows["row"][:], len(rows) - count)
+        rows = rows.remove_columns("row")
+        return rows.select(range(max(1, begin))), rows.select(range(begin, len(rows)))
 
     def _speaker(self, of_student: Any) -> Any:
         """Who has the configurations of generation: the teacher's model, or what the student's files say of it."""
@@ -268,6 +269,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_table(table, self.folder / "sentences.parquet")
         return found
+
+
+def _border(numbers: list[int], begin: int) -> int:
+    """Where to cut answers at `begin`, or else before it, so that those of a conversation are on one side; numbers:
+    each one's conversation. A conversation alone is cut all the same.
+    """
+    starts = [i for i, number in enumerate(numbers) if i and number != numbers[i - 1]]
+    before = [i for i in starts if i <= begin]
+    return (before[-1:] or starts[:1] or [begin])[0] if begin else 0
 
 
 def _end_of_first(mask: list[bool]) -> int:
