@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -607,6 +608,24 @@ def test_ids_of_any_integers_are_kept(tmp_path, dtype):
     with store.writer() as writer:
         writer.add([1], [2, 3], GOOD._replace(ids=GOOD.ids.to(dtype)))
     assert torch.equal(store.targets([[1]], [[2, 3]]).ids, GOOD.ids)
+
+
+def test_a_process_without_files_to_open_is_no_damage(tmp_path):
+    store = TeacherStore.create(tmp_path, kind="top_k", vocabulary=100, key=KEY, k=2)
+    for first in (1, 2):
+        with store.writer() as writer:
+            writer.add([first], [2, 3], GOOD)
+    opened, limit = TeacherStore(tmp_path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened.targets([[1]], [[2, 3]])
+    opened._mapped.clear()  # as of many shards the oldest
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        for first in (1, 2):
+            with pytest.raises(OSError, match="Too many open files"):
+                opened.targets([[first]], [[2, 3]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert not opened.damaged and len(opened.targets([[1], [2]], [[2, 3]] * 2).ids) == 4
 
 
 def test_a_process_that_changes_its_folder_keeps_its_store(tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,19 @@ class Damaged(ValueError):
     """A file does not have the content that was written."""
 
 
-#: What reading a damaged file may raise.
-UNREADABLE = (Damaged, OSError, SafetensorError)
+#: Of a process that has too many files or too little memory, which is no damage.
+NO_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@contextlib.contextmanager
+def noticing() -> Iterator[None]:
+    """What reading a damaged file raises becomes `Damaged`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in NO_MEANS:
+            raise
+        raise Damaged(str(error)) from error
 
 
 def hash_of(content: dict[str, Any]) -> str:
@@ -84,8 +97,10 @@ def write_whole(path: Path, content: bytes, first: bool = False) -> None:
         raise OSError(error.errno, told) from error
 
 
+@noticing()
 def mapped(path: Path) -> dict[str, Tensor]:
     """A file's tensors, memory-mapped."""
+    open(path, "rb").close()  # safetensors says of any error that there is no file
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 

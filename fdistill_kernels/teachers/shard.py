@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import packing
-from .files import Damaged, mapped, sealed, unsealed, write_whole
+from .files import Damaged, mapped, noticing, sealed, unsealed, write_whole
 
 #: Of a sequence: prompt, continuation, tensors of its rows, and sums of their mass.
 Kept = tuple[np.ndarray, np.ndarray, dict[str, Tensor], list[float]]
@@ -22,6 +22,7 @@ Kept = tuple[np.ndarray, np.ndarray, dict[str, Tensor], list[float]]
 class Shard:
     """What the sidecar says of a shard. Of the shard's own file only the size is looked at, until it is mapped."""
 
+    @noticing()
     def __init__(self, path: Path, settings: str):
         side = unsealed(path.with_suffix(".json"))
         if side["settings"] != settings:
@@ -37,6 +38,7 @@ class Shard:
         for number in range(len(self.ends) - 1):
             index.setdefault(self.keys[16 * number : 16 * number + 16], (self, number))
 
+    @noticing()
     def mapped(self) -> dict[str, Tensor]:
         """The tensors, memory-mapped; the whole file's checksum is verified before the first time."""
         if not self.verified:

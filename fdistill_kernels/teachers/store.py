@@ -31,7 +31,7 @@ from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from . import packing
 from .encode import counted, encoded_lists, encoded_states
-from .files import UNREADABLE, Damaged, hash_of, mapped, remove_old, sealed, unsealed, write_whole
+from .files import Damaged, hash_of, mapped, remove_old, sealed, unsealed, write_whole
 from .pairs import Pair, TokenIds, pair_of, paired
 from .settings import FORMAT, as_json, check_same, checked_settings, kept_head
 from .shard import Kept, Shard, write_shard
@@ -162,7 +162,7 @@ class TeacherStore:
         """The head's tensors, memory-mapped, verified once."""
         if self._head is None:
             path, found = self.folder / HEAD, {}
-            with contextlib.suppress(*UNREADABLE):
+            with contextlib.suppress(Damaged):
                 found = mapped(path)
             if packing.hash_tensors(found.items()) != self._head_hash:
                 raise Damaged(f"{path} is missing or not what was written; `create` with the same head writes it anew")
@@ -206,7 +206,7 @@ class TeacherStore:
         for name in sorted(names - self._shards.keys() - self._broken.keys()):
             try:
                 self._take(name)
-            except UNREADABLE as error:
+            except Damaged as error:
                 self._unread[name] = str(error)
 
     def _take(self, name: str) -> None:
@@ -233,7 +233,7 @@ class TeacherStore:
             return kept
         try:
             found = self._mapped[name] = shard.mapped()
-        except UNREADABLE as error:
+        except Damaged as error:
             self._broken[name] = str(error)
             self._leave_out(name)
             return None
