@@ -670,6 +670,19 @@ def head(model):
     return Head(model.weight)
 
 
+def test_a_proxy_is_named(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    with Endpoint("http://localhost:1", vocabulary=40, retries=0) as endpoint, pytest.raises(ConnectionError) as error:
+        endpoint.check()
+    assert "by the environment's proxy http://127.0.0.1:9 (" in str(error.value) and "secret" not in str(error.value)
+    monkeypatch.setenv("no_proxy", "localhost")
+    with Endpoint("http://localhost:1", vocabulary=40, retries=0) as endpoint, pytest.raises(ConnectionError) as error:
+        endpoint.check()
+    assert "proxy" not in str(error.value)
+
+
 def test_hidden_states(tmp_path):
     prompts, continuations = sequences(12, seed=9)
     (tmp_path / "states").mkdir()

@@ -12,6 +12,7 @@ import random
 import re
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ class Connection:
 
     Attributes:
         url, auth: the server's, without user and password; and these two, if the given url had them.
+        where: the url, for errors, and what stands between.
         headers: with the key, if there is one.
     """
 
@@ -52,6 +54,7 @@ class Connection:
         except ImportError as error:
             raise ImportError(f"Endpoint needs the package {error.name}: {install('served')}") from error
         self.url, self.auth = _address(url)
+        self.where = self.url + _by_proxy(self.url)
         if self.auth and api_key:
             raise ValueError(f"{self.url}: either api_key or the url's user and password, of which a request sends one")
         self.headers = {} if self.auth else _authorization(api_key)
@@ -86,9 +89,9 @@ class Connection:
                 if tokens and error.status == 400 and TOO_LONG.search(said):
                     said += (" (the server's context must be at least one token longer than the longest sequence: "
                              f"{tokens + 1} for this one)")  # fmt: skip
-                raise EndpointError(f"{what}: {said} ({self.url})", error.status) from error
+                raise EndpointError(f"{what}: {said} ({self.where})", error.status) from error
             if tries > self.retries:
-                raise EndpointError(f"{what}: given up after {tries} tries at {self.url}: {happened}")
+                raise EndpointError(f"{what}: given up after {tries} tries at {self.where}: {happened}")
             wait = _pause(self.first_wait, tries) * random.uniform(0.5, 1)
             wait = max(wait, self._not_before - time.monotonic())
             self._untold += 1
@@ -166,6 +169,15 @@ def _address(url: str) -> tuple[str, tuple[str, str] | None]:
     auth = tuple(map(urllib.parse.unquote, user.partition(":")[::2]))
     bare = urllib.parse.urlunsplit(parts._replace(netloc=host))
     return bare.rstrip("/").removesuffix("/v1"), auth if at else None  # type: ignore[return-value]
+
+
+def _by_proxy(url: str) -> str:
+    """What an error says of the environment's proxy, which httpx asks, too."""
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return ""
+    return f", by the environment's proxy {without_credentials(proxy)} (NO_PROXY leaves servers out)"
 
 
 def without_credentials(url: str) -> str:
