@@ -462,6 +462,7 @@ def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
     made = json.loads(capsys.readouterr().out)
     assert made["sequences"] >= 20 and made["kind"] == "hidden" and made["damaged"] == {}
     assert made["bytes_per_token"] < 4 * 16 + 60  # the states of 16 floats, and the ids
+    assert teacher_of(store).ends() == [AutoTokenizer.from_pretrained(causal_files / "causal").eos_token_id]
     asked = []
     original = InRoom.rows
     with pytest.MonkeyPatch.context() as patch:

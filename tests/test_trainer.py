@@ -1199,6 +1199,17 @@ def test_a_student_gets_the_end_tokens_that_it_lacks(make, adapted, tmp_path):
     assert json.loads((tmp_path / "student" / "generation_config.json").read_text())["eos_token_id"] == [EOS, 4]
 
 
+def test_a_student_gets_the_end_tokens_of_a_stored_teacher(tmp_path):
+    extra = {"end_tokens": [EOS, 4]}
+    store = fk.TeacherStore.create(tmp_path / "store", kind="top_k", vocabulary=12, key={}, k=3, extra=extra)
+    with store.writer() as writer:
+        writer.add([5], [6, 4], fk.top_k_of(torch.randn(2, 12), 3))
+    args = FDistillConfig(str(tmp_path), **{**BASE, "method": "kl"})
+    rows = [{"prompt_ids": [5], "labels": [6, 4], "sample_ids": [6, 4]}]
+    with pytest.warns(UserWarning, match=r"also end at \[4\]: .* eos_token_id=\[0, 4\]"):
+        FDistillTrainer(ending(gpt2, 1, EOS), store, args, train_dataset=rows)
+
+
 def test_end_tokens_that_a_teacher_lacks_or_that_are_none(tmp_path, recwarn):
     trainer(tmp_path, ending(gpt2, 1, [EOS, 4]), ending(gpt2, 2, [4, EOS]), [{"prompt_ids": [5], "labels": [6]}])
     assert not any("end" in str(warning.message).split() for warning in recwarn)

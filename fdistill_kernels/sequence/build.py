@@ -105,8 +105,8 @@ def _created(run: Run, teacher: InRoom) -> TeacherStore:
     asked, job = run.asked, run.asked.build
     key = {"teacher": run.teacher_fingerprint, "tokenizer": tokenizer_hash(run.tokenizer)}
     told = {**vars(asked.data), **vars(job), "max_new_tokens": run.config.max_new_tokens}
-    made: dict[str, Any] = dict(kind=job.kind, vocabulary=teacher.vocabulary, key=key,
-                                extra={"encoder_decoder": teacher.encoder_decoder, "job": told})  # fmt: skip
+    extra = {"encoder_decoder": teacher.encoder_decoder, "end_tokens": teacher.ends(), "job": told}
+    made: dict[str, Any] = {"kind": job.kind, "vocabulary": teacher.vocabulary, "key": key, "extra": extra}
     if job.kind == "hidden":
         made |= {"states": job.states, "rank": job.head_rank, "head": _head(teacher, run)}
     else:

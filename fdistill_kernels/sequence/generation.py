@@ -100,12 +100,12 @@ def special_tokens(model: Any) -> tuple[int, list[int]]:
     return (pad if has else ends[0]), ends
 
 
-def share_ends(student: Any, teachers: Sequence[Any], vocabulary: int) -> None:
+def share_ends(student: Any, of_teachers: Sequence[Sequence[int]], vocabulary: int) -> None:
     """Gives a student's generation config the end tokens of its teachers, as `Trainer` gives it the tokenizer's: what
     ends a sequence of one model and not of the other has no probability there. Warns of each that one of them lacks.
     """
     own = end_tokens(token_id(student, "eos_token_id"))
-    of_each = [ends for teacher in teachers if (ends := end_tokens(token_id(teacher, "eos_token_id")))]
+    of_each = [ends for ends in of_teachers if ends]
     if not own or getattr(student, "generation_config", None) is None:
         return
     if new := [i for i in dict.fromkeys(i for ends in of_each for i in ends) if i not in own and i < vocabulary]:

@@ -80,7 +80,7 @@ class Run:
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=of_teacher, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
                 answers=data.answers, teacher_system=data.teacher_system, tell=self.console.print, numbered=numbered,
-                ends=end_tokens(token_id(speaker, "eos_token_id")),
+                ends=self.teacher.ends() or end_tokens(token_id(speaker, "eos_token_id")),
                 begins=beginning(speaker) if of_teacher.is_encoder_decoder else (),
             )  # fmt: skip
 

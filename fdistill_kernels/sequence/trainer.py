@@ -118,7 +118,7 @@ class FDistillTrainer(UpdatingTrainer):
         self.halves, self.sampling = args.halves(), args.sampling()
         self.sources = sources_of(self.halves)
         self.vocabulary = min(vocabulary_of(model.config), self.teacher.vocabulary)
-        share_ends(model, models_of(self.teacher), self.vocabulary)
+        share_ends(model, [part.ends() for part in parts_of(self.teacher)], self.vocabulary)
         check_datasets(trainer.get("train_dataset"), trainer.get("eval_dataset"), model, self.teacher, args)
         prepare_embeddings(model, args)
         self._evaluated = torch.zeros(2, dtype=torch.float64)

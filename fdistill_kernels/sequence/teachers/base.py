@@ -54,6 +54,10 @@ class Teacher:
     def _rows(self, batch: Batch) -> TeacherRows:
         raise NotImplementedError
 
+    def ends(self) -> list[int]:
+        """The tokens that end its sequences, where it knows them."""
+        return []
+
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """A continuation of each prompt."""
         raise NotImplementedError

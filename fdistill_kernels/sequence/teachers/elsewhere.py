@@ -44,6 +44,10 @@ class Stored(Teacher):
             found = TopK(torch.empty(0, 1, dtype=torch.long), torch.empty(0, 1), self.tail, None, temperature)
         return TeacherRows(_moved(found, batch), self.vocabulary)
 
+    def ends(self) -> list[int]:
+        """As `Teacher.ends`: of its teacher's, which `build` has kept."""
+        return list(self.store.extra.get("end_tokens", []))
+
     def check(self, name: str, examples: Iterable[tuple[int, dict[str, Tensor]]], columns: Sequence[str]) -> None:
         """Checks that the sequences of a dataset's columns are in the store; examples: with their numbers, as
         `batches.of_example` has them.

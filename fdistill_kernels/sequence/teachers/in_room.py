@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..forward import rows_of
-from ..generation import special_tokens
+from ..generation import end_tokens, special_tokens, token_id
 from ..losses import TeacherRows, of_model
 from ..models import vocabulary_of
 from ..probes import check_forward
@@ -44,6 +44,10 @@ class InRoom(Teacher):
 
     def _rows(self, batch: Batch) -> TeacherRows:
         return rows_of_model(self.model, batch)
+
+    def ends(self) -> list[int]:
+        """As `Teacher.ends`."""
+        return end_tokens(token_id(self.model, "eos_token_id"))
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
