@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from fdistill_kernels.sparse import TopK
 from fdistill_kernels.teachers import shard as shard_module
-from fdistill_kernels.teachers.connection import EndpointError, _pause, _seconds
+from fdistill_kernels.teachers.connection import LONGEST_MESSAGE, EndpointError, _pause, _seconds, message_of
 from fdistill_kernels.teachers.endpoint import READS, Endpoint, _agree
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
@@ -230,6 +231,28 @@ def test_refusals_fail_at_once_with_the_servers_words():
         with pytest.raises(EndpointError, match=r"status 400: the prompt is too long for me.*"):
             teacher.targets([[1]], [[2]])
         assert server.asked[1, 2] == 1
+
+
+def test_a_log_probability_of_null_is_asked_for_again():
+    """As JSON writers have NaN."""
+
+    class Nulls(Server):
+        def vllm(self, body, ids, fault):
+            reply = super().vllm(body, ids, None)
+            if fault == "null":
+                for entry in reply["choices"][0]["prompt_logprobs"][-1].values():
+                    entry["logprob"] = None
+            return reply
+
+    faults = itertools.chain([None] * PROBES, ["null"], itertools.repeat(None))
+    with Nulls(faults=faults) as server, endpoint(server) as teacher:
+        assert teacher.targets([[1]], [[2]]).log_probs.isfinite().all()
+        assert server.asked[1, 2] == 2
+
+
+def test_an_error_does_not_show_a_whole_reply():
+    reply = Mock(json=lambda: {"choices": ["x" * 10**6]})
+    assert len(message_of(reply)) == LONGEST_MESSAGE
 
 
 def test_what_a_failed_batch_paid_for_is_kept(tmp_path):

@@ -21,6 +21,8 @@ from .readers import Misfit
 
 #: Seconds before the second try, doubled for each further one up to the longest; each is multiplied by 0.5 to 1.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+#: Characters of a server's message, which may be a whole reply.
+LONGEST_MESSAGE = 500
 #: Seconds between two lines of the log.
 LINE_EVERY = 5.0
 LOG = logging.getLogger("fdistill_kernels.endpoint")
@@ -141,9 +143,9 @@ def message_of(reply: Any) -> str:
     try:
         found = reply.json()
         found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), found)
-        return str(found.get("message", found) if isinstance(found, dict) else found)
+        return str(found.get("message", found) if isinstance(found, dict) else found)[:LONGEST_MESSAGE]
     except (ValueError, AttributeError, RecursionError):
-        return reply.text[:500]
+        return reply.text[:LONGEST_MESSAGE]
 
 
 def _address(url: str) -> tuple[str, tuple[str, str] | None]:

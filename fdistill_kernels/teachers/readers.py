@@ -51,7 +51,10 @@ def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
         Misfit: other shapes; an id outside the vocabulary or twice in a row; NaN, a positive log-probability, or a mass
             above 1.05, which logits or log-probabilities at another temperature have; a row without any id.
     """
-    ids, given = torch.as_tensor(ids), torch.as_tensor(log_probs)
+    try:
+        ids, given = torch.as_tensor(ids), torch.as_tensor(log_probs)
+    except RuntimeError as error:  # of None; of anything else it is what `form` expects
+        raise Misfit(f"ids or log-probabilities that are no numbers: {error}") from error
     log_probs, kept = given.float(), given.dtype if given.is_floating_point() and given.itemsize == 2 else torch.float32
     if ids.shape != log_probs.shape or ids.ndim != 2 or len(ids) != positions or not ids.shape[1]:
         of = f"{tuple(ids.shape)} and log_probs {tuple(log_probs.shape)}"
