@@ -234,7 +234,7 @@ def _categories(call: RowCall, gradient: Tensor | None, teacher: Listed, ranks: 
     of_student = logits
     if call.targets.tail == "within":
         of_student = torch.cat((logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)), 1)
-        says = (of_student != -torch.inf).any(1)  # else there is no distribution, given the list
+        says = (of_student != -torch.inf).any(1) | (row.top == torch.inf)  # else none is there, given the list
         call = replaced(call, terms=replaced(terms, divergence_scale=torch.where(says, terms.divergence_scale, 0)))
     losses, of_logits = _of_categories(call, of_student, log_p, ids, live, gradient is not None, backend)
     labels = _Labels(call, row, live, ranks) if terms.labels is not None else None
