@@ -31,7 +31,7 @@ from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
 from .conftest import WHOLE
 from .openai_server import Model, Server
-from .test_run import make_files
+from .test_run import changed_call, make_files
 from .test_sequence import EOS, bart, batch, flat, gpt2, llama
 from .test_trainer import BASE, data, trainer
 
@@ -453,7 +453,7 @@ COMMON = ("--max-new-tokens", "8", "--eval-pairs", "5", "--limit", "20")
 def build_store(files, out, *more, teacher="causal"):
     states = () if "top_k" in more else ("--states", "float32")
     command("teacher", "build", "--teacher", files / teacher, "--data", files / "pairs.tsv", "--output-dir", out, *states,
-            *COMMON, *more)  # fmt: skip
+            *changed_call(COMMON, *more))  # fmt: skip
 
 
 def test_the_command_from_build_to_a_student(causal_files, tmp_path, capsys):
@@ -713,13 +713,13 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
     command(*train, "--data", changed, "--output-dir", tmp_path / "run", expect=2)
     told = capsys.readouterr().err
     assert "of eval_dataset (labels: 1) are not in the store" in told and "which was built of data" in told
-    command(*train, "--data", data, "--limit", "30", "--output-dir", tmp_path / "run2", expect=2)
+    command(*changed_call(train, "--limit", "30"), "--data", data, "--output-dir", tmp_path / "run2", expect=2)
     assert "no teacher samples for these prompts" in capsys.readouterr().err
     command(*train[:-1], "seqkd", "--data", data, "--output-dir", tmp_path / "run2", expect=2)
     told = capsys.readouterr().err
     assert "no teacher beams for these prompts" in told and "sequences gold,teacher" in told
     build_store(causal_files, store, "--limit", "30")  # a store grows
-    command(*train, "--data", data, "--limit", "30", "--output-dir", tmp_path / "run3", "--seed", "4")
+    command(*changed_call(train, "--limit", "30"), "--data", data, "--output-dir", tmp_path / "run3", "--seed", "4")
     capsys.readouterr()
 
 
@@ -747,7 +747,7 @@ def test_what_a_command_refuses_and_why(causal_files, tmp_path, capsys):
         "holds hidden states": (*train, "--output-dir", tmp_path / "y", "--tail", "within"),
         "tail must be one of": (*train, "--output-dir", tmp_path / "y", "--tail", "nonsense"),
         "--beams, --k: not used, as a store draws nothing":
-            (*train, "--output-dir", tmp_path / "y", "--k", "7", "--method", "seqkd", "--beams", "2"),
+            changed_call(train, "--output-dir", tmp_path / "y", "--k", "7", "--method", "seqkd", "--beams", "2"),
         "--cache_implementation: not used, as nothing is drawn":
             (*build, tmp_path / "x", "--sequences", "gold", "--cache_implementation", "static"),
         "--k: not used, as the teacher's own weights": ("train", *teacher, "--student", causal_files / "student", "--output-dir", tmp_path / "y", "--k", "7"),

@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from ..options import OnceParser
 from .config import idle
 from .metrics import MEASURES
 from .option_checks import check
@@ -42,8 +43,8 @@ def _hint(words: str) -> str:
     return f"{words} ({'; '.join(told)})".replace("----", "--") if told else words
 
 
-class Parser(HfArgumentParser):
-    """A parser whose errors are one line."""
+class Parser(OnceParser, HfArgumentParser):
+    """A parser that takes each option with a value once, and whose errors are one line."""
 
     def error(self, message: str) -> Any:
         """Raises ValueError."""
