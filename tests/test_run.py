@@ -455,7 +455,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--server_kind: not used, as --teacher is no server": call("--server_kind", "vllm"),
         "--samples: not used, as --online_teacher draws": call("--online_teacher", "--samples", "x"),
         "--beams: not used, as no beams are asked for": call("--beams", "2"),
-        "--hub_strategy: not used, as nothing is pushed": call("--hub_strategy", "end"),
+        "--hub_model_id: not used, as nothing is pushed": call("--hub_model_id", "a"),
+        "hub_strategy='end' is not used without push_to_hub": call("--hub_strategy", "end"),
         "--run_name: not used, as --report_to names nobody": call("--run_name", "a"),
         "--bf16_full_eval: not used, as evaluations while training": call("--bf16_full_eval"),
         "--per_device_eval_batch_size: not used, as --eval_strategy no":

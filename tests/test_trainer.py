@@ -477,6 +477,16 @@ def test_what_is_skipped_is_in_no_mean(parts, logging_steps, tmp_path):
             assert ragged or found == pytest.approx(mean(losses), rel=1e-3, nan_ok=True), skipped
 
 
+def test_means_are_of_all_ranks(tmp_path):
+    of_ranks = dict(average_tokens_across_devices=False)
+    FDistillConfig(str(tmp_path), **BASE, **of_ranks)  # one rank's are all
+    with (
+        patch.object(FDistillConfig, "world_size", 2),
+        pytest.raises(ValueError, match="average_tokens_across_devices=False is not used here: a loss is a mean over"),
+    ):
+        FDistillConfig(str(tmp_path), **BASE, **of_ranks)
+
+
 def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
     for options, more in (({"dispatch_batches": True}, {}), ({"even_batches": False}, {}),
                           ({"even_batches": False}, {"dataloader_drop_last": True}), ({"split_batches": True}, {})):  # fmt: skip
@@ -922,6 +932,8 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(method="mle", temperature_squared=True), "temperature_squared=True is not used without a divergence"),
     (dict(include_num_input_tokens_seen=True), "tokens_per_second is logged"),
     (dict(fp16=True), "fp16=True is not used on a CPU"),
+    (dict(hub_strategy="end"), "hub_strategy='end' is not used without push_to_hub"),
+    (dict(hub_always_push=True), "hub_always_push=True is not used without push_to_hub"),
     (dict(label_names=["labels"]), "is not used here: no logits are made"),
     (dict(include_for_metrics=["inputs"]), "is not used here: no logits are made"),
     (dict(batch_eval_metrics=True), "is not used here: no logits are made"),
@@ -989,6 +1001,8 @@ def test_refused_by_the_trainer(tmp_path):
     for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
         with pytest.raises(ValueError, match=f"{name} is not used by FDistillTrainer: "):
             FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **BASE), **{name: print})
+    with pytest.raises(NotImplementedError, match="make a trainer for each trial"):
+        trainer(tmp_path, student, teacher).hyperparameter_search(n_trials=2)
     with pytest.raises(TypeError, match="args must be a FDistillConfig, not TrainingArguments"):
         FDistillTrainer(student, teacher, TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(TypeError, match="model must be a Hugging Face model or a path of one, not NoneType"):

@@ -157,6 +157,11 @@ class FDistillConfig(TrainingArguments):
             "eval_do_concat_batches": not self.eval_do_concat_batches and "here: no logits are made",
             "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
             and "here: tokens_per_second is logged",
+            "average_tokens_across_devices": FDistillConfig.average_tokens_across_devices and self.world_size > 1
+            and not self.average_tokens_across_devices and "here: a loss is a mean over all ranks' tokens",
+            "hub_strategy": self.hub_strategy != FDistillConfig.hub_strategy and not self.push_to_hub
+            and "without push_to_hub",
+            "hub_always_push": self.hub_always_push and not self.push_to_hub and "without push_to_hub",
             "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)
             and "without a cross-entropy, as mle, seqkd and ce_weight have",
         }  # fmt: skip
@@ -169,7 +174,8 @@ class FDistillConfig(TrainingArguments):
             unused[name] = value != default and f"by {said}"
         for name, why in unused.items():
             if why:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not used {why}")
+                value = getattr(self, name)
+                raise ValueError(f"{name}={getattr(value, 'value', value)!r} is not used {why}")
 
     def _is_left_out(self, name: str) -> bool:
         """Whether an option has None for its default, or is none of this transformers'."""

@@ -204,7 +204,8 @@ class Run:
         config = FDistillConfig(**settings)
         if first:
             best = {"metric_for_best_model": "loss", "greater_is_better": False} if config.metric_for_best_model else {}
-            config = config.for_predistillation(max_steps=first, push_to_hub=False, **best)
+            unpushed = dict(push_to_hub=False, hub_strategy=FDistillConfig.hub_strategy, hub_always_push=False)
+            config = config.for_predistillation(max_steps=first, **unpushed, **best)
         try:
             trainer = FDistillTrainer(student, self.teacher, config, train_dataset=rows, eval_dataset=self.held_out,
                                       processing_class=self.tokenizer)  # fmt: skip

@@ -269,6 +269,11 @@ class FDistillTrainer(UpdatingTrainer):
                 f"({error})"
             ) from error
 
+    def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
+        """Raises NotImplementedError: it would need model_init."""
+        raise NotImplementedError("FDistillTrainer has one student, which hyperparameter_search would make anew by "
+                                  "model_init: make a trainer for each trial")  # fmt: skip
+
     def _check_best(self) -> None:
         """Raises ValueError for a metric that no evaluation has; a callback or a subclass of yours may add to them."""
         best, several = self.args.metric_for_best_model, self.eval_dataset
