@@ -501,6 +501,12 @@ def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
                     run._check_accelerator()
 
 
+def test_a_way_over_ranks_that_is_refused_refuses_no_other_run(tmp_path):
+    with pytest.raises(ValueError, match=r"only works in distributed training|FSDP is for cards"):
+        trainer(tmp_path, gpt2(60), gpt2(60), method="kl", fsdp="full_shard")
+    trainer(tmp_path, gpt2(60), gpt2(60), method="kl")
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="train_dataset is empty"):
         FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **BASE), train_dataset=[])

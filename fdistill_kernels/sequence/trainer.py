@@ -36,7 +36,7 @@ from .pairing import (
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, is_of_ranks, of_all_rows
+from .ranks import copies_of_rows, is_of_ranks, of_all_rows, set_if_taken
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
@@ -132,8 +132,9 @@ class FDistillTrainer(UpdatingTrainer):
             trainer["data_collator"] = self._collator(model, ahead=not args.dataloader_num_workers)
         else:
             check_collator(collator, trainer.get("train_dataset"), trainer.get("eval_dataset"))
-        super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
-        self._check_accelerator()
+        with set_if_taken("ACCELERATE_USE_FSDP"):
+            super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
+            self._check_accelerator()
         check_optimizer(self)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
