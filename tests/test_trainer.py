@@ -36,7 +36,7 @@ from fdistill_kernels.sequence.options import BY_LENGTH
 from fdistill_kernels.sequence.report import name_of
 from fdistill_kernels.sequence.samples import TeacherSamples
 from fdistill_kernels.sequence.sampling import Sampling, draw, drawn_by_forward
-from fdistill_kernels.sequence.teachers import Mixture, OfRows, Stored
+from fdistill_kernels.sequence.teachers import InRoom, Mixture, OfRows, Stored
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
 
 from .test_sequence import EOS, bart, batch, flat, gpt2, gpt2_64, llama
@@ -285,6 +285,7 @@ def test_evaluations_leave_no_traces_in_a_model(tmp_path):
     big, ids = small_model("bigbird_pegasus", block_size=4, num_random_blocks=1, **small), torch.arange(3, 9)[None]
     with evaluating(big):
         big(input_ids=ids, decoder_input_ids=ids)
+    InRoom(big).rows(list(ids), list(ids), big.device)
     assert {m.attention_type for m in big.modules() if hasattr(m, "attention_type")} == {"block_sparse"}
     student, teacher = (small_model("rwkv", hidden_size=16, num_hidden_layers=3, rescale_every=1) for _ in range(2))
     run = trainer(tmp_path, student, teacher, **evaluated)
