@@ -1315,6 +1315,23 @@ def test_an_update_goes_on_where_a_stream_begins_again(tmp_path):
         made.train()
         weights.append(flat(student))
     torch.testing.assert_close(*weights)
+    weights = []
+    for stops in ([4], [1, 4], [3, 4]):  # in the first pass, and when the stream has begun again
+        for i, stop in enumerate(stops):
+            student, again = gpt2(60, seed=1), dict(ignore_data_skip=stops == [3, 4])
+            run = trainer(tmp_path / str(stops), student, gpt2(60, seed=2), Dataset.from_list(rows).to_iterable_dataset(),
+                          **settings | dict(max_steps=stop, per_device_train_batch_size=3, save_strategy="steps", save_steps=1,
+                                            **again))  # fmt: skip
+            if i and again["ignore_data_skip"]:
+                run.args.ignore_data_skip = False
+                with pytest.raises(
+                    ValueError, match="train_dataset ends within the batches of the 3 steps that the run"
+                ):
+                    run.train(resume_from_checkpoint=True)
+                run.args.ignore_data_skip = True
+            run.train(resume_from_checkpoint=bool(i))
+        weights.append(flat(student))
+    torch.testing.assert_close(weights[1:], weights[:1] * 2, rtol=0, atol=0)
     short = trainer(tmp_path, gpt2(60), gpt2(60), Dataset.from_list(rows).to_iterable_dataset(), **settings | dict(
         per_device_train_batch_size=9))  # fmt: skip
     with pytest.raises(ValueError, match="train_dataset ends after 1 batches of the first update's 2"):

@@ -63,6 +63,7 @@ class UpdatingTrainer(Trainer):
     def __init__(self, **trainer: Any):
         self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun
         self._begun: list[dict[str, Any]] = []  # batches of an update that a stream's end has cut
+        self._goes_on = False  # whether a run goes on with a checkpoint, before its first batch
         self._kept: list[Sequences] = []  # the student's samples that are used again
         self._renamed = False  # whether a checkpoint has weights that `Trainer` has not found by their names
         super().__init__(**trainer)
@@ -90,9 +91,15 @@ class UpdatingTrainer(Trainer):
         batches, and would add their gradients to the next update's, at the weight of a whole update.
 
         Raises:
-            ValueError: a stream has not one update's batches.
+            ValueError: a stream has not one update's batches, or less than a run that goes on had taken: `Trainer`
+                would begin it again.
         """
         found, number = super().get_batch_samples(epoch_iterator, num_batches - len(self._begun), *args, **keywords)
+        goes_on, self._goes_on = self._goes_on, False
+        if goes_on and not (found or has_length(self.train_dataset) or self.args.ignore_data_skip):
+            raise ValueError(f"train_dataset ends within the batches of the {self.state.global_step} steps that the "
+                             "run has made, and a stream's place is not known when it has begun again: give a dataset "
+                             "with a length, or ignore_data_skip to go on from its first row")  # fmt: skip
         found, self._begun = self._begun + found, []
         if len(found) < num_batches and not has_length(self.train_dataset):
             if not self.state.global_step:
@@ -217,6 +224,7 @@ class UpdatingTrainer(Trainer):
         if checkpoint is not None and not (self.is_deepspeed_enabled or Path(checkpoint, "scheduler.pt").exists()):
             raise ValueError(f"{checkpoint} has no optimizer and no schedule, as save_only_model leaves them out, and "
                              "a run cannot go on from it: give it as the model")  # fmt: skip
+        self._goes_on = checkpoint is not None
         with _of_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
