@@ -610,6 +610,23 @@ def test_layers_with_settings_or_shapes_of_their_own():
         copy_layers(prophet, 1)
 
 
+def test_layers_that_depend_on_their_place_are_no_copies():
+    """GPT-2's attention may be divided by a layer's number, and DiffLlama's λ begins by it."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    for dtype in (torch.float32, torch.bfloat16):
+        copy_layers(gpt2(60, 4).to(dtype), 2)
+        teacher = gpt2(60, 4, scale_attn_by_inverse_layer_idx=True).to(dtype)
+        with pytest.raises(ValueError, match=r"GPT2LMHeadModel's layers depend .*: transformer\.h\.1 of the student"):
+            copy_layers(teacher, 2)
+        assert copy_layers(teacher, 4).config.n_layer == 4
+    differential = DiffLlamaForCausalLM(DiffLlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.4))  # fmt: skip
+    with pytest.raises(ValueError, match=r"DiffLlamaForCausalLM's layers depend .*: model\.layers\.1 of the student"):
+        copy_layers(differential, 2)
+
+
 def test_layers_that_a_configuration_counts_twice_are_refused_before_the_student_is_trained():
     """Its numbers belong together, so that a saved student's configuration could not be read again."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..own import resolve
 from .forward import forward_to_head, rows_of
 from .losses import Rows, step_loss
+from .probes import changed_by_place
 from .teacher_forcing import padded
 
 #: A configuration's names for its numbers of layers.
@@ -74,7 +75,8 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
         layers: numbers of layers: encoder and decoder for an encoder–decoder model, one number for a causal model.
 
     Raises:
-        ValueError: more layers than the teacher has, layers that cannot be copied, or a teacher with an adapter.
+        ValueError: more layers than the teacher has, layers that cannot be copied or that would not be the same at
+            another place, or a teacher with an adapter.
     """
     if getattr(teacher, "peft_config", None):
         raise ValueError(f"{type(teacher).__name__} has an adapter, whose layers are not copied: merge it first")
@@ -86,10 +88,10 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
         _set_layers(config, names, count)
     _check_readable(config)
     student = type(teacher)(config)
-    sources, lists = dict(teacher.state_dict()), dict(teacher.named_modules())
+    sources, lists, copied = dict(teacher.state_dict()), dict(teacher.named_modules()), {}
     for name, module in student.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) != len(lists[name]):
-            picked = chosen_layers(len(lists[name]), len(module))
+            picked = copied[name] = chosen_layers(len(lists[name]), len(module))
             inside = {k: v for k, v in sources.items() if k.startswith(f"{name}.")}
             for key in inside:
                 del sources[key]
@@ -102,6 +104,9 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
         raise ValueError(
             f"{type(teacher).__name__}'s layers differ, so that one cannot take another's place"
         ) from error
+    if (layer := changed_by_place(teacher, student, copied)) is not None:
+        raise ValueError(f"{type(teacher).__name__}'s layers depend on their place or their number: {layer} of the "
+                         "student, a copy, gives something else than in the teacher")  # fmt: skip
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 

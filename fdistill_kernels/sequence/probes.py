@@ -1,13 +1,20 @@
-"""What models are asked once, before they are relied on: whether padding, later tokens or neighbours change a step."""
+"""What models are asked once, before they are relied on: whether padding, later tokens or neighbours change a step,
+and whether a copied layer is what it was.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import Cache
 
 from .models import accepted, evaluating, ids_of
 from .teacher_forcing import IGNORE, teacher_forced
@@ -54,6 +61,40 @@ def check_forward(model: Any, wrapped: Any, pad: int, pack: bool, tokens: int = 
     if chunk and tokens > chunk:
         raise ValueError(f"{name} attends within chunks of {chunk} tokens, which {tokens} packed ones would be cut by: "
                          "leave out pack")  # fmt: skip
+
+
+@torch.no_grad()
+def changed_by_place(teacher: Any, student: Any, copied: dict[str, list[int]]) -> str | None:
+    """The name of a layer that gives something else in a student than it gave in the teacher, of the same input, as one
+    that is scaled by its number; None: there is none.
+
+    copied: of each list of layers, by its name, which of the teacher's the student's are.
+    """
+    if teacher.main_input_name != "input_ids":  # as sound's, which no text stands for
+        return None
+    seen: dict[str, Any] = {}  # by the layer's name in the student: the teacher's, what it was given, and what it gave
+    with contextlib.ExitStack() as hooks, evaluating(teacher, student):
+        for name, layers in copied.items():
+            for i, j in enumerate(layers):
+                keep = functools.partial(lambda name, *given: seen.update({name: given}), f"{name}.{i}")
+                layer = teacher.get_submodule(f"{name}.{j}")
+                hooks.callback(layer.register_forward_hook(keep, with_kwargs=True).remove)
+        texts = ("input_ids", "decoder_input_ids") if teacher.config.is_encoder_decoder else ("input_ids",)
+        for model in (teacher, student):  # the student, as what is read decides BigBird's attention
+            ids = torch.linspace(0, ids_of(model) - 1, 9, device=next(model.parameters()).device).long()[None, 1:-1]
+            model(**accepted(model, {**dict.fromkeys(texts, ids), "use_cache": False}))
+        return next((name for name, given in seen.items() if not _gives(student.get_submodule(name), *given)), None)
+
+
+def _gives(layer: nn.Module, teachers: nn.Module, args: Any, keywords: Any, output: Any) -> bool:
+    """Whether a layer makes of arguments what the teacher's has made of them."""
+    layer = copy.deepcopy(layer).to(next(teachers.parameters()))
+    keywords = {name: None if isinstance(x, Cache) else x for name, x in keywords.items()}  # XLM has one in any case
+    before, made, given = (next(x for x in tree_leaves(of) if isinstance(x, Tensor)) for of in (
+        (args, keywords), layer(*args, **keywords), output))  # fmt: skip
+    if before.shape == made.shape:  # without what residual layers only hand on, which may be large
+        made, given = made - before, given - before
+    return close(made, given, 1e-2, 1)
 
 
 def _steps_alone(model: Any, wrapped: Any, pad: int) -> bool:
