@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -55,22 +56,12 @@ class FDivergence(Divergence):
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             with _disable_current_modes():  # fake tensors have no values
                 _validate_generator(self.generator, name)
-        super().__init__(name, self._terms, triton=triton)
+        # not a method of its own, with which it would wait for the garbage collector
+        super().__init__(name, functools.partial(_terms, f, from_log_ratio), triton=triton)
 
     def generator(self, u: Tensor) -> Tensor:
         """f at t = exp(u)."""
-        f, from_log_ratio = self.given["f"], self.given["from_log_ratio"]  # type: ignore[attr-defined]
-        return from_log_ratio(u) if f is None else f(u.exp())
-
-    def _terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
-        with torch.inference_mode(False), torch.enable_grad(), autograd_inside_an_operator():
-            u = _log_ratio(log_p, log_q).detach().requires_grad_()
-            value = self.generator(u)
-            (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
-        larger, inverse = _larger(p, q, u)
-        value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
-        beyond = value.isinf() | slope.isinf()  # what overflows first may have either sign, and their sum is the loss
-        return torch.where(beyond, torch.inf, value - slope), torch.where(slope == -torch.inf, 0, slope)
+        return _generator(self.given["f"], self.given["from_log_ratio"], u)  # type: ignore[attr-defined]
 
     def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         """``q f(p/q)``, elementwise and differentiable by autograd; compilers trace this."""
@@ -86,6 +77,21 @@ class FDivergence(Divergence):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FDivergence) and self.given == other.given  # type: ignore[attr-defined]
+
+
+def _generator(f: Any, from_log_ratio: Any, u: Tensor) -> Tensor:
+    return from_log_ratio(u) if f is None else f(u.exp())  # type: ignore[no-any-return]
+
+
+def _terms(f: Any, from_log_ratio: Any, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: float) -> Terms:
+    with torch.inference_mode(False), torch.enable_grad(), autograd_inside_an_operator():
+        u = _log_ratio(log_p, log_q).detach().requires_grad_()
+        value = _generator(f, from_log_ratio, u)
+        (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
+    larger, inverse = _larger(p, q, u)
+    value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
+    beyond = value.isinf() | slope.isinf()  # what overflows first may have either sign, and their sum is the loss
+    return torch.where(beyond, torch.inf, value - slope), torch.where(slope == -torch.inf, 0, slope)
 
 
 def _own_divergence(given: dict[str, Any]) -> FDivergence:

@@ -1,8 +1,10 @@
 """The table's formulas: every backend against the float64 reference, invariants, limits and hard inputs."""
 
+import gc
 import itertools
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -300,6 +302,20 @@ def test_error_of_the_vector_exponential_and_logarithm(backend):
     loss = fk.cross_entropy(student, torch.ones(401, dtype=torch.long), reduction="none", backend=backend)
     exact = torch.log1p(gap.double().exp())
     assert ((loss.double() - exact).abs() <= 3e-7 * (1 + exact)).all()
+
+
+def test_a_generator_lives_no_longer_than_its_use():
+    """What it holds may be large, and a garbage collector late."""
+    logits = torch.randn(2, 3, 40, requires_grad=True)
+    own = fk.FDivergence(lambda t: (t - 1) ** 2)
+    gone = weakref.ref(own)
+    gc.disable()
+    try:
+        fk.f_divergence(logits, logits.detach() * 2, own).backward()
+        del own
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_own_generator():
