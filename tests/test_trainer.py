@@ -23,6 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import is_liger_kernel_available
 
 import fdistill_kernels as fk
 from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, TailAware
@@ -959,7 +960,13 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="kl", shares="divergence=1"), "shares have unknown sources ['divergence']"),
     (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
     (dict(divergence="skew_kl=1"), "lambda must be"),
-    (dict(temperature=0.0), "temperature must be in (0, inf)"),
+    (dict(temperature=0.0), "temperature must be in [1e-18, 1e+18], not 0.0"),
+    (dict(temperature=1e30), "temperature must be in [1e-18, 1e+18], not 1e+30"),
+    (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"bad": 1}), "gradient_checkpointing_kwargs={'bad': 1}: "),
+    (dict(accelerator_config='{"bad": 1}'), "accelerator_config={'bad': 1}: "),
+    (dict(dataloader_persistent_workers=True), "dataloader_persistent_workers=True is not used without dataloader_num_workers"),
+    *[(dict([(name, {"rope": True})]), f"{name}={{'rope': True}} is not used without use_liger_kernel")
+      for name in ("liger_kernel_config",) if hasattr(FDistillConfig, name)],
     *((dict(method=method, **{name: value}), f"{name} must be in [0, inf), not {value}")
       for name, method in (("ce_weight", "kl"), ("neftune_noise_alpha", "kl"), ("hidden_weight", "predistill"))
       for value in (-5.0, math.nan, math.inf)),
@@ -999,6 +1006,18 @@ def test_settings_of_another_type_are_named(settings, words, tmp_path):
 def test_optim_args_that_are_read(tmp_path):
     student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
     trainer(tmp_path, student, teacher, optim="sgd", optim_args="momentum=0, nesterov=False", learning_rate=1.0)
+
+
+def test_what_a_model_is_made_of_is_refused_before_any_work(tmp_path):
+    student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
+    if not is_liger_kernel_available():
+        with pytest.raises(ImportError, match="use_liger_kernel needs the package liger-kernel"):
+            trainer(tmp_path, student, teacher, use_liger_kernel=True)
+    with pytest.raises(ValueError, match="torch_compile_mode='bogus': Unrecognized mode=bogus"):
+        trainer(tmp_path, student, teacher, torch_compile=True, torch_compile_mode="bogus")
+    student.supports_gradient_checkpointing = False
+    with pytest.raises(ValueError, match="GPT2LMHeadModel checkpoints no layers: leave out gradient_checkpointing"):
+        trainer(tmp_path, student, teacher, gradient_checkpointing=True)
 
 
 def test_refused_by_the_trainer(tmp_path):

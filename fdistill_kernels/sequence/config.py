@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import pickle
@@ -11,11 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..checks import check_choice, check_integer, check_number
 from ..own import resolve
 from ..teachers.connection import without_credentials
+from ..tokens import TEMPERATURES
 from .objectives import METHODS, SOURCES, Half, method, mixture, with_cross_entropy
 from .ranks import join
 from .sampling import Sampling
@@ -97,10 +102,11 @@ class FDistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.use_cpu:
             join(self.ddp_timeout)
-        if isinstance(given := getattr(self, "parallelism_config", None), Mapping):  # as a command line has it
-            self.parallelism_config = _parallelism(given)
         for name in MAY_BE_JSON:  # which TrainingArguments reads without saying which one it could not
             _of_json(name, getattr(self, name, None))
+        for name in ("parallelism_config", "accelerator_config"):  # likewise
+            if isinstance(given := _of_json(name, getattr(self, name, None)), Mapping):
+                setattr(self, name, _of_accelerate(name, given))
         self._check_numbers()
         super().__post_init__()  # in which eval_steps=0 becomes logging_steps
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
@@ -110,6 +116,15 @@ class FDistillConfig(TrainingArguments):
             check_choice(name, getattr(self, name), known)
         self._check_server()
         self._check_used()
+        self._check_checkpointing()
+
+    def _check_checkpointing(self) -> None:
+        given: Any = self.gradient_checkpointing_kwargs
+        if given:  # which the first step would refuse
+            try:
+                checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **given})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"gradient_checkpointing_kwargs={given}: {error}") from error
 
     def _check_numbers(self) -> None:
         for name, least in INTEGERS.items():
@@ -150,6 +165,10 @@ class FDistillConfig(TrainingArguments):
             and "on a CPU, for which accelerate has no float16: take bf16",
             "gradient_checkpointing_kwargs": self.gradient_checkpointing_kwargs and not self.gradient_checkpointing
             and "without gradient_checkpointing",
+            "dataloader_persistent_workers": self.dataloader_persistent_workers and not self.dataloader_num_workers
+            and "without dataloader_num_workers",
+            "liger_kernel_config": getattr(self, "liger_kernel_config", None) and not self.use_liger_kernel
+            and "without use_liger_kernel",
             "metric_for_best_model": self.metric_for_best_model is not None and self.eval_strategy == "no"
             and "without an eval_strategy",
             "greater_is_better": self.greater_is_better is not None and self.metric_for_best_model is None
@@ -234,8 +253,8 @@ INTEGERS = {
 NUMBERS: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("hidden_weight", "neftune_noise_alpha", "learning_rate", "weight_decay", "adam_epsilon",
                      "max_grad_norm", "num_train_epochs", "warmup_steps", "eval_delay"), (0, math.inf, False)),
-    **dict.fromkeys(("temperature", "sample_temperature", "eval_steps", "save_steps", "logging_steps"),
-                    (0, math.inf, True)),
+    **dict.fromkeys(("sample_temperature", "eval_steps", "save_steps", "logging_steps"), (0, math.inf, True)),
+    "temperature": (*TEMPERATURES, False),
     **dict.fromkeys(("label_smoothing_factor", "warmup_ratio"), (0, 1, False)),
 }  # fmt: skip
 _WARMUP = ("warmup_steps", "warmup_ratio")
@@ -278,13 +297,15 @@ def idle(options: Mapping[str, Any]) -> dict[str, str]:
     return found | dict.fromkeys(NOT_OF_SCHEDULE.get(schedule, ()), f"lr_scheduler_type={schedule}")
 
 
-def _parallelism(given: Mapping[str, Any]) -> Any:
-    from accelerate.parallelism_config import ParallelismConfig
-
+def _of_accelerate(name: str, given: Mapping[str, Any]) -> Any:
+    """A configuration of accelerate's by its fields."""
+    kind: Any = AcceleratorConfig
+    if name == "parallelism_config":  # of which older ones have no class
+        kind = importlib.import_module("accelerate.parallelism_config").ParallelismConfig
     try:
-        return ParallelismConfig(**given)
+        return kind(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"parallelism_config={dict(given)}: {error}") from error
+        raise ValueError(f"{name}={dict(given)}: {error}") from error
 
 
 def _of_json(name: str, value: Any) -> Any:

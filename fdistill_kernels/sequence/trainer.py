@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..own import resolve
 from .batches import Counted, Sequences, collate, given_sequences
+from .beginning_checks import check_beginning
 from .config import OF_PREDISTILLATION, FDistillConfig
 from .dataset_checks import check_collator, check_datasets
 from .forward import forward_to_head
@@ -23,7 +24,6 @@ from .generation import chosen, share_ends, special_tokens
 from .losses import Rows, check_head, of_nothing, step_loss
 from .models import as_found, ids_read, vocabulary_of
 from .objectives import Half, compared_sources, sources_of
-from .optimizer_checks import check_optimizer
 from .pairing import (
     check_apart,
     check_objective,
@@ -135,7 +135,7 @@ class FDistillTrainer(UpdatingTrainer):
         with set_if_taken("ACCELERATE_USE_FSDP"):
             super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
             self._check_accelerator()
-        check_optimizer(self)
+        check_beginning(self)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
         for part in parts_of(self.teacher):

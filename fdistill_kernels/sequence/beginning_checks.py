@@ -1,4 +1,6 @@
-"""Whether a trainer's optimizer and its schedule can be made, and use the options that are given."""
+"""Whether what a trainer makes as it begins can be made: its optimizer and schedule, which use the options that are
+given, and what the model is made of.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
+from transformers.utils import is_liger_kernel_available
 
 from .config import FDistillConfig
 from .ranks import is_split
@@ -17,14 +20,16 @@ from .ranks import is_split
 OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
 
 
-def check_optimizer(trainer: Trainer) -> None:
-    """Before any work, that the optimizer can be made and uses its options, and that a schedule of a plain one can.
+def check_beginning(trainer: Trainer) -> None:
+    """Before any work, that the optimizer can be made and uses its options, that a schedule of a plain one can, and
+    that the model can be compiled and have its layers checkpointed.
 
     Raises:
         ValueError: no weights to train, or options that they have not. ImportError: a package that is not there.
     """
     if trainer.train_dataset is None:
         return
+    _check_model(trainer)
     if not any(p.requires_grad for p in trainer.model.parameters()):  # type: ignore[union-attr]
         raise ValueError("no weight of the student has requires_grad: there is nothing to train")
     if trainer.args.optim == "adafactor" and is_split(trainer.model):
@@ -40,6 +45,20 @@ def check_optimizer(trainer: Trainer) -> None:
         get_scheduler(name, plain, 1, sys.maxsize, keywords)
     except TypeError as error:
         raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
+
+
+def _check_model(trainer: Trainer) -> None:
+    """What `Trainer` would find when its teacher has drawn all its samples."""
+    args: Any = trainer.args
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs the package liger-kernel")
+    if args.gradient_checkpointing and not getattr(trainer.model, "supports_gradient_checkpointing", True):
+        raise ValueError(f"{type(trainer.model).__name__} checkpoints no layers: leave out gradient_checkpointing")
+    if args.torch_compile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        except RuntimeError as error:
+            raise ValueError(f"torch_compile_mode={args.torch_compile_mode!r}: {error}") from error
 
 
 def _check_options(trainer: Trainer) -> None:
