@@ -458,7 +458,8 @@ def test_bad_rows_are_named(tmp_path):
 def test_options_whose_values_are_no_words(name, text, kept, bad):
     if not hasattr(FDistillConfig, name):
         pytest.skip(f"this version of transformers has no {name}")
-    base = ["--teacher", "t", "--student", "s", "--data", "d", f"--{name}"]
+    beside = ["--use_liger_kernel"] if name == "liger_kernel_config" else []
+    base = ["--teacher", "t", "--student", "s", "--data", "d", *beside, f"--{name}"]
     found = ask("train", [*base, text])
     assert found.given[name] == kept == yaml.safe_load(yaml.safe_dump(found.given))[name]  # a run's config.yaml
     used = getattr(found.config, name)

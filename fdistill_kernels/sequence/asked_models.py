@@ -141,12 +141,24 @@ def _adapted(asked: Asked, student: Any) -> Any:
              for n, v in vars(asked.lora).items() if n != "use_peft"}  # fmt: skip
     if named["target_modules"] == ["all-linear"]:  # PEFT's word for what it is not in a list
         named["target_modules"] = "all-linear"
+    _check_names(student, asked)
     kind = "SEQ_2_SEQ_LM" if student.config.is_encoder_decoder else "CAUSAL_LM"
     adapted = get_peft_model(student, LoraConfig(task_type=kind, **named))
     if split := [name for name, layer in adapted.named_modules() if hasattr(layer, "lora_A") and _by_input(layer)]:
         raise ValueError(f"--tensor_parallel splits the inputs of {split[0].rpartition('.')[2]}, of which there is no "
                          "adapter: give others as --lora_target_modules")  # fmt: skip
     return adapted
+
+
+def _check_names(student: Any, asked: Asked) -> None:
+    """Raises ValueError for a name of --lora_target_modules or --lora_modules_to_save that no module has: PEFT leaves
+    it out where it finds others, or none of the latter.
+    """
+    known = [f".{name}" for name, _ in student.named_modules()]
+    for option in ("lora_target_modules", "lora_modules_to_save"):
+        for name in getattr(asked.lora, option) or ():
+            if name != "all-linear" and not any(full.endswith(f".{name}") for full in known):
+                raise ValueError(f"--{option} {name}: {type(student).__name__} has no module of that name")
 
 
 def _by_input(layer: Any) -> bool:

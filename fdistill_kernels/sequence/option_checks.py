@@ -117,7 +117,7 @@ def check_used(asked: Asked) -> None:
         ("beam" not in sources, {"beams"}, "no beams are asked for"),
         ("teacher" not in sources and builds, {"sample_temperature", "top_k", "top_p"}, "no samples are asked for"),
         (not sources and builds, {"cache_implementation"}, "nothing is drawn"),
-        (not asked.config.push_to_hub, {"hub_model_id", "hub_private_repo", "hub_revision"},
+        (not asked.config.push_to_hub, {"hub_model_id", "hub_private_repo", "hub_revision", "hub_token"},
          "nothing is pushed without --push_to_hub"),
         (True, {"bf16_full_eval", "fp16_full_eval"}, "evaluations while training are in its dtype"),
         (asked.config.eval_strategy == "no" and not asked.config.eval_on_start, {"per_device_eval_batch_size"},
