@@ -38,6 +38,7 @@ from fdistill_kernels.sequence.teachers import Itself, Mixture
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
 from .test_distributed import rows
+from .test_run import changed_call
 from .test_sequence import llama
 from .test_trainer import trainer
 
@@ -313,9 +314,10 @@ def make_files(folder):
 
 
 def arguments(folder, out, ranks, *more):
-    return ["train", "--teacher", f"{folder}/teacher", "--student", f"{folder}/student", "--data", f"{folder}/pairs.tsv",
+    call = ["train", "--teacher", f"{folder}/teacher", "--student", f"{folder}/student", "--data", f"{folder}/pairs.tsv",
             "--output_dir", f"{folder}/{out}", "--method", "tvd", "--max_steps", "2", "--max-new-tokens", "4", "--top-k", "1",
-            "--warmup-steps", "1", "--eval-pairs", "1", "--learning-rate", "0.01", "--per_device_train_batch_size", str(4 // ranks), *more]  # fmt: skip
+            "--warmup-steps", "1", "--eval-pairs", "1", "--learning-rate", "0.01", "--per_device_train_batch_size", str(4 // ranks)]  # fmt: skip
+    return changed_call(call, *more)
 
 
 def environment(configuration):
@@ -353,7 +355,7 @@ def made_by_the_first(rank, world, folder):
 
     with patch.object(run, "begin", late):
         more = "--student_layers", "1", "--use_peft", "--lora_target_modules", "q_proj"
-        assert cli.main([*arguments(folder, "made", 2, *more), "--student", ""]) == 0
+        assert cli.main(changed_call(arguments(folder, "made", 2, *more), "--student", "")) == 0
 
 
 def filled_together(rank, world, folder):

@@ -296,6 +296,17 @@ def test_evaluations_leave_no_traces_in_a_model(tmp_path):
     torch.testing.assert_close(saved.eval()(ids).logits, student.eval()(ids).logits)
 
 
+def test_a_teacher_has_no_dropout_whoever_puts_it_into_training_mode(tmp_path):
+    teacher = gpt2(60, seed=2)
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    run = trainer(tmp_path, gpt2(60, seed=1), teacher)
+    before = run.evaluate()["eval_loss"]
+    teacher.train()
+    assert run.evaluate()["eval_loss"] == before
+
+
 def prompted(kind, make, seed=1):
     """A model with four tokens of PEFT's own before its input, and large weights for them."""
     import peft

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from ..losses import TeacherRows
-from ..models import evaluating, vocabulary_of
+from ..models import vocabulary_of
 from ..sampling import Sampling, draw
 from .base import Batch, Teacher
 from .in_room import rows_of_model
@@ -71,9 +71,9 @@ class Itself(Teacher):
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[Any]:
-        """The model as the teacher: without dropout, and with the adapter off if so asked."""
+        """The model as the teacher, with the adapter off if so asked."""
         model = self.model
-        with evaluating(model), contextlib.nullcontext() if self.adapter else model.disable_adapter():
+        with contextlib.nullcontext() if self.adapter else model.disable_adapter():
             yield model
 
     @property
