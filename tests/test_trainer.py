@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -1054,6 +1054,12 @@ def test_refused_by_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="drops the only batch of train_dataset, which has 3 rows, fewer than the 4"):
         trainer(tmp_path, student, teacher, data(3), **small)
     trainer(tmp_path, student, teacher, data(4), **small)
+    with pytest.raises(TypeError, match="train_dataset must be one dataset, not several: give one of 'train', 'test'"):
+        trainer(
+            tmp_path, student, teacher, DatasetDict({name: Dataset.from_list(data()) for name in ("train", "test")})
+        )
+    with pytest.raises(ValueError, match="the teacher's first weights are on the meta device"):
+        trainer(tmp_path, student, copy.deepcopy(teacher).to("meta"))
     for train, found in (("x", "str"), ([1, 2], "list of int"), (iter(data(4)), "list_iterator")):
         with pytest.raises(TypeError, match=f"train_dataset must be a dataset, .* not a {found}"):
             trainer(tmp_path, student, teacher, train)

@@ -23,11 +23,14 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
     """Checks a trainer's datasets.
 
     Raises:
+        TypeError: a dataset is none, or train_dataset is several.
         ValueError: a dataset is empty, lacks a column, or has sequences too long for a model; sequences that a store
             has never seen, or that it would have to draw; a column for teachers' names that is not there, or that
             nobody reads.
     """
     halves, gold = args.halves(), ["gold"] if args.eval_strategy != "no" else []
+    if isinstance(train, dict):  # as of load_dataset without a split
+        raise TypeError(f"train_dataset must be one dataset, not several: give one of {', '.join(map(repr, train))}")
     for name, data in _datasets_of("train_dataset", train):
         _check_dataset(name, data, sources_of(halves), compared_sources(halves), student, teacher, args.max_new_tokens)
         if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:

@@ -27,6 +27,9 @@ class InRoom(Teacher):
         if is_partitioned_by_zero(model):
             raise ValueError("the teacher is partitioned by ZeRO-3, whose engine gathers the student's weights alone: "
                              "load it before the FDistillConfig is made, or give its path")  # fmt: skip
+        if next(model.parameters()).is_meta:
+            raise ValueError("the teacher's first weights are on the meta device: they were never loaded, or are "
+                             "offloaded, as those behind them may be: keep its embeddings on a device")  # fmt: skip
         self.model = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary_of(model.config)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
