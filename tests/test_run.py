@@ -30,7 +30,7 @@ from transformers import (
 from fdistill_kernels import cli
 from fdistill_kernels.sequence import asked_models, build, metrics, report, run, run_folder, stages
 from fdistill_kernels.sequence.arguments import ask
-from fdistill_kernels.sequence.loading import load_model, load_student
+from fdistill_kernels.sequence.loading import load_config, load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.tokenizers import load_tokenizer
 
@@ -494,11 +494,13 @@ def test_paths_that_lead_nowhere_are_told_before_a_model_is_loaded(causal, tmp_p
     models = {"--teacher": causal / "teacher", "--student": causal / "student"}
     base = {"train": models | {"--data": causal / "pairs.jsonl"}, "evaluate": models | {"--data": causal / "pairs.jsonl"},
             "teacher build": {"--teacher": causal / "teacher", "--data": causal / "pairs.jsonl"}}  # fmt: skip
+    (tmp_path / "before").mkdir()
+    shutil.copytree(causal / "student", tmp_path / "before" / "student")
     paths = [(("--chat_template_path",), "nosuch", "latin.jinja", "broken.jinja", "folder"), (("--output_dir",), "file", "file/x"),
-             (("--data",), "nosuch.jsonl"), (("--teacher",), "nosuch", "damaged"), (("--tokenizer",), "nosuch"),
+             (("--data",), "nosuch.jsonl"), (("--teacher",), "nosuch", "damaged", "before"), (("--tokenizer",), "nosuch"),
              (("--config",), "nosuch", "folder", "latin.jinja")]  # fmt: skip
     served = ("--method", "rkl", "--student_server", "http://127.0.0.1:9", "--student_server_path")
-    of_train = [(("--samples",), "file"), (served, "file"), (("--eval_data",), "nosuch.jsonl"), (("--student",), "nosuch", "damaged"),
+    of_train = [(("--samples",), "file"), (served, "file"), (("--eval_data",), "nosuch.jsonl"), (("--student",), "nosuch", "damaged", "before"),
                 (("--accelerator_config",), "nosuch")]  # fmt: skip
     for command, given in base.items():
         for (*more, option), *names in paths + (of_train if command == "train" else []):
@@ -508,6 +510,11 @@ def test_paths_that_lead_nowhere_are_told_before_a_model_is_loaded(causal, tmp_p
                 assert cli.main(asked) == 2, asked
                 told = capsys.readouterr().err.strip().splitlines()[-1]
                 assert told.startswith("fdistill: ") and name in told, (asked, told)
+    with pytest.raises(ValueError, match=r"before is a run's folder and no model's: give .*before/student"):
+        load_config(tmp_path / "before")
+    for name in ("output_dir", "samples"):
+        with pytest.raises(ValueError, match=f"--{name} is empty: name a folder"):
+            ask("train", ["--teacher", "t", "--student", "s", "--data", "d", f"--{name}", ""])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fdistill-run").write_text("")  # where nothing is said
     with pytest.raises(ValueError, match=r"--output_dir fdistill-run: .* is a file"):

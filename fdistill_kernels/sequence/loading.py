@@ -95,6 +95,8 @@ def load_config(path: str | Path, **options: Any) -> Any:
         with names_damage(base or path, ANEW):
             return AutoConfig.from_pretrained(base or path, **options)
     except (OSError, ValueError) as error:
+        if (Path(path) / "student" / "config.json").exists():
+            raise ValueError(f"{path} is a run's folder and no model's: give {Path(path) / 'student'}") from error
         if Path(base or path).exists():
             raise
         sought = f"{base} (the base model of {path})" if base else path

@@ -36,6 +36,8 @@ def check(asked: Asked) -> None:
         asked.model.chat_template()
     made = asked.given if asked.command == "evaluate" else {**asked.training, **asked.given}
     for name in OF_FOLDERS:
+        if made.get(name) == "":  # as of a variable that a shell has not: the folder where one is
+            raise ValueError(f"--{name} is empty: name a folder, or leave it out")
         path = Path(made.get(name) or "").absolute()
         if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
             raise ValueError(f"--{name} {made[name]}: {there} is a file, and no folder")
