@@ -29,21 +29,6 @@ def join(seconds: float) -> None:
         dist.init_process_group(timeout=datetime.timedelta(seconds=seconds))
 
 
-@contextlib.contextmanager
-def set_if_taken(name: str) -> Iterator[None]:
-    """Leaves an environment variable as it was where an error ends what is inside: accelerate sets its own first, and
-    they would refuse the next trainer, too.
-    """
-    before = os.environ.get(name)
-    try:
-        yield
-    except Exception:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
-        raise
-
-
 def row_group(model: Any) -> dist.ProcessGroup | None:
     """The ranks that work on the same rows, each with a part of every layer (a mesh's "tp"); None: each has its own."""
     for p in model.parameters():

@@ -36,7 +36,7 @@ from .pairing import (
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, is_of_ranks, of_all_rows, set_if_taken
+from .ranks import copies_of_rows, is_of_ranks, of_all_rows
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
@@ -132,9 +132,13 @@ class FDistillTrainer(UpdatingTrainer):
             trainer["data_collator"] = self._collator(model, ahead=not args.dataloader_num_workers)
         else:
             check_collator(collator, trainer.get("train_dataset"), trainer.get("eval_dataset"))
-        with set_if_taken("ACCELERATE_USE_FSDP"):
+        try:
             super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
             self._check_accelerator()
+        except Exception:
+            if args.fsdp:  # which has set it, so that the next trainer would be refused, too
+                os.environ.pop("ACCELERATE_USE_FSDP", None)
+            raise
         check_beginning(self)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
         self.pad = special_tokens(self._unwrapped(self.model))[0]
