@@ -310,12 +310,12 @@ def test_a_teacher_has_no_dropout_whoever_puts_it_into_training_mode(tmp_path):
     assert run.evaluate()["eval_loss"] == before
 
 
-def prompted(kind, make, seed=1):
+def prompted(kind, make, seed=1, **more):
     """A model with four tokens of PEFT's own before its input, and large weights for them."""
     import peft
 
     model, causal = make(60, seed=seed), make in (gpt2, llama)
-    more = dict(encoder_hidden_size=8) if kind == "PromptEncoderConfig" else {}
+    more |= dict(encoder_hidden_size=8) if kind == "PromptEncoderConfig" else {}
     task = "CAUSAL_LM" if causal else "SEQ_2_SEQ_LM"
     model = peft.get_peft_model(model, getattr(peft, kind)(num_virtual_tokens=4, task_type=task, **more))
     with torch.no_grad():
@@ -364,12 +364,15 @@ def test_weights_that_peft_keeps_in_no_checkpoint_are_not_gone_on_with(tmp_path)
     saves = dict(method="kl", save_strategy="steps", save_steps=1)
     freed = get_peft_model(gpt2(60), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     freed.get_submodule("base_model.model.transformer.ln_f").requires_grad_(True)
-    for name, student in (("tokens", prompted("PromptEncoderConfig", gpt2)), ("freed", freed)):
+    beside = prompted(
+        "CPTConfig", gpt2, cpt_token_ids=[3, 4, 5, 6], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 1, 2, 2]
+    )
+    for name, student in (("tokens", prompted("PromptEncoderConfig", gpt2)), ("beside", beside), ("freed", freed)):
         run = trainer(tmp_path / name, student, gpt2(60, seed=2), **saves)
         run.train()
-        with pytest.raises(ValueError, match="weights of the student are trained, and PEFT keeps"):
+        with pytest.raises(ValueError, match="of the student are trained, and PEFT keeps no such"):
             run.train(resume_from_checkpoint=True)
-        with pytest.raises(ValueError, match="weights of the student are trained, and PEFT keeps"):
+        with pytest.raises(ValueError, match="of the student are trained, and PEFT keeps no such"):
             trainer(tmp_path, student, gpt2(60, seed=2), load_best_model_at_end=True, eval_strategy="steps",
                     eval_steps=1, **saves)  # fmt: skip
     with pytest.raises(ValueError, match="gradient_checkpointing runs layers again without the keys and values"):

@@ -259,12 +259,15 @@ def check_kept(model: Any) -> None:
         return
     from peft import get_peft_model_state_dict
 
-    kept = [get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            for name in model.peft_config]  # fmt: skip
-    count = sum(x.numel() for of in kept for x in of.values())
-    if (trained := sum(p.numel() for p in model.parameters() if p.requires_grad)) > count:
-        raise ValueError(f"{trained:,} weights of the student are trained, and PEFT keeps {count:,} in a checkpoint, "
-                         "from which neither a run nor its best model can go on")  # fmt: skip
+    kept = [x for name in model.peft_config for x in get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False).values()]  # fmt: skip
+    same = {x.data_ptr() for x in kept}  # all but virtual tokens, which are made anew
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in same
+            and not any(x.shape == p.shape and torch.equal(x.to(p), p) for x in kept)]  # fmt: skip
+    if lost:
+        raise ValueError(f"{', '.join(lost[:2])}{' and others' * (len(lost) > 2)} of the student are trained, and PEFT "
+                         "keeps no such weights in a checkpoint, from which neither a run nor its best model can go on"
+                         )  # fmt: skip
 
 
 def _of_checkpoint(folder: str | None) -> contextlib.AbstractContextManager[None]:
