@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from .batches import column_of, columns_of, of_example, prompts_of, prompts_of_teacher
+from .batches import IDS, column_of, columns_of, of_example, prompts_of, prompts_of_teacher
 from .config import FDistillConfig
 from .generation import check_search
-from .models import context
+from .models import context, inputs_of
 from .objectives import compared_sources, sources_of
 from .pairing import models_of
 from .teachers import Itself, OfRows, Served, Stored, Teacher
 from .teachers.several import parts_of
+
+#: Inputs of a model that a dataset may have.
+READ = (*IDS, "input_ids", "attention_mask")
 
 
 def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, args: FDistillConfig) -> None:
@@ -24,9 +27,9 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
 
     Raises:
         TypeError: a dataset is none, or train_dataset is several.
-        ValueError: a dataset is empty, lacks a column, or has sequences too long for a model; sequences that a store
-            has never seen, or that it would have to draw; a column for teachers' names that is not there, or that
-            nobody reads.
+        ValueError: a dataset is empty, lacks a column, has one that the student would read and is not given, or has
+            sequences too long for a model; sequences that a store has never seen, or that it would have to draw; a
+            column for teachers' names that is not there, or that nobody reads.
     """
     halves, gold = args.halves(), ["gold"] if args.eval_strategy != "no" else []
     if isinstance(train, dict):  # as of load_dataset without a split
@@ -72,6 +75,9 @@ def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str]
     if not columns or not sources:
         return
     _check_columns(name, columns, sources, teacher)
+    if unread := [column for column in columns if column in inputs_of(student) and column not in READ]:
+        raise ValueError(f"{name} has the column {unread[0]}, an input of the student's forward that this trainer "
+                         "makes itself or leaves out: leave it out, too")  # fmt: skip
     _check_teachers(name, data, columns, compared, teacher)
     theirs, at_hand = prompts_of_teacher(columns), models_of(teacher)
     for source in sources:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -100,14 +100,19 @@ def virtual_tokens(model: Any) -> int:
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
+def inputs_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a model's forward, of a PEFT model that of its base model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(type(base).forward).parameters
+
+
 def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs, without those that this model's forward does not take.
 
     Raises:
         ValueError: packed rows, but no positions.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(type(base).forward).parameters
+    known = inputs_of(model)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     left_out = {
         name for name in ("position_ids", "use_cache", "output_router_logits") if not takes_any and name not in known
@@ -117,5 +122,5 @@ def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         left_out.add("position_ids")
         beside = " beside PEFT's virtual tokens"
     if left_out & inputs.keys() >= {"position_ids"}:
-        raise ValueError(f"{type(base).__name__} takes no position_ids{beside}: its sequences cannot be packed")
+        raise ValueError(f"{type(model).__name__} takes no position_ids{beside}: its sequences cannot be packed")
     return {name: value for name, value in inputs.items() if name not in left_out}
