@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +89,10 @@ def changed_by_place(teacher: Any, student: Any, copied: dict[str, list[int]]) -
 
 def _gives(layer: nn.Module, teachers: nn.Module, args: Any, keywords: Any, output: Any) -> bool:
     """Whether a layer makes of arguments what the teacher's has made of them."""
-    layer = copy.deepcopy(layer).to(next(teachers.parameters()))
+    layer = copy.deepcopy(layer)
+    for own, like in zip(itertools.chain(layer.parameters(), layer.buffers()),
+                         itertools.chain(teachers.parameters(), teachers.buffers()), strict=False):  # fmt: skip
+        own.data = own.data.to(like)  # each, as some models keep some of theirs in float32
     keywords = {name: None if isinstance(x, Cache) else x for name, x in keywords.items()}  # XLM has one in any case
     before, made, given = (next(x for x in tree_leaves(of) if isinstance(x, Tensor)) for of in (
         (args, keywords), layer(*args, **keywords), output))  # fmt: skip
