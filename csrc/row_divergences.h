@@ -195,18 +195,19 @@ struct GroupedKl : OfRows<struct GroupedRkl, true> {
     of_row[kWithin] = p > 0.0f && q > 0.0f ? within : 0.0f;
     of_row[kKl] = row.sums[3] * of_row[kOfP] - of_row[kLogRatio];
   }
+  // Kl's terms of an entry, which is one of the whole row inside the set, and one of the rest outside.
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& parameter) {
-    const T weight(e.of_row[kWeight]), within(e.of_row[kWithin]), apart(e.of_row[kLogRatio]);
-    const Terms<T> own = Kl::terms(e, parameter);
-    const T p = Math<T>::exp(e.log_p - T(e.of_row[kTopP])) * T(e.of_row[kOfP]);
-    const T q = Math<T>::exp(e.log_q - T(e.of_row[kTopQ])) * T(e.of_row[kOfQ]);
-    const Entry<T, true> inner{p, q, e.log_p - apart, e.log_q, e.u - apart, e.p_shifted, e.q_shifted, 0.0f};
-    const Terms<T> of_rest = Kl::terms(inner, parameter);
-    const T student = Math<T>::times(within, of_rest.student) - weight * q * T(e.of_row[kApart]);
-    const T value = Math<T>::times(p + q, T(e.of_row[kShare])) + Math<T>::times(within, of_rest.value);
-    return {where_inside(e.inside, weight * own.student, student),
-            where_inside(e.inside, Math<T>::times(weight, own.value), value)};
+    const T weight(e.of_row[kWeight]), within(e.of_row[kWithin]);
+    const T apart = where_inside(e.inside, T(0.0f), T(e.of_row[kLogRatio]));
+    const T p = where_inside(e.inside, e.p, Math<T>::exp(e.log_p - T(e.of_row[kTopP])) * T(e.of_row[kOfP]));
+    const T q = where_inside(e.inside, e.q, Math<T>::exp(e.log_q - T(e.of_row[kTopQ])) * T(e.of_row[kOfQ]));
+    const Entry<T, true> of_set{p, q, e.log_p - apart, e.log_q, e.u - apart, e.p_shifted, e.q_shifted, 0.0f};
+    const Terms<T> found = Kl::terms(of_set, parameter);
+    const T student = Math<T>::times(within, found.student) - weight * q * T(e.of_row[kApart]);
+    const T value = Math<T>::times(p + q, T(e.of_row[kShare])) + Math<T>::times(within, found.value);
+    return {where_inside(e.inside, weight * found.student, student),
+            where_inside(e.inside, Math<T>::times(weight, found.value), value)};
   }
 };
 

@@ -84,7 +84,7 @@ def test_an_sdist_makes_a_wheel_that_works(tmp_path, compiler):
     assert {*LICENSES, "python_reference.txt.gz", "py.typed"} <= names
     assert list(sizes) == ["fdistill_kernels/libfdistill_cpu.so", "fdistill_kernels/libfdistill_cuda.log"]
     here = Path(cpu.__file__).parents[1] / "libfdistill_cpu.so"
-    assert (sizes["fdistill_kernels/libfdistill_cpu.so"] if WHOLE else here.stat().st_size) < 4e6
+    assert (sizes["fdistill_kernels/libfdistill_cpu.so"] if WHOLE else here.stat().st_size) < 4.5e6
     place = tmp_path / "place"
     assert run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), str(wheel)).returncode == 0
     verify = run("-m", "fdistill_kernels.cli", "verify", "--shape", "3,999", "--divergence", "js", "--json", cwd=place)
