@@ -45,7 +45,8 @@ def _smaller_logs(e: Entry, *_: float) -> Sums:
 
 
 def _overlap(e: Entry, *_: float) -> Sums:
-    return tvd_value(e), (torch.minimum(e.log_p, e.log_q) - e.largest[0]).exp()
+    (log,) = _smaller_logs(e)
+    return tvd_value(e), (log - e.largest[0]).exp()
 
 
 def _lk_coefficients(e: Entry, sums: Sums, *numbers: float) -> Sums:
