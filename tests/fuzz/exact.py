@@ -250,7 +250,8 @@ def categories(student: Tensor, teacher: List, terms: Terms) -> tuple[Tensor, Te
         log_p = off.scatter(1, places, log_p)[:, :v]
         return (log_p * exponent).log_softmax(1), log_q, torch.arange(v).expand(n, v)
     on_list = torch.where(listed, log_q.gather(1, teacher.ids.clamp_min(0)), -torch.inf)
-    if teacher.tail == "within":
+    if teacher.tail == "within":  # from their largest: log(13) is lost beside finfo.min
+        on_list = on_list - on_list.amax(1, keepdim=True).detach().nan_to_num(0, 0, 0)
         return (log_p * exponent).log_softmax(1), on_list - log_sum_of(on_list), places
     if teacher.tail == "bucket":
         of_rest = log_sum_of(log_q.masked_fill(inside, -torch.inf))
