@@ -959,6 +959,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(method="mle", temperature_squared=True), "temperature_squared=True is not used without a divergence"),
     (dict(include_num_input_tokens_seen=True), "tokens_per_second is logged"),
     (dict(fp16=True), "fp16=True is not used on a CPU"),
+    (dict(ddp_backend="gloo"), "ddp_backend='gloo' is not used by one process"),
     (dict(hub_strategy="end"), "hub_strategy='end' is not used without push_to_hub"),
     (dict(hub_always_push=True), "hub_always_push=True is not used without push_to_hub"),
     (dict(label_names=["labels"]), "is not used here: no logits are made"),

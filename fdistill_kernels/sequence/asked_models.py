@@ -108,7 +108,7 @@ def student_for(asked: Asked, teacher: Any) -> Any:
     """
     model, made, split = asked.model, made_folder(asked), asked.run.tensor_parallel
     if split > 1:
-        join(asked.config.ddp_timeout)
+        join(asked.config.ddp_timeout, asked.config.ddp_backend)
         if model.student_layers:
             raise ValueError("--tensor_parallel splits a student as it is loaded: give its folder as --student")
     if teacher is None and (model.student_layers or asked.run.predistill_steps):

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,8 +101,10 @@ class FDistillConfig(TrainingArguments):
     hidden_reduction: str = "mean"
 
     def __post_init__(self) -> None:
+        if self.ddp_backend is not None and "WORLD_SIZE" not in os.environ:  # accelerate asks for the group's size
+            raise ValueError(f"ddp_backend={self.ddp_backend!r} is not used by one process: torchrun starts several")
         if self.use_cpu:
-            join(self.ddp_timeout)
+            join(self.ddp_timeout, self.ddp_backend)
         for name in MAY_BE_JSON:  # which TrainingArguments reads without saying which one it could not
             _of_json(name, getattr(self, name, None))
         for name in ("parallelism_config", "accelerator_config"):  # likewise

@@ -21,12 +21,12 @@ def rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join(seconds: float) -> None:
+def join(seconds: float, backend: str | None = None) -> None:
     """Begins the process group that torchrun or accelerate launch has made this process one of, unless it has begun;
     `transformers` leaves a CPU's without its ``ddp_timeout``.
     """
     if rank()[1] > 1 and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group(timeout=datetime.timedelta(seconds=seconds))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
 
 
 def row_group(model: Any) -> dist.ProcessGroup | None:
