@@ -155,17 +155,19 @@ def left_out(folder, ranks, **sizes):
 
 def gone_on_with(rank, world, folder):
     """A run that stops in the middle of its second epoch, and of the use of its samples, ends as one that does not."""
-    data, ended = Dataset.from_list([row | {"length": i % 5} for i, row in enumerate(rows() * 2)]), []
-    for stops in ([7], [5, 7]):
-        student = model(folder / "student")
-        for i, stop in enumerate(stops):
-            run = trainer(folder / f"gone on with {len(stops)}", student, model(folder / "teacher"), data, method="rkl",
-                          max_steps=stop, student_every=3, per_device_train_batch_size=2, save_strategy="steps",
-                          save_steps=1, lr_scheduler_type="constant", **BY_LENGTH)  # fmt: skip
-            run.train(resume_from_checkpoint=bool(i))
-        ended.append([p.detach().clone() for p in student.parameters()])
-    for one, other in zip(*ended, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    data = Dataset.from_list([row | {"length": i % 5} for i, row in enumerate(rows() * 2)])
+    for name, order in {"random": {}, "by length": BY_LENGTH}.items():
+        ended = []
+        for stops in ([7], [5, 7]):
+            student = model(folder / "student")
+            for i, stop in enumerate(stops):
+                run = trainer(folder / f"{name} {len(stops)}", student, model(folder / "teacher"), data, method="rkl",
+                              max_steps=stop, student_every=3, per_device_train_batch_size=2, save_strategy="steps",
+                              save_steps=1, lr_scheduler_type="constant", **order)  # fmt: skip
+                run.train(resume_from_checkpoint=bool(i))
+            ended.append([p.detach().clone() for p in student.parameters()])
+        for one, other in zip(*ended, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def other_teachers(folder, ranks, **sizes):

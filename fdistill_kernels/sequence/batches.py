@@ -62,9 +62,10 @@ class Counted(IterableDataset[Any]):
             yield row
 
 
-class ByLength(Sampler[int]):
-    """transformers' order of rows by length, which the seed and the epoch alone decide: a run that is gone on with has
-    the batches that it would have had. What accelerate's loaders make of a sampler on several ranks tells it no epoch.
+class OfEpoch(Sampler[int]):
+    """A sampler's order of rows, which the seed and the epoch alone decide: a run that is gone on with has the batches
+    that it would have had. What accelerate's loaders make of a sampler tells it no epoch on several ranks, nor in the
+    middle of one with transformers 5.0.
     """
 
     def __init__(self, sampler: Any, seed: int, epoch: Callable[[], float | None]):

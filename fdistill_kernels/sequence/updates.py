@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
-from .batches import ByLength, Sequences, given_sequences, prompts_of
+from .batches import OfEpoch, Sequences, given_sequences, prompts_of
 from .config import FDistillConfig
 from .generation import chosen
 from .loading import load_alike, names_damage
@@ -80,9 +81,11 @@ class UpdatingTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **keywords)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if not isinstance(sampler, LengthGroupedSampler):
+        loaders: Any = self.args.accelerator_config
+        random = isinstance(sampler, RandomSampler) and loaders.use_seedable_sampler
+        if not (random or isinstance(sampler, LengthGroupedSampler)):
             return sampler
-        return ByLength(sampler, seed, lambda: self.state.epoch)
+        return OfEpoch(sampler, seed, lambda: self.state.epoch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **keywords: Any) -> Any:
         """The batches of one update, which begins in its first step: then a resumed run has its generators.
