@@ -449,6 +449,8 @@ def generates(name, kind, mapping):
                 drawn = draw(model, PROMPTS, Sampling(4, beams=1))
             except IndexError as error:  # a small model whose logits have more tokens than its embedding
                 return short(error)
+            except ValueError as refusal:  # Blenderbot's generation config, which beams cannot follow
+                return "refused" if f"{name} has" in str(refusal) else False
         for prompt, made in zip(PROMPTS, drawn, strict=True):
             rows, _ = rows_of(model, [prompt], [made], 2, counted=chosen(model, [made]))
             scores = rows.logits(rows.hidden)

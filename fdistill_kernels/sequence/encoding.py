@@ -207,16 +207,18 @@ class Encoder:
         if self.teacher_system:
             if isinstance(row.get("teacher_prompt"), str) and row["teacher_prompt"]:
                 raise ValueError("--teacher_system is of messages, and teacher_prompt is text")
-            shown = [t for t in plain(row.get("teacher_prompt")) or turns[:asked] if t["role"] != "system"]
+            own = row.get("teacher_prompt") or turns[:asked]
+            shown = [t for t in _messages("teacher_prompt must be text or", own) if t["role"] != "system"]
             row = {**row, "teacher_prompt": [{"role": "system", "content": self.teacher_system}, *shown]}
         said = _said(turns[asked]) if found.rest is not None else ""
         return found, self._teacher_prompt(row), said
 
     def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
         """The ids of the teacher's own prompt, which may be text or messages; None if there is none."""
-        own = plain(row.get("teacher_prompt"))
-        if not own or isinstance(own, str):
+        own = row.get("teacher_prompt")
+        if own in (None, []) or isinstance(own, str):
             return self._prompt(own) if own else None
+        own = _messages("teacher_prompt must be text or", own)
         tools = plain(row.get("tools")) or None
         _check_written(self.tokenizer, own, tools)
         return list(_rendered(self.tokenizer, own, tools, add_generation_prompt=True)["input_ids"])
@@ -262,16 +264,23 @@ def _is_chat(row: dict[str, Any]) -> bool:
     return "messages" in row or isinstance(row.get("prompt"), list)
 
 
+def _messages(must_be: str, given: Any) -> list[dict[str, Any]]:
+    """Messages without nulls; ValueError where they are none."""
+    turns = plain(given)
+    if not (
+        isinstance(turns, list) and turns and all(isinstance(t, dict) and "role" in t and len(t) > 1 for t in turns)
+    ):
+        raise ValueError(f"{must_be} a list of role and content, not {turns!r}")
+    return turns
+
+
 def _turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """A row's conversation, and the turn from which on answers count."""
-    turns, begin = plain(row.get("messages") or row.get("prompt")), 0
-    if "prompt" in row:
-        begin, answer = len(turns), plain(row.get("target"))
-        turns = turns + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or [])
-    said = isinstance(turns, list) and all(isinstance(t, dict) and "role" in t and len(t) > 1 for t in turns)
-    if not (said and turns):
-        raise ValueError(f"messages must be a list of role and content, not {turns!r}")
-    return turns, begin
+    given, answer = row.get("messages") or row.get("prompt"), row.get("target") if "prompt" in row else None
+    said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    after = [] if said in (None, []) else _messages("target must be text or", said)
+    turns = [] if given == [] and after else _messages("messages must be", given)
+    return turns + after, len(turns) if "prompt" in row else 0
 
 
 def each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
