@@ -20,6 +20,7 @@ from fdistill_kernels.backends import sharded
 from fdistill_kernels.parallel import VocabShard, vocab_shard
 
 from .conftest import WHOLE
+from .fuzz import ranks as fuzz_ranks
 
 N, V, D = 6, 61, 8
 #: Collectives of a row's loss without labels; those of the others are two.
@@ -797,3 +798,7 @@ def test_what_one_rank_brings_is_refused_on_all(tmp_path):
 
 def test_inside_a_compiler(tmp_path):
     run(tmp_path, 2, in_a_compiler)
+
+
+def test_random_calls_over_ranks():
+    fuzz_ranks.run(fuzz_ranks.Arguments(seconds=5))

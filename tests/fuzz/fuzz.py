@@ -4,7 +4,7 @@
     python -m tests.fuzz.fuzz --seed 0 --only 1234        the one call that a failure names
 
 A call agrees with `exact`, or raises a ValueError or TypeError that names an argument; one whose arguments fit may only
-be refused for the reasons in `checks.REFUSALS`. Backends: cpu and torch; Triton's interpreter is too slow for this.
+be refused for the reasons in `checks.REFUSALS`.
 """
 
 import inspect
@@ -41,6 +41,8 @@ class Arguments:
 
     seconds: float = field(default=60.0, metadata={"help": "how long to go on"})
     seed: int = field(default=0, metadata={"help": "of the whole run"})
+    backend: str | None = field(default=None, metadata={"help": "of all calls, such as triton in its interpreter, which "
+                                "takes a hundred times as long; default: cpu, torch or none, at random"})  # fmt: skip
     only: int = field(default=-1, metadata={"help": "run this one call, and say what it was given"})
 
 
@@ -55,7 +57,7 @@ def public_call(draw: Draw) -> str:
     a = getattr(drawn, name)(draw)
     if draw.maybe(0.12):
         drawn.spoil(draw, a)
-    a |= {"backend": draw.choice(["cpu", "torch"])} if draw.maybe(0.5) else {}
+    a |= {"backend": draw.one_of("cpu", "torch")} if draw.maybe(0.5) or Draw.backend else {}
     function = getattr(fk, name)
     leaves = [k for k in TRAINED[name] if isinstance(a.get(k), Tensor) and dense(a[k])
               and (k == TRAINED[name][0] or draw.maybe(0.5))]  # fmt: skip
@@ -118,6 +120,7 @@ def one_call(seed: int, index: int, tell: bool) -> tuple[str, bool]:
 
 def work(arguments: Arguments, at: Any, failures: Any) -> None:
     """Calls until the time is over."""
+    Draw.backend = arguments.backend
     end, seen = time.monotonic() + arguments.seconds, Counter()
     while time.monotonic() < end and failures.value < MOST_FAILURES:
         what, right = one_call(arguments.seed, at.value, False)
@@ -136,6 +139,7 @@ def main() -> int:
     if backends.cpu.NOT_LOADED:
         raise SystemExit(f"the native backend is what is to be tried: {backends.cpu.NOT_LOADED}")
     if arguments.only >= 0:
+        Draw.backend = arguments.backend
         what, right = one_call(arguments.seed, arguments.only, True)
         print(what)
         return int(not right)

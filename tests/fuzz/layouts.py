@@ -17,6 +17,8 @@ SIZES = (1, 2, 17, 63, 64, 65, 300, 2047, 2048, 2049, 4999)
 class Draw(random.Random):
     """The choices of one call, and the buffers its tensors lie in."""
 
+    backend: str | None = None  #: of all calls, instead of one at random
+
     def __new__(cls, *_: int) -> "Draw":
         return super().__new__(cls)  # which takes one argument before Python 3.11
 
@@ -31,6 +33,11 @@ class Draw(random.Random):
 
     def maybe(self, probability: float) -> bool:
         return self.random() < probability
+
+    def one_of(self, *backends: str) -> str:
+        """A backend."""
+        drawn = self.choice(backends)
+        return self.backend or drawn
 
     def sizes(self) -> tuple[tuple[int, ...], int]:
         """Leading shape and vocabulary."""

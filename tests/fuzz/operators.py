@@ -59,7 +59,7 @@ def row_arguments(draw: Draw) -> tuple[dict[str, Any], Divergence | None]:
         "student": draw.place(models["student"]), "teacher": chosen and draw.place(models["teacher"]), **terms,
         "student_gradient": True, "teacher_gradient": chosen is not None and draw.maybe(0.5),
         "inplace": draw.maybe(0.3), "student_softcap": draw.choice([0.0, 0.0, 5.0]),
-        "teacher_softcap": draw.choice([0.0, 0.0, 5.0]), "backend": draw.choice(["auto", "cpu", "torch"]),
+        "teacher_softcap": draw.choice([0.0, 0.0, 5.0]), "backend": draw.one_of("auto", "cpu", "torch"),
     }, chosen  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def linear_arguments(draw: Draw) -> tuple[dict[str, Any], Divergence | None]:
         "teacher_itself": False,
         "teacher_logit_scale": 0.5, "student_softcap": draw.choice([0.0, 5.0]), "teacher_softcap": 0.0,
         "cut_path": False, "skip_tiles": True, "chunk_bytes": draw.choice([0, 1, 5000]), **terms, "want_hidden": True,
-        "want_weight": draw.maybe(0.8), "want_bias": False, "backend": draw.choice(["auto", "cpu", "torch"]),
+        "want_weight": draw.maybe(0.8), "want_bias": False, "backend": draw.one_of("auto", "cpu", "torch"),
     }, chosen  # fmt: skip
 
 
