@@ -28,7 +28,7 @@ from .heads import (
 from .linear import log_probs_of_hidden, loss_of_hidden
 from .logits import log_sum_exp_of, loss_of_logits
 from .own import resolve
-from .parallel import VocabShard, carried_shard, check_shard, local_part, teacher_part, valid
+from .parallel import VocabShard, carried_shard, check_shard, check_untrained, local_part, teacher_part, valid
 from .sparse import TopK, targets_of
 from .targets import as_cross_entropy, soft_targets
 from .tokens import TEMPERATURES, checked_terms
@@ -167,6 +167,8 @@ def _teacher_here(name: str, logits: Any, of_student: Entries, own: VocabShard |
         of_student.check_whole(name, own)
         return checks.shared_vocabulary(name, logits, of_student.vocab_size)
     checks.check_logits(name, logits)
+    if logits.shape[-1] not in (of_student.size, of_student.padded):
+        check_untrained(name, logits)
     return teacher_part(name, logits, -1, of_student.size, of_student.padded, of_student.shard, own)
 
 

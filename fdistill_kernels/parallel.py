@@ -181,11 +181,19 @@ def part_of(name: str, values: Tensor, shard: VocabShard, rows: int) -> Tensor:
     """This rank's rows of a whole bias, for a weight that is split.
 
     Raises:
-        ValueError: the bias has neither these rows nor all.
+        ValueError: the bias has neither these rows nor all, or requires grad.
     """
     if values.dim() != 1 or values.shape[0] < shard.size:  # on all ranks alike
         raise ValueError(f"{name} has shape {tuple(values.shape)}, neither the head's {rows} here nor all {shard.size}")
+    check_untrained(name, values)
     return values[shard.begin : shard.begin + rows]
+
+
+def check_untrained(name: str, values: Tensor) -> None:
+    """Raises ValueError for values that are trained, of which more is here than the student's part."""
+    if checks.needs_gradient(values):
+        raise ValueError(f"{name} requires grad, and is not split as the student is: each rank would have the gradient "
+                         "of its own part alone; split it likewise, or detach it")  # fmt: skip
 
 
 def local_head(name: str, head: Head, shard: VocabShard) -> Head:

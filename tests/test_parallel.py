@@ -345,6 +345,12 @@ def dtensors(rank, world):
         found = fk.linear_f_divergence(states, head, hidden, head.detach(), divergence="kl", **beside)
         same(found, fk.linear_f_divergence(hidden, weight, hidden, weight, divergence="kl", **beside))
     rows = distribute_tensor(student, mesh, [Replicate()])
+    # each rank would have the gradient of a part
+    for trained in (teacher.clone(), distribute_tensor(teacher, mesh, [Replicate()])) if world > 1 else ():
+        with pytest.raises(ValueError, match="teacher_logits requires grad, and is not split as the student is"):
+            fk.f_divergence(split, trained.requires_grad_())
+        with pytest.raises(ValueError, match="student_bias requires grad, and is not split as the student is"):
+            fk.linear_f_divergence(states, head, teacher, student_bias=trained[0])
     same(fk.f_divergence(rows, teacher, "js"), fk.f_divergence(student, teacher, "js"))
     labels = torch.arange(N) % V
     same(fk.linear_cross_entropy(states, head, labels), fk.linear_cross_entropy(hidden, weight, labels))
