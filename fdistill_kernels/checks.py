@@ -344,11 +344,8 @@ def check_number(
 
 def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
     """A 0-dim tensor, or one value a token."""
-    if value.dim() == 0:
-        check_tensor(name, value)
-        check_constant(name, value, logits.device)
-    else:
-        check_tokens(name, value, logits)
+    check_tensor(name, value, floating=False)
+    check_tokens(name, value if value.dim() else value.expand(logits.shape[:-1]), logits)
 
 
 def check_temperature_of(name: str, value: Tensor, row_scale: Tensor, low: float, high: float) -> None:

@@ -978,8 +978,10 @@ def test_nothing_of_any_layout():
         assert fk.linear_cross_entropy(x, head, target.to(kind), weight=weight) == want
         assert causal_loss(outputs, target[:, 0].to(kind)) == causal_loss(outputs, target[:, 0])
     logits = torch.randn(2, 5)
-    eighth = fk.f_divergence(logits, 2 * logits, temperature=torch.full((2,), 2.0).to(torch.float8_e4m3fn))
-    assert eighth == fk.f_divergence(logits, 2 * logits, temperature=torch.full((2,), 2.0))
+    want = fk.f_divergence(logits, 2 * logits, temperature=2.0, divergence_weight=2.0)
+    for kind in (torch.float8_e4m3fn, torch.int64):
+        for two in (torch.tensor(2).to(kind), torch.full((2,), 2.0).to(kind)):
+            assert fk.f_divergence(logits, 2 * logits, temperature=two, divergence_weight=two) == want
 
 
 @pytest.mark.parametrize("cap", [None, 4.0])
