@@ -45,9 +45,11 @@ class Deferral:
         own_loss: whether the model's cross-entropy is wanted; else it is 0.
         fused: whether a cross-entropy was made without logits.
         reason: the first operation that made the logits.
+        trained: whether it records gradients. What is done under another mode is done to the logits themselves.
     """
 
     own_loss = True
+    trained = True
 
     def __init__(self, head: Any, keywords: dict[str, Any] | None = None, other_heads: bool = False):
         self.head, self.keywords, self.other_heads = head, keywords or {}, other_heads
@@ -58,7 +60,7 @@ class Deferral:
 
     def __enter__(self) -> Any:
         move_to_end(getattr(self.head, "_forward_pre_hooks", None), _before)
-        self.before = active()
+        self.before, self.trained = active(), torch.is_grad_enabled()
         _ACTIVE.deferral = self
         return self
 
@@ -139,6 +141,9 @@ def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
         return None
     if are_in_the_way(head, of_all=deferral.own_loss):  # another loss has none for them
         deferral.reason = deferral.reason or "a backward hook of its output embedding, or a hook of all modules"
+        return None
+    if torch.is_grad_enabled() != deferral.trained:
+        deferral.reason = deferral.reason or "its output embedding, where gradients are switched off or on"
         return None
     plain = is_plain(head)
     deferral.beside = plain and (is_split(head) or nn.functional.linear is not LINEAR)
@@ -269,6 +274,11 @@ class Logits:
         """Whether the logits are there, or those that they are a view of."""
         return self.real is not None or (self.source is not None and self.source[0].made)
 
+    @property
+    def open(self) -> bool:
+        """Whether what is done to them now can be left for later."""
+        return not self.made and torch.is_grad_enabled() == self.deferral.trained
+
     def at_head(self, then: AtHead) -> Any:
         """What a function makes of the hidden states and the head's weight, run in the head's own forward."""
         given = Hidden(self.hidden, self.deferral, then)
@@ -279,7 +289,10 @@ class Logits:
                 return self.deferral.head(given)
 
     def tensor(self, why: str = "") -> Tensor:
-        """The logits themselves, made once. why: what needs them."""
+        """The logits themselves, made once, with a graph if the forward pass has one. why: what needs them."""
+        if self.real is None and active() is self.deferral and torch.is_grad_enabled() != self.deferral.trained:
+            with torch.inference_mode(False), torch.set_grad_enabled(self.deferral.trained):
+                return self.tensor(why)
         if self.real is None:
             self.deferral.reason = self.deferral.reason or why
             if self.source is not None:
@@ -345,7 +358,7 @@ def _apply(name: str, function: Any, args: tuple[Any, ...], keywords: dict[str, 
     if name in ("add", "mul") and len(args) == 2 and isinstance(args[1], Logits):  # also how a compiler swaps them
         args = args[::-1]
     ruled = name in RULES and args and isinstance(args[0], Logits) and (not keywords or name in WITH_KEYWORDS)
-    if ruled and not args[0].made:
+    if ruled and (args[0].open or name in OF_SIZES):
         result = RULES[name](*args, **keywords)
         if result is not NotImplemented:
             return result
@@ -474,6 +487,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "size": lambda z, dim=None: z.shape if dim is None else z.shape[dim], "dim": lambda z: z.hidden.dim(),
     "__getitem__": _getitem, "cross_entropy": _cross_entropy,
 }  # fmt: skip
+OF_SIZES = ("size", "dim", "is_contiguous")
 #: Those whose rules know all keywords; others' (alpha, rounding_mode, out) would be lost.
 WITH_KEYWORDS = ("to", "flatten", "size", "contiguous", "clone", "is_contiguous", "cross_entropy")
 
@@ -487,7 +501,7 @@ def _in_place(name: str) -> Callable[..., Any]:
 
     def operate(z: Logits, x: Any) -> Any:
         rule = RULES.get(f"__{name}__")
-        result = rule(z, x) if rule and not (z.made or z.source or z.views or isinstance(x, Logits)) else None
+        result = rule(z, x) if rule and z.open and not (z.source or z.views or isinstance(x, Logits)) else None
         if isinstance(result, Logits) and result.dtype == z.dtype:
             z.form, z.done = result.form, result.done
             return z

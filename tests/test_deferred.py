@@ -162,6 +162,34 @@ def test_cross_entropies_of_other_kinds_are_of_the_logits(head):
     assert not deferral.fused and torch.equal(got, want)
 
 
+#: A loss of a head, hidden states and targets, some of it without gradients.
+WITHOUT_GRADIENTS = {
+    "looked at": lambda head, x, y, off: (z := head(x), off(lambda: z.argmax(-1))(), cross_entropy(z, y))[-1],
+    "a view looked at": lambda head, x, y, off: (z := head(x), k := z[1:], off(lambda: k.softmax(-1))(), cross_entropy(z, y))[-1],
+    "scaled": lambda head, x, y, off: (z := head(x), k := off(lambda: z * 2)(), cross_entropy(k, y) + cross_entropy(z, y))[-1],
+    "cut": lambda head, x, y, off: (z := head(x), k := off(lambda: z[1:])(), cross_entropy(k, y[1:]) + x.sum())[-1],
+    "in place": lambda head, x, y, off: (z := head(x), off(lambda: operator.imul(z, 2))(), cross_entropy(z, y))[-1],
+    "head": lambda head, x, y, off: (z := off(lambda: head(x))(), cross_entropy(z, y) + cross_entropy(head(x), y))[-1],
+    "loss": lambda head, x, y, off: (z := head(x), off(lambda: cross_entropy(z, y))() * cross_entropy(z, y))[-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("off", "name"),
+    [(torch.no_grad, name) for name in WITHOUT_GRADIENTS]
+    + [(torch.inference_mode, name) for name in ("looked at", "a view looked at", "in place")],  # the others refuse it
+)
+def test_gradients_flow_where_they_are_switched_on(head, name, off):
+    hidden, target = torch.randn(6, D, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 5])
+    want = WITHOUT_GRADIENTS[name](head, hidden, target, off())
+    with Deferral(head):
+        got = WITHOUT_GRADIENTS[name](head, hidden, target, off())
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, [hidden, *head.parameters()], allow_unused=True) for x in (got, want))
+    )
+
+
 def test_only_its_own_head_and_only_inside(head):
     other = torch.nn.Linear(D, V)
     watch(other)

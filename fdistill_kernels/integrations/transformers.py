@@ -155,8 +155,8 @@ def _with_fused_loss(
     def finished(logits: Logits) -> Tensor | None:
         if not model.training:
             return logits.tensor()
-        with torch.no_grad():
-            return logits.tensor().detach() if fused.keep_logits else None
+        deferral.trained = False  # these are only read
+        return logits.tensor().detach() if fused.keep_logits else None
 
     with Deferral(head, fused.keywords) as deferral:
         outputs = call(*args, **inputs)
