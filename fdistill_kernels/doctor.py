@@ -8,11 +8,13 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 import torch
 
@@ -80,8 +82,8 @@ def lines(found: dict[str, Any]) -> list[str]:
 def build_command() -> str:
     """The command that builds the libraries again: in the clone that is used, or from what pip installed."""
     root, (source, _) = native.FOLDER.parent, _installed()
-    what = f"--editable {root}" if (root / "setup.py").exists() else source
-    return f"pip install --no-cache-dir --force-reinstall --no-deps {what}"
+    what = ["--editable", str(root)] if (root / "setup.py").exists() else [source]
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {shlex.join(what)}"
 
 
 def remedy(library: str) -> list[str]:
@@ -104,9 +106,11 @@ def _installed() -> tuple[str, bool]:
     """What pip installed the package from, and whether the files that are used are those of an editable install."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
         found = json.loads(importlib.metadata.distribution("fdistill_kernels").read_text("direct_url.json") or "{}")
-        source = found["url"].removeprefix("file://")
-        editable = found.get("dir_info", {}).get("editable", False) and Path(source) == native.FOLDER.parent
-        return f"{found['vcs_info']['vcs']}+{source}" if "vcs_info" in found else source, editable
+        url = found["url"]
+        if "vcs_info" in found:
+            return f"{found['vcs_info']['vcs']}+{url}", False
+        source = url2pathname(url.removeprefix("file://")) if url.startswith("file://") else url
+        return source, found.get("dir_info", {}).get("editable", False) and Path(source) == native.FOLDER.parent
     return "fdistill_kernels", False
 
 

@@ -61,6 +61,34 @@ def test_doctor_without_the_native_backend(capsys, monkeypatch):
     assert "backend cpu on cpu: the cpu library is not built" in out and "auto on cpu logits: torch" in out
 
 
+@pytest.mark.parametrize(("found", "given"), [
+    ({"url": "file:///a%20b/cl%C3%B6ne", "dir_info": {}}, "/a b/clöne"),
+    ({"url": "file:///a%20b", "vcs_info": {"vcs": "git"}}, "git+file:///a%20b"),
+    ({"url": "https://host/a%20b.tar.gz", "archive_info": {}}, "https://host/a%20b.tar.gz"),
+])  # fmt: skip
+def test_doctors_command_can_be_pasted(found, given, monkeypatch, tmp_path):
+    from fdistill_kernels.backends import native
+
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "site" / "fdistill_kernels")
+    distribution = SimpleNamespace(read_text=lambda _: json.dumps(found))
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: distribution)
+    assert shlex.split(doctor.build_command())[-1] == given
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "setup.py").touch()
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "a b" / "fdistill_kernels")
+    assert shlex.split(doctor.build_command())[-2:] == ["--editable", str(tmp_path / "a b")]
+
+
+def test_an_editable_install_is_seen_whatever_its_path(monkeypatch, tmp_path):
+    from fdistill_kernels.backends import native
+
+    found = {"url": f"{tmp_path.as_uri()}/a%20b", "dir_info": {"editable": True}}
+    distribution = SimpleNamespace(read_text=lambda _: json.dumps(found))
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: distribution)
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "a b" / "fdistill_kernels")
+    assert doctor._installed() == (str(tmp_path / "a b"), True)
+
+
 def test_doctor_report_is_one_screen(capsys, monkeypatch, tmp_path):
     """All that a bug report needs, whatever the length of logs and variables; and no more of the environment."""
     from fdistill_kernels.backends import native
