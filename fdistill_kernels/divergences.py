@@ -138,7 +138,7 @@ CROSS_ENTROPY = _of_kernel("cross_entropy", "CrossEntropy")
 LK = _of_kernel("lk", "Lk")
 """−log Σ min(p, q) = −log(1 − TVD): minus the log rate of acceptance in speculative decoding (arXiv 2602.23881).
 
-In float32 it is inf, with a zero gradient, where the sum is below 1e-38."""
+Models without a common entry: inf, with a zero gradient."""
 
 
 def _symbol(family: str, parameter: float, limits: dict[float, str]) -> str:
@@ -149,9 +149,9 @@ def _symbol(family: str, parameter: float, limits: dict[float, str]) -> str:
     return family
 
 
-def _parameter(name: str, value: float, low: float, high: float, shown: str) -> float:
+def _parameter(name: str, value: float, low: float, high: float) -> float:
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) and low <= value <= high):
-        raise ValueError(f"{name} must be a number in {shown}, not {value!r}")
+        raise ValueError(f"{name} must be a number in [{low}, {high}], not {value!r}")
     return float(value)
 
 
@@ -162,7 +162,7 @@ def GJS(beta: float = 0.5) -> Divergence:
         ValueError: β is outside [0, 1], or less than 1e-6 from 0 or 1 but not equal to it: there the value goes to 0
             and loses its digits, although it is a whole KL at 0 and 1.
     """
-    beta = _parameter("beta", beta, 0, 1, "[0, 1]")
+    beta = _parameter("beta", beta, 0, 1)
     if 0 < min(beta, 1 - beta) < 1e-6:
         raise ValueError(f"beta must be 0, 1, or at least 1e-6 from both, not {beta!r}: 0 is kl and 1 is rkl")
     return _of_kernel("gjs", _symbol("Gjs", beta, {0.0: "Kl", 1.0: "Rkl"}), beta)
@@ -174,7 +174,7 @@ def SkewKL(lam: float = 0.1) -> Divergence:
     Raises:
         ValueError: λ is outside [0, 1 − 1e-6].
     """
-    lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
+    lam = _parameter("lam", lam, 0, 1 - 1e-6)
     return _of_kernel("skew_kl", _symbol("SkewKl", lam, {0.0: "Kl"}), lam)
 
 
@@ -184,7 +184,7 @@ def SkewRKL(lam: float = 0.1) -> Divergence:
     Raises:
         ValueError: λ is outside [0, 1 − 1e-6].
     """
-    lam = _parameter("lambda", lam, 0, 1 - 1e-6, "[0, 1)")
+    lam = _parameter("lam", lam, 0, 1 - 1e-6)
     return _of_kernel("skew_rkl", _symbol("SkewRkl", lam, {0.0: "Rkl"}), lam)
 
 
@@ -196,7 +196,7 @@ def Alpha(alpha: float = 0.5) -> Divergence:
     Raises:
         ValueError: α is outside [−8, 8].
     """
-    alpha = _parameter("alpha", alpha, -8, 8, "[-8, 8]")
+    alpha = _parameter("alpha", alpha, -8, 8)
     return _of_kernel("alpha", _symbol("Alpha", alpha, {0.0: "Rkl", 1.0: "Kl"}), alpha)
 
 
@@ -206,7 +206,7 @@ def Renyi(alpha: float = 0.5) -> Divergence:
     Raises:
         ValueError: α is outside [1e-3, 8].
     """
-    alpha = _parameter("alpha", alpha, 1e-3, 8, "[0.001, 8]")
+    alpha = _parameter("alpha", alpha, 1e-3, 8)
     return _of_kernel("renyi", _symbol("Renyi", alpha, {1.0: "Kl"}), alpha)
 
 
@@ -219,7 +219,7 @@ def AB(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         ValueError: α or β is outside [−8, 8]; or α, β or α + β is less than 1e-3 from 0 but not 0, where the value
             loses its digits.
     """
-    alpha, beta = _parameter("alpha", alpha, -8, 8, "[-8, 8]"), _parameter("beta", beta, -8, 8, "[-8, 8]")
+    alpha, beta = _parameter("alpha", alpha, -8, 8), _parameter("beta", beta, -8, 8)
     for name, value in (("alpha", alpha), ("beta", beta), ("alpha + beta", alpha + beta)):
         if NEAR < abs(value) < 1e-3:
             raise ValueError(f"{name} must be 0 or at least 1e-3 from it, not {value!r}")
@@ -237,7 +237,7 @@ def ToDi(beta: float = 1.0) -> Divergence:
     Raises:
         ValueError: β is outside [0, 8].
     """
-    return _of_kernel("todi", "Todi", _parameter("beta", beta, 0, 8, "[0, 8]"))
+    return _of_kernel("todi", "Todi", _parameter("beta", beta, 0, 8))
 
 
 def AKL(mu: float = 0.5) -> Divergence:
@@ -249,7 +249,7 @@ def AKL(mu: float = 0.5) -> Divergence:
     Raises:
         ValueError: μ is outside [1e-6, 1 − 1e-6].
     """
-    return _of_kernel("akl", "Akl", _parameter("mu", mu, 1e-6, 1 - 1e-6, "(0, 1)"))
+    return _of_kernel("akl", "Akl", _parameter("mu", mu, 1e-6, 1 - 1e-6))
 
 
 def EntropyGated(tau: float = 0.8) -> Divergence:
@@ -258,20 +258,19 @@ def EntropyGated(tau: float = 0.8) -> Divergence:
     Raises:
         ValueError: τ is outside [0, 1e6].
     """
-    return _of_kernel("entropy_gated", "EntropyGated", _parameter("tau", tau, 0, 1e6, "[0, 1e6]"))
+    return _of_kernel("entropy_gated", "EntropyGated", _parameter("tau", tau, 0, 1e6))
 
 
 def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
     """KL over the teacher's K largest entries and the rest as one entry, plus β times the KL inside the rest.
 
     Entries that tie with the K-th are among the largest. It is kl if K holds the vocabulary, or if β is the teacher's
-    mass of the rest (arXiv 2602.20816). A rest of less than 1e-38 of either model, which float32 does not hold, is
-    empty: the KL inside it counts as 0.
+    mass of the rest (arXiv 2602.20816). Where a model has nothing in the rest, the KL inside it counts as 0.
 
     Raises:
         ValueError: K is not an integer in [1, 2^20], or β is outside [0, 1e6].
     """
-    count, beta = _parameter("k", k, 1, 2**20, "[1, 2**20]"), _parameter("beta", beta, 0, 1e6, "[0, 1e6]")
+    count, beta = _parameter("k", k, 1, 2**20), _parameter("beta", beta, 0, 1e6)
     if not count.is_integer():
         raise ValueError(f"k must be an integer, not {k!r}")
     return _of_kernel("tail_aware", "TailAware", count, 1.0, beta)
@@ -280,13 +279,13 @@ def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
 def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     """α times the KL of label against all other entries, plus β times the KL among the other entries; needs `labels`.
 
-    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679). A rest of less than 1e-38 is empty,
-    as in `TailAware`.
+    Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679). Where a model has nothing but
+    the label, the KL among the others counts as 0.
 
     Raises:
         ValueError: α or β is outside [0, 1e6].
     """
-    alpha, beta = (_parameter(n, x, 0, 1e6, "[0, 1e6]") for n, x in (("alpha", alpha), ("beta", beta)))
+    alpha, beta = (_parameter(n, x, 0, 1e6) for n, x in (("alpha", alpha), ("beta", beta)))
     return _of_kernel("dkd", "Dkd", alpha, 1.0, beta)
 
 

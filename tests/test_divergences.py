@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fdistill_kernels as fk
-from fdistill_kernels.divergences import JEFFREYS, KL, RKL, TABLE
+from fdistill_kernels.divergences import JEFFREYS, KL, PARAMETERS, RKL, TABLE
 from fdistill_kernels.own import ALIASES, resolve
 from fdistill_kernels.reference import f_divergence_rows
 
@@ -358,9 +358,18 @@ def test_generator_is_given_once():
 
 @pytest.mark.parametrize(
     "make, message",
-    [(lambda: fk.GJS(1.5), r"beta must be a number in \[0, 1\]"), (lambda: fk.SkewKL(1.0), r"lambda .* \[0, 1\)"),
-     (lambda: fk.SkewRKL(-0.1), "lambda"), (lambda: fk.Alpha(math.nan), "alpha")],
+    [(lambda: fk.GJS(1.5), r"beta must be a number in \[0, 1\]"), (lambda: fk.SkewKL(1.0), r"lam .* \[0, 0.999999\]"),
+     (lambda: fk.SkewRKL(-0.1), "lam"), (lambda: fk.Alpha(math.nan), "alpha")],
 )  # fmt: skip
 def test_parameters_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("family, name", [(f, n) for f, (_, names) in PARAMETERS.items() for n in names if f != "csd"])
+def test_a_parameters_message_has_its_name_and_its_range(family, name):
+    make = PARAMETERS[family][0]
+    with pytest.raises(ValueError, match=f"^{name} must be a number in ") as refused:
+        make(**{name: 1e9})
+    for bound in re.search(r"\[(.+), (.+)\]", str(refused.value)).groups():
+        make(**{name: float(bound)})

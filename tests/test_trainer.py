@@ -906,7 +906,7 @@ def test_names_with_parameters():
     assert resolve("ab=0.3,0.9") == resolve("ab(0.3, 0.9)") == AB(0.3, 0.9)
     for text, words in (("kl=1", "kl takes no parameter"), ("alpha=1,2", "alpha takes alpha, not 1,2"),
                         ("alpha=0.3x", "alpha takes alpha as numbers"), ("alpah=1", "did you mean"),
-                        ("skew_kl=2", "lambda must be")):  # fmt: skip
+                        ("skew_kl=2", "lam must be")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             resolve(text)
 
@@ -979,7 +979,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(divergence="kl", shares="gold:1"), "shares must be as in"),
     (dict(divergence="kl", shares="divergence=1"), "shares have unknown sources ['divergence']"),
     (dict(divergence="kl", shares="gold=0.3,gold=0.7"), "shares must be as in"),
-    (dict(divergence="skew_kl=1"), "lambda must be"),
+    (dict(divergence="skew_kl=1"), "lam must be"),
     (dict(temperature=0.0), "temperature must be in [1e-18, 1e+18], not 0.0"),
     (dict(temperature=1e30), "temperature must be in [1e-18, 1e+18], not 1e+30"),
     (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"bad": 1}), "gradient_checkpointing_kwargs={'bad': 1}: "),
