@@ -469,7 +469,7 @@ def log_probs(
     chunk_bytes: int | None = None,
     backend: str = "auto",
     shard: VocabShard | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """``log q(ids)`` of q = softmax(logits/T), and q's entropy, differentiable; the logits never exist all at once.
 
     Args:

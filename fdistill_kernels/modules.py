@@ -15,7 +15,9 @@ from .checks import check_choice, check_number, check_reduction
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
 from .own import resolve
+from .sparse import TopK
 from .tokens import TEMPERATURES
+from .values import Head, Hidden, Logits, RowFunction
 
 #: Settings that no batch decides are checked at once.
 CHECKED: dict[str, Callable[[Any], Any]] = {
@@ -63,8 +65,9 @@ class FDivergenceLoss(_Loss):
         self.printed = str(self.divergence)
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **batch: Any
-    ) -> Any:
+        self, student_logits: Tensor | Logits, teacher_logits: Tensor | Logits | TopK, labels: Tensor | None = None,
+        **batch: Any,
+    ) -> Any:  # fmt: skip
         """The loss of both models' logits (..., V); `batch`: more keyword arguments of `f_divergence`."""
         return f_divergence(
             student_logits, teacher_logits, self.divergence, labels=labels, **{**self.settings, **batch}
@@ -85,7 +88,7 @@ class CrossEntropyLoss(_Loss):
         super().__init__(cross_entropy, settings)
         self.register_buffer("weight", weight)
 
-    def forward(self, input: Tensor, target: Tensor, **batch: Any) -> Any:
+    def forward(self, input: Tensor | Logits, target: Tensor, **batch: Any) -> Any:
         """The loss of logits (N, C, ...) and a target; `batch`: more keyword arguments of `cross_entropy`."""
         return cross_entropy(input, target, **{"weight": self.weight, **self.settings, **batch})
 
@@ -104,7 +107,8 @@ class LinearFDivergenceLoss(_Loss):
         self.printed = str(self.divergence)
 
     def forward(
-        self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Any, teacher_weight: Tensor | None = None,
+        self, student_hidden: Tensor, student_weight: Tensor | Head,
+        teacher_hidden: Tensor | Hidden | Logits | TopK | RowFunction, teacher_weight: Tensor | Head | None = None,
         labels: Tensor | None = None, **batch: Any,
     ) -> Any:  # fmt: skip
         """The loss of both models' hidden states (..., D) and heads (V, D); `batch`: more keyword arguments."""
@@ -128,6 +132,6 @@ class LinearCrossEntropyLoss(_Loss):
         super().__init__(linear_cross_entropy, settings)
         self.register_buffer("weight", weight)
 
-    def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **batch: Any) -> Any:
+    def forward(self, input: Tensor, linear_weight: Tensor | Head, target: Tensor, **batch: Any) -> Any:
         """The loss of hidden states (..., D), a head (V, D) and a target; `batch`: more keyword arguments."""
         return linear_cross_entropy(input, linear_weight, target, **{"weight": self.weight, **self.settings, **batch})

@@ -1,5 +1,6 @@
 """Every keyword of the public functions, the operators, and the message of every misuse."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -170,6 +171,17 @@ def test_cross_entropy_is_a_drop_in(shape, reduction, weighted, smoothing, backe
     ours, theirs = fk.cross_entropy(logits, target, backend=backend, **args), F.cross_entropy(logits, target, **args)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits)[0] for x in (ours, theirs)))
+
+
+@pytest.mark.parametrize(("module", "function"), [
+    (fk.FDivergenceLoss, fk.f_divergence), (fk.CrossEntropyLoss, fk.cross_entropy),
+    (fk.LinearFDivergenceLoss, fk.linear_f_divergence), (fk.LinearCrossEntropyLoss, fk.linear_cross_entropy),
+])  # fmt: skip
+def test_modules_are_typed_as_their_functions(module, function):
+    """A list, or a `Head`, may be given to a module, too."""
+    *ours, _ = list(inspect.signature(module.forward).parameters.values())[1:]
+    theirs = inspect.signature(function).parameters
+    assert [p.annotation for p in ours] == [theirs[p.name].annotation for p in ours]
 
 
 def test_modules(backend):
