@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import fdistill_kernels as fk
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.data import tokenize
 from fdistill_kernels.sequence.options import BY_LENGTH, DEFAULTS, KINDS
@@ -61,6 +63,22 @@ def test_files_are_taken_and_every_option_of_ours_is_on_the_page():
     }  # fmt: skip
     assert words.keys() == DEFAULTS.keys() and [name for name, said in words.items() if said not in told] == []
     assert DEFAULTS["max_steps"] == 1000 and DEFAULTS["learning_rate"] == 1e-4 and DEFAULTS["eval_steps"] == 0.25
+
+
+def test_distillkits_missing_probabilities_are_the_tails_that_the_page_names():
+    """Its losses of a list, of distillkit/lossfuncs/kl.py."""
+    named = dict(re.findall(r"`(\w+)` is the tail `(\w+)`", PAGES["docs/trainer.md"]))
+    student, teacher = torch.randn(2, 4, 60).unbind()
+    log_p, ids = teacher.log_softmax(-1).topk(5)
+    log_q = student.log_softmax(-1).gather(-1, ids)
+    whole = log_p - log_p.logsumexp(-1, keepdim=True)
+    rest_p, rest_q = (1 - x.exp().sum(-1) for x in (log_p, log_q))
+    theirs = {"zero": (whole.exp() * (whole - log_q)).sum(-1),
+              "symmetric_uniform": (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()}  # fmt: skip
+    for handling, loss in theirs.items():
+        ours = fk.f_divergence(student, fk.TopK(ids, log_p, named.pop(handling)), "kl", reduction="none")
+        torch.testing.assert_close(ours, loss)
+    assert not named
 
 
 def test_rows_are_taken(tmp_path):
