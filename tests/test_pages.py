@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import pkgutil
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import fdistill_kernels as fk
-from fdistill_kernels.integrations.transformers import causal_loss
 
 from .openai_server import Server
 from .pages import PAGES, blocks
@@ -29,10 +29,10 @@ OF_THEIR_OWN = {"from": "test_from.py"}
 
 @contextlib.contextmanager
 def common(tmp_path):
-    """Logits, hidden states and heads of both models, and labels."""
+    """Logits, hidden states and heads of both models, and labels; what is of a package, a page imports."""
     made = {whose + kind: torch.randn(*shape) for whose in ("student", "teacher")
             for kind, shape in (("", (N, V)), ("_logits", (N, V)), ("_hidden", (N, D)), ("_head", (V, D)))}  # fmt: skip
-    names = dict(torch=torch, F=F, fk=fk, labels=torch.arange(N), hidden=torch.randn(N, D), head=torch.randn(V, D),
+    names = dict(labels=torch.arange(N), hidden=torch.randn(N, D), head=torch.randn(V, D),
                  logits=torch.randn(N, V), **made)  # fmt: skip
     for name in ("student", "student_logits", "student_hidden", "hidden", "head", "logits"):
         names[name].requires_grad_()
@@ -60,17 +60,13 @@ def check_teachers(names):
 
 @contextlib.contextmanager
 def one_rank(tmp_path):
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
-    from torch.distributed.fsdp import fully_shard
-
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = llama()
         logits, hidden, head = (1, N, V), (1, N, model.config.hidden_size), (V, model.config.hidden_size)
         yield dict(
-            dist=torch.distributed, fk=fk, world=1, all_gather_tensor_autograd=all_gather_tensor_autograd,
-            head=torch.randn(head, requires_grad=True), hidden_here=torch.randn(hidden),
-            group=torch.distributed.group.WORLD, model=model, fully_shard=fully_shard, input_ids=torch.arange(N)[None],
+            world=1, head=torch.randn(head, requires_grad=True), hidden_here=torch.randn(hidden),
+            group=torch.distributed.group.WORLD, model=model, input_ids=torch.arange(N)[None],
             labels=torch.arange(N)[None], student_logits_here=torch.randn(logits, requires_grad=True),
             teacher_logits_here=torch.randn(logits), hidden=torch.randn(hidden), teacher_hidden=torch.randn(hidden),
             head_here=torch.randn(head, requires_grad=True), teacher_head_here=torch.randn(head), teacher_head=torch.randn(head),
@@ -94,10 +90,9 @@ def integrations(tmp_path):
         tokenizer_object=Tokenizer(words), eos_token="</s>", pad_token="</s>"
     )
     yield dict(
-        torch=torch, F=F, fk=fk, x=ids, ids=ids, labels=ids, model=other, student=student, teacher=teacher, data=data,
+        x=ids, ids=ids, labels=ids, model=other, student=student, teacher=teacher, data=data,
         logits=torch.randn(2, N, V, requires_grad=True), hidden=hidden["student_hidden"], lm_head=student.lm_head,
-        Trainer=transformers.Trainer, args=arguments, causal_loss=causal_loss, tokenizer=tokenizer,
-        LightningModule=torch.nn.Module, conversations=[], **hidden,
+        args=arguments, tokenizer=tokenizer, conversations=[], **hidden,
     )  # fmt: skip
 
 
@@ -116,6 +111,7 @@ OF_PAGES = {"teachers": (teachers, check_teachers), "sharded": (one_rank, None),
 def test_a_page_runs(page, tmp_path, monkeypatch):
     """Block after block; what a block defines the next ones know, but what is given is given anew."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=torch.nn.Module))
     make, check = OF_PAGES.get(page, (common, None))
     with make(tmp_path) as given:
         names = {"__name__": page}
