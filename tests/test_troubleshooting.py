@@ -4,7 +4,9 @@ import ast
 import re
 
 import pytest
+import torch
 
+import fdistill_kernels as fk
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
 from .pages import PAGES, ROOT
@@ -54,6 +56,16 @@ def test_every_message_is_of_the_sources():
 )
 def test_a_message_that_is_not_is_found(message):
     assert not is_said(message)
+
+
+def test_the_page_names_the_divergences_that_are_infinite():
+    text = re.search(r"\*\*The loss is `inf`.*?The usual", PAGES["troubleshooting"], re.DOTALL)[0]
+    named = [set(re.findall(r"\w+", group)) for group in re.findall(r"\(([^)]*)\)", text)]
+    finite = torch.zeros(1, 20)
+    impossible = torch.where(torch.arange(20) == 3, -torch.inf, finite)
+    labels = torch.zeros(1, dtype=torch.long)
+    for names, (student, teacher) in zip(named, ((finite, impossible), (impossible, finite)), strict=True):
+        assert names == {d for d in fk.TABLE if fk.f_divergence(student, teacher, d, labels=labels).isinf()}
 
 
 def test_every_setting_that_is_quoted_exists():
