@@ -1,6 +1,6 @@
 """Two tensor-parallel by two data-parallel processes beside one: the same curve, to rounding.
 
-python -m benchmarks.cluster_demo --out benchmarks/results/cluster_demo.json
+    python -m benchmarks.cluster_demo --out benchmarks/results/cluster_demo.json
 
 A teacher learns Python's language reference (`fdistill_kernels.demo`); a Llama student, its head's vocabulary split
 over "tp" and its rows over "fsdp", is distilled by js on gold text, in float64. Exit status 1 where a loss or a weight
@@ -101,10 +101,10 @@ def _process(rank: int, world: int, port: int, folder: Path, steps: int) -> None
 
 def main() -> int:
     """Both runs; 0 where they agree."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=written, help="the result file")
-    parser.add_argument("--steps", type=count, default=40)
-    parser.add_argument("--teacher-steps", type=count, default=60)
+    parser.add_argument("--steps", type=count, default=40, help="of the student's training; default: 40")
+    parser.add_argument("--teacher-steps", type=count, default=60, help="of the teacher's training; default: 60")
     args, started = parser.parse_args(), time.perf_counter()
     text = demo.tokenize(demo.read_text(None))
     teacher = demo.Stage("teacher", llama(demo.VOCABULARY, 0, SIZES["teacher"]), args.teacher_steps, demo.label_loss)

@@ -232,7 +232,7 @@ def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=written)
+    parser.add_argument("--out", type=written, help="the result file; default: none")
     args = parser.parse_args()
     table = measured()
     for name, entry in table.items():

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fdistill_kernels.bench import floor_seconds
+from fdistill_kernels.options import written
 from fdistill_kernels.provenance import provenance, versions
 
 PEERS = ("triton", "liger-kernel", "orda-kernel", "quack-kernels", "trl", "numpy")
@@ -33,11 +34,11 @@ WRONG = 2e-2  # of a bfloat16 gradient, by norm
 
 def arguments(description: str | None, who: list[str]) -> argparse.Namespace:
     """Whose losses, where to, and how much: the benchmarks' command line."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--who", choices=who, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", action="store_true")
-    parser.add_argument("--dry", action="store_true")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--who", choices=who, required=True, help="whose losses")
+    parser.add_argument("--out", type=written, required=True, help="the result file")
+    parser.add_argument("--first", action="store_true", help="what matters most alone")
+    parser.add_argument("--dry", action="store_true", help="toy shapes, on any machine")
     return parser.parse_args()
 
 

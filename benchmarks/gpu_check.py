@@ -153,7 +153,7 @@ def main() -> None:
         metavar="RESULTS",
         help="folder for result files, check.log, check.json (default: benchmarks/results)",
     )
-    parser.add_argument("--first", action="store_true", help="what matters most on a card never seen, in eight minutes")
+    parser.add_argument("--first", action="store_true", help="what matters most on a GPU never seen, in eight minutes")
     parser.add_argument("--dry", action="store_true", help="toy shapes on a CPU, to know that all this works")
     parser.add_argument("--minutes", type=float, help="for everything (default: 9, with --first 8)")
     parser.add_argument("--only", nargs="+", help="steps to run, by name", metavar="STEP")

@@ -39,7 +39,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Te
 def main() -> None:
     """Measures, and writes a result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=written, required=True)
+    parser.add_argument("--out", type=written, required=True, help="the result file")
     out = parser.parse_args().out
     torch.set_num_threads(1)
     student, teacher = make_logits(SHAPE, torch.float32)

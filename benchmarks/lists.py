@@ -163,8 +163,8 @@ def draw(lists: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--errors", action="store_true")
+    parser.add_argument("--cost", action="store_true", help="time, beside cross-entropy")
+    parser.add_argument("--errors", action="store_true", help="of loss and gradient, beside the whole teacher")
     parser.add_argument("--steps", type=count, default=320, help="of the teacher's training; default: 320")
     args = parser.parse_args()
     if not (args.cost or args.errors):

@@ -669,8 +669,8 @@ def examined(number: Numbers, document: str) -> tuple[str, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 after printing what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write the documents' texts again")
+    parser.add_argument("--check", action="store_true", help="fail where a number differs, or has no source")
     args = parser.parse_args(arguments)
     number, wrong = Numbers(), []
     for document in DOCUMENTS:

@@ -87,9 +87,10 @@ def measure(name: str, folder: Path, sequences: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=written, default=Path(__file__).parent / "results" / "stores.json")
-    parser.add_argument("--sequences", type=count, default=128)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=written, default=Path(__file__).parent / "results" / "stores.json",
+                        help="the result file; default: benchmarks/results/stores.json")  # fmt: skip
+    parser.add_argument("--sequences", type=count, default=128, help="how many of 512 tokens; default: 128")
     args = parser.parse_args()
     torch.manual_seed(0)
     found = []

@@ -101,7 +101,7 @@ def measured(who: str, source: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=count, default=8)
+    parser.add_argument("--steps", type=count, default=8, help="of each; default: 8")
     parser.add_argument("--one", nargs=2, metavar=("WHO", "SEQUENCES"), help="in this process, to the standard output")
     parser.add_argument("--write", action="store_true", help=f"keep the rows in {RESULTS.name}")
     args = parser.parse_args()

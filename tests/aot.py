@@ -343,8 +343,8 @@ def measure(workers=2, part=False):
 def main():
     """Prints the table; with --json prints it as JSON and leaves the committed one alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--part", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, and leave the committed table alone")
+    parser.add_argument("--part", action="store_true", help="a part of the variants, with --json")
     args = parser.parse_args()
     if args.part and not args.json:
         parser.error("--part is of --json: a table has every variant")

@@ -1,5 +1,7 @@
 """The commands of benchmarks and tests: what they take is known before they begin."""
 
+import ast
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -31,6 +33,10 @@ def ended(module, arguments, monkeypatch, capsys):
 def test_commands_help_and_refuse_what_they_do_not_know(module, monkeypatch, capsys):
     status, said = ended(module, ["--help"], monkeypatch, capsys)
     assert status == 0 and said.startswith("usage: ") and "--help" in said
+    without = re.findall(r"^  (?:-\S+|[a-z]+)(?: \S+| \{.*\})*\n(?! {6})", f"{said}\n", re.MULTILINE)
+    assert not without and "default: None" not in said, without
+    told = ast.get_docstring(ast.parse(FILES[MODULES.index(module)].read_text()), clean=False)
+    assert set(told.splitlines()) <= set(said.splitlines()), "as it is written, its commands on lines of their own"
     given = ["--out", "nowhere", "--data", "nowhere", "--who", "peers"] if "--out" in said else []
     given = [x for option in zip(given[::2], given[1::2], strict=True) if option[0] in said for x in option]
     for unknown in (["--no-such-option"], ["folder", "no-such-argument"]):

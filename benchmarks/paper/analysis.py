@@ -337,8 +337,8 @@ def analyse(out: Path, draws: int = DRAWS) -> str:
 def main() -> int:
     """0, or 2 where nothing can be said yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--publish", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--publish", action="store_true", help="into benchmarks/results and the documents, too")
     args = parser.parse_args()
     try:
         print(analyse(args.out))

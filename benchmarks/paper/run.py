@@ -12,6 +12,7 @@ are complete.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import gc
@@ -44,10 +45,10 @@ class Arguments:
 
     data: str = field(metadata={"help": "folder of gettext_en_ro.{train,dev,test}.tsv.gz"})
     out: str = field(metadata={"help": "the run's folder"})
-    size: str = field(default="cpu", metadata={"help": f"of {', '.join(SIZES)}", "choices": list(SIZES)})
+    size: str = field(default="cpu", metadata={"help": "of models and data; default: cpu", "choices": list(SIZES)})
     seeds: int | None = field(default=None, metadata={"help": "students of every arm; default: the size's"})
-    processes: int = field(default=2, metadata={"help": "workers of one thread each"})
-    watch: bool = field(default=False, metadata={"help": "only look on"})
+    processes: int = field(default=2, metadata={"help": "workers of one thread each; default: 2"})
+    watch: bool = field(default=False, metadata={"help": "only look on at a run that is under way"})
 
     def __post_init__(self) -> None:
         for name in ("seeds", "processes"):
@@ -159,7 +160,7 @@ def _share(experiment: Experiment, name: str) -> float:
 
 def main() -> int:
     """0; 1 where a stage failed, 2 for a folder of another run."""
-    parser = HfArgumentParser(Arguments, description=__doc__.partition("\n")[0])
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     try:
         (arguments,) = parser.parse_args_into_dataclasses()
     except ValueError as error:

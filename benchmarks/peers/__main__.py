@@ -25,13 +25,14 @@ from .measure import DIVERGENCES, errors_by_scale, losses, measured
 def main() -> None:
     """Measures all losses and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=written, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--shape", type=as_shape, default=(1024, 32000), metavar="N,V")
+    parser.add_argument("--out", type=written, required=True, help="the result file")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--shape", type=as_shape, default=(1024, 32000), metavar="N,V",
+                        help="rows and vocabulary; default: 1024,32000")  # fmt: skip
     parser.add_argument("--depth", type=count, default=512, help="features of the hidden states")
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=DIVERGENCES)
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
+    parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=DIVERGENCES, help="default: all")
     parser.add_argument("--seconds", type=float, default=1.0, help="for how long each loss is timed")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
