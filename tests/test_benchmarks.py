@@ -66,3 +66,11 @@ def test_a_result_file_s_folder_is_there_before_anything_is_measured(of, tmp_pat
 def test_commands_that_would_do_nothing_or_half_say_so(module, arguments, monkeypatch, capsys):
     status, said = ended(module, arguments, monkeypatch, capsys)
     assert status == 2 and (said.rstrip().endswith("or both") or "--part is of --json" in said)
+
+
+def test_no_run_is_no_run_to_look_on_at(tmp_path, monkeypatch, capsys):
+    """Where it would wait for ever, and make the folder."""
+    nowhere = tmp_path / "nowhere"
+    arguments = ["--watch", "--data", str(tmp_path), "--out", str(nowhere)]
+    status, said = ended("benchmarks.paper.run", arguments, monkeypatch, capsys)
+    assert status == 2 and f"{nowhere} holds no run" in said and not nowhere.exists()

@@ -166,6 +166,8 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     if arguments.watch:
+        if not Path(arguments.out, "run.json").is_file():
+            parser.error(f"--watch: {arguments.out} holds no run")
         watch(arguments, [])
         return 0
     try:
