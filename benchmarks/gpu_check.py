@@ -164,7 +164,7 @@ def main() -> None:
     if unknown := [name for name in args.only or () if name not in known]:
         parser.error(f"--only: no step {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
     if not (args.dry or torch.cuda.is_available()):  # tests without a card are skipped, which is no failure
-        parser.error("torch finds no card here; --dry takes toy shapes on a CPU")
+        parser.error("torch finds no GPU here; --dry takes toy shapes on a CPU")
     minutes = args.minutes if args.minutes is not None else 8 if args.first else 9
     if not minutes > 0:
         parser.error(f"--minutes must be positive, not {minutes:g}")

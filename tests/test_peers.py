@@ -35,8 +35,7 @@ def test_means_the_same_as_ours(peer):
             beside.ok
             and beside.reason
             and any(
-                why in beside.reason
-                for why in ("need a card", "No module named", "no attribute 'linear_cross_entropy'")
+                why in beside.reason for why in ("need a GPU", "No module named", "no attribute 'linear_cross_entropy'")
             )
         )
     else:
@@ -115,7 +114,7 @@ def test_reasons():
 
     assert Peer("nosuch", "rows", "kl", nowhere).why_not("cpu") == "ModuleNotFoundError: No module named 'nosuch'"
     quack = [peer for form in ("rows", "linear") for peer in found(form, "labels") if peer.name == "quack"]
-    assert [peer.why_not("cpu") for peer in quack] == 2 * ["its kernels need a card"]
+    assert [peer.why_not("cpu") for peer in quack] == 2 * ["its kernels need a GPU"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,7 @@ def test_the_benchmark_writes_a_file(tmp_path, monkeypatch):
     assert {"device", "commit", "dirty", "command", "versions", "torch"} <= set(content)
     assert {(r["what"], r["form"]) for r in content["results"]} >= {("fdistill", "rows"), ("eager", "rows")}
     assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 and len(r["errors"]) == 4 for r in content["results"])
-    assert any(left["what"] == "quack" and "card" in left["why"] for left in content["left_out"])
+    assert any(left["what"] == "quack" and "GPU" in left["why"] for left in content["left_out"])
 
     (tmp_path / numbers.RESULTS).mkdir(parents=True)  # and docs/performance.md has a table of it
     (tmp_path / numbers.RESULTS / numbers.PEERS).write_text(json.dumps(content | {"commit": "c0ffee", "dirty": False}))
@@ -162,7 +161,7 @@ def test_verify_peers(capsys, monkeypatch):
     assert cli.main(["verify", "--peers", "--shape", "4,300", "--divergence", "tvd", "dkd"]) == 0
     out = capsys.readouterr().out
     same, other, not_run = map(int, re.findall(r"(\d+) (?:mean|do not|cannot)", out))
-    assert same >= 3 and other == 0 and not_run >= 1 and "its kernels need a card" in out
+    assert same >= 3 and other == 0 and not_run >= 1 and "its kernels need a GPU" in out
     monkeypatch.setattr("fdistill_kernels.peers.found", lambda *_: [changed(lambda loss, s, t: 2 * loss(s, t))])
     assert cli.main(["verify", "--peers", "--shape", "4,300", "--divergence", "kl", "--json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)

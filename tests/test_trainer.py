@@ -522,7 +522,7 @@ def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
 
 
 def test_a_way_over_ranks_that_is_refused_refuses_no_other_run(tmp_path):
-    told = r"in distributed training|FSDP is for cards|no available devices|FullySharded"  # by versions
+    told = r"in distributed training|FSDP is for GPUs|no available devices|FullySharded"  # by versions
     with pytest.raises((ValueError, RuntimeError, TypeError), match=told):
         trainer(tmp_path, gpt2(60), gpt2(60), method="kl", fsdp="full_shard")
     trainer(tmp_path, gpt2(60), gpt2(60), method="kl")

@@ -76,7 +76,7 @@ class Peer:
     def why_not(self, device: str) -> str | None:
         """The reason why the loss cannot run on a device, or None if it can."""
         if not _serves(self.where, device):
-            return "its kernels need a card"
+            return "its kernels need a GPU"
         try:
             _ = self.loss
         except Exception as error:  # other libraries raise all kinds of errors when they, or parts of them, are missing
@@ -85,7 +85,7 @@ class Peer:
 
     def why_not_timed(self, device: str) -> str | None:
         """The reason why the loss cannot be timed on a device, or None if it can."""
-        fallback = "compared, but not timed: its kernels need a card, and a fallback in plain torch took the call"
+        fallback = "compared, but not timed: its kernels need a GPU, and a fallback in plain torch took the call"
         return self.why_not(device) or (None if _serves(self.timed, device) else fallback)
 
 

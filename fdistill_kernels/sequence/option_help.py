@@ -38,7 +38,7 @@ HELP = {
     "dtype": "dtype of the student's weights, which the optimizer updates; auto: as in its files",
     "teacher_dtype": "dtype of the teacher's weights; auto: as in its files",
     "attn_implementation": "attention of both models: sdpa, flash_attention_2, eager, ...; default: transformers' own",
-    "device_map": "device map of the teacher; auto spreads it over all cards; default: the student's device",
+    "device_map": "device map of the teacher; auto spreads it over all GPUs; default: the run's one device",
     "revision": "branch, tag or commit of the --student on the hub; default: its main branch",
     "teacher_revision": "branch, tag or commit of the teacher on the hub; default: its main branch",
     "trust_remote_code": "run the code that comes with a model or its tokenizer",

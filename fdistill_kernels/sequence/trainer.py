@@ -183,7 +183,7 @@ class FDistillTrainer(UpdatingTrainer):
     def _check_accelerator(self) -> None:
         """Raises ValueError for ways to share work between ranks that this trainer does not go."""
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
-            raise ValueError("accelerate's FSDP is for cards, and would leave a CPU's models whole: take DDP, or load "
+            raise ValueError("accelerate's FSDP is for GPUs, and would leave a CPU's models whole: take DDP, or load "
                              "the model with a DistributedConfig")  # fmt: skip
         for name in ("cp_size", "sp_size"):
             if (size := getattr(getattr(self.accelerator, "parallelism_config", None), name, 1)) > 1:
