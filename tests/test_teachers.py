@@ -714,7 +714,7 @@ def test_a_damaged_store_is_built_again_and_one_that_lacks_sequences_says_so_at_
     told = capsys.readouterr().err
     assert "of eval_dataset (labels: 1) are not in the store" in told and "which was built of data" in told
     command(*changed_call(train, "--limit", "30"), "--data", data, "--output-dir", tmp_path / "run2", expect=2)
-    assert "no teacher samples for these prompts" in capsys.readouterr().err
+    assert "no teacher samples for these prompts; it was built of data" in capsys.readouterr().err
     command(*train[:-1], "seqkd", "--data", data, "--output-dir", tmp_path / "run2", expect=2)
     told = capsys.readouterr().err
     assert "no teacher beams for these prompts" in told and "sequences gold,teacher" in told

@@ -73,7 +73,8 @@ class TeacherSamples:
         except (OSError, ValueError, KeyError) as error:
             told = ("data", "limit", "eval_data", "eval_pairs", "sequences")
             kind = folder.name.partition("-")[0].replace("_", " ")  # teacher samples, or teacher beams
-            raise ValueError(f"{folder.parent} holds no {kind} for these prompts ({error}); it was built of "
+            why = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+            raise ValueError(f"{folder.parent} holds no {kind} for these prompts{why}; it was built of "
                              + ", ".join(f"{n} {job[n]}" for n in told if n in job)) from error  # fmt: skip
         decided = {"data", "prompts", "seed", "teacher", *sampling.decided()}
         return cls(folder, prompts, sampling, known["teacher"], known["seed"],
