@@ -295,7 +295,7 @@ def _matrix() -> list[tuple[str, ...]]:
     """The versions that were tested together, under their header, with the result of each row."""
     lines = [line for line in (ROOT / "tests/MATRIX.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
-    return [(*row[1:-2], row[-2].partition(",")[0]) for row in cells]
+    return [(*row[1:-2], ", ".join(row[-2].split(", ")[:2])) for row in cells]
 
 
 def versions(number: Numbers) -> str:

@@ -1,6 +1,7 @@
 """The documents' measured numbers are those of the result files, and no other number with a unit stands in them."""
 
 import json
+import re
 
 import pytest
 
@@ -46,3 +47,8 @@ def test_a_file_says_where_it_is_from(kind, missing, monkeypatch, tmp_path):
     else:
         with pytest.raises(SystemExit, match=r"a\.json does not say"):
             numbers.Numbers().file("a.json")
+
+
+def test_the_table_of_versions_has_what_failed():
+    failed = re.findall(r"(\d+ passed, \d+ failed)", (numbers.ROOT / "tests/MATRIX.md").read_text())
+    assert failed and [row[-1] for row in numbers._matrix()[1:]] == failed
