@@ -93,7 +93,8 @@ def is_plain(head: Any) -> bool:
         return all(map(is_plain, (head.original_module, *head.modules_to_save.values())))
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return False
-    own = vars(head).get("_old_forward", vars(head).get("forward"))  # set on the instance; accelerate's keeps the first
+    here = head.__dict__  # not vars(), which Dynamo of torch 2.8 does not know
+    own = here.get("_old_forward", here.get("forward"))  # set on the instance; accelerate's keeps the first
     if own is not None and is_user_s(own):  # tensor parallelism's is the product
         return False
     weight: Any = head.weight  # a DTensor is FSDP's, or `is_split`; other subclasses are quantised

@@ -373,3 +373,11 @@ def test_misuse_is_a_clear_error(name):
     call, message = MISUSES[name]
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_compiled_of_an_empty_batch_of_any_strides():
+    logits = torch.zeros(2, 0, 300).as_strided((2, 0, 300), (1, 1, 0)).requires_grad_()  # which a compiler leaves so
+    for loss in (lambda z: fk.log_sum_exp(z).sum(), lambda z: fk.f_divergence(z, z.detach(), "js")):
+        found = torch.compile(loss, backend="aot_eager", fullgraph=True)(logits)
+        (gradient,) = torch.autograd.grad(found, logits)
+        assert found == 0 and gradient.shape == logits.shape

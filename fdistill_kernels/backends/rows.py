@@ -274,7 +274,7 @@ class RowCall(NamedTuple):
             raise ValueError(f"student is {student.dtype} on {student.device}, teacher {rows.dtype} on {rows.device}")
         if {student.layout, rows.layout} != {torch.strided}:
             raise ValueError(f"student is {student.layout}, teacher {rows.layout}: both must be dense tensors")
-        if student.shape[2] > 1 and (student.stride(2) != 1 or rows.stride(2) != 1):
+        if student.shape[2] > 1 and student.numel() and (student.stride(2) != 1 or rows.stride(2) != 1):
             raise ValueError("student and teacher must be dense in V")
         listed = self.targets.ids is not None
         if teacher is None and not listed and (self.terms.divergence is not None or self.terms.labels is None):
