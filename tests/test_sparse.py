@@ -515,6 +515,19 @@ def test_a_student_that_is_no_number(tail, backend):
 
 
 @pytest.mark.filterwarnings("ignore:tail='ignore'")
+@pytest.mark.parametrize("divergence", ALL, ids=names)
+def test_a_student_that_is_no_number_beside_a_list_of_zeros(divergence):
+    student, (ids, log_probs) = logits_of(29), listed(logits_of(30), 5)
+    student[1, 7] = math.nan
+    log_probs[1] = -math.inf
+    student.requires_grad_()
+    teacher, labels = fk.TopK(ids, log_probs, "ignore"), torch.zeros(len(student), dtype=torch.long)
+    loss = fk.f_divergence(student, teacher, divergence, labels=labels, ce_weight=0.0, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.isnan().nonzero().tolist() == [[1]] and gradient.isnan().any(1).nonzero().tolist() == [[1]]
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
 def test_what_neither_model_has_is_nothing_however_it_weighs():
     student, (ids, log_probs) = logits_of(31).requires_grad_(), listed(logits_of(32), 5)
     ids[:, 2:] = -1

@@ -329,7 +329,9 @@ def _truncated(
         listed, counts, place = ids.clone() >= 0, live & (scale != 0), None if labels is None else labels.clone()
         z = torch.where(counts.unsqueeze(1), z, 0).requires_grad_(wanted)
         log_q = z.log_softmax(1)[:, :-1]
-        losses = torch.where(counts, scale * _sums(divergence, log_p[:, :-1], log_q, listed, weights, place), 0)
+        sums = _sums(divergence, log_p[:, :-1], log_q, listed, weights, place)
+        sums = torch.where(log_q.isnan().any(1), log_q.sum(1), sums)  # a NaN student's, where all of a list is 0, too
+        losses = torch.where(counts, scale * sums, 0)
         gradient = torch.autograd.grad(losses.sum(), z)[0] if wanted else torch.zeros_like(z)
     return losses.detach().to(student.dtype), torch.where(counts.unsqueeze(1), gradient, 0).to(student.dtype)
 
