@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks
 from .backends import cpu
@@ -76,8 +76,23 @@ def empty(like: Tensor, *sizes: int) -> Tensor:
     return cpu.empty(like, *sizes) if _native(like) else like.new_empty(sizes)
 
 
+BLOCK = 32  # entries of a row that oneDNN's narrow products take at once
+
+
+def in_blocks(rows: Tensor) -> Tensor:
+    """The same rows (n, any), of a narrow dtype on a CPU with zeros behind each of them to a whole number of blocks.
+
+    oneDNN multiplies what is behind a row by 0 where AMX makes the product (oneDNN issue 5717): were that the next row
+    or unwritten memory, a NaN there would be in the product.
+    """
+    if rows.device.type != "cpu" or rows.itemsize > 2 or rows.shape[1] % BLOCK == 0:
+        return rows
+    return nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))[:, : rows.shape[1]]
+
+
 def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
     """``out = scale·hidden weightᵀ + bias``: (n, D) to (n, V), before any cap; computed in hidden's dtype."""
+    hidden = in_blocks(hidden)
     if out.dtype != hidden.dtype:
         exact = torch.empty(out.shape, dtype=hidden.dtype, device=out.device)
         logits_(hidden, head, exact)
@@ -94,7 +109,7 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
     """What `logits_` makes, as a new tensor; in a graph by operations that it can hold."""
     if checks.traced():
         bias = hidden.new_zeros(1) if head.bias is None else head.bias
-        return torch.addmm(bias, hidden, head.weight.t(), alpha=head.scale)
+        return torch.addmm(bias, in_blocks(hidden), head.weight.t(), alpha=head.scale)
     out = hidden.new_empty(hidden.shape[0], head.weight.shape[0])
     logits_(hidden, head, out)
     return out
@@ -108,7 +123,7 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, scale: float) -> Tensor:
         _run("hidden_gradient", gradient, weight, float(scale), sums.flatten(0, 1), parts)
         return sums.sum(0)
     product = gradient.new_empty(gradient.shape[0], weight.shape[1])
-    return torch.addmm(product, gradient, weight, beta=0, alpha=scale, out=product)
+    return torch.addmm(product, in_blocks(gradient), weight, beta=0, alpha=scale, out=product)
 
 
 def add_weight_gradient_(gradient: Tensor, hidden: Tensor, scale: float, keep: float, total: Tensor) -> None:

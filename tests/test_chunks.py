@@ -114,6 +114,31 @@ def test_weight_gradient_where_torch_adds_to_no_wide_result(keep, monkeypatch):
     assert relative(total, expected) < 1e-6
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("size, vocabulary", [(17, 70), (34, 65), (50, 1025), (64, 97)])
+def test_nothing_behind_a_row_is_in_its_product(size, vocabulary, native, monkeypatch):
+    """Where AMX makes bfloat16 products, torch multiplies up to 31 entries behind a row by 0."""
+    if not native:
+        monkeypatch.setattr(products, "FOUND", None)
+    generator = torch.Generator().manual_seed(size)
+
+    def within_nan(*shape):
+        whole = torch.full((shape[0], shape[1] + 45), torch.nan, dtype=torch.bfloat16)
+        whole[:, : shape[1]] = torch.randn(shape, generator=generator)
+        return whole[:, : shape[1]]
+
+    monkeypatch.setattr(products, "empty", lambda like, *sizes: torch.full(sizes, torch.nan, dtype=like.dtype))
+    hidden, weight = within_nan(40, size).requires_grad_(), within_nan(vocabulary, size).requires_grad_()
+    loss = fk.linear_f_divergence(hidden, weight, within_nan(40, size), within_nan(vocabulary, size), "js")
+    assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
+    lost = torch.arange(40) % 7 == 3
+    rows = hidden.detach().masked_fill(lost.unsqueeze(1), torch.nan)
+    assert (products.logits(rows, fk.Head(weight.detach())).isnan().any(1) == lost).all()
+    copied = products.in_blocks(rows)
+    behind = copied.as_strided((40, -(-size // 32) * 32), copied.stride(), copied.storage_offset())[:, size:]
+    assert copied[~lost].equal(rows[~lost]) and (behind == 0).all()
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="the CUDA library needs nvcc")
 def test_import_does_not_start_cuda(tmp_path):
     """A child forked after cuInit cannot use CUDA; loading the library must not call it."""
