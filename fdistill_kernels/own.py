@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .divergences import PARAMETERS, TABLE, Divergence, Terms
@@ -54,7 +56,7 @@ class FDivergence(Divergence):
             raise TypeError(f"f must be a function of tensors, not {type(f or from_log_ratio).__name__}")
         object.__setattr__(self, "given", {"f": f, "from_log_ratio": from_log_ratio, "name": name, "triton": triton})
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            with _disable_current_modes():  # fake tensors have no values
+            with _disable_current_modes(), temporarily_clear_interpreter_stack():  # theirs have no values, or others
                 _validate_generator(self.generator, name)
         # not a method of its own, with which it would wait for the garbage collector
         super().__init__(name, functools.partial(_terms, f, from_log_ratio), triton=triton)
@@ -110,10 +112,15 @@ def _larger(p: Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(u > 0, p, q), (-u.clamp_min(0)).exp()
 
 
-def autograd_inside_an_operator() -> Any:
-    """Lets autograd run inside an operator, for a generator's f′: operators run below its dispatch keys."""
+@contextlib.contextmanager
+def autograd_inside_an_operator() -> Iterator[None]:
+    """Lets autograd run inside an operator, for a generator's f′: operators run below its dispatch keys, and inside the
+    transforms (`torch.func`) of who calls them with tensors that are not theirs.
+    """
     include = torch._C._dispatch_tls_local_include_set()
-    return torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(include, nothing), temporarily_clear_interpreter_stack():
+        yield
 
 
 def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> None:

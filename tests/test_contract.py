@@ -1131,6 +1131,7 @@ def test_derivatives_that_are_not_made_are_refused(name):
     of_logits = [lambda x, i=i: every_loss(x, teacher, hidden, weight, labels, listed)[i] for i in (0, 1, 2, 5, 6, 8)]
     of_hidden = [lambda x, i=i: every_loss(student, teacher, x, weight, labels, listed)[i] for i in (3, 4, 7, 9)]
     ask, error, words = DERIVATIVES[name]
+    of_logits.append(lambda x: fk.f_divergence(x, teacher, square))  # whose slope is autograd's
     for losses, x in ((of_logits, student), (of_hidden, hidden)):
         for loss in losses:
             assert AUTOGRAD.jacobian(loss, x).isfinite().all()
@@ -1139,6 +1140,17 @@ def test_derivatives_that_are_not_made_are_refused(name):
                 pytest.raises(error, match=words),
             ):
                 ask(loss, x)
+
+
+@pytest.mark.filterwarnings("ignore:tail='ignore'")
+@pytest.mark.parametrize("divergence", ["js", square], ids=["js", "own"])
+def test_losses_inside_a_transform_of_other_tensors_are_as_outside(divergence):
+    student, teacher, *_, listed = given()
+    student = student.detach()
+    for other in (teacher, listed, fk.TopK(listed.ids, listed.log_probs, "ignore")):
+        loss = fk.f_divergence(student, other, divergence)
+        slope = torch.func.grad(lambda x, other=other: x * fk.f_divergence(student, other, divergence))
+        assert slope(torch.tensor(2.0)) == loss
 
 
 def of_dual(loss, x):
