@@ -167,8 +167,9 @@ def eagle(g):
 
 
 def standardised(g):
-    log_p, log_q = (soft(z / (2 * z.detach().std(-1, keepdim=True))) for z in (g["teacher"], g["student"]))
-    return kl(log_p, log_q)
+    """The authors' z-scores, through which the gradient flows whole."""
+    of_z = ((z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True) for z in (g["teacher"], g["student"]))
+    return 2**2 * kl(*(soft(z, 2) for z in of_z))
 
 
 #: A loss of each token (N), in float64.
@@ -271,6 +272,14 @@ def test_spans():
     log_q = -of_tokens(exact[0] @ exact[1].T, labels)
     q, p = torch.stack([(log_q[spans == i].sum() / 10).exp() for i in range(3)]), (theirs.double() / 10).exp()
     check(got, (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(), given, exact)
+
+
+@pytest.mark.parametrize("theirs", [0.0, -1e-4, -50.0])
+@pytest.mark.parametrize("ours", [0.0, -1e-4, -50.0])
+def test_spans_that_a_model_is_sure_of(ours, theirs):
+    log_q = torch.tensor([ours], requires_grad=True)
+    loss = IMPORTED["span_likelihoods"](log_q, torch.tensor([theirs]))
+    assert loss.isfinite() and torch.autograd.grad(loss, log_q)[0].isfinite().all() and (loss > -1e-9)
 
 
 def logits_of_both(vocabulary):
