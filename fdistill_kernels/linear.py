@@ -219,12 +219,7 @@ def _handed_over(ctx: Any) -> list[Any]:
     """The gradients, out of the graph's hands unless it is kept for another backward pass."""
     if ctx.in_graph:
         return list(ctx.saved_tensors[1:])
-    gradients = ctx.gradients
-    if gradients is None:
-        raise RuntimeError(
-            "a second backward pass through a linear loss, whose gradients were handed over by the first: give that "
-            "one retain_graph=True"
-        )
+    gradients = list(ctx.gradients)  # a second pass through a graph that is not kept has ended at the saved tensors
     if not graph_is_kept():
         ctx.gradients = None
-    return list(gradients)
+    return gradients
