@@ -40,6 +40,8 @@ def test_commands_are_taken(page, monkeypatch):
         if re.search(r"fdistill (train|evaluate|sample-teacher|teacher build)|cli train", line)
     ]
     assert commands
+    built = re.findall(r"teacher build .*--output_dir (\w+)", "\n".join(commands))
+    assert len(built) == len(set(built))  # a store takes one kind of targets
     for command in commands:
         name, *argv = shlex.split(command, comments=True)
         if name == "teacher":
