@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 import transformers
-from torch.testing._internal.two_tensor import TwoTensor
 
 import fdistill_kernels as fk
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
 from .pages import PAGES, ROOT
+from .test_contract import Quantised
 from .test_sequence import llama
 
 QUOTED = re.findall(r"^- `(.+)`$", PAGES["troubleshooting"], re.MULTILINE)
@@ -111,7 +111,7 @@ CALLS = [
     lambda: from_hidden(None, None, z(2, 8), HEAD),
     lambda: from_hidden(z(2, 8, dtype=torch.bfloat16), None, HIDDEN, HEAD),
     lambda: from_hidden(None, torch.nn.Linear(8, 32), HIDDEN, HEAD),
-    lambda: from_hidden(None, TwoTensor(HEAD, HEAD), HIDDEN, HEAD, lambda t: (t - 1) ** 2),
+    lambda: from_hidden(None, Quantised(HEAD, torch.ones(32, 1)), HIDDEN, HEAD, lambda t: (t - 1) ** 2),
     lambda: from_hidden(None, partitioned(), HIDDEN, HEAD),
     lambda: fk.f_divergence(z(1, 5).expand(3, 5), torch.randn(3, 5), "kl", inplace=True),
     lambda: from_hidden(None, None, torch.randn(2, 32), divergence="kl", memory="minimal"),
