@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -80,10 +82,15 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def build_command() -> str:
-    """The command that builds the libraries again: in the clone that is used, or from what pip installed."""
+    """The command that builds the libraries again: of the clone that is used, or from what was installed.
+
+    Where that can be built no more, from the folder that the command runs in.
+    """
     root, (source, _) = native.FOLDER.parent, _installed()
-    what = ["--editable", str(root)] if (root / "setup.py").exists() else [source]
-    return f"pip install --no-cache-dir --force-reinstall --no-deps {shlex.join(what)}"
+    what = ["--editable", str(root)] if (root / "setup.py").exists() else [source or "."]
+    python = shlex.quote(sys.executable)  # another pip may come first in PATH, and uv makes environments without one
+    pip = f"{python} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {python}"
+    return f"{pip} --no-cache-dir --force-reinstall --no-deps {shlex.join(what)}"
 
 
 def remedy(library: str) -> list[str]:
@@ -99,19 +106,27 @@ def remedy(library: str) -> list[str]:
         return [f"{variable} names a {library} library that does not load: without it, the package's own is used"]
     compiler = {"cpu": "a C++ compiler (g++ or clang++, or its name in CXX)", "cuda": "nvcc (or CUDA_HOME)"}[library]
     failed = [f"log of the {library} library's failed build: {log}"] if log.exists() else []
-    return [*failed, f"to build the {library} library, install {compiler}, then run", f"    {build_command()}"]
+    command = build_command()
+    where = ", in a clone," * command.endswith(" .")
+    return [*failed, f"to build the {library} library, install {compiler}, then run{where}", f"    {command}"]
 
 
-def _installed() -> tuple[str, bool]:
-    """What pip installed the package from, and whether the files that are used are those of an editable install."""
+def _installed() -> tuple[str | None, bool]:
+    """What the package was installed from, and whether the files that are used are those of an editable install.
+
+    None for what builds nothing: a wheel, and a path that is gone. An index has no sources of this package.
+    """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
         found = json.loads(importlib.metadata.distribution("fdistill_kernels").read_text("direct_url.json") or "{}")
         url = found["url"]
         if "vcs_info" in found:
-            return f"{found['vcs_info']['vcs']}+{url}", False
-        source = url2pathname(url.removeprefix("file://")) if url.startswith("file://") else url
-        return source, found.get("dir_info", {}).get("editable", False) and Path(source) == native.FOLDER.parent
-    return "fdistill_kernels", False
+            return f"{found['vcs_info']['vcs']}+{url}@{found['vcs_info']['commit_id']}", False
+        local = url.startswith("file://")
+        source = url2pathname(url.removeprefix("file://")) if local else url
+        builds = not source.endswith(".whl") and (Path(source).exists() or not local)
+        editable = found.get("dir_info", {}).get("editable", False) and Path(source) == native.FOLDER.parent
+        return source if builds else None, editable
+    return None, False
 
 
 def _answer(command: list[str], wanted: str = "") -> str | None:

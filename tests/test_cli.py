@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from fdistill_kernels import TABLE, backends, cli, demo, doctor, peers, provenance, verify
+from fdistill_kernels.backends import cpu
 from fdistill_kernels.sequence import arguments, serve
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
@@ -50,30 +52,40 @@ def test_doctor_says_what_would_run(capsys):
 
 
 def test_doctor_without_the_native_backend(capsys, monkeypatch):
-    from fdistill_kernels.backends import cpu
 
     monkeypatch.setattr(cpu, "NOT_LOADED", "the cpu library is not built")
     monkeypatch.setattr(cpu, "LIBRARY", None)
     out = run(capsys, "doctor")[1]
-    assert "    pip install --no-cache-dir --force-reinstall --no-deps" in out, "without a log, too"
+    assert " -m pip install --no-cache-dir --force-reinstall --no-deps" in out, "without a log, too"
     monkeypatch.setenv("FDISTILL_CPU_LIBRARY", "/nosuch.so")
     assert "FDISTILL_CPU_LIBRARY names a cpu library that does not load" in run(capsys, "doctor")[1]
     assert "backend cpu on cpu: the cpu library is not built" in out and "auto on cpu logits: torch" in out
 
 
 @pytest.mark.parametrize(("found", "given"), [
-    ({"url": "file:///a%20b/cl%C3%B6ne", "dir_info": {}}, "/a b/clöne"),
-    ({"url": "file:///a%20b", "vcs_info": {"vcs": "git"}}, "git+file:///a%20b"),
+    ({"url": "HERE/a%20b/cl%C3%B6ne", "dir_info": {}}, "HERE/a b/clöne"),
+    ({"url": "file:///a%20b", "vcs_info": {"vcs": "git", "commit_id": "1a2b"}}, "git+file:///a%20b@1a2b"),
     ({"url": "https://host/a%20b.tar.gz", "archive_info": {}}, "https://host/a%20b.tar.gz"),
+    ({"url": "HERE/gone.tar.gz", "archive_info": {}}, "."),
+    ({"url": "HERE/a%20b/any.whl", "archive_info": {}}, "."),
+    ({"url": "https://host/any.whl", "archive_info": {}}, "."),
+    (None, "."),  # from an index, which has wheels at most
 ])  # fmt: skip
 def test_doctors_command_can_be_pasted(found, given, monkeypatch, tmp_path):
+    """It builds for the Python that runs, by what that has, from something that has the sources."""
     from fdistill_kernels.backends import native
 
     monkeypatch.setattr(native, "FOLDER", tmp_path / "site" / "fdistill_kernels")
-    distribution = SimpleNamespace(read_text=lambda _: json.dumps(found))
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: distribution)
-    assert shlex.split(doctor.build_command())[-1] == given
-    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "clöne").mkdir(parents=True)
+    (tmp_path / "a b" / "any.whl").touch()
+    text = found and json.dumps(found).replace("HERE", tmp_path.as_uri())
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: SimpleNamespace(read_text=lambda _: text))
+    flags = ["--no-cache-dir", "--force-reinstall", "--no-deps", given.replace("HERE", str(tmp_path))]
+    assert shlex.split(doctor.build_command()) == [sys.executable, "-m", "pip", "install", *flags]
+    monkeypatch.setattr(cpu, "LIBRARY", None)
+    assert any(line.endswith("then run, in a clone,") for line in doctor.remedy("cpu")) == (given == ".")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert shlex.split(doctor.build_command()) == ["uv", "pip", "install", "--python", sys.executable, *flags]
     (tmp_path / "a b" / "setup.py").touch()
     monkeypatch.setattr(native, "FOLDER", tmp_path / "a b" / "fdistill_kernels")
     assert shlex.split(doctor.build_command())[-2:] == ["--editable", str(tmp_path / "a b")]
@@ -82,6 +94,7 @@ def test_doctors_command_can_be_pasted(found, given, monkeypatch, tmp_path):
 def test_an_editable_install_is_seen_whatever_its_path(monkeypatch, tmp_path):
     from fdistill_kernels.backends import native
 
+    (tmp_path / "a b").mkdir()
     found = {"url": f"{tmp_path.as_uri()}/a%20b", "dir_info": {"editable": True}}
     distribution = SimpleNamespace(read_text=lambda _: json.dumps(found))
     monkeypatch.setattr(importlib.metadata, "distribution", lambda _: distribution)
@@ -218,7 +231,6 @@ def test_peers_json_has_no_infinity(capsys, monkeypatch):
 
 
 def test_a_library_of_another_version_is_named(capsys, monkeypatch):
-    from fdistill_kernels.backends import cpu
 
     class Stale:
         def __getattr__(self, name):
