@@ -571,3 +571,17 @@ def test_numbers_that_mean_nothing_are_refused_by_name(value):
         student = {} if name == "head_rank" else {"student": "s", "use_peft": True}
         with pytest.raises((ValueError, TypeError), match=name):
             ask(command, [f"--{name}={value}"], {"teacher": "t", "data": "d", **student})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "[a].jsonl"])
+def test_a_home_that_cannot_hold_the_rows_is_told_with_what_moves_them(name, tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "home").touch()  # no folder, which even root cannot write into
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+    row = b'{"prompt": "a", "target": "b"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(row) if name.endswith(".gz") else row)
+    with pytest.raises(
+        OSError, match=r"cannot keep the rows in \S+home/datasets \(.*: set HF_DATASETS_CACHE to a folder"
+    ):
+        read_pairs(tmp_path / name)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,15 @@ def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -
         if Path(path).is_file():
             raise ValueError(f"{path} must be .jsonl, .json, .csv, .tsv or .parquet, not .{kind}")
         try:
-            return load_dataset(path, config, split=split)
+            with _rows_are_kept():
+                return load_dataset(path, config, split=split)
         except DatasetGenerationError as error:  # of a folder or a hub dataset whose files do not fit together, say
             raise ValueError(f"{path}: {error.__cause__ or error}") from error
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         return _read(path, kind, columns)
-    except (OSError, EOFError, zlib.error) as error:
-        if not path.endswith(".gz"):
-            raise
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as gzip: {error}") from error
 
 
@@ -89,9 +89,10 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
     try:
         if kind in ("csv", "tsv"):
             return _read_table(path, "\t" if kind == "tsv" else ",", columns)
-        there = _plain_path(Path(path).absolute(), kind)
         changed = str(os.stat(path).st_ctime_ns)  # and keeps what it read by mtime, which a copy may have of another
-        found = load_dataset("parquet" if kind == "parquet" else "json", changed, data_files=there, split="train")
+        with _rows_are_kept():
+            there = _plain_path(Path(path).absolute(), kind)
+            found = load_dataset("parquet" if kind == "parquet" else "json", changed, data_files=there, split="train")
         read = {*columns, "completion", *OTHERS} if kind != "parquet" else ()
         dated = [name for name, of in found.features.items() if name in read and "timestamp" in str(of)]
         if not dated:
@@ -101,6 +102,21 @@ def _read(path: str, kind: str, columns: tuple[str, str]) -> Any:
         return concatenate_datasets([found.remove_columns(dated), as_text], axis=1)
     except (ValueError, csv.Error, DatasetGenerationError) as error:
         raise ValueError(_culprit(path, kind) or f"{path}: {error.__cause__ or error}") from error
+
+
+@contextlib.contextmanager
+def _rows_are_kept() -> Iterator[None]:
+    """Names the folder in which `datasets` keeps what it reads where that fails: a home may be read-only or full."""
+    from datasets import config
+
+    try:
+        yield
+    except OSError as error:
+        folder, at = str(config.HF_DATASETS_CACHE), str(error.filename or "")
+        if not (at and (folder.startswith(at) or at.startswith(folder))) and "disk space" not in str(error):
+            raise
+        raise OSError(f"datasets cannot keep the rows in {folder} ({error}): set HF_DATASETS_CACHE to a folder "
+                      "that can be written") from error  # fmt: skip
 
 
 def _plain_path(path: Path, kind: str) -> str:
