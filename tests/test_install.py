@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -68,11 +69,24 @@ def compiler(tmp_path):
     return "c++" if WHOLE else str(path)
 
 
+def tracked():
+    """What git has, which is what the tests may read; of a link to a folder, the folder's files."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return {name for name in names if name and not (ROOT / name).is_dir()}
+
+
+def files_in(sdist):
+    with tarfile.open(sdist) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
 def test_an_sdist_makes_a_wheel_that_works(tmp_path, compiler):
-    """Without torch at build time; into a folder of its own, which Python then finds before this one."""
+    """Of all that git has; without torch at build time; into a folder that Python then finds before this one."""
     made = run("setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert made.returncode == 0, made.stderr
     (sdist,) = tmp_path.glob("*.tar.gz")
+    if (ROOT / ".git").exists():  # an sdist's own tests have none
+        assert not (missing := tracked() - files_in(sdist)), f"MANIFEST.in leaves out {sorted(missing)}"
     made = run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist),
                FDISTILL_CUDA="0", CXX=compiler)  # fmt: skip
     assert made.returncode == 0, made.stderr
