@@ -90,8 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=written, default=Path(__file__).parent / "results" / "stores.json",
                         help="the result file; default: benchmarks/results/stores.json")  # fmt: skip
-    parser.add_argument("--sequences", type=count, default=128, help="how many of 512 tokens; default: 128")
+    parser.add_argument(
+        "--sequences", type=count, default=128, help=f"how many of {LENGTH} tokens, in batches of {BATCH}; default: 128"
+    )
     args = parser.parse_args()
+    if args.sequences % BATCH:  # a copy of other batches than are read
+        parser.error(f"--sequences must be a multiple of {BATCH}, which a batch has, not {args.sequences}")
     torch.manual_seed(0)
     found = []
     for name in CASES:

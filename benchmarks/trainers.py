@@ -80,6 +80,11 @@ def trl(source: str, rows: list[dict], folder: str, steps: int, timer: Timer):
                       train_dataset=Dataset.from_list(rows), callbacks=[timer])  # fmt: skip
 
 
+WHO = {"ours": ours, "trl": trl}
+SEQUENCES = ("gold", "student")
+UNTIMED = 2  # steps in which memory is made
+
+
 def measured(who: str, source: str, steps: int) -> dict:
     """One trainer in this process."""
     torch.set_num_threads(1)
@@ -87,10 +92,10 @@ def measured(who: str, source: str, steps: int) -> dict:
     ids = torch.randint(1, VOCABULARY, (BATCH * steps, PROMPT + NEW), generator=made).tolist()
     rows = [{"prompt_ids": row[:PROMPT], "labels": row[PROMPT:]} for row in ids]
     with tempfile.TemporaryDirectory() as folder:
-        run = {"ours": ours, "trl": trl}[who](source, rows, folder, steps, timer)
+        run = WHO[who](source, rows, folder, steps, timer)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run.train()
-    wall, processor = zip(*timer.steps[2:], strict=True)
+    wall, processor = zip(*timer.steps[UNTIMED:], strict=True)
     return {
         "who": who, "sequences": source, "step_seconds": statistics.median(wall),
         "step_processor_seconds": statistics.median(processor),
@@ -105,13 +110,17 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("WHO", "SEQUENCES"), help="in this process, to the standard output")
     parser.add_argument("--write", action="store_true", help=f"keep the rows in {RESULTS.name}")
     args = parser.parse_args()
+    if args.steps <= UNTIMED:
+        parser.error(f"--steps must be more than {UNTIMED}, the first, which are not timed; not {args.steps}")
+    if args.one and not (args.one[0] in WHO and args.one[1] in SEQUENCES):
+        parser.error(f"--one must be of {', '.join(WHO)} and of {', '.join(SEQUENCES)}, not {' '.join(args.one)}")
     if args.one:
         sys.stdout, out = sys.stderr, sys.stdout  # the trainers print their logs
         print(json.dumps(measured(*args.one, args.steps)), file=out)
         return
     found = []
-    for source in ("gold", "student"):
-        for who in ("ours", "trl"):
+    for source in SEQUENCES:
+        for who in WHO:
             command = [sys.executable, "-m", "benchmarks.trainers", "--one", who, source, "--steps", str(args.steps)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode:

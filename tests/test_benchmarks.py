@@ -49,10 +49,21 @@ def test_commands_help_and_refuse_what_they_do_not_know(module, monkeypatch, cap
     ("benchmarks.trainers", ["--steps", "-1"]), ("benchmarks.cluster_demo", ["--steps", "0"]),
     ("benchmarks.cluster_demo", ["--teacher-steps", "0"]), ("benchmarks.peers", ["--out", "x", "--depth", "0"]),
     ("benchmarks.paper.run", ["--data", "x", "--out", "x", "--processes", "0"]),
+    *(("benchmarks.peers", ["--out", "x", "--seconds", text]) for text in ("0", "nan", "inf", "soon")),
+    ("benchmarks.stores", ["--sequences", "12"]), ("benchmarks.trainers", ["--steps", "2"]),  # too few to be measured
 ])  # fmt: skip
 def test_numbers_of_nothing_are_refused(module, arguments, monkeypatch, capsys):
     status, said = ended(module, arguments, monkeypatch, capsys)
     assert status == 2 and arguments[-2] in said and "must be" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("module, arguments", [
+    ("benchmarks.peers", ["--out", "x", "--device", "tpu"]), ("benchmarks.trainers", ["--one", "nobody", "gold"]),
+    ("benchmarks.trainers", ["--one", "trl", "silver"]),
+])  # fmt: skip
+def test_names_of_nothing_are_refused(module, arguments, monkeypatch, capsys):
+    status, said = ended(module, arguments, monkeypatch, capsys)
+    assert status == 2 and arguments[-1] in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("of", ["cluster_demo", "counts", "host", "stores", "peers"])

@@ -96,8 +96,8 @@ def test_a_fault_in_each_step_loses_nobody_elses_results(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more, said", [(["--dry", "--only", "row cuda"], "'row cuda'; known: build, rows triton"),
                                         (["--first", "--only", "memcheck"], "no step 'memcheck'"),
-                                        ([], "no GPU here; --dry"), (["--dry", "--minutes", "0"], "not 0"),
-                                        (["--dry", "--minutes", "nan"], "not nan")])  # fmt: skip
+                                        ([], "no GPU here; --dry"), (["--dry", "--minutes", "0"], "not '0'"),
+                                        (["--dry", "--minutes", "nan"], "not 'nan'")])  # fmt: skip
 def test_what_cannot_run_is_refused_before_any_work(more, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.sh", str(tmp_path / "results"), *more])

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from typing import Any
 
 import torch
 
-from fdistill_kernels.commands.common import DTYPES, as_shape
-from fdistill_kernels.options import count, written
+from fdistill_kernels.commands.common import DTYPES, as_device, as_shape
+from fdistill_kernels.options import amount, count, written
 from fdistill_kernels.provenance import as_json, provenance, versions
 
 from . import FORMS, PACKAGES, found
@@ -26,18 +27,18 @@ def main() -> None:
     """Measures all losses and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=written, required=True, help="the result file")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", type=as_device, default="cpu", help="default: cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--shape", type=as_shape, default=(1024, 32000), metavar="N,V",
                         help="rows and vocabulary; default: 1024,32000")  # fmt: skip
     parser.add_argument("--depth", type=count, default=512, help="features of the hidden states")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
     parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=DIVERGENCES, help="default: all")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for how long each loss is timed")
+    parser.add_argument("--seconds", type=amount, default=1.0, help="for how long each loss is timed")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
     content: dict[str, Any] = {
-        **provenance(f"python -m benchmarks.peers --device {args.device} --dtype {args.dtype}", args.device),
+        **provenance(" ".join(["python -m benchmarks.peers", *sys.argv[1:]]), args.device),
         "versions": versions(PACKAGES), "shape": args.shape, "depth": args.depth, "dtype": args.dtype,
         "results": [], "left_out": [],
     }  # fmt: skip

@@ -61,7 +61,8 @@ def as_shape(text: str) -> tuple[int, int]:
     return n, v
 
 
-def _device(text: str) -> str:
+def as_device(text: str) -> str:
+    """The name of a device on which torch can make a tensor."""
     try:
         if torch.zeros(1, device=text).is_meta:
             raise ValueError("its tensors have a shape and no data")
@@ -82,7 +83,7 @@ def add_divergences(
 
 def add_backend(parser: argparse.ArgumentParser, help: str) -> None:
     """The arguments --device and --backend."""
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+    parser.add_argument("--device", type=as_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS), help=help)
 
 
