@@ -8,6 +8,7 @@ process of its own, one after the other. "gold" compares by js on given sequence
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -114,6 +115,8 @@ def main() -> None:
         parser.error(f"--steps must be more than {UNTIMED}, the first, which are not timed; not {args.steps}")
     if args.one and not (args.one[0] in WHO and args.one[1] in SEQUENCES):
         parser.error(f"--one must be of {', '.join(WHO)} and of {', '.join(SEQUENCES)}, not {' '.join(args.one)}")
+    if (args.one or ["trl"])[0] == "trl" and not importlib.util.find_spec("trl"):
+        parser.error("trl, whose trainer is measured beside ours, is not installed")
     if args.one:
         sys.stdout, out = sys.stderr, sys.stdout  # the trainers print their logs
         print(json.dumps(measured(*args.one, args.steps)), file=out)

@@ -66,6 +66,12 @@ def test_names_of_nothing_are_refused(module, arguments, monkeypatch, capsys):
     assert status == 2 and arguments[-1] in said and "Traceback" not in said
 
 
+def test_a_missing_peer_is_missed_before_ours_is_measured(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    status, said = ended("benchmarks.trainers", [], monkeypatch, capsys)
+    assert status == 2 and "trl, whose trainer is measured beside ours, is not installed" in said
+
+
 @pytest.mark.parametrize("of", ["cluster_demo", "counts", "host", "stores", "peers"])
 def test_a_result_file_s_folder_is_there_before_anything_is_measured(of, tmp_path, monkeypatch, capsys):
     for path in (tmp_path / "nowhere" / "x.json", tmp_path):
