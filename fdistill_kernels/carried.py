@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from .checks import outside_graphs
 from .divergences import Divergence
 
 Value = TypeVar("Value", bound=tuple)
@@ -61,7 +62,7 @@ def operator(
     """
     returns = ", ".join(["Tensor"] * results)
     _LIBRARY.define(f"{name}({schema(kind, mutated)}, str backend) -> ({returns})", tags=[torch.Tag.pt2_compliant_tag])
-    run = torch.compiler.disable(run)  # not a frame of a broken graph
+    run = outside_graphs(run)  # not a frame of a broken graph
     _LIBRARY.impl(name, lambda *leaves: run(built(kind, leaves[:-1]), leaves[-1]), "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"fdistill_kernels::{name}", lambda *leaves: like(built(kind, leaves[:-1])), lib=_LIBRARY

@@ -18,6 +18,9 @@ NO_TRANSFORM = (
     "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach into the fused losses; batch by leading "
     "dimensions, differentiate with torch.autograd"
 )
+#: `torch.compiler.disable` as torch itself uses it: the compiler, which takes as long to import as torch, is imported
+#: when what is outside is first run.
+outside_graphs = torch._compile._disable_dynamo
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
 
@@ -38,7 +41,6 @@ def check_tensor(name: str, value: object, floating: bool = True) -> None:
         raise TypeError(f"{name} must be floating point, of 16, 32 or 64 bits, not {value.dtype}")
 
 
-@torch.compiler.assume_constant_result
 def _untraceable() -> bool:
     """Whether a compiler traces a dual number, or a second derivative: it would make zeros of them."""
     transforms = torch._C._functorch.get_interpreter_stack() or []
@@ -46,7 +48,10 @@ def _untraceable() -> bool:
     return len(gradients) > 1 or forward_ad._current_level >= 0  # which is not seen as it is while one is traced
 
 
-@torch.compiler.disable  # a compiler that traces this alone, once the above is raised, takes all tangents for None
+_untraceable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
+
+
+@outside_graphs  # a compiler that traces this alone, once the above is raised, takes all tangents for None
 def _has_tangent(value: Tensor) -> bool:
     return forward_ad.unpack_dual(value).tangent is not None
 

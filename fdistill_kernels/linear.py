@@ -55,7 +55,7 @@ def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, T
 
 
 #: A teacher's function and a user's own divergence are Python objects, which no graph holds.
-_outside_graphs = torch.compiler.disable(_rows_loss)
+_outside_graphs = checks.outside_graphs(_rows_loss)
 
 
 def _rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -58,7 +58,7 @@ def rows_loss(
     return of_parts(parts, terms, per_row, known), parts
 
 
-@torch.compiler.disable
+@checks.outside_graphs
 def _outside_graphs(
     student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, targets: Targets,
     shard: Shard,

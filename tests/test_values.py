@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -336,3 +337,12 @@ def test_a_star_import_needs_no_extra(monkeypatch):
     assert names["f_divergence"] is fk.f_divergence
     with pytest.raises(ImportError, match="fdistill_kernels"):
         fk.TeacherStore  # noqa: B018
+
+
+def test_an_import_brings_torch_alone(monkeypatch):
+    """Not its compiler, which takes as long to import as all the rest, nor what extras and GPUs need."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = "import sys, torch; before = set(sys.modules); import fdistill_kernels; print(*set(sys.modules) - before)"
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    others = {name.partition(".")[0] for name in new} - sys.stdlib_module_names - {"fdistill_kernels", "torch"}
+    assert "fdistill_kernels" in new and not others and "torch._dynamo" not in new
