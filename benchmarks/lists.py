@@ -178,7 +178,10 @@ def main() -> None:
         }
         (RESULTS / "lists_cost_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
     if args.errors:
-        content = {"run": provenance(f"python -m benchmarks.lists --errors --steps {args.steps}"), **errors(args.steps)}
+        content = {
+            "run": provenance(f"python -m benchmarks.lists --errors --steps {args.steps}", dtype="float32"),
+            **errors(args.steps),
+        }
         (RESULTS / "lists_errors_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
         draw(content["lists"])
 

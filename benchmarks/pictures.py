@@ -142,7 +142,7 @@ def main() -> None:
 
     cases = [{"divergence": name, **fit} for name, fit in fits.items()]
     cases += [{"divergence": f"{of}({x:g})", **fit} for of, found in families.items() for x, fit in found.items()]
-    content = {"run": provenance("python -m benchmarks.pictures"), "lesser": LESSER, "cases": cases,
+    content = {"run": provenance("python -m benchmarks.pictures", dtype="float64"), "lesser": LESSER, "cases": cases,
                "tail_shares": {f"{t:g}": 1 - share[9].item() for t, share in shares.items()}}  # fmt: skip
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
 

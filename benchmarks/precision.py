@@ -36,7 +36,7 @@ def main() -> None:
         for name in dict.fromkeys(row["divergence"] for row in rows)
     }  # fmt: skip
     content = {
-        "run": provenance("python -m benchmarks.precision"),
+        "run": provenance("python -m benchmarks.precision", dtype="float32"),
         "vocabulary": VOCABULARY,
         "worst": worst,
         "vocabularies": {v: summary(cases) for v, cases in found.items()},

@@ -532,8 +532,9 @@ def main() -> None:
     """Counts, models, draws."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device, of_rows = h100(), arithmetic(list(fk.TABLE))
+    run = provenance("python -m benchmarks.scaling", dtype="float32, or what a case says")
     content = {
-        "run": provenance("python -m benchmarks.scaling"), "device": asdict(device), "checked": asdict(CHECKED),
+        "run": run, "device": asdict(device), "checked": asdict(CHECKED),
         "memory_within": MEMORY_WITHIN, "arithmetic": of_rows,
         "cases": [row for ranks in (1, 2, 4) for row in checked(cases(ranks))], **modelled(device, of_rows["kl"]),
     }  # fmt: skip

@@ -103,7 +103,7 @@ def main() -> None:
             found.append(measure(name, Path(folder), args.sequences))
         print(json.dumps({k: v for k, v in found[-1].items() if not k.endswith("seconds")}))
     content = {
-        "run": provenance(f"python -m benchmarks.stores --sequences {args.sequences}"),
+        "run": provenance(f"python -m benchmarks.stores --sequences {args.sequences}", dtype="of each case's name"),
         "what": f"batches of {BATCH} sequences of {LENGTH} tokens in random order, from the page cache, "
         "through `targets`; copy: torch clones as many bytes as a batch hands out; the best of each",
         "cases": found,

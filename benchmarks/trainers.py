@@ -134,7 +134,7 @@ def main() -> None:
     print(f"the curves on gold are apart by {apart:.1e} of the loss at most")
     if args.write:
         torch.set_num_threads(1)
-        about = {**provenance(f"python -m benchmarks.trainers --steps {args.steps} --write"),
+        about = {**provenance(f"python -m benchmarks.trainers --steps {args.steps} --write", dtype="float32"),
                  **versions(("trl", "transformers"))}  # fmt: skip
         rows = {"run": about, "shape": {"vocabulary": VOCABULARY, "batch": BATCH, "prompt": PROMPT, "new": NEW},
                 "gold_curves_apart": apart, "rows": found}  # fmt: skip

@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> int:
         "models": rows, "loss": str(last), "loss_tokens_per_second": fused,
         "eager_loss_tokens_per_second": eager, "seconds": time.perf_counter() - started,
         "peak_memory_mib": kilobytes / 1024, "text_sha256": of["text_sha256"],
-        **provenance(" ".join(["fdistill", *sys.argv[1:]])),
+        **provenance(" ".join(["fdistill", *sys.argv[1:]]), dtype="float32"),
     }  # fmt: skip
     (out / "results.json").write_text(as_json(results, 1) + "\n")
     plot(stages, out / "curves.png")

@@ -60,11 +60,12 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, command, commit, and whether files had changes that are not committed (`dirty`).
+def provenance(command: str, device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
+    """Device, dtype, versions, command, commit, and whether files had changes that are not committed (`dirty`).
 
     Changed files in benchmarks/results do not count, because nothing is measured with them. $FDISTILL_COMMIT names the
-    commit of a tree that was copied without its git folder; then, and without git, `dirty` is None.
+    commit of a tree that was copied without its git folder; then, and without git, `dirty` is None. dtype: of all
+    that is measured; None where the cases say theirs.
     """
     named = os.environ.get("FDISTILL_COMMIT")
     status = ("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results")
@@ -74,5 +75,5 @@ def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "fdistill_kernels": __version__,
         "commit": named or _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes), "command": command,
+        "dirty": None if changes is None else bool(changes), "command": command, **({"dtype": dtype} if dtype else {}),
     }  # fmt: skip

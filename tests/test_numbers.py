@@ -52,3 +52,15 @@ def test_a_file_says_where_it_is_from(kind, missing, monkeypatch, tmp_path):
 def test_the_table_of_versions_has_what_failed():
     failed = re.findall(r"(\d+ passed, \d+ failed)", (numbers.ROOT / "tests/MATRIX.md").read_text())
     assert failed and [row[-1] for row in numbers._matrix()[1:]] == failed
+
+
+RESULTS = sorted((numbers.ROOT / "benchmarks/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_file_says_what_it_is_of(path):
+    """A log of a check's steps has no dtype: the files that these have written do."""
+    text = path.read_text()
+    said = set(re.findall(r'"(\w+)": ', text))
+    assert {"device", "torch", "python", "command", "dirty"} <= said and '"dirty": true' not in text
+    assert re.search(r'"(commit|id)": "[0-9a-f]{40}"', text) and ("dtype" in said or path.stem == "gpu_check")

@@ -112,7 +112,9 @@ def start(arguments: Arguments) -> None:
     path = Path(arguments.out) / "run.json"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = f"python -m benchmarks.paper.run --data FOLDER --out FOLDER --size {arguments.size}"
-    asked = {**arguments.experiment().key(), **provenance(command, device), "processes": arguments.processes}
+    key = arguments.experiment().key()
+    dtype = "bfloat16 autocast of float32" if key["sizes"]["bf16"] else "float32"
+    asked = {**key, **provenance(command, device, dtype), "processes": arguments.processes}
     if path.exists():
         known = json.loads(path.read_text())
         differ = [f"{name} was {known.get(name)!r} and is {asked[name]!r}"
