@@ -56,7 +56,7 @@ class FDivergence(Divergence):
             raise TypeError(f"f must be a function of tensors, not {type(f or from_log_ratio).__name__}")
         object.__setattr__(self, "given", {"f": f, "from_log_ratio": from_log_ratio, "name": name, "triton": triton})
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            with _disable_current_modes(), temporarily_clear_interpreter_stack():  # theirs have no values, or others
+            with _disable_current_modes(), temporarily_clear_interpreter_stack():  # fake tensors have no values
                 _validate_generator(self.generator, name)
         # not a method of its own, with which it would wait for the garbage collector
         super().__init__(name, functools.partial(_terms, f, from_log_ratio), triton=triton)

@@ -92,12 +92,13 @@ def in_blocks(rows: Tensor) -> Tensor:
 
 def logits_(hidden: Tensor, head: Head, out: Tensor) -> None:
     """``out = scale·hidden weightᵀ + bias``: (n, D) to (n, V), before any cap; computed in hidden's dtype."""
-    hidden = in_blocks(hidden)
     if out.dtype != hidden.dtype:
         exact = torch.empty(out.shape, dtype=hidden.dtype, device=out.device)
         logits_(hidden, head, exact)
         out.copy_(exact)
-    elif _native(hidden) and checks.has_memory(head.weight):
+        return
+    hidden = in_blocks(hidden)
+    if _native(hidden) and checks.has_memory(head.weight):
         _run("logits_product", hidden, head.weight, head.bias, float(head.scale), out)
     elif head.bias is not None:
         torch.addmm(head.bias, hidden, head.weight.t(), alpha=head.scale, out=out)

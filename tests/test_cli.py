@@ -52,7 +52,6 @@ def test_doctor_says_what_would_run(capsys):
 
 
 def test_doctor_without_the_native_backend(capsys, monkeypatch):
-
     monkeypatch.setattr(cpu, "NOT_LOADED", "the cpu library is not built")
     monkeypatch.setattr(cpu, "LIBRARY", None)
     out = run(capsys, "doctor")[1]
@@ -231,7 +230,6 @@ def test_peers_json_has_no_infinity(capsys, monkeypatch):
 
 
 def test_a_library_of_another_version_is_named(capsys, monkeypatch):
-
     class Stale:
         def __getattr__(self, name):
             return lambda *_: b"there is no such kernel" if name.endswith("rows") else None
