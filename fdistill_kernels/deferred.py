@@ -186,6 +186,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was written to, where that is counted."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 class Hidden:
     """What a head is given in its hidden states' place: ``F.linear`` of it is `Logits`, or what `then` makes."""
 
@@ -243,7 +248,11 @@ class Logits:
     form: Form = Form()  # noqa: RUF009
     done: tuple[tuple[Any, ...], ...] = ()
     source: tuple[Logits, Callable[[Tensor], Tensor]] | None = None  # of a view: of which logits, and how
+    version: int | None = None  # of the hidden states, when they were given
     real: Tensor | None = dataclasses.field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.version = _version(self.hidden) if self.version is None else self.version
 
     @property
     def shape(self) -> torch.Size:
@@ -256,7 +265,8 @@ class Logits:
 
     def of(self, hidden: Tensor) -> Logits:
         """Of other rows."""
-        return dataclasses.replace(self, hidden=hidden, source=None)
+        self.check_unchanged()
+        return dataclasses.replace(self, hidden=hidden, source=None, version=None)
 
     def view_of(self, source: Logits, how: Callable[[Tensor], Tensor]) -> Logits:
         """As what `how` makes of other logits, which may be a view of them."""
@@ -280,8 +290,17 @@ class Logits:
         """Whether what is done to them now can be left for later."""
         return not self.made and torch.is_grad_enabled() == self.deferral.trained
 
+    def check_unchanged(self) -> None:
+        """RuntimeError where the hidden states are no more what the head was given."""
+        if self.version is not None and _version(self.hidden) not in (None, self.version):
+            raise RuntimeError(
+                "the model writes to its hidden states in place after its head has had them, and the logits are not "
+                "made yet: they would be those of other hidden states; write to a copy of them"
+            )
+
     def at_head(self, then: AtHead) -> Any:
         """What a function makes of the hidden states and the head's weight, run in the head's own forward."""
+        self.check_unchanged()
         given = Hidden(self.hidden, self.deferral, then)
         with without_user_s(self.deferral.head):
             if _autocast_dtype(self.hidden) == self.autocast:

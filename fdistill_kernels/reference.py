@@ -197,7 +197,7 @@ def _csd(log_p: Tensor, log_q: Tensor, numbers: tuple[float, float], labels: Ten
     infinite = ((log_q == -torch.inf) | (log_p == -torch.inf)) & ~dead
     u = log_q.masked_fill(infinite | dead, 0) - log_p.masked_fill(infinite | dead, 0)
     value = (weight * (u - (weight * u).sum(-1, keepdim=True)) ** 2).sum(-1)
-    return torch.where(infinite.any(-1), torch.inf, value)
+    return value + torch.where(infinite.any(-1), torch.inf, 0.0)  # a NaN stays one
 
 
 #: (log p, log q, the divergence's two numbers, labels) -> the loss of each row, where it is no sum of entries' own.

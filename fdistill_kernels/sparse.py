@@ -66,6 +66,8 @@ class TopK(NamedTuple):
     temperature: float = 1.0
 
 
+torch.serialization.add_safe_globals([TopK])  # for torch.load(weights_only=True)
+
 #: What pads a list.
 NOTHING = {"ids": -1, "log_probs": -math.inf, "weights": 0.0}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -133,3 +134,5 @@ class SparseParts(NamedTuple):
 #: What a program may return: torch.export saves those alone that it knows by name, and its error names this function.
 for _kind in (LossParts, Metrics, SparseParts):
     _pytree._register_namedtuple(_kind, serialized_type_name=f"fdistill_kernels.{_kind.__name__}")
+#: What a file may hold for torch.load(weights_only=True): tensors and plain values.
+torch.serialization.add_safe_globals([Head, Hidden, Logits, LossTerms, LossParts, Metrics, SparseParts])

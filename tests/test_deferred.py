@@ -201,6 +201,24 @@ def test_only_its_own_head_and_only_inside(head):
     assert active() is None and isinstance(head(torch.randn(2, D)), torch.Tensor)
 
 
+@pytest.mark.parametrize("part", [lambda z: z, lambda z: z[:, 1:] * 2.0, lambda z: z.view(-1, V).float()])
+@pytest.mark.parametrize("written", [lambda hidden: hidden, lambda hidden: hidden[0]])
+def test_hidden_states_that_are_written_to_are_refused(head, part, written):
+    labels = torch.zeros(6, dtype=torch.long)
+    for use in (
+        lambda z: z.tensor(),
+        lambda z: z + 1.0,
+        lambda z: cross_entropy(z.reshape(-1, V), labels[: z.shape[0]]),
+        lambda z: z[0],
+    ):
+        hidden = torch.randn(2, 3, D)
+        with Deferral(head):
+            z = part(head(hidden))
+            written(hidden).mul_(2.0)
+            with pytest.raises(RuntimeError, match="writes to its hidden states in place"):
+                use(z)
+
+
 def test_other_heads_by_a_probe_row():
     class Scaled(torch.nn.Linear):
         def forward(self, hidden):

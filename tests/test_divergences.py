@@ -295,6 +295,18 @@ def test_what_is_no_number_makes_no_finite_loss_of_its_token_alone(backend):
             assert rows.isfinite().tolist() == [True, False, True], divergence
 
 
+def test_an_infinite_term_hides_no_nan(backend):
+    """Of other entries: one that the student lacks, one that the teacher lacks, and then a NaN in either."""
+    for divergence in TABLE.values():
+        for side in (0, 1):
+            logits = [torch.randn(2, 100), torch.randn(2, 100)]
+            logits[0][0, 7], logits[1][0, 60], logits[side][0, 30] = -math.inf, -math.inf, math.nan
+            more = labelled(divergence, 2)
+            rows = fk.f_divergence(*logits, divergence, reduction="none", backend=backend, **more)
+            want = f_divergence_rows(*(x.double() for x in logits), divergence, **more)
+            assert rows.isnan().tolist() == want.isnan().tolist() == [True, False], (divergence, side)
+
+
 def test_error_of_the_vector_exponential_and_logarithm(backend):
     """The docs state 1 ulp for exp and log: losses of two entries show them alone, to a few float32 roundings."""
     gap = torch.linspace(-80, 0, 401)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import LinearCall, RowCall
@@ -299,6 +300,22 @@ def test_a_part_of_shards_is_one_of_their_vocabulary(size, error):
         fk.f_divergence(logits, logits, shard=shard, vocab_size=size)
     with pytest.raises(error, match="vocab_size must be"):
         fk.linear_f_divergence(hidden, weight, hidden, weight, shard=shard, vocab_size=size)
+
+
+def test_values_are_loaded_as_weights(tmp_path):
+    x, n = torch.randn(2, 3), torch.tensor(2)
+    values = [
+        fk.Head(x, x[0], 2.0), fk.Hidden(x, fk.Head(x)), fk.Logits(x, 30.0), fk.LossTerms(labels=n), fk.LossParts(x, x, x, n),
+        fk.Metrics(*[x] * 10), fk.SparseParts(*[x] * 7), fk.TopK(n[None], x, "sampled", x, 2.0),
+    ]  # fmt: skip
+    assert {type(v) for v in values} == {
+        k for k in vars(fk).values() if hasattr(k, "_fields") and k is not fk.VocabShard
+    }
+    torch.save(values, tmp_path / "values.pt")
+    loaded = torch.load(tmp_path / "values.pt", weights_only=True)
+    assert [type(v) for v in loaded] == [type(v) for v in values]
+    for got, want in zip(tree_leaves(loaded), tree_leaves(values), strict=True):
+        assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
 
 
 def test_values_are_copied_and_compiled():
