@@ -15,6 +15,8 @@ demo: $(VENV)/installed
 cluster-demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cluster_demo --out benchmarks/results/cluster_demo.json $(ARGS)
 
+# two workers of one thread each, where two of two would wait for each other
+test test-all: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 16 $(ARGS)
 

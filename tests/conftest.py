@@ -27,6 +27,7 @@ WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
 #: Where there is no browser, its tests are not there: `make look` then fails.
 BROWSERS = ("chromium", "google-chrome")
 collect_ignore = [] if any(map(shutil.which, BROWSERS)) else ["browser"]
+THREADS = torch.get_num_threads()
 #: What takes longest begins first, so that no worker is left with it at the end.
 LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
@@ -88,6 +89,7 @@ def _seed(monkeypatch):
     for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "DYNAMO_MODE"):  # which trainers leave behind in this process
         monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 def native_backend_is_built() -> bool:
@@ -164,6 +166,7 @@ def ready(name, monkeypatch) -> str:
         emulate_cuda(monkeypatch)
     if name == "cpu":
         assert native_backend_is_built(), backends.cpu.NOT_LOADED  # a failure, not a skip: `make` builds it
+        torch.set_num_threads(2)  # which it cuts rows among, until the next test
     if name.startswith("triton"):
         small_triton(monkeypatch, name == "triton-spans")
     return name.partition("-")[0]

@@ -69,12 +69,50 @@ def _shape_once(init):
     return patched
 
 
+def _operands_once(check):
+    """Operands of one wide type need no other, and a number beside a tensor is made one once."""
+    numbers = {}
+    kinds = {id(tl.float32): (int, float), id(tl.int32): (int,), id(tl.int64): (int,), id(tl.int1): ()}
+
+    def of_number(self, tensor, number, *args, **options):
+        key = repr(number), tensor.type.name, args, *options.items()
+        if key not in numbers:
+            numbers[key] = check(self, tensor, number, *args, **options)[1]
+            numbers[key].handle.data.flags.writeable = False
+        return numbers[key]
+
+    def patched(self, lhs, rhs, *args, **options):
+        one, other = getattr(lhs, "dtype", None), getattr(rhs, "dtype", None)
+        if one is other and id(one) in kinds:
+            return self.broadcast_impl_value(lhs, rhs)
+        if type(rhs) in kinds.get(id(one), ()):
+            return lhs, of_number(self, lhs, rhs, *args, **options)
+        if type(lhs) in kinds.get(id(other), ()):
+            return of_number(self, rhs, lhs, *args, **options), rhs
+        return check(self, lhs, rhs, *args, **options)
+
+    return patched
+
+
+def _same_at_once(broadcast):
+    """Of one type, there is nothing to broadcast."""
+
+    def patched(self, lhs, rhs):
+        one, other = getattr(lhs.type, "of_tensors", None), getattr(rhs.type, "of_tensors", None)
+        return (lhs, rhs) if one is other and one is not None else broadcast(self, lhs, rhs)
+
+    return patched
+
+
 def hurry(check_overflows: bool) -> None:
     """Patches the interpreter of this process."""
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
     interpreter._get_np_dtype = _dtype_once(interpreter._get_np_dtype)
     tl.core.block_type.__init__ = _type_once(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = _shape_once(tl.core.tensor.__init__)
+    semantic = type(interpreter.interpreter_semantic)
+    semantic.binary_op_type_checking_impl = _operands_once(semantic.binary_op_type_checking_impl)
+    semantic.broadcast_impl_value = _same_at_once(semantic.broadcast_impl_value)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=check_overflows)
 
 

@@ -13,7 +13,7 @@ import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import RowCall, TokenTerms
 from fdistill_kernels.carried import flat
 
-from .conftest import reference, relative
+from .conftest import ready, reference, relative
 
 
 def models(*shape, dtype=torch.float32):
@@ -239,7 +239,9 @@ def test_compile_without_graph_breaks(backend):
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (eager, compiled)))
 
 
-def test_opcheck(backend):
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton", "cuda"])  # of which the operators know the name alone
+def test_opcheck(backend, monkeypatch):
+    ready(backend, monkeypatch)
     student, teacher, ones = torch.randn(2, 5, 33), torch.randn(2, 5, 33), torch.ones(10)
     labels = torch.randint(0, 33, (10,))
     terms = TokenTerms(ones, ones, ones, ones, 0.5 * ones, 0.01 * ones, labels, None, fk.GJS(0.3).key, 0.1)

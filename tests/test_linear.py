@@ -14,7 +14,7 @@ from fdistill_kernels.carried import flat
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.reference import f_divergence_rows
 
-from .conftest import WHOLE, relative
+from .conftest import WHOLE, ready, relative
 
 N, V, D, D_T = 13, 301, 24, 40
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -201,7 +201,9 @@ def test_modules_and_compile():
         torch.testing.assert_close(got, expected)
 
 
-def test_opcheck(backend):
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_opcheck(backend, monkeypatch):
+    ready(backend, monkeypatch)
     hidden, weight, teacher, teacher_weight = (x.detach() for x in problem())
     ones = torch.ones(N)
     terms = TokenTerms(*[ones] * 6, None, None, fk.TABLE["js"].key, 0.0)

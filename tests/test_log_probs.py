@@ -23,6 +23,7 @@ def expected(hidden, weight, bias=None, t=1.0, scale=1.0, cap=None):
     return live * log_q.gather(1, IDS.clamp_min(0).unsqueeze(1)).squeeze(1), -live * (log_q.exp() * log_q).sum(1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("t", [1.0, 0.7])
 def test_values_and_gradients(t, dtype, backend):

@@ -100,7 +100,7 @@ def test_never_negative_and_zero_of_equal_models(name, backend):
     rows = fk.f_divergence(logits, same, name, **keywords)
     assert (rows == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(rows.sum(), (logits, same)))
-    for distance in (1e-7, 1e-6, 1e-5, 1e-4):
+    for distance in (1e-7, 1e-6, 1e-5, 1e-4) if WHOLE else (1e-7, 1e-5):
         near = logits.detach() + distance * torch.randn(5, 700)
         assert (fk.f_divergence(logits.detach(), near, name, **keywords) >= 0).all()
 

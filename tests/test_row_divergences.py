@@ -143,6 +143,7 @@ CONFIDENT = {
 }  # fmt: skip
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("who", CONFIDENT)
 @pytest.mark.parametrize("gap", [60.0, 95.0, 300.0, 1e4])
 @pytest.mark.parametrize("divergence", [*NAMES, fk.TailAware(1), fk.Renyi(2.0)], ids=str)

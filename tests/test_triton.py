@@ -58,8 +58,16 @@ PASSES = {"kl": (5, 4), "cross_entropy": (5, 4), "rkl": (7, 4), "engine": (7, 4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
-@pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        (n, d)
+        for n in PASSES
+        for d in (torch.float32, torch.bfloat16)
+        if WHOLE or d is torch.bfloat16 or n in ("kl", "js")
+    ],
+    ids=str,
+)
 def test_bytes_moved(name, dtype, traffic):
     student, teacher = torch.randn(2, WIDE).to(dtype), torch.randn(2, WIDE).to(dtype)
     for passes, needs_gradient in zip(PASSES[name], (True, False), strict=True):
@@ -306,7 +314,7 @@ def test_nothing_is_read_or_written_beside_a_tensor(dtype, splits, monkeypatch):
         return x
 
     for vocabulary in (7, 64, 203):
-        for offsets in ((0, 0), (3, 3), (5, 5), (1, 2)):
+        for offsets in ((0, 0), (3, 3), (1, 2)):
             owned.clear()
             student, teacher = (inside(offset, 3, vocabulary) for offset in offsets)
             labels = torch.tensor([0, vocabulary - 1, vocabulary // 2])
@@ -348,8 +356,11 @@ def test_rows_that_differ_at_the_peak_alone(name):
     assert relative(torch.autograd.grad(got, student)[0], gradient) < 3e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*PASSES, "lk", "csd"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(n, d) for n in (*PASSES, "lk", "csd") for d in (torch.bfloat16, torch.float16)
+     if WHOLE or d is torch.bfloat16 or n in ("kl", "js", "csd")], ids=str,
+)  # fmt: skip
 def test_one_temperature_and_two(name, dtype):
     """Of 16-bit logits at one temperature u is made of what is exact; at two, or of float32, otherwise."""
     outcomes = []
