@@ -292,7 +292,7 @@ def DKD(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
 def CSD(weight: str = "teacher") -> Divergence:
     """Σ w (u − Σ w u)², where u = z_s/T − z_t/T_t and w is p ("teacher") or q ("student"); no gradient flows through w.
 
-    Concrete score distillation (Kim et al. 2025, arXiv 2509.25837).
+    Concrete score distillation (Kim et al. 2025, arXiv 2509.25837), whose main loss is half of that of "student".
 
     Raises:
         ValueError: weight is neither "teacher" nor "student".

@@ -85,8 +85,10 @@ def dkd(g):
 
 
 def csd(g):
-    w, u = soft(g["teacher"]).exp(), g["student"] - g["teacher"]
-    return (w * (u - (w * u).sum(-1, keepdim=True)) ** 2).sum(-1)
+    q, u = soft(g["student"]).exp().detach(), g["student"] - g["teacher"]
+    score = u - (q * u).sum(-1, keepdim=True)
+    theirs = ((q * score).detach() * g["student"]).sum(-1)  # the authors' code: of the gradient alone
+    return (0.5 * (q * score**2).sum(-1)).detach() + theirs - theirs.detach()
 
 
 def ab(g, a=0.2, b=0.7):
