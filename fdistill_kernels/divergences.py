@@ -244,7 +244,8 @@ def AKL(mu: float = 0.5) -> Divergence:
     """w KL(p‖q) + (1 − w) KL(q‖p), where w is the head's share of Σ|p − q|; no gradient flows through w.
 
     The head is the smallest set of the teacher's largest entries with a mass of at least μ, 0 < μ < 1; ties are in it
-    together. AKL (Wu et al. 2024, arXiv 2404.02657).
+    together. AKL (Wu et al. 2024, arXiv 2404.02657); the authors' code has the entry that reaches μ in the tail, unless
+    it is the first.
 
     Raises:
         ValueError: μ is outside [1e-6, 1 − 1e-6].
