@@ -266,7 +266,9 @@ def TailAware(k: int = 16, beta: float = 1.0) -> Divergence:
     """KL over the teacher's K largest entries and the rest as one entry, plus β times the KL inside the rest.
 
     Entries that tie with the K-th are among the largest. It is kl if K holds the vocabulary, or if β is the teacher's
-    mass of the rest (arXiv 2602.20816). Where a model has nothing in the rest, the KL inside it counts as 0.
+    mass α of the rest. Where a model has nothing in the rest, the KL inside it counts as 0. Tail-aware distillation
+    (Dasgupta et al. 2026, arXiv 2602.20816, eq. 3) has β α over the sequence's mean of α in the place of β:
+    docs/papers.md has its call.
 
     Raises:
         ValueError: K is not an integer in [1, 2^20], or β is outside [0, 1e6].

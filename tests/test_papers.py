@@ -119,8 +119,10 @@ def entropy_gated(g):
 
 
 def tail_aware(g):
-    coarse, inner = in_groups(*both(g), largest(both(g)[0], 5))
-    return coarse + 2.0 * inner
+    head = largest(both(g)[0], 5)
+    coarse, inner = in_groups(*both(g), head)
+    rest = (both(g)[0].exp() * ~head).sum(-1)
+    return coarse + 2.0 * rest / rest.mean() * inner
 
 
 def top_k(g):
