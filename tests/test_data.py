@@ -4,13 +4,14 @@ import gzip
 import json
 import os
 import shutil
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LEDConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence.arguments import KINDS, ask
 from fdistill_kernels.sequence.config import FDistillConfig
@@ -318,6 +319,9 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     assert len(long["prompt_ids"]) + len(long["labels"]) == 40  # the shorter of both models' contexts
     cut = ids_of(tokenizer, rows[1:2], tmp_path, teacher=shorter, long_prompts="cut", **common)[0]
     assert len(cut["prompt_ids"]) == 40 - 8  # one prompt, which both must hold
+    led = SimpleNamespace(config=LEDConfig(max_encoder_position_embeddings=32, max_decoder_position_embeddings=16))
+    made = ids_of(tokenizer, rows[:2], tmp_path, led, long_prompts="cut", **common)
+    assert len(made[1]["prompt_ids"]) == 32 and len(made[0]["labels"]) == 16  # each by its own
 
 
 @pytest.mark.parametrize("answers", ["together", "each"])

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 
 import fdistill_kernels as fk
 from fdistill_kernels.divergences import TABLE
 from fdistill_kernels.sequence import sampling
+from fdistill_kernels.sequence.dataset_checks import _check_contexts
 from fdistill_kernels.sequence.forward import forward_to_head, rows_of
 from fdistill_kernels.sequence.generation import chosen
 from fdistill_kernels.sequence.losses import step_loss
@@ -167,6 +169,27 @@ def test_a_context_is_the_positions_behind_those_that_padding_takes(kind, usable
     model(input_ids=torch.full((1, usable), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, usable + 1), 5))
+
+
+def test_contexts_that_configurations_name_otherwise():
+    special = dict(eos_token_id=2, pad_token_id=1, vocab_size=20)
+    of_mpt = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=8, **special)
+    mpt = transformers.MptForCausalLM(of_mpt)
+    with pytest.raises(ValueError, match="has 9 tokens, the model's context 8"):
+        draw(mpt, [torch.full((5,), 3)], Sampling(4))
+    small = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                 encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=20, attention_window=4)  # fmt: skip
+    led = transformers.LEDForConditionalGeneration(
+        transformers.LEDConfig(max_encoder_position_embeddings=16, max_decoder_position_embeddings=8, **small)
+    )
+    prompt, target = torch.full((16,), 3), torch.full((8,), 3)
+    teacher_forced(led, [prompt], [target], 1)
+    for pair, words in (((torch.full((17,), 3), target), "17 tokens.* 16"), ((prompt, torch.full((9,), 3)), "9 .* 8")):
+        with pytest.raises(ValueError, match=words):
+            teacher_forced(led, *([x] for x in pair), 1)
+    ids = dict(prompt_ids=[[3] * 16] * 2, labels=[[3] * 8, [3] * 9])
+    with pytest.raises(ValueError, match="row 1's prompt_ids with its labels has 9 tokens, the student's context 8"):
+        _check_contexts("data", Dataset.from_dict(ids), "prompt_ids", "labels", 4, "the student's", led)
 
 
 def test_a_cache_that_is_named_is_used_or_refused_and_rounding_is_no_difference(monkeypatch):

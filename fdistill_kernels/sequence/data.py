@@ -53,8 +53,10 @@ def tokenize(
     check_choice("long_prompts", long_prompts, get_args(Policy))
     check_choice("long_targets", long_targets, get_args(Policy))
     encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends, begins)
-    lengths = _Lengths((context(config), context(teacher or config)), not config.is_encoder_decoder, new_tokens,
-                       max_target, encode_row.before, long_prompts, long_targets)  # fmt: skip
+    both = config, teacher or config
+    lengths = _Lengths((context(both[0]), context(both[1])), min(context(of, target=True) for of in both),
+                       not config.is_encoder_decoder, new_tokens, max_target, encode_row.before, long_prompts,
+                       long_targets)  # fmt: skip
     lengths.check()
     own_prompts = teacher_system is not None or "teacher_prompt" in rows.column_names
 
@@ -70,11 +72,13 @@ class _Lengths(NamedTuple):
 
     Attributes:
         contexts: of the student and the teacher; a causal model's holds prompt and target, an encoder–decoder's each.
+        of_target: of an encoder–decoder's target, the smaller of both models'.
         new_tokens, max_target, long_prompts, long_targets: as of `tokenize`.
         before: what the tokenizer begins a prompt with, which a cut prompt keeps.
     """
 
     contexts: tuple[float, float]
+    of_target: float
     causal: bool
     new_tokens: int
     max_target: int | None
@@ -98,7 +102,8 @@ class _Lengths(NamedTuple):
             raise ValueError("the prompt is empty")
         prompts = [self._cut(ids, room - self.new_tokens * self.causal, self.long_prompts, "prompt", fate)
                    for ids, room in zip(prompts, rooms, strict=True)]  # fmt: skip
-        left = min(room - len(ids) * self.causal for ids, room in zip(prompts, self.contexts, strict=True))
+        left = min(room - len(ids) for ids, room in zip(prompts, self.contexts, strict=True))
+        left = left if self.causal else self.of_target
         limit = left if self.max_target is None else min(left, self.max_target)
         rest = None if found.rest is None else self._cut(found.rest, limit, self.long_targets, "target", fate)
         counted = None if rest is None else (found.counted or [True] * len(rest))[: len(rest)]

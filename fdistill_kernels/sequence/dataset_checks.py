@@ -168,22 +168,25 @@ def _check_contexts(name: str, data: Any, prompt: str, column: str | None, new: 
     Raises:
         ValueError: they do not.
     """
-    limit, columns, causal = context(model), columns_of(data), not model.config.is_encoder_decoder
+    limits = context(model), context(model, target=True)
+    columns, causal = columns_of(data), not model.config.is_encoder_decoder
     if "prompt_ids" not in columns and prompt == "prompt_ids":
         prompt = "input_ids"
     one_text = prompt == "input_ids" and causal  # which holds its labels
-    if limit == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
+    if min(limits) == math.inf or {prompt, column or prompt} - set(columns) or (one_text and column != "labels"):
         return
     prompts = _lengths(data, prompt)
     more = np.array(0 if one_text else new) if column is None or one_text else _lengths(data, column)
     if prompts is None or more is None or not len(prompts):
         return
-    whole = prompts + more if causal else np.maximum(prompts, more)
-    for row in (-whole).argsort(kind="stable")[: (whole > limit).sum()].tolist():
+    over = prompts + more - limits[0] if causal else np.maximum(prompts - limits[0], more - limits[1])
+    for row in (-over).argsort(kind="stable")[: (over > 0).sum()].tolist():
         example = of_example(data[row], not causal)  # without padding, which a batch has not
         of_prompt = len(example.get(prompt.replace("input", "prompt"), ()))
         lengths = of_prompt, len(example.get(column, ())) if column else new
-        tokens = sum(lengths) if causal else max(lengths)
-        if tokens > limit:
+        found = ((sum(lengths), limits[0]),) if causal else zip(lengths, limits, strict=True)
+        for tokens, limit in found:
+            if tokens <= limit:
+                continue
             beside = f"its {column}" if column else f"{new} new tokens"
             raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {tokens} tokens, {whose} context {limit}")

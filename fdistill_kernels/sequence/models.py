@@ -67,10 +67,16 @@ def ids_read(model: Any) -> int:
     return int(getattr(model.get_input_embeddings(), "num_embeddings", vocabulary_of(model.config)))
 
 
-def context(of: Any) -> float:
-    """The number of tokens that a model, or one of a configuration, can read beside its virtual tokens; or infinity."""
+def context(of: Any, target: bool = False) -> float:
+    """The number of tokens that a model, or one of a configuration, can read beside its virtual tokens; or infinity.
+
+    target: of an encoder–decoder's target, which is not always that of its prompt.
+    """
     config = getattr(of, "config", of)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # LED's two, and MPT's
+    names = ("max_position_embeddings", f"max_{'decoder' if target else 'encoder'}_position_embeddings", "max_seq_len")
+    text = config.get_text_config()
+    found = next((n for n in (getattr(text, name, None) for name in names) if n), None)
     if not found or found < 0:  # XLNet's is −1
         return float("inf")
     if getattr(config, "is_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # BERT and its kin
@@ -83,15 +89,16 @@ def context(of: Any) -> float:
     return found - virtual_tokens(of)
 
 
-def check_context(model: Any, tokens: int) -> None:
-    """Checks that a model has positions for so many tokens of a sequence; an encoder's prompt is its own sequence.
+def check_context(model: Any, prompt: int, more: int) -> None:
+    """Checks that a model has positions for so many tokens; an encoder's prompt is its own sequence.
 
     Raises:
         ValueError: it has too few.
     """
-    limit = context(model)
-    if limit < tokens:
-        raise ValueError(f"a prompt with its continuation has {tokens} tokens, the model's context {limit}")
+    apart = model.config.is_encoder_decoder
+    for tokens, target in ((prompt, False), (more, True)) if apart else ((prompt + more, False),):
+        if (limit := context(model, target)) < tokens:
+            raise ValueError(f"a prompt with its continuation has {tokens} tokens, the model's context {limit}")
 
 
 def virtual_tokens(model: Any) -> int:

@@ -79,7 +79,7 @@ def draw(
     if sampling.beams:
         check_search(model)
     new, encoder_decoder, longest = sampling.max_new_tokens, model.config.is_encoder_decoder, max(map(len, prompts))
-    check_context(model, max(longest, new) if encoder_decoder else longest + new)
+    check_context(model, longest, new)
     settings = _settings(model, sampling, vocabulary)
     try:
         with evaluating(model), _seeded(model, seed), _of_p_itself(model) as owners:

@@ -75,14 +75,14 @@ def teacher_forced(
     """
     targets = masked(continuations, counted)
     if model.config.is_encoder_decoder:
-        check_context(model, max(map(len, (*prompts, *continuations))))
+        check_context(model, max(map(len, prompts)), max(map(len, continuations)))
         start = beginning(model)[0]
         written = padded([torch.cat((c.new_full((1,), start), c[:-1])) for c in continuations], pad)
         labels = padded(targets, IGNORE)
         labels = nn.functional.pad(labels, (0, written.shape[1] - labels.shape[1]), value=IGNORE)
         return {**padded_inputs(prompts, pad), "decoder_input_ids": written}, labels
     pairs = [torch.cat(pair) for pair in zip(prompts, continuations, strict=True)]
-    check_context(model, max(map(len, pairs)))
+    check_context(model, max(map(len, pairs)), 0)
     targets = [torch.cat((p.new_full((len(p) - 1,), IGNORE), t, p.new_full((1,), IGNORE)))
                for p, t in zip(prompts, targets, strict=True)]  # fmt: skip
     if pack:
