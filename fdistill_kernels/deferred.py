@@ -143,6 +143,9 @@ def _before(head: nn.Module, args: tuple[Any, ...]) -> Any:
     if are_in_the_way(head, of_all=deferral.own_loss):  # another loss has none for them
         deferral.reason = deferral.reason or "a backward hook of its output embedding, or a hook of all modules"
         return None
+    if given.device.type == "meta":
+        deferral.reason = deferral.reason or "hidden states on the meta device, which have a shape and no data"
+        return None
     if torch.is_grad_enabled() != deferral.trained:
         deferral.reason = deferral.reason or "its output embedding, where gradients are switched off or on"
         return None

@@ -124,6 +124,23 @@ def test_packed_sequences_are_the_models_own(is_own):
     is_own(patch_model(model), gradients(model, **packed), **packed)
 
 
+def test_outputs_without_logits_are_refused_by_name():
+    outputs = patch_model(llama()).train()(**BATCH)
+    for loss in (causal_loss, seq2seq_loss):
+        with pytest.raises(ValueError, match="outputs has no logits: a patched model"):
+            loss(outputs, LABELS)
+
+
+@pytest.mark.filterwarnings("ignore:.*makes its logits whole")
+def test_models_without_data_run_as_without_the_patch():
+    with torch.device("meta"):
+        loss = (
+            patch_model(llama()).train()(**{name: torch.empty_like(x, device="meta") for name, x in BATCH.items()}).loss
+        )
+    loss.backward()
+    assert loss.is_meta and loss.shape == ()
+
+
 # --- the model is copied, sent, wrapped, shared
 
 

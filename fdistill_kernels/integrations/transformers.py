@@ -205,6 +205,9 @@ def causal_loss(
 
     Returns:
         The loss, a 0-dim tensor unless `reduction` says otherwise.
+
+    Raises:
+        ValueError: the outputs have no logits, as those of a patched model that trains with labels.
     """
     if shift_labels is None:  # the label of each position is its next token; the last position has none
         shift_labels = torch.nn.functional.pad(labels.long(), (0, 1), value=ignore_index)[..., 1:]
@@ -215,6 +218,11 @@ def seq2seq_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, ignore_index: int = IGNORE, **keywords: Any
 ) -> Tensor:
     """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked models."""
+    if outputs.logits is None:
+        raise ValueError(
+            "outputs has no logits: a patched model that trains with labels gives its loss alone; use that, or call it "
+            "without labels or without patch_model"
+        )
     logits = outputs.logits.flatten(0, -2)
     return cross_entropy(logits, labels.to(logits.device).flatten(), num_items=num_items_in_batch,
                          ignore_index=ignore_index, **keywords)  # fmt: skip
