@@ -191,6 +191,11 @@ def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
     orders = [list(trainer(tmp_path, gpt2(60), gpt2(60), rows, data_seed=seed, **BY_LENGTH)._get_train_sampler())
               for seed in (7, 7, 8)]  # fmt: skip
     assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == list(range(8))
+    if not hasattr(transformers.trainer_pt_utils, "BatchRebalanceSampler"):
+        return
+    balanced = [[*trainer(tmp_path, gpt2(60), gpt2(60), rows, data_seed=seed,
+                          train_sampling_strategy="batch_rebalance")._get_train_sampler()] for seed in (7, 7, 8)]  # fmt: skip
+    assert balanced[0] == balanced[1] != balanced[2] and sorted(itertools.chain(*balanced[2])) == list(range(8))
 
 
 def test_accumulation_packing_and_sequence_normalisation_agree(tmp_path):
@@ -238,6 +243,20 @@ def test_layers_whose_input_is_not_trained_are_checkpointed(settings, reentrant,
         ).train()
         trained.append(flat(student))
     torch.testing.assert_close(*trained)
+
+
+@pytest.mark.skipif(
+    not hasattr(FDistillConfig, "activation_checkpointing_kwargs"), reason="transformers has no such option"
+)
+def test_some_layers_alone_are_checkpointed(tmp_path):
+    weights = []
+    for kept in (None, {"every_n_layers": 2}):
+        run = trainer(tmp_path, gpt2(60, 3, seed=1), gpt2(60, seed=2), method="mle", activation_checkpointing=bool(kept),
+                      activation_checkpointing_kwargs=kept)  # fmt: skip
+        run.train()
+        weights.append(flat(run.model))
+    assert [layer.gradient_checkpointing for layer in run.model.transformer.h] == [True, False, True]
+    torch.testing.assert_close(*weights)
 
 
 class Packing(torch.nn.Linear):
@@ -984,7 +1003,22 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(temperature=1e30), "temperature must be in [1e-18, 1e+18], not 1e+30"),
     (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"bad": 1}), "gradient_checkpointing_kwargs={'bad': 1}: "),
     (dict(accelerator_config='{"bad": 1}'), "accelerator_config={'bad': 1}: "),
+    (dict(accelerator_config={"gradient_accumulation_kwargs": {"bad": 1}}), "gradient_accumulation_kwargs={'bad': 1}: "),
+    (dict(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 0}}), "num_steps must be at least 1, not 0"),
     (dict(dataloader_persistent_workers=True), "dataloader_persistent_workers=True is not used without dataloader_num_workers"),
+    *((dict([(name, value)]), f"{name}={value!r} is not used without dataloader_num_workers")
+      for name, value in (("dataloader_multiprocessing_context", "fork"), ("dataloader_in_order", False))
+      if hasattr(FDistillConfig, name)),
+    (dict(length_column_name="size"), "length_column_name='size' is not used without batches by length"),
+    (dict(logging_nan_inf_filter=False), "logging_nan_inf_filter=False is not used here: on_nan says"),
+    (dict(log_level="loud"), "log_level must be one of detail, debug, "),
+    (dict(torch_compile_backend="bogus"), "torch_compile_backend must be one of eager, "),
+    *((settings, words) for settings, words in (
+        (dict(train_sampling_strategy="by_length"), "train_sampling_strategy must be one of random, sequential, "),
+        (dict(train_sampling_strategy="batch_rebalance", auto_find_batch_size=True), "is not used by train_sampling_strategy"),
+        (dict(activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 0}), "every_n_layers must be"),
+        (dict(activation_checkpointing=True, activation_checkpointing_kwargs={"offload": True}), "offload moves an accel"),
+    ) if all(hasattr(FDistillConfig, name) for name in settings) and hasattr(FDistillConfig, "activation_checkpointing")),
     *[(dict([(name, {"rope": True})]), f"{name}={{'rope': True}} is not used without use_liger_kernel")
       for name in ("liger_kernel_config",) if hasattr(FDistillConfig, name)],
     *((dict(method=method, **{name: value}), f"{name} must be in [0, inf), not {value}")
@@ -1026,6 +1060,32 @@ def test_settings_of_another_type_are_named(settings, words, tmp_path):
 def test_optim_args_that_are_read(tmp_path):
     student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
     trainer(tmp_path, student, teacher, optim="sgd", optim_args="momentum=0, nesterov=False", learning_rate=1.0)
+
+
+def test_options_beside_ones_own_optimizer_and_schedule(tmp_path):
+    student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
+    plain = torch.optim.SGD(student.parameters(), 0.1)
+    constant = torch.optim.lr_scheduler.LambdaLR(plain, lambda _: 1.0)
+    of_class = dict(optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+
+    def made(more, **settings):
+        FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), **{**BASE, "learning_rate": 0.1, **settings}),
+                        train_dataset=data(), **more)  # fmt: skip
+
+    for more, settings, words in (
+        (dict(optimizers=(plain, None)), dict(optim="adafactor"), "optim='adafactor' is not used beside optimizers"),
+        (dict(optimizers=(plain, None)), dict(learning_rate=0.2), "learning_rate=0.2 is not used beside optimizers"),
+        (dict(optimizers=(plain, None)), dict(weight_decay=0.2), "weight_decay=0.2 is not used beside optimizers"),
+        (dict(optimizers=(plain, None)), dict(lr_scheduler_kwargs={"foo": 1}), "lr_scheduler_kwargs={'foo': 1}: "),
+        (of_class, dict(adam_beta1=0.8), "adam_beta1=0.8 is not used beside optimizer_cls_and_kwargs"),
+        (dict(optimizers=(plain, constant)), dict(warmup_steps=2), "warmup_steps=2 is not used beside a schedule in"),
+        ({}, dict(lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cycles": "x"}), "lr_scheduler_kwargs={'num_cycles"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(words)):
+            made(more, **settings)
+    made(dict(optimizers=(plain, None)), lr_scheduler_type="cosine", warmup_steps=2)
+    made(dict(optimizers=(plain, constant)))
+    made(of_class, weight_decay=0.2)
 
 
 def test_what_a_model_is_made_of_is_refused_before_any_work(tmp_path):
@@ -1105,6 +1165,9 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, teacher, lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1})
     with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
         trainer(tmp_path, student, teacher, **BY_LENGTH)
+    of_lengths = Dataset.from_list([{**row, "length": 9} for row in data()])
+    with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as eval_dataset"):
+        trainer(tmp_path, student, teacher, of_lengths, eval_strategy="epoch", **BY_LENGTH)
     stream = Dataset.from_list([{**row, "length": 9} for row in data()]).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"batches by length need a datasets\.Dataset as train_dataset"):
         trainer(tmp_path, student, teacher, stream, **BY_LENGTH)  # whose order is its own

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .ranks import is_split
 
 #: Options of `TrainingArguments` that only some optimizers are made with.
 OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
+#: Those that one's own is made without, and those that one's own schedule is.
+NOT_OF_OWN = ("optim", "optim_args", "learning_rate", *OF_OPTIMIZERS)
+NOT_OF_OWN_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
 
 
 def check_beginning(trainer: Trainer) -> None:
@@ -35,16 +39,41 @@ def check_beginning(trainer: Trainer) -> None:
     if trainer.args.optim == "adafactor" and is_split(trainer.model):
         raise ValueError("optim=adafactor keeps whole rows and columns of a weight, and this student's are split: take "
                          "another")  # fmt: skip
-    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
-        return
-    if not trainer.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
+    own = _own_optimizer(trainer)
+    if trainer.optimizer is not None:
+        _check_beside(trainer.args, "optimizers", (*NOT_OF_OWN, "weight_decay"), own)
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        _check_beside(trainer.args, "optimizer_cls_and_kwargs", NOT_OF_OWN, own)
+    elif not trainer.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
         _check_options(trainer)
-    plain, name = torch.optim.SGD([torch.zeros(1)], trainer.args.learning_rate), trainer.args.lr_scheduler_type
+    if trainer.lr_scheduler is not None:
+        return _check_beside(trainer.args, "a schedule in optimizers", NOT_OF_OWN_SCHEDULE)
+    rate = float(own.get("learning_rate") or trainer.args.learning_rate)
+    plain, name = torch.optim.SGD([torch.zeros(1)], rate), trainer.args.lr_scheduler_type
     keywords: dict[str, Any] = dict(trainer.args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
     try:
-        get_scheduler(name, plain, 1, sys.maxsize, keywords)
-    except TypeError as error:
+        for at in getattr(get_scheduler(name, plain, 1, sys.maxsize, keywords), "lr_lambdas", ()):
+            at(2)  # behind the warm-up
+    except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
+
+
+def _own_optimizer(trainer: Trainer) -> dict[str, Any]:
+    """What one's own optimizer is made with, by the names of options; empty if there is none."""
+    made: Any = getattr(trainer.optimizer, "defaults", {})
+    if trainer.optimizer_cls_and_kwargs is not None:
+        made = trainer.optimizer_cls_and_kwargs[1]
+    beta1, beta2 = made.get("betas", (None, None))
+    return {"learning_rate": made.get("lr"), "weight_decay": made.get("weight_decay"), "adam_beta1": beta1,
+            "adam_beta2": beta2, "adam_epsilon": made.get("eps")}  # fmt: skip
+
+
+def _check_beside(args: Any, given: str, names: Sequence[str], own: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raises ValueError for options that are not used beside what is given in their place, and have not its values."""
+    for name in names:
+        value, default = (getattr(of, name, None) or None for of in (args, FDistillConfig))
+        if value not in (default, own.get(name)):
+            raise ValueError(f"{name}={getattr(value, 'value', value)!r} is not used beside {given}")
 
 
 def _check_model(trainer: Trainer) -> None:

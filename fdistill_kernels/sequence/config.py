@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -111,6 +112,7 @@ class FDistillConfig(TrainingArguments):
             if isinstance(given := _of_json(name, getattr(self, name, None)), Mapping):
                 setattr(self, name, _of_accelerate(name, given))
         self._check_numbers()
+        self._check_choices()
         super().__post_init__()  # in which eval_steps=0 becomes logging_steps
         self.remove_unused_columns = False  # the collator's columns are not the model's arguments
         self.divergence, self.shares = _of_json("divergence", self.divergence), _shares(self.shares)
@@ -120,14 +122,42 @@ class FDistillConfig(TrainingArguments):
         self._check_server()
         self._check_used()
         self._check_checkpointing()
+        self._check_accumulation()
 
     def _check_checkpointing(self) -> None:
-        given: Any = self.gradient_checkpointing_kwargs
-        if given:  # which the first step would refuse
+        """Raises ValueError for what the first step would refuse."""
+        given: Any = self.gradient_checkpointing_kwargs or {}
+        of_torch = dict(given)
+        if hasattr(self, "activation_checkpointing_kwargs"):  # two of which `Trainer` takes for the model
+            check_integer("every_n_layers", of_torch.pop("every_n_layers", 1), 1)
+            if of_torch.pop("offload", False) and self.device.type == "cpu":
+                raise ValueError("gradient_checkpointing_kwargs: offload moves an accelerator's tensors to the host's "
+                                 "memory, where a CPU's are: leave it out")  # fmt: skip
+        if of_torch:
             try:
-                checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **given})
+                checkpoint(torch.relu, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **of_torch})
             except (TypeError, ValueError) as error:
                 raise ValueError(f"gradient_checkpointing_kwargs={given}: {error}") from error
+
+    def _check_accumulation(self) -> None:
+        """Raises ValueError for what accelerate would refuse without saying of what."""
+        loaders: Any = self.accelerator_config
+        given = loaders.gradient_accumulation_kwargs or {}
+        check_integer("num_steps", given.get("num_steps", 1), 1)
+        try:
+            GradientAccumulationPlugin(**{"num_steps": 1, **given})
+        except TypeError as error:
+            raise ValueError(f"accelerator_config's gradient_accumulation_kwargs={given}: {error}") from error
+
+    def _check_choices(self) -> None:
+        """Raises ValueError for words that `Trainer` would take for its default, or refuse when it begins."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (known := field.metadata.get("choices")):
+                check_choice(field.name, value, tuple(known))
+        if self.torch_compile_backend is not None:
+            known = [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
+            check_choice("torch_compile_backend", self.torch_compile_backend.lower(), known)
 
     def _check_numbers(self) -> None:
         for name, least in INTEGERS.items():
@@ -168,8 +198,11 @@ class FDistillConfig(TrainingArguments):
             and "on a CPU, for which accelerate has no float16: take bf16",
             "gradient_checkpointing_kwargs": self.gradient_checkpointing_kwargs and not self.gradient_checkpointing
             and "without gradient_checkpointing",
-            "dataloader_persistent_workers": self.dataloader_persistent_workers and not self.dataloader_num_workers
-            and "without dataloader_num_workers",
+            "logging_nan_inf_filter": not self.logging_nan_inf_filter and "here: on_nan says what becomes of these",
+            "auto_find_batch_size": self.auto_find_batch_size and sampling_strategy(self) == "batch_rebalance"
+            and "by train_sampling_strategy=batch_rebalance",
+            "length_column_name": self.length_column_name != FDistillConfig.length_column_name
+            and sampling_strategy(self) not in BY_LENGTHS and "without batches by length",
             "liger_kernel_config": getattr(self, "liger_kernel_config", None) and not self.use_liger_kernel
             and "without use_liger_kernel",
             "metric_for_best_model": self.metric_for_best_model is not None and self.eval_strategy == "no"
@@ -191,6 +224,9 @@ class FDistillConfig(TrainingArguments):
             unused |= {name: getattr(self, name) != getattr(FDistillConfig, name) and "by predistill"
                        for name in NOT_IN_PREDISTILLATION}  # fmt: skip
         unused |= {name: getattr(self, name, None) and "here: no logits are made" for name in OF_LOGITS}
+        for name in OF_WORKERS if not self.dataloader_num_workers else ():
+            given = getattr(self, name, None) != getattr(FDistillConfig, name, None)
+            unused[name] = given and "without dataloader_num_workers"
         for name, said in idle(vars(self)).items():
             value, default = (getattr(of, name, None) or None for of in (self, FDistillConfig))
             unused[name] = value != default and f"by {said}"
@@ -202,6 +238,11 @@ class FDistillConfig(TrainingArguments):
     def _is_left_out(self, name: str) -> bool:
         """Whether an option has None for its default, or is none of this transformers'."""
         return getattr(self, name, None) is None and getattr(type(self), name, None) is None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is an evaluation while training, or before it."""
+        return self.eval_strategy != "no" or self.eval_on_start
 
     def halves(self) -> tuple[Half, ...]:
         """The objective; empty for pre-distillation."""
@@ -270,6 +311,10 @@ NOT_OF_SCHEDULE: dict[str, tuple[str, ...]] = {
 OF_STRATEGY: dict[str, tuple[str, ...]] = {
     "eval": ("eval_delay",), "save": ("save_total_limit", "save_only_model"), "logging": (),
 }  # fmt: skip
+#: Options of the processes that load batches.
+OF_WORKERS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_in_order")
+#: Strategies that make batches by the lengths of rows.
+BY_LENGTHS = ("group_by_length", "batch_rebalance")
 #: Options of `TrainingArguments` that may be JSON text.
 MAY_BE_JSON = ("accelerator_config", "fsdp_config", "deepspeed", "gradient_checkpointing_kwargs",
                "activation_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip
@@ -282,6 +327,12 @@ OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "beams", "student_every", "student_server", "student_server_path", "normalize", "pack",
                           "memory", "label_smoothing_factor")  # fmt: skip
+
+
+def sampling_strategy(args: Any) -> str:
+    """How rows are ordered, by the name that transformers 5 gives it."""
+    by_length = "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    return str(getattr(args, "train_sampling_strategy", by_length))
 
 
 def idle(options: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from .batches import IDS, column_of, columns_of, of_example, prompts_of, prompts_of_teacher
-from .config import FDistillConfig
+from .config import BY_LENGTHS, FDistillConfig, sampling_strategy
 from .generation import check_search
 from .models import context, inputs_of
 from .objectives import compared_sources, sources_of
@@ -18,6 +18,8 @@ from .pairing import models_of
 from .teachers import Itself, OfRows, Served, Stored, Teacher
 from .teachers.several import parts_of
 
+#: What is said of a dataset, and of a column.
+NO_LENGTHS = "batches by length need a datasets.Dataset as {} with the column {}, each example's tokens"
 #: Inputs of a model that a dataset may have.
 READ = (*IDS, "input_ids", "attention_mask")
 
@@ -31,7 +33,8 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
             sequences too long for a model; sequences that a store has never seen, or that it would have to draw; a
             column for teachers' names that is not there, or that nobody reads.
     """
-    halves, gold = args.halves(), ["gold"] if args.eval_strategy != "no" else []
+    halves, gold = args.halves(), ["gold"] if args.evaluates else []
+    strategy = sampling_strategy(args)
     if isinstance(train, dict):  # as of load_dataset without a split
         raise TypeError(f"train_dataset must be one dataset, not several: give one of {', '.join(map(repr, train))}")
     for name, data in _datasets_of("train_dataset", train):
@@ -39,14 +42,21 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
         if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
             raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
                              f"fewer than the {args.train_batch_size} of a batch: nothing would train")  # fmt: skip
-        length, columns = args.length_column_name, columns_of(data)
-        known = length in columns and hasattr(data, "column_names")  # Trainer reads the column of such data alone
-        known = hasattr(data, "__len__") and (known or not columns or "input_ids" in columns)
-        if _groups_by_length(args) and not known:
-            raise ValueError(f"batches by length need a datasets.Dataset as {name} with the column {length}, each "
-                             "example's tokens")  # fmt: skip
+        if strategy in BY_LENGTHS and not (hasattr(data, "__len__") and _has_lengths(data, args.length_column_name)):
+            raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
     for name, data in _datasets_of("eval_dataset", evaluation):
         _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
+        if gold and strategy == "group_by_length" and not _has_lengths(data, args.length_column_name):
+            raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
+
+
+def _has_lengths(data: Any, column: str) -> bool:
+    """Whether `Trainer` finds the lengths of rows: in a column, which it reads of a datasets.Dataset alone, or as those
+    of input_ids. A stream needs none.
+    """
+    columns = columns_of(data)
+    known = column in columns and hasattr(data, "column_names")
+    return known or not columns or "input_ids" in columns or not hasattr(data, "__len__")
 
 
 def check_collator(collator: Any, *datasets: Any) -> None:
@@ -130,12 +140,6 @@ def _check_teachers(name: str, data: Any, columns: Collection[str], compared: li
                 of_it = ((n, of_example(e, part.encoder_decoder)) for n, e in enumerate(data)
                          if not named or named[n] == mark)  # fmt: skip
                 part.check(name, of_it, wanted)
-
-
-def _groups_by_length(args: Any) -> bool:
-    """Whether batches are made by lengths; transformers 5 has another name for it."""
-    by_length = getattr(args, "train_sampling_strategy", "") in ("group_by_length", "batch_rebalance")
-    return bool(getattr(args, "group_by_length", by_length))
 
 
 def _datasets_of(name: str, data: Any) -> Iterator[tuple[str, Any]]:

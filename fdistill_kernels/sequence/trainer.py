@@ -216,8 +216,7 @@ class FDistillTrainer(UpdatingTrainer):
         if self.args.world_size > 1 or self.is_deepspeed_enabled or any(p.is_meta for p in student.parameters()):
             return
         check_forward(student, student, self.pad, pack)
-        evaluates = self.args.eval_strategy != "no"
-        if not self.halves or evaluates or any(half.divergence is not None for half in self.halves):
+        if not self.halves or self.args.evaluates or any(half.divergence is not None for half in self.halves):
             for part in parts_of(self.teacher):
                 if isinstance(part, InRoom):
                     part.check(pack)

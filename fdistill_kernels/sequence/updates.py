@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from .batches import OfEpoch, Sequences, given_sequences, prompts_of
-from .config import FDistillConfig
+from .config import FDistillConfig, sampling_strategy
 from .generation import chosen
 from .loading import load_alike, names_damage
 from .objectives import Half
@@ -79,8 +79,10 @@ class UpdatingTrainer(Trainer):
         return getattr(model, "_orig_mod", model)
 
     def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **keywords)
+        sampler: Any = super()._get_train_sampler(*args, **keywords)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if sampling_strategy(self.args) == "batch_rebalance" and sampler is not None:
+            sampler.seed = seed  # and it knows the epoch
         loaders: Any = self.args.accelerator_config
         random = isinstance(sampler, RandomSampler) and loaders.use_seedable_sampler
         if not (random or isinstance(sampler, LengthGroupedSampler)):
