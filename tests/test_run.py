@@ -150,6 +150,31 @@ def test_killed_in_training_goes_on_to_the_same_student(files, capsys, monkeypat
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(
+    not hasattr(stages.FDistillConfig, "enable_jit_checkpoint"), reason="transformers has no such option"
+)
+def test_a_signal_that_is_answered_with_a_checkpoint_leaves_no_finished_student(causal, tmp_path, capsys, monkeypatch):
+    from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
+
+    monkeypatch.setattr(CheckpointManager, "setup_signal_handler", lambda _: None)
+    asked = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "rkl", "--max_steps", "4", "--eval_strategy",
+               "no", "--save_steps", "4", "--eval_pairs", "4", "--enable_jit_checkpoint", "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    original = JITCheckpointCallback.on_step_end
+
+    def signalled(self, args, state, control, **more):
+        self.jit_manager.is_checkpoint_requested = state.global_step == 2
+        original(self, args, state, control, **more)
+
+    monkeypatch.setattr(JITCheckpointCallback, "on_step_end", signalled)
+    assert cli.main(asked) == 130 and not (tmp_path / "run" / "student").exists()
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(JITCheckpointCallback, "on_step_end", original)
+    assert cli.main(asked) == 0
+    steps = [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 3, 4]  # the checkpoint came before the second step's line
+    assert (tmp_path / "run" / "student").exists()
+
+
 def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
     for name in ("checkpoint-best", "checkpoint-9", "checkpoint-10", "checkpoint-11"):
         (tmp_path / name).mkdir()
@@ -460,6 +485,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--lora_modules_to_save nosuch: LlamaForCausalLM has no": call("--use_peft", "--lora_modules_to_save", "nosuch"),
         "hub_strategy='end' is not used without push_to_hub": call("--hub_strategy", "end"),
         "--run_name: not used, as --report_to names nobody": call("--run_name", "a"),
+        **{f"--{name}: not used, as --report_to names nobody": call(f"--{name}", "a")
+           for name in ("trackio_space_id", "trackio_bucket_id") if hasattr(stages.FDistillConfig, name)},
         "--bf16_full_eval: not used, as evaluations while training": call("--bf16_full_eval"),
         "--per_device_eval_batch_size: not used, as --eval_strategy no":
             call("--eval_strategy", "no", "--per_device_eval_batch_size", "4"),

@@ -218,8 +218,14 @@ class Run:
         return trainer
 
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
-        """Trains, from the last checkpoint if there is one, and saves the student into a folder."""
+        """Trains, from the last checkpoint if there is one, and saves the student into a folder.
+
+        Raises:
+            KeyboardInterrupt: enable_jit_checkpoint has ended the run at a signal, with a checkpoint to go on from.
+        """
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
         # of a sharded model, whole; of ZeRO-3's on the first rank alone
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
         weights = {name.replace(COMPILED, ""): value for name, value in gathered.items()}
