@@ -527,17 +527,20 @@ def test_means_are_of_all_ranks(tmp_path):
 
 
 def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
-    for options, more in (({"dispatch_batches": True}, {}), ({"even_batches": False}, {}),
-                          ({"even_batches": False}, {"dataloader_drop_last": True}), ({"split_batches": True}, {})):  # fmt: skip
-        run = FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **BASE, accelerator_config=options, **more),
+    accumulated = dict(ddp_static_graph=True, gradient_accumulation_steps=2)
+    for options, more, words in (
+        ({"dispatch_batches": True}, {}, "dispatch_batches"), ({"even_batches": False}, {}, "even_batches"),
+        ({"even_batches": False}, {"dataloader_drop_last": True}, None), ({"split_batches": True}, {}, None),
+        ({"split_batches": True}, {"per_device_train_batch_size": 3}, "per_device_train_batch_size=3: split_batches cuts"),
+        ({"split_batches": True}, {"per_device_eval_batch_size": 3}, None), ({}, accumulated, "ddp_static_graph takes no"),
+        ({"gradient_accumulation_kwargs": {"sync_each_batch": True}}, accumulated, None),
+    ):  # fmt: skip
+        run = FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **{**BASE, **more}, accelerator_config=options),
                               train_dataset=data(), data_collator=None)  # fmt: skip
         run._check_accelerator()  # one rank
-        with patch.object(FDistillConfig, "world_size", 2):
-            if more or "split_batches" in options:
-                run._check_accelerator()
-            else:
-                with pytest.raises(ValueError, match=next(iter(options))):
-                    run._check_accelerator()
+        told = pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
+        with patch.object(FDistillConfig, "world_size", 2), told:
+            run._check_accelerator()
 
 
 def test_a_way_over_ranks_that_is_refused_refuses_no_other_run(tmp_path):
@@ -1123,6 +1126,8 @@ def test_refused_by_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="drops the only batch of train_dataset, which has 3 rows, fewer than the 4"):
         trainer(tmp_path, student, teacher, data(3), **small)
     trainer(tmp_path, student, teacher, data(4), **small)
+    with patch.object(FDistillConfig, "world_size", 2), pytest.raises(ValueError, match="than the 8 of an update"):
+        trainer(tmp_path, student, teacher, data(4), **small)
     with pytest.raises(TypeError, match="train_dataset must be one dataset, not several: give one of 'train', 'test'"):
         trainer(
             tmp_path, student, teacher, DatasetDict({name: Dataset.from_list(data()) for name in ("train", "test")})

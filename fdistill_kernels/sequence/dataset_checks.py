@@ -15,6 +15,7 @@ from .generation import check_search
 from .models import context, inputs_of
 from .objectives import compared_sources, sources_of
 from .pairing import models_of
+from .ranks import copies_of_rows
 from .teachers import Itself, OfRows, Served, Stored, Teacher
 from .teachers.several import parts_of
 
@@ -39,15 +40,24 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
         raise TypeError(f"train_dataset must be one dataset, not several: give one of {', '.join(map(repr, train))}")
     for name, data in _datasets_of("train_dataset", train):
         _check_dataset(name, data, sources_of(halves), compared_sources(halves), student, teacher, args.max_new_tokens)
-        if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < args.train_batch_size:
-            raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, "
-                             f"fewer than the {args.train_batch_size} of a batch: nothing would train")  # fmt: skip
+        if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < (least := _least(args, student)):
+            raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, fewer "
+                             f"than the {least} of {'a batch' if least == args.train_batch_size else 'an update'}: "
+                             "nothing would train")  # fmt: skip
         if strategy in BY_LENGTHS and not (hasattr(data, "__len__") and _has_lengths(data, args.length_column_name)):
             raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
     for name, data in _datasets_of("eval_dataset", evaluation):
         _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
         if gold and strategy == "group_by_length" and not _has_lengths(data, args.length_column_name):
             raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
+
+
+def _least(args: FDistillConfig, student: Any) -> int:
+    """How many rows dataloader_drop_last drops none of: a batch of each rank, or where they are balanced an update."""
+    loaders: Any = args.accelerator_config
+    ranks = 1 if loaders.split_batches else args.world_size // copies_of_rows(student)
+    balanced = sampling_strategy(args) == "batch_rebalance"
+    return args.train_batch_size * ranks * (args.gradient_accumulation_steps if balanced else 1)
 
 
 def _has_lengths(data: Any, column: str) -> bool:

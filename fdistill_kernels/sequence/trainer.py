@@ -190,6 +190,18 @@ class FDistillTrainer(UpdatingTrainer):
                 raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have "
                                  "whole ones: leave it out")  # fmt: skip
         loaders: Any = self.args.accelerator_config
+        ranks = self.args.world_size // copies_of_rows(self._unwrapped(self.model))
+        for stage in ("train", "eval") if self.args.evaluates else ("train",):
+            name = f"per_device_{stage}_batch_size"
+            if loaders.split_batches and (size := getattr(self.args, name)) % ranks:
+                raise ValueError(f"{name}={size}: split_batches cuts a batch into one for each of the {ranks} ranks: "
+                                 "take a multiple of them")  # fmt: skip
+        synced = (loaders.gradient_accumulation_kwargs or {}).get("sync_each_batch")
+        accumulates = self.args.gradient_accumulation_steps > 1 and not synced
+        if self.args.world_size > 1 and self.args.ddp_static_graph and accumulates:  # an assertion of torch's
+            raise ValueError("ddp_static_graph takes no gradients that are accumulated before ranks share them: leave "
+                             "it out, or give accelerator_config's gradient_accumulation_kwargs sync_each_batch"
+                             )  # fmt: skip
         if self.args.world_size > 1 and loaders.dispatch_batches:
             raise ValueError("dispatch_batches makes all batches on the first rank, and theirs differ in length here: "
                              "leave it out")  # fmt: skip
