@@ -1123,11 +1123,15 @@ def test_refused_by_the_trainer(tmp_path):
     with pytest.raises(ValueError, match=r"beams=2 is not used but by an objective on beam sequences"):
         trainer(tmp_path, student, teacher, method="kl", beams=2)
     small = dict(per_device_train_batch_size=4, dataloader_drop_last=True)
-    with pytest.raises(ValueError, match="drops the only batch of train_dataset, which has 3 rows, fewer than the 4"):
+    with pytest.raises(ValueError, match="drops all of train_dataset, which has 3 rows, fewer than the 4 of a batch"):
         trainer(tmp_path, student, teacher, data(3), **small)
     trainer(tmp_path, student, teacher, data(4), **small)
-    with patch.object(FDistillConfig, "world_size", 2), pytest.raises(ValueError, match="than the 8 of an update"):
+    with patch.object(FDistillConfig, "world_size", 2), pytest.raises(ValueError, match="than the 8 of 2 batches"):
         trainer(tmp_path, student, teacher, data(4), **small)
+    with pytest.raises(ValueError, match="drops all of eval_dataset, which has 4 rows, fewer than the 8 of a batch"):
+        trainer(tmp_path, student, teacher, eval_strategy="epoch", **small)
+    with pytest.raises(ValueError, match="dataloader_drop_last is not used by train_dataset, a stream"):
+        trainer(tmp_path, student, teacher, Dataset.from_list(data()).to_iterable_dataset(), **small)
     with pytest.raises(TypeError, match="train_dataset must be one dataset, not several: give one of 'train', 'test'"):
         trainer(
             tmp_path, student, teacher, DatasetDict({name: Dataset.from_list(data()) for name in ("train", "test")})

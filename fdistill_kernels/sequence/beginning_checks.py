@@ -87,7 +87,8 @@ def _check_model(trainer: Trainer) -> None:
         try:
             torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         except RuntimeError as error:
-            raise ValueError(f"torch_compile_mode={args.torch_compile_mode!r}: {error}") from error
+            raise ValueError(f"torch_compile_backend={args.torch_compile_backend!r}, torch_compile_mode="
+                             f"{args.torch_compile_mode!r}: {error}") from error  # fmt: skip
 
 
 def _check_options(trainer: Trainer) -> None:

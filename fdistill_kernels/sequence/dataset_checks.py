@@ -40,24 +40,31 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
         raise TypeError(f"train_dataset must be one dataset, not several: give one of {', '.join(map(repr, train))}")
     for name, data in _datasets_of("train_dataset", train):
         _check_dataset(name, data, sources_of(halves), compared_sources(halves), student, teacher, args.max_new_tokens)
-        if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < (least := _least(args, student)):
-            raise ValueError(f"dataloader_drop_last drops the only batch of {name}, which has {len(data)} rows, fewer "
-                             f"than the {least} of {'a batch' if least == args.train_batch_size else 'an update'}: "
-                             "nothing would train")  # fmt: skip
+        if args.dataloader_drop_last and not hasattr(data, "__len__"):
+            raise ValueError(f"dataloader_drop_last is not used by {name}, a stream, whose last batch is taken as it "
+                             "is: leave it out")  # fmt: skip
+        updates = args.gradient_accumulation_steps if strategy == "batch_rebalance" else 1
+        _check_dropped(name, data, args, args.train_batch_size, copies_of_rows(student), updates)
         if strategy in BY_LENGTHS and not (hasattr(data, "__len__") and _has_lengths(data, args.length_column_name)):
             raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
     for name, data in _datasets_of("eval_dataset", evaluation):
         _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
+        if gold:
+            _check_dropped(name, data, args, args.eval_batch_size, copies_of_rows(student))
         if gold and strategy == "group_by_length" and not _has_lengths(data, args.length_column_name):
             raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
 
 
-def _least(args: FDistillConfig, student: Any) -> int:
-    """How many rows dataloader_drop_last drops none of: a batch of each rank, or where they are balanced an update."""
+def _check_dropped(name: str, data: Any, args: FDistillConfig, size: int, copies: int, batches: int = 1) -> None:
+    """Raises ValueError if dataloader_drop_last leaves nothing, which is of each rank's so many batches at a time.
+    size: of a batch. copies: ranks that have the same rows.
+    """
     loaders: Any = args.accelerator_config
-    ranks = 1 if loaders.split_batches else args.world_size // copies_of_rows(student)
-    balanced = sampling_strategy(args) == "batch_rebalance"
-    return args.train_batch_size * ranks * (args.gradient_accumulation_steps if balanced else 1)
+    least = size * batches * (1 if loaders.split_batches else args.world_size // copies)
+    if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < least:
+        of = "a batch" if least == size else f"{least // size} batches that go together"
+        raise ValueError(f"dataloader_drop_last drops all of {name}, which has {len(data)} rows, fewer than the "
+                         f"{least} of {of}: lower the batch size, or leave it out")  # fmt: skip
 
 
 def _has_lengths(data: Any, column: str) -> bool:
