@@ -219,6 +219,16 @@ def test_hidden_states_that_are_written_to_are_refused(head, part, written):
                 use(z)
 
 
+def test_a_head_without_data_has_the_loss_of_its_logits():
+    """Not linear_cross_entropy, which has no kernel there."""
+    head = torch.nn.Linear(D, V, device="meta")
+    watch(head)
+    with Deferral(head) as deferral:
+        loss = cross_entropy(head(torch.empty(6, D, device="meta")), torch.empty(6, dtype=torch.long, device="meta"))
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and not deferral.fused and head.weight.grad.shape == (V, D)
+
+
 def test_other_heads_by_a_probe_row():
     class Scaled(torch.nn.Linear):
         def forward(self, hidden):
