@@ -3,7 +3,7 @@
 #   csrc/cuda/build.sh OUTPUT
 set -euo pipefail
 nvcc="${NVCC:-nvcc}"
-# on every processor, where this nvcc can: the same code, in two thirds of the time on two
+# on every processor, where this nvcc can: it makes the same code
 split=
 [[ $("$nvcc" --help) == *--split-compile* ]] && split=--split-compile=0
 # --use_fast_math: exp and log are one instruction each, and denormals are 0, as in the Triton backend

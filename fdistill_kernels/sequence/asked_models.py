@@ -55,7 +55,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
                             vocabulary=vocabulary_of(config), padded=True)  # fmt: skip
         check_tokenizer(endpoint, tokenizer, model.tokenizer or model.student)
         halves = asked.config.halves() if asked.command == "train" else ()
-        if halves and (asked.config.eval_strategy != "no" or any(half.divergence is not None for half in halves)):
+        if halves and (asked.config.evaluates or any(half.divergence is not None for half in halves)):
             endpoint.check()
         return Served(endpoint, run.tail), tokenizer, config
     if is_store(model.teacher):

@@ -35,7 +35,7 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
             column for teachers' names that is not there, or that nobody reads.
     """
     halves, gold = args.halves(), ["gold"] if args.evaluates else []
-    strategy = sampling_strategy(args)
+    strategy, ranks = sampling_strategy(args), args.world_size // copies_of_rows(student)
     if isinstance(train, dict):  # as of load_dataset without a split
         raise TypeError(f"train_dataset must be one dataset, not several: give one of {', '.join(map(repr, train))}")
     for name, data in _datasets_of("train_dataset", train):
@@ -44,23 +44,23 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
             raise ValueError(f"dataloader_drop_last is not used by {name}, a stream, whose last batch is taken as it "
                              "is: leave it out")  # fmt: skip
         updates = args.gradient_accumulation_steps if strategy == "batch_rebalance" else 1
-        _check_dropped(name, data, args, args.train_batch_size, copies_of_rows(student), updates)
+        _check_dropped(name, data, args, args.train_batch_size, ranks, updates)
         if strategy in BY_LENGTHS and not (hasattr(data, "__len__") and _has_lengths(data, args.length_column_name)):
             raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
     for name, data in _datasets_of("eval_dataset", evaluation):
         _check_dataset(name, data, gold, gold, student, teacher, args.max_new_tokens)
         if gold:
-            _check_dropped(name, data, args, args.eval_batch_size, copies_of_rows(student))
+            _check_dropped(name, data, args, args.eval_batch_size, ranks)
         if gold and strategy == "group_by_length" and not _has_lengths(data, args.length_column_name):
             raise ValueError(NO_LENGTHS.format(name, args.length_column_name))
 
 
-def _check_dropped(name: str, data: Any, args: FDistillConfig, size: int, copies: int, batches: int = 1) -> None:
+def _check_dropped(name: str, data: Any, args: FDistillConfig, size: int, ranks: int, batches: int = 1) -> None:
     """Raises ValueError if dataloader_drop_last leaves nothing, which is of each rank's so many batches at a time.
-    size: of a batch. copies: ranks that have the same rows.
+    size: of a batch. ranks: that have rows of their own.
     """
     loaders: Any = args.accelerator_config
-    least = size * batches * (1 if loaders.split_batches else args.world_size // copies)
+    least = size * batches * (1 if loaders.split_batches else ranks)
     if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < least:
         of = "a batch" if least == size else f"{least // size} batches that go together"
         raise ValueError(f"dataloader_drop_last drops all of {name}, which has {len(data)} rows, fewer than the "
@@ -206,8 +206,8 @@ def _check_contexts(name: str, data: Any, prompt: str, column: str | None, new: 
         of_prompt = len(example.get(prompt.replace("input", "prompt"), ()))
         lengths = of_prompt, len(example.get(column, ())) if column else new
         found = ((sum(lengths), limits[0]),) if causal else zip(lengths, limits, strict=True)
+        beside = f"its {column}" if column else f"{new} new tokens"
         for tokens, limit in found:
-            if tokens <= limit:
-                continue
-            beside = f"its {column}" if column else f"{new} new tokens"
-            raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {tokens} tokens, {whose} context {limit}")
+            if tokens > limit:
+                raise ValueError(f"{name}: row {row}'s {prompt} with {beside} has {tokens} tokens, {whose} context "
+                                 f"{limit}")  # fmt: skip

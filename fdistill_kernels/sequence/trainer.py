@@ -198,9 +198,8 @@ class FDistillTrainer(UpdatingTrainer):
                                  "take a multiple of them")  # fmt: skip
         synced = (loaders.gradient_accumulation_kwargs or {}).get("sync_each_batch")
         accumulates = self.args.gradient_accumulation_steps > 1 and not synced
-        if (
-            self.args.world_size > 1 and getattr(self.args, "ddp_static_graph", False) and accumulates
-        ):  # an assertion of torch's
+        static = getattr(self.args, "ddp_static_graph", False)  # which older transformers do not know
+        if self.args.world_size > 1 and static and accumulates:  # an assertion of torch's
             raise ValueError("ddp_static_graph takes no gradients that are accumulated before ranks share them: leave "
                              "it out, or give accelerator_config's gradient_accumulation_kwargs sync_each_batch"
                              )  # fmt: skip
