@@ -222,7 +222,7 @@ class Server:
         lock = open(path + ".lock", "w")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
         states = self.model.hidden(ids)[:, None].repeat(1, 2, 1)
-        states[:, 0] = 0  # an earlier layer
+        states[:, 0] = states[:, 0].flip(-1)  # an earlier layer
         if fault == "nan":
             states[-2] = float("nan")
 

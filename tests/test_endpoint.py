@@ -750,6 +750,28 @@ def test_hidden_states_beside_a_head_that_trains(tmp_path):
             assert not teacher.targets([[1, 2]], [[3]]).states.requires_grad
 
 
+def test_states_must_give_what_the_server_says(tmp_path):
+    model = Model()
+    right = {"head": head(model), "norm": model.norm, "layer": -1}
+    with Server(model, folder=tmp_path) as server:
+        for wrong in (
+            {"layer": 0}, {"norm": lambda states: states}, {"norm": lambda states: model.norm(states).roll(1, 1)},
+            {"head": Head(Model(seed=1).weight)}, {"head": Head(model.weight, scale=2.0)},
+            {"head": Head(model.weight, softcap=1.0)}, {"head": Head(model.weight, torch.arange(V) / 10)},
+        ):  # fmt: skip
+            refused = pytest.raises(EndpointError, match=r"norm and head are off by .* layer=")
+            with endpoint(server, kind="vllm_hidden", states_folder=tmp_path, retries=0, **right | wrong) as teacher:
+                with refused:
+                    teacher.targets([[1, 2]], [[3]])
+                with refused:  # and never taken for tried
+                    teacher.targets([[1, 2]], [[3]])
+        half = {"head": right["head"].with_each(torch.Tensor.bfloat16)}
+        for fits in ({}, half):
+            with endpoint(server, kind="vllm_hidden", states_folder=tmp_path, **right | fits) as teacher:
+                assert teacher.targets([[1, 2]], [[3]]).states.shape == (1, 8)
+        assert not list(tmp_path.iterdir())
+
+
 def test_hidden_states_that_cannot_be_had(tmp_path):
     model = Model()
     with pytest.raises(ValueError, match="needs norm and states_folder"):

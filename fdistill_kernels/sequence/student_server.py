@@ -21,15 +21,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ..teachers.connection import EndpointError, message_of
-from ..teachers.endpoint import Endpoint
+from ..teachers.endpoint import LISTED, Endpoint, nats_apart
 from .forward import rows_of
 from .generation import special_tokens
 from .models import evaluating, vocabulary_of
 from .ranks import is_split
 from .sampling import Sampling
 
-#: Tokens of the sequence that the server is asked about, and how many ids of each; 20 are vLLM's default at most.
-PROBE, LISTED = 8, 8
+#: Tokens of the sequence that the server is asked about.
+PROBE = 8
 #: Nats that its log-probabilities may be off on average: half precision is by some hundredths.
 AGREES = 0.1
 #: Nats by which the student has moved when the server must have; those by which one that stood still is off.
@@ -162,7 +162,7 @@ class StudentServer:
         """Raises EndpointError where the server's log-probabilities are not the student's, or stood still."""
         own, (ids, said) = self._own(student), self._said()
         here = own.gather(1, ids)
-        apart = float((said.exp() * (here - said).abs()).sum() / said.exp().sum())
+        apart = nats_apart(said, here)
         if not apart <= AGREES:
             raise EndpointError(f"{self.name} does not speak with the weights of step {step}: its log-probabilities "
                                 f"are off by {apart:.3g} nats on average, more than {AGREES}")  # fmt: skip

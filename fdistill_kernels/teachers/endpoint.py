@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import products
+from ..backends.rows import capped
 from ..checks import check_choice, check_integer, check_number
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
@@ -48,6 +50,10 @@ KINDS = ("vllm", "sglang", "vllm_hidden")
 DEFAULT_K = 64
 #: How far a probability, or states relative to their norm, may move when a sequence is asked for again.
 AGREES = 0.1
+#: How many nats a log-probability may be off on average: logits in half precision are by up to a tenth.
+NATS = 0.25
+#: Ids a position that are asked for to compare states; 20 are vLLM's default at most.
+LISTED = 8
 #: Rows that the stored sequence which is asked for again should have.
 ENOUGH = 8
 #: Times that a batch reads damaged rows from the store before it is given up.
@@ -59,8 +65,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
     With a store, each sequence is asked for once. It is looked up there first and written there afterwards, even if the
     rest of the batch fails; if another batch, endpoint or process is asking for it, this one waits for the answer. A
-    reply that does not fit its sequence is never used. At first two short sequences are tried, one of them twice. If
-    the store has sequences already, the server is asked for a short one of them again, and must give the same answer.
+    reply that does not fit its sequence is never used. At first two short sequences are tried, one of them twice; their
+    states must give, through norm and head, the log-probabilities that the server itself says. If the store has
+    sequences already, the server is asked for a short one of them again, and must give the same answer.
     If /v1/models gives a `fingerprint` of the model, it is part of the store's key.
 
     Args:
@@ -408,7 +415,24 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 raise EndpointError(f"the server at {self.url} answers the same sequence with other rows each time")
             if first != first[::-1] and _agree(one, other, 1e-6):
                 raise EndpointError(f"the server at {self.url} answers other sequences with the same rows")
+            if self.head is not None:
+                await self._check_states(*short[0], one, self.head)
             self._tried = True
+
+    async def _check_states(self, prompt: tuple[int, ...], more: tuple[int, ...], states: Tensor, head: Head) -> None:
+        """Raises EndpointError where states through the head are not what the server itself says of a sequence."""
+        ids, lists = [*prompt, *more], self._lists._replace(k=LISTED, short_rows=True, padded=True)
+
+        said = await self.connection.until_it_fits(
+            "a short sequence's log-probabilities", lambda: self._listed(ids, len(prompt), lists)
+        )
+        with torch.no_grad():
+            rows = capped(products.logits(states, head).float(), head.softcap).log_softmax(-1)
+        apart = nats_apart(said.log_probs, rows.cpu().gather(1, said.ids.clamp_min(0)))
+        if not apart <= NATS:
+            raise EndpointError(f"the server's states through norm and head are off by {apart:.3g} nats on average "
+                                f"from its own log-probabilities, more than {NATS}: layer={self.layer} must be the "
+                                "model's last, norm and head its own")  # fmt: skip
 
     # One request
 
@@ -444,15 +468,19 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             return sglang_rows(reply["meta_info"], ids, begin, self._lists)
 
     async def _of_vllm(self, ids: list[int], begin: int) -> TopK | Tensor:
-        wanted = {} if self.head is not None else {"prompt_logprobs": self.k}
-        choice = await self._generate(ids, 1, {"temperature": 1.0}, **wanted)
         if self.head is None:
-            if choice.get("prompt_logprobs") is None:
-                raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
-            return vllm_rows(choice, ids, begin, self._lists)
+            return await self._listed(ids, begin, self._lists)
+        choice = await self._generate(ids, 1, {"temperature": 1.0})
         if (files := self._files(choice)) is None:
             raise EndpointError("the server gives no hidden_states_path: is it started with extract_hidden_states?")
         return await self._states(*files, ids, begin)
+
+    async def _listed(self, ids: list[int], begin: int, lists: Lists) -> TopK:
+        choice = await self._generate(ids, 1, {"temperature": 1.0}, prompt_logprobs=lists.k)
+        await self._discard_states(choice)
+        if choice.get("prompt_logprobs") is None:
+            raise EndpointError("the server ignores prompt_logprobs: vLLM's completions are needed")
+        return vllm_rows(choice, ids, begin, lists)
 
     def _files(self, choice: dict[str, Any]) -> tuple[Path, Path] | None:
         """Where the server writes a reply's hidden states, and the file that it holds a lock on until it has, unless
@@ -464,6 +492,13 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if not path.resolve().is_relative_to(self.states_folder.resolve()):
             raise EndpointError(f"the server's hidden_states_path {path} is outside of {self.states_folder}")
         return path, Path(f"{path}.lock")
+
+    async def _discard_states(self, choice: dict[str, Any]) -> None:
+        """Removes the states of a reply, if it has any, which nobody reads."""
+        if (files := self._files(choice)) is not None:
+            while is_locked(files[1]):
+                await asyncio.sleep(0.005)
+            _remove(*files)
 
     async def _states(self, path: Path, lock: Path, ids: list[int], begin: int) -> Tensor:
         """The normed states that predict the tokens from `begin` on. The file is removed when it has been read."""
@@ -504,10 +539,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
         async def once() -> Tensor:
             reply = await self._generate(ids, new, {**how, of_seed: seed})
-            if (files := self._files(reply)) is not None:  # nobody reads the states of a sample
-                while is_locked(files[1]):
-                    await asyncio.sleep(0.005)
-                _remove(*files)
+            await self._discard_states(reply)
             if (made := reply.get(of_ids)) is None:
                 raise EndpointError(f"the server gives no {of_ids}: a newer one is needed, vLLM or SGLang")
             if not isinstance(made, list) or not 0 < len(made) <= new:
@@ -539,6 +571,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str}
         about = found[0] if found else {"id": self.model}
         return {name: about[name] for name, kind in kinds.items() if type(about.get(name)) is kind}  # true is no 1
+
+
+def nats_apart(said: Tensor, here: Tensor) -> float:
+    """By how much log-probabilities differ from others' on average, weighted by what the others say."""
+    weight = said.exp()
+    return float((weight * (here - said).abs().masked_fill(weight == 0, 0)).sum() / weight.sum())
 
 
 def _end_of(reply: dict[str, Any]) -> Any:
