@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
     HfArgumentParser,
     MarianConfig,
     MarianMTModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -593,6 +595,21 @@ def test_vocabularies_padded_differently(sizes, tmp_path):
     assert run.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match="labels has the id 61, but student and teacher share 60"):
         trainer(tmp_path, student, teacher, [{"prompt_ids": [2], "labels": [61]}] * 4).train()
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_drawn(tmp_path):
+    """Both heads are padded: a server refuses such ids, and they stand for no text."""
+    student, teacher = (gpt2(64, seed=i) for i in (1, 2))
+    for model in (student, teacher):
+        model.lm_head.weight.data[60:] *= 50
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
+    for known, most in ((PreTrainedTokenizerFast(tokenizer_object=words), 60), (None, 64)):
+        args = FDistillConfig(str(tmp_path), **{**BASE, "method": "js", "top_k": 0})
+        run = FDistillTrainer(student, teacher, args, train_dataset=data(), processing_class=known)
+        batch = run.data_collator([{"prompt_ids": [2, 3 + i], "labels": [4]} for i in range(16)])
+        for source in ("student", "teacher"):
+            drawn = torch.cat(run._draw(source, student, batch, 0).continuations)
+            assert (drawn.max() < 60) == (most == 60), (source, drawn)
 
 
 @pytest.mark.parametrize("read, write", [(90, 60), (60, 90)])

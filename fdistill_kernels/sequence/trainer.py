@@ -41,7 +41,7 @@ from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
 from .teachers.several import parts_of
-from .tokenizers import check_vocabularies
+from .tokenizers import check_vocabularies, ids_of_tokenizer
 from .updates import Update, UpdatingTrainer
 from .watch import Watch, wide
 
@@ -141,7 +141,10 @@ class FDistillTrainer(UpdatingTrainer):
             raise
         check_beginning(self)
         self.model_accepts_loss_kwargs = False  # losses are averaged over accumulated batches
-        self.pad = special_tokens(self._unwrapped(self.model))[0]
+        self.pad, ends = special_tokens(self._unwrapped(self.model))
+        self.drawn = self.vocabulary
+        if hasattr(ours, "get_vocab"):  # what pads a head beyond them is no text, and servers refuse it
+            self.drawn = min(self.vocabulary, max(ids_of_tokenizer(ours), *(i + 1 for i in ends)))
         for part in parts_of(self.teacher):
             if isinstance(part, (InRoom, Itself)):
                 part.to(self.args.device)
@@ -157,7 +160,7 @@ class FDistillTrainer(UpdatingTrainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
             self.server = StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model),
-                                        self.vocabulary)  # fmt: skip
+                                        self.drawn)  # fmt: skip
 
     def _collator(self, student: Any, ahead: bool) -> Any:
         """`collate` for the two models; ahead: a server is asked for a batch's rows as soon as it is made."""

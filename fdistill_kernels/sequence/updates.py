@@ -48,7 +48,7 @@ class UpdatingTrainer(Trainer):
 
     Attributes:
         halves: the objective. sources: those of its sequences.
-        vocabulary: ids from here on are not drawn.
+        vocabulary: ids that both models know. drawn: ids from here on are not drawn.
         server: what draws from the student; None: the student itself.
     """
 
@@ -58,6 +58,7 @@ class UpdatingTrainer(Trainer):
     sources: list[str]
     sampling: Sampling
     vocabulary: int
+    drawn: int
     watch: Watch
     server: StudentServer | None
 
@@ -167,11 +168,11 @@ class UpdatingTrainer(Trainer):
         if source == "student" and self.server is not None:
             made = self.server.draw(student, prompts, self.sampling, self.state.global_step, fresh=number == 0)
         elif source == "student":
-            made = draw(student, prompts, self.sampling, None, self.vocabulary)
+            made = draw(student, prompts, self.sampling, None, self.drawn)
         else:
             if isinstance(self.teacher, OfRows):
                 self.teacher.choose(teachers)
-            made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.vocabulary)
+            made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.drawn)
         return Sequences(
             prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
         )
