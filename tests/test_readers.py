@@ -79,6 +79,24 @@ def test_vllm_replies(tmp_path):
     check(readers.vllm_replies(lines(tmp_path / "d.jsonl", several), **HOW), SEQUENCES, [1] * 4)
 
 
+def test_replies_to_chats_and_batches(tmp_path):
+    """As vLLM 0.32 has them: a chat's rows stand beside its choices, and `vllm run-batch` wraps each reply."""
+    chats = [{"choices": [{"index": 0, "message": {"content": "x"}, "token_ids": [3]}],
+              **{n: w["choices"][0][n] for n in ("prompt_logprobs", "prompt_token_ids")}} for w in vllm_lines()]  # fmt: skip
+    check(readers.vllm_replies(lines(tmp_path / "a.jsonl", chats), **HOW), SEQUENCES, [1] * 4)
+    batch = [{"id": "x", "custom_id": f"r{i}", "response": {"status_code": 200, "body": body}, "error": None}
+             for i, body in enumerate([*chats[:2], *vllm_lines()[2:]])]  # fmt: skip
+    lengths = {"r0": 2, "r1": 1, "r2": 4, "r3": 1}
+    how = {**HOW, "prompt_length": lambda line: lengths[line["custom_id"]]}
+    check(readers.vllm_replies(lines(tmp_path / "b.jsonl", batch), **how), SEQUENCES, [2, 1, 4, 1])
+    for response in ({"status_code": 400, "body": None}, None):
+        batch[1] |= {"response": response, "error": {"error": {"message": "the prompt is too long"}}}
+        with pytest.raises(readers.Misfit, match=r"c.jsonl:2: the request 'r1' failed: .*the prompt is too long"):
+            list(readers.vllm_replies(lines(tmp_path / "c.jsonl", batch), **how))
+    with pytest.raises(readers.Misfit, match=r"d.jsonl:1: .*prompt_token_ids"):  # asked without return_token_ids
+        list(readers.vllm_replies(lines(tmp_path / "d.jsonl", [{**chats[0], "prompt_token_ids": None}]), **HOW))
+
+
 def test_sglang_replies(tmp_path):
     path = lines(tmp_path / "a.jsonl", sglang_lines())
     check(readers.sglang_replies(path, **HOW), SEQUENCES, [1] * 4)

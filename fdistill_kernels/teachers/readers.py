@@ -10,9 +10,10 @@ import contextlib
 import io
 import itertools
 import json
+import operator
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ..checks import check_integer
 from ..sparse import TopK
 
 Scored = tuple[Tensor, Tensor, TopK]
+PromptLength = int | str | Callable[[dict[str, Any]], int]
 #: What vLLM writes for −∞, which JSON has no number for.
 MINUS_INFINITY = -9999.0
 #: How far a log-probability x that a reply has twice may differ from itself, as a share of 1 + |x|; bfloat16's is 2⁻⁹.
@@ -168,12 +170,14 @@ def pour(reader: Iterable[Scored], store: Any) -> int:
         return sum(writer.add(prompt, continuation, rows) for prompt, continuation, rows in reader)
 
 
-def vllm_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) -> Iterator[Scored]:
-    """JSON lines of vLLM's, each a completion of one or more prompts, a choice, or an output with prompt_token_ids.
+def vllm_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: Any) -> Iterator[Scored]:
+    """JSON lines of vLLM's, each a completion of one or more prompts, a chat's, a choice, an output with
+    prompt_token_ids, or one of these in a line of `vllm run-batch`.
 
     Args:
         path: the file. k: how many ids to keep; vocabulary: of the teacher; short_rows, padded: as `Endpoint` has them.
-        prompt_length: how many tokens are the prompt, or the name of the line's field that says so.
+        prompt_length: how many tokens are the prompt, the name of the line's field that says so, or a function of the
+            line (a dict), as of its "custom_id".
 
     Raises:
         Misfit: with the file and the line that does not fit.
@@ -181,7 +185,7 @@ def vllm_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) 
     return _lines(Path(path), _of_vllm, vllm_rows, prompt_length, Lists(**how))
 
 
-def sglang_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any) -> Iterator[Scored]:
+def sglang_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: Any) -> Iterator[Scored]:
     """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids too.
 
     Args, Raises: as in `vllm_replies`.
@@ -189,7 +193,9 @@ def sglang_replies(path: str | Path, *, prompt_length: int | str = 1, **how: Any
     return _lines(Path(path), _of_sglang, sglang_rows, prompt_length, Lists(**how))
 
 
-def _lines(path: Path, parts: Any, rows: Any, prompt_length: int | str, lists: Lists) -> Iterator[Scored]:
+def _lines(path: Path, parts: Any, rows: Any, prompt_length: PromptLength, lists: Lists) -> Iterator[Scored]:
+    if isinstance(prompt_length, str):
+        prompt_length = operator.itemgetter(prompt_length)
     for name in ("k", "vocabulary"):
         check_integer(name, getattr(lists, name), 1)
     with open(path, "rb") as file:
@@ -197,15 +203,22 @@ def _lines(path: Path, parts: Any, rows: Any, prompt_length: int | str, lists: L
             if line.strip():
                 with _at(f"{path}:{number}"):
                     found = json.loads(line)
-                    begin = found[prompt_length] if isinstance(prompt_length, str) else prompt_length
+                    begin = prompt_length(found) if callable(prompt_length) else prompt_length
                     for ids, part in parts(found):
                         yield *_split(ids, begin), rows(part, ids, begin, lists)
 
 
 def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    if not (parts := found.get("choices", [found])):
+    if "custom_id" in found:  # of a batch's file
+        if not (found["response"] or {}).get("body"):
+            raise Misfit(f"the request {found['custom_id']!r} failed: {found.get('error')}")
+        found = found["response"]["body"]
+    whole = "prompt_logprobs" in found  # a chat, whose choices have one prompt, or an output
+    if not (parts := [found] if whole else found.get("choices", [found])):
         raise Misfit("it has no choices")
     for part in parts:
+        if part.get("prompt_token_ids") is None:
+            raise Misfit("it has no prompt_token_ids, for which a request says return_token_ids")
         yield part["prompt_token_ids"], part
 
 
