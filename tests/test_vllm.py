@@ -3,6 +3,7 @@ is `openai_server.py`."""
 
 import contextlib
 import copy
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import httpx
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 import fdistill_kernels as fk
 from fdistill_kernels.sequence.sampling import Sampling
@@ -40,7 +41,9 @@ def folder(model, tmp_path_factory):
     made = tmp_path_factory.mktemp("served")
     model.save_pretrained(made)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(made)
+    words.save(str(made / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}  # which older transformers know, too
+    (made / "tokenizer_config.json").write_text(json.dumps(about))
     return made
 
 
