@@ -120,8 +120,7 @@ class Server:
                 return self.broken(handler, fault, body, ids)
             if fault is not None and fault.startswith("4"):
                 return _send(handler, {"error": {"message": "the prompt is too long for me", "code": 400}}, int(fault))
-            if len(ids) + 1 > self.context:  # vLLM's words, which generates a token
-                said = f"This model's maximum context length is {self.context} tokens. However, you requested more"
+            if said := self.too_long(len(ids), "input_ids" in body):
                 return _send(handler, {"error": {"message": said, "code": 400}}, 400)
             with self.lock:
                 self.answered[tuple(ids)] += fault is None
@@ -130,6 +129,16 @@ class Server:
             with self.lock:
                 self.now -= 1  # before the reply: the client may send its next at once
         _send(handler, made)
+
+    def too_long(self, count, sglang):
+        """vLLM's words, which generates a token, or SGLang's; None: it is not."""
+        if count < self.context - 6 * sglang:
+            return None
+        if not sglang:
+            return f"This model's maximum context length is {self.context} tokens. However, you requested more"
+        if count < self.context:
+            return f"Input length ({count} tokens) exceeds the maximum allowed length ({self.context - 6} tokens)."
+        return f"The input ({count} tokens) is longer than the model's context length ({self.context} tokens)."
 
     def broken(self, handler, fault, body, ids):
         if fault == "500":
@@ -207,7 +216,10 @@ class Server:
         if body.get("return_logprob") and fault != "no_rows":
             begin = body["logprob_start_len"]
             found = self.rows(ids, begin + 1, body["top_logprobs_num"], fault)
-            meta["input_token_logprobs"] = [[None, ids[begin], None], *([own[1], own[0], None] for _, own in found)]
+            said = [i if i < self.model.vocabulary - 1 else 0 for i in (ids[begin], *(own[0] for _, own in found))]
+            meta["input_token_logprobs"] = [
+                [p, i, None] for p, i in zip((None, *(own[1] for _, own in found)), said, strict=True)
+            ]
             meta["input_top_logprobs"] = [None, *([[p, i, None] for i, p, _ in entries] for entries, _ in found)]
             if fault == "twice":
                 meta["input_top_logprobs"][-1][0] = meta["input_top_logprobs"][-1][1]

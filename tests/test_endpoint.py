@@ -469,15 +469,43 @@ def test_ids_of_a_padded_head_are_left_out_where_that_is_said(kind):
             assert (found.log_probs[~real] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_a_sequence_that_fills_the_servers_context(kind):
-    with Server(context=6) as server, endpoint(server, kind=kind) as teacher:
-        assert teacher.targets([[1, 2, 3]], [[4, 5]]).ids.shape == (2, K)
-        with pytest.raises(
-            EndpointError, match=r"maximum context length is 6 .*one token longer.*7 for this one"
-        ) as error:
-            teacher.targets([[1, 2, 3]], [[4, 5, 6]])
-        assert error.value.status == 400 and server.asked[1, 2, 3, 4, 5, 6] == 1
+@pytest.mark.parametrize(
+    ("kind", "context", "length", "says"),
+    [
+        ("vllm", 6, 6, r"maximum context length is 6 .*one token longer.*7 for this one"),
+        ("sglang", 14, 8, r"maximum allowed length \(8 .*7 tokens longer.*15 for this one"),
+        ("sglang", 14, 14, r"longer than the model's context length \(14 .*7 tokens longer.*21 for this one"),
+    ],
+)
+def test_a_sequence_that_fills_the_servers_context(kind, context, length, says):
+    with Server(context=context) as server, endpoint(server, kind=kind) as teacher:
+        fits = list(range(5 if kind == "vllm" else 7))
+        assert teacher.targets([fits[:3]], [fits[3:]]).ids.shape == (len(fits) - 3, K)
+        long = list(range(length))
+        with pytest.raises(EndpointError, match=says) as error:
+            teacher.targets([long[:3]], [long[3:]])
+        assert error.value.status == 400 and server.asked[tuple(long)] == 1
+
+
+def test_sglang_is_asked_for_an_adapter_by_its_path():
+    """Its /generate takes no model's name; without an adapter's, it answers as the base model."""
+    from fdistill_kernels.sequence.sampling import Sampling
+
+    with Server() as server:
+        server.reply_models = [{"id": "base", "parent": None}, {"id": "tuned", "parent": "base"}]
+        for model in ("base", "tuned"):
+            server.bodies.clear()
+            with endpoint(server, kind="sglang", model=model) as teacher:
+                teacher.targets([[1]], [[2]])
+                teacher.draw([[1]], Sampling(max_new_tokens=4), 0)
+            assert {body.get("lora_path") for body in server.bodies} == {"tuned" if model == "tuned" else None}
+        server.bodies.clear()
+        with (
+            endpoint(server, kind="sglang", model="nobody") as teacher,
+            pytest.raises(EndpointError, match=r"no model 'nobody', but \['base', 'tuned'\]"),
+        ):
+            teacher.targets([[1]], [[2]])
+        assert not server.bodies
 
 
 def test_retries_are_logged_but_not_each(caplog):

@@ -98,13 +98,12 @@ def test_replies_to_chats_and_batches(tmp_path):
 
 
 def test_sglang_replies(tmp_path):
-    path = lines(tmp_path / "a.jsonl", sglang_lines())
-    check(readers.sglang_replies(path, **HOW), SEQUENCES, [1] * 4)
     found = sglang_lines()
-    found[2]["meta_info"]["input_token_logprobs"][-1][1] = 0  # the last id of the vocabulary, as SGLang has it
-    for reply, ids in zip(found, SEQUENCES, strict=True):
-        reply["input_ids"] = ids
-    check(readers.sglang_replies(lines(tmp_path / "b.jsonl", found), **HOW), SEQUENCES, [1] * 4)
+    check(readers.sglang_replies(lines(tmp_path / "a.jsonl", found[:2]), **HOW), SEQUENCES[:2], [1] * 2)
+    assert found[2]["meta_info"]["input_token_logprobs"][-1][1] == 0  # the last id of the vocabulary, as SGLang has it
+    for name in ("input_ids", "prompt_token_ids"):
+        named = [{**reply, name: ids} for reply, ids in zip(found, SEQUENCES, strict=True)]
+        check(readers.sglang_replies(lines(tmp_path / "b.jsonl", named), **HOW), SEQUENCES, [1] * 4)
 
 
 def first(choice):

@@ -26,8 +26,10 @@ LONGEST_MESSAGE = 500
 #: Seconds between two lines of the log.
 LINE_EVERY = 5.0
 LOG = logging.getLogger("fdistill_kernels.endpoint")
-#: How vLLM and SGLang say that a sequence, and the token after it that each of them must generate, are too long.
-TOO_LONG = re.compile(r"context (length|window)|maximum model length|max_tokens must be at least", re.IGNORECASE)
+#: How vLLM and SGLang say that a sequence, and what each of them needs after it, are too long.
+TOO_LONG = re.compile(
+    r"context (length|window)|maximum (model|allowed) length|max_tokens must be at least", re.IGNORECASE
+)
 
 
 class EndpointError(RuntimeError, ConnectionError):
@@ -68,10 +70,13 @@ class Connection:
         self.places = asyncio.Semaphore(concurrency)
         self._not_before, self._next_line, self._untold = 0.0, 0.0, 0
 
-    async def until_it_fits(self, what: str, once: Callable[[], Awaitable[Any]], tokens: int = 0) -> Any:
+    async def until_it_fits(
+        self, what: str, once: Callable[[], Awaitable[Any]], tokens: int = 0, spare: int = 1
+    ) -> Any:
         """The result of `once`, which is tried again after ever longer waits. A Retry-After holds for all requests.
 
-        tokens: the length of the sequence, which the error names if the server's context is too short for it.
+        tokens, spare: the length of the sequence, and how much longer the server's context must be, which the error
+            says if it is too short.
         """
         import anyio
 
@@ -89,8 +94,9 @@ class Connection:
             except EndpointError as error:
                 said = str(error)
                 if tokens and error.status == 400 and TOO_LONG.search(said):
-                    said += (" (the server's context must be at least one token longer than the longest sequence: "
-                             f"{tokens + 1} for this one)")  # fmt: skip
+                    longer = "one token" if spare == 1 else f"{spare} tokens"
+                    said += (f" (the server's context must be at least {longer} longer than the longest sequence: "
+                             f"{tokens + spare} for this one)")  # fmt: skip
                 raise EndpointError(f"{what}: {said} ({self.where})", error.status) from error
             if tries > self.retries:
                 raise EndpointError(f"{what}: given up after {tries} tries at {self.where}: {happened}")

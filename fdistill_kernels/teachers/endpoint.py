@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 Ids = Sequence[int] | Tensor
 KINDS = ("vllm", "sglang", "vllm_hidden")
+#: How much longer than a sequence the context must be: vLLM generates a token, and SGLang leaves room for some.
+SPARE = {"vllm": 1, "sglang": 7, "vllm_hidden": 1}
 #: Ids of a position, where none are asked for.
 DEFAULT_K = 64
 #: How far a probability, or states relative to their norm, may move when a sequence is asked for again.
@@ -209,6 +211,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     ) -> list[Tensor]:
         """One continuation of each prompt, with its end token, as in `sampling.draw`; prompt i has the seed seed + i.
 
+        SGLang heeds seeds only with its --enable-deterministic-inference. Beside a top_k, its top_p is a share of the
+        whole distribution, not of the k.
+
         vocabulary: ids from here on are not drawn; None: all may be. more: further sampling parameters of the server.
 
         Raises:
@@ -353,7 +358,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     # One teacher
 
     async def _known(self) -> dict[str, Any]:
-        """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`."""
+        """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`, and
+        of an adapter its `parent`.
+        """
         if self._about is None:
             self._about = await self.connection.until_it_fits("the list of models", self._served)
             self.model = self._about["id"]
@@ -440,12 +447,16 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """A pair's rows: `TopK` (L, K), or states (L, D)."""
         ids, begin = [*pair[0], *pair[1]], len(pair[0])
         once = self._of_sglang if self.kind == "sglang" else self._of_vllm
-        return self.connection.until_it_fits(f"{what} ({_shown(pair)})", lambda: once(ids, begin), len(ids))
+        return self.connection.until_it_fits(
+            f"{what} ({_shown(pair)})", lambda: once(ids, begin), len(ids), SPARE[self.kind]
+        )
 
     async def _generate(self, ids: list[int], new: int, how: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Sends token ids, to be continued by up to `new` more. Returns SGLang's reply, or vLLM's only choice."""
         if self.kind == "sglang":
             body = {"input_ids": ids, "sampling_params": {**how, "max_new_tokens": new}, **more}
+            if "parent" in (self._about or {}):
+                body["lora_path"] = self.model  # without it an adapter's base would answer
             found = await self.connection.post("/generate", body)
         else:
             body = {"model": self.model, "prompt": ids, "max_tokens": new, "return_token_ids": True, **how, **more}
@@ -568,7 +579,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         if self.model is None and (len(found) != 1 or not isinstance(found[0].get("id"), str)):
             raise EndpointError("model must be given, to a command as --served_model_name: the server has "
                                 f"{[m.get('id') for m in models]}")  # fmt: skip
-        kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str}
+        if self.kind == "sglang" and models and not found:  # whose /generate takes no name, so refuses none
+            raise EndpointError(f"the server has no model {self.model!r}, but {[m.get('id') for m in models]}")
+        kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str, "parent": str}
         about = found[0] if found else {"id": self.model}
         return {name: about[name] for name, kind in kinds.items() if type(about.get(name)) is kind}  # true is no 1
 

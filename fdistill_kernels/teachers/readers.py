@@ -186,7 +186,8 @@ def vllm_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: An
 
 
 def sglang_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: Any) -> Iterator[Scored]:
-    """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids too.
+    """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids, or prompt_token_ids
+    (by return_prompt_token_ids), too. Without these the vocabulary's last id, for which SGLang says 0, is read so.
 
     Args, Raises: as in `vllm_replies`.
     """
@@ -224,7 +225,8 @@ def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]
 
 def _of_sglang(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
     meta = found["meta_info"]
-    yield found.get("input_ids") or [entry[1] for entry in meta["input_token_logprobs"]], meta
+    sent = found.get("input_ids") or found.get("prompt_token_ids")
+    yield sent or [entry[1] for entry in meta["input_token_logprobs"]], meta
 
 
 def columns(
