@@ -1,5 +1,5 @@
-"""A real vLLM, where its command is on the path: what it says, draws, and takes in training. The stand-in of other tests
-is `openai_server.py`."""
+"""Real servers, vLLM and SGLang, where their commands are on the path: what they say, draw, and take in training. The
+stand-in of other tests is `openai_server.py`."""
 
 import contextlib
 import copy
@@ -22,7 +22,9 @@ from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.student_server import StudentServer
 from fdistill_kernels.teachers.connection import EndpointError
 
-pytestmark = pytest.mark.skipif(not shutil.which("vllm"), reason="vLLM is not installed")
+INSTALLED = {
+    kind: pytest.mark.skipif(not shutil.which(kind), reason=f"{kind} is not installed") for kind in ("vllm", "sglang")
+}
 V, CONTEXT, DRAWS = 96, 64, 1000
 
 
@@ -47,23 +49,34 @@ def folder(model, tmp_path_factory):
     return made
 
 
+def command(kind, folder, port):
+    if kind == "vllm":
+        return ["vllm", "serve", folder, "--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", CONTEXT,
+                "--gpu-memory-utilization", "0.2"]  # fmt: skip
+    on_cpu = [] if torch.cuda.is_available() else ["--device", "cpu", "--attention-backend", "torch_native",
+                                                   "--disable-overlap-schedule"]  # fmt: skip
+    return ["sglang", "serve", "--model-path", folder, "--port", port, "--dtype", "float32", "--context-length", CONTEXT,
+            "--mem-fraction-static", "0.1", "--max-total-tokens", "20000", *on_cpu]  # fmt: skip
+
+
 @contextlib.contextmanager
-def serving(folder, *options, **environment):
+def serving(kind, folder, *options, **environment):
     """The URL of a server, which has ended afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    call = ["vllm", "serve", str(folder), "--port", url.rsplit(":")[-1], "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", str(CONTEXT), "--gpu-memory-utilization", "0.2", *options]  # fmt: skip
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {} if torch.cuda.is_available() else {"SGLANG_USE_CPU_ENGINE": "1"}
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(call, env=own | environment, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen([*map(str, command(kind, folder, port)), *options], env=own | environment, stdout=log,
+                                  stderr=log, start_new_session=True)  # fmt: skip
     try:
         for _ in range(300):
             assert server.poll() is None, (folder / "log").read_text()[-3000:]
             with contextlib.suppress(httpx.HTTPError):
-                httpx.get(f"{url}/health").raise_for_status()
+                httpx.get(f"{url}/v1/models").raise_for_status()
                 break
             time.sleep(1)
         yield url
@@ -72,10 +85,12 @@ def serving(folder, *options, **environment):
         server.wait(60)
 
 
-@pytest.fixture(scope="module")
-def url(folder):
-    with serving(folder, "--max-logprobs", "32", VLLM_SERVER_DEV_MODE="1") as url:
-        yield url
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=mark) for kind, mark in INSTALLED.items()])
+def server(request, folder):
+    """Kind and URL."""
+    own = {"vllm": ("--max-logprobs", "32"), "sglang": ()}[request.param]
+    with serving(request.param, folder, *own) as url:
+        yield request.param, url
 
 
 def sequences(count):
@@ -88,31 +103,33 @@ def next_log_probs(model, ids):
     return model(torch.as_tensor(ids)).logits.double().log_softmax(-1)
 
 
-def test_lists(model, url):
+def test_lists(model, server):
+    kind, url = server
     prompts, continuations = sequences(30)
     rows = [next_log_probs(model, [p + c])[0, len(p) - 1 : -1] for p, c in zip(prompts, continuations, strict=True)]
     whole = torch.cat(rows)
     for k in (1, 8, 32):
-        with fk.Endpoint(url, model=None if k == 8 else "", vocabulary=V, k=k) as teacher:
+        with fk.Endpoint(url, vocabulary=V, k=k, kind=kind) as teacher:
             found = teacher.targets(prompts, continuations)
         torch.testing.assert_close(found.log_probs.double(), whole.topk(k).values, atol=1e-3, rtol=0)
         torch.testing.assert_close(found.log_probs.double(), whole.gather(1, found.ids), atol=1e-3, rtol=0)
 
 
-def test_what_it_refuses(url):
-    with (
-        fk.Endpoint(url, vocabulary=V, k=33, retries=0) as teacher,
-        pytest.raises(EndpointError, match="max allowed: 32"),
-    ):
+def test_what_it_refuses(server):
+    kind, url = server
+    how, spare = {"vocabulary": V, "retries": 0, "kind": kind}, {"vllm": 1, "sglang": 7}[kind]
+    if kind == "vllm":
+        with fk.Endpoint(url, k=33, **how) as teacher, pytest.raises(EndpointError, match="max allowed: 32"):
+            teacher.check()
+    with fk.Endpoint(url, model="nobody", **how) as teacher, pytest.raises(EndpointError, match="nobody"):
         teacher.check()
-    with fk.Endpoint(url, vocabulary=V, k=4, retries=0) as teacher:
-        assert len(teacher.targets([[5] * (CONTEXT - 2)], [[6]]).ids) == 1
-        with pytest.raises(
-            EndpointError, match=f"at least one token longer than the longest sequence: {CONTEXT + 1} for"
-        ):
-            teacher.targets([[5] * (CONTEXT - 1)], [[6]])
-        with pytest.raises(EndpointError, match="cut after 2 of 8 tokens: the server's context is too short"):
-            teacher.draw([[5] * (CONTEXT - 2)], Sampling(8), 0)
+    with fk.Endpoint(url, k=4, **how) as teacher:
+        longest = CONTEXT - spare
+        assert len(teacher.targets([[5] * (longest - 1)], [[6]]).ids) == 1
+        with pytest.raises(EndpointError, match=f"longer than the longest sequence: {CONTEXT + 1} for"):
+            teacher.targets([[5] * longest], [[6]])
+        with pytest.raises(EndpointError, match=r"the server's context is too short|total of \d+ tokens|maximum"):
+            teacher.draw([[5] * (longest - 1)], Sampling(CONTEXT), 0)
 
 
 def check_draws(model, rows, sampling, most):
@@ -132,15 +149,16 @@ def check_draws(model, rows, sampling, most):
 
 
 @pytest.mark.parametrize("more", [{}, {"top_k": 12}, {"top_p": 0.8}])
-def test_draws(model, url, more):
-    sampling = Sampling(3, 1.5, **more)
-    with fk.Endpoint(url, vocabulary=V, k=4) as teacher:
+def test_draws(model, server, more):
+    (kind, url), sampling = server, Sampling(3, 1.5, **more)
+    with fk.Endpoint(url, vocabulary=V, k=4, kind=kind) as teacher:
         for most in (V, 60):
             rows = teacher.draw([[5, 6]] * DRAWS, sampling, 7, most)
             check_draws(model, rows, sampling, most)
         assert all(row[-1] == 2 for row in rows if len(row) < 3)  # with the end token
-        again = teacher.draw([[5, 6]] * 4, sampling, 7, most)
-        assert [r.tolist() for r in again] == [r.tolist() for r in rows[:4]]
+        if kind == "vllm":  # SGLang heeds seeds with --enable-deterministic-inference alone
+            again = teacher.draw([[5, 6]] * 4, sampling, 7, most)
+            assert [r.tolist() for r in again] == [r.tolist() for r in rows[:4]]
 
 
 def check_training(url, student, folder):
@@ -155,15 +173,19 @@ def check_training(url, student, folder):
     assert [path.name for path in folder.iterdir()] == ["student-weights-2"]
 
 
-def test_a_student_in_training(model, url, tmp_path):
-    """The last test of this server, whose weights are others afterwards."""
-    check_training(url, copy.deepcopy(model), tmp_path / "weights")
+@INSTALLED["vllm"]
+def test_a_student_in_training(model, folder, tmp_path):
+    with serving("vllm", folder, VLLM_SERVER_DEV_MODE="1") as url:
+        check_training(url, copy.deepcopy(model), tmp_path / "weights")
 
 
+@INSTALLED["vllm"]
 def test_an_adapter_in_training(model, folder, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     student = get_peft_model(copy.deepcopy(model), lora).eval()
-    with serving(folder, "--enable-lora", "--max-lora-rank", "8", VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as url:
+    with serving(
+        "vllm", folder, "--enable-lora", "--max-lora-rank", "8", VLLM_ALLOW_RUNTIME_LORA_UPDATING="True"
+    ) as url:
         check_training(url, student, tmp_path / "weights")
