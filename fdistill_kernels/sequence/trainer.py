@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..own import resolve
@@ -36,7 +37,7 @@ from .pairing import (
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, is_of_ranks, of_all_rows
+from .ranks import copies_of_rows, is_of_ranks, is_split, of_all_rows
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
@@ -277,6 +278,7 @@ class FDistillTrainer(UpdatingTrainer):
         self._begun = []
         if self.server is not None:
             self.server.check()
+        self._forget_evaluation()
         try:
             found = super().train(*args, **keywords)
             return found._replace(training_loss=found.metrics["train_loss"])  # as `log` has it
@@ -288,6 +290,18 @@ class FDistillTrainer(UpdatingTrainer):
                 f"{self.state.global_step}: it died, or did not come within ddp_timeout={self.args.ddp_timeout} s "
                 f"({error})"
             ) from error
+
+    def _forget_evaluation(self) -> None:
+        """Over ranks, that an evaluation before training has prepared the model: accelerate would take it for prepared
+        to be trained, without its DDP, and each rank would train a student of its own.
+        """
+        model: Any = self.model
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split(model))
+        wrapped: Any = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if self.args.world_size > 1 and whole and not isinstance(wrapped, DistributedDataParallel):
+            for module in model.modules():
+                vars(module).pop("_is_accelerate_prepared", None)
+            self.model_wrapped = model
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
         """Raises NotImplementedError: it would need model_init."""
