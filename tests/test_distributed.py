@@ -35,14 +35,16 @@ def rows():
 def weights_after(method, make, folder, ranks):
     case = dict(CASES[method])
     accumulated, student, train = case.get("gradient_accumulation_steps", 1), make(1), rows()
-    if case.pop("stream", False):
-        train = Dataset.from_list(train).to_iterable_dataset()
+    held_out = rows()[:5]
+    if streams := case.pop("stream", False):
+        train, held_out = (Dataset.from_list(data).to_iterable_dataset() for data in (train, held_out))
     run = trainer(folder, student, make(2), train, method=method, **SETTINGS, **case,
                   per_device_train_batch_size=4 // ranks // accumulated)  # fmt: skip
     if method == "kl":  # which leaves a model that accelerate takes for prepared
         run.evaluate()
     run.train()
-    measured = run.state.log_history[0] | run.evaluate(rows()[:5])  # whose last batch is filled up for some ranks
+    run.args.dataloader_num_workers = int(streams)
+    measured = run.state.log_history[0] | run.evaluate(held_out)  # whose last batch is filled up for some ranks
     shown = {n: x for n, x in measured.items() if "_on_" in n or n in ("loss", "eval_loss")}
     return flat(student), shown
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import has_length
 
 from ..own import resolve
 from .batches import Counted, Sequences, collate, given_sequences
 from .beginning_checks import check_beginning
-from .config import OF_PREDISTILLATION, FDistillConfig
+from .config import OF_PREDISTILLATION, OF_WORKERS, FDistillConfig
 from .dataset_checks import check_collator, check_datasets
 from .forward import forward_to_head
 from .generation import chosen, share_ends, special_tokens
@@ -441,6 +443,30 @@ class FDistillTrainer(UpdatingTrainer):
         every = of_all_rows(found, self.accelerator, copies, None if self._streamed is None else self._streamed.number)
         self._evaluated += every.sum(0).cpu()
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer.get_eval_dataloader`, but over ranks a stream is read without workers."""
+        of: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._without_workers(self.eval_dataset[of] if isinstance(of, str) else of):  # type: ignore[index]
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with self._without_workers(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _without_workers(self, data: Any) -> Iterator[None]:
+        """Over ranks, rows fill up a stream's last batch, and workers would count them in their own processes."""
+        kept = self.args
+        if kept.world_size > 1 and kept.dataloader_num_workers and not has_length(data):
+            self.args = copy.copy(kept)
+            for name in ("dataloader_num_workers", "dataloader_prefetch_factor", *OF_WORKERS):
+                setattr(self.args, name, getattr(FDistillConfig, name, None))
+        try:
+            yield
+        finally:
+            self.args = kept
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **keywords: Any) -> Any:
         """As `Trainer.evaluation_loop`, but the loss is a mean over all tokens, not over batches."""
