@@ -102,7 +102,8 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
                           ("predistill matches hidden states", "predistill")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             trainer(tmp_path, llama(seed=1), store, rows, method=method)
-    with pytest.raises(ValueError, match="must both be causal"):
+    told = "must both be causal, or both encoder–decoder: a store of an encoder–decoder's is made with extra="
+    with pytest.raises(ValueError, match=told):
         trainer(tmp_path, bart(), store, rows, method="mle")
     texts = [{"input_ids": row["prompt_ids"] + row["labels"], "labels": [-100] * len(row["prompt_ids"]) + row["labels"]}
              for row in rows[:5]]  # fmt: skip

@@ -57,7 +57,9 @@ def check_pair(student: Any, teacher: Teacher) -> None:
     for model in at_hand:
         check_apart(student, model)
     if teacher.encoder_decoder != bool(student.config.is_encoder_decoder):
-        raise ValueError("teacher and student must both be causal, or both encoder–decoder")
+        made = any(isinstance(part, Stored) and not part.encoder_decoder for part in parts_of(teacher))
+        raise ValueError("teacher and student must both be causal, or both encoder–decoder" + made * (
+            ": a store of an encoder–decoder's is made with extra={'encoder_decoder': True}"))  # fmt: skip
     of_each = [beginning(m)[1] for m in (student, *at_hand) if m.config.is_encoder_decoder]
     if len(set(of_each) - {None}) > 1:
         raise ValueError(f"generation is forced to begin with other tokens by student and teacher, {of_each}: set "

@@ -124,7 +124,8 @@ class TeacherStore:
             rank: r: keep the projections of the states on the head's first r right singular directions.
             head: of hidden states, with a weight (V, D) in their dtype.
             temperature: at which the log-probabilities were taken.
-            extra: anything else to keep in the manifest, as JSON; not compared.
+            extra: anything else to keep in the manifest, as JSON; not compared. The trainer reads encoder_decoder (true
+                of a teacher that is one; else it is taken for causal) and end_tokens (the ids that end its sequences).
 
         Raises:
             ValueError, TypeError: a setting does not fit, or the folder has other settings; the message gives both
