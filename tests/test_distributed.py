@@ -37,7 +37,8 @@ def weights_after(method, make, folder, ranks):
     accumulated, student, train = case.get("gradient_accumulation_steps", 1), make(1), rows()
     held_out = rows()[:5]
     if streams := case.pop("stream", False):
-        train, held_out = (Dataset.from_list(data).to_iterable_dataset() for data in (train, held_out))
+        train = Dataset.from_list(train).to_iterable_dataset()
+        held_out = Dataset.from_list(held_out).to_iterable_dataset(num_shards=2)  # of 3 rows and 2
     run = trainer(folder, student, make(2), train, method=method, **SETTINGS, **case,
                   per_device_train_batch_size=4 // ranks // accumulated)  # fmt: skip
     if method == "kl":  # which leaves a model that accelerate takes for prepared

@@ -445,26 +445,30 @@ class FDistillTrainer(UpdatingTrainer):
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As `Trainer.get_eval_dataloader`, but over ranks a stream is read without workers."""
+        """As `Trainer.get_eval_dataloader`, but over ranks a stream is read as a whole by each, and without workers."""
         of: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        with self._without_workers(self.eval_dataset[of] if isinstance(of, str) else of):  # type: ignore[index]
-            return super().get_eval_dataloader(eval_dataset)
+        data = self.eval_dataset[of] if isinstance(of, str) else of  # type: ignore[index]
+        with self._without_workers(data) as stream:
+            return super().get_eval_dataloader(eval_dataset if stream is None else stream)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As `get_eval_dataloader`."""
-        with self._without_workers(test_dataset):
-            return super().get_test_dataloader(test_dataset)
+        with self._without_workers(test_dataset) as stream:
+            return super().get_test_dataloader(test_dataset if stream is None else stream)
 
     @contextlib.contextmanager
-    def _without_workers(self, data: Any) -> Iterator[None]:
-        """Over ranks, rows fill up a stream's last batch, and workers would count them in their own processes."""
+    def _without_workers(self, data: Any) -> Iterator[Any]:
+        """Over ranks, a stream: rows fill up its last batch, which workers would count in their own processes. Of one
+        of datasets in several files accelerate gives each rank some, and they would not end together.
+        """
         kept = self.args
-        if kept.world_size > 1 and kept.dataloader_num_workers and not has_length(data):
+        stream = Counted(data) if kept.world_size > 1 and data is not None and not has_length(data) else None
+        if stream is not None:
             self.args = copy.copy(kept)
             for name in ("dataloader_num_workers", "dataloader_prefetch_factor", *OF_WORKERS):
                 setattr(self.args, name, getattr(FDistillConfig, name, None))
         try:
-            yield
+            yield stream
         finally:
             self.args = kept
 
