@@ -53,7 +53,7 @@ class FDistillConfig(TrainingArguments):
         cache_implementation: transformers' cache of keys and values while drawing, such as dynamic or static (compiled
             on a GPU); default: the model's own.
         beams: number of beams of the teacher's search, for beam sequences (method seqkd) of which the data has no
-            beam_ids.
+            beam_ids, nor sample_ids, which stand for them where the objective has no samples of the teacher.
         student_every: number of steps between new samples of the student. In between the last ones are used again;
             checkpoints keep them.
         student_server: URL of a vLLM server that draws the student's samples, with student_server_path. See
