@@ -88,6 +88,8 @@ def test_replies_to_chats_and_batches(tmp_path):
              for i, body in enumerate([*chats[:2], *vllm_lines()[2:]])]  # fmt: skip
     lengths = {"r0": 2, "r1": 1, "r2": 4, "r3": 1}
     how = {**HOW, "prompt_length": lambda line: lengths[line["custom_id"]]}
+    own = [{**w, "custom_id": f"r{i}"} for i, w in enumerate(vllm_lines())]  # a field of one's own, without a batch
+    check(readers.vllm_replies(lines(tmp_path / "e.jsonl", own), **how), SEQUENCES, [2, 1, 4, 1])
     check(readers.vllm_replies(lines(tmp_path / "b.jsonl", batch), **how), SEQUENCES, [2, 1, 4, 1])
     for response in ({"status_code": 400, "body": None}, None):
         batch[1] |= {"response": response, "error": {"error": {"message": "the prompt is too long"}}}

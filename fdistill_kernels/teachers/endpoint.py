@@ -429,7 +429,6 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     async def _check_states(self, prompt: tuple[int, ...], more: tuple[int, ...], states: Tensor, head: Head) -> None:
         """Raises EndpointError where states through the head are not what the server itself says of a sequence."""
         ids, lists = [*prompt, *more], self._lists._replace(k=LISTED, short_rows=True, padded=True)
-
         said = await self.connection.until_it_fits(
             "a short sequence's log-probabilities", lambda: self._listed(ids, len(prompt), lists)
         )

@@ -210,10 +210,10 @@ def _lines(path: Path, parts: Any, rows: Any, prompt_length: PromptLength, lists
 
 
 def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    if "custom_id" in found:  # of a batch's file
-        if not (found["response"] or {}).get("body"):
-            raise Misfit(f"the request {found['custom_id']!r} failed: {found.get('error')}")
-        found = found["response"]["body"]
+    if "response" in found:  # of a batch's file
+        if not (body := (found["response"] or {}).get("body")):
+            raise Misfit(f"the request {found.get('custom_id')!r} failed: {found.get('error')}")
+        found = body
     whole = "prompt_logprobs" in found  # a chat, whose choices have one prompt, or an output
     if not (parts := [found] if whole else found.get("choices", [found])):
         raise Misfit("it has no choices")
