@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -144,3 +145,18 @@ def test_a_library_is_built_where_its_caller_says(library, compiler, tmp_path):
     command = ["bash", ROOT / "csrc" / library / "build.sh", "made.so"]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, compiler: str(fake)}, check=True)
     assert (tmp_path / "made.so").read_text() == "built\n"
+
+
+@pytest.mark.parametrize("target", ["aarch64-linux-gnu", "arm64-apple-darwin23.6.0", "x86_64-apple-darwin23.6.0", ""])
+def test_instruction_sets_are_of_the_compilers_target(target, tmp_path):
+    """Which need not be this machine; of one that does not say its target they are this machine's."""
+    fake, calls = tmp_path / "compiler", tmp_path / "calls"
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *-dumpmachine) echo {target}; exit {int(not target)};; esac\n'
+                    f'echo "$@" >> {calls}; for a; do test "$o" = -o && : > "$a"; o=$a; done; exit 0\n')  # fmt: skip
+    fake.chmod(0o755)
+    command = ["bash", ROOT / "csrc" / "cpu" / "build.sh", tmp_path / "made.so"]
+    subprocess.run(command, env={**os.environ, "CXX": str(fake)}, check=True)
+    built = set(re.findall(r"FDISTILL_ISA=isa_(\w+)", calls.read_text()))
+    on_x86 = (target or platform.machine()).startswith("x86_64")
+    assert built == ({"default", "avx2", "avx512"} if on_x86 else {"default"})
+    assert ("FDISTILL_X86" in calls.read_text()) == on_x86

@@ -810,3 +810,20 @@ def test_without_its_libraries_the_extra_is_named():
     code = "import sys; sys.modules['xxhash'] = None\nimport fdistill_kernels as fk\nfk.TeacherStore"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'TeacherStore needs the package xxhash: pip install ".[sequence]"' in done.stderr
+
+
+def test_without_fcntl_a_store_is_written_and_read(tmp_path):
+    """As on Windows: trainers and stores are there, and what needs locks says so."""
+    code = f"""import sys; sys.modules['fcntl'] = None
+import torch, fdistill_kernels as fk, fdistill_kernels.sequence
+from fdistill_kernels.teachers import locks
+store = fk.TeacherStore.create({str(tmp_path)!r}, kind='top_k', vocabulary=9, key={KEY!r}, k=2)
+with store.writer() as writer:
+    writer.add([1], [2, 3], fk.TopK(torch.tensor([[2, 3], [3, 4]]), torch.log(torch.tensor([[.5, .3], [.6, .2]]))))
+assert fk.TeacherStore({str(tmp_path)!r}).targets([[1]], [[2, 3]]).ids.tolist() == [[2, 3], [3, 4]]
+for locked in (lambda: locks.lock(0, 0, 1), lambda: locks.unlock(0), lambda: locks.is_locked('any')):
+    try: locked()
+    except NotImplementedError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("which Windows lacks\n") == 3, done.stdout + done.stderr

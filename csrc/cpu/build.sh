@@ -12,8 +12,9 @@ trap 'rm -rf "$objects"' EXIT
 compiler=${CXX:-c++}  # unquoted: it may be "ccache g++"
 flags=(-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-psabi -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized "$@")
 isas=default
-case $(uname -m) in
-  x86_64 | amd64)
+target=$($compiler "$@" -dumpmachine 2>/dev/null) || target=$(uname -m)  # which need not be this machine
+case $target in
+  x86_64* | amd64*)
     flags+=(-DFDISTILL_X86)
     isas="default avx2 avx512"
     ;;

@@ -14,7 +14,6 @@ import asyncio
 import collections
 import contextlib
 import errno
-import fcntl
 import itertools
 import math
 import operator
@@ -34,7 +33,7 @@ from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .background import Background, all_of
 from .connection import FIRST_WAIT, Connection, EndpointError
-from .locks import is_locked, locked
+from .locks import is_locked, lock, unlock
 from .pairs import pair_of, paired
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
 from .settings import check_same, checked_settings
@@ -347,12 +346,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         claims = os.open(store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         try:
             for byte in sorted({int.from_bytes(pair_of(*pair)[0][:7], "big") for pair in pairs}):
-                while not locked(claims, fcntl.F_WRLCK, byte, 1):
+                while not lock(claims, byte, 1):
                     await asyncio.sleep(0.05)
             store.refresh()
             yield list(dict.fromkeys(pairs[i] for i in store.missing(pairs)))
         finally:
-            locked(claims, fcntl.F_UNLCK)  # closing is not enough where a forked process has the file, too
+            unlock(claims)  # closing is not enough where a forked process has the file, too
             os.close(claims)
 
     # One teacher
@@ -510,20 +509,20 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 await asyncio.sleep(0.005)
             _remove(*files)
 
-    async def _states(self, path: Path, lock: Path, ids: list[int], begin: int) -> Tensor:
+    async def _states(self, path: Path, held: Path, ids: list[int], begin: int) -> Tensor:
         """The normed states that predict the tokens from `begin` on. The file is removed when it has been read."""
         from safetensors.torch import load_file
 
         assert self.head is not None and self.norm is not None
         weight = self.head.weight
-        while not path.exists() or is_locked(lock):
+        while not path.exists() or is_locked(held):
             await asyncio.sleep(0.005)
         try:
             found = load_file(path)
         except Exception as error:  # safetensors' own has no public base
             raise Misfit(f"{path} cannot be read: {error}") from error
         finally:
-            _remove(path, lock)
+            _remove(path, held)
         states, read = found.get("hidden_states"), found.get("token_ids")
         if states is None or read is None or read.tolist() != ids or states.ndim != 3 or len(states) != len(ids):
             raise Misfit(f"{path} does not have the states of the {len(ids)} tokens sent")

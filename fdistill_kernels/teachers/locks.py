@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where what needs no locks runs
+    fcntl = None  # type: ignore[assignment]
+
+
+def _ask_for_locks() -> None:
+    if fcntl is None:
+        raise NotImplementedError(
+            "stores are filled, and a server's files read, under fcntl's locks, which Windows lacks"
+        )
 
 
 def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
@@ -19,20 +30,39 @@ def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
     return True
 
 
-def locked(file: int, kind: int, begin: int = 0, length: int = 0) -> bool:
-    """Locks or unlocks bytes of a file (length 0: all) for this descriptor.
+def lock(file: int, begin: int, length: int) -> bool:
+    """Locks bytes of a file for this descriptor, if nobody else has; whether it did.
 
     Systems without such locks (macOS) have `lockf`, whose locks are the process's: batches of one process then do not
     wait for each other.
+
+    Raises:
+        NotImplementedError: on Windows.
     """
+    return _lock(file, "F_WRLCK", begin, length)
+
+
+def unlock(file: int) -> None:
+    """Frees all bytes of a file."""
+    _lock(file, "F_UNLCK", 0, 0)
+
+
+def _lock(file: int, kind: str, begin: int, length: int) -> bool:
+    _ask_for_locks()
     if not hasattr(fcntl, "F_OFD_SETLK"):
-        how = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
+        how = fcntl.LOCK_UN if kind == "F_UNLCK" else fcntl.LOCK_EX | fcntl.LOCK_NB
         return _had(fcntl.lockf, file, how, length, begin)
-    return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, begin, length, 0))
+    what = struct.pack("hhqqi4x", getattr(fcntl, kind), os.SEEK_SET, begin, length, 0)
+    return _had(fcntl.fcntl, file, fcntl.F_OFD_SETLK, what)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock on the file; it need not be there."""
+    """Whether another process holds a lock on the file; it need not be there.
+
+    Raises:
+        NotImplementedError: on Windows.
+    """
+    _ask_for_locks()
     try:
         with open(path) as file:
             return not _had(fcntl.flock, file, fcntl.LOCK_SH | fcntl.LOCK_NB)
