@@ -9,9 +9,12 @@ if [[ ! -e $root/usr/bin/python3.11 ]]; then  # the packages unpacked, none conf
   debootstrap --arch=arm64 --foreign --variant=minbase --include=python3 bookworm "$root"
   for package in "$root"/var/cache/apt/archives/*.deb; do dpkg -x "$package" "$root"; done
 fi
-platforms=(--platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64)
-[[ -e $root/site/torch ]] || python3 -m pip install --quiet --target "$root/site" "${platforms[@]}" --python-version 3.11 \
-  --only-binary :all: torch==2.10.0 triton==3.6.0 numpy pytest hypothesis xxhash safetensors
+into=(--quiet --target "$root/site" --python-version 3.11 --only-binary :all:)
+into+=(--platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64)
+if [[ ! -e $root/site/torch ]]; then  # without what pip, on this machine, thinks that torch needs
+  python3 -m pip install "${into[@]}" numpy pytest hypothesis xxhash safetensors jinja2 networkx sympy typing-extensions
+  python3 -m pip install "${into[@]}" --no-deps torch==2.10.0 triton==3.6.0 filelock fsspec
+fi
 # the compiler under the names that builds and tests call it by
 mkdir -p "$root/cross"
 ln -sf "$(command -v aarch64-linux-gnu-g++)" "$root/cross/c++"
