@@ -35,7 +35,8 @@ ROWS = [
     Row("floors", "3.11", "2.13.0", "3.9.0", "2.3.5", "4.50.0", "1.3.0", "0.14.0", f"functional {MODELS}", OLD_MODELS),
     Row("middle", "3.12", "2.11.0", "3.6.0", "2.3.5", "5.0.0", "1.3.0", "0.18.1", f"{CORE} {MODELS}", MIDDLE),
     Row("newest", "3.11", "2.15.0", None, None, None, None, None, f"{CORE} {MODELS}"),
-    Row("newest-python", "3.13", "2.12.1", None, None, None, None, None, f"{CORE} {MODELS}"),
+    Row("python-3.13", "3.13", "2.12.1", None, None, None, None, None, f"{CORE} {MODELS}"),
+    Row("newest-python", "3.14", "2.15.0", None, None, None, None, None, f"{CORE} {MODELS}"),
 ]
 
 TOOLS = "datasets httpx matplotlib pyyaml rich sacrebleu tokenizers hypothesis pytest pytest-benchmark pytest-xdist"
