@@ -21,8 +21,9 @@ from .test_trainer import trainer
 
 #: Student samples by top_k=1 are the same in one process as in two.
 SETTINGS = dict(optim="sgd", max_steps=2, learning_rate=0.1, top_k=1, logging_steps=2, per_device_eval_batch_size=2)
-CASES = {"kl": {}, "js": dict(normalize="sequence"), "tvd": dict(gradient_accumulation_steps=2), "predistill": {},
-         "mle": dict(gradient_accumulation_steps=2), "rkl": dict(stream=True)}  # fmt: skip
+CASES = {"kl": {}, "js": dict(normalize="sequence"), "tvd": dict(gradient_accumulation_steps=2),
+         "predistill": dict(logging_steps=9), "mle": dict(gradient_accumulation_steps=2),
+         "rkl": dict(stream=True, eval_strategy="epoch")}  # fmt: skip
 MODELS = {"gpt2": lambda seed: gpt2(60, seed=seed), "bart": lambda seed: bart(seed=seed)}
 
 
@@ -37,17 +38,17 @@ def weights_after(method, make, folder, ranks):
     accumulated, student, train = case.get("gradient_accumulation_steps", 1), make(1), rows()
     held_out = rows()[:5]
     if streams := case.pop("stream", False):
-        train = Dataset.from_list(train).to_iterable_dataset()
+        train = Dataset.from_list(train).to_iterable_dataset(num_shards=3)  # of 3 rows, 3 and 2
         held_out = Dataset.from_list(held_out).to_iterable_dataset(num_shards=2)  # of 3 rows and 2
-    run = trainer(folder, student, make(2), train, method=method, **SETTINGS, **case,
+    run = trainer(folder, student, make(2), train, method=method, **{**SETTINGS, **case},
                   per_device_train_batch_size=4 // ranks // accumulated)  # fmt: skip
     if method == "kl":  # which leaves a model that accelerate takes for prepared
         run.evaluate()
-    run.train()
+    trained = run.train()
     run.args.dataloader_num_workers = int(streams)
     measured = run.state.log_history[0] | run.evaluate(held_out)  # whose last batch is filled up for some ranks
     shown = {n: x for n, x in measured.items() if "_on_" in n or n in ("loss", "eval_loss")}
-    return flat(student), shown
+    return flat(student), shown | {"train_loss": trained.training_loss}
 
 
 def sharded(rank):

@@ -50,10 +50,17 @@ class Sequences:
 
 
 class Counted(IterableDataset[Any]):
-    """A stream that counts its rows: `number` is how many there were."""
+    """A stream that counts its rows: `number` is how many there were. Of one in several files accelerate gives each
+    rank some, and ranks would not end together; of this one it takes each rank's rows.
+    """
 
     def __init__(self, rows: Any):
         self.rows = rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by loaders: a stream may have another order in each epoch."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         self.number = 0

@@ -444,6 +444,16 @@ class FDistillTrainer(UpdatingTrainer):
         self._evaluated += every.sum(0).cpu()
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
 
+    def get_train_dataloader(self) -> Any:
+        """As `Trainer.get_train_dataloader`, but over ranks a stream in several files is read as a whole by each."""
+        kept: Any = self.train_dataset
+        if self.args.world_size > 1 and getattr(kept, "n_shards", 1) > 1:
+            self.train_dataset = Counted(kept)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = kept
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As `Trainer.get_eval_dataloader`, but over ranks a stream is read as a whole by each, and without workers."""
         of: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -458,9 +468,7 @@ class FDistillTrainer(UpdatingTrainer):
 
     @contextlib.contextmanager
     def _without_workers(self, data: Any) -> Iterator[Any]:
-        """Over ranks, a stream: rows fill up its last batch, which workers would count in their own processes. Of one
-        of datasets in several files accelerate gives each rank some, and they would not end together.
-        """
+        """Over ranks, a stream: rows fill up its last batch, which workers would count in their own processes."""
         kept = self.args
         stream = Counted(data) if kept.world_size > 1 and data is not None and not has_length(data) else None
         if stream is not None:

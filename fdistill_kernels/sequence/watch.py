@@ -59,8 +59,10 @@ class Watch(TrainerCallback):
         self.ever += found
 
     def of_counted(self, mean: float, steps: Tensor, accelerator: Any) -> float:
-        """A mean loss over steps, where what does not count is 0, as one over what counts: NaN if that is nothing."""
-        every, counted = accelerator.reduce(steps, "sum").tolist()
+        """A mean loss over steps, where what does not count is 0, as one over what counts: NaN if that is nothing. Over
+        ranks, too: at the end of training `Trainer` adds to the logged ones what this rank alone has had since.
+        """
+        every, counted, mean = accelerator.reduce(torch.cat([steps, steps.new_tensor([mean])]), "mean").tolist()
         return mean if counted == every else mean * every / counted if counted else math.nan
 
     def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, share: Tensor,
