@@ -156,7 +156,10 @@ def left_out(folder, ranks, **sizes):
 def gone_on_with(rank, world, folder):
     """A run that stops in the middle of its second epoch, and of the use of its samples, ends as one that does not."""
     data = Dataset.from_list([row | {"length": i % 5} for i, row in enumerate(rows() * 2)])
-    for name, order in {"random": {}, "by length": BY_LENGTH}.items():
+    orders = {"random": {}, "by length": BY_LENGTH}
+    if hasattr(FDistillConfig, "train_sampling_strategy"):
+        orders["balanced"] = dict(train_sampling_strategy="batch_rebalance")
+    for name, order in orders.items():
         ended = []
         for stops in ([7], [5, 7]):
             student = model(folder / "student")

@@ -200,6 +200,19 @@ def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
     assert balanced[0] == balanced[1] != balanced[2] and sorted(itertools.chain(*balanced[2])) == list(range(8))
 
 
+@pytest.mark.parametrize("split", [True, False], ids=["split", "own"])
+def test_the_order_by_length_is_the_same_on_any_number_of_ranks(split, tmp_path):
+    rows = Dataset.from_list([{**row, "length": i % 7} for i, row in enumerate(data() * 6)])
+
+    def order(ranks):
+        run = trainer(tmp_path, gpt2(60), gpt2(60), rows, per_device_train_batch_size=8 // (1 if split else ranks),
+                      accelerator_config={"split_batches": split}, **BY_LENGTH)  # fmt: skip
+        with patch.object(FDistillConfig, "world_size", ranks):
+            return list(run._get_train_sampler())
+
+    assert order(1) == order(2) == order(4)
+
+
 def test_accumulation_packing_and_sequence_normalisation_agree(tmp_path):
     stored, results = data(sample_ids=[[3, 4, 5, EOS], [3, EOS], [EOS], [5, EOS]] * 2), {}
     for name, settings in {
@@ -1026,6 +1039,7 @@ def test_configuration_of_a_command_line(tmp_path):
     (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"bad": 1}), "gradient_checkpointing_kwargs={'bad': 1}: "),
     (dict(accelerator_config='{"bad": 1}'), "accelerator_config={'bad': 1}: "),
     (dict(accelerator_config={"gradient_accumulation_kwargs": {"bad": 1}}), "gradient_accumulation_kwargs={'bad': 1}: "),
+    (dict(accelerator_config={"use_seedable_sampler": False}), "use_seedable_sampler=False is not used here: the seed"),
     (dict(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 0}}), "num_steps must be at least 1, not 0"),
     (dict(dataloader_persistent_workers=True), "dataloader_persistent_workers=True is not used without dataloader_num_workers"),
     *((dict([(name, value)]), f"{name}={value!r} is not used without dataloader_num_workers")

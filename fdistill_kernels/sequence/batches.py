@@ -86,6 +86,20 @@ class OfEpoch(Sampler[int]):
         return iter(self.sampler)
 
 
+def balanced(sampler: Any, seed: int, epoch: Callable[[], float | None], copies: int) -> Any:
+    """Batches of balanced cost, whose order the seed and the epoch alone decide, as in `OfEpoch`: accelerate's loader
+    tells no epoch to those of several ranks in its middle. copies: how many ranks, one after another, have one's rows.
+    """
+
+    class Balanced(type(sampler)):  # type: ignore[misc]  # by which `Trainer` knows them
+        def __iter__(self) -> Iterator[list[int]]:
+            self.epoch = int(epoch() or 0)
+            yield from super().__iter__()
+
+    ranks, rank, size = (x // copies for x in (sampler.dp_size, sampler.rank, sampler.effective_batch_size))
+    return Balanced(sampler.lengths, size, ranks, sampler.grad_accum, seed=seed, rank=rank, drop_last=sampler.drop_last)
+
+
 def column_of(source: str, columns: Collection[str]) -> str | None:
     """The column with a source's sequences, if there is one."""
     return next((name for name in COLUMNS[source] if name in columns), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
-from .batches import OfEpoch, Sequences, given_sequences, prompts_of
+from .batches import OfEpoch, Sequences, balanced, given_sequences, prompts_of
 from .config import FDistillConfig, sampling_strategy
 from .generation import chosen
 from .loading import load_alike, names_damage
@@ -82,11 +82,12 @@ class UpdatingTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
         sampler: Any = super()._get_train_sampler(*args, **keywords)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        copies, loaders = copies_of_rows(self._unwrapped(self.model)), cast(Any, self.args.accelerator_config)
         if sampling_strategy(self.args) == "batch_rebalance" and sampler is not None:
-            sampler.seed = seed  # and it knows the epoch
-        loaders: Any = self.args.accelerator_config
-        random = isinstance(sampler, RandomSampler) and loaders.use_seedable_sampler
-        if not (random or isinstance(sampler, LengthGroupedSampler)):
+            return balanced(sampler, seed, lambda: self.state.epoch, copies)
+        if isinstance(sampler, LengthGroupedSampler) and not loaders.split_batches:  # which has a rank's batch
+            sampler.batch_size *= self.args.world_size // copies
+        if not isinstance(sampler, (RandomSampler, LengthGroupedSampler)):
             return sampler
         return OfEpoch(sampler, seed, lambda: self.state.epoch)
 
