@@ -173,6 +173,30 @@ def gone_on_with(rank, world, folder):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+def gone_on_with_elsewhere(rank, world, folder):
+    """A run of one process ends on several as on one, if an update has as many rows."""
+
+    def ended(name, steps, size, **more):
+        student = model(folder / "student")
+        run = trainer(folder / name, student, model(folder / "teacher"), rows() * 2, method="mle", max_steps=steps,
+                      per_device_train_batch_size=size, save_strategy="steps", save_steps=1,
+                      lr_scheduler_type="constant")  # fmt: skip
+        run.train(**more)
+        return [whole(p) for p in student.parameters()]
+
+    if world == 1:
+        torch.save(ended("not stopped", 7, 4), folder / "not stopped.pt")
+        ended("begun", 5, 4)
+        return
+    begun = dict(resume_from_checkpoint=str(folder / "begun" / "checkpoint-5"))
+    with pytest.raises(ValueError, match=f"had 4 rows on all ranks together, and have {4 * world} on {world} now"):
+        ended(f"begun {world}", 7, 4, **begun)
+    for one, other in zip(
+        ended(f"begun {world}", 7, 4 // world, **begun), torch.load(folder / "not stopped.pt"), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def other_teachers(folder, ranks, **sizes):
     """As `trained`: a mixture, and the student itself; a batch of an evaluation has nothing to learn."""
     found, weights = [], []
@@ -434,6 +458,7 @@ def check_commands(folder, names):
 
 def everything(rank, world, folder):
     train_every_way(rank, world, folder / "float64")
+    gone_on_with_elsewhere(rank, world, folder / "float64")
     if world > 1:
         gone_on_with(rank, world, folder / "float64")
         own_samples(rank, world, folder / "float64")

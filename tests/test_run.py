@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -676,6 +677,25 @@ def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, 
     assert cli.main([*call, "--save_only_model", "--max_steps", "2"]) == 2
     assert "checkpoint-1 has no optimizer, as --save_only_model says" in capsys.readouterr().err
     assert (tmp_path / "weights" / "student").exists()
+
+
+def test_a_run_goes_on_where_its_updates_have_as_many_rows(causal, tmp_path, capsys, monkeypatch):
+    """Of other batches, or ranks; what is refused leaves the finished student."""
+    monkeypatch.setattr(run.Run, "measure", lambda *_: {})
+
+    def call(steps, size, parts, ranks=1):
+        monkeypatch.setattr(run_folder, "rank", lambda: (0, ranks))
+        return cli.main(of(
+            causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--eval_strategy", "no",
+            "--output_dir", f"{tmp_path}/run", "--max_steps", str(steps), "--per_device_train_batch_size", str(size),
+            "--gradient_accumulation_steps", str(parts)))  # fmt: skip
+
+    assert call(1, 4, 1) == call(2, 2, 2) == 0
+    assert call(2, 4, 1) == 2 and "holds another run: gradient_acc" in capsys.readouterr().err  # there is nothing to do
+    for more in ((2, 1), (2, 2, 2)):
+        assert call(3, *more) == 2
+        assert re.search("checkpoint-2 had 4 rows on all ranks together, and have [28] on", capsys.readouterr().err)
+    assert (tmp_path / "run" / "student").exists() and call(3, 4, 1) == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--use_peft",), ("--predistill_steps", "1")], ids=str)

@@ -23,6 +23,7 @@ from .ranks import rank
 from .report import logged
 from .teachers.given import is_store
 from .trainer import FDistillConfig
+from .updates import PLACE, check_place
 
 
 def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
@@ -58,24 +59,30 @@ def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
 
 
 def _check_same(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> None:
-    """Settings must be the same, but for more steps or epochs, for which a finished student is trained on."""
+    """Settings must be the same, but for more steps or epochs, for which a finished student is trained on; and for what
+    makes up the rows of an update, which other ranks may share otherwise.
+    """
     folder, before, now = asked.folder, *({**asked.defaults, **s} for s in (known, given))
-    elsewhere = {"output_dir", "student_server", "student_server_path", *LENGTHS}
-    differ = [(n, before.get(n), now.get(n)) for n in sorted({*known, *given} - elsewhere)
-              if before.get(n) != now.get(n)]  # fmt: skip
     (of, was), (unit, wanted) = map(how_long, (known, given))
-    last = last_checkpoint(folder / f"trainer-{stage_of(asked.config)}")
+    last, done = last_checkpoint(folder / f"trainer-{stage_of(asked.config)}"), folder / "student"
     if unit != of:  # it must go beyond where the run is
         state = json.loads(Path(last, "trainer_state.json").read_text()) if last else {}
         was = state.get(LENGTHS[unit], 0)
+    goes_on = wanted > was or not done.exists()
+    elsewhere = {"output_dir", "student_server", "student_server_path", *LENGTHS}
+    if last and goes_on and Path(last, PLACE).exists():
+        elsewhere |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    differ = [(n, before.get(n), now.get(n)) for n in sorted({*known, *given} - elsewhere)
+              if before.get(n) != now.get(n)]  # fmt: skip
     if wanted < was:
         differ.append((unit, was, wanted))
     if differ:
         told = "; ".join(f"{name} was {was!r} and is {now!r}" for name, was, now in differ)
         raise ValueError(f"{folder} holds another run: {told}")
-    done = folder / "student"
-    if last and asked.config.save_only_model and (wanted > was or not done.exists()):
+    if last and asked.config.save_only_model and goes_on:
         raise ValueError(f"{last} has no optimizer, as --save_only_model says: the run cannot go on from it")
+    if last and goes_on:
+        check_place(last, asked.config, rank()[1])
     if wanted > was and done.exists():
         if last is None:
             raise ValueError(f"{unit} cannot grow: {folder} has no checkpoint")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .sampling import Sampling, draw
 from .student_server import StudentServer
 from .teachers import Itself, OfRows, Teacher
 from .watch import Watch, wide
+
+#: A checkpoint's file with what its place in the data is counted by.
+PLACE = "place_in_data.json"
 
 
 @dataclass
@@ -82,14 +86,18 @@ class UpdatingTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **keywords: Any) -> Any:
         sampler: Any = super()._get_train_sampler(*args, **keywords)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        copies, loaders = copies_of_rows(self._unwrapped(self.model)), cast(Any, self.args.accelerator_config)
         if sampling_strategy(self.args) == "batch_rebalance" and sampler is not None:
-            return balanced(sampler, seed, lambda: self.state.epoch, copies)
-        if isinstance(sampler, LengthGroupedSampler) and not loaders.split_batches:  # which has a rank's batch
-            sampler.batch_size *= self.args.world_size // copies
+            return balanced(sampler, seed, lambda: self.state.epoch, self.args.world_size // self._ranks)
+        if isinstance(sampler, LengthGroupedSampler):  # which has a rank's batch
+            sampler.batch_size = rows_of_update(self.args, self._ranks)
         if not isinstance(sampler, (RandomSampler, LengthGroupedSampler)):
             return sampler
         return OfEpoch(sampler, seed, lambda: self.state.epoch)
+
+    @property
+    def _ranks(self) -> int:
+        """How many have rows of their own."""
+        return int(self.args.world_size) // copies_of_rows(self._unwrapped(self.model))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **keywords: Any) -> Any:
         """The batches of one update, which begins in its first step: then a resumed run has its generators.
@@ -179,8 +187,12 @@ class UpdatingTrainer(Trainer):
         )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With the generators' states, which decide the next samples, those samples that are used again."""
+        """With the generators' states, which decide the next samples, those samples that are used again; and what the
+        run's place in the data is counted by.
+        """
         super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            Path(output_dir, PLACE).write_text(json.dumps({"rows_of_update": rows_of_update(self.args, self._ranks)}))
         if self._kept:
             torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
 
@@ -231,6 +243,8 @@ class UpdatingTrainer(Trainer):
         if checkpoint is not None and not (self.is_deepspeed_enabled or Path(checkpoint, "scheduler.pt").exists()):
             raise ValueError(f"{checkpoint} has no optimizer and no schedule, as save_only_model leaves them out, and "
                              "a run cannot go on from it: give it as the model")  # fmt: skip
+        if checkpoint is not None:
+            check_place(checkpoint, self.args, self._ranks)
         self._goes_on = checkpoint is not None
         with _of_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -252,6 +266,25 @@ class UpdatingTrainer(Trainer):
 
     def _kept_in(self, folder: str) -> Path:
         return Path(folder) / f"student_samples_{self.args.process_index}.pt"
+
+
+def rows_of_update(args: Any, ranks: int) -> int:
+    """How many rows an update has, of so many ranks together."""
+    loaders = 1 if args.accelerator_config.split_batches else ranks
+    return int(args.train_batch_size * args.gradient_accumulation_steps * loaders)
+
+
+def check_place(checkpoint: str, args: Any, ranks: int) -> None:
+    """Raises ValueError if the steps of a checkpoint had other numbers of rows, as of other ranks, so that they do not
+    say which rows come next.
+    """
+    path, now = Path(checkpoint, PLACE), rows_of_update(args, ranks)
+    if args.ignore_data_skip or args.auto_find_batch_size or not path.exists():  # of an earlier version
+        return
+    if (was := json.loads(path.read_text())["rows_of_update"]) != now:
+        raise ValueError(f"the steps of {checkpoint} had {was} rows on all ranks together, and have {now} on {ranks} "
+                         "now, so that its place in the data is lost: take as many by the batch size or "
+                         "gradient_accumulation_steps, or give ignore_data_skip")  # fmt: skip
 
 
 def _is_peft(model: Any) -> bool:
