@@ -543,14 +543,19 @@ def test_means_are_of_all_ranks(tmp_path):
 
 def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
     accumulated = dict(ddp_static_graph=True, gradient_accumulation_steps=2)
+    reentrant = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     known = hasattr(FDistillConfig, "ddp_static_graph")  # not by older transformers
     for options, more, words in (
         ({"dispatch_batches": True}, {}, "dispatch_batches"), ({"even_batches": False}, {}, "even_batches"),
         ({"even_batches": False}, {"dataloader_drop_last": True}, None), ({"split_batches": True}, {}, None),
         ({"split_batches": True}, {"per_device_train_batch_size": 3}, "per_device_train_batch_size=3: split_batches cuts"),
         ({"split_batches": True}, {"per_device_eval_batch_size": 3}, None),
-        *[({}, accumulated, "ddp_static_graph takes no"),
-          ({"gradient_accumulation_kwargs": {"sync_each_batch": True}}, accumulated, None)][: 2 * known],
+        ({}, reentrant, "DDP takes use_reentrant with one half of an objective alone"),
+        ({}, {**reentrant, "method": "kl"}, None),
+        ({}, {**reentrant, "method": "kl", "ddp_find_unused_parameters": True}, "DDP takes use_reentrant with one half"),
+        ({}, {**reentrant, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, None),
+        *[({}, accumulated, "ddp_static_graph takes no"), ({}, {**reentrant, "ddp_static_graph": True}, None),
+          ({"gradient_accumulation_kwargs": {"sync_each_batch": True}}, accumulated, None)][: 3 * known],
     ):  # fmt: skip
         run = FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **{**BASE, **more}, accelerator_config=options),
                               train_dataset=data(), data_collator=None)  # fmt: skip

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
@@ -215,6 +217,23 @@ class FDistillTrainer(UpdatingTrainer):
         if self.args.world_size > 1 and not (loaders.even_batches or self.args.dataloader_drop_last):
             raise ValueError("even_batches=False leaves some ranks without a last batch, and others waiting for it: "
                              "leave it out, or give dataloader_drop_last")  # fmt: skip
+        self._check_reentrant()
+
+    def _check_reentrant(self) -> None:
+        """Raises ValueError for checkpointed layers each of whose backward passes DDP takes for a whole one: of several
+        forward passes it shares some gradients and not others, and ranks would train students of their own.
+        """
+        args: Any = self.args
+        default = transformers.__version__.startswith("4.")
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", default)
+        looks = args.ddp_find_unused_parameters  # after each backward pass, for weights that it has not reached
+        looks = not isinstance(self.model, PreTrainedModel) if looks is None else looks
+        static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
+        ddp = args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split(self.model))
+        if ddp and args.gradient_checkpointing and reentrant and not static and (looks or len(self.halves) > 1):
+            raise ValueError("gradient_checkpointing_kwargs: DDP takes use_reentrant with one half of an objective "
+                             "alone, and of adapters with ddp_find_unused_parameters=False: give use_reentrant False"
+                             )  # fmt: skip
 
     def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
         """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
