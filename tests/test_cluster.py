@@ -32,8 +32,9 @@ import fdistill_kernels as fk
 import fdistill_kernels.sequence.trainer
 from benchmarks import cluster_demo
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import build, run, watch
+from fdistill_kernels.sequence import build, run, samples, stages, watch
 from fdistill_kernels.sequence.options import BY_LENGTH
+from fdistill_kernels.sequence.samples import TeacherSamples
 from fdistill_kernels.sequence.teachers import Itself, Mixture
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
@@ -533,6 +534,27 @@ def lost(rank, world, folder, how):
     sys.exit(status)
 
 
+def fails(rank, world, folder, how):
+    """A rank fails where the others wait for it, or for what it makes."""
+
+    def of_this_rank(*_, **__):
+        raise OSError("of this rank")
+
+    place = {
+        "begins": (1, run, "student_for"),
+        "draws": (1, TeacherSamples, "fill"),
+        "makes": (0, stages, "save_whole"),
+    }
+    failing, *where = place[how]
+    more = {"draws": ("--method", "kl"), "makes": ("--student_layers", "1", "--use_peft", "--student", "")}.get(how, ())
+    with (
+        Path(folder, f"{how} {rank}.txt").open("w") as words, contextlib.redirect_stderr(words),
+        patch.object(samples, "SHARD", 1),
+        patch.object(*where, of_this_rank) if rank == failing else contextlib.nullcontext(),
+    ):  # fmt: skip
+        sys.exit(cli.main(arguments(folder, how, 2, *more)))
+
+
 def four(rank, world, folder):
     train_every_way(rank, world, folder)
     cluster_demo.train(rank, world, folder / "demo", 3)
@@ -564,3 +586,18 @@ def test_a_lost_rank_ends_the_others(tmp_path):
         assert "fdistill: rank 0 of 2 lost another after step 1: it died" in (tmp_path / f"{how} 0.txt").read_text()
         waited = float((tmp_path / f"{how}.txt").read_text())
         assert waited < 12, f"{how}: {waited} s"
+
+
+def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path):
+    make_files(tmp_path)
+    for how, failing, words in (
+        ("begins", 1, "rank 0 of 2 lost another: it died, or did not come in --ddp_timeout"),
+        ("draws", 1, "rank 1 has ended before its part was made: read its own output first"),
+        ("makes", 0, "rank 0 has ended before its part was made: read its own output first"),
+    ):
+        ranks = processes(2, fails, tmp_path, how, join=False).processes
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [2, 2], how
+        assert "fdistill: of this rank" in (tmp_path / f"{how} {failing}.txt").read_text()
+        assert f"fdistill: {words}" in (tmp_path / f"{how} {1 - failing}.txt").read_text()

@@ -25,7 +25,7 @@ from .hashes import fingerprint, tokenizer_hash
 from .loading import DTYPE, load_config, load_model
 from .losses import TeacherRows
 from .options import Asked
-from .ranks import device, rank
+from .ranks import device, rank, wait
 from .stages import Run
 from .teachers import InRoom
 from .teachers.base import logits_function, logits_in_pieces
@@ -49,9 +49,12 @@ def build(asked: Asked, console: Console) -> dict[str, Any]:
         task = bar.add_task("the teacher's word", total=len(pairs))
         for done in fill(store, teacher, pairs, run.config.per_device_eval_batch_size, *rank()):
             bar.update(task, advance=done)
-    while store.missing(pairs):  # other ranks ask
-        time.sleep(0.1)
+
+    def lacking() -> list[int]:
         store.refresh()
+        return store.missing(pairs)
+
+    wait(lacking)  # other ranks ask
     return {"folder": str(store.folder), **_shown(TeacherStore(store.folder))}
 
 

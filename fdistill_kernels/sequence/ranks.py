@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,46 @@ def join(seconds: float, backend: str | None = None) -> None:
     """
     if rank()[1] > 1 and dist.is_available() and not dist.is_initialized():
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+
+
+#: Where the process group's store has the rank that has ended with an error.
+ENDED = "fdistill_kernels/ended"
+
+
+def _store() -> Any:
+    """What the ranks share beside what they send each other; None: there is one process, or no group of them yet."""
+    if rank()[1] == 1 or not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Tells those who `wait` of an error inside."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the store's own rank is gone
+            if (store := _store()) is not None:
+                store.set(ENDED, str(rank()[0]))
+        raise
+
+
+def wait(lacking: Callable[[], Any], seconds: float = 0.1) -> None:
+    """Waits until nothing is lacking of what other ranks make, which may take longer than they may let each other wait.
+
+    Raises:
+        ConnectionError: one of them has ended with an error.
+    """
+    store = _store()
+    while lacking():
+        try:
+            ended = store.get(ENDED).decode() if store is not None and store.check([ENDED]) else None
+        except RuntimeError:  # the store was of the first rank
+            ended = "0"
+        if ended is not None:
+            raise ConnectionError(f"rank {ended} has ended before its part was made: read its own output first")
+        time.sleep(seconds)
 
 
 def row_group(model: Any) -> dist.ProcessGroup | None:
@@ -95,8 +136,8 @@ def of_all_rows(found: Tensor, accelerator: Any, copies: int, streamed: int | No
 
 def is_of_ranks(error: BaseException) -> bool:
     """Whether an error is of what ranks send each other; gloo's have no class of their own."""
-    words = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in words or "Connection closed by peer" in words
+    words = "gloo", "Connection closed by peer", "Application timeout caused pair closure"
+    return isinstance(error, dist.DistError) or any(of_gloo in str(error) for of_gloo in words)
 
 
 def device(use_cpu: bool = False) -> torch.device:

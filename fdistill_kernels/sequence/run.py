@@ -31,7 +31,7 @@ from .asked_models import student_for, to_make
 from .generation import check_search
 from .loading import read_json
 from .options import Asked
-from .ranks import rank
+from .ranks import is_of_ranks, rank, telling
 from .report import name_of, plot, write_report
 from .run_folder import begin, stage_of
 from .stages import Run
@@ -123,7 +123,7 @@ def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dic
     console, asked = Console(stderr=True, quiet=rank()[0] > 0), None
     try:
         asked = ask(command, argv)
-        with contextlib.redirect_stdout(sys.stderr), _interruptible():  # the trainer prints its logs
+        with contextlib.redirect_stdout(sys.stderr), _interruptible(), telling():  # the trainer prints its logs
             results = (work or WORK[command])(asked, console)
     except KeyboardInterrupt:
         kept = "" if command == "evaluate" else "; the same command goes on from here"
@@ -134,6 +134,8 @@ def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dic
             told = f"no space left on the disk ({str(error).splitlines()[0]}); with more the same command goes on"
         elif isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, yaml.YAMLError)):
             told = " ".join(str(error).split())
+        elif rank()[1] > 1 and is_of_ranks(error):
+            told = f"rank {rank()[0]} of {rank()[1]} lost another: it died, or did not come in --ddp_timeout ({error})"
         elif isinstance(error, OF_HUB):
             told = f"the hub cannot be reached ({error})"
         else:

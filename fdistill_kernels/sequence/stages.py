@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from .loading import base_of, load_config, load_model
 from .metrics import Measures, measured
 from .option_checks import check_used
 from .options import Asked
-from .ranks import device, rank
+from .ranks import device, rank, wait
 from .reading import read_pairs
 from .run_folder import Log, last_checkpoint, save_whole
 from .samples import TeacherSamples, generation_settings, write_table
@@ -183,8 +182,7 @@ class Run:
             task = bar.add_task("teacher samples", total=len(self.pairs))
             for done in samples.fill(source, *rank(), vocabulary=ids_of_tokenizer(self.tokenizer)):
                 bar.update(task, completed=done)
-        while samples.missing():  # other ranks draw; no collective waits for hours
-            time.sleep(1)
+        wait(samples.missing, 1.0)  # other ranks draw; no collective waits for hours
 
     @functools.cached_property
     def teacher_fingerprint(self) -> str:
@@ -243,8 +241,7 @@ class Run:
             self.fit(self.trainer(student, self.pairs, "predistill"), made)
         elif rank()[0] == 0:
             save_whole(student, made, self.tokenizer)
-        while not made.exists():  # the first rank writes
-            time.sleep(0.1)
+        wait(lambda: not made.exists())  # the first rank writes
 
     def loaded(self, path: Any) -> Any:
         """Loads a student that is to be measured, onto this process's device."""
