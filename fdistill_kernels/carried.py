@@ -142,19 +142,20 @@ def replaced(value: Value, **changes: Any) -> Value:
     return type(value)(**{**dict(zip(fields, value, strict=True)), **changes})
 
 
-def keep(ctx: Any, leaves: Sequence[Any]) -> None:
+def keep(ctx: Any, leaves: Sequence[Any], *more: Tensor) -> None:
     """Leaves for a backward pass; tensors as autograd wants them kept, which notices when they are changed. Those of
-    inference mode, such as a teacher's, it does not take.
+    inference mode, such as a teacher's, it does not take. more: saved behind them.
     """
     compiling = torch.compiler.is_compiling()
     saved = [x if isinstance(x, Tensor) and (compiling or not x.is_inference()) else None for x in leaves]
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(*saved, *more)
     ctx.plain = [x if tensor is None else None for x, tensor in zip(leaves, saved, strict=True)]
 
 
 def kept(ctx: Any) -> list[Any]:
     """What `keep` was given; let go of, as autograd does with its own, unless the graph is kept."""
-    leaves = [plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+    saved = ctx.saved_tensors[: len(ctx.plain)]
+    leaves = [plain if tensor is None else tensor for tensor, plain in zip(saved, ctx.plain, strict=True)]
     if not (torch.compiler.is_compiling() or graph_is_kept()):
         ctx.plain = [None if isinstance(x, Tensor) else x for x in ctx.plain]
     return leaves

@@ -112,8 +112,9 @@ class _LinearLoss(torch.autograd.Function):
         ctx.backend, ctx.group, ctx.again = backend, call.shard.group, per_row or call.shard.own_rows
         ctx.gradients, ctx.in_graph = None, torch.compiler.is_compiling()  # which a backward pass may not be, too
         if ctx.again:
-            keep(ctx, leaves)
-            ctx.gradients = None if per_row else gradients
+            ctx.made = ctx.in_graph and not per_row
+            keep(ctx, leaves, *(gradients if ctx.made else ()))
+            ctx.gradients = None if per_row or ctx.in_graph else gradients
         elif ctx.in_graph:
             ctx.save_for_backward(call.terms.row_scale, *gradients)
         else:  # kept so that nothing else holds them in the backward pass: a leaf then takes them without a copy
@@ -130,7 +131,8 @@ class _LinearLoss(torch.autograd.Function):
             return (None, None, *in_place_of(LinearCall))
         factor: Any = once(upstream)
         gradients: list[Any]
-        if ctx.again and not (ctx.gradients is not None and scattered.same_factor(factor, ctx.group)):
+        made = ctx.again and (ctx.made or ctx.gradients is not None)
+        if ctx.again and not (made and scattered.same_factor(factor, ctx.group)):
             call = built(LinearCall, kept(ctx))
             gradients = list(_rows(_detached(call, call.terms.without_metrics(factor), wants), ctx.backend)[1:])
             factor = None
@@ -218,7 +220,7 @@ def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Ten
 def _handed_over(ctx: Any) -> list[Any]:
     """The gradients, out of the graph's hands unless it is kept for another backward pass."""
     if ctx.in_graph:
-        return list(ctx.saved_tensors[1:])
+        return list(ctx.saved_tensors[-len(Wants._fields) :])
     gradients = list(ctx.gradients)  # a second pass through a graph that is not kept has ended at the saved tensors
     if not graph_is_kept():
         ctx.gradients = None

@@ -763,6 +763,21 @@ def in_a_compiler(rank, world):
     compiled(leaf, teacher).backward()
     fk.f_divergence(2 * other, teacher, "js").backward()
     same(leaf.grad.full_tensor(), other.grad.full_tensor())
+    hidden, weight, decisions = randn(N, D, seed=19), randn(V, D, seed=21), scattered.takes_turns
+
+    def loss(x, head, factor):
+        return factor * fk.linear_f_divergence(x, head, hidden, weight, "js")
+
+    compiled, scattered.takes_turns = torch.compile(loss, backend="aot_eager"), lambda *_: True
+    for factor in torch.tensor([[2.0, 2.0], [1.0, 3.0]])[:, rank]:  # the same on all ranks, and not
+        pairs = []
+        for call in (loss, compiled):
+            pair = 2 * hidden, distribute_tensor(weight, mesh, [Shard(0)])  # as FSDP has it
+            call(*(x.requires_grad_() for x in pair), factor).backward()
+            pairs.append((pair[0].grad, pair[1].grad.full_tensor()))
+        for one, other in zip(*pairs, strict=True):
+            same(other, one)
+    scattered.takes_turns = decisions
 
 
 def everything(rank, world):
