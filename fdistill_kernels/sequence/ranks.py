@@ -30,26 +30,27 @@ def join(seconds: float, backend: str | None = None) -> None:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
 
 
-#: Where the process group's store has the rank that has ended with an error.
-ENDED = "fdistill_kernels/ended"
+#: Of each command in this process, where the group's store has the rank that has ended with an error.
+_ENDED: list[str] = []
 
 
 def _store() -> Any:
-    """What the ranks share beside what they send each other; None: there is one process, or no group of them yet."""
-    if rank()[1] == 1 or not (dist.is_available() and dist.is_initialized()):
+    """What the ranks of a command share beside what they send each other; None: there is no group of them."""
+    if rank()[1] == 1 or not (_ENDED and dist.is_available() and dist.is_initialized()):
         return None
     return dist.distributed_c10d._get_default_store()
 
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """Tells those who `wait` of an error inside."""
+    """Tells those who `wait` of an error inside, a command, which all ranks run."""
+    _ENDED.append(f"fdistill_kernels/ended/{len(_ENDED)}")
     try:
         yield
     except BaseException:
         with contextlib.suppress(RuntimeError):  # the store's own rank is gone
             if (store := _store()) is not None:
-                store.set(ENDED, str(rank()[0]))
+                store.set(_ENDED[-1], str(rank()[0]))
         raise
 
 
@@ -62,7 +63,7 @@ def wait(lacking: Callable[[], Any], seconds: float = 0.1) -> None:
     store = _store()
     while lacking():
         try:
-            ended = store.get(ENDED).decode() if store is not None and store.check([ENDED]) else None
+            ended = store.get(_ENDED[-1]).decode() if store is not None and store.check(_ENDED[-1:]) else None
         except RuntimeError:  # the store was of the first rank
             ended = "0"
         if ended is not None:
