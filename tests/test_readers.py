@@ -108,6 +108,19 @@ def test_sglang_replies(tmp_path):
         check(readers.sglang_replies(lines(tmp_path / "b.jsonl", named), **HOW), SEQUENCES, [1] * 4)
 
 
+def test_replies_to_several_prompts_and_failures(tmp_path):
+    """SGLang answers a request of several prompts with a list; where it failed, a server says why."""
+    for read, found in ((readers.vllm_replies, vllm_lines()), (readers.sglang_replies, sglang_lines())):
+        several = [
+            [{**one, "input_ids": ids, "n": 1} for one, ids in zip(found, SEQUENCES, strict=True)][i::2] for i in (0, 1)
+        ]
+        some = [*SEQUENCES[::2], *SEQUENCES[1::2]]
+        check(read(lines(tmp_path / "a.jsonl", several), prompt_length="n", **HOW), some, [1] * 4)
+        for told in ({"error": {"message": "it is too long"}}, {"object": "error", "message": "it is too long"}):
+            with pytest.raises(Misfit, match=r"b\.jsonl:2: the request failed: .*it is too long"):
+                list(read(lines(tmp_path / "b.jsonl", [several[0], told]), **HOW))
+
+
 def first(choice):
     return next(e for e in choice["prompt_logprobs"][2].values() if e["rank"] == 2)
 
@@ -255,6 +268,17 @@ def test_columns():
     _, _, rows = next(readers.columns([of_arrays], **names))
     assert rows.ids.tolist() == data[0]["i"] and rows.log_probs.dtype == torch.float16
     assert rows.log_probs.numpy().tobytes() == of_arrays["l"].tobytes()
+    for make in (
+        torch.tensor,
+        np.array,
+    ):  # of each step, as one keeps them while a model is at work; also of some lengths
+        for some in (data[0], ragged):
+            apart = {"i": [make(r) for r in some["i"]], "l": [make(r).astype("float16") if make is np.array else make(r).half()
+                     for r in some["l"]], "p": np.array(some["p"], np.uint64)}  # fmt: skip
+            _, _, rows = next(readers.columns([{**some, **apart}], **names))
+            lengths = list(map(len, some["i"]))
+            assert [r[:n] for r, n in zip(rows.ids.tolist(), lengths, strict=True)] == some["i"]
+            assert (rows.ids >= 0).sum(1).tolist() == lengths and rows.log_probs.dtype == torch.float16
 
 
 # DistillKit: an encoder of its own
@@ -395,6 +419,13 @@ def test_distillkit_rows_that_do_not_fit(tmp_path):
     pyarrow.parquet.write_table(legacy, tmp_path / "a" / "data_0.parquet")
     with pytest.raises(Misfit, match="older format keeps logits"):
         list(readers.distillkit(tmp_path / "a"))
+    (tmp_path / "a" / "data_0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Misfit, match=r"data_0\.parquet: "):
+        list(readers.distillkit(tmp_path / "a"))
+    (tmp_path / "a" / "compression_config.yaml").write_text("")
+    with pytest.raises(Misfit, match=r"compression_config\.yaml: "):
+        list(readers.distillkit(tmp_path / "a"))
+    (tmp_path / "a" / "compression_config.yaml").write_text(yaml.safe_dump(BASE))
     for path in (tmp_path / "a").glob("*.parquet"):
         path.rename(path.with_suffix(".old"))
     with pytest.raises(FileNotFoundError, match=r"no data_\*\.parquet"):
@@ -480,6 +511,14 @@ def test_megatron_shards_that_do_not_fit(tmp_path):
         list(readers.megatron(tmp_path / "a", tokens[:24], vocabulary=WIDE))
     with pytest.raises(Misfit, match=r"outside \[0, 60000\)"):
         list(readers.megatron(tmp_path / "a", tokens, vocabulary=60_000))
+    whole = {path: path.read_bytes() for path in (tmp_path / "a").glob("dp?__3.tar")}
+    second = whole[tmp_path / "a" / "dp0__3.tar"].index(b"3.pt.zst")
+    for size in (0, 700, 1024, second, second + 100, second + 600):
+        for path, content in whole.items():
+            path.write_bytes(content[:size])
+        with pytest.raises(Misfit, match=r"dp0__3\.tar: "):
+            list(readers.megatron(tmp_path / "a", tokens, vocabulary=WIDE))
+    (tmp_path / "a" / "dp0__3.tar").write_bytes(whole[tmp_path / "a" / "dp0__3.tar"])
     (tmp_path / "a" / "dp1__3.tar").unlink()
     with pytest.raises(Misfit, match=r"dp0__3\.tar 2\.pt\.zst: the ranks do not have the same"):
         list(readers.megatron(tmp_path / "a", tokens, vocabulary=WIDE))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..backends.sparse import MOST_MASS
 from ..checks import check_integer
@@ -177,7 +178,7 @@ def vllm_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: An
     Args:
         path: the file. k: how many ids to keep; vocabulary: of the teacher; short_rows, padded: as `Endpoint` has them.
         prompt_length: how many tokens are the prompt, the name of the line's field that says so, or a function of the
-            line (a dict), as of its "custom_id".
+            line (a dict), as of its "custom_id"; where a line is a list of replies, of each.
 
     Raises:
         Misfit: with the file and the line that does not fit.
@@ -186,8 +187,9 @@ def vllm_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: An
 
 
 def sglang_replies(path: str | Path, *, prompt_length: PromptLength = 1, **how: Any) -> Iterator[Scored]:
-    """JSON lines of SGLang's /generate, made with logprob_start_len 0 unless a line has input_ids, or prompt_token_ids
-    (by return_prompt_token_ids), too. Without these the vocabulary's last id, for which SGLang says 0, is read so.
+    """JSON lines of SGLang's /generate, a reply or those to several prompts each, made with logprob_start_len 0 unless
+    a reply has input_ids, or prompt_token_ids (by return_prompt_token_ids), too. Without these the vocabulary's last
+    id, for which SGLang says 0, is read so.
 
     Args, Raises: as in `vllm_replies`.
     """
@@ -204,9 +206,10 @@ def _lines(path: Path, parts: Any, rows: Any, prompt_length: PromptLength, lists
             if line.strip():
                 with _at(f"{path}:{number}"):
                     found = json.loads(line)
-                    begin = prompt_length(found) if callable(prompt_length) else prompt_length
-                    for ids, part in parts(found):
-                        yield *_split(ids, begin), rows(part, ids, begin, lists)
+                    for reply in found if isinstance(found, list) else [found]:  # to a request of several prompts
+                        begin = prompt_length(reply) if callable(prompt_length) else prompt_length
+                        for ids, part in parts(reply):
+                            yield *_split(ids, begin), rows(part, ids, begin, lists)
 
 
 def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -219,14 +222,21 @@ def _of_vllm(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]
         raise Misfit("it has no choices")
     for part in parts:
         if part.get("prompt_token_ids") is None:
-            raise Misfit("it has no prompt_token_ids, for which a request says return_token_ids")
+            raise Misfit(_failure(found) or "it has no prompt_token_ids, for which a request says return_token_ids")
         yield part["prompt_token_ids"], part
 
 
 def _of_sglang(found: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    meta = found["meta_info"]
+    if (meta := found.get("meta_info")) is None:
+        raise Misfit(_failure(found) or "it has no meta_info")
     sent = found.get("input_ids") or found.get("prompt_token_ids")
     yield sent or [entry[1] for entry in meta["input_token_logprobs"]], meta
+
+
+def _failure(found: dict[str, Any]) -> str | None:
+    """What a server says in the place of a reply."""
+    told = found.get("error") or (found.get("message") if found.get("object") == "error" else None)
+    return f"the request failed: {told}" if told else None
 
 
 def columns(
@@ -244,7 +254,8 @@ def columns(
                 if len(a) != len(b):
                     raise Misfit(f"position {place} has {len(a)} ids and {len(b)} log-probabilities")
             listed, values = (_rectangle(row[column], fill) for column, fill in ((ids, -1), (log_probs, -torch.inf)))
-            split = _split([*row[prompt], *row[continuation]], len(row[prompt]))
+            sequence = [operator.index(i) for name in (prompt, continuation) for i in row[name]]
+            split = _split(sequence, len(row[prompt]))
             yield *split, checked(listed, values, vocabulary, len(split[1]))
 
 
@@ -262,18 +273,19 @@ def distillkit(folder: str | Path, *, prompt_length: int = 1, vocabulary: int | 
     Raises:
         Misfit: with the file and the row that does not fit, also one of the older format, which kept logits.
     """
-    import pyarrow.parquet
     import yaml
 
     folder = Path(folder)
-    config = yaml.safe_load((folder / "compression_config.yaml").read_text())
-    bits = int(torch.tensor(config["d"], dtype=torch.float32).log2().ceil())  # as it is written, rounding included
+    written = folder / "compression_config.yaml"
+    text = written.read_text()
+    with _at(str(written)):
+        config = yaml.safe_load(text)
+        bits = int(torch.tensor(config["d"], dtype=torch.float32).log2().ceil())  # as it is written, rounding included
     paths = sorted(folder.glob("data_*.parquet"), key=lambda p: (len(p.name), p.name))
     if not paths:
         raise FileNotFoundError(f"{folder} has no data_*.parquet")
     for path in paths:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16)
-        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        for number, row in enumerate(_parquet_rows(path)):
             with _at(f"{path} row {number}"):
                 if "packed_indices" in row:
                     raise Misfit("the older format keeps logits, not log-probabilities")
@@ -282,6 +294,14 @@ def distillkit(folder: str | Path, *, prompt_length: int = 1, vocabulary: int | 
                 ids, values = _unpacked(packed, bits, config["k"]), _decompressed(coded, config)
                 split = _split(row["input_ids"], prompt_length)
                 yield *split, checked(ids, values, vocabulary or config["d"], len(split[1]))
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with _at(str(path)):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
+            yield from batch.to_pylist()
 
 
 def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -377,26 +397,35 @@ def _iterations(paths: list[Path]) -> Iterator[tuple[str, int, list[tuple[Tensor
 
     for path in paths:
         micro = None
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None and member.name == "_meta.json":
-                    micro = json.load(file)["saver"].get("mbs_save")
-                if file is None or not member.name.endswith(".pt.zst"):
+        for name, content in _members(path):
+            with _at(f"{path} {name}"):
+                if name == "_meta.json":
+                    micro = json.loads(content)["saver"].get("mbs_save")
+                if not name.endswith(".pt.zst"):
                     continue
-                with _at(f"{path} {member.name}"):
-                    whole = pyarrow.input_stream(pyarrow.py_buffer(file.read()), compression="zstd").read()
-                    kept = torch.load(io.BytesIO(whole), weights_only=True)
-                    parts = [kept[name] for name in ("values", "indices_low", "bit_17")]  # one tensor each, or one
-                    if isinstance(parts[0], list):  # for each micro-batch, in the first version
-                        micro = parts[0][0].shape[1]
-                    else:
-                        parts = [[part] for part in parts]
-                    samples = [s for v, low, high in zip(*parts, strict=True) for s in zip(
-                        v.unbind(1), _megatron_ids(v, low, high).unbind(1), strict=True)]  # fmt: skip
-                    if not micro or len(samples) % micro:
-                        raise Misfit(f"{len(samples)} samples in micro-batches of {micro}")
-                yield f"{path.name} {member.name}", int(member.name.split(".")[0]), samples, micro
+                whole = pyarrow.input_stream(pyarrow.py_buffer(content), compression="zstd").read()
+                kept = torch.load(io.BytesIO(whole), weights_only=True)
+                parts = [kept[name] for name in ("values", "indices_low", "bit_17")]  # one tensor each, or one
+                if isinstance(parts[0], list):  # for each micro-batch, in the first version
+                    micro = parts[0][0].shape[1]
+                else:
+                    parts = [[part] for part in parts]
+                samples = [s for v, low, high in zip(*parts, strict=True) for s in zip(
+                    v.unbind(1), _megatron_ids(v, low, high).unbind(1), strict=True)]  # fmt: skip
+                if not micro or len(samples) % micro:
+                    raise Misfit(f"{len(samples)} samples in micro-batches of {micro}")
+            yield f"{path.name} {name}", int(name.split(".")[0]), samples, micro
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in a tar. One that has lost its end, tarfile may take for a shorter one."""
+    with _at(str(path)), tarfile.open(path) as tar:
+        for member in tar:
+            if (file := tar.extractfile(member)) is not None:
+                yield member.name, file.read()
+        tar.fileobj.seek(tar.offset)
+        if len(tar.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise Misfit("it has lost its end")
 
 
 def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -405,10 +434,16 @@ def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _rectangle(lists: Any, fill: float, least: int = 0) -> Any:
-    """Lists of different lengths, padded to the longest, or to `least`; a tensor as it is."""
-    longest = max(least, 0, *map(len, lists))
-    if isinstance(lists, Tensor) or all(len(row) == longest for row in lists):
+    """Lists of different lengths, padded to the longest, or to `least`; a tensor or an array as it is. Rows that are
+    tensors or arrays keep their dtype.
+    """
+    if hasattr(lists, "dtype") and str(lists.dtype) != "object":  # an array of rows is none of numbers
         return lists
+    longest = max(least, 0, *map(len, lists))
+    if any(hasattr(row, "dtype") for row in lists):
+        rows = [torch.as_tensor(row) for row in lists]
+        rows = [row if row.is_floating_point() or row.dtype == torch.bool else row.long() for row in rows]
+        return torch.stack([pad(row, (0, longest - len(row)), value=fill) for row in rows])
     return [[*row, *[fill] * (longest - len(row))] for row in lists]
 
 
