@@ -144,7 +144,7 @@ class TeacherSamples:
 
         path, why = self.shards()[number], "it holds other prompts"
         try:
-            rows = pyarrow.parquet.read_table(path)
+            rows = pyarrow.parquet.read_table(path, page_checksum_verification=True)
             if rows["index"].to_pylist() == list(self._range(number)):
                 return rows["sample_ids"].to_pylist()
         except (OSError, KeyError, pyarrow.ArrowException) as error:
@@ -166,5 +166,5 @@ def write_table(table: Any, path: str | Path) -> None:
     import pyarrow.parquet
 
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
+    pyarrow.parquet.write_table(table, sink, write_page_checksum=True)
     write_whole(Path(path), sink.getvalue().to_pybytes())
