@@ -7,6 +7,7 @@ small, which is why the paper pre-distils (Wen et al., ACL 2023, §4).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
@@ -14,7 +15,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,23 @@ class Text:
         return self.held_out[torch.arange(count)[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
 
 
+@contextlib.contextmanager
+def _reading(path: str | Path, remedy: str = "") -> Iterator[None]:
+    """Names a file whose content is not what it should be; torch has several errors for it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read ({why}){remedy}") from error
+
+
 def read_text(path: str | None) -> str:
     """The text of a file, or Python's language reference: the package's copy, since each Python comes with another."""
     if path is not None:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with _reading(path):
+            return Path(path).read_text(encoding="utf-8-sig")
     return gzip.decompress(Path(__file__).with_name("python_reference.txt.gz").read_bytes()).decode()
 
 
@@ -234,7 +248,8 @@ def _stages(args: argparse.Namespace) -> list[Stage]:
 
 def _restore(stages: list[Stage], of: dict[str, Any], checkpoint: Path) -> None:
     """Goes on from a checkpoint, which must be `of` the same run."""
-    saved = torch.load(checkpoint, weights_only=True)
+    with _reading(checkpoint, ": give --restart to start again"):
+        saved = torch.load(checkpoint, weights_only=True)
     made = saved.get("of", {})
     if other := [name for name, value in of.items() if made.get(name) != value]:
         raise ValueError(f"{checkpoint} was made with other {', '.join(other)}: give --restart to start again")
@@ -255,7 +270,10 @@ def _measured(stages: list[Stage], windows: Tensor) -> dict[str, dict[str, float
 def main(args: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
     started = time.perf_counter()
-    expected = json.loads(args.expect.read_text()) if args.expect else {}
+    expected = {}
+    if args.expect:
+        with _reading(args.expect):
+            expected = json.loads(args.expect.read_text())
     console = Console(stderr=args.json)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -368,7 +369,11 @@ BAD = {
     "no expectations": (["demo", "--expect", "nosuch.json", "--out", "OUT"], "nosuch.json"),
     "json first": (["teacher", "--json", "build"], "--teacher is needed"),
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
-    "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "codec can't decode"),
+    "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "BYTES cannot be read ('utf-8' codec can't decode"),
+    "expects no JSON": (["demo", "--expect", "SHORT", "--out", "OUT"], "SHORT cannot be read (Expecting value"),
+    "no checkpoint": (["demo", "--out", "DAMAGED"], "checkpoint.pt cannot be read ("),
+    "nowhere to listen": (["teacher", "serve", "--teacher", "MODEL", "--host", "nosuch.invalid"], "host nosuch.invalid, port 8000: "),
+    "listening already": (["teacher", "serve", "--teacher", "MODEL", "--port", "TAKEN"], "in use"),
     "too little": (["demo", "--text", "SHORT", "--out", "OUT"], "fdistill demo: the text is too short"),
     "no folder": (["demo", "--out", "/proc/nosuch"], "/proc/nosuch"),
     "no data": (["train", "--teacher", "nosuch", "--data", "nosuch.tsv", "--output_dir", "OUT"], "nosuch.tsv"),
@@ -381,11 +386,21 @@ def test_a_line_and_no_traceback(name, tmp_path, capsys):
     (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
     (tmp_path / "SHORT").write_text("a few words")
     (tmp_path / "EMPTY").write_text("{}")
-    places = {name: str(tmp_path / name) for name in ("OUT", "BYTES", "SHORT", "EMPTY")}
+    for folder, file, content in (
+        ("DAMAGED", "checkpoint.pt", "PK"),
+        ("MODEL", "config.json", '{"model_type": "gpt2"}'),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(content)
+    taken = socket.create_server(("127.0.0.1", 0))
+    places = {name: str(tmp_path / name) for name in ("OUT", "BYTES", "SHORT", "EMPTY", "DAMAGED", "MODEL")}
+    places["TAKEN"] = str(taken.getsockname()[1])
     try:
         status = cli.main([places.get(a, a) for a in call])
     except SystemExit as stop:
         status = stop.code
+    finally:
+        taken.close()
     last = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and message in last and last.startswith("fdistill"), last
 

@@ -30,7 +30,10 @@ class Listening(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), BaseHTTPRequestHandler)
+        try:
+            super().__init__((host, port), BaseHTTPRequestHandler)
+        except OSError as error:
+            raise OSError(error.errno, f"host {host}, port {port}: {error.strerror}") from error
 
     def handle_error(self, *_: Any) -> None:
         """Of a client that has left."""
