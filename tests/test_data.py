@@ -475,6 +475,24 @@ def test_options_whose_values_are_no_words(name, text, kept, bad):
         ask("train", [*base, bad])
 
 
+@pytest.mark.parametrize(("option", "kept"), [
+    ("revision: 7e10", "7e10"), ("revision: 0123456", "0123456"), ("teacher_system: no", "no"), ("teacher_system: 2030-01-01", "2030-01-01"),
+    ("revision: null", None), ("fsdp: true", True), ("fsdp: false", False), ("fsdp: full_shard", "full_shard"),
+])  # fmt: skip
+def test_text_in_yaml_is_as_it_is_written(option, kept, tmp_path):
+    """YAML reads some words as numbers, truths and dates; what a run's config.yaml has is read back as it was given."""
+    name, path = option.partition(":")[0], tmp_path / "run.yaml"
+    beside = {"teacher": "t", "student": "s", "data": "d"}
+    path.write_text(option)
+    for _ in range(2):
+        found = ask("train", ["--config", str(path)], beside)
+        assert found.given[name] == kept
+        path.write_text(yaml.safe_dump(found.given))
+    path.write_text("student_layers: [3, 1]")
+    with pytest.raises(ValueError, match=r"--student_layers takes one value, not \[3, 1\]"):
+        ask("train", ["--config", str(path)], {"teacher": "t", "data": "d"})
+
+
 @pytest.mark.parametrize("name", ["answers", "long_prompts", "long_targets"])
 def test_unknown_policies_are_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'trim'"):

@@ -31,7 +31,7 @@ def blocks(page, kind):
 def test_commands_are_taken(page, monkeypatch):
     monkeypatch.setattr(
         "fdistill_kernels.sequence.arguments._yaml",
-        lambda path, known: dict(teacher="t", student="s", data="d") if path else {},
+        lambda path, *_: dict(teacher="t", student="s", data="d") if path else {},
     )
     lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
     commands = [

@@ -89,6 +89,8 @@ def _parser(command: str) -> Parser:
             action.nargs = "*"
         if action.dest in OF_JSON:
             action.type = _object
+        if action.dest == "fsdp":  # a flag or a text, of which HfArgumentParser takes the text alone
+            action.type = _flag_or_text
         if action.dest in UNUSED or (used and action.dest not in used | OF_LINE):
             action.help = argparse.SUPPRESS
     in_order(parser)
@@ -98,12 +100,15 @@ def _parser(command: str) -> Parser:
 def _given(parser: Parser, argv: Sequence[str], settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The options that are given, by the command line or else by YAML or else by settings; and whether --json is."""
     names, absent = {a.dest for a in parser._actions}, object()
+    texts = {a.dest for a in parser._actions if a.type in (str, _flag_or_text)}
 
     def parsed(read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         return read(arguments, argparse.Namespace(**dict.fromkeys(names, absent)))  # what is not said stays absent
 
     first = vars(parsed(parser.parse_known_args, argv)[0])
-    said = {**settings, **_yaml(None if first["config"] is absent else first["config"], names - OF_LINE)}
+    said = {**settings, **_yaml(None if first["config"] is absent else first["config"], names - OF_LINE, texts)}
+    for name in [a.dest for a in parser._actions if a.nargs in (None, "?") and isinstance(said.get(a.dest), list)]:
+        raise ValueError(f"--{name} takes one value, not {said[name]}")
     may_be_none = {name for of in parser.dataclass_types for name, kind in get_type_hints(of).items()
                    if type(None) in get_args(kind)}  # fmt: skip
     if empty := [name for name, value in said.items() if value is None and name not in may_be_none]:
@@ -152,6 +157,10 @@ def _object(text: str) -> dict[str, Any]:
 _object.__name__ = "JSON object"  # in argparse's message
 
 
+def _flag_or_text(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def _plain(value: Any) -> Any:
     """A value as YAML has it, where a path is whole that a shell would have made whole."""
     if isinstance(value, list):
@@ -191,9 +200,15 @@ def load_yaml(path: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]
     return settings
 
 
-def _yaml(path: str | None, known: set[str]) -> dict[str, Any]:
-    settings = load_yaml(path, _Loader) if path is not None else {}
-    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+def _yaml(path: str | None, known: set[str], texts: set[str]) -> dict[str, Any]:
+    """A file's options; texts: those whose value is text also where YAML reads 0123 or 7e10 as a number."""
+    if path is None:
+        return {}
+    settings, written = ({str(name).replace("-", "_"): value for name, value in load_yaml(path, loader).items()}
+                         for loader in (_Loader, yaml.BaseLoader))  # fmt: skip
+    for name in texts & written.keys() & settings.keys():
+        if isinstance(written[name], str) and settings[name] is not None:
+            settings[name] = written[name]
     if unknown := sorted(set(settings) - known):
         raise ValueError(_hint(f"{path} has unknown keys: {', '.join(unknown)}"))
     return settings
