@@ -549,9 +549,15 @@ def test_what_a_server_is_asked_for_is_done_or_refused(causal_files, monkeypatch
         {"prompt_logprobs": True},
         {"top_k": "3"},
         {"prompt_logprobs": 10},
+        {"temperature": "hot"},
+        {"top_p": [1]},
+        *({"prompt": wrong} for wrong in (5, "text", {"a": 1}, [], [[]], [[3], 4], [True], [99])),
     ):
         with pytest.raises((TypeError, ValueError), match=f"{next(iter(more))} must be"):
             serve.completions(room, tokenizer, body | more, 9)
+    for bias in (5, [1], {"a": -100}, {"3": -100}, {"59": 1}):
+        with pytest.raises(ValueError, match="logit_bias may have −100"):
+            serve.completions(room, tokenizer, body | {"logit_bias": bias}, 9)
     off = dict(echo=False, logprobs=None, n=1, stream=False, stop=None, min_p=0.0, temperature=None)
     assert len(serve.completions(room, tokenizer, body | off, 9)["choices"]) == 2
     assert serve.completions(room, tokenizer, {"prompt": [3], "max_tokens": 0}, 9)["choices"][0]["token_ids"] == []

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_integer
+from ..checks import check_integer, check_number
 from ..teachers.readers import MINUS_INFINITY
 from .generation import end_tokens, token_id
 from .hashes import fingerprint, tokenizer_hash
@@ -136,13 +136,14 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     if "prompt" not in body:
         raise ValueError("the request has no prompt")
     prompts, k = body["prompt"], body.get("prompt_logprobs")
-    biases = {int(i): x for i, x in body.get("logit_bias", {}).items()}
-    drawn = room.vocabulary - len(biases)
-    if biases != dict.fromkeys(range(drawn, room.vocabulary), -100):
+    biases = body.get("logit_bias", {})
+    drawn = room.vocabulary - (len(biases) if isinstance(biases, dict) else 0)
+    if biases != {str(i): -100 for i in range(drawn, room.vocabulary)}:
         raise ValueError("logit_bias may have −100 for each of the last ids, and no other")
-    prompts = prompts if prompts and isinstance(prompts[0], list) else [prompts]
-    known = all(type(i) is int and 0 <= i < room.vocabulary for p in prompts for i in p)
-    if not known or not all(map(len, prompts)):
+    if not (isinstance(prompts, list) and prompts and isinstance(prompts[0], list)):
+        prompts = [prompts]
+    if not all(isinstance(p, list) and p and all(type(i) is int and 0 <= i < room.vocabulary for i in p)
+               for p in prompts):  # fmt: skip
         raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
     for field, least in INTEGERS.items():
         check_integer(field, body.get(field, least), least)
@@ -151,8 +152,8 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     if beyond := [name for name in sorted(body.keys() - FIELDS) if name not in OFF or body[name] != OFF[name]]:
         raise ValueError(f"only n = 1 without stream is served, and no {', '.join(beyond)}")
     tokens = body.get("max_tokens", 16)
-    sampling = Sampling(max(1, tokens), float(body.get("temperature", 1.0)) or 1e-4,
-                        max(0, body.get("top_k", 0)), float(body.get("top_p", 1.0)))  # fmt: skip
+    temperature, top_p = (check_number(name, body.get(name, 1.0)) for name in ("temperature", "top_p"))
+    sampling = Sampling(max(1, tokens), temperature or 1e-4, max(0, body.get("top_k", 0)), top_p)
     seed, device = body.get("seed"), next(room.model.parameters()).device
     choices, ends = [], end_tokens(token_id(room.model, "eos_token_id"))
     for i, prompt in enumerate(prompts):
