@@ -17,6 +17,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """The type of an option that is a seed of torch's generators."""
+    with contextlib.suppress(ValueError):
+        if -(2**63) <= int(text) < 2**63:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be an integer of 64 bits, not {text!r}")
+
+
 def amount(text: str) -> float:
     """The type of an option that is a length of time."""
     with contextlib.suppress(ValueError):

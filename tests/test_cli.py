@@ -371,6 +371,8 @@ BAD = {
     "no file": (["demo", "--text", "nosuch.txt", "--out", "OUT"], "nosuch.txt"),
     "not text": (["demo", "--text", "BYTES", "--out", "OUT"], "BYTES cannot be read ('utf-8' codec can't decode"),
     "expects no JSON": (["demo", "--expect", "SHORT", "--out", "OUT"], "SHORT cannot be read (Expecting value"),
+    "a seed of more bits": (["demo", "--seed", "9223372036854775808"], "argument --seed: must be an integer of 64 bits, not"),
+    "and of a store's": (["teacher", "verify", "OUT", "--teacher", "x", "--seed", "1.5"], "argument --seed: must be an integer"),
     "no checkpoint": (["demo", "--out", "DAMAGED"], "checkpoint.pt cannot be read ("),
     "nowhere to listen": (["teacher", "serve", "--teacher", "MODEL", "--host", "nosuch.invalid"], "host nosuch.invalid, port 8000: "),
     "listening already": (["teacher", "serve", "--teacher", "MODEL", "--port", "TAKEN"], "in use"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..options import count
+from ..options import count, seed
 from .common import STUDENTS, Command, add_divergences, missing, to_install
 
 
@@ -25,7 +25,7 @@ def add(command: Command) -> None:
                             help=f"training steps of {of}; default: {steps}")
     parser.add_argument("--expect", type=Path, metavar="FILE",
                         help="exit with status 1 unless the results are close to those of this results.json")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches; default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights and batches; default: 0")
     parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in the folder, if there is one")
     # fmt: on
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 
-from ..options import count
+from ..options import count, seed
 from ..provenance import as_json
 from .common import Command
 
@@ -41,7 +41,7 @@ def add(command: Command, needs: str) -> None:
     held.add_argument("--teacher", help="folder or hub name of the model")
     held.add_argument("--sequences", type=count, default=SEQUENCES, metavar="N",
                       help=f"how many sequences are computed again with --teacher; default: {SEQUENCES}")  # fmt: skip
-    held.add_argument("--seed", type=int, default=0, help="which sequences these are; default: 0")
+    held.add_argument("--seed", type=seed, default=0, help="which sequences these are; default: 0")
     served = action("serve", "Serve a model over HTTP, for `--teacher http://...` and for clients of vLLM's API.")
     served.add_argument("--teacher", required=True, help="folder or hub name of the model")
     served.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")

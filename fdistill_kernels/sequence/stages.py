@@ -133,6 +133,9 @@ class Run:
         on_gold = any(half.source == "gold" for half in self.config.halves()) or self.asked.run.predistill_steps
         if command == "train" and on_gold and "labels" not in self.pairs.column_names:
             raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone")
+        builds_gold = command == "teacher build" and "gold" in self.asked.build.sequences
+        if builds_gold and "labels" not in self.pairs.column_names:
+            raise ValueError(f"--sequences {self.asked.build.sequences}: {data.data} has prompts alone, and no gold")
 
     def samples(self) -> Any:
         """The training rows with the teacher's stored samples; samples that are missing are drawn first."""
