@@ -455,6 +455,8 @@ def test_bad_rows_are_named(tmp_path):
                                  ("turns.jsonl", ("question", "target"), "'question'; it has messages")):  # fmt: skip
         with pytest.raises(ValueError, match=f"lacks the column {words}"):
             read_pairs(tmp_path / name, columns=columns)
+    with pytest.raises(ValueError, match="prompt_column and target_column are both prompt"):
+        read_pairs(tmp_path / "null.jsonl", columns=("prompt", "prompt"))
 
 
 @pytest.mark.parametrize(("name", "text", "kept", "bad"), [

@@ -36,6 +36,8 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
     Raises:
         ValueError: an unknown kind of file, a line that cannot be read, a missing column, no rows. OSError: no file.
     """
+    if columns[0] == columns[1]:
+        raise ValueError(f"prompt_column and target_column are both {columns[0]}: a row has one of each")
     rows = _load(str(path), columns, config, split)
     if not len(rows):
         raise ValueError(f"{path} has no rows")
@@ -178,7 +180,7 @@ def _read_table(path: str, separator: str, columns: tuple[str, str]) -> Any:
     first = [name.strip() if name.strip() in wanted else name for name in first]  # "prompt, target"
     known = [name in wanted for name in first]
     if tabs and len(known) == 2 and sum(known) == 1:
-        raise ValueError(f"{path} begins with {first}, of which one is the name of a column: begin it with two names, "
+        raise ValueError(f"it begins with {first}, of which one is the name of a column: begin it with two names, "
                          "or with none")  # fmt: skip
     header = not tabs or any(known)
     names = first if header else list(columns)
