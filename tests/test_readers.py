@@ -398,9 +398,28 @@ def test_distillkit(tmp_path, name):
             rounded = name != "exact"
             assert made.log_probs.dtype == (torch.float16 if rounded else torch.float32)
             found, rounding = made.log_probs.float(), 2.0**-11 if rounded else 1e-5
+            values = values - values.logsumexp(1, keepdim=True).clamp_min(0) if rounded else values
             torch.testing.assert_close(found, values.float(), atol=2e-5, rtol=rounding)
             if name in ("fine", "exact"):
                 torch.testing.assert_close(found, top.values, atol=2e-3, rtol=rounding)
+
+
+def test_a_fit_that_overshoots_has_a_mass_of_1(tmp_path, monkeypatch):
+    """With one exact value, as DistillKit's README has it for little space, a steep row's fit is above its mass."""
+    config = {**BASE, "exact_k": 1, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, "sqrt"]}
+    steep = torch.cat((torch.tensor([0.5, 0.3, 0.19]).log(), torch.linspace(-9, -14, V - 3))).log_softmax(0)
+    monkeypatch.setitem(globals(), "truth", lambda ids, begin: steep.expand(len(ids) - begin, V))
+    ((top, values), *_) = write_distillkit(tmp_path / "a", config, SEQUENCES[:1])
+    assert values.exp().sum(1).min() > 1.05
+    _, _, rows = next(readers.distillkit(tmp_path / "a"))
+    torch.testing.assert_close(
+        rows.log_probs.double(), values - values.logsumexp(1, keepdim=True), atol=1e-3, rtol=1e-3
+    )
+    assert torch.equal(rows.ids, top.indices)
+    monkeypatch.setitem(globals(), "truth", lambda ids, begin: 9 + steep.expand(len(ids) - begin, V))  # logits
+    write_distillkit(tmp_path / "b", config, SEQUENCES[:1])
+    with pytest.raises(Misfit, match=r"data_0\.parquet row 0: .*positive log-probability"):
+        list(readers.distillkit(tmp_path / "b"))
 
 
 def test_distillkit_rows_that_do_not_fit(tmp_path):

@@ -1,7 +1,8 @@
 """Readers of the teacher outputs that other tools have stored, as (prompt (P,), continuation (L,), `TopK` (L, K)).
 
 Row i of a sequence is the distribution that predicts continuation[i]. A row that does not fit is refused with its file
-and line. Nothing is repaired except what a format defines: −9999 is vLLM's −∞, Megatron-LM's sentinels are padding.
+and line. Nothing is repaired except what a format defines: −9999 is vLLM's −∞, Megatron-LM's sentinels are padding, and
+DistillKit's fitted rows have a mass of 1 at most.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ def distillkit(folder: str | Path, *, prompt_length: int = 1, vocabulary: int | 
 
     A position's bytes are exact_k log-probabilities, the coefficients of a polynomial in the rank, and bins of
     residuals, a scale and bit-packed integers each; all may be differences to the rank before. Row i predicts token
-    i + 1.
+    i + 1. Where the polynomial overshoots, so that a row's mass is above 1, the row is divided by it, as by DistillKit.
 
     Args:
         folder: what sample_logits_vllm wrote. prompt_length: how many tokens of each are the prompt.
@@ -315,7 +316,7 @@ def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
     """(L, k) log-probabilities of a configuration's bytes (L, B): float32 where it keeps them all so, else float16, by
-    which a loss knows that they are rounded.
+    which a loss knows that they are rounded. Rows that a fit has brought above a mass of 1 are brought back to it.
     """
     at = 0
 
@@ -347,6 +348,8 @@ def _decompressed(packed: Tensor, config: dict[str, Any]) -> Tensor:
         raise Misfit(f"{packed.shape[1]} bytes at each position, the configuration has {at}")
     made = torch.cat((first, fit), 1)
     made = made.cumsum(1) if config.get("delta_encoding", True) else made
+    if rest:  # a fit may have a mass above 1, which DistillKit's loss divides by; what has far more is no probability
+        made = made - made.logsumexp(1, keepdim=True).clamp(0, 1)
     return made.half() if rest or exact.itemsize == 2 else made
 
 
