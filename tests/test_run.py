@@ -731,6 +731,21 @@ def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
     assert "holds another run: learning_rate was" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [("--student_layers", "1"), ("--student", "student")], ids=lambda more: more[0])
+def test_an_adapter_finds_its_base_model_from_any_folder(more, causal, tmp_path, capsys, monkeypatch):
+    call = of(causal, "train", "teacher", None, "pairs.jsonl", *more, "--use_peft", "--lora_r", "2", "--method", "mle", "--eval_pairs",
+              "4", "--max_steps", "1", "--output_dir", "run")  # fmt: skip
+    shutil.copytree(causal / "student", tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(call) == 0
+    monkeypatch.chdir("/")
+    adapter = json.loads((tmp_path / "run" / "student" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(
+        tmp_path / ("run/predistilled" if "layers" in more[0] else "student")
+    )
+    assert load_model(tmp_path / "run" / "student").peft_config
+
+
 def test_predistillation_alone(causal, tmp_path):
     """As the method it has the run's own steps, not those of a stage before another method."""
     call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "predistill", "--hidden_weight", "1",

@@ -126,8 +126,11 @@ def student_for(asked: Asked, teacher: Any) -> Any:
 
 
 def load_asked(asked: Asked, path: str | Path) -> Any:
-    """Loads a student that is to be trained, as the options say."""
-    return load_student(path, asked.run.tensor_parallel, **asked.model.options())
+    """Loads a student that is to be trained, as the options say. Of a folder by its whole path, which an adapter keeps
+    as its base model's: from another folder "run/predistilled" is the hub's name of somebody's model.
+    """
+    whole = Path(path).absolute()
+    return load_student(whole if whole.exists() else path, asked.run.tensor_parallel, **asked.model.options())
 
 
 def _adapted(asked: Asked, student: Any) -> Any:
