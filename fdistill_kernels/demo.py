@@ -274,7 +274,7 @@ def main(args: argparse.Namespace) -> int:
     if args.expect:
         with _reading(args.expect):
             expected = json.loads(args.expect.read_text())
-    console = Console(stderr=args.json)
+    console = Console(stderr=args.json, markup=False)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"

@@ -731,6 +731,18 @@ def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
     assert "holds another run: learning_rate was" in capsys.readouterr().err
 
 
+def test_a_folder_s_name_is_no_markup(causal, tmp_path, capsys, monkeypatch):
+    """rich takes what stands in brackets for a style, and [/…] for the end of one."""
+    monkeypatch.setattr(run.Run, "measure", lambda *_: {})
+    folder = tmp_path / "[bold]a" / "b[" / "c]"
+    call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--max_target_tokens", "3",
+              "--max_steps", "1", "--output_dir", f"{folder}")  # fmt: skip
+    for _ in range(2):
+        assert cli.main(call) == 0
+    told = "".join(capsys.readouterr().err.split("\n"))  # which is wrapped
+    assert f"going on with {folder}" in told
+
+
 @pytest.mark.parametrize("more", [("--student_layers", "1"), ("--student", "student")], ids=lambda more: more[0])
 def test_an_adapter_finds_its_base_model_from_any_folder(more, causal, tmp_path, capsys, monkeypatch):
     call = of(causal, "train", "teacher", None, "pairs.jsonl", *more, "--use_peft", "--lora_r", "2", "--method", "mle", "--eval_pairs",

@@ -120,7 +120,7 @@ WORK = {"train": train, "sample-teacher": sample_teacher, "evaluate": evaluate_s
 
 def main(command: str, argv: Sequence[str], work: Callable[[Asked, Console], dict[str, Any]] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 after one line on bad input, or 130 after Ctrl-C."""
-    console, asked = Console(stderr=True, quiet=rank()[0] > 0), None
+    console, asked = Console(stderr=True, quiet=rank()[0] > 0, markup=False), None
     try:
         asked = ask(command, argv)
         with contextlib.redirect_stdout(sys.stderr), _interruptible(), telling():  # the trainer prints its logs
