@@ -116,6 +116,18 @@ def test_an_end_that_is_forced_at_the_limit_is_none():
         measured(model, model, asked, asked, asked, [""] * 4, words(), Sampling(NEW), teacher_draws=0)
 
 
+def test_rows_that_are_not_as_many_are_refused_by_name():
+    model, some = bart(V), prompts(2)
+    for rows, counts in (((some, some, some[:1], ["", ""]), "2, 2, 1, 2"), (([], [], [], []), "0, 0, 0, 0")):
+        words_of = f"prompts, teacher_prompts, gold, references must be as many, one of each at least, not {counts}"
+        with pytest.raises(ValueError, match=words_of):
+            measured(model, None, *rows, words(), Sampling(NEW))
+        with pytest.raises(ValueError, match=words_of):  # before any step
+            metrics.Measures(None, None, *rows, words(), Sampling(NEW)).on_train_begin(None, None, None, model=model)
+    with pytest.raises(ValueError, match="prompts, continuations must be as many, one of each at least, not 2, 1"):
+        risk(model, some, some[:1])
+
+
 def test_a_head_that_is_no_matrix():
     """LoRA's sum has logits alone; they are judged as a whole matrix of the same weights is."""
     peft = pytest.importorskip("peft")

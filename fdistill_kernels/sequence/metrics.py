@@ -43,6 +43,13 @@ def _batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield rows[begin : begin + BATCH]
 
 
+def _check_rows(**rows: Sequence[Any]) -> None:
+    """Raises ValueError unless there are as many of each, and some."""
+    counts = list(map(len, rows.values()))
+    if not min(counts) == max(counts) > 0:
+        raise ValueError(f"{', '.join(rows)} must be as many, one of each at least, not {', '.join(map(str, counts))}")
+
+
 def draw_all(
     model: Any, prompts: Sequence[Tensor], sampling: Sampling, seed: int, vocabulary: int | None = None
 ) -> list[Tensor]:
@@ -90,6 +97,8 @@ def sentence_sums(
         (n, 1 + divergences) float64, in nats (tvd: in its own unit): Σ_t −log q(y_t), then Σ_t D_t; and the steps (n,)
             int64.
     """
+    of_teacher_alone = {} if teacher is None else {"teacher_prompts": teacher_prompts}
+    _check_rows(prompts=prompts, continuations=continuations, **of_teacher_alone)
     device, pad, sums, counts = next(model.parameters()).device, special_tokens(model)[0], [], []
     with evaluating(*(m for m in (model, teacher) if m is not None)):
         whose = teacher_prompts if teacher is not None else prompts
@@ -186,6 +195,7 @@ def measured(
         The table, and its `summary`.
     """
     check_integer("teacher_draws", teacher_draws, 1)
+    _check_rows(prompts=prompts, teacher_prompts=teacher_prompts, gold=gold, references=references)
     sizes = [vocabulary_of(m.config) for m in (student, teacher) if m is not None]
     shared = min(*sizes, ids_of_tokenizer(tokenizer))  # what a padded head has beyond, the other does not know
     nats, tokens = sentence_sums(student, prompts, gold)
@@ -247,8 +257,12 @@ class Measures(TrainerCallback):
         self.log, self.arguments = log, arguments
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Called by the trainer; refuses, before any step, a student whose outputs cannot be made."""
+        """Called by the trainer; refuses, before any step, a student whose outputs cannot be made, and rows that do not
+        belong together.
+        """
         check_search(given["model"])
+        names = ("prompts", "teacher_prompts", "gold", "references")
+        _check_rows(**dict(zip(names, self.arguments[1:5], strict=True)))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called by the trainer."""
