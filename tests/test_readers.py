@@ -173,6 +173,9 @@ def test_other_lines_that_do_not_fit(tmp_path):
         list(readers.vllm_replies(path, **HOW))
     with pytest.raises(Misfit, match=r"a\.jsonl:1: it has no choices"):
         list(readers.vllm_replies(lines(path, [{"choices": []}]), **HOW))
+    for wrong in ("2", 2.0, None):
+        with pytest.raises(Misfit, match=r"a\.jsonl:1: TypeError: prompt_length must be an int, not"):
+            list(readers.vllm_replies(lines(path, [{**vllm_lines()[0], "n": wrong}]), prompt_length="n", **HOW))
     with pytest.raises(TypeError, match="padding"):
         readers.vllm_replies(path, padding=True, **HOW)  # at once, not with the first line
     for fault, says in (
@@ -264,6 +267,9 @@ def test_columns():
             list(readers.columns([data[0], {**data[0], **spoil}], name="train", **names))
     with pytest.raises(Misfit, match="row 0: KeyError"):
         list(readers.columns(data, vocabulary=V))
+    for wrong in (None, "40", 40.0):
+        with pytest.raises(Misfit, match="row 0: TypeError: vocabulary must be an int, not"):
+            list(readers.columns(data, **{**names, "vocabulary": wrong}))
     of_arrays = {**data[0], "i": np.array(data[0]["i"], np.uint16), "l": np.array(data[0]["l"], np.float16)}
     _, _, rows = next(readers.columns([of_arrays], **names))
     assert rows.ids.tolist() == data[0]["i"] and rows.log_probs.dtype == torch.float16

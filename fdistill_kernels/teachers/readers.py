@@ -55,6 +55,7 @@ def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
         Misfit: other shapes; an id outside the vocabulary or twice in a row; NaN, a positive log-probability, or a mass
             above 1.05, which logits or log-probabilities at another temperature have; a row without any id.
     """
+    check_integer("vocabulary", vocabulary, 1)
     try:
         ids, given = torch.as_tensor(ids), torch.as_tensor(log_probs)
     except RuntimeError as error:  # of None; of anything else it is what `form` expects
@@ -452,6 +453,7 @@ def _rectangle(lists: Any, fill: float, least: int = 0) -> Any:
 
 def _split(sequence: Sequence[int], begin: int) -> tuple[Tensor, Tensor]:
     """The prompt and the continuation, both of which must have tokens."""
+    check_integer("prompt_length", begin)
     whole = torch.as_tensor(sequence)
     if not 0 < begin < len(whole) or whole.is_floating_point():
         raise Misfit(f"a prompt of {begin} tokens in a sequence of {len(whole)}, of {whole.dtype}")
