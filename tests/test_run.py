@@ -731,6 +731,24 @@ def test_a_start_that_failed_binds_nobody(causal, tmp_path, capsys):
     assert "holds another run: learning_rate was" in capsys.readouterr().err
 
 
+def test_two_at_once_do_not_train_in_one_folder(causal, tmp_path, capsys):
+    call = of(causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--max_steps", "1",
+              "--output_dir", f"{tmp_path}/run")  # fmt: skip
+    (tmp_path / "run").mkdir()
+    held = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held, f"{tmp_path}/run/.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert cli.main(call) == 2
+        assert f"{tmp_path}/run is another process's, which trains there now" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "config.yaml").exists()
+        other.kill()
+    assert cli.main(call) == 0
+
+
 def test_a_folder_s_name_is_no_markup(causal, tmp_path, capsys, monkeypatch):
     """rich takes what stands in brackets for a style, and [/…] for the end of one."""
     monkeypatch.setattr(run.Run, "measure", lambda *_: {})

@@ -33,7 +33,7 @@ from .loading import read_json
 from .options import Asked
 from .ranks import is_of_ranks, rank, telling
 from .report import name_of, plot, write_report
-from .run_folder import begin, stage_of
+from .run_folder import begin, kept_to_oneself, stage_of
 from .stages import Run
 from .teachers import Stored
 
@@ -44,13 +44,22 @@ OF_HUB = HfHubHTTPError.__bases__[0]
 def train(asked: Asked, console: Console) -> dict[str, Any]:
     """Runs `fdistill train`. Returns the content of results.json; on other ranks than the first, an empty dict."""
     run = Run(asked, console)
-    results_file, folder, stage = run.folder / "results.json", run.folder / "student", stage_of(run.config)
     student = student_for(asked, run.model)
     check_search(student)  # whose outputs are measured
     stored, making = isinstance(run.teacher, Stored), to_make(asked)  # asked before the first rank makes it
-    trainer = run.trainer(student, run.samples() if stored else run.pairs, stage)  # refuses, before any work
-    with trainer.args.main_process_first(local=False):
-        begin(asked, {"data": run.pairs, "eval_data": run.held_out}, console)
+    trainer = run.trainer(
+        student, run.samples() if stored else run.pairs, stage_of(run.config)
+    )  # refuses, before any work
+    with kept_to_oneself(run.folder):
+        with trainer.args.main_process_first(local=False):
+            begin(asked, {"data": run.pairs, "eval_data": run.held_out}, console)
+        return _trained(run, trainer, student, making)
+
+
+def _trained(run: Run, trainer: Any, student: Any, making: bool) -> dict[str, Any]:
+    """What is left of a run: to make the student, train it, measure it, and report."""
+    asked, stored = run.asked, isinstance(run.teacher, Stored)
+    results_file, folder, stage = run.folder / "results.json", run.folder / "student", stage_of(run.config)
     if results_file.exists():
         return read_json(results_file, "remove it, and the same command measures anew")
     started = time.perf_counter()

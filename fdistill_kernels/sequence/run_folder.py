@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,31 @@ from .trainer import FDistillConfig
 from .updates import PLACE, check_place
 
 
+@contextlib.contextmanager
+def kept_to_oneself(folder: Path) -> Iterator[None]:
+    """Locks a run's folder, for the first rank; the system unlocks it when the process dies. Two that train in one
+    write each other's checkpoints and log.
+
+    Raises:
+        ValueError: another process has locked it, or it is a store.
+    """
+    if is_store(folder):
+        raise ValueError(f"{folder} is a store: give a run another --output_dir")
+    if rank()[0]:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of what it forks
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder} is another process's, which trains there now: wait for it, or give another "
+                             "--output_dir") from None  # fmt: skip
+        except OSError:  # of a file system without locks
+            pass
+        yield
+
+
 def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
     """Makes a run's folder, or checks that it holds this run; called when everything else has been checked.
 
@@ -35,8 +62,6 @@ def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
         ValueError: the folder belongs to another run, or was started with other data.
     """
     folder, given = asked.folder, without_secrets(asked.given)
-    if is_store(folder):
-        raise ValueError(f"{folder} is a store: give a run another --output_dir")
     path, of_data = folder / "config.yaml", folder / "data.json"
     known = ("prompt_ids", "labels", "labels_mask", "teacher_prompt_ids")
     read = {name: data_hash([ids for column in known if column in rows.column_names for ids in rows[column]])
