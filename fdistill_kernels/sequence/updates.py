@@ -78,6 +78,12 @@ class UpdatingTrainer(Trainer):
                 raise ValueError("load_best_model_at_end loads no weights into a model that was split as it was loaded")
             check_kept(self._unwrapped(self.model))
 
+    def _inner_training_loop(self, batch_size: Any = None, *args: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s, with the batch size that is given: older ones take a checkpoint's in its place."""
+        if not self.args.auto_find_batch_size:
+            batch_size = self.args.train_batch_size
+        return super()._inner_training_loop(batch_size, *args, **keywords)
+
     def _unwrapped(self, model: Any) -> Any:
         """The model inside what DDP, FSDP and torch.compile make of it; asked at once, accelerate loses the DDP."""
         model = self.accelerator.unwrap_model(getattr(model, "_orig_mod", model))
