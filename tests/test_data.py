@@ -6,6 +6,7 @@ import os
 import shutil
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -487,7 +488,8 @@ def test_text_in_yaml_is_as_it_is_written(option, kept, tmp_path):
     beside = {"teacher": "t", "student": "s", "data": "d"}
     path.write_text(option)
     for _ in range(2):
-        found = ask("train", ["--config", str(path)], beside)
+        with patch.dict(os.environ):  # in which a configuration says that there is FSDP
+            found = ask("train", ["--config", str(path)], beside)
         assert found.given[name] == kept
         path.write_text(yaml.safe_dump(found.given))
     path.write_text("student_layers: [3, 1]")
