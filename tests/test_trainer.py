@@ -188,6 +188,23 @@ def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
     assert run.state.global_step < 2  # none since; older versions read the state later
 
 
+def test_updates_or_data_of_another_size_do_not_go_on(tmp_path):
+    """Rows would come twice and others never; batches of another size are no others where an update has the same rows."""
+
+    def run(steps, batch, accumulated, rows, **more):
+        return trainer(tmp_path, gpt2(60, seed=1), gpt2(60, seed=2), data(rows), method="mle", max_steps=steps, save_strategy="steps",
+                       save_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, **more)  # fmt: skip
+
+    run(1, 2, 2, 8).train()
+    for sizes, words in ((2, 1, 8), "rows of an update was 4 and is 2"), ((4, 1, 9), "rows was 8 and is 9"):
+        with pytest.raises(ValueError, match=rf"checkpoint-1 has lost its place .*: {words}$"):
+            run(2, *sizes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for sizes, more in ((4, 1, 8), {}), ((2, 1, 9), {"ignore_data_skip": True}):
+        again = run(2, *sizes, **more)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert again.state.global_step == 2
+
+
 def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
     rows = Dataset.from_list([{**row, "length": 5} for row in data()])
     orders = [list(trainer(tmp_path, gpt2(60), gpt2(60), rows, data_seed=seed, **BY_LENGTH)._get_train_sampler())
@@ -1337,7 +1354,7 @@ def test_a_forced_first_token_does_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "student_samples_0.pt"]
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "student_samples_0_of_1.pt"]
 )
 def test_a_checkpoint_s_file_that_is_damaged_is_named(name, tmp_path):
     settings = dict(method="rkl", student_every=3, save_strategy="steps", save_steps=1)

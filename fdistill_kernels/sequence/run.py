@@ -47,9 +47,8 @@ def train(asked: Asked, console: Console) -> dict[str, Any]:
     student = student_for(asked, run.model)
     check_search(student)  # whose outputs are measured
     stored, making = isinstance(run.teacher, Stored), to_make(asked)  # asked before the first rank makes it
-    trainer = run.trainer(
-        student, run.samples() if stored else run.pairs, stage_of(run.config)
-    )  # refuses, before any work
+    rows = run.samples() if stored else run.pairs
+    trainer = run.trainer(student, rows, stage_of(run.config))  # refuses, before any work
     with kept_to_oneself(run.folder):
         with trainer.args.main_process_first(local=False):
             begin(asked, {"data": run.pairs, "eval_data": run.held_out}, console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..provenance import as_json
 from ..teachers.files import write_whole
+from ..teachers.locks import owned
 from .arguments import load_yaml
 from .hashes import data_hash
 from .loading import read_json
@@ -25,7 +25,7 @@ from .ranks import rank
 from .report import logged
 from .teachers.given import is_store
 from .trainer import FDistillConfig
-from .updates import PLACE, check_place
+from .updates import PLACE, check_place, place_in_data
 
 
 @contextlib.contextmanager
@@ -43,13 +43,9 @@ def kept_to_oneself(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of what it forks
-        except (BlockingIOError, PermissionError):
+        if not owned(file.fileno()):
             raise ValueError(f"{folder} is another process's, which trains there now: wait for it, or give another "
-                             "--output_dir") from None  # fmt: skip
-        except OSError:  # of a file system without locks
-            pass
+                             "--output_dir")  # fmt: skip
         yield
 
 
@@ -107,7 +103,7 @@ def _check_same(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> N
     if last and asked.config.save_only_model and goes_on:
         raise ValueError(f"{last} has no optimizer, as --save_only_model says: the run cannot go on from it")
     if last and goes_on:
-        check_place(last, asked.config, rank()[1])
+        check_place(last, asked.config, place_in_data(asked.config, rank()[1]))
     if wanted > was and done.exists():
         if last is None:
             raise ValueError(f"{unit} cannot grow: {folder} has no checkpoint")

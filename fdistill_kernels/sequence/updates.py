@@ -15,10 +15,12 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
+from ..teachers.files import write_whole
+from ..teachers.settings import check_same
 from .batches import OfEpoch, Sequences, balanced, given_sequences, prompts_of
 from .config import FDistillConfig, sampling_strategy
 from .generation import chosen
-from .loading import load_alike, names_damage
+from .loading import load_alike, names_damage, read_json
 from .objectives import Half
 from .ranks import copies_of_rows, from_first, is_partitioned, is_split, own_noise
 from .sampling import Sampling, draw
@@ -198,7 +200,7 @@ class UpdatingTrainer(Trainer):
         """
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            Path(output_dir, PLACE).write_text(json.dumps({"rows_of_update": rows_of_update(self.args, self._ranks)}))
+            write_whole(Path(output_dir, PLACE), json.dumps(self._place()).encode())
         if self._kept:
             torch.save([vars(found) for found in self._kept], self._kept_in(output_dir))
 
@@ -250,7 +252,7 @@ class UpdatingTrainer(Trainer):
             raise ValueError(f"{checkpoint} has no optimizer and no schedule, as save_only_model leaves them out, and "
                              "a run cannot go on from it: give it as the model")  # fmt: skip
         if checkpoint is not None:
-            check_place(checkpoint, self.args, self._ranks)
+            check_place(checkpoint, self.args, self._place())
         self._goes_on = checkpoint is not None
         with _of_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -271,7 +273,12 @@ class UpdatingTrainer(Trainer):
             self._kept = [Sequences(**found) for found in known]
 
     def _kept_in(self, folder: str) -> Path:
-        return Path(folder) / f"student_samples_{self.args.process_index}.pt"
+        """The samples of this rank's rows, which are others of another number of ranks."""
+        return Path(folder) / f"student_samples_{self.args.process_index}_of_{self.args.world_size}.pt"
+
+    def _place(self) -> dict[str, int]:
+        rows: Any = self.train_dataset
+        return place_in_data(self.args, self._ranks) | ({"rows": len(rows)} if has_length(rows) else {})
 
 
 def rows_of_update(args: Any, ranks: int) -> int:
@@ -280,17 +287,19 @@ def rows_of_update(args: Any, ranks: int) -> int:
     return int(args.train_batch_size * args.gradient_accumulation_steps * loaders)
 
 
-def check_place(checkpoint: str, args: Any, ranks: int) -> None:
-    """Raises ValueError if the steps of a checkpoint had other numbers of rows, as of other ranks, so that they do not
-    say which rows come next.
-    """
-    path, now = Path(checkpoint, PLACE), rows_of_update(args, ranks)
+def place_in_data(args: Any, ranks: int) -> dict[str, int]:
+    """What the place of a step in the data is counted by, of so many ranks."""
+    return {"rows of an update": rows_of_update(args, ranks)}
+
+
+def check_place(checkpoint: str, args: Any, place: dict[str, int]) -> None:
+    """Raises ValueError if a checkpoint counted otherwise: some rows would come twice, and others never."""
+    path = Path(checkpoint, PLACE)
     if args.ignore_data_skip or args.auto_find_batch_size or not path.exists():  # of an earlier version
         return
-    if (was := json.loads(path.read_text())["rows_of_update"]) != now:
-        raise ValueError(f"the steps of {checkpoint} had {was} rows on all ranks together, and have {now} on {ranks} "
-                         "now, so that its place in the data is lost: take as many by the batch size or "
-                         "gradient_accumulation_steps, or give ignore_data_skip")  # fmt: skip
+    known = read_json(path, "remove the checkpoint, and the run goes on from an earlier one")
+    check_same(f"{checkpoint} has lost its place in the data, which ignore_data_skip does without",
+               {name: known.get(name) for name in place}, place)  # fmt: skip
 
 
 def _is_peft(model: Any) -> bool:

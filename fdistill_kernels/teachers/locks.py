@@ -30,6 +30,14 @@ def _had(lock: Callable[..., Any], *arguments: Any) -> bool:
     return True
 
 
+def owned(file: int) -> bool:
+    """Locks a file for this process, not for those that it forks; whether it has, or there are no locks here."""
+    try:
+        return fcntl is None or _had(fcntl.lockf, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # of a file system without locks
+        return True
+
+
 def lock(file: int, begin: int, length: int) -> bool:
     """Locks bytes of a file for this descriptor, if nobody else has; whether it did.
 
