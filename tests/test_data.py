@@ -492,6 +492,13 @@ def test_text_in_yaml_is_as_it_is_written(option, kept, tmp_path):
             found = ask("train", ["--config", str(path)], beside)
         assert found.given[name] == kept
         path.write_text(yaml.safe_dump(found.given))
+    reading, writing = os.pipe()
+    os.write(writing, option.encode())
+    os.close(writing)
+    assert ask("train", ["--config", f"/dev/fd/{reading}"], beside).given[name] == kept  # which is read once
+    os.close(reading)
+    path.write_text(f"<<: {{{option}}}")
+    assert ask("train", ["--config", str(path)], beside).given[name] == kept
     path.write_text("student_layers: [3, 1]")
     with pytest.raises(ValueError, match=r"--student_layers takes one value, not \[3, 1\]"):
         ask("train", ["--config", str(path)], {"teacher": "t", "data": "d"})

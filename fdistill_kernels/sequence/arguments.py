@@ -6,10 +6,11 @@ import argparse
 import collections
 import dataclasses
 import enum
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -171,14 +172,41 @@ def _plain(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads 1e-4 as a number, and takes no key twice, as YAML 1.2 does."""
+    """A YAML loader that reads 1e-4 as a number, and takes no key twice, as YAML 1.2 does.
+
+    texts: the options whose value is text also where YAML reads 0123 or 7e10 as a number.
+    """
+
+    def __init__(self, stream: str, texts: Collection[str]):
+        super().__init__(stream)
+        self.texts = texts
+        self.whole: Any = None
+
+    def construct_document(self, node: Any) -> Any:
+        """As of the base class."""
+        self.whole = node
+        return super().construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """As of the base class."""
-        names = [str(key.value).replace("-", "_") for key, _ in node.value]
+        names = [_name(key) for key, _ in node.value]
         if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} is given twice", node.start_mark)
+        self.flatten_mapping(node)
+        if node is self.whole:
+            node.value = [(key, _text(value) if _name(key) in self.texts else value) for key, value in node.value]
         return super().construct_mapping(node, deep)
+
+
+def _name(key: Any) -> str:
+    return str(key.value).replace("-", "_")
+
+
+def _text(node: Any) -> Any:
+    """A value of YAML as the text that it is written as, but for null and what is no scalar."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
+        return node
+    return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE),
@@ -201,14 +229,8 @@ def load_yaml(path: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]
 
 
 def _yaml(path: str | None, known: set[str], texts: set[str]) -> dict[str, Any]:
-    """A file's options; texts: those whose value is text also where YAML reads 0123 or 7e10 as a number."""
-    if path is None:
-        return {}
-    settings, written = ({str(name).replace("-", "_"): value for name, value in load_yaml(path, loader).items()}
-                         for loader in (_Loader, yaml.BaseLoader))  # fmt: skip
-    for name in texts & written.keys() & settings.keys():
-        if isinstance(written[name], str) and settings[name] is not None:
-            settings[name] = written[name]
+    settings = load_yaml(path, functools.partial(_Loader, texts=texts)) if path is not None else {}
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     if unknown := sorted(set(settings) - known):
         raise ValueError(_hint(f"{path} has unknown keys: {', '.join(unknown)}"))
     return settings
