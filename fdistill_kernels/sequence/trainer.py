@@ -219,6 +219,12 @@ class FDistillTrainer(UpdatingTrainer):
                              "leave it out, or give dataloader_drop_last")  # fmt: skip
         self._check_reentrant()
 
+    @property
+    def _by_ddp(self) -> bool:
+        """Whether ranks have whole students, whose gradients DDP shares."""
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split(self.model))
+        return bool(self.args.world_size > 1 and whole)
+
     def _check_reentrant(self) -> None:
         """Raises ValueError for checkpointed layers each of whose backward passes DDP takes for a whole one: of several
         forward passes it shares some gradients and not others, and ranks would train students of their own.
@@ -229,8 +235,13 @@ class FDistillTrainer(UpdatingTrainer):
         looks = args.ddp_find_unused_parameters  # after each backward pass, for weights that it has not reached
         looks = not isinstance(self.model, PreTrainedModel) if looks is None else looks
         static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
-        ddp = args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split(self.model))
-        if ddp and args.gradient_checkpointing and reentrant and not static and (looks or len(self.halves) > 1):
+        if (
+            self._by_ddp
+            and args.gradient_checkpointing
+            and reentrant
+            and not static
+            and (looks or len(self.halves) > 1)
+        ):
             raise ValueError("gradient_checkpointing_kwargs: DDP takes use_reentrant with one half of an objective "
                              "alone, and of adapters with ddp_find_unused_parameters=False: give use_reentrant False"
                              )  # fmt: skip
@@ -317,9 +328,8 @@ class FDistillTrainer(UpdatingTrainer):
         to be trained, without its DDP, and each rank would train a student of its own.
         """
         model: Any = self.model
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split(model))
         wrapped: Any = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
-        if self.args.world_size > 1 and whole and not isinstance(wrapped, DistributedDataParallel):
+        if self._by_ddp and not isinstance(wrapped, DistributedDataParallel):
             for module in model.modules():
                 vars(module).pop("_is_accelerate_prepared", None)
             self.model_wrapped = model
