@@ -684,12 +684,12 @@ def test_a_run_goes_on_where_its_updates_have_as_many_rows(causal, tmp_path, cap
     """Of other batches, or ranks; what is refused leaves the finished student."""
     monkeypatch.setattr(run.Run, "measure", lambda *_: {})
 
-    def call(steps, size, parts, ranks=1):
+    def call(steps, size, parts, ranks=1, *more):
         monkeypatch.setattr(run_folder, "rank", lambda: (0, ranks))
         return cli.main(of(
             causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--eval_strategy", "no",
             "--output_dir", f"{tmp_path}/run", "--max_steps", str(steps), "--per_device_train_batch_size", str(size),
-            "--gradient_accumulation_steps", str(parts)))  # fmt: skip
+            "--gradient_accumulation_steps", str(parts), *more))  # fmt: skip
 
     assert call(1, 4, 1) == call(2, 2, 2) == 0
     assert call(2, 4, 1) == 2 and "holds another run: gradient_acc" in capsys.readouterr().err  # there is nothing to do
@@ -699,6 +699,7 @@ def test_a_run_goes_on_where_its_updates_have_as_many_rows(causal, tmp_path, cap
             "checkpoint-2 has lost its place .* rows of an update was 4 and is [28]\n", capsys.readouterr().err
         )
     assert (tmp_path / "run" / "student").exists() and call(3, 4, 1) == 0
+    assert call(4, 2, 1, 1, "--ignore_data_skip", "True") == 0  # what the error says
 
 
 @pytest.mark.parametrize("more", [(), ("--use_peft",), ("--predistill_steps", "1")], ids=str)

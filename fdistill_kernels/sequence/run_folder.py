@@ -92,7 +92,7 @@ def _check_same(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> N
     goes_on = wanted > was or not done.exists()
     elsewhere = {"output_dir", "student_server", "student_server_path", *LENGTHS}
     if last and goes_on and Path(last, PLACE).exists():
-        elsewhere |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        elsewhere |= {"per_device_train_batch_size", "gradient_accumulation_steps", "ignore_data_skip"}
     differ = [(n, before.get(n), now.get(n)) for n in sorted({*known, *given} - elsewhere)
               if before.get(n) != now.get(n)]  # fmt: skip
     if wanted < was:
