@@ -900,6 +900,22 @@ def test_evaluation_is_a_mean_over_all_tokens(tmp_path):
     assert loss.item() == pytest.approx(want, rel=1e-6) and outputs == {}
 
 
+def test_evaluations_leave_training_its_random_numbers(tmp_path):
+    """Whatever is drawn in them: a run that evaluates draws the samples, and trains the student, of one that does not."""
+
+    class Draws(TrainerCallback):
+        def on_evaluate(self, *_, **__):
+            torch.rand(3)
+
+    students = []
+    for evaluated in ({}, dict(eval_strategy="steps", eval_steps=1, eval_on_start=True)):
+        students.append(gpt2(60, seed=1))
+        run = trainer(tmp_path, students[-1], gpt2(60, seed=2), method="js", **evaluated)
+        run.add_callback(Draws())
+        run.train()
+    assert torch.equal(*map(flat, students))
+
+
 def test_what_is_logged(tmp_path, monkeypatch):
     monkeypatch.setattr("fdistill_kernels.sequence.updates.draw", of_prompts())
     student, teacher, rows = gpt2_64(60, seed=1), gpt2_64(60, seed=2), data(8)

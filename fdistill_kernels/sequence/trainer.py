@@ -235,13 +235,8 @@ class FDistillTrainer(UpdatingTrainer):
         looks = args.ddp_find_unused_parameters  # after each backward pass, for weights that it has not reached
         looks = not isinstance(self.model, PreTrainedModel) if looks is None else looks
         static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
-        if (
-            self._by_ddp
-            and args.gradient_checkpointing
-            and reentrant
-            and not static
-            and (looks or len(self.halves) > 1)
-        ):
+        several = (looks or len(self.halves) > 1) and not static
+        if self._by_ddp and args.gradient_checkpointing and reentrant and several:
             raise ValueError("gradient_checkpointing_kwargs: DDP takes use_reentrant with one half of an objective "
                              "alone, and of adapters with ddp_find_unused_parameters=False: give use_reentrant False"
                              )  # fmt: skip
@@ -454,14 +449,21 @@ class FDistillTrainer(UpdatingTrainer):
         return torch.stack([torch.stack([x.sum() for x in of_rows.split(counts)]), of_rows.new_tensor(counts)], 1)
 
     def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`; neither it nor what callbacks do in it is time of training."""
-        with self.watch.apart():
+        """As `Trainer.evaluate`; neither it nor what callbacks do in it is time of training, or changes its draws."""
+        with self._apart():
             return super().evaluate(*args, **keywords)
 
     def predict(self, *args: Any, **keywords: Any) -> Any:
-        """As `Trainer.predict`, which is no time of training either."""
-        with self.watch.apart():
+        """As `Trainer.predict`, which is no part of training either."""
+        with self._apart():
             return super().predict(*args, **keywords)
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What is done inside takes no time of training and none of its random numbers, as loaders take for a seed."""
+        device = self.args.device
+        with self.watch.apart(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
 
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,
                         ignore_keys: Any = None) -> Any:  # fmt: skip
