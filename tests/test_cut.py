@@ -19,6 +19,7 @@ from .conftest import WHOLE, relative
 
 N, V, D, D_T = 200, 301, 40, 72
 MINIMAL = dict(memory="minimal", backend="triton")
+OF_ENTRIES = [name for name, divergence in TABLE.items() if divergence.statistics is None]
 
 
 @pytest.fixture(params=["one band", "bands of one tile"])
@@ -39,7 +40,7 @@ def exact(x):
     return x.detach().double().requires_grad_()
 
 
-@pytest.mark.parametrize("name", [name for name, d in TABLE.items() if d.statistics is None])
+@pytest.mark.parametrize("name", OF_ENTRIES if WHOLE else OF_ENTRIES[::2])
 def test_every_divergence(name, bands):
     hidden, weight, teacher, teacher_weight = problem()
     loss = fk.linear_f_divergence(hidden, weight, teacher, teacher_weight, name, temperature=1.5, **MINIMAL)
