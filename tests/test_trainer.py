@@ -26,6 +26,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.utils import is_liger_kernel_available
 
@@ -1264,6 +1266,13 @@ def test_refused_by_the_trainer(tmp_path):
     for pair, method in (((ahead, teacher), "kl"), ((ahead, teacher), "predistill"), ((student, ahead), "kl")):
         with pytest.raises(ValueError, match="BertLMHeadModel looks at later tokens or at padding"):
             trainer(tmp_path, *pair, method=method)  # before any step
+    hears = WhisperForConditionalGeneration(WhisperConfig(
+        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=8, bos_token_id=EOS,
+        decoder_start_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS))  # fmt: skip
+    for pair in ((hears, bart()), (bart(), hears)):
+        with pytest.raises(ValueError, match="WhisperForConditionalGeneration reads input_features, and rows here are"):
+            trainer(tmp_path, *pair, method="kl")
     with pytest.raises(ValueError, match="there is nothing to train"):
         trainer(tmp_path, gpt2(60, seed=1).requires_grad_(False), teacher, method="kl")
     on_head = get_peft_model(llama(60, seed=1), LoraConfig(target_modules=["lm_head"]))

@@ -113,6 +113,16 @@ def inputs_of(model: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(base).forward).parameters
 
 
+def check_reads(model: Any) -> None:
+    """Raises ValueError for a model that reads sound or pictures, alone or beside its text."""
+    known, main = inputs_of(model), getattr(model, "main_input_name", "input_ids")
+    needed = [name for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    more = [main] if "input_ids" not in known and main != "input_ids" else []
+    given = {"self", "input_ids", "attention_mask", "decoder_input_ids"}
+    if more := more + [name for name in needed if name not in given]:
+        raise ValueError(f"{type(model).__name__} reads {' and '.join(more)}, and rows here are of token ids alone")
+
+
 def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs, without those that this model's forward does not take.
 

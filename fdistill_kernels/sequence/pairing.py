@@ -12,7 +12,7 @@ from ..sparse import WHOLE
 from .config import OF_PREDISTILLATION, FDistillConfig
 from .generation import beginning
 from .loading import load_student
-from .models import ids_read, virtual_tokens, vocabulary_of
+from .models import check_reads, ids_read, virtual_tokens, vocabulary_of
 from .objectives import Half
 from .ranks import row_group
 from .teachers import InRoom, Mixture, OfRows, Served, Stored, Teacher
@@ -50,12 +50,14 @@ def check_pair(student: Any, teacher: Teacher) -> None:
     """Checks the two models.
 
     Raises:
-        ValueError: they are of different kinds, begin sequences otherwise, share weights, or are split over ranks
-            otherwise.
+        ValueError: they are of different kinds, read more than text, begin sequences otherwise, share weights, or are
+            split over ranks otherwise.
     """
     at_hand = models_of(teacher)
     for model in at_hand:
         check_apart(student, model)
+    for model in (student, *at_hand):
+        check_reads(model)
     if teacher.encoder_decoder != bool(student.config.is_encoder_decoder):
         made = any(isinstance(part, Stored) and not part.encoder_decoder for part in parts_of(teacher))
         raise ValueError("teacher and student must both be causal, or both encoder–decoder" + made * (
