@@ -207,6 +207,28 @@ def test_updates_or_data_of_another_size_do_not_go_on(tmp_path):
         assert again.state.global_step == 2
 
 
+def test_an_epoch_s_last_update_has_what_is_left_and_older_transformers_lose_its_place(tmp_path, monkeypatch):
+    def run(folder, steps, **more):
+        return trainer(tmp_path / folder, gpt2(60, seed=1), gpt2(60, seed=2), data(9), method="mle", max_steps=steps,
+                       save_strategy="steps", save_steps=1, per_device_train_batch_size=2,
+                       gradient_accumulation_steps=2, **more)  # fmt: skip
+
+    first = run("one", 3)
+    batches = iter(first.get_train_dataloader())  # 5, and before 4.52 the last update was asked for 9 % 2
+    assert [len(first.get_batch_samples(batches, n, first.args.device)[0]) for n in (2, 1, 1)] == [2, 2, 1]
+    first.train()
+    for version, step in ("4.51.3", 1), ("4.51.3", 3), ("4.56.2", 2):
+        monkeypatch.setattr("fdistill_kernels.sequence.updates.transformers", SimpleNamespace(__version__=version))
+        checkpoint = str(tmp_path / "one" / f"checkpoint-{step}")
+        with pytest.raises(ValueError, match="loses a run's place in epochs of 5 batches, which updates of 2 do not"):
+            run("two", 4).train(resume_from_checkpoint=checkpoint)
+        again = run("three", 4, ignore_data_skip=True)
+        again.train(resume_from_checkpoint=checkpoint)
+        assert again.state.global_step == 4
+    at_epoch = str(tmp_path / "one" / "checkpoint-3")  # of which 4.56 loses nothing
+    run("four", 4).train(resume_from_checkpoint=at_epoch)
+
+
 def test_the_order_by_length_is_of_the_data_s_seed(tmp_path):
     rows = Dataset.from_list([{**row, "length": 5} for row in data()])
     orders = [list(trainer(tmp_path, gpt2(60), gpt2(60), rows, data_seed=seed, **BY_LENGTH)._get_train_sampler())

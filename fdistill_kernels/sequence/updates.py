@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import Trainer
@@ -108,17 +110,21 @@ class UpdatingTrainer(Trainer):
         return int(self.args.world_size) // copies_of_rows(self._unwrapped(self.model))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **keywords: Any) -> Any:
-        """The batches of one update, which begins in its first step: then a resumed run has its generators.
+        """The batches of one update, which begins in its first step: then a resumed run has its generators. An epoch's
+        last update has what is left of it: transformers before 4.52 ask for another number.
 
         Where a stream ends within an update, that goes on when the stream begins again: `Trainer` makes no step of its
         batches, and would add their gradients to the next update's, at the weight of a whole update.
 
         Raises:
             ValueError: a stream has not one update's batches, or less than a run that goes on had taken: `Trainer`
-                would begin it again.
+                would begin it again. Or the run goes on at a place that this transformers loses.
         """
+        num_batches = self.args.gradient_accumulation_steps
         found, number = super().get_batch_samples(epoch_iterator, num_batches - len(self._begun), *args, **keywords)
         goes_on, self._goes_on = self._goes_on, False
+        if goes_on:
+            self._check_shorter_update()
         if goes_on and not (found or has_length(self.train_dataset) or self.args.ignore_data_skip):
             raise ValueError(f"train_dataset ends within the batches of the {self.state.global_step} steps that the "
                              "run has made, and a stream's place is not known when it has begun again: give a dataset "
@@ -131,6 +137,20 @@ class UpdatingTrainer(Trainer):
             found, self._begun = [], found
         self._waiting = found
         return found, number
+
+    def _check_shorter_update(self) -> None:
+        """Raises ValueError where an older `Trainer` makes no step of an epoch's last, shorter update, since it counts
+        batches from where the run goes on; before 4.52 it leaves these updates out of its count of epochs, too.
+        """
+        size, version = self.args.gradient_accumulation_steps, Version(transformers.__version__)
+        loses = version < Version("4.52") or (version < Version("4.57") and (self.state.epoch or 0) % 1 > 0)
+        if not loses or self.args.ignore_data_skip or not has_length(self.train_dataset):
+            return
+        batches = len(self.callback_handler.train_dataloader)  # type: ignore[arg-type]
+        if batches > size and batches % size:
+            raise ValueError(f"transformers {version} loses a run's place in epochs of {batches} batches, which updates"
+                             f" of {size} do not divide: take 4.57 or newer, or ignore_data_skip, with which its epoch "
+                             "begins again")  # fmt: skip
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
         """As `Trainer.training_step`. Before an update's first step the samples of all its batches are drawn."""
