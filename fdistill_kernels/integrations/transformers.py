@@ -193,7 +193,8 @@ def causal_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, shift_labels: Tensor | None = None,
     ignore_index: int = IGNORE, **keywords: Any,
 ) -> Tensor:  # fmt: skip
-    """For ``Trainer(compute_loss_func=causal_loss)``: the fused `cross_entropy` of a causal model's logits.
+    """For ``Trainer(compute_loss_func=causal_loss)``: the fused `cross_entropy` of a causal model's logits, without
+    what the model adds to its own loss, such as a router's auxiliary loss.
 
     Args:
         outputs: a model's output with logits (..., L, V).
@@ -217,7 +218,9 @@ def causal_loss(
 def seq2seq_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, ignore_index: int = IGNORE, **keywords: Any
 ) -> Tensor:
-    """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked models."""
+    """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked models. As
+    `Trainer` gives the model no labels then, an encoder–decoder's batches need decoder_input_ids.
+    """
     if outputs.logits is None:
         raise ValueError(
             "outputs has no logits: a patched model that trains with labels gives its loss alone; use that, or call it "
