@@ -444,9 +444,10 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "lacks the column teacher_prompt, which": call(*pairs, data="own.jsonl"),
         "pairs.jsonl gives one row, which cannot be held out and": call("--limit", "1"),
         "chats.jsonl gives one row, which": call("--answers", "each", "--limit", "1", data="chats.jsonl"),
-        "prompts.jsonl has prompts alone, and held-out rows need": call(data="prompts.jsonl"),
+        "prompts.jsonl has prompts alone, and held-out rows need targets: give --eval_data that has them, or --target_column":
+            call(data="prompts.jsonl"),
         "--sequences gold,teacher: ": ["teacher", "build", *call(*pairs, student=None, data="prompts.jsonl")[1:]],
-        "the objective is on gold targets, and": call(*pairs, "--method", "mle", data="prompts.jsonl"),
+        "prompts.jsonl has prompts alone: give --target_column": call(*pairs, "--method", "mle", data="prompts.jsonl"),
         "bare has no tokenizer that can be loaded": call(student="bare"),
         "different tokenizers": call(student="stranger"),
         "stopping has stop_strings in its generation config": call(student="stopping"),

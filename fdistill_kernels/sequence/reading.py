@@ -65,6 +65,9 @@ def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -
     if kind not in ("jsonl", "json", "csv", "tsv", "parquet"):
         if Path(path).is_file():
             raise ValueError(f"{path} must be .jsonl, .json, .csv, .tsv or .parquet, not .{kind}")
+        if Path(path, "state.json").is_file():
+            raise ValueError(f"{path} was written by save_to_disk, which load_from_disk alone reads: write its rows by "
+                             "to_parquet")  # fmt: skip
         try:
             with _rows_are_kept():
                 return load_dataset(path, config, split=split)

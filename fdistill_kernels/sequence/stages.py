@@ -123,7 +123,7 @@ class Run:
         data, command = self.asked.data, self.asked.command
         if command != "sample-teacher" and "labels" not in self.held_out.column_names:
             raise ValueError(f"{data.eval_data or data.data} has prompts alone, and held-out rows need targets: give "
-                             "--eval_data that has them")  # fmt: skip
+                             "--eval_data that has them, or --target_column that names theirs")  # fmt: skip
         if command == "evaluate":
             return
         one, other = ("teacher_prompt_ids" in rows.column_names for rows in (self.pairs, self.held_out))
@@ -132,7 +132,8 @@ class Run:
                              f"{data.eval_data if other else data.data} has")  # fmt: skip
         on_gold = any(half.source == "gold" for half in self.config.halves()) or self.asked.run.predistill_steps
         if command == "train" and on_gold and "labels" not in self.pairs.column_names:
-            raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone")
+            raise ValueError(f"the objective is on gold targets, and {data.data} has prompts alone: give "
+                             "--target_column that names its targets, if it has any")  # fmt: skip
         builds_gold = command == "teacher build" and "gold" in self.asked.build.sequences
         if builds_gold and "labels" not in self.pairs.column_names:
             raise ValueError(f"--sequences {self.asked.build.sequences}: {data.data} has prompts alone, and no gold")
