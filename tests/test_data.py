@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from datasets import DatasetDict
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LEDConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -452,9 +453,11 @@ def test_bad_rows_are_named(tmp_path):
     (tmp_path / "folder" / "b.jsonl").write_bytes(b'{"source": "a", "words": "b"}\n')
     with pytest.raises(ValueError, match=r"(?s)folder: .*words"):
         read_pairs(tmp_path / "folder")
-    read_pairs(tmp_path / "null.jsonl").save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"saved was written by save_to_disk, .* write its rows by to_parquet"):
-        read_pairs(tmp_path / "saved")
+    rows = read_pairs(tmp_path / "null.jsonl")
+    for saved in (rows, DatasetDict(train=rows)):
+        saved.save_to_disk(tmp_path / "saved" / type(saved).__name__)
+        with pytest.raises(ValueError, match=r"saved.* was written by save_to_disk, .* write its rows by to_parquet"):
+            read_pairs(tmp_path / "saved" / type(saved).__name__)
     for name, columns, words in (("null.jsonl", ("prompt", "answer"), "'answer'; it has prompt, target"),
                                  ("turns.jsonl", ("question", "target"), "'question'; it has messages")):  # fmt: skip
         with pytest.raises(ValueError, match=f"lacks the column {words}"):

@@ -65,7 +65,7 @@ def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -
     if kind not in ("jsonl", "json", "csv", "tsv", "parquet"):
         if Path(path).is_file():
             raise ValueError(f"{path} must be .jsonl, .json, .csv, .tsv or .parquet, not .{kind}")
-        if Path(path, "state.json").is_file():
+        if any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json")):
             raise ValueError(f"{path} was written by save_to_disk, which load_from_disk alone reads: write its rows by "
                              "to_parquet")  # fmt: skip
         try:
