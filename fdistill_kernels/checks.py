@@ -263,6 +263,12 @@ def _proxied() -> bool:
     return get_proxy_mode() is not None
 
 
+def check_unrecorded(name: str) -> None:
+    """Raises ValueError where a graph is recorded, which would lack what no operator runs; compilers break theirs."""
+    if traced() and not torch.compiler.is_dynamo_compiling():
+        raise ValueError(f"{name} is in no graph that export, make_fx or torch.jit.trace records: call it outside")
+
+
 def imagined(x: Tensor) -> bool:
     """Whether it has no values yet, or none ever: what is traced, or a fake tensor."""
     return traced() or hasattr(x, "fake_mode")

@@ -336,7 +336,8 @@ def linear_f_divergence(
         the dtype of the inputs, in the backward pass; memory="minimal" on Triton rounds before the factor, too. float16
         has to hold the gradient of a token's logits but for its weight, which pearson's or neyman's may exceed.
         ``reduction="none"`` computes the chunks again in the backward pass, because each row's upstream gradient is not
-        known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the graph.
+        known earlier. Inside torch.compile a teacher that is a function, or a user's own divergence, breaks the graph;
+        torch.export, make_fx and torch.jit.trace refuse both.
 
     Raises:
         ValueError, TypeError: as `f_divergence`; also for heads that are not plain tensors (LoRA, quantised, ZeRO-3).

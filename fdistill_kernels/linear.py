@@ -61,7 +61,9 @@ _outside_graphs = checks.outside_graphs(_rows_loss)
 def _rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts and gradients of hidden states, weight and bias; through the operator, but for what only Python holds."""
     if callable(call.teacher.rows) or isinstance(call.terms.divergence, Divergence):
-        return _run(call, backend)
+        own = "divergence, one of your own beside hidden states,"
+        checks.check_unrecorded("teacher_hidden, a function," if callable(call.teacher.rows) else own)
+        return _run_outside(call, backend)
     return linear_rows(*flat(call), backend)
 
 
@@ -92,6 +94,7 @@ def _like(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+_run_outside = checks.outside_graphs(_run)  # of a backward pass, too, which a compiler may see alone
 linear_rows = operator("linear_rows", LinearCall, _run, _like, 4)
 
 

@@ -12,7 +12,7 @@ from .backends.collectives import Collectives
 from .backends.rows import NO_LIST, WHOLE, RowCall, Shard, Targets, TokenTerms, cap_slope, capped, split
 from .backends.sharded import rows_at_once
 from .carried import built, flat, keep, kept, replaced
-from .divergences import KL
+from .divergences import KL, Divergence
 from .own import FDivergence
 from .tokens import Known, divergence_of, has_metrics, is_power_of_two, of_parts, once, reduced, scaled, token_terms
 from .values import Logits, LossTerms
@@ -37,11 +37,14 @@ def rows_loss(
     known: Known | None = None, targets: Targets = NO_LIST, shard: Shard = WHOLE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, summed or of each row, and the parts (3 or more, N)."""
-    if isinstance(terms.divergence, FDivergence) and checks.traced():
-        if teacher is not None and not shard.group:
+    if isinstance(terms.divergence, Divergence) and checks.traced():
+        generated = isinstance(terms.divergence, FDivergence)
+        if generated and teacher is not None and not shard.group:
             return _traced_loss(student, teacher, terms, backend, per_row)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() and (generated or backend != "torch"):
             return _outside_graphs(student, teacher, terms, backend, per_row, targets, shard)
+        if backend != "torch" or (generated and torch.compiler.is_compiling()):
+            checks.check_unrecorded("divergence, one of your own with a kernel or beside a list,")
     of_student, of_teacher, cap = _rows(student.values, inplace), None, None
     if teacher is not None:
         of_teacher, cap = _rows(teacher.values), teacher.softcap
@@ -63,7 +66,9 @@ def _outside_graphs(
     student: Logits, teacher: Logits | None, terms: TokenTerms, backend: str, per_row: bool, targets: Targets,
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A user's generator, which no graph holds, beside a list or over ranks; its labels no compiler has looked at."""
+    """A user's generator, which no graph holds, beside a list or over ranks, or a kernel of theirs; the labels no
+    compiler has looked at.
+    """
     vocabulary = shard.size if shard.group else student.values.shape[-1]
     backends.check_label_range(terms.labels, terms.row_scale, vocabulary)
     return rows_loss(student, teacher, terms, backend, per_row, targets=targets, shard=shard)

@@ -1283,7 +1283,8 @@ def test_what_has_no_memory_is_not_read():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("teacher", [torch.randn(N, V), lambda begin, end: torch.ones(end - begin, V)])
-def test_a_backward_pass_alone_may_be_compiled(teacher):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_pass_alone_may_be_compiled(teacher, reduction):
     """The forward pass has laid the gradients where it found itself, which is outside."""
     hidden, weight, found = torch.randn(N, D), torch.randn(V, D), []
     for compiled in (False, True):
@@ -1291,7 +1292,7 @@ def test_a_backward_pass_alone_may_be_compiled(teacher):
         rows = teacher if callable(teacher) else fk.Logits(teacher)
         enabled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
         with enabled if compiled else contextlib.nullcontext():
-            fk.linear_f_divergence(torch.nn.functional.silu(x), w, rows).backward()
+            fk.linear_f_divergence(torch.nn.functional.silu(x), w, rows, reduction=reduction).sum().backward()
         found.append((x.grad, w.grad))
     torch.testing.assert_close(*found)
 

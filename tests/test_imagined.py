@@ -7,6 +7,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fdistill_kernels as fk
 
+from .test_triton import own_pearson
+
 N, V, D = 6, 40, 5
 
 
@@ -85,3 +87,44 @@ def test_a_traced_loss_is_right_for_other_values(name):
     loss = torch.jit.trace(LOSSES[name], arguments(0), check_trace=False)
     with torch.no_grad():
         torch.testing.assert_close(loss(*arguments(1)), LOSSES[name](*arguments(1)), rtol=1e-5, atol=1e-6)
+
+
+def terms(p, q, log_p, log_q, _):
+    return q * (1 - (p / q) ** 2), 2 * p * (p / q - 1)
+
+
+#: What is no operator's, by the argument that says so.
+BESIDE_OPERATORS = [
+    ("teacher_hidden", lambda s, t: fk.linear_f_divergence(s[:, :D], s.T[:, :D], lambda begin, end: t[begin:end])),
+    ("divergence", lambda s, t: fk.linear_f_divergence(s[:, :D], s.T[:, :D], t, divergence=own)),
+    ("divergence", lambda s, t: fk.f_divergence(s, t, fk.Divergence("", terms, triton=own_pearson), backend="triton")),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("record", [make_fx, lambda loss: lambda *given: torch.jit.trace(loss, given)])
+def test_what_a_recorded_graph_would_lack_is_refused(record):
+    student, teacher, _ = arguments(0)
+    for name, loss in BESIDE_OPERATORS:
+        assert loss(student, teacher).isfinite()
+        with pytest.raises(ValueError, match=rf"^{name}, .* is in no graph that"):
+            record(loss)(student[:], teacher)
+
+
+def test_an_own_divergence_of_a_list_is_in_no_exported_program():
+    class Loss(torch.nn.Module):
+        def forward(self, student, teacher):
+            return fk.f_divergence(student, fk.top_k_of(teacher, 4), own)
+
+    with pytest.raises(ValueError, match="with a kernel or beside a list"):
+        torch.export.export(Loss(), arguments(0)[:2], strict=False)
+
+
+def test_a_kernel_of_one_s_own_breaks_a_compiler_s_graph_and_is_right():
+    student, teacher, _ = arguments(0)
+    _, loss = BESIDE_OPERATORS[-1]
+    found = []
+    for run in (loss, torch.compile(loss, backend="eager")):
+        x = student.clone().requires_grad_()
+        found.append(torch.autograd.grad(run(x, teacher), x))
+    torch.testing.assert_close(*found)
