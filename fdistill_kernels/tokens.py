@@ -326,7 +326,8 @@ def scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> Tensor
     kept, value = torch.compiler.is_compiling() or graph_is_kept(), number(factor)
     if value == 1 and not kept:
         return gradient
-    if not kept and gradient.is_cuda and backends.triton.why_not(gradient.device, gradient.dtype, None) is None:
+    card = gradient.is_cuda and not checks.imagined(gradient)  # a recorded graph would lack the kernel
+    if not kept and card and backends.triton.why_not(gradient.device, gradient.dtype, None) is None:
         backends.triton.scale_(gradient, factor, row_scale)
         torch.autograd.graph.increment_version(gradient)  # as mul_ does: a second backward must not see it
         return gradient

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fdistill_kernels as fk
+from fdistill_kernels import tokens
 
 from .test_triton import own_pearson
 
@@ -128,3 +129,11 @@ def test_a_kernel_of_one_s_own_breaks_a_compiler_s_graph_and_is_right():
         x = student.clone().requires_grad_()
         found.append(torch.autograd.grad(run(x, teacher), x))
     torch.testing.assert_close(*found)
+
+
+def test_a_gradient_without_values_is_scaled_by_an_operator(monkeypatch):
+    monkeypatch.setattr(tokens, "graph_is_kept", lambda: False)
+    monkeypatch.setattr(tokens.backends.triton, "why_not", lambda *_: None)
+    with FakeTensorMode():
+        gradient, factor = torch.empty(2, 3, V, device="cuda"), torch.empty((), device="cuda")
+        assert tokens.scaled(gradient, factor, None) is gradient  # no kernel was started
