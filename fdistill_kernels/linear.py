@@ -47,11 +47,16 @@ def _taken(path: Path, backend: str, terms: LossTerms, of_rows: TokenTerms) -> P
 
 def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, Tensor]:
     """The loss, summed or of each row, and the parts (3, N)."""
-    trained = [x for x in (call.hidden, call.head.weight, call.head.bias) if x is not None and x.requires_grad]
-    if trained and torch.is_grad_enabled():
+    if _is_trained(call):
         return _LinearLoss.apply(per_row, backend, *flat(call))
     parts, *_ = _rows(call, backend)
     return of_parts(parts, call.terms, per_row), parts
+
+
+def _is_trained(call: LinearCall) -> bool:
+    """Whether a gradient is expected; else there is no graph, which a transform of other tensors would not take."""
+    trained = [x for x in (call.hidden, call.head.weight, call.head.bias) if x is not None and x.requires_grad]
+    return bool(trained) and torch.is_grad_enabled()
 
 
 #: A teacher's function and a user's own divergence are Python objects, which no graph holds.
@@ -171,12 +176,11 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, *leaves: Any) -> tuple[Tensor, Tensor]:
-        call = built(LinearCall, leaves)
-        parts, *_ = _rows(_detached(call, call.terms, Wants()), backend)
+        found = _log_probs(built(LinearCall, leaves), backend)
         keep(ctx, leaves)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        return -parts[1], parts[0].clone()
+        return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,6 +200,12 @@ class _LogProbs(torch.autograd.Function):
         return (None, *in_place_of(LinearCall, hidden=found[0], head_weight=found[1], head_bias=found[2]))
 
 
+def _log_probs(call: LinearCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Labels' log-probabilities and entropies of each row."""
+    parts, *_ = _rows(_detached(call, call.terms, Wants()), backend)
+    return -parts[1], parts[0].clone()
+
+
 def log_probs_of_hidden(
     hidden: Tensor, head: Head, terms: LossTerms, entropy: bool, path: Path, backend: str, shard: Shard = WHOLE
 ) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +214,7 @@ def log_probs_of_hidden(
     of_rows, *_ = token_terms(terms, hidden)
     flat_hidden, head = hidden.reshape(-1, hidden.shape[-1]), head.with_each(checks.in_graph)
     call = LinearCall(flat_hidden, head, Teacher(itself=entropy), of_rows, replaced(path, cut=False), shard=shard)
-    log_probs, entropies = _LogProbs.apply(backend, *flat(call))
+    log_probs, entropies = _LogProbs.apply(backend, *flat(call)) if _is_trained(call) else _log_probs(call, backend)
     shape = hidden.shape[:-1]
     return log_probs.view(shape), entropies.view(shape) if entropy else None
 

@@ -183,9 +183,10 @@ def log_sum_exp_of(logits: Tensor, softcap: float | None, backend: str, shard: S
     """``log Σ_v exp z_v`` of logits (..., V), differentiable."""
     if shard.group:
         return torch.compiler.disable(_SplitLogSumExp.apply)(logits, softcap, shard)
-    return _LogSumExp.apply(
-        checks.in_graph(logits), softcap, backends.choose(backend, logits.device, logits.dtype, None)
-    )
+    backend = backends.choose(backend, logits.device, logits.dtype, None)
+    if not checks.needs_gradient(logits):  # no graph, which a transform of other tensors would not take
+        return _log_sum_exp(logits.detach(), softcap, backend)[0]
+    return _LogSumExp.apply(checks.in_graph(logits), softcap, backend)
 
 
 class _SplitLogSumExp(torch.autograd.Function):
@@ -218,6 +219,20 @@ def _in_pieces(logits: Tensor) -> tuple[Tensor, ...]:
     return rows.split(rows_at_once(logits, logits.shape[-1])) if len(rows) else ()
 
 
+def _log_sum_exp(logits: Tensor, cap: float | None, backend: str) -> tuple[Tensor, Tensor]:
+    """The value, and as the kernel has it: 0 where its square, which is a z-loss, has lost it."""
+    at_top, top = logits.max(-1)  # of 16 bits argmax takes eight times as long
+    at_top = at_top.to(torch.promote_types(logits.dtype, torch.float32))
+    terms = LossTerms(None, labels=top, ce_weight=1.0, z_loss=1.0, reduction="none")
+    _, parts = loss_of_logits(Logits(logits, cap), None, terms, backend, True)
+    at_top = capped(at_top, cap)
+    value = torch.where(at_top.isinf(), at_top, parts.cross_entropy + at_top)
+    of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
+    size = value.abs()  # near 0 its sign is rounding; of the ends float32 does not hold the square
+    held = (size > 1e-4 * at_top.abs()) & (size > 1e-18) & (size < 1e18)
+    return value, torch.where(held, of_kernel, 0)
+
+
 class _LogSumExp(torch.autograd.Function):
     """Its gradient is the softmax: made whole by the kernel, since that of a label's cross-entropy, which lacks a 1 at
     the label, has lost the last digits there.
@@ -225,16 +240,8 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, cap: float | None, backend: str) -> Tensor:
-        at_top, top = logits.max(-1)  # of 16 bits argmax takes eight times as long
-        at_top = at_top.to(torch.promote_types(logits.dtype, torch.float32))
-        terms = LossTerms(None, labels=top, ce_weight=1.0, z_loss=1.0, reduction="none")
-        _, parts = loss_of_logits(Logits(logits, cap), None, terms, backend, True)
-        at_top = capped(at_top, cap)
-        value = torch.where(at_top.isinf(), at_top, parts.cross_entropy + at_top)
-        of_kernel = parts.z_loss.sqrt().copysign(value)  # z_loss is its square
-        size = value.abs()  # near 0 its sign is rounding; of the ends float32 does not hold the square
-        held = (size > 1e-4 * at_top.abs()) & (size > 1e-18) & (size < 1e18)
-        keep(ctx, (logits, torch.where(held, of_kernel, 0)))
+        value, of_kernel = _log_sum_exp(logits, cap, backend)
+        keep(ctx, (logits, of_kernel))
         ctx.call = cap, backend
         return value
 

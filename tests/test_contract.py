@@ -1153,6 +1153,16 @@ def test_losses_inside_a_transform_of_other_tensors_are_as_outside(divergence):
         assert slope(torch.tensor(2.0)) == loss
 
 
+def test_what_is_not_trained_is_no_graph_inside_a_transform_of_other_tensors():
+    student, head, labels = torch.randn(N, D), torch.randn(V, D), torch.arange(N)
+    for call in (
+        lambda: fk.log_sum_exp(student).sum(), lambda: fk.log_probs(student, head, labels, entropy=True)[1].sum(),
+        lambda: fk.linear_cross_entropy(student, head, labels),
+    ):  # fmt: skip
+        assert torch.func.grad(lambda x, call=call: x * call())(torch.tensor(2.0)) == call()
+        assert (torch.vmap(lambda x, call=call: x * call())(torch.ones(3)) == call()).all()
+
+
 def of_dual(loss, x):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, x))).tangent
