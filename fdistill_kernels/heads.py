@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -184,6 +185,9 @@ def _teacher_of_logits(
     if not isinstance(teacher, Tensor):
         if own is not None:
             raise ValueError("teacher_shard is for tensors: a function gives the student's entries, or all")
+        kind = student.device.type
+        if torch.is_autocast_enabled(kind):  # which chunks do without, and a backward pass has left
+            teacher = functools.partial(_under_autocast, teacher, kind, torch.get_autocast_dtype(kind))
         return Teacher(teacher, softcap=cap)
     logits, own = parallel.local_part("teacher_hidden", teacher, -1, own)
     _check_teacher(logits, student)
@@ -198,6 +202,11 @@ def _teacher_of_logits(
             "need teacher_weight, and padded logits vocab_size="
         )
     return Teacher(logits[..., :size].detach().reshape(-1, size), softcap=cap)
+
+
+def _under_autocast(function: RowFunction, device: str, dtype: torch.dtype, begin: int, end: int) -> Tensor:
+    with torch.autocast(device, dtype):
+        return function(begin, end)
 
 
 def _teacher_of_states(

@@ -183,6 +183,21 @@ def test_autocast_scaler_and_accumulation():
     assert relative(sum(gradients(p, weight)[0] for p in parts), whole) < 1e-5
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_s_function_runs_under_its_caller_s_autocast(reduction):
+    hidden, weight, teacher, teacher_weight = problem()
+    narrow, seen = teacher.bfloat16(), []  # as a model has them there, beside a head of 32 bits
+
+    def logits(begin, end):
+        seen.append(narrow[begin:end] @ teacher_weight.T)
+        return seen[-1]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fk.linear_f_divergence(hidden, weight, logits, reduction=reduction)
+    loss.sum().backward()
+    assert {x.dtype for x in seen} == {torch.bfloat16} and len(seen) == (1 if reduction == "mean" else 2)
+
+
 def test_modules_and_compile():
     hidden, weight, teacher, teacher_weight = problem()
     target = torch.randint(V, (N,))
