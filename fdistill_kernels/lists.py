@@ -145,7 +145,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Of logits less their largest, whose differences a temperature leaves their digits; rows that have one."""
     top = logits.amax(-1, keepdim=True)
     if checks.readable(logits) and not torch.isfinite(top).all():
-        raise ValueError("a row of logits holds a NaN or +inf, or nothing but -inf")
+        raise ValueError("teacher has a row of logits that holds a NaN or +inf, or nothing but -inf")
     return ((logits - top) / temperature).log_softmax(-1)
 
 

@@ -838,6 +838,7 @@ def test_lists_that_cannot_be_made():
         "student has logits of shape": lambda x: fk.top_k_of(x, 2, support="union", student=x[1:]),
         "draws must be at least 1": lambda x: fk.sample_of(x, 0),
         "teacher must have shape": lambda x: fk.top_k_of(x[0, 0], 2),
+        "teacher has a row of logits that": lambda x: fk.sample_of(x * torch.nan, 2),
         "teacher.softcap must be": lambda x: fk.top_k_of(fk.Logits(x, -1.0), 2),
         "teacher.head.softcap must be": lambda x: fk.sample_of(fk.Hidden(x, fk.Head(x, softcap=0.0)), 2),
     }.items():
