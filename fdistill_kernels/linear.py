@@ -56,7 +56,7 @@ def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, T
 def _is_trained(call: LinearCall) -> bool:
     """Whether a gradient is expected; else there is no graph, which a transform of other tensors would not take."""
     trained = [x for x in (call.hidden, call.head.weight, call.head.bias) if x is not None and x.requires_grad]
-    return bool(trained) and torch.is_grad_enabled()
+    return len(trained) > 0 and torch.is_grad_enabled()  # not bool(), which Dynamo of torch 2.8 does not know of lists
 
 
 #: A teacher's function and a user's own divergence are Python objects, which no graph holds.
