@@ -682,13 +682,13 @@ def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, 
 
 
 def test_a_run_goes_on_where_its_updates_have_as_many_rows(causal, tmp_path, capsys, monkeypatch):
-    """Of other batches, or ranks; what is refused leaves the finished student."""
+    """Of other batches, or ranks, whose updates divide the 20 rows; what is refused leaves the finished student."""
     monkeypatch.setattr(run.Run, "measure", lambda *_: {})
 
     def call(steps, size, parts, ranks=1, *more):
         monkeypatch.setattr(run_folder, "rank", lambda: (0, ranks))
         return cli.main(of(
-            causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--eval_pairs", "4", "--eval_strategy", "no",
+            causal, "train", "teacher", "student", "pairs.jsonl", "--method", "mle", "--limit", "22", "--eval_strategy", "no",
             "--output_dir", f"{tmp_path}/run", "--max_steps", str(steps), "--per_device_train_batch_size", str(size),
             "--gradient_accumulation_steps", str(parts), *more))  # fmt: skip
 
