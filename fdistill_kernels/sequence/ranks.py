@@ -101,10 +101,15 @@ def copies_of_rows(model: Any) -> int:
     return 1 if group is None else group.size()
 
 
+def generators_kept(device: torch.device, enabled: bool = True) -> contextlib.AbstractContextManager[None]:
+    """What is done inside leaves torch's generators, the device's too, where they are."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=enabled)
+
+
 @contextlib.contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Inside, torch's generators begin at a seed, and afterwards they are where they were; None: they just go on."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+    with generators_kept(device, seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         yield

@@ -41,7 +41,7 @@ from .pairing import (
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, is_of_ranks, is_split, of_all_rows
+from .ranks import copies_of_rows, generators_kept, is_of_ranks, is_split, of_all_rows
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
@@ -461,8 +461,7 @@ class FDistillTrainer(UpdatingTrainer):
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
         """What is done inside takes no time of training and none of its random numbers, as loaders take for a seed."""
-        device = self.args.device
-        with self.watch.apart(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self.watch.apart(), generators_kept(self.args.device):
             yield
 
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool,

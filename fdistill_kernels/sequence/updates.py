@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import Trainer
@@ -142,15 +141,15 @@ class UpdatingTrainer(Trainer):
         """Raises ValueError where an older `Trainer` makes no step of an epoch's last, shorter update, since it counts
         batches from where the run goes on; before 4.52 it leaves these updates out of its count of epochs, too.
         """
-        size, version = self.args.gradient_accumulation_steps, Version(transformers.__version__)
-        loses = version < Version("4.52") or (version < Version("4.57") and (self.state.epoch or 0) % 1 > 0)
+        size, version = self.args.gradient_accumulation_steps, tuple(map(int, transformers.__version__.split(".")[:2]))
+        loses = version < (4, 52) or (version < (4, 57) and (self.state.epoch or 0) % 1 > 0)
         if not loses or self.args.ignore_data_skip or not has_length(self.train_dataset):
             return
         batches = len(self.callback_handler.train_dataloader)  # type: ignore[arg-type]
         if batches > size and batches % size:
-            raise ValueError(f"transformers {version} loses a run's place in epochs of {batches} batches, which updates"
-                             f" of {size} do not divide: take 4.57 or newer, or ignore_data_skip, with which its epoch "
-                             "begins again")  # fmt: skip
+            raise ValueError(f"transformers {transformers.__version__} loses a run's place in epochs of {batches} "
+                             f"batches, which updates of {size} do not divide: take 4.57 or newer, or ignore_data_skip,"
+                             " with which its epoch begins again")  # fmt: skip
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Tensor:
         """As `Trainer.training_step`. Before an update's first step the samples of all its batches are drawn."""
