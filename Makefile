@@ -20,6 +20,11 @@ test test-all: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 16 $(ARGS)
 
+# the CUDA kernels for a CPU, which the tests run
+build/libfdistill_emulated.so: tests/emulate.sh tests/emulation.h $(shell find csrc -name '*.h' -o -name '*.cu*')
+	mkdir -p build
+	bash tests/emulate.sh csrc $@
+
 # every architecture of the installed transformers, where make test takes a sample
 test-all: $(VENV)/installed
 	FDISTILL_WHOLE=1 $(BIN)/python -m pytest -n 2 $(ARGS)

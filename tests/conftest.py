@@ -1,12 +1,13 @@
+import fcntl
 import functools
 import gc
-import hashlib
 import itertools
 import os
 import random
 import shutil
 import subprocess
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -22,12 +23,15 @@ from fdistill_kernels.reference import f_divergence_rows
 
 from . import interpreter
 
+ROOT = Path(__file__).parent.parent
 #: `make test-all`: whole grids where `make test` takes a part; of those marked so, one in which all pairs meet.
 WHOLE = bool(os.environ.get("FDISTILL_WHOLE"))
 #: Where there is no browser, its tests are not there: `make look` then fails.
 BROWSERS = ("chromium", "google-chrome")
 collect_ignore = [] if any(map(shutil.which, BROWSERS)) else ["browser"]
 THREADS = torch.get_num_threads()
+#: Triton's row kernel with a program for each row, and with rows cut into spans.
+TRITON_WAYS = ("triton", "triton-spans")
 #: What takes longest begins first, so that no worker is left with it at the end.
 LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
@@ -43,6 +47,17 @@ def _run(call, backend, run=backends._run, **how):
 backends._run = _run
 if interpreting():
     interpreter.hurry(check_overflows=WHOLE)
+
+
+def one_way_each(cells):
+    """Of a test's cells, those with one of Triton's two ways through a row each, not always the same one of a value."""
+
+    def taken(cell):
+        backend = cell.callspec.params["backend"]
+        name = cell.originalname + cell.callspec.id.replace(backend, "")
+        return backend not in TRITON_WAYS or backend == TRITON_WAYS[crc32(name.encode()) % 2]
+
+    return [cell for cell in cells if taken(cell)]
 
 
 def every_pair(cells):
@@ -62,15 +77,24 @@ def every_pair(cells):
     return set(kept)
 
 
-def pytest_collection_modifyitems(config, items):
-    grids = {}
+def sampled(items):
+    """What `make test` takes of all tests."""
+    tests, left_out = {}, set()
     for item in items:
-        if item.get_closest_marker("grid") and not WHOLE:
-            grids.setdefault((item.path, item.originalname), []).append(item)
-    if grids:
-        left_out = {cell for cells in grids.values() for cell in cells} - set().union(*map(every_pair, grids.values()))
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        if hasattr(item, "callspec"):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for cells in tests.values():
+        ways = {cell.callspec.params.get("backend") for cell in cells}
+        kept = one_way_each(cells) if ways >= {*TRITON_WAYS} else cells
+        left_out |= {*cells} - {*(every_pair(kept) if cells[0].get_closest_marker("grid") else kept)}
+    return [item for item in items if item not in left_out]
+
+
+def pytest_collection_modifyitems(config, items):
+    if not WHOLE:
+        kept = sampled(items)
+        config.hook.pytest_deselected(items={*items} - {*kept})
+        items[:] = kept
     items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if item.name.startswith(name)), len(LONGEST)))
 
 
@@ -96,13 +120,6 @@ def native_backend_is_built() -> bool:
     return backends.cpu.NOT_LOADED is None
 
 
-def build_emulated(csrc: Path, output: Path) -> None:
-    """The CUDA kernels for a CPU, by tests/emulation.h."""
-    options = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    here = ["-I", csrc, "-I", Path(__file__).parent, '-DFDISTILL_ARCHITECTURES="emulation"']
-    subprocess.run([os.environ.get("CXX", "g++"), *options, *here, csrc / "cuda" / "rows.cu", "-o", output], check=True)
-
-
 def assert_masks_of_two_kinds_agree(name: str, *names: str) -> None:
     """Of models that each have a mask of their own for the same entries: a number, which leaves 0 of the probability and a
     finite logarithm, and −inf. names: of backends, beside float64.
@@ -125,17 +142,12 @@ def assert_masks_of_two_kinds_agree(name: str, *names: str) -> None:
 
 @functools.cache
 def emulated_library() -> backends.cuda.Library:
-    """The CUDA kernels built for a CPU, once for each state of their sources."""
-    root = Path(__file__).parent.parent
-    sources = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cu") and "cpu" not in p.parts)
-    sources += [root / "tests" / "emulation.h", Path(__file__)]
-    state = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-    path = root / "build" / f"emulated-{state}.so"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        build_emulated(root / "csrc", partial)
-        partial.replace(path)
+    """The CUDA kernels built for a CPU, by the first process that needs them."""
+    path = ROOT / "build" / "libfdistill_emulated.so"
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "--silent", path.relative_to(ROOT)], cwd=ROOT, check=True)
     return backends.cuda.Library(path)
 
 

@@ -184,7 +184,8 @@ def test_a_commit_is_this_checkouts_or_none(capsys, monkeypatch, tmp_path):
 
 
 def test_verify_passes_and_prints_json(capsys):
-    status, out = run(capsys, "verify", "--shape", "2,601", "--json")
+    some = [] if WHOLE else ["--dtype", "float64", "bfloat16"]
+    status, out = run(capsys, "verify", "--shape", "2,601", "--json", *some)
     outcomes = json.loads(out)
     assert status == 0 and all(o["ok"] for o in outcomes)
     assert {o["divergence"].partition("(")[0] for o in outcomes} == set(TABLE)
@@ -294,9 +295,10 @@ def test_doctor_without_a_named_compiler(named, monkeypatch):
     assert doctor._compilers()[0][:2] == ("C++ compiler", "c++")
 
 
-@pytest.mark.parametrize("shape", ["1,1", "3,1", "1,2"] if WHOLE else ["1,1", "1,2"])
+@pytest.mark.parametrize("shape", ["1,1", "3,1", "1,2"] if WHOLE else ["1,1"])
 def test_verify_of_losses_that_are_0(capsys, shape):
-    status, out = run(capsys, "verify", "--shape", shape, "--json")
+    some = [] if WHOLE else ["--dtype", "float64", "float32"]
+    status, out = run(capsys, "verify", "--shape", shape, "--json", *some)
     assert status == 0 and all(o["ok"] for o in json.loads(out))
 
 

@@ -124,7 +124,7 @@ def test_a_thousand_faults(kind, tmp_path):
         assert opened.summary()["tokens"] == rows and sum(s.ends[-1] for s in opened._shards.values()) == rows
         # a good answer is asked for again only where a busy machine took longer than the timeout to give it
         late = sum(server.answered.values()) - len(unique) - PROBES
-        assert 0 <= late <= 40, late
+        assert 0 <= late <= len(unique) // 4, late
         before = sum(server.asked.values())
         with endpoint(server, kind=kind, model="tiny", store=tmp_path) as again:
             check(again.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)

@@ -13,7 +13,7 @@ import fdistill_kernels as fk
 from fdistill_kernels.backends.rows import RowCall, TokenTerms
 from fdistill_kernels.carried import flat
 
-from .conftest import ready, reference, relative
+from .conftest import WHOLE, ready, reference, relative
 
 
 def models(*shape, dtype=torch.float32):
@@ -234,7 +234,9 @@ def test_compile_without_graph_breaks(backend):
             s[:, :-1], t[:, :-1], "js", labels=y[:, 1:], ce_weight=0.5, temperature=2.0, backend=backend
         )
 
-    eager, compiled = step(student, teacher, labels), torch.compile(step, fullgraph=True)(student, teacher, labels)
+    compiler = "inductor" if WHOLE or backend == "cpu" else "aot_eager"  # the operators are one, whatever runs them
+    eager = step(student, teacher, labels)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)(student, teacher, labels)
     torch.testing.assert_close(eager, compiled)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (eager, compiled)))
 

@@ -738,6 +738,8 @@ def test_one_visit_of_a_row_says_what_two_say(kind, tail, monkeypatch):
     ways = itertools.cycle(itertools.product((torch.float32, torch.bfloat16, torch.float16), (None, 30.0), (1.0, 2.0)))
     for n, (divergence, v, k) in enumerate(itertools.product(ALL, (64, 2049), (1, 17))):
         (dtype, cap, temperature), labels = next(ways), torch.tensor([0, -100, 5, v - 1])
+        if not WHOLE and (n + KINDS.index(kind)) % 7 > 1:
+            continue
         ids, log_p = listed(logits_of(n, 4, v), k)
         ids[0, 0] = -1
         teacher = fk.TopK(ids, log_p.float(), tail=tail)
