@@ -28,7 +28,8 @@ class Itself(Teacher):
 
     Args:
         decay: of the average after each update, ``a ← decay·a + (1 − decay)·weights``, kept in the checkpoints; None:
-            the student as it is.
+            the student as it is. An average begins as the student: without another prompt, dropout, or another loss in
+            the objective, both stay alike, with a loss of 0.
         adapter: False: the student's base model, which its adapter was put on and which stays as it is.
 
     Raises:
