@@ -291,6 +291,11 @@ def needs_gradient(value: Tensor) -> bool:
     return in_graph(value).requires_grad and torch.is_grad_enabled()
 
 
+def check_denominator(value: object) -> float:
+    """A number in the place of tokens that count."""
+    return check_number("num_items", value, 0)
+
+
 def check_constant(name: str, value: Tensor, device: torch.device | None = None) -> None:
     """A tensor that no gradient is expected of; on the logits' device, if that is given."""
     if device is not None and value.device != device:
@@ -380,9 +385,9 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
         check_constant("num_items", num_items)
         num_items = num_items.reshape(()).to(device)
         if readable(num_items):
-            check_number("num_items", num_items.item(), 0)
+            check_denominator(num_items.item())
     else:
-        num_items = check_number("num_items", num_items, 0)
+        num_items = check_denominator(num_items)
     if _known(num_items) and _known(tokens) and num_items == 0 and tokens > 0:
         raise ValueError(f"num_items must be positive, not {num_items!r}, for {int(tokens)} tokens that count")
     asked = torch.compiler.is_compiling() and device.type == "cpu"  # by the graph
@@ -395,6 +400,12 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
 
 def _known(value: float | Tensor) -> bool:
     return readable(value) if isinstance(value, Tensor) else not traced()
+
+
+def check_deprecated(value: object) -> None:
+    """Raises ValueError for a value of size_average or reduce."""
+    if value is not None:
+        raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
 
 
 def check_reduction(reduction: object) -> None:

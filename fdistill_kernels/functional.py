@@ -13,10 +13,10 @@ from .backends.rows import LISTS, NO_LIST, Teacher
 from .carried import replaced
 from .divergences import ENGINE, Divergence
 from .heads import (
-    LARGEST,
     Entries,
     check_alone,
     check_no_divergence,
+    checked_scale,
     cut_shard,
     head_here,
     head_of,
@@ -217,8 +217,8 @@ def cross_entropy(
     Raises:
         ValueError, TypeError: as in `f_divergence`.
     """
-    if size_average is not None or reduce is not None:
-        raise ValueError("size_average and reduce are deprecated; use reduction='mean', 'sum' or 'none'")
+    checks.check_deprecated(size_average)
+    checks.check_deprecated(reduce)
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
     check_shard("shard", shard)
@@ -495,7 +495,7 @@ def log_probs(
     given = head_of("head", head, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap)
     check_shard("shard", shard)
     states, checked, shard, _ = head_here(hidden, given, names, vocab_size, shard)
-    checks.check_number("logit_scale / temperature", checked.scale / temperature, -LARGEST, LARGEST)
+    checked_scale("logit_scale / temperature", checked.scale / temperature)
     if temperature != 1:  # cap·tanh(z/cap)/T is a cap of z/T
         if states.dtype == torch.float16 and temperature < 1:  # it may not hold the logits over it
             states = states.float()

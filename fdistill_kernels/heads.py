@@ -49,6 +49,11 @@ def checked_cap(name: str, softcap: float | None) -> float | None:
     return None if softcap is None else checks.check_number(name, softcap, *TEMPERATURES)
 
 
+def checked_scale(name: str, scale: float) -> float:
+    """A factor that the products take."""
+    return checks.check_number(name, scale, -LARGEST, LARGEST)
+
+
 def logits_of(name: str, logits: Tensor | Logits, softcap_name: str, softcap: float | None) -> Logits:
     """Logits given as a tensor and a keyword, or as one value, which goes alone."""
     if not isinstance(logits, Logits):
@@ -66,8 +71,7 @@ def head_of(name: str, weight: Tensor | Head, **keywords: Any) -> Head:
     else:
         head = Head(weight, keywords[bias], 1.0 if keywords[scale] is None else keywords[scale], keywords[softcap])
         names = (scale, softcap)
-    factor = checks.check_number(names[0], head.scale, -LARGEST, LARGEST)
-    return Head(head.weight, head.bias, factor, checked_cap(names[1], head.softcap))
+    return Head(head.weight, head.bias, checked_scale(names[0], head.scale), checked_cap(names[1], head.softcap))
 
 
 def checked_head(

@@ -3,66 +3,104 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from .backends import BACKENDS
-from .checks import check_choice, check_number, check_reduction
+from .backends import check_backend
+from .backends.rows import Teacher
+from .checks import check_denominator, check_deprecated, check_flag, check_integer, check_parts, check_tensor
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
+from .heads import checked_cap, checked_scale, path_of
 from .own import resolve
+from .parallel import check_shard
 from .sparse import TopK
-from .tokens import TEMPERATURES
-from .values import Head, Hidden, Logits, RowFunction
+from .tokens import check_settings
+from .values import Head, Hidden, Logits, LossTerms, RowFunction
 
-#: Settings that no batch decides are checked at once.
-CHECKED: dict[str, Callable[[Any], Any]] = {
-    "reduction": check_reduction,
-    "backend": functools.partial(check_choice, "backend", choices=("auto", *BACKENDS)),
-    "temperature": functools.partial(check_number, "temperature", low=TEMPERATURES[0], high=TEMPERATURES[1]),
-}
+#: How the losses check what no batch decides, by the argument's name.
+CHECKED: dict[str, Callable[[str, Any], object]] = {
+    "size_average": lambda _, x: check_deprecated(x), "reduce": lambda _, x: check_deprecated(x),
+    "num_items": lambda _, x: isinstance(x, Tensor) or check_denominator(x),
+    "backend": lambda _, x: check_backend(x), "return_parts": lambda _, x: check_parts(x), "inplace": check_flag,
+    "vocab_size": lambda name, x: check_integer(name, x, 1),
+    "token_weight": lambda name, x: check_tensor(name, x, floating=False),
+    **dict.fromkeys(("student_bias", "teacher_bias", "linear_bias"), check_tensor),
+    **dict.fromkeys(("shard", "teacher_shard"), check_shard),
+    **dict.fromkeys(("logit_scale", "teacher_logit_scale"), checked_scale),
+    **dict.fromkeys(("logit_softcap", "teacher_logit_softcap"), checked_cap),
+    **dict.fromkeys(("memory", "skip_tiles", "chunk_bytes"), lambda name, x: path_of(**{**PATH, name: x})),
+}  # fmt: skip
+PATH: dict[str, Any] = {"memory": "chunks", "skip_tiles": True, "chunk_bytes": None, "teacher": Teacher()}
+
+
+def _check(argument: inspect.Parameter, value: Any) -> None:
+    """Raises what the function would raise for its argument's value; the shape of a tensor is the batch's."""
+    if value is None and "None" in argument.annotation:
+        return
+    if argument.name in CHECKED:
+        CHECKED[argument.name](argument.name, value)
+    else:
+        check_settings(LossTerms(None, **{argument.name: value}))
+
+
+def _setting(argument: inspect.Parameter) -> property:
+    """An argument of the function as an attribute, which can be changed."""
+
+    def change(loss: _Loss, value: Any) -> None:
+        _check(argument, value)
+        loss.settings[argument.name] = value
+
+    return property(lambda loss: loss.settings.get(argument.name, argument.default), change)
 
 
 class _Loss(nn.Module):
-    """A loss function with fixed settings, arguments of its; `printed` stands before them where it is shown."""
+    """A loss function with fixed settings, arguments of its, which are attributes, too."""
 
-    printed = ""
+    arguments: Mapping[str, inspect.Parameter]
 
-    def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
+    def __init_subclass__(cls, function: Callable[..., Any] | None = None) -> None:
+        super().__init_subclass__()
+        if function is not None:
+            cls.arguments = inspect.signature(function).parameters
+            for name, argument in cls.arguments.items():
+                if name not in (*inspect.signature(cls.forward).parameters, "divergence", "weight"):
+                    setattr(cls, name, _setting(argument))
+
+    def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
-        known, of_batch = inspect.signature(function).parameters, inspect.signature(self.forward).parameters
-        for name in settings:
+        of_batch = inspect.signature(self.forward).parameters
+        self.settings: dict[str, Any] = {}
+        for name, value in settings.items():
             if name in of_batch:
                 raise TypeError(f"{name} is given with each batch, not to {type(self).__name__}")
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+            if name not in self.arguments:
+                near = difflib.get_close_matches(name, self.arguments, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
-            if name in CHECKED and not isinstance(settings[name], Tensor):
-                CHECKED[name](settings[name])
-        self.settings = settings
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}{hint}")
+            _check(self.arguments[name], value)
+            self.settings[name] = value
 
     def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return ", ".join([*filter(None, [self.printed]), *(f"{k}={v}" for k, v in self.settings.items())])
+        """The divergence and the settings, for printing."""
+        divergence = [str(self.divergence)] if "divergence" in self.arguments else []
+        return ", ".join([*divergence, *(f"{k}={v}" for k, v in self.settings.items())])
 
 
-class FDivergenceLoss(_Loss):
+class FDivergenceLoss(_Loss, function=f_divergence):
     """`f_divergence` as a module with fixed settings.
 
     Args:
         divergence: as in `f_divergence`, without `LossTerms`; checked here.
-        **settings: keyword arguments of `f_divergence` that are the same for every batch.
+        **settings: keyword arguments of `f_divergence`, the same for every batch; attributes, which may change.
     """
 
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
-        super().__init__(f_divergence, settings)
+        super().__init__(settings)
         self.divergence = resolve(divergence)
-        self.printed = str(self.divergence)
 
     def forward(
         self, student_logits: Tensor | Logits, teacher_logits: Tensor | Logits | TopK, labels: Tensor | None = None,
@@ -74,18 +112,18 @@ class FDivergenceLoss(_Loss):
         )
 
 
-class CrossEntropyLoss(_Loss):
+class CrossEntropyLoss(_Loss, function=cross_entropy):
     """`cross_entropy` as a module with fixed settings: a fused `torch.nn.CrossEntropyLoss`.
 
     Args:
         weight: (C) factor on each class, kept as a buffer.
-        **settings: other keyword arguments of `cross_entropy` that are the same for every batch.
+        **settings: others of `cross_entropy`, the same for every batch; attributes, which may change.
     """
 
     weight: Tensor | None
 
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
-        super().__init__(cross_entropy, settings)
+        super().__init__(settings)
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor | Logits, target: Tensor, **batch: Any) -> Any:
@@ -93,18 +131,17 @@ class CrossEntropyLoss(_Loss):
         return cross_entropy(input, target, **{"weight": self.weight, **self.settings, **batch})
 
 
-class LinearFDivergenceLoss(_Loss):
+class LinearFDivergenceLoss(_Loss, function=linear_f_divergence):
     """`linear_f_divergence` as a module with fixed settings.
 
     Args:
         divergence: as in `linear_f_divergence`, without `LossTerms`; checked here.
-        **settings: keyword arguments of `linear_f_divergence` that are the same for every batch.
+        **settings: keyword arguments of `linear_f_divergence`, the same for every batch; attributes, which may change.
     """
 
     def __init__(self, divergence: str | Divergence | Callable[[Tensor], Tensor] = "js", **settings: Any) -> None:
-        super().__init__(linear_f_divergence, settings)
+        super().__init__(settings)
         self.divergence = resolve(divergence)
-        self.printed = str(self.divergence)
 
     def forward(
         self, student_hidden: Tensor, student_weight: Tensor | Head,
@@ -118,18 +155,18 @@ class LinearFDivergenceLoss(_Loss):
         )  # fmt: skip
 
 
-class LinearCrossEntropyLoss(_Loss):
+class LinearCrossEntropyLoss(_Loss, function=linear_cross_entropy):
     """`linear_cross_entropy` as a module with fixed settings.
 
     Args:
         weight: (V) factor on each class, kept as a buffer.
-        **settings: other keyword arguments of `linear_cross_entropy` that are the same for every batch.
+        **settings: others of `linear_cross_entropy`, the same for every batch; attributes, which may change.
     """
 
     weight: Tensor | None
 
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
-        super().__init__(linear_cross_entropy, settings)
+        super().__init__(settings)
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, linear_weight: Tensor | Head, target: Tensor, **batch: Any) -> Any:

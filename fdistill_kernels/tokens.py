@@ -29,8 +29,7 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     """The terms, which must fit the tokens of `student`, (..., V) logits or (..., D) hidden states; their numbers as
     floats, since NumPy's own wrap around or overflow early.
     """
-    plain = (terms.temperature_squared, terms.ce_weight, terms.label_smoothing, terms.z_loss, terms.ignore_index,
-             terms.reduction, terms.temperature, terms.teacher_temperature, terms.divergence_weight)  # fmt: skip
+    plain = _plain(terms)
     again = not torch.compiler.is_compiling() and NUMBERS.issuperset(map(type, plain))
     if others := (_plain_once if again else _checked_plain)(student.dtype, *plain):
         terms = replaced(terms, **others)
@@ -60,6 +59,16 @@ def checked_terms(terms: LossTerms, student: Tensor, vocabulary: int, labels_nam
     if terms.token_weight is not None:
         checks.check_tokens("token_weight", terms.token_weight, student)
     return terms
+
+
+def check_settings(terms: LossTerms) -> None:
+    """Raises ValueError or TypeError for numbers and words that no loss takes, of whatever dtype."""
+    _checked_plain(torch.float64, *_plain(terms))
+
+
+def _plain(terms: LossTerms) -> tuple[Any, ...]:
+    return (terms.temperature_squared, terms.ce_weight, terms.label_smoothing, terms.z_loss, terms.ignore_index,
+            terms.reduction, terms.temperature, terms.teacher_temperature, terms.divergence_weight)  # fmt: skip
 
 
 def _checked_plain(

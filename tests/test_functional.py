@@ -1,10 +1,13 @@
 """Every keyword of the public functions, the operators, and the message of every misuse."""
 
+import copy
 import inspect
 import math
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,6 +216,45 @@ def test_what_comes_with_each_batch_is_no_setting(kind, name):
         kind(reductio="sum")
 
 
+Z, H, W = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 8), (2, 5), (8, 5)))
+Y = torch.zeros(2, dtype=torch.long)
+#: What a module is given with each batch.
+BATCHES = {fk.FDivergenceLoss: (Z, -Z, Y), fk.CrossEntropyLoss: (Z, Y), fk.LinearFDivergenceLoss: (H, W, -H, W, Y),
+           fk.LinearCrossEntropyLoss: (H, W, Y)}  # fmt: skip
+
+
+def error_of(call, *args, **keywords):
+    try:
+        call(*args, **keywords)
+    except (ValueError, TypeError) as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_settings_are_checked_when_they_are_given(kind):
+    """By what checks them in a call, in its words; at construction, and where they are changed."""
+    with_labels = {"ce_weight": 1.0} if "ce_weight" in kind.arguments else {}
+    for name in {*kind.arguments} - {*inspect.signature(kind.forward).parameters, "divergence", "weight"}:
+        for odd in ("x", math.nan, -1.5, [1.0], 10**400, object(), np.ones(3)):
+            refused = error_of(kind(**with_labels), *BATCHES[kind], **{name: odd})
+            assert refused == error_of(kind, **{name: odd}) == error_of(setattr, kind(), name, odd), (name, odd)
+
+
+def test_settings_are_attributes():
+    """As those of torch's own modules are; an attribute beside the setting changed nothing."""
+    loss = fk.CrossEntropyLoss(ignore_index=3)
+    assert (loss.ignore_index, loss.label_smoothing, loss.reduction) == (3, 0.0, "mean")
+    loss.reduction, loss.label_smoothing = "none", 0.2
+    want = F.cross_entropy(Z, Y, ignore_index=3, reduction="none", label_smoothing=0.2)
+    for same in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        torch.testing.assert_close(same(Z, Y), want)
+    loss = fk.FDivergenceLoss("js")
+    loss.divergence, loss.temperature = fk.TABLE["kl"], 2.0
+    assert loss(Z, -Z) == fk.f_divergence(Z, -Z, "kl", temperature=2.0)
+    assert repr(loss) == "FDivergenceLoss(kl, temperature=2.0)"
+
+
 def test_no_gradient_is_made_under_no_grad(backend):
     student, teacher = models(4, 60)
     with torch.no_grad():
@@ -332,7 +374,6 @@ def test_peak_memory_is_the_gradient_and_under_8_mib():
 
 
 S, T = torch.zeros(2, 8), torch.zeros(2, 8)
-Y = torch.zeros(2, dtype=torch.long)
 MISUSES = {
     "vocabularies": (lambda: fk.f_divergence(torch.zeros(2, 151936), torch.zeros(2, 152064)), "151936 and 152064.*vocab_size"),
     "shapes": (lambda: fk.f_divergence(S, T[:1]), r"one shape, not \(2, 8\) and \(1, 8\)"),

@@ -27,6 +27,12 @@ def why_not_auto(backend: str, device: torch.device) -> str | None:
     return cuda.why_not_auto() if backend == "cuda" else None
 
 
+def check_backend(backend: object) -> None:
+    """Raises ValueError for a name that no backend has."""
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str:
     """The backend's name for a call; `auto` is the fastest that can take it.
 
@@ -37,8 +43,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: D
         for name, module in BACKENDS.items():  # the last takes all
             if module.why_not(device, dtype, divergence) is None and why_not_auto(name, device) is None:
                 return name
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    check_backend(backend)
     reason = BACKENDS[backend].why_not(device, dtype, divergence)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot take this call: {reason}")
