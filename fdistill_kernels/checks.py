@@ -66,6 +66,31 @@ def _check_plain(name: str, value: Tensor) -> None:
     dual = forward_ad._current_level >= 0 and _has_tangent(value)
     if dual or functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
         raise NotImplementedError(f"{name}: {NO_TRANSFORM}")
+    if value.requires_grad and transformed() and _is_trained_outside():
+        raise NotImplementedError(f"{name} requires grad inside a torch.func transform of other tensors, through which "
+                                  "the fused losses make no graph: detach it")  # fmt: skip
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func runs, if only of other tensors: no compiler's, which has its own."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_trained_outside() -> bool:
+    """Whether autograd is on beneath all transforms, which switch it on inside."""
+    functorch = torch._C._functorch
+    of_grad = [t for t in functorch.get_interpreter_stack() or () if t.key() == functorch.TransformType.Grad]
+    return torch.is_grad_enabled() and all(functorch.CGradInterpreterPtr(t).prevGradMode() for t in of_grad)
+
+
+def check_transformed(name: str, like: Tensor) -> None:
+    """Raises NotImplementedError where a transform of other tensors has wrapped tensors such as `like`, of which no
+    operator takes the wrapping off.
+    """
+    if transformed() and torch._C._functorch.is_functorch_wrapped_tensor(like):
+        raise NotImplementedError(
+            f"{name} does not run inside torch.func's grad or jvp of other tensors: call it outside"
+        )
 
 
 def has_memory(value: Tensor) -> bool:
@@ -287,8 +312,8 @@ def in_graph(x: Tensor) -> Tensor:
 
 
 def needs_gradient(value: Tensor) -> bool:
-    """Whether a gradient is expected of it."""
-    return in_graph(value).requires_grad and torch.is_grad_enabled()
+    """Whether a gradient is expected of it; inside transforms of other tensors of nothing (`_check_plain`)."""
+    return in_graph(value).requires_grad and torch.is_grad_enabled() and not transformed()
 
 
 def check_denominator(value: object) -> float:

@@ -55,6 +55,8 @@ def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, T
 
 def _is_trained(call: LinearCall) -> bool:
     """Whether a gradient is expected; else there is no graph, which a transform of other tensors would not take."""
+    if checks.transformed():
+        return False
     trained = [x for x in (call.hidden, call.head.weight, call.head.bias) if x is not None and x.requires_grad]
     return len(trained) > 0 and torch.is_grad_enabled()  # not bool(), which Dynamo of torch 2.8 does not know of lists
 
@@ -67,7 +69,9 @@ def _rows(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Tensor, Tenso
     """Parts and gradients of hidden states, weight and bias; through the operator, but for what only Python holds."""
     if callable(call.teacher.rows) or isinstance(call.terms.divergence, Divergence):
         own = "divergence, one of your own beside hidden states,"
-        checks.check_unrecorded("teacher_hidden, a function," if callable(call.teacher.rows) else own)
+        name = "teacher_hidden, a function," if callable(call.teacher.rows) else own
+        checks.check_unrecorded(name)
+        checks.check_transformed(name, call.hidden)
         return _run_outside(call, backend)
     return linear_rows(*flat(call), backend)
 

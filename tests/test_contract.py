@@ -1163,6 +1163,43 @@ def test_what_is_not_trained_is_no_graph_inside_a_transform_of_other_tensors():
         assert (torch.vmap(lambda x, call=call: x * call())(torch.ones(3)) == call()).all()
 
 
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(f)(torch.tensor(1.0)), "vmap": lambda f: torch.vmap(f)(torch.ones(2)),
+    "jvp": lambda f: torch.func.jvp(f, (torch.tensor(1.0),), (torch.tensor(1.0),))[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_is_trained_is_refused_inside_a_transform_of_other_tensors(transform):
+    """Its gradient was lost, or torch's error was about a setup_context."""
+    student, head, labels = torch.randn(N, D).requires_grad_(), torch.randn(V, D).requires_grad_(), torch.arange(N)
+    still = student.detach()
+    for trained, call in (
+        ("logits", lambda: fk.log_sum_exp(student).sum()), ("hidden", lambda: fk.log_probs(student, head, labels).sum()),
+        ("linear_weight", lambda: fk.linear_cross_entropy(still, head, labels)),
+        ("student_logits", lambda: fk.f_divergence(student, still)), ("teacher_logits", lambda: fk.f_divergence(still, student)),
+    ):  # fmt: skip
+        with pytest.raises(
+            NotImplementedError, match=f"{trained} requires grad inside a torch.func transform of other"
+        ):
+            TRANSFORMS[transform](lambda x, call=call: x * call())
+        with torch.no_grad():
+            assert (TRANSFORMS[transform](lambda x, call=call: x * call()) == call()).all()
+
+
+@pytest.mark.parametrize("name", ["teacher_hidden, a function,", "divergence, one of your own"])
+def test_what_no_operator_runs_is_refused_inside_a_transform_of_other_tensors(name):
+    hidden, head, teacher = torch.randn(N, D), torch.randn(V, D), torch.randn(N, V)
+    given = {"teacher_hidden": lambda begin, end: teacher[begin:end]} if "teacher" in name else {"divergence": square}
+
+    def loss(x):
+        return x * fk.linear_f_divergence(hidden, head, **{"teacher_hidden": teacher, **given})
+
+    assert (torch.vmap(loss)(torch.ones(2)) == loss(1)).all()
+    with pytest.raises(NotImplementedError, match=f"{name} .*does not run inside torch.func's grad"):
+        torch.func.grad(loss)(torch.tensor(1.0))
+
+
 def of_dual(loss, x):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, x))).tangent
