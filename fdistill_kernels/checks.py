@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
@@ -56,8 +57,15 @@ def _has_tangent(value: Tensor) -> bool:
     return forward_ad.unpack_dual(value).tangent is not None
 
 
+def check_made(name: str, value: Any) -> None:
+    """Raises TypeError for a parameter of a lazy module that has not run yet."""
+    if not torch.compiler.is_compiling() and is_lazy(value):
+        raise TypeError(f"{name} has no shape yet, the parameter of a lazy module: call the module once before")
+
+
 def _check_plain(name: str, value: Tensor) -> None:
     """Kernels read what memory holds, and know of nothing beside it."""
+    check_made(name, value)
     if value.is_meta:
         raise TypeError(f"{name} is on the meta device: it has a shape and no data")
     if value.is_neg():
@@ -304,6 +312,19 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not imagined(x)
 
 
+def looked_at(x: Tensor) -> bool:
+    """Whether its values are for `require` to look at: now, or where a graph that is compiled for a CPU runs."""
+    return readable(x) or (x.device.type == "cpu" and torch.compiler.is_compiling())
+
+
+def require(fits: Tensor, message: str) -> None:
+    """Raises ValueError unless it holds; a graph raises RuntimeError when it comes there."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(message)
+
+
 def in_graph(x: Tensor) -> Tensor:
     """An argument of an autograd.Function; inside compilers a view. Where a transform (`torch.func.grad`) makes it
     require a gradient, they know that only of what comes of it, and pass by a function none of whose arguments does.
@@ -391,11 +412,10 @@ def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
 
 def check_temperature_of(name: str, value: Tensor, row_scale: Tensor, low: float, high: float) -> None:
     """The values of a tensor of temperatures, of tokens that count; a GPU is not asked."""
-    if readable(value):
+    if looked_at(value):
         value = value.double()  # float8 does not compare
         fits = (value >= low) & (value <= high)
-        if not (fits.reshape(-1) | (row_scale == 0)).all():
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}] in every token")
+        require((fits.reshape(-1) | (row_scale == 0)).all(), f"{name} must be in [{low:g}, {high:g}] in every token")
 
 
 def checked_items(num_items: object, reduction: str, tokens: int | Tensor, device: torch.device) -> float | Tensor:
@@ -419,7 +439,7 @@ def checked_items(num_items: object, reduction: str, tokens: int | Tensor, devic
     if asked and (isinstance(num_items, Tensor) or num_items == 0):
         items = torch.as_tensor(num_items, device=device).float()
         fits = ((items > 0) & items.isfinite()) | ((items == 0) & (tokens == 0))
-        torch._assert_async(fits, "num_items must be positive, or 0 where no token counts")
+        require(fits, "num_items must be positive, or 0 where no token counts")
     return num_items  # type: ignore[return-value]
 
 

@@ -223,6 +223,7 @@ def cross_entropy(
     checks.check_parts(return_parts)
     check_shard("shard", shard)
     values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
+    checks.check_made("input", values)
     if isinstance(values, Tensor) and values.dim() > 2 and not values.is_nested:  # which is refused by name below
         values = values.movedim(1, -1)
     logits, shard, _ = _logits_here("input", values, None, shard)
@@ -421,6 +422,7 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     check_shard("shard", shard)
     checks.check_tensor("target", target, floating=False)
+    checks.check_made("linear_weight", linear_weight)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         if shard is not None:
             raise ValueError("shard splits one head; linear_weight has several: call each with its shard")
@@ -439,16 +441,16 @@ def linear_cross_entropy(
                    logit_softcap=logit_softcap)  # fmt: skip
     names = "input", "linear_weight", "linear_bias"
     soft = target.is_floating_point()
+    path = path_of(memory, skip_tiles, chunk_bytes, Teacher(), shard)
     hidden, head, shard, _ = head_here(input, head, names, vocab_size, shard, target if soft else None)
     vocabulary, teacher = _vocabulary(head.weight.shape[0], shard), Teacher()
     if soft:
-        if memory == "minimal" or shard is not None:
+        if path.cut or shard is not None:
             what = "memory='minimal'" if shard is None else "shard"
             raise ValueError(f"{what} is for class indices as target")
         like = hidden[..., :1].expand(*hidden.shape[:-1], vocabulary)
         probabilities, terms = soft_targets(target, like, terms)
         teacher = Teacher(probabilities.reshape(-1, vocabulary))
-    path = path_of(memory, skip_tiles, chunk_bytes, teacher, shard)
     terms = checked_terms(terms, hidden, vocabulary, "labels" if soft else "target")
     checks.check_parts(return_parts)
     loss = loss_of_hidden(hidden, head, teacher, terms, path, backend, return_parts, carried_shard(shard))

@@ -97,6 +97,12 @@ def check_alone(name: str, value: object, **keywords: Any) -> None:
         raise ValueError(f"{', '.join(given)} beside {name}, a {type(value).__name__}, which has its own")
 
 
+def check_hidden_value(name: str, value: Hidden) -> None:
+    """Raises TypeError for a `Hidden` with something else in its head's place."""
+    if not isinstance(value.head, Head):
+        raise TypeError(f"{name}.head must be a Head, not {type(value.head).__name__}")
+
+
 def head_here(
     hidden: Tensor, head: Head, names: tuple[str, str, str], vocab_size: int | None, shard: VocabShard | None,
     teacher: Any = None, teacher_weight: Any = None,
@@ -155,10 +161,9 @@ def teacher_of(
     if isinstance(teacher, (Hidden, Logits)):
         check_alone("teacher_hidden", teacher, teacher_weight=weight, **keywords)
     if isinstance(teacher, Hidden):
-        if not isinstance(teacher.head, Head):
-            raise TypeError(f"the head of a Hidden teacher must be a Head, not {type(teacher.head).__name__}")
+        check_hidden_value("teacher_hidden", teacher)
         teacher, weight = teacher
-    if not isinstance(teacher, (Tensor, Logits)) and not callable(teacher):
+    if not isinstance(teacher, (Tensor, Logits)) and (not callable(teacher) or isinstance(teacher, type)):
         raise TypeError(
             f"teacher_hidden must be a tensor or a function of a range of rows, not {type(teacher).__name__}"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, products
 from .backends.rows import capped
-from .heads import checked_head, head_of, logits_of
+from .heads import check_hidden_value, checked_head, head_of, logits_of
 from .sparse import TopK, checked_tail
 from .tokens import TEMPERATURES
 from .values import Hidden, Logits
@@ -58,6 +58,8 @@ def top_k_of(
     for logits in rows_of_teacher:
         other = None if others is None else next(others)
         log_p, most = _log_softmax(logits, temperature), min(k, logits.shape[-1])
+        if other is not None:
+            _top("student", other)
         ids = (logits if other is None or support == "union" else other).topk(most, -1).indices
         if support == "union":
             assert other is not None
@@ -124,6 +126,7 @@ def _union(one: Tensor, other: Tensor) -> Tensor:
 def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
     """The logits' shape, and pieces of their rows in float32 (float64), capped."""
     if isinstance(model, Hidden):
+        check_hidden_value(name, model)
         head = head_of(f"{name}.head", model.head, bias=None, scale=None, softcap=None)
         states, head = checked_head(model.states, head, (f"{name}.states", f"{name}.head", f"{name}.bias"), None)
         head = head.with_each(lambda x: x.detach().to(states.dtype))  # which autocast may have changed
@@ -143,10 +146,15 @@ def _rows(name: str, model: Model) -> tuple[torch.Size, Iterator[Tensor]]:
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Of logits less their largest, whose differences a temperature leaves their digits; rows that have one."""
+    return ((logits - _top("teacher", logits)) / temperature).log_softmax(-1)
+
+
+def _top(name: str, logits: Tensor) -> Tensor:
+    """Each row's largest; a GPU is not asked whether it is a number."""
     top = logits.amax(-1, keepdim=True)
     if checks.readable(logits) and not torch.isfinite(top).all():
-        raise ValueError("teacher has a row of logits that holds a NaN or +inf, or nothing but -inf")
-    return ((logits - top) / temperature).log_softmax(-1)
+        raise ValueError(f"{name} has a row of logits that holds a NaN or +inf, or nothing but -inf")
+    return top
 
 
 def _wide(x: Tensor) -> Tensor:

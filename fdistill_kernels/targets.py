@@ -24,19 +24,17 @@ def soft_targets(target: Tensor, logits: Tensor, terms: LossTerms) -> tuple[Tens
                          f"{logits.device}, not {tuple(target.shape)} on {target.device}")  # fmt: skip
     checks.check_tensor("target", target)
     checks.check_constant("target", target)
-    checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
+    smoothing = checks.check_number("label_smoothing", terms.label_smoothing, 0, 1)
     checks.check_integer("ignore_index", terms.ignore_index)
     if terms.ignore_index >= 0:
         raise ValueError("ignore_index is for class indices, and target holds class probabilities")
-    if _known_negative(target):
-        raise ValueError("target holds negative class probabilities")
+    _check_not_negative(target, "target holds negative class probabilities")
     wide = torch.promote_types(torch.promote_types(target.dtype, logits.dtype), torch.float32)
     p = target.detach().to(wide)
-    if terms.label_smoothing:
-        p = p * (1 - terms.label_smoothing) + terms.label_smoothing / logits.shape[-1]
+    if smoothing:
+        p = p * (1 - smoothing) + smoothing / logits.shape[-1]
     if terms.class_weight is not None:
-        if _known_negative(terms.class_weight):
-            raise ValueError("weight must not be negative where target holds class probabilities")
+        _check_not_negative(terms.class_weight, "weight must not be negative where target holds class probabilities")
         p = p * terms.class_weight.to(wide)
     mass = p.sum(-1)
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
@@ -47,9 +45,9 @@ def soft_targets(target: Tensor, logits: Tensor, terms: LossTerms) -> tuple[Tens
     return torch.where(mass.unsqueeze(-1) == 0, 0, p.log()), of_loss
 
 
-def _known_negative(x: Tensor) -> bool:
-    """Whether an entry is below 0; a GPU is not asked."""
-    return checks.readable(x) and bool((x < 0).any())
+def _check_not_negative(x: Tensor, message: str) -> None:
+    if checks.looked_at(x):
+        checks.require(~(x < 0).any(), message)
 
 
 def as_cross_entropy(loss: Any, return_parts: bool | str) -> Any:

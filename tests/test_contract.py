@@ -332,7 +332,7 @@ def test_labels_of_a_compiled_call_are_looked_at(teacher, divergence, wrong):
         other = logits if teacher == "logits" else fk.TopK(listed.indices, listed.values)
         return fk.f_divergence(x, other, divergence, labels=labels, ce_weight=1.0)
 
-    with pytest.raises(ValueError, match=f"labels must be in .* but hold {wrong}"):
+    with pytest.raises(ValueError, match=f"labels, target or ids must be in .* but hold {wrong}"):
         torch.compile(loss, backend="aot_eager")(student)
 
 
@@ -340,6 +340,8 @@ def test_labels_of_a_compiled_call_are_looked_at(teacher, divergence, wrong):
     ("labels", torch.tensor([0, -100, 2]), torch.tensor([0, V, 2])), ("num_items", torch.tensor(5.0), torch.tensor(-1.0)),
     ("num_items", torch.tensor([3]), torch.tensor([0])), ("num_items", torch.tensor(5.0), torch.tensor(torch.inf)),
     ("num_items", 2.5, 0), ("ignore_index", -1, 1.5),
+    ("temperature", torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.0])),
+    ("teacher_temperature", torch.tensor(2.0), torch.tensor(torch.nan)),
 ])  # fmt: skip
 @pytest.mark.parametrize("linear", [False, True])
 def test_what_a_graph_alone_knows_is_looked_at_there(name, right, wrong, linear):
@@ -842,23 +844,41 @@ def test_compiled_teacher_functions_break_the_graph_and_are_right():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("of", ["logits", "hidden"])
+def test_probabilities_of_a_compiled_call_are_looked_at(of):
+    student, target, head = torch.randn(3, V), torch.randn(3, V).softmax(1), torch.eye(V)
+
+    def loss(x, target, weight):
+        if of == "hidden":
+            return fk.linear_cross_entropy(x, head, target, weight=weight)
+        return fk.cross_entropy(x, target, weight)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    weight = torch.rand(V)
+    torch.testing.assert_close(compiled(student, target, weight), loss(student, target, weight))
+    for words, wrong, factor in (("target holds neg", -target, weight), ("weight must not be neg", target, -weight)):
+        with pytest.raises(RuntimeError, match=words):
+            compiled(student, wrong, factor)
+
+
 ODD = {"None": None, "list": [1.0], "string": "x", "dict": {}, "complex": torch.ones(3) + 1j, "sparse": torch.eye(3).to_sparse(),
        "meta": torch.ones(3, device="meta"), "NaN": math.nan, "infinity": math.inf, "object": object(), "nested": torch.nested.nested_tensor([torch.ones(2)]),
        "numbers": torch.ones(7, 5, 3), "71 bits": 2**70, "no float": 10**400, "small": 1e-300, "great": 1e300, "yes": True,
-       "array": np.ones(4), "numpy's": np.float32(0.5), "fraction": Fraction(1, 3), "a tensor's": torch.tensor(3)}  # fmt: skip
+       "lazy": torch.nn.UninitializedParameter(), "class": fk.FDivergence, "array": np.ones(4), "numpy's": np.float32(0.5), "fraction": Fraction(1, 3), "a tensor's": torch.tensor(3)}  # fmt: skip
 S, T, Y = torch.randn(4, 8), torch.randn(4, 8), torch.zeros(4).long()
 H, W = torch.randn(4, 5), torch.randn(8, 5)
-CALLS = {
-    fk.f_divergence: (dict(student_logits=S, teacher_logits=T, labels=Y, ce_weight=0.5), ()),
-    fk.cross_entropy: (dict(input=S, target=Y), ("size_average", "reduce")),
-    fk.linear_f_divergence: (
-        dict(student_hidden=H, student_weight=W, teacher_hidden=H, teacher_weight=W, labels=Y, ce_weight=0.5),
-        (),
-    ),
-    fk.linear_cross_entropy: (dict(input=H, linear_weight=W, target=Y), ()),
-    fk.log_probs: (dict(hidden=H, head=W, ids=Y), ()), fk.log_sum_exp: (dict(logits=S), ()),
-    fk.top_k_of: (dict(teacher=T, k=3), ()), fk.sample_of: (dict(teacher=T, draws=3), ()),
-}  # fmt: skip
+OF_LABELS, DEPRECATED = dict(labels=Y, ce_weight=0.5), ("size_average", "reduce")
+CALLS = [
+    (fk.f_divergence, dict(student_logits=S, teacher_logits=T, **OF_LABELS)),
+    (fk.f_divergence, dict(student_logits=S, teacher_logits=fk.top_k_of(T, 2))),
+    (fk.cross_entropy, dict(input=S, target=Y)), (fk.cross_entropy, dict(input=S, target=T.softmax(1))),
+    (fk.linear_f_divergence, dict(student_hidden=H, student_weight=W, teacher_hidden=H, teacher_weight=W, **OF_LABELS)),
+    (fk.linear_f_divergence, dict(student_hidden=H, student_weight=W, teacher_hidden=lambda begin, end: T[begin:end])),
+    (fk.linear_cross_entropy, dict(input=H, linear_weight=W, target=Y)),
+    (fk.linear_cross_entropy, dict(input=H, linear_weight=W, target=T.softmax(1))),
+    (fk.log_probs, dict(hidden=H, head=W, ids=Y)), (fk.log_sum_exp, dict(logits=S)), (fk.top_k_of, dict(teacher=T, k=3)),
+    (fk.top_k_of, dict(teacher=T, k=3, support="union", student=S)), (fk.sample_of, dict(teacher=T, draws=3)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -877,16 +897,14 @@ def test_weights_beyond_the_arithmetic_are_refused(name, dtype, beyond):
             fk.f_divergence(student, T.to(dtype), divergence_weight=within, temperature=1e9, temperature_squared=True)
 
 
-@pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("call", range(len(CALLS)))
 @pytest.mark.parametrize("odd", ODD)
-def test_wrong_types_name_the_argument(function, odd):
+def test_wrong_types_name_the_argument(call, odd):
     """Every argument of every public function: it is taken, or the message begins with its name."""
     import inspect
 
-    given, skipped = CALLS[function]
-    for name in inspect.signature(function).parameters:
-        if name in skipped:
-            continue
+    function, given = CALLS[call]
+    for name in {*inspect.signature(function).parameters} - {*DEPRECATED}:
         try:
             function(**{**given, name: ODD[odd]})
         except (ValueError, TypeError) as error:

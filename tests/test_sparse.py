@@ -841,11 +841,14 @@ def test_lists_that_cannot_be_made():
         "draws must be at least 1": lambda x: fk.sample_of(x, 0),
         "teacher must have shape": lambda x: fk.top_k_of(x[0, 0], 2),
         "teacher has a row of logits that": lambda x: fk.sample_of(x * torch.nan, 2),
+        "student has a row of logits that": lambda x: fk.top_k_of(x, 2, support="union", student=x * torch.nan),
         "teacher.softcap must be": lambda x: fk.top_k_of(fk.Logits(x, -1.0), 2),
         "teacher.head.softcap must be": lambda x: fk.sample_of(fk.Hidden(x, fk.Head(x, softcap=0.0)), 2),
     }.items():
         with pytest.raises(ValueError, match=words):
             call(logits_of(52))
+    with pytest.raises(TypeError, match=r"teacher\.head must be a Head, not Tensor"):
+        fk.top_k_of(fk.Hidden(logits_of(52), logits_of(52)), 2)
 
 
 @pytest.mark.parametrize("backend", backends_for(torch.float32))

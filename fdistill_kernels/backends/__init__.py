@@ -20,6 +20,10 @@ from .rows import RowCall
 BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": chunked}
 
 
+#: What the losses' users call class indices, where it is not known which of them calls.
+CLASSES = "labels, target or ids"
+
+
 def why_not_auto(backend: str, device: torch.device) -> str | None:
     """The reason `auto` passes over a backend that can take a call, or None."""
     if backend == "triton" and device.type == "cpu":
@@ -116,7 +120,7 @@ def _empty(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     return like.new_empty(call.parts, like.shape[0]), *call.empty_gradients()
 
 
-def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int, name: str = "labels") -> None:
+def check_label_range(labels: Tensor | None, row_scale: Tensor, vocabulary: int, name: str = CLASSES) -> None:
     """Raises ValueError for labels outside [0, V) in rows that count; a GPU or a graph stops when it comes there."""
     if labels is None:
         return
