@@ -130,10 +130,12 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
         u = t.log().clone().requires_grad_()
         try:
             value = generator(u * 1)  # which it may change in place
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # of a function of more than t, too
             raise ValueError(f"{name}: f must be an elementwise function of a tensor: {error}") from error
     if not isinstance(value, Tensor) or value.shape != t.shape:
         raise ValueError(f"{name}: f must be elementwise: it takes a tensor and returns one of the same shape")
+    if value.dtype != t.dtype:
+        raise ValueError(f"{name}: f must keep the dtype of its argument, but made {value.dtype} of {t.dtype}")
     if not value.isfinite().all():
         raise ValueError(f"{name}: f is not finite at t = {t[~value.isfinite()][0]:g}")
     at_one = value[300].item()

@@ -1505,6 +1505,8 @@ def test_a_list_of_nothing_is_a_list_of_padding(divergence):
     (lambda t: (t - 1) ** 2 / t.max(), "f must be elementwise: its values at some t depend on the others"),
     (lambda t: (t - 1) ** 2 + 0.1 * (t - t.mean().detach()).relu(), "f must be elementwise: its values"),
     (lambda t: (t - 1) ** 2 * torch.ones(601), "f must be an elementwise function of a tensor"),
+    (lambda p, q: (p - q) ** 2, "f must be an elementwise function of a tensor: .*argument: 'q'"),
+    (lambda t: (t.float() - 1).abs(), "f must keep the dtype of its argument, but made torch.float32 of torch.float64"),
 ])  # fmt: skip
 def test_generators_that_have_no_slope_are_refused(generator, what):
     with pytest.raises(ValueError, match=what):
