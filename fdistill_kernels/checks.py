@@ -410,14 +410,6 @@ def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
     check_tokens(name, value if value.dim() else value.expand(logits.shape[:-1]), logits)
 
 
-def check_temperature_of(name: str, value: Tensor, row_scale: Tensor, low: float, high: float) -> None:
-    """The values of a tensor of temperatures, of tokens that count; a GPU is not asked."""
-    if looked_at(value):
-        value = value.double()  # float8 does not compare
-        fits = (value >= low) & (value <= high)
-        require((fits.reshape(-1) | (row_scale == 0)).all(), f"{name} must be in [{low:g}, {high:g}] in every token")
-
-
 def checked_items(num_items: object, reduction: str, tokens: int | Tensor, device: torch.device) -> float | Tensor:
     """The denominator that a user gives: a positive number, or a tensor of one; 0 where no token counts."""
     if reduction in ("sum", "none"):

@@ -17,6 +17,7 @@ from .values import LossParts, LossTerms, Metrics, SparseParts
 
 #: Temperatures whose square and inverse float32 holds.
 TEMPERATURES = (1e-18, 1e18)
+IN_EVERY_TOKEN = "must be in [{:g}, {:g}] in every token".format(*TEMPERATURES)  # of what a compiler may make symbols
 #: What may be a tensor of tokens, and the ends that numbers have.
 PER_TOKEN = (("temperature", *TEMPERATURES), ("teacher_temperature", *TEMPERATURES),
              ("divergence_weight", -math.inf, math.inf))  # fmt: skip
@@ -172,7 +173,7 @@ def token_terms(
     t, of_teacher = terms.temperature, terms.teacher_temperature
     for name, value in (("temperature", t), ("teacher_temperature", of_teacher)):
         if isinstance(value, Tensor):
-            checks.check_temperature_of(name, value, row_scale, *TEMPERATURES)
+            _check_temperatures(name, value, row_scale)
     divergence, class_weight, weight = divergence_of(terms), terms.class_weight, terms.divergence_weight
     needed = divergence is not None and divergence.needs_labels
     if class_weight is not None:
@@ -204,6 +205,15 @@ def token_terms(
         return of_rows, tokens, None
     of_labels = _within(terms.ce_weight, vectors.dtype), _within(terms.z_loss, vectors.dtype)
     return of_rows, tokens, Known(every_row, (float(divergence is not None), *of_labels))
+
+
+def _check_temperatures(name: str, value: Tensor, row_scale: Tensor) -> None:
+    """The values of a tensor of temperatures, of tokens that count; a GPU is not asked."""
+    if checks.looked_at(value):
+        low, high = TEMPERATURES
+        value = value.double()  # float8 does not compare
+        fits = (value >= low) & (value <= high)
+        checks.require((fits.reshape(-1) | (row_scale == 0)).all(), f"{name} {IN_EVERY_TOKEN}")
 
 
 def has_metrics(return_parts: bool | str, targets: Targets) -> bool:
