@@ -359,11 +359,16 @@ def shared_vocabulary(name: str, logits: Tensor, vocab_size: int | None) -> Tens
     return logits[..., :vocab_size]
 
 
-def check_labels(labels: Tensor, logits: Tensor, name: str = "labels") -> None:
-    """Class indices of the logits' leading shape."""
+def check_classes(name: str, labels: Tensor) -> None:
+    """Integers."""
     check_tensor(name, labels, floating=False)
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integer class indices, not {labels.dtype}")
+
+
+def check_labels(labels: Tensor, logits: Tensor, name: str = "labels") -> None:
+    """Class indices of the logits' leading shape."""
+    check_classes(name, labels)
     check_tokens(name, labels, logits)
 
 

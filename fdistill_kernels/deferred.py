@@ -487,6 +487,7 @@ def _cross_entropy(
     more = dict(z.deferral.keywords)
     masked, smoothing = more.pop("ignore_index", None), more.pop("label_smoothing", label_smoothing)
     if masked is not None:
+        target = target.long()  # a byte does not hold every index
         target = target.masked_fill(target == masked, ignore_index)
 
     def loss(hidden: Tensor, own_weight: Tensor, own_bias: Tensor | None) -> Tensor:

@@ -300,6 +300,9 @@ def many_heads(
     if 0 in places:
         raise ValueError(f"linear_weight of shape {tuple(weights.shape)} holds no head")
     soft, vocab_size = target.is_floating_point(), keywords["vocab_size"]
+    if not soft:
+        checks.check_classes("target", target)
+        target = target.long()  # bytes would be compared with an ignore_index of a byte
     if vocab_size is not None:
         checks.check_vocab_size(vocab_size, weights.shape[0], "the rows of linear_weight")
     wanted = (input.shape[0], *([vocab_size or weights.shape[0]] if soft else []), *places)
@@ -325,5 +328,5 @@ def many_heads(
     if reduction in ("none", "sum"):
         return losses if reduction == "none" else losses.sum()
     if weight is not None and not soft:
-        return losses.sum() / sum_of_target_weights(weight.to(losses.dtype), target.long(), mask)
+        return losses.sum() / sum_of_target_weights(weight.to(losses.dtype), target, mask)
     return losses.sum() / tokens.clamp_min(1)
