@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .divergences import PARAMETERS, TABLE, Divergence, Terms
 from .formulas import times
 
+#: What is said of a generator whose graph has a leaf beside t.
+PARAMETER = "has a parameter that requires grad, but the loss is not differentiable in it"
+
 
 class FDivergence(Divergence):
     """A divergence made of a user's own generator f: run by the torch backend in chunks, or by Triton with `triton`.
@@ -89,11 +92,26 @@ def _terms(f: Any, from_log_ratio: Any, p: Tensor, q: Tensor, log_p: Tensor, log
     with torch.inference_mode(False), torch.enable_grad(), autograd_inside_an_operator():
         u = _log_ratio(log_p, log_q).detach().requires_grad_()
         value = _generator(f, from_log_ratio, u)
+        _check_still(value, u)
         (slope,) = torch.autograd.grad(value.sum(), u)  # df/du = t f′(t)
     larger, inverse = _larger(p, q, u)
     value, slope = (times(larger, (x * inverse).detach()) for x in (value, slope))
     beyond = value.isinf() | slope.isinf()  # what overflows first may have either sign, and their sum is the loss
     return torch.where(beyond, torch.inf, value - slope), torch.where(slope == -torch.inf, 0, slope)
+
+
+def _check_still(value: Tensor, of: Tensor) -> None:
+    """Raises ValueError for a graph with another leaf, such as a parameter that was unfrozen after its generator was
+    given.
+    """
+    nodes, leaves = [value.grad_fn], set()
+    for node in nodes:
+        for before, _ in () if node is None else node.next_functions:
+            if before is not None and before not in nodes:
+                nodes.append(before)
+                leaves.add(getattr(before, "variable", of))
+    if leaves - {of}:
+        raise ValueError(f"the generator {PARAMETER}")
 
 
 def _own_divergence(given: dict[str, Any]) -> FDivergence:
@@ -156,7 +174,7 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
         except RuntimeError as error:  # of a tensor that fits one size
             raise ValueError(f"{name}: f must be an elementwise function of a tensor: {error}") from error
         if of_some.requires_grad:
-            raise ValueError(f"{name}: f has a parameter that requires grad, but the loss is not differentiable in it")
+            raise ValueError(f"{name}: f {PARAMETER}")
     if of_some.shape != t[1::2].shape or not torch.allclose(of_some, value.detach()[1::2], 1e-6, 1e-9):
         raise ValueError(f"{name}: f must be elementwise: its values at some t depend on the others beside them")
     slopes = value.detach().diff() / t.diff()

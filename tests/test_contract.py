@@ -942,6 +942,21 @@ def test_own_generators_without_autograd(mode):
         assert fk.linear_f_divergence(*hidden, made).isfinite()
 
 
+def test_a_generator_s_parameter_that_is_unfrozen_later_is_refused():
+    """It was looked at when the generator was given alone, and got no gradient."""
+    student, logits, hidden, weight, *_ = given()
+    factor = torch.nn.Parameter(torch.tensor(2.0), requires_grad=False)
+    own = fk.FDivergence(lambda t: (factor * 1) * (t - 1) ** 2)
+    assert fk.f_divergence(student, logits, own).isfinite()
+    factor.requires_grad_()
+    for loss in (
+        lambda: fk.f_divergence(student, logits, own),
+        lambda: fk.linear_f_divergence(hidden, weight, logits.detach(), divergence=own),
+    ):
+        with pytest.raises(ValueError, match="has a parameter that requires grad"):
+            loss()
+
+
 def test_an_own_generator_hands_a_nan_on():
     student, teacher = models()
     teacher[0, 3] = math.nan
