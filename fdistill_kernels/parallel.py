@@ -98,13 +98,15 @@ def carried_shard(shard: VocabShard | None) -> Shard:
 
 
 def check_shard(name: str, shard: object) -> None:
-    """Raises TypeError unless it is a `VocabShard` of integers, or None."""
+    """Raises TypeError unless it is a `VocabShard` of integers and flags, or None."""
     if shard is None:
         return
     if not isinstance(shard, VocabShard):
         raise TypeError(f"{name} must be a VocabShard (fk.vocab_shard), not {type(shard).__name__}")
     for of in ("begin", "size", "width", "last"):
         checks.check_integer(f"{name}.{of}", getattr(shard, of))
+    for of in ("sum_hidden", "own_rows"):
+        checks.check_flag(f"{name}.{of}", getattr(shard, of))
 
 
 def local_part(name: str, values: Any, dim: int, shard: VocabShard | None = None) -> tuple[Any, VocabShard | None]:

@@ -1561,6 +1561,7 @@ def test_values_that_are_refused_by_name():
         (fk.VocabShard("x", 0, 7), "group must be a process group, not 'x'"),
         (fk.VocabShard(None, 0.0, 7), "shard.begin must be an int"),
         (fk.VocabShard(None, 0, "7"), "shard.size must be an int"),
+        (fk.VocabShard(None, 0, 7, None), "shard.sum_hidden must be True or False"),
     ):
         with pytest.raises((ValueError, TypeError), match=what):
             fk.f_divergence(student, teacher, shard=shard)
