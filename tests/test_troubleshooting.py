@@ -145,7 +145,7 @@ def test_the_losses_say_what_the_page_quotes():
     messages = {said(call) for call in CALLS}
     assert messages <= set(QUOTED)
     others = [m for m in QUOTED if f"`{m}`" in of_losses and m not in messages]
-    assert [m.partition(" ")[0] for m in others] == ["labels", "position"]  # a GPU's, a server's
+    assert [m.partition(" ")[0] for m in others] == ["labels,", "position"]  # a GPU's, a server's
 
 
 def test_the_page_names_the_divergences_that_are_infinite():
