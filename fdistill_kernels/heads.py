@@ -163,7 +163,7 @@ def teacher_of(
     if isinstance(teacher, Hidden):
         check_hidden_value("teacher_hidden", teacher)
         teacher, weight = teacher
-    if not isinstance(teacher, (Tensor, Logits)) and (not callable(teacher) or isinstance(teacher, type)):
+    if not isinstance(teacher, (Tensor, Logits)) and not _is_function(teacher):
         raise TypeError(
             f"teacher_hidden must be a tensor or a function of a range of rows, not {type(teacher).__name__}"
         )
@@ -177,6 +177,11 @@ def teacher_of(
     return _teacher_of_states(teacher, head, student, of_student, own)
 
 
+def _is_function(value: object) -> bool:
+    """Whether it may be a teacher's function: no class, whose instance would be meant."""
+    return callable(value) and not isinstance(value, type)
+
+
 def _teacher_of_logits(
     teacher: Tensor | RowFunction | Logits, student: Tensor, of_student: Entries, own: VocabShard | None,
     **of_head: Any,
@@ -186,7 +191,7 @@ def _teacher_of_logits(
     cap = None
     if isinstance(teacher, Logits):
         cap, teacher = checked_cap("teacher_hidden.softcap", teacher.softcap), teacher.values
-        if not callable(teacher):  # a value inside another is neither
+        if not _is_function(teacher):  # a value inside another is neither
             checks.check_tensor("teacher_hidden.values", teacher)
     for keyword, value in of_head.items():
         if value is not None:

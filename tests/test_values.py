@@ -287,7 +287,7 @@ def test_what_is_of_a_teacher_s_head_needs_one(keyword, value, teacher):
         fk.linear_f_divergence(HIDDEN, WEIGHT, teacher, **{f"teacher_{keyword}": value})
 
 
-@pytest.mark.parametrize("inner", [fk.Logits(torch.randn(N, V)), fk.top_k_of(torch.randn(N, V), 2), None])
+@pytest.mark.parametrize("inner", [fk.Logits(torch.randn(N, V)), fk.top_k_of(torch.randn(N, V), 2), None, fk.Logits])
 def test_a_value_inside_another_is_refused(inner):
     with pytest.raises(TypeError, match=r"teacher_hidden\.values must be a tensor"):
         fk.linear_f_divergence(HIDDEN, WEIGHT, fk.Logits(inner))
