@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,6 +154,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of some words."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_path(name: str, value: object) -> None:
+    """Text, or what stands for a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, not {type(value).__name__}")
 
 
 def _shown(value: object) -> str:

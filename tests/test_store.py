@@ -719,6 +719,28 @@ def test_what_is_no_row_of_token_ids_is_refused(tmp_path, ids):
         store.targets([[1]], [[2]], tail="sampled")
 
 
+WRONG = [None, 3, np.ones(3), object(), torch.ones(2, dtype=torch.long, device="meta"), torch.eye(2).to_sparse()]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda x: type(x).__name__)
+def test_every_argument_of_a_store_is_refused_by_name(tmp_path, wrong):
+    store, _ = filled(tmp_path / "store")
+    calls = {
+        "validate": lambda: TeacherStore(store.folder, validate=wrong), "prompts": lambda: store.targets(wrong, [[1]]),
+        "continuations": lambda: store.targets([[1]], wrong), "pair": lambda: wrong in store, "tail": lambda: store.targets([[1]], [[2]], wrong),
+        "prompt": lambda: store.writer().add(wrong, [2, 3], GOOD), "continuation": lambda: store.writer().add([1], wrong, GOOD),
+        "targets": lambda: store.writer().add([9], [2, 3], wrong),
+        **{f"targets.{n}": lambda n=n: store.writer().add([9], [2, 3], GOOD._replace(**{n: wrong})) for n in ("ids", "log_probs", "temperature")},
+        **{n: lambda n=n: TeacherStore.create(**{"folder": tmp_path / "new", "kind": "top_k", "vocabulary": 40, "key": KEY, "k": 8, n: wrong})
+           for n in ("folder", "kind", "vocabulary", "key", "log_probs", "states", "temperature", "extra")},
+    }  # fmt: skip
+    taken = {"extra": None, "temperature": 3, "vocabulary": 3}
+    for name, call in calls.items():
+        if name not in taken or wrong is not taken[name]:
+            with pytest.raises((ValueError, TypeError), match=name.rpartition(".")[2]):
+                call()
+
+
 def test_only_old_partial_files_are_removed(tmp_path):
     filled(tmp_path)
     old, new = (tmp_path / "shards" / f"{name}.safetensors.0.partial" for name in ("old", "new"))

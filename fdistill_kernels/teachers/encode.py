@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.rows import Targets
 from ..backends.sparse import check_targets
+from ..checks import DTYPES, INTEGERS, check_number, check_tensor
 from ..sparse import TopK
 from . import packing
 
@@ -18,6 +19,7 @@ def encoded_states(states: Any, length: int, settings: dict[str, Any], projectio
     """The tensors of states (L, D), which are kept by a projection (D, rank) if there is one."""
     if not isinstance(states, Tensor) or not states.is_floating_point():
         raise TypeError(f"targets must be a tensor of hidden states, not {type(states).__name__}")
+    check_tensor("targets", states, floating=False)
     if states.shape != (length, settings["width"]):
         raise ValueError(f"targets must have shape {(length, settings['width'])}, not {tuple(states.shape)}")
     states = states.detach().cpu()
@@ -52,14 +54,16 @@ def _checked(targets: Any, length: int, settings: dict[str, Any]) -> tuple[np.nd
         raise TypeError(f"targets must be a TopK, not {type(targets).__name__}")
     if targets.weights is not None:
         raise ValueError("targets must have no weights, which no store keeps")
-    if targets.temperature != settings["temperature"]:
+    if check_number("targets.temperature", targets.temperature) != settings["temperature"]:
         raise ValueError(f"targets must have temperature {settings['temperature']}, as the store, not "
                          f"{targets.temperature}")  # fmt: skip
+    check_tensor("targets.ids", targets.ids, floating=False)
+    check_tensor("targets.log_probs", targets.log_probs, floating=False)
     ids, log_probs = targets.ids.detach().cpu(), targets.log_probs.detach().cpu()
     if ids.shape != log_probs.shape or ids.ndim != 2 or len(ids) != length or ids.shape[1] > settings["k"]:
         raise ValueError(f"targets.ids and targets.log_probs must be ({length}, K) for K up to {settings['k']}, not "
                          f"{tuple(ids.shape)} and {tuple(log_probs.shape)}")  # fmt: skip
-    if ids.is_floating_point() or ids.dtype == torch.bool or not log_probs.is_floating_point():
+    if ids.dtype not in INTEGERS or log_probs.dtype not in DTYPES:
         raise TypeError(f"targets has ids of {ids.dtype} and log_probs of {log_probs.dtype}")
     ids = ids.long()
     log_probs = log_probs.float().masked_fill(ids < 0, -torch.inf)

@@ -34,7 +34,7 @@ from ..values import Head, Hidden
 from .background import Background, all_of
 from .connection import FIRST_WAIT, Connection, EndpointError
 from .locks import is_locked, lock, unlock
-from .pairs import pair_of, paired
+from .pairs import key_of, paired
 from .readers import Lists, Misfit, form, sglang_rows, vllm_rows
 from .settings import check_same, checked_settings
 from .store import MissingTargets, TeacherStore
@@ -345,7 +345,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         """
         claims = os.open(store.folder / "asking.lock", os.O_RDWR | os.O_CREAT)
         try:
-            for byte in sorted({int.from_bytes(pair_of(*pair)[0][:7], "big") for pair in pairs}):
+            for byte in sorted({int.from_bytes(key_of(pair)[:7], "big") for pair in pairs}):
                 while not lock(claims, byte, 1):
                     await asyncio.sleep(0.05)
             store.refresh()

@@ -47,6 +47,9 @@ def checked_settings(
         if value is not None or name == "vocabulary":
             check_integer(name, value)
     check_number("temperature", temperature)
+    for name, text in (("kind", kind), ("log_probs", log_probs), ("states", states)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a string, not {type(text).__name__}")
     common = {"format": FORMAT, "kind": kind, "vocabulary": int(vocabulary)}
     if kind not in KINDS or vocabulary < 1:
         raise ValueError(f"kind must be one of {', '.join(KINDS)} and vocabulary positive, not {kind!r}, {vocabulary}")

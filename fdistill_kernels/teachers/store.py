@@ -16,7 +16,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .. import products
-from ..checks import check_integer
+from ..checks import check_choice, check_integer, check_path
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from . import packing
 from .encode import counted, encoded_lists, encoded_states
 from .files import Damaged, hash_of, mapped, remove_old, sealed, unsealed, write_whole
-from .pairs import Pair, TokenIds, pair_of, paired
+from .pairs import Pair, TokenIds, key_of, pair_of, paired
 from .settings import FORMAT, as_json, check_same, checked_settings, kept_head
 from .shard import Kept, Shard, write_shard
 
@@ -78,8 +78,8 @@ class TeacherStore:
             ValueError: the manifest is missing or damaged, or `create` had another key; the message gives every field
                 that differs with both values.
         """
-        if validate not in ("lazy", "full"):
-            raise ValueError(f"validate must be lazy or full, not {validate!r}")
+        check_choice("validate", validate, ("lazy", "full"))
+        check_path("folder", folder)
         self.folder = Path(folder).absolute()  # the process may change its folder
         try:
             content = unsealed(self.folder / "manifest.json")
@@ -133,7 +133,8 @@ class TeacherStore:
             OSError: a file could not be written; the message names it.
         """
         settings = checked_settings(kind, vocabulary, k, log_probs, states, rank, head, temperature)
-        folder, key, extra = Path(folder), as_json("key", key), as_json("extra", extra or {})
+        check_path("folder", folder)
+        folder, key, extra = Path(folder), as_json("key", key), as_json("extra", {} if extra is None else extra)
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         remove_old(folder)
         kept: dict[str, Tensor] | None = None
@@ -264,11 +265,13 @@ class TeacherStore:
         return len(self._index)
 
     def __contains__(self, pair: Pair) -> bool:
-        return pair_of(*pair)[0] in self._index
+        return key_of(pair) in self._index
 
     def missing(self, pairs: Sequence[Pair]) -> list[int]:
         """Indices of pairs (prompt, continuation) that are not in the store. Damage not found yet is not noticed."""
-        return [i for i, pair in enumerate(pairs) if pair_of(*pair)[0] not in self._index]
+        if not isinstance(pairs, Iterable):
+            raise TypeError(f"pairs must be a list of pairs, not {type(pairs).__name__}")
+        return [i for i, pair in enumerate(pairs) if key_of(pair) not in self._index]
 
     def sequences(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sequence once, as (prompt, continuation) int64, shard by shard; each shard is verified first."""
@@ -295,7 +298,7 @@ class TeacherStore:
                 not have.
         """
         checked_tail(tail)
-        keys = [pair_of(*pair)[0] for pair in paired(prompts, continuations)]
+        keys = [key_of(pair) for pair in paired(prompts, continuations)]
         if not keys:
             raise ValueError("targets of no sequence were asked for")
         parts = self._gather(keys)
