@@ -194,6 +194,13 @@ def test_other_lines_that_do_not_fit(tmp_path):
     assert row.ids.shape == (4, 30) and ((row.ids >= 0).sum(1) >= K).all() and (row.ids[:, -1] == -1).all()
 
 
+@pytest.mark.parametrize("read", [readers.vllm_replies, readers.sglang_replies])
+def test_settings_of_lists_are_named_before_a_file_is_read(read):
+    for name, wrong in (("k", 2.0), ("vocabulary", "40"), ("short_rows", "false"), ("padded", 1)):
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            list(read("nowhere", **{"k": 2, "vocabulary": 40, name: wrong}))
+
+
 def shifted(meta):
     tops = meta["input_top_logprobs"]
     tops[1:] = [*tops[2:], tops[1]]

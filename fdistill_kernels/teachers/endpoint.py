@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import products
 from ..backends.rows import capped
-from ..checks import check_choice, check_integer, check_number
+from ..checks import check_choice, check_flag, check_integer, check_number, check_path
 from ..sparse import TopK, checked_tail
 from ..values import Head, Hidden
 from .background import Background, all_of
@@ -112,11 +112,18 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         ):  # fmt: skip
             check_integer(name, value, least)
         check_number("first_wait", first_wait, 0)
-        if timeout != math.inf:
+        if not (isinstance(timeout, float) and timeout == math.inf):
             check_number("timeout", timeout, 0, open_low=True)
         if not isinstance(model, str | None):
             raise TypeError(f"model must be the name of a model, not {model!r}")
         check_choice("kind", kind, KINDS)
+        check_flag("short_rows", short_rows)
+        check_flag("padded", padded)
+        for name, path in (("states_folder", states_folder), ("store", store)):
+            if path is not None and not isinstance(path, TeacherStore):
+                check_path(name, path)
+        if norm is not None and not callable(norm):
+            raise TypeError(f"norm must be a function of states, not {type(norm).__name__}")
         hidden = {"norm": norm, "head": head, "states_folder": states_folder}
         wrong = [name for name, value in hidden.items() if (value is None) == (kind == "vllm_hidden")]
         if wrong:

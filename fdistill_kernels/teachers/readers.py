@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..backends.sparse import MOST_MASS
-from ..checks import check_integer
+from ..checks import check_flag, check_integer
 from ..sparse import TopK
 
 Scored = tuple[Tensor, Tensor, TopK]
@@ -203,6 +203,8 @@ def _lines(path: Path, parts: Any, rows: Any, prompt_length: PromptLength, lists
         prompt_length = operator.itemgetter(prompt_length)
     for name in ("k", "vocabulary"):
         check_integer(name, getattr(lists, name), 1)
+    for name in ("short_rows", "padded"):
+        check_flag(name, getattr(lists, name))
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
