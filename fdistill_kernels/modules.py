@@ -37,7 +37,7 @@ CHECKED: dict[str, Callable[[str, Any], object]] = {
 PATH: dict[str, Any] = {"memory": "chunks", "skip_tiles": True, "chunk_bytes": None, "teacher": Teacher()}
 
 
-def _check(argument: inspect.Parameter, value: Any) -> None:
+def check_setting(argument: inspect.Parameter, value: Any) -> None:
     """Raises what the function would raise for its argument's value; the shape of a tensor is the batch's."""
     if value is None and "None" in argument.annotation:
         return
@@ -51,7 +51,7 @@ def _setting(argument: inspect.Parameter) -> property:
     """An argument of the function as an attribute, which can be changed."""
 
     def change(loss: _Loss, value: Any) -> None:
-        _check(argument, value)
+        check_setting(argument, value)
         loss.settings[argument.name] = value
 
     return property(lambda loss: loss.settings.get(argument.name, argument.default), change)
@@ -81,7 +81,7 @@ class _Loss(nn.Module):
                 near = difflib.get_close_matches(name, self.arguments, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}{hint}")
-            _check(self.arguments[name], value)
+            check_setting(self.arguments[name], value)
             self.settings[name] = value
 
     def extra_repr(self) -> str:

@@ -117,6 +117,30 @@ def test_keywords_of_the_loss(is_own):
             patch_model(model, **{unknown: 1.0})
 
 
+@pytest.mark.parametrize("name, wrong", [
+    ("label_smoothing", 1.5), ("z_loss", "x"), ("memory", "chunk"), ("chunk_bytes", 0), ("skip_tiles", 1), ("backend", "tpu"),
+    ("ignore_index", 1.5), ("token_weight", 2.0), ("shard", 3), ("keep_logits", 1),
+])  # fmt: skip
+def test_keywords_are_checked_before_a_model_is_changed(name, wrong):
+    """They were looked at in the first step."""
+    model = llama()
+    with pytest.raises((ValueError, TypeError), match=name):
+        patch_model(model, **{name: wrong})
+    assert type(model) is type(llama())
+
+
+@pytest.mark.parametrize("loss", [causal_loss, seq2seq_loss])
+def test_labels_of_a_trainer_s_loss_are_refused_by_name(loss):
+    outputs = type("Outputs", (), {"logits": torch.randn(2, 6, 40)})
+    for wrong in (None, [[1]], torch.ones(2, 6), torch.ones(3, 4).long(), torch.ones(6, 2).long()):
+        with pytest.raises((ValueError, TypeError), match=r"^(labels|target) must "):
+            loss(outputs, wrong)
+    with pytest.raises(TypeError, match="ignore_index must be an int"):
+        loss(outputs, torch.ones(2, 6).long(), ignore_index=1.5)
+    with pytest.raises(ValueError, match="outputs has no logits"):
+        loss((outputs.logits,), torch.ones(2, 6).long())
+
+
 def test_packed_sequences_are_the_models_own(is_own):
     model = llama()
     positions = torch.cat((torch.arange(3), torch.arange(4))).expand(3, 7)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_integer
+from ..checks import check_classes, check_flag, check_integer
 from ..deferred import Deferral, Logits, active, is_plain, output_embedding, unwatch, watch
 from ..functional import cross_entropy, linear_cross_entropy
+from ..modules import check_setting
 
 IGNORE = -100
 #: Of `linear_cross_entropy`, what the model's own forward and loss function say.
@@ -55,14 +56,16 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
 
     Raises:
         TypeError: the output embedding is not a plain linear layer (LoRA, quantised); the forward takes no labels; a
-            keyword is unknown.
-        ValueError: there is no output embedding.
+            keyword is unknown, or of another type.
+        ValueError: there is no output embedding, or a keyword's value is one that the loss does not take.
     """
-    known = inspect.signature(linear_cross_entropy).parameters.keys() - THEIRS
+    arguments = inspect.signature(linear_cross_entropy).parameters
+    known = arguments.keys() - THEIRS
     for name in keywords.keys() - known:
         raise TypeError(f"{name} is not among what patch_model takes: {', '.join(sorted(known))}")
     check_flag("keep_logits", keep_logits)
-    check_integer("ignore_index", keywords.get("ignore_index", -100))
+    for name, value in keywords.items():
+        check_setting(arguments[name], value)
     base = _base_model(model)
     head = output_embedding(base)
     if not is_plain(head):
@@ -210,7 +213,9 @@ def causal_loss(
     Raises:
         ValueError: the outputs have no logits, as those of a patched model that trains with labels.
     """
+    check_integer("ignore_index", ignore_index)
     if shift_labels is None:  # the label of each position is its next token; the last position has none
+        check_classes("labels", labels)
         shift_labels = torch.nn.functional.pad(labels.long(), (0, 1), value=ignore_index)[..., 1:]
     return seq2seq_loss(outputs, shift_labels, num_items_in_batch, ignore_index=ignore_index, **keywords)
 
@@ -221,11 +226,15 @@ def seq2seq_loss(
     """As `causal_loss`, for models whose labels are aligned with their logits: encoder–decoder and masked models. As
     `Trainer` gives the model no labels then, an encoder–decoder's batches need decoder_input_ids.
     """
-    if outputs.logits is None:
+    check_classes("labels", labels)
+    if getattr(outputs, "logits", None) is None:
         raise ValueError(
             "outputs has no logits: a patched model that trains with labels gives its loss alone; use that, or call it "
             "without labels or without patch_model"
         )
-    logits = outputs.logits.flatten(0, -2)
-    return cross_entropy(logits, labels.to(logits.device).flatten(), num_items=num_items_in_batch,
+    logits = outputs.logits
+    if labels.dim() > 1 and labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels must have the logits' leading shape {tuple(logits.shape[:-1])}, not "
+                         f"{tuple(labels.shape)}")  # fmt: skip
+    return cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten(), num_items=num_items_in_batch,
                          ignore_index=ignore_index, **keywords)  # fmt: skip
