@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Numbers of programs that are exported; what Dynamo traces are ints and floats to it.
+SYMBOLS = (torch.SymInt, torch.SymFloat)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
 NO_TRANSFORM = (
     "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach into the fused losses; batch by leading "
@@ -140,8 +142,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
     """An int of 64 bits, `low` or more."""
-    if torch.compiler.is_compiling() and not isinstance(value, (int, float, Tensor, str)) and value is not None:
-        return  # a symbolic one
+    if isinstance(value, SYMBOLS):
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {_shown(value)}")
     if value.bit_length() > 63 and value != -(2**63):
@@ -399,12 +401,12 @@ def check_number(
     Inside compilers it stays what it is: to make it a float, or to ask `isfinite`, would be a graph for each value.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and not isinstance(value, (bool, int, float, Tensor, str)) and value is not None:
-        return value  # a symbolic one
+    if isinstance(value, SYMBOLS):
+        return value  # type: ignore[return-value]
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (float, int, numbers.Real)):  # the last asks long
         raise TypeError(f"{name} must be a number, not {_shown(value)}")
     try:
-        number: Any = value if compiling else float(value)
+        number: Any = value if compiling and isinstance(value, (int, float)) else float(value)
     except OverflowError:
         number = value = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     inside = low < number <= high if open_low else low <= number <= high

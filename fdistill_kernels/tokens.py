@@ -22,6 +22,7 @@ IN_EVERY_TOKEN = "must be in [{:g}, {:g}] in every token".format(*TEMPERATURES) 
 PER_TOKEN = (("temperature", *TEMPERATURES), ("teacher_temperature", *TEMPERATURES),
              ("divergence_weight", -math.inf, math.inf))  # fmt: skip
 NUMBERS = frozenset((type(None), bool, int, float, str))
+UNKNOWN = (Tensor, *checks.SYMBOLS)
 #: Of the vectors' dtypes.
 ENDS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 
@@ -122,8 +123,10 @@ class _Vectors:
         self.made: dict[float, Tensor] = {}
 
     def known(self, value: Any) -> bool:
-        """Whether it is a number, and no compiler runs: in its graphs a float that changes each step is an input."""
-        return not (self.compiling or isinstance(value, Tensor))
+        """Whether it is a number, and no compiler runs: in its graphs a float that changes each step is an input, and a
+        symbol stands for the numbers of other batches.
+        """
+        return not (self.compiling or isinstance(value, UNKNOWN))
 
     def full(self, value: float) -> Tensor:
         """One number for all."""

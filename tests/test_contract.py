@@ -861,6 +861,14 @@ def test_probabilities_of_a_compiled_call_are_looked_at(of):
             compiled(student, wrong, factor)
 
 
+@pytest.mark.parametrize("name, wrong", [("temperature", [1.0]), ("ce_weight", 1j), ("ignore_index", {})])
+def test_wrong_types_in_a_compiled_call_name_the_argument(name, wrong):
+    """They were taken for symbols of an exported program: an imaginary weight made an imaginary loss."""
+    student = torch.randn(3, V)
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        torch.compile(lambda x: fk.f_divergence(x, -x, **{name: wrong}), backend="eager")(student)
+
+
 ODD = {"None": None, "list": [1.0], "string": "x", "dict": {}, "complex": torch.ones(3) + 1j, "sparse": torch.eye(3).to_sparse(),
        "meta": torch.ones(3, device="meta"), "NaN": math.nan, "infinity": math.inf, "object": object(), "nested": torch.nested.nested_tensor([torch.ones(2)]),
        "numbers": torch.ones(7, 5, 3), "71 bits": 2**70, "no float": 10**400, "small": 1e-300, "great": 1e300, "yes": True,

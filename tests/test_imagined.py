@@ -82,6 +82,19 @@ def test_a_recorded_step_is_right_for_other_values(name, mode):
         torch.testing.assert_close(found, wanted, rtol=8e-3 if name == "16 bits" else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", [
+    lambda s, t: fk.f_divergence(s, t), lambda s, t: fk.f_divergence(s, t, reduction="batchmean"),
+    lambda s, t: fk.f_divergence(s, fk.top_k_of(t, 4), num_items=s.shape[0] + 1),
+    lambda s, t: fk.f_divergence(s, t, temperature=s.shape[0], temperature_squared=True, divergence_weight=s.shape[1]),
+    lambda s, t: fk.linear_f_divergence(s[:, :D], s.T[:, :D], t[:, :D], t.T[:, :D], vocab_size=s.shape[1] - 1),
+])  # fmt: skip
+def test_what_is_recorded_with_symbols_is_right_for_other_sizes(loss):
+    """The number of tokens was written into the graph."""
+    graph = make_fx(loss, tracing_mode="symbolic")(*arguments(0)[:2])
+    student, teacher = torch.randn(N + 5, V + 3), torch.randn(N + 5, V + 3)
+    torch.testing.assert_close(graph(student, teacher), loss(student, teacher))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "an own divergence of a list"])  # torch's refusal
 def test_a_traced_loss_is_right_for_other_values(name):

@@ -103,7 +103,7 @@ class TokenTerms(NamedTuple):
         if self.labels is not None:
             of_class = self.cross_entropy_scale == 0
             if self.class_weight is not None and not self.label_smoothing:
-                known = self.labels.clamp(0, len(self.class_weight) - 1)  # one that is no class is an error's
+                known = self.labels.clamp(0, self.class_weight.shape[0] - 1)  # one that is no class is an error's
                 of_class = of_class | ((self.class_weight[known] == 0) & (known == self.labels))
             of_labels = of_class & (self.z_loss_scale == 0)
             ignored = of_labels if ignored is None else ignored & of_labels
