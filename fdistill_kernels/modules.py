@@ -52,7 +52,7 @@ def _setting(argument: inspect.Parameter) -> property:
 
     def change(loss: _Loss, value: Any) -> None:
         check_setting(argument, value)
-        loss.settings[argument.name] = value
+        loss.settings = {**loss.settings, argument.name: value}  # a shallow copy keeps its own
 
     return property(lambda loss: loss.settings.get(argument.name, argument.default), change)
 

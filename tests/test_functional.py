@@ -247,8 +247,10 @@ def test_settings_are_attributes():
     assert (loss.ignore_index, loss.label_smoothing, loss.reduction) == (3, 0.0, "mean")
     loss.reduction, loss.label_smoothing = "none", 0.2
     want = F.cross_entropy(Z, Y, ignore_index=3, reduction="none", label_smoothing=0.2)
-    for same in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+    for same in (loss, copy.copy(loss), copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         torch.testing.assert_close(same(Z, Y), want)
+        copy.copy(same).reduction = "sum"
+        assert same.reduction == "none"
     loss = fk.FDivergenceLoss("js")
     loss.divergence, loss.temperature = fk.TABLE["kl"], 2.0
     assert loss(Z, -Z) == fk.f_divergence(Z, -Z, "kl", temperature=2.0)
