@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from .backends import check_backend
 from .backends.rows import Teacher
-from .checks import check_denominator, check_deprecated, check_flag, check_integer, check_parts, check_tensor
+from .checks import (
+    check_constant,
+    check_denominator,
+    check_deprecated,
+    check_flag,
+    check_integer,
+    check_parts,
+    check_tensor,
+)
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
 from .heads import checked_cap, checked_scale, path_of
@@ -57,13 +65,21 @@ def _setting(argument: inspect.Parameter) -> property:
     return property(lambda loss: loss.settings.get(argument.name, argument.default), change)
 
 
+def _checked_weight(weight: Tensor | None) -> Tensor | None:
+    """Class weights, if they are such as no loss would refuse; on the meta device they have no values yet."""
+    if weight is not None and not (isinstance(weight, Tensor) and weight.is_meta):
+        check_tensor("weight", weight)
+        check_constant("weight", weight)
+    return weight
+
+
 class _Loss(nn.Module):
     """A loss function with fixed settings, arguments of its, which are attributes, too."""
 
     arguments: Mapping[str, inspect.Parameter]
 
-    def __init_subclass__(cls, function: Callable[..., Any] | None = None) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, function: Callable[..., Any] | None = None, **of_others: Any) -> None:
+        super().__init_subclass__(**of_others)
         if function is not None:
             cls.arguments = inspect.signature(function).parameters
             for name, argument in cls.arguments.items():
@@ -124,7 +140,7 @@ class CrossEntropyLoss(_Loss, function=cross_entropy):
 
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
         super().__init__(settings)
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", _checked_weight(weight))
 
     def forward(self, input: Tensor | Logits, target: Tensor, **batch: Any) -> Any:
         """The loss of logits (N, C, ...) and a target; `batch`: more keyword arguments of `cross_entropy`."""
@@ -167,7 +183,7 @@ class LinearCrossEntropyLoss(_Loss, function=linear_cross_entropy):
 
     def __init__(self, weight: Tensor | None = None, **settings: Any) -> None:
         super().__init__(settings)
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", _checked_weight(weight))
 
     def forward(self, input: Tensor, linear_weight: Tensor | Head, target: Tensor, **batch: Any) -> Any:
         """The loss of hidden states (..., D), a head (V, D) and a target; `batch`: more keyword arguments."""

@@ -241,6 +241,15 @@ def test_settings_are_checked_when_they_are_given(kind):
             assert refused == error_of(kind, **{name: odd}) == error_of(setattr, kind(), name, odd), (name, odd)
 
 
+@pytest.mark.parametrize("kind", [fk.CrossEntropyLoss, fk.LinearCrossEntropyLoss])
+def test_class_weights_are_checked_when_they_are_given(kind):
+    for wrong in ([1.0] * 8, torch.ones(8).long(), torch.ones(8, requires_grad=True), torch.eye(8).to_sparse()):
+        refused = error_of(kind(), *BATCHES[kind], weight=wrong)
+        assert refused and refused == error_of(kind, wrong)
+    with torch.device("meta"):  # where models are made before they are loaded
+        assert kind(torch.ones(8)).weight.is_meta
+
+
 def test_settings_are_attributes():
     """As those of torch's own modules are; an attribute beside the setting changed nothing."""
     loss = fk.CrossEntropyLoss(ignore_index=3)
