@@ -137,7 +137,7 @@ def check_parts(value: object) -> None:
 def check_flag(name: str, value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+        raise TypeError(f"{name} must be True or False, not {shown(value)}")
 
 
 def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
@@ -145,7 +145,7 @@ def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
     if isinstance(value, SYMBOLS):
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {_shown(value)}")
+        raise TypeError(f"{name} must be an int, not {shown(value)}")
     if value.bit_length() > 63 and value != -(2**63):
         raise ValueError(f"{name} must be an int of 64 bits, not one of {value.bit_length()}")
     if value < low:
@@ -155,7 +155,7 @@ def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of some words."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
 
 
 def check_path(name: str, value: object) -> None:
@@ -164,8 +164,10 @@ def check_path(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a path, not {type(value).__name__}")
 
 
-def _shown(value: object) -> str:
-    return type(value).__name__ if isinstance(value, Tensor) or value is None else repr(value)
+def shown(value: object) -> str:
+    """A value in an error's one line; of what takes more, such as a model, its type."""
+    text = type(value).__name__ if isinstance(value, Tensor) or value is None else repr(value)
+    return text if len(text) < 100 and "\n" not in text else type(value).__name__
 
 
 def check_overwritten(name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
@@ -404,7 +406,7 @@ def check_number(
     if isinstance(value, SYMBOLS):
         return value  # type: ignore[return-value]
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (float, int, numbers.Real)):  # the last asks long
-        raise TypeError(f"{name} must be a number, not {_shown(value)}")
+        raise TypeError(f"{name} must be a number, not {shown(value)}")
     try:
         number: Any = value if compiling and isinstance(value, (int, float)) else float(value)
     except OverflowError:
@@ -462,7 +464,7 @@ def check_deprecated(value: object) -> None:
 def check_reduction(reduction: object) -> None:
     """A known reduction."""
     if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be a string, not {_shown(reduction)}")
+        raise TypeError(f"reduction must be a string, not {shown(reduction)}")
     if reduction not in REDUCTIONS:
         near = difflib.get_close_matches(reduction, REDUCTIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(REDUCTIONS)}"

@@ -872,7 +872,7 @@ def test_wrong_types_in_a_compiled_call_name_the_argument(name, wrong):
 ODD = {"None": None, "list": [1.0], "string": "x", "dict": {}, "complex": torch.ones(3) + 1j, "sparse": torch.eye(3).to_sparse(),
        "meta": torch.ones(3, device="meta"), "NaN": math.nan, "infinity": math.inf, "object": object(), "nested": torch.nested.nested_tensor([torch.ones(2)]),
        "numbers": torch.ones(7, 5, 3), "71 bits": 2**70, "no float": 10**400, "small": 1e-300, "great": 1e300, "yes": True,
-       "lazy": torch.nn.UninitializedParameter(), "class": fk.FDivergence, "array": np.ones(4), "numpy's": np.float32(0.5), "fraction": Fraction(1, 3), "a tensor's": torch.tensor(3)}  # fmt: skip
+       "lazy": torch.nn.UninitializedParameter(), "long": np.ones((40, 40)), "class": fk.FDivergence, "array": np.ones(4), "numpy's": np.float32(0.5), "fraction": Fraction(1, 3), "a tensor's": torch.tensor(3)}  # fmt: skip
 S, T, Y = torch.randn(4, 8), torch.randn(4, 8), torch.zeros(4).long()
 H, W = torch.randn(4, 5), torch.randn(8, 5)
 OF_LABELS, DEPRECATED = dict(labels=Y, ce_weight=0.5), ("size_average", "reduce")
@@ -919,6 +919,7 @@ def test_wrong_types_name_the_argument(call, odd):
             two_sides = odd in ("numbers", "None")  # of a shape that does not fit
             names = inspect.signature(function).parameters if two_sides else [name]
             assert any(n in str(error) for n in names) or "vocabularies" in str(error), f"{name}={odd}: {error!r}"
+            assert "\n" not in str(error) and len(str(error)) < 300, error
         except NotImplementedError as error:
             raise AssertionError(f"{name}={odd}: {error}") from error
 

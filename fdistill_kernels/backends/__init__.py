@@ -34,7 +34,7 @@ def why_not_auto(backend: str, device: torch.device) -> str | None:
 def check_backend(backend: object) -> None:
     """Raises ValueError for a name that no backend has."""
     if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {checks.shown(backend)}; known: auto, {', '.join(BACKENDS)}")
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, divergence: Divergence | None) -> str:
