@@ -680,7 +680,7 @@ def test_a_student_whose_adapter_is_off_is_its_teacher(kind, tmp_path):
     before = run.evaluate()["eval_loss"]
     run.train()
     assert 0 < run.evaluate()["eval_loss"] < before  # it comes back to what it was made of
-    with pytest.raises(ValueError, match="needs a PEFT model, and the student is a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="makes it, and the student is a LlamaForCausalLM"):
         Itself(adapter=False).bind(base)
     with pytest.raises(ValueError, match="not both"):
         Itself(decay=0.5, adapter=False)

@@ -143,23 +143,48 @@ def test_weights_that_files_have_by_other_names_are_gone_on_with_and_are_the_bes
         deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("active", [["mine"], ["default", "mine"]], ids=["one", "two"])
-def test_adapters_of_any_name_are_gone_on_with_and_are_the_best_models(tmp_path, active):
-    """PEFT keeps one that is not called default in a folder of its own."""
+def adapted(names, active, own, monkeypatch):
+    """A GPT-2 with LoRA adapters, some of which are active; own: by transformers' add_adapter, else by PEFT."""
     from peft import LoraConfig, get_peft_model
 
-    def student():
-        torch.manual_seed(3)
-        lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-        made = get_peft_model(gpt2(60), lora, adapter_name=active[0])
-        for name in active[1:]:
-            made.add_adapter(name, lora)
-        made.base_model.set_adapter(active)
-        return made
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.14", raising=False)  # what is there
+    torch.manual_seed(3)
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False,
+                      modules_to_save=["ln_f"] if len(active) == 1 else None)  # fmt: skip
+    made = gpt2(60) if own else get_peft_model(gpt2(60), lora, adapter_name=names[0])
+    for name in names if own else names[1:]:
+        made.add_adapter(*((lora, name) if own else (name, lora)))
+    (made if own else made.base_model).set_adapter(active if len(active) > 1 else active[0])
+    return made
 
-    again = check_gone_on_with_and_best(tmp_path, student, gpt2(60, seed=2), None)
-    assert again.model.active_adapters == active
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("names, active, own", [
+    (["mine"], ["mine"], False), (["default", "mine"], ["default", "mine"], False), (["default"], ["default"], True),
+    (["default", "mine"], ["mine"], True),
+], ids=["one", "two", "transformers'", "one of transformers'"])  # fmt: skip
+def test_adapters_of_any_name_are_gone_on_with_and_are_the_best_models(names, active, own, tmp_path, monkeypatch):
+    """PEFT keeps one that is not called default in a folder of its own; transformers keeps one, and goes on with none."""
+    again = check_gone_on_with_and_best(
+        tmp_path, lambda: adapted(names, active, own, monkeypatch), gpt2(60, seed=2), None
+    )
+    found = again.model.active_adapters
+    assert (found() if own else found) == active
+
+
+def test_adapters_that_no_checkpoint_has_are_refused(tmp_path, monkeypatch):
+    several = adapted(["a", "b"], ["a", "b"], True, monkeypatch)
+    with pytest.raises(ValueError, match="the active adapters a, b by add_adapter"):
+        trainer(tmp_path, several, gpt2(60, seed=2), save_strategy="steps")
+    trainer(tmp_path, several, gpt2(60, seed=2))
+    one = adapted(["mine"], ["mine"], True, monkeypatch)
+    trainer(tmp_path, one, gpt2(60, seed=2), method="kl", max_steps=1, save_strategy="steps", save_steps=1).train()
+    other = gpt2(60)
+    other.add_adapter(type(one.peft_config["mine"])(target_modules=["c_fc"], fan_in_fan_out=True), "mine")
+    with pytest.raises(ValueError, match="the student's adapter mine has not"):
+        trainer(tmp_path, other, gpt2(60, seed=2), max_steps=2).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
 
 
 def test_rows_that_a_transform_makes_are_as_rows_that_are_there(tmp_path):

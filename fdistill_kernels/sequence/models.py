@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from .loading import whole_on_each_rank
 
@@ -105,6 +105,22 @@ def virtual_tokens(model: Any) -> int:
     """The number of virtual tokens that PEFT's prompt learning puts before a model's input."""
     config = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+
+def adapters_kept(model: Any) -> dict[str, str]:
+    """The adapters that a model's files have, each with its folder among them; none: the files have whole weights.
+
+    Raises:
+        ValueError: several are active, and were given by transformers' add_adapter, which keeps one.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter: no PeftModel
+        active = model.active_adapters()
+        if len(active) > 1:
+            raise ValueError(f"{type(model).__name__} has the active adapters {', '.join(active)} by add_adapter, and "
+                             "transformers keeps one: give get_peft_model's model, or set_adapter one")  # fmt: skip
+        return {active[0]: ""}
+    known = {} if isinstance(model, PreTrainedModel) else getattr(model, "peft_config", None) or {}
+    return {name: "" if name == "default" else name for name in known}
 
 
 def inputs_of(model: Any) -> Mapping[str, inspect.Parameter]:

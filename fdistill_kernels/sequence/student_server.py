@@ -24,7 +24,7 @@ from ..teachers.connection import EndpointError, message_of
 from ..teachers.endpoint import LISTED, Endpoint, nats_apart
 from .forward import rows_of
 from .generation import special_tokens
-from .models import evaluating, vocabulary_of
+from .models import adapters_kept, evaluating, vocabulary_of
 from .ranks import is_split
 from .sampling import Sampling
 
@@ -139,7 +139,7 @@ class StudentServer:
         path = self.folder / f"{WEIGHTS}{step}"
         adapter: dict[str, Any] = {"selected_adapters": [self.adapter], "save_embedding_layers": False}
         student.save_pretrained(path, **(adapter if self.adapter else {}))
-        return path if self.adapter in (None, "default") else path / self.adapter
+        return path if self.adapter is None else path / adapters_kept(student)[self.adapter]
 
     def _tell(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
         """The server's reply to a request that only the way it was started can make it refuse."""

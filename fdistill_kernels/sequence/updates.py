@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import RandomSampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
@@ -22,6 +22,7 @@ from .batches import OfEpoch, Sequences, balanced, given_sequences, prompts_of
 from .config import FDistillConfig, sampling_strategy
 from .generation import chosen
 from .loading import load_alike, names_damage, read_json
+from .models import adapters_kept
 from .objectives import Half
 from .ranks import copies_of_rows, from_first, is_partitioned, is_split, own_noise
 from .sampling import Sampling, draw
@@ -76,6 +77,8 @@ class UpdatingTrainer(Trainer):
         self._kept: list[Sequences] = []  # the student's samples that are used again
         self._renamed = False  # whether a checkpoint has weights that `Trainer` has not found by their names
         super().__init__(**trainer)
+        if self.args.save_strategy != "no":
+            adapters_kept(self._unwrapped(self.model))  # which refuses what no checkpoint can have
         if self.args.load_best_model_at_end:
             if is_split(self.model):
                 raise ValueError("load_best_model_at_end loads no weights into a model that was split as it was loaded")
@@ -237,15 +240,20 @@ class UpdatingTrainer(Trainer):
             self._load_renamed(best)
 
     def _load_adapters(self, folder: str) -> bool:
-        """Loads each of a PEFT model's adapters from where PEFT keeps it, if there are others than the one that is
-        called default; else nothing. `Trainer` loads one of them, or goes on with one.
+        """Loads each of a model's adapters from where its files have it; but the one of a PEFT model that is called
+        default is left to `Trainer`, which loads one of several, or goes on with one, and none that add_adapter gave.
         """
         model = self._unwrapped(self.model)
-        names = list(model.peft_config) if _is_peft(model) else []
-        if names in ([], ["default"]) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        kept, own = adapters_kept(model), isinstance(model, PreTrainedModel)
+        left = not kept or (list(kept) == ["default"] and not own)
+        if left or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
-        for name in names:
-            model.load_adapter(folder if name == "default" else str(Path(folder, name)), name, is_trainable=True)
+        for name, inside in kept.items():
+            where = str(Path(folder, inside))
+            if own:
+                _load_own(model, where, name)
+            else:
+                model.load_adapter(where, name, is_trainable=True)
         return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -321,19 +329,31 @@ def check_place(checkpoint: str, args: Any, place: dict[str, int]) -> None:
                {name: known.get(name) for name in place}, place)  # fmt: skip
 
 
-def _is_peft(model: Any) -> bool:
-    return bool(getattr(model, "peft_config", None)) and hasattr(model, "active_adapters")
+def _load_own(model: Any, folder: str, name: str) -> None:
+    """Loads the weights of an adapter that transformers' add_adapter gave a model, whose load_adapter makes new ones.
+
+    Raises:
+        ValueError: the folder has others than the adapter's.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    prefix = "base_model.model."  # transformers writes them as PEFT does
+    weights = {key.removeprefix(prefix): value for key, value in load_peft_weights(folder, device="cpu").items()}
+    found: Any = set_peft_model_state_dict(model, weights, name)
+    if unknown := found.unexpected_keys:
+        raise ValueError(f"{folder} has {unknown[0]}, which the student's adapter {name} has not: it is another's")
 
 
 def check_kept(model: Any) -> None:
     """Raises ValueError for a PEFT model that trains weights which its checkpoints have not: of a network that makes
     virtual tokens those tokens alone are kept, and of the base model's weights only what modules_to_save names.
     """
-    if not _is_peft(model) or is_partitioned(model):
+    names = adapters_kept(model)
+    if not names or is_partitioned(model):
         return
     from peft import get_peft_model_state_dict
 
-    kept = [x for name in model.peft_config for x in get_peft_model_state_dict(
+    kept = [x for name in names for x in get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False).values()]  # fmt: skip
     same = {x.data_ptr() for x in kept}  # all but virtual tokens, which are made anew
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in same

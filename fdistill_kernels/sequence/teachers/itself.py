@@ -56,7 +56,8 @@ class Itself(Teacher):
             ValueError: adapter is False, and the student has no adapter; or an average of a student in parts.
         """
         if not self.adapter and not hasattr(student, "disable_adapter"):
-            raise ValueError(f"Itself(adapter=False) needs a PEFT model, and the student is a {type(student).__name__}")
+            raise ValueError("Itself(adapter=False) needs a PEFT model, as get_peft_model makes it, and the student is "
+                             f"a {type(student).__name__}")  # fmt: skip
         if self.decay is not None and any(isinstance(m, FSDPModule) for m in student.modules()):
             raise ValueError(NOT_AVERAGED)
         self.student = student
