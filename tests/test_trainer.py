@@ -965,6 +965,28 @@ def test_evaluations_leave_training_its_random_numbers(tmp_path):
     assert torch.equal(*map(flat, students))
 
 
+def test_loaders_leave_training_its_random_numbers(tmp_path):
+    """They take one for their workers' seeds in each epoch, persistent workers in the first that they see: those of a run
+    that goes on are new.
+    """
+    loader = trainer(tmp_path, gpt2(60), gpt2(60, seed=2)).get_train_dataloader()
+    before = torch.get_rng_state()
+    assert [len([*loader]) for _ in range(2)] == [2, 2] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_subclass_may_copy_its_batches(tmp_path):
+    class Copies(FDistillTrainer):
+        def training_step(self, model, inputs, *more, **keywords):
+            return super().training_step(model, dict(inputs), *more, **keywords)
+
+    students = []
+    for kind in (FDistillTrainer, Copies):
+        students.append(gpt2(60, seed=1))
+        args = FDistillConfig(str(tmp_path), **{**BASE, "max_steps": 1}, method="rkl", gradient_accumulation_steps=2)
+        kind(students[-1], gpt2(60, seed=2), args, train_dataset=data()).train()
+    assert torch.equal(*map(flat, students))
+
+
 def test_what_is_logged(tmp_path, monkeypatch):
     monkeypatch.setattr("fdistill_kernels.sequence.updates.draw", of_prompts())
     student, teacher, rows = gpt2_64(60, seed=1), gpt2_64(60, seed=2), data(8)

@@ -475,14 +475,20 @@ class FDistillTrainer(UpdatingTrainer):
         return (found[:, 0].sum() / found[:, 1].sum().clamp_min(1)).float(), None, None
 
     def get_train_dataloader(self) -> Any:
-        """As `Trainer.get_train_dataloader`, but over ranks a stream in several files is read as a whole by each."""
+        """As `Trainer.get_train_dataloader`, but over ranks a stream in several files is read as a whole by each.
+
+        Its workers' seeds are no random numbers of training, of which a loader takes one in each epoch, or, where its
+        workers are persistent, in its first: that of a run which goes on may be another.
+        """
         kept: Any = self.train_dataset
         if self.args.world_size > 1 and getattr(kept, "n_shards", 1) > 1:
             self.train_dataset = Counted(kept)
         try:
-            return super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
         finally:
             self.train_dataset = kept
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As `Trainer.get_eval_dataloader`, but over ranks a stream is read as a whole by each, and without workers."""

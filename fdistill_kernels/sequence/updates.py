@@ -160,6 +160,7 @@ class UpdatingTrainer(Trainer):
             batches, self._waiting = self._waiting, []
             with self.compute_loss_context_manager():
                 self._begin_update(self._unwrapped(model), batches)
+            inputs = {**inputs, "update": batches[0]["update"]}  # a subclass may give a copy of the batch
         return super().training_step(model, inputs, *args, **keywords)
 
     def _begin_update(self, student: Any, batches: list[dict[str, Any]]) -> None:
