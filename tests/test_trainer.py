@@ -1224,6 +1224,7 @@ def test_options_beside_ones_own_optimizer_and_schedule(tmp_path):
         (dict(optimizers=(plain, None)), dict(lr_scheduler_kwargs={"foo": 1}), "lr_scheduler_kwargs={'foo': 1}: "),
         (of_class, dict(adam_beta1=0.8), "adam_beta1=0.8 is not used beside optimizer_cls_and_kwargs"),
         (dict(optimizers=(plain, constant)), dict(warmup_steps=2), "warmup_steps=2 is not used beside a schedule in"),
+        (dict(optimizers=(torch.optim.SGD(gpt2(60).parameters(), 0.1), None)), {}, "optimizers: the optimizer has no weight of"),
         ({}, dict(lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cycles": "x"}), "lr_scheduler_kwargs={'num_cycles"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(words)):

@@ -34,13 +34,18 @@ def check_beginning(trainer: Trainer) -> None:
     if trainer.train_dataset is None:
         return
     _check_model(trainer)
-    if not any(p.requires_grad for p in trainer.model.parameters()):  # type: ignore[union-attr]
+    trained = {p for p in trainer.model.parameters() if p.requires_grad}  # type: ignore[union-attr]
+    if not trained:
         raise ValueError("no weight of the student has requires_grad: there is nothing to train")
     if trainer.args.optim == "adafactor" and is_split(trainer.model):
         raise ValueError("optim=adafactor keeps whole rows and columns of a weight, and this student's are split: take "
                          "another")  # fmt: skip
     own = _own_optimizer(trainer)
     if trainer.optimizer is not None:
+        groups = getattr(trainer.optimizer, "param_groups", None)  # which a placeholder for DeepSpeed's has not
+        if groups is not None and not trained & {p for group in groups for p in group["params"]}:
+            raise ValueError("optimizers: the optimizer has no weight of the student that has requires_grad, and would "
+                             "train nothing: make it of this model's parameters")  # fmt: skip
         _check_beside(trainer.args, "optimizers", (*NOT_OF_OWN, "weight_decay"), own)
     elif trainer.optimizer_cls_and_kwargs is not None:
         _check_beside(trainer.args, "optimizer_cls_and_kwargs", NOT_OF_OWN, own)
