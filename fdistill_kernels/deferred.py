@@ -29,8 +29,22 @@ from .values import Head
 AtHead = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 _ACTIVE = threading.local()
+#: What calls a Function's forward.
+APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 #: torch's own: DeepSpeed's ZeRO-3 puts another in the place of ``F.linear``.
 LINEAR = torch._C._nn.linear  # type: ignore[attr-defined]
+
+
+class GivenToFunction(ValueError):
+    """An autograd.Function was given deferred logits."""
+
+
+def in_function() -> bool:
+    """Whether this is called in the forward of a ``torch.autograd.Function``."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code is not APPLY:
+        frame = frame.f_back
+    return frame is not None
 
 
 class Deferral:
@@ -42,7 +56,8 @@ class Deferral:
         other_heads: defer the logits of a head that is not a plain ``nn.Linear`` as well, by one probe row.
 
     Attributes:
-        own_loss: whether the model's cross-entropy is wanted; else it is 0.
+        own_loss: whether the model's cross-entropy is wanted; else it is 0. Then a forward pass that gives logits to an
+            autograd.Function ends without an error.
         fused: whether a cross-entropy was made without logits.
         reason: the first operation that made the logits.
         trained: whether it records gradients. What is done under another mode is done to the logits themselves.
@@ -64,9 +79,10 @@ class Deferral:
         _ACTIVE.deferral = self
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: Any, *_: Any) -> bool:
         _ACTIVE.deferral = self.before
         self.seen.clear()
+        return error is GivenToFunction and self.own_loss  # then whoever wants that can do without a `Deferral`
 
 
 def active() -> Deferral | None:
@@ -312,7 +328,14 @@ class Logits:
                 return self.deferral.head(given)
 
     def tensor(self, why: str = "") -> Tensor:
-        """The logits themselves, made once, with a graph if the forward pass has one. why: what needs them."""
+        """The logits themselves, made once, with a graph if the forward pass has one. why: what needs them.
+
+        Raises:
+            GivenToFunction: the forward pass has a graph, and an autograd.Function is given what is no part of it.
+        """
+        if self.deferral.trained and active() is self.deferral and not torch.is_grad_enabled() and in_function():
+            raise GivenToFunction("an autograd.Function is given logits that are not made yet, which it takes for no "
+                                  "tensor: they would have no gradient")  # fmt: skip
         if self.real is None and active() is self.deferral and torch.is_grad_enabled() != self.deferral.trained:
             with torch.inference_mode(False), torch.set_grad_enabled(self.deferral.trained):
                 return self.tensor(why)

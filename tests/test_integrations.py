@@ -352,6 +352,73 @@ class Squared(type(llama())):
         return CausalLMOutput(loss=loss, logits=logits)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """As those of other libraries' kernels, which take no deferred logits."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        """As torch's."""
+        ctx.save_for_backward(logits, labels)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """As torch's."""
+        logits, labels = ctx.saved_tensors
+        counts, hot = labels != -100, torch.nn.functional.one_hot(labels.clamp_min(0), logits.shape[-1])
+        return gradient * (logits.softmax(-1) - hot) * counts[:, None] / counts.sum(), None
+
+
+class OfFunction(type(llama())):
+    """Has a loss that an autograd.Function makes, and adds to it what has a gradient of its own."""
+
+    def forward(self, input_ids=None, labels=None, **inputs):
+        """Its own loss."""
+        logits = super().forward(input_ids, **inputs).logits
+        loss = None if labels is None else CrossEntropy.apply(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(
+            loss=None if loss is None else loss + self.model.norm.weight.square().sum(), logits=logits
+        )
+
+
+class Checkpointed(type(llama())):
+    """Makes its loss in a checkpoint that is one of these Functions."""
+
+    def forward(self, input_ids=None, labels=None, **inputs):
+        """Its own loss."""
+        logits = super().forward(input_ids, **inputs).logits
+        loss = torch.utils.checkpoint.checkpoint(self.of, logits, labels, use_reentrant=True)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def of(self, logits, labels):
+        """The cross-entropy of logits."""
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("kind", [OfFunction, Checkpointed])
+def test_losses_that_an_autograd_function_makes(kind, monkeypatch):
+    """It takes deferred logits for no tensor, and gave them no gradient."""
+    monkeypatch.setattr(integration, "_warned", set())
+    model = kind(llama().config).train()
+    (plain := copy.deepcopy(model))(**BATCH).loss.backward()
+    with pytest.warns(UserWarning, match=r"whole while training.*\(an autograd.Function\)"):
+        patch_model(model)(**BATCH)
+    for patched in (model, copy.deepcopy(model)):
+        patched(**BATCH).loss.backward()
+        torch.testing.assert_close([p.grad for p in patched.parameters()], [p.grad for p in plain.parameters()])
+
+
+@pytest.mark.parametrize("keywords", [dict(z_loss=0.1), dict(label_smoothing=0.1), dict(ignore_index=7)])
+def test_keywords_of_a_loss_that_is_not_fused_are_refused(keywords):
+    for kind in (Squared, OfFunction):
+        model = patch_model(kind(llama().config), memory="minimal", **keywords)
+        for training in (True, False):
+            with pytest.raises(
+                ValueError, match=f"{next(iter(keywords))}=.* is not used: {kind.__name__} makes its logits"
+            ):
+                model.train(training)(**BATCH)
+
+
 def test_unknown_operations_are_made_and_said(is_own, monkeypatch):
     monkeypatch.setattr(integration, "_warned", set())
     model = Squared(llama().config).train()

@@ -31,10 +31,11 @@ _warned: set[str] = set()
 
 @dataclasses.dataclass(frozen=True)
 class FusedLoss:
-    """The arguments of `patch_model`."""
+    """The arguments of `patch_model`; whole: the logits are made as without it, since this model's loss needs them."""
 
     keep_logits: bool
     keywords: dict[str, Any]
+    whole: bool = False
 
 
 def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> Any:
@@ -42,8 +43,8 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
 
     In training with `labels`, the output has the loss, and None as logits; in evaluation it has both. Without labels
     nothing changes. If the model does something to its logits that the fused loss does not support, it makes them as
-    before: the loss is the same, and a warning gives the reason. Copies and pickles are patched too. `undo_patch`
-    undoes this; patching again replaces the keywords.
+    before: the loss is the same, and a warning gives the reason; label_smoothing, z_loss and ignore_index are refused
+    then. Copies and pickles are patched too. `undo_patch` undoes this; patching again replaces the keywords.
 
     Args:
         model: a Hugging Face model with labels whose output embedding is one plain weight; or a PEFT model of one.
@@ -122,7 +123,7 @@ def _patched_class(base: Any) -> Any:
         fused, aside = getattr(self, "_fused_loss", None), getattr(self, "_set_aside", {})
         call = aside["forward"] if "forward" in aside else functools.partial(own, self)
         labels = args[at] if len(args) > at else inputs.get("labels")
-        if fused is None or labels is None:
+        if fused is None or fused.whole or labels is None:
             return call(*args, **inputs)
         return _with_fused_loss(self, fused, call, args, inputs)
 
@@ -161,15 +162,32 @@ def _with_fused_loss(
         deferral.trained = False  # these are only read
         return logits.tensor().detach() if fused.keep_logits else None
 
+    outputs, reason = None, "an autograd.Function"
     with Deferral(head, fused.keywords) as deferral:
         outputs = call(*args, **inputs)
         reason = deferral.reason
         deferral.seen.clear()  # with the forward's own variables
         outputs = _finish(outputs, finished)
-    if model.training and not torch.compiler.is_compiling() and (reason or not deferral.fused):
-        elsewhere = "its forward makes its loss without its output embedding's own"
-        _warn(type(model).__name__, reason or (elsewhere if is_plain(head) else _not_plain(head)))
+    if deferral.fused and not deferral.reason:
+        return outputs
+    elsewhere = "its forward makes its loss without its output embedding's own"
+    reason = reason or (elsewhere if is_plain(head) else _not_plain(head))
+    if not deferral.fused:
+        _check_keywords(model, fused.keywords, reason)
+    if model.training and not torch.compiler.is_compiling():
+        _warn(type(model).__name__, reason)
+    if outputs is None:  # a Function ends it
+        model._fused_loss = dataclasses.replace(fused, whole=True)
+        return call(*args, **inputs)
     return outputs
+
+
+def _check_keywords(model: Any, keywords: dict[str, Any], reason: str) -> None:
+    """Raises ValueError for keywords that change a loss, where the model makes its own."""
+    for name, none in (("label_smoothing", 0), ("z_loss", 0), ("ignore_index", IGNORE)):
+        if keywords.get(name, none) not in (none, None):
+            raise ValueError(f"patch_model's {name}={keywords[name]} is not used: {type(model).__name__} makes its "
+                             f"logits whole, and its own loss of them ({reason})")  # fmt: skip
 
 
 def _finish(outputs: Any, finished: Callable[[Logits], Any]) -> Any:
