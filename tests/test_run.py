@@ -406,6 +406,7 @@ def causal(tmp_path_factory):
     shorter.config.max_position_embeddings = 24
     save("shorter", shorter)
     save("bart", bart(320))
+    save("cut", llama(len(tokenizer) - 1))
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     write(folder / "pairs.jsonl", [{"prompt": f"say {i}", "target": f"{i} and {i + 1}"} for i in range(24)])
@@ -450,6 +451,9 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "prompts.jsonl has prompts alone: give --target_column": call(*pairs, "--method", "mle", data="prompts.jsonl"),
         "bare has no tokenizer that can be loaded": call(student="bare"),
         "different tokenizers": call(student="stranger"),
+        "the teacher's tokenizer has 281 ids, the teacher 280: ": call(command="sample-teacher", teacher="cut", student=None),
+        "the teacher 280: it is another model's, or": ["teacher", "build", *call(teacher="cut", student=None)[1:]],
+        "the student's tokenizer has 281 ids, the student 280": call(command="evaluate", student="cut"),
         "stopping has stop_strings in its generation config": call(student="stopping"),
         "must both be causal, or both encoder–decoder": call(teacher="bart"),
         "must both be causal": call(command="evaluate", teacher="bart"),

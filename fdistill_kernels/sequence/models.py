@@ -57,6 +57,11 @@ def vocabulary_of(config: Any) -> int:
     return int(getattr(text, "decoder_vocab_size", None) or text.vocab_size)
 
 
+def ids_of_config(config: Any) -> int:
+    """How many ids a model of a configuration writes, or, of an encoder–decoder, reads."""
+    return max(vocabulary_of(config), int(config.get_text_config().vocab_size) if config.is_encoder_decoder else 0)
+
+
 def ids_of(model: Any) -> int:
     """How many ids a model both reads and writes."""
     return min(ids_read(model), vocabulary_of(model.config))

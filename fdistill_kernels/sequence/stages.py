@@ -22,6 +22,7 @@ from .generation import beginning, end_tokens, token_id
 from .hashes import data_hash, fingerprint
 from .loading import base_of, load_config, load_model
 from .metrics import Measures, measured
+from .models import ids_of_config
 from .option_checks import check_used
 from .options import Asked
 from .ranks import device, rank, wait
@@ -31,7 +32,7 @@ from .samples import TeacherSamples, generation_settings, write_table
 from .sampling import Sampling
 from .teachers import InRoom, Served, Stored
 from .teachers.given import is_store
-from .tokenizers import check_tokenizer, check_vocabularies, ids_of_tokenizer
+from .tokenizers import check_ids, check_tokenizer, check_vocabularies, ids_of_tokenizer
 from .trainer import FDistillConfig, FDistillTrainer
 
 #: What torch.compile puts before the names of a model's weights.
@@ -54,6 +55,8 @@ class Run:
             of_student = of_teacher
         else:
             self._check_pair(of_student)
+        for whose, config in (("teacher", of_teacher), ("student", of_student)):
+            check_ids(self.tokenizer, whose, ids_of_config(config))
         if isinstance(self.teacher, InRoom):
             self.teacher.to(self.device)
         self.pairs, self.held_out = self._tokenized(pairs, held_out, of_student, of_teacher)

@@ -16,6 +16,13 @@ def ids_of_tokenizer(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def check_ids(tokenizer: Any, whose: str, most: int) -> None:
+    """Raises ValueError for a tokenizer that has more ids than its model, of which these are all. whose: the model."""
+    if (size := ids_of_tokenizer(tokenizer)) > most:
+        raise ValueError(f"the {whose}'s tokenizer has {size} ids, the {whose} {most}: it is another model's, or has "
+                         "tokens for which the model's embedding was not resized")  # fmt: skip
+
+
 def load_tokenizer(path: Any, **options: Any) -> Any:
     """The tokenizer of a folder or hub name.
 
