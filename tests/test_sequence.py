@@ -279,6 +279,14 @@ def test_no_logits_are_made_and_the_model_is_what_it_was(make):
     assert torch.equal(model(**inputs).logits, want)
 
 
+def test_what_losses_leave_in_a_model_is_compiled_with_it():
+    model, ids = llama().eval(), torch.tensor([[3, 4, 5, 6]])
+    want = model(input_ids=ids, use_cache=False).logits
+    rows_of(model, *batch(), EOS)
+    compiled = torch.compile(lambda ids: model(input_ids=ids, use_cache=False).logits, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids), want)
+
+
 def test_logits_of_another_form_are_refused_by_name():
     class Squared(GPT2LMHeadModel):
         def forward(self, *args, **inputs):

@@ -101,9 +101,13 @@ class _ToRows(Deferral):
         return self.made.flatten()[:0].reshape(*logits.shape[:-2], 0, 1).clone()  # FSDP warns of views
 
 
-@torch.compiler.disable
 def _finish(model: Any, args: Any, outputs: Any) -> Any:
-    """A forward hook of models: ends `_ToRows`."""
+    """A forward hook of models: ends `_ToRows`. It stays there, and outside of one compilers go through it."""
+    return None if active() is None else _finished(model, outputs)
+
+
+@torch.compiler.disable
+def _finished(model: Any, outputs: Any) -> Any:
     deferral = active()
     if not isinstance(deferral, _ToRows) or deferral.model is not model or deferral.made is not None:
         return None
