@@ -1234,7 +1234,7 @@ def test_options_beside_ones_own_optimizer_and_schedule(tmp_path):
     made(of_class, weight_decay=0.2)
 
 
-def test_what_a_model_is_made_of_is_refused_before_any_work(tmp_path):
+def test_what_a_model_is_made_of_is_refused_before_any_work(tmp_path, monkeypatch):
     student, teacher = gpt2(60, seed=1), gpt2(60, seed=2)
     if not is_liger_kernel_available():
         with pytest.raises(ImportError, match="liger-kernel"):
@@ -1244,6 +1244,15 @@ def test_what_a_model_is_made_of_is_refused_before_any_work(tmp_path):
     student.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match="GPT2LMHeadModel checkpoints no layers: leave out gradient_checkpointing"):
         trainer(tmp_path, student, teacher, gradient_checkpointing=True)
+    merged = adapted(["default"], ["default"], False, monkeypatch)  # which trains ln_f beside
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="adapter is merged into the weights below it, and is not trained so"):
+        trainer(tmp_path, merged, teacher)
+    merged.unmerge_adapter()
+    for p in merged.parameters():
+        p.requires_grad_(False)  # as PeftModel.from_pretrained
+    with pytest.raises(ValueError, match=r"nothing to train; PeftModel.* takes is_trainable=True"):
+        trainer(tmp_path, merged, teacher)
 
 
 def test_refused_by_the_trainer(tmp_path):

@@ -36,7 +36,8 @@ def check_beginning(trainer: Trainer) -> None:
     _check_model(trainer)
     trained = {p for p in trainer.model.parameters() if p.requires_grad}  # type: ignore[union-attr]
     if not trained:
-        raise ValueError("no weight of the student has requires_grad: there is nothing to train")
+        loaded = "; PeftModel.from_pretrained takes is_trainable=True" * hasattr(trainer.model, "peft_config")
+        raise ValueError(f"no weight of the student has requires_grad: there is nothing to train{loaded}")
     if trainer.args.optim == "adafactor" and is_split(trainer.model):
         raise ValueError("optim=adafactor keeps whole rows and columns of a weight, and this student's are split: take "
                          "another")  # fmt: skip
@@ -88,6 +89,9 @@ def _check_model(trainer: Trainer) -> None:
         raise ImportError("use_liger_kernel needs the package liger-kernel")
     if args.gradient_checkpointing and not getattr(trainer.model, "supports_gradient_checkpointing", True):
         raise ValueError(f"{type(trainer.model).__name__} checkpoints no layers: leave out gradient_checkpointing")
+    if any(getattr(module, "merged_adapters", None) for module in trainer.model.modules()):  # type: ignore[union-attr]
+        raise ValueError("the student's adapter is merged into the weights below it, and is not trained so: "
+                         "unmerge_adapter() first")  # fmt: skip
     if args.torch_compile:
         try:
             torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
