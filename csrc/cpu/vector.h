@@ -1,9 +1,9 @@
 // A vector of floats by the compiler's own vector extensions (GCC and Clang, any architecture), as wide as the build's
 // instruction set has them, with the functions and conversions that the row kernel needs. Nothing here is of torch.
 //
-// exp, log and tanh are within 1.5 units in the last place, of subnormal results too where a thread has them (rows.cpp has
-// none); coefficients are Cephes' (S. L.
-// Moshier, single precision). Each build of the row kernel has its own namespace, so that no two share a symbol.
+// exp, log and tanh are within 1.5 units in the last place, of subnormal results too where a thread has them (rows.cpp
+// takes them away); coefficients are Cephes' (S. L. Moshier, single precision). Each build of the row kernel has its own
+// namespace, so that no two share a symbol.
 #include <cstdint>
 #include <cstring>
 #include <limits>
