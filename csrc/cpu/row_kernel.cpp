@@ -241,14 +241,23 @@ void run(const RowTask& task, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-Kernels kernels_of(const char* divergence) {
-  if (!*divergence) return {run<void>, run_rest, run_lists};
+RowKernel row_kernel_of(const char* divergence) {
+  if (!*divergence) return run<void>;
 #define FDISTILL_FIND(Name) \
-  if (!std::strcmp(divergence, #Name)) return {run<Name>, run_rest, run_lists};
+  if (!std::strcmp(divergence, #Name)) return run<Name>;
   FDISTILL_FOR_EACH_DIVERGENCE(FDISTILL_FIND)
   FDISTILL_FOR_EACH_ROW_DIVERGENCE(FDISTILL_FIND)
 #undef FDISTILL_FIND
-  return {nullptr, run_rest, run_lists};
+  return nullptr;
+}
+
+Kernels kernels_of(const char* divergence) {
+#ifdef __F16C__
+  constexpr bool flushes = true;
+#else
+  constexpr bool flushes = false;
+#endif
+  return {row_kernel_of(divergence), run_rest, run_lists, flushes};
 }
 
 }  // namespace FDISTILL_ISA

@@ -34,12 +34,14 @@ inline int64_t scratch_floats(const ListTask& task) {
   return 6 * row + 3 * kBlock + 8 * categories + 4 * blocks;
 }
 
-// What takes rows [begin, end) of a task; no `row` where the build has no divergence of that name.
+// What takes rows [begin, end) of a task; no `row` where the build has no divergence of that name. flushes: whether all
+// is right where subnormal numbers are 0, as where instructions convert halves; the default build's own arithmetic is not.
 using RowKernel = void (*)(const RowTask&, int64_t begin, int64_t end, float* scratch);
 struct Kernels {
   RowKernel row;
   void (*rest)(const RestTask&, int64_t begin, int64_t end, float* scratch);
   void (*list)(const ListTask&, RowKernel, int64_t begin, int64_t end, float* scratch);
+  bool flushes;
 };
 
 // Of each build, by its instruction set.

@@ -28,13 +28,13 @@ struct Free {
 };
 
 // While it lives, subnormal numbers are 0 in its thread, as on GPUs: arithmetic with them takes a hundred times longer, in
-// the products with a gradient, too. The default build makes halves of them and keeps them.
+// the products with a gradient, too.
 class WithoutSubnormals {
 #ifdef FDISTILL_X86
  public:
-  explicit WithoutSubnormals(bool wide) : before_(_mm_getcsr()) {
+  explicit WithoutSubnormals(bool asked) : before_(_mm_getcsr()) {
     constexpr unsigned kResultsAndInputs = 0x8040;
-    if (wide) _mm_setcsr(before_ | kResultsAndInputs);
+    if (asked) _mm_setcsr(before_ | kResultsAndInputs);
   }
   WithoutSubnormals(const WithoutSubnormals&) = delete;
   ~WithoutSubnormals() { _mm_setcsr(before_); }
@@ -52,18 +52,18 @@ struct ForThread {
   WithoutSubnormals without;
 };
 
-// kernel(task, begin, end, scratch) on pieces of `of`'s rows, enough of them to be worth a thread; null, or what went wrong.
+// kernel(task, begin, end, scratch), one of `kernels`, on pieces of `of`'s rows, enough of them to be worth a thread; null,
+// or what went wrong.
 template <typename Kernel, typename Task, typename Rows>
-const char* run_rows(const char* instruction_set, const Kernel& kernel, const Task& task, const Rows& of, int threads) {
+const char* run_rows(const fdistill::Kernels& kernels, const Kernel& kernel, const Task& task, const Rows& of, int threads) {
   const int64_t vocabulary = of.vocabulary > 0 ? of.vocabulary : 1;
   const int64_t shared = (of.row_count + 4 * threads - 1) / (4 * threads), small = 16384 / vocabulary;
   const int64_t grain = shared > small ? shared : small > 0 ? small : 1;
   const size_t bytes = (fdistill::scratch_floats(task) * sizeof(float) + 63) / 64 * 64;
   std::atomic<bool> failed{false};
-  const bool wide = !std::strcmp(instruction_set, "AVX512") || !std::strcmp(instruction_set, "AVX2");
   const auto start = [&] {
     float* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
-    return ForThread{std::unique_ptr<float, Free>(memory), WithoutSubnormals(wide)};
+    return ForThread{std::unique_ptr<float, Free>(memory), WithoutSubnormals(kernels.flushes)};
   };
   fdistill::for_pieces((of.row_count + grain - 1) / grain, threads, start, [&](const ForThread& mine, int64_t piece) {
     const int64_t begin = piece * grain, end = begin + grain < of.row_count ? begin + grain : of.row_count;
@@ -83,13 +83,14 @@ __attribute__((visibility("default"))) int fdistill_cpu_interface() { return 7; 
 // Null, or what went wrong. instruction_set: as torch names what this CPU has.
 __attribute__((visibility("default"))) const char* fdistill_cpu_divergence_rows(
     const char* instruction_set, const char* divergence, const fdistill::RowTask* task, int threads) {
-  const auto kernel = find_kernels(instruction_set, divergence).row;
-  return kernel ? run_rows(instruction_set, kernel, *task, *task, threads) : "there is no such kernel";
+  const auto kernels = find_kernels(instruction_set, divergence);
+  return kernels.row ? run_rows(kernels, kernels.row, *task, *task, threads) : "there is no such kernel";
 }
 
 __attribute__((visibility("default"))) const char* fdistill_cpu_rest_rows(
     const char* instruction_set, const fdistill::RestTask* task, int threads) {
-  return run_rows(instruction_set, find_kernels(instruction_set, "").rest, *task, *task, threads);
+  const auto kernels = find_kernels(instruction_set, "");
+  return run_rows(kernels, kernels.rest, *task, *task, threads);
 }
 
 __attribute__((visibility("default"))) const char* fdistill_cpu_list_rows(
@@ -98,7 +99,7 @@ __attribute__((visibility("default"))) const char* fdistill_cpu_list_rows(
   const auto rows = [&](const auto& of, int64_t begin, int64_t end, float* scratch) {
     kernels.list(of, kernels.row, begin, end, scratch);
   };
-  return kernels.row ? run_rows(instruction_set, rows, *task, task->row, threads) : "there is no such kernel";
+  return kernels.row ? run_rows(kernels, rows, *task, task->row, threads) : "there is no such kernel";
 }
 
 // A fresh N x V tensor costs a page fault every 4 KiB, more time than its arithmetic; 2 MiB pages cost 512 times fewer.
