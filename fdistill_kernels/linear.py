@@ -55,10 +55,8 @@ def _rows_loss(call: LinearCall, per_row: bool, backend: str) -> tuple[Tensor, T
 
 def _is_trained(call: LinearCall) -> bool:
     """Whether a gradient is expected; else there is no graph, which a transform of other tensors would not take."""
-    if checks.transformed():
-        return False
-    trained = [x for x in (call.hidden, call.head.weight, call.head.bias) if x is not None and x.requires_grad]
-    return len(trained) > 0 and torch.is_grad_enabled()  # not bool(), which Dynamo of torch 2.8 does not know of lists
+    leaves = (call.hidden, call.head.weight, call.head.bias)
+    return any(x is not None and checks.needs_gradient(x) for x in leaves)
 
 
 #: A teacher's function and a user's own divergence are Python objects, which no graph holds.
