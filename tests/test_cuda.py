@@ -42,6 +42,10 @@ def models(rows, vocabulary, dtype=torch.float32, scale=1.5):
     return student.requires_grad_(), teacher
 
 
+def build_emulated(source, output):
+    subprocess.run(["bash", ROOT / "tests" / "emulate.sh", source, output], check=True)
+
+
 def gradient_of(loss, student):
     return torch.autograd.grad(loss, student)[0]
 
@@ -113,7 +117,7 @@ def test_a_missing_barrier_is_noticed(barrier, tmp_path, monkeypatch):
     rows.write_text(
         re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS\(FDISTILL_FIND\)", "FDISTILL_FIND(Js)", rows.read_text())
     )
-    subprocess.run(["bash", ROOT / "tests" / "emulate.sh", source, tmp_path / "broken.so"], check=True)
+    build_emulated(source, tmp_path / "broken.so")
     emulate_cuda(monkeypatch, 2)
     student, teacher = models(9, 5003, torch.bfloat16)
     settings = dict(labels=torch.arange(9), ce_weight=0.3, temperature=2.0, backend="cuda")
@@ -456,7 +460,7 @@ def test_rows_are_read_again_where_that_helps_alone(tmp_path, monkeypatch):
     rows = source / "cuda" / "rows.cu"
     each = "FDISTILL_FIND(Js) FDISTILL_FIND(Tvd)"
     rows.write_text(re.sub(r"FDISTILL_FOR_EACH_DIVERGENCE_OF_GPUS\(FDISTILL_FIND\)", each, rows.read_text()))
-    subprocess.run(["bash", ROOT / "tests" / "emulate.sh", source, tmp_path / "counting.so"], check=True)
+    build_emulated(source, tmp_path / "counting.so")
     emulate_cuda(monkeypatch, 2)
     monkeypatch.setattr(cuda, "LIBRARY", cuda.Library(tmp_path / "counting.so"))
     counted = ctypes.c_int.in_dll(ctypes.CDLL(tmp_path / "counting.so"), "rows_read_again")

@@ -109,9 +109,9 @@ def test_a_thousand_faults(kind, tmp_path):
 
     prompts, continuations = sequences(600, seed=1)
     store = TeacherStore.create(tmp_path, kind="top_k", vocabulary=V, key={"teacher": "tiny"}, k=K)
-    with Server(faults=faults(), stall=0.5) as server:
+    with Server(faults=faults(), stall=1.2) as server:
         with endpoint(
-            server, kind=kind, store=store, timeout=0.4, retries=60, concurrency=12, first_wait=0.001
+            server, kind=kind, store=store, timeout=1.0, retries=60, concurrency=12, first_wait=0.001
         ) as teacher:
             for begin in range(0, 600, 150):
                 some = prompts[begin : begin + 150], continuations[begin : begin + 150]
@@ -124,7 +124,7 @@ def test_a_thousand_faults(kind, tmp_path):
         assert opened.summary()["tokens"] == rows and sum(s.ends[-1] for s in opened._shards.values()) == rows
         # a good answer is asked for again only where a busy machine took longer than the timeout to give it
         late = sum(server.answered.values()) - len(unique) - PROBES
-        assert 0 <= late <= len(unique) // 4, late
+        assert 0 <= late <= 40, late
         before = sum(server.asked.values())
         with endpoint(server, kind=kind, model="tiny", store=tmp_path) as again:
             check(again.targets(prompts, continuations), server.model, prompts, continuations, atol=0.01)

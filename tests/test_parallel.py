@@ -806,7 +806,7 @@ def test_a_rank_that_does_not_come_is_named_on_all_others_in_time(tmp_path, how)
     for rank in (0, 2):
         seconds, words = Path(f"{meeting}.{rank}").read_text().split(" ", 1)
         assert f"loss ended on rank {rank}: ranks [1] of its group were not heard from" in words
-        assert float(seconds) < 2 * 3 + 9  # the group's limit twice: until the last has noticed, and for its name
+        assert float(seconds) < 2 * 3 + 4  # the group's limit twice: until the last has noticed, and for its name
 
 
 def test_without_a_default_group_it_is_told():

@@ -1083,7 +1083,7 @@ def test_an_objective_s_name_has_its_sources(tmp_path):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(reduction="foo"), "unknown reduction 'foo'"), (dict(temperature=-1), "temperature must be in"),
-    (dict(backend="x"), "unknown backend .x.; known: auto, cpu"),
+    (dict(backend="x"), "unknown backend 'x'; known: auto, cpu"),
 ])  # fmt: skip
 def test_settings_of_a_module_are_checked_when_it_is_made(settings, words):
     with pytest.raises(ValueError, match=words):
