@@ -140,16 +140,18 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {shown(value)}")
 
 
-def check_integer(name: str, value: object, low: int = -(2**63)) -> None:
-    """An int of 64 bits, `low` or more."""
+def check_integer(name: str, value: Any, low: int = -(2**63)) -> int:
+    """An integer of 64 bits of any kind (NumPy's), `low` or more, as an int."""
     if isinstance(value, SYMBOLS):
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):  # the last asks long
         raise TypeError(f"{name} must be an int, not {shown(value)}")
-    if value.bit_length() > 63 and value != -(2**63):
-        raise ValueError(f"{name} must be an int of 64 bits, not one of {value.bit_length()}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, not {value}")
+    number = int(value)
+    if number.bit_length() > 63 and number != -(2**63):
+        raise ValueError(f"{name} must be an int of 64 bits, not one of {number.bit_length()}")
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, not {number}")
+    return number
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,22 +46,28 @@ CHECKED: dict[str, Callable[[str, Any], object]] = {
 PATH: dict[str, Any] = {"memory": "chunks", "skip_tiles": True, "chunk_bytes": None, "teacher": Teacher()}
 
 
-def check_setting(argument: inspect.Parameter, value: Any) -> None:
-    """Raises what the function would raise for its argument's value; the shape of a tensor is the batch's."""
+def checked_setting(argument: inspect.Parameter, value: Any) -> Any:
+    """The value, a number as Python's own: compilers take NumPy's for arrays.
+
+    Raises what the function would raise for its argument's value; the shape of a tensor is the batch's.
+    """
     if value is None and "None" in argument.annotation:
-        return
+        return None
     if argument.name in CHECKED:
         CHECKED[argument.name](argument.name, value)
     else:
         check_settings(LossTerms(None, **{argument.name: value}))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def _setting(argument: inspect.Parameter) -> property:
     """An argument of the function as an attribute, which can be changed."""
 
     def change(loss: _Loss, value: Any) -> None:
-        check_setting(argument, value)
-        loss.settings = {**loss.settings, argument.name: value}  # a shallow copy keeps its own
+        # a new dictionary: a shallow copy keeps its own
+        loss.settings = {**loss.settings, argument.name: checked_setting(argument, value)}
 
     return property(lambda loss: loss.settings.get(argument.name, argument.default), change)
 
@@ -97,8 +104,13 @@ class _Loss(nn.Module):
                 near = difflib.get_close_matches(name, self.arguments, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}{hint}")
-            check_setting(self.arguments[name], value)
-            self.settings[name] = value
+            self.settings[name] = checked_setting(self.arguments[name], value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What `to`, `cuda` and `half` do: tensors among the settings move as buffers do, but for others' parameters."""
+        moved = {n: fn(x) for n, x in self.settings.items() if isinstance(x, Tensor) and not x.requires_grad}
+        self.settings = {**self.settings, **moved}
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """The divergence and the settings, for printing."""

@@ -77,12 +77,12 @@ def _checked_plain(
     dtype: torch.dtype, temperature_squared: object, ce_weight: Any, label_smoothing: Any, z_loss: Any,
     ignore_index: object, reduction: object, *per_token: Any,
 ) -> dict[str, float]:  # fmt: skip
-    """The numbers that were no floats, as floats, by name. Weights are such as the arithmetic holds: an infinite one
-    would be NaN where it meets 0, in a row that is masked out.
+    """The numbers that were no floats, as floats, and an index that was no int, by name. Weights are such as the
+    arithmetic holds: an infinite one would be NaN where it meets 0, in a row that is masked out.
     """
     most = ENDS[torch.float64 if dtype == torch.float64 else torch.float32].max
     checks.check_flag("temperature_squared", temperature_squared)
-    checks.check_integer("ignore_index", ignore_index)
+    index = checks.check_integer("ignore_index", ignore_index)
     checks.check_reduction(reduction)
     given = [("ce_weight", -most, most, ce_weight), ("label_smoothing", 0, 1, label_smoothing),
              ("z_loss", 0, most, z_loss)]  # fmt: skip
@@ -94,7 +94,8 @@ def _checked_plain(
     if temperature_squared and "temperature" in found and "divergence_weight" in found:
         of_square = found["divergence_weight"] * found["temperature"] ** 2
         checks.check_number("divergence_weight·temperature², of temperature_squared,", of_square, -most, most)
-    return {name: found[name] for name, *_, value in given if found[name] is not value}
+    made = {name: found[name] for name, *_, value in given if found[name] is not value}
+    return made if index is ignore_index else {**made, "ignore_index": index}
 
 
 #: Numbers that fit once fit each step.

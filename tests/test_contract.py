@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import inspect
 import io
 import math
 import pickle
@@ -909,8 +910,6 @@ def test_weights_beyond_the_arithmetic_are_refused(name, dtype, beyond):
 @pytest.mark.parametrize("odd", ODD)
 def test_wrong_types_name_the_argument(call, odd):
     """Every argument of every public function: it is taken, or the message begins with its name."""
-    import inspect
-
     function, given = CALLS[call]
     for name in {*inspect.signature(function).parameters} - {*DEPRECATED}:
         try:
@@ -922,6 +921,22 @@ def test_wrong_types_name_the_argument(call, odd):
             assert "\n" not in str(error) and len(str(error)) < 300, error
         except NotImplementedError as error:
             raise AssertionError(f"{name}={odd}: {error}") from error
+
+
+@pytest.mark.parametrize("call", range(len(CALLS)))
+def test_integers_of_numpy_are_integers(call):
+    """As torch's own functions take them."""
+    function, given = CALLS[call]
+    for name, value in dict(ignore_index=0, vocab_size=8, chunk_bytes=4096, k=2, draws=3).items():
+        if name not in inspect.signature(function).parameters or (name == "ignore_index" and "target" in given):
+            continue  # class probabilities have no index to ignore
+        for kind in (np.int64, np.uint8 if value < 256 else np.int32):
+            results = []
+            for number in (value, kind(value)):
+                torch.manual_seed(0)
+                made = function(**{**given, name: number})
+                results.append(made[:2] if isinstance(made, fk.TopK) else made)
+            torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -280,6 +280,25 @@ def test_settings_are_attributes():
     assert repr(loss) == "FDivergenceLoss(kl, temperature=2.0)"
 
 
+def test_settings_are_pythons_own_numbers():
+    """As loops over NumPy's ranges give them: compilers take NumPy's for arrays."""
+    loss = fk.FDivergenceLoss("js", temperature=np.float64(2), ce_weight=np.float32(0.5), ignore_index=np.int64(3))
+    loss.vocab_size = np.int32(7)
+    want = fk.FDivergenceLoss("js", temperature=2.0, ce_weight=0.5, ignore_index=3, vocab_size=7)
+    assert repr(loss) == repr(want)
+    assert torch.compile(loss, backend="eager", fullgraph=True)(Z, -Z, Y) == want(Z, -Z, Y)
+
+
+def test_tensors_among_the_settings_move_with_the_module():
+    """As buffers do; what is trained is a part of another module."""
+    head = torch.nn.Linear(5, 8)
+    loss = fk.LinearFDivergenceLoss(temperature=torch.tensor(2.0), student_bias=head.bias, token_weight=torch.ones(2))
+    before = copy.copy(loss)
+    moved = torch.nn.ModuleList([loss]).to("meta", torch.float64)[0]
+    assert moved is loss and loss.temperature.is_meta and loss.token_weight.dtype == torch.float64
+    assert loss.student_bias is head.bias and not before.temperature.is_meta
+
+
 def test_no_gradient_is_made_under_no_grad(backend):
     student, teacher = models(4, 60)
     with torch.no_grad():

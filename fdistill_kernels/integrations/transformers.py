@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import check_classes, check_flag, check_integer
 from ..deferred import Deferral, Logits, active, is_plain, output_embedding, unwatch, watch
 from ..functional import cross_entropy, linear_cross_entropy
-from ..modules import check_setting
+from ..modules import checked_setting
 
 IGNORE = -100
 #: Of `linear_cross_entropy`, what the model's own forward and loss function say.
@@ -65,8 +65,7 @@ def patch_model(model: Any, *, keep_logits: bool = False, **keywords: Any) -> An
     for name in keywords.keys() - known:
         raise TypeError(f"{name} is not among what patch_model takes: {', '.join(sorted(known))}")
     check_flag("keep_logits", keep_logits)
-    for name, value in keywords.items():
-        check_setting(arguments[name], value)
+    keywords = {name: checked_setting(arguments[name], value) for name, value in keywords.items()}
     base = _base_model(model)
     head = output_embedding(base)
     if not is_plain(head):
