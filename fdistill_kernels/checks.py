@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -272,6 +273,20 @@ def check_vocab_size(vocab_size: int, most: int, of: str) -> None:
     check_integer("vocab_size", vocab_size)
     if not 0 < vocab_size <= most:
         raise ValueError(f"vocab_size must be in [1, {most}], {of}, not {vocab_size}")
+
+
+def check_takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
+    """Raises TypeError unless it can be called with these arguments, as far as its signature is known."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # of some that are written in C
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} must take ({', '.join(arguments)}): {error}") from None
 
 
 def check_chunk(logits: object, like: Tensor) -> Tensor:

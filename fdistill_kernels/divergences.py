@@ -44,7 +44,7 @@ class Divergence:
 
     Raises:
         ValueError: a number is not finite as a float, or the parameter of the Alpha kernel is 0 or 1.
-        TypeError: name is not text, terms is not a function, triton is no such one, or a number is none.
+        TypeError: name is not text, terms is no function of five arguments, triton no such one, or a number is none.
     """
 
     name: str
@@ -61,6 +61,8 @@ class Divergence:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not callable(self.terms):
             raise TypeError("a Divergence needs a name and a function of its terms")
+        if self.symbol is None:  # the table's do
+            checks.check_takes(f"{self.name}: terms", self.terms, "p", "q", "log_p", "log_q", "parameter")
         if self.triton is not None and len(getattr(self.triton, "arg_names", ())) != 5:
             raise TypeError(f"{self.name}: triton must be a @triton.jit function of p, q, log_p, log_q and parameter")
         for what in ("parameter", "scale", "other"):

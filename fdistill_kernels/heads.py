@@ -197,6 +197,7 @@ def _teacher_of_logits(
         if value is not None:
             raise ValueError(f"{keyword} needs teacher_weight: logits given as such are taken as they are")
     if not isinstance(teacher, Tensor):
+        checks.check_takes("teacher_hidden, a function,", teacher, "begin", "end")
         if own is not None:
             raise ValueError("teacher_shard is for tensors: a function gives the student's entries, or all")
         kind = student.device.type

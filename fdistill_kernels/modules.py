@@ -107,7 +107,7 @@ class _Loss(nn.Module):
             self.settings[name] = checked_setting(self.arguments[name], value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """What `to`, `cuda` and `half` do: tensors among the settings move as buffers do, but for others' parameters."""
+        """What `to` and `half` do: tensors among the settings move as buffers do, but for others' parameters."""
         moved = {n: fn(x) for n, x in self.settings.items() if isinstance(x, Tensor) and not x.requires_grad}
         self.settings = {**self.settings, **moved}
         return super()._apply(fn, recurse)

@@ -1574,6 +1574,31 @@ def test_an_own_divergence_s_terms_that_do_not_fit_are_refused(terms):
         fk.f_divergence(torch.randn(4, 7), torch.randn(4, 7), fk.Divergence("mine", terms))
 
 
+class _Reader:
+    def __call__(self, begin, end):
+        return T[begin:end]
+
+    def one(self, rows):
+        return T[rows]
+
+
+@pytest.mark.parametrize("teacher, what", [
+    (lambda begin: T[begin:], "too many positional arguments"), (_Reader().one, "too many positional arguments"),
+    (lambda begin, end, *, layer: T, "missing a required .*argument: 'layer'"), (lambda a, b, c: T, "missing .*: 'c'"),
+])  # fmt: skip
+def test_a_teacher_s_function_of_other_arguments_is_refused(teacher, what):
+    for given in (teacher, fk.Logits(teacher)):
+        with pytest.raises(TypeError, match=rf"teacher_hidden, a function, must take \(begin, end\): {what}"):
+            fk.linear_f_divergence(H, W, given)
+    for takes in (_Reader(), lambda *rows: T[slice(*rows)], lambda begin, end=0, layer=3: T[begin:end]):
+        assert fk.linear_f_divergence(H, W, takes).isfinite()
+
+
+def test_an_own_divergence_s_terms_of_other_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"mine: terms must take \(p, q, log_p, log_q, parameter\): too many"):
+        fk.Divergence("mine", lambda p, q: (p, q))
+
+
 def test_values_that_are_refused_by_name():
     student, teacher = torch.randn(4, 7), torch.randn(4, 7)
     with pytest.raises(ValueError, match="labels, temperature beside divergence, a LossTerms"):
