@@ -63,6 +63,15 @@ def trainer(folder, student, teacher, train=None, **settings):
                            train_dataset=train or data(), eval_dataset=data(4))  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["arrow", "pandas"])
+def test_a_stream_of_tables_is_refused(form, tmp_path):
+    """A row's columns were taken for its ids; that of a dataset is looked at before."""
+    stream = Dataset.from_list(data()).to_iterable_dataset().with_format(form)
+    run = trainer(tmp_path, gpt2(60), gpt2(60), stream, method="kl", max_steps=1)
+    with pytest.raises(TypeError, match=r"an example must be a row by column, .* take data\.with_format\(None\)"):
+        run.train()
+
+
 @pytest.mark.parametrize("make", [lambda seed: gpt2(60, seed=seed), lambda seed: bart(seed=seed)], ids=["gpt2", "bart"])
 @pytest.mark.parametrize("method", ["seqkd", "kl", "engine", "rkl", "js", "tvd", "mle", "predistill"])
 def test_every_method_trains(method, make, tmp_path):
@@ -1290,7 +1299,10 @@ def test_refused_by_the_trainer(tmp_path):
         )
     with pytest.raises(ValueError, match="the teacher's first weights are on the meta device"):
         trainer(tmp_path, student, copy.deepcopy(teacher).to("meta"))
-    for train, found in (("x", "str"), ([1, 2], "list of int"), (iter(data(4)), "list_iterator")):
+    rows = Dataset.from_list(data())
+    for train, found in (("x", "str"), ([1, 2], "list of int"), (iter(data(4)), "list_iterator"),
+                         (rows.with_format("arrow"), "Dataset of Table"),
+                         (rows.with_format("pandas"), "Dataset of DataFrame")):  # fmt: skip
         with pytest.raises(TypeError, match=f"train_dataset must be a dataset, .* not a {found}"):
             trainer(tmp_path, student, teacher, train)
     with pytest.raises(ValueError, match=r"neftune_noise_alpha=5\.0 is not used: BartForConditionalGeneration reads"):

@@ -6,7 +6,7 @@ labels −100 where nothing is learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,9 +191,13 @@ def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tens
     """An example's ids and mask as tensors, without padding.
 
     Raises:
+        TypeError: it is no row by column, as those of a dataset whose format is a table's.
         ValueError: ids that are no integers, a mask of another length than what it is of, or ids that do not fit
             (`collate`).
     """
+    if not isinstance(example, Mapping):
+        raise TypeError(f"an example must be a row by column, not a {type(example).__name__}: where that is the "
+                        "dataset's format, take data.with_format(None)")  # fmt: skip
     rows = {n: _ids(n, example[n]) for n in (*IDS, "input_ids") if example.get(n) is not None}
     if example.get("labels_mask") is not None:
         rows["labels_mask"] = torch.as_tensor(example["labels_mask"], dtype=torch.bool)

@@ -91,10 +91,13 @@ def check_collator(collator: Any, *datasets: Any) -> None:
 def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str], student: Any, teacher: Teacher,
                    new_tokens: int) -> None:  # fmt: skip
     """One of them: sources whose sequences are used, and those that are compared with the teacher's word."""
-    first = data[0] if isinstance(data, (list, tuple)) and data else {}
+    known = isinstance(data, (list, tuple)) or (
+        hasattr(data, "column_names") and hasattr(data, "__len__") and columns_of(data)
+    )
+    first = data[0] if known and len(data) else {}
     readable = hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
     if isinstance(data, str) or not readable or not isinstance(first, Mapping):
-        found = type(data).__name__ + (f" of {type(first).__name__}" if isinstance(data, (list, tuple)) else "")
+        found = type(data).__name__ + ("" if isinstance(first, Mapping) else f" of {type(first).__name__}")
         raise TypeError(f"{name} must be a dataset, or a list of examples by column, not a {found}")
     if hasattr(data, "__len__") and len(data) == 0:
         raise ValueError(f"{name} is empty")
