@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import counts
-from fdistill_kernels.backends.triton import CONSTANTS, OTHERS, cut, functions, launch
+from fdistill_kernels.backends.triton import CONSTANTS, OTHERS, cut, kind_of, launch
 from fdistill_kernels.backends.triton.kernels import (
     head_statistics,
     rest,
@@ -86,7 +86,7 @@ def row_variant(symbol, dtype="bf16", vocabulary=128256, gradients="student", la
         **dict.fromkeys((*CONSTANTS, *OTHERS, "smoothing"), "fp32"),
     }  # fmt: skip
     constants = {
-        **functions(divergence_of(symbol) if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
+        "KIND": kind_of(divergence_of(symbol) if symbol else None, "teacher" in gradients), "SMOOTHED": weighted, "PHASE": getattr(rows, phase).value,
         "SPLITS": 1 if phase == "WHOLE" else 16, "BLOCK": chosen.block,
         "LINE": 16 // itemsize if lines else 1,
     }  # fmt: skip
@@ -113,7 +113,7 @@ def statistics_variant(symbol, statistics, dtype="bf16", vocabulary=128256, card
                          "teacher_inner"), "i32"),
     }  # fmt: skip
     constants = {
-        "SUMS": sums, "OF_SUMS": coefficients, "LARGEST_OF": row_terms.LARGEST.get(symbol), "MEMBERS": functions(divergence, False)["MEMBERS"],
+        "SUMS": sums, "OF_SUMS": coefficients, "LARGEST_OF": row_terms.LARGEST.get(symbol), "MEMBERS": kind_of(divergence, False).MEMBERS,
         "BY": int(divergence.statistics.members == "mass"), "BLOCK": chosen.block, "LINE": 8,
     }  # fmt: skip
     return f"statistics/{symbol}/{dtype}", row_statistics.row_statistics_kernel, types, constants, chosen.options

@@ -86,26 +86,22 @@ def why_not(device: torch.device, dtype: torch.dtype, divergence: Divergence | N
     return None
 
 
-def functions(divergence: Divergence | None, teacher_gradient: bool) -> dict[str, Any]:
-    """A divergence's terms, and with the models exchanged those for the teacher, as the kernels' constants."""
+def kind_of(divergence: Divergence | None, teacher_gradient: bool) -> Any:
+    """A divergence's terms, and with the models exchanged those for the teacher: the kernels' `entries.Kind`."""
     from .kernels import entries, row_terms, terms
 
     none = entries.NONE.value
     if divergence is None:
-        return {"TERMS": None, "FACTORS": None, "EXCHANGED": None, "CENTRED": True, "TEACHER_CENTRED": True,
-                "MEMBERS": none}  # fmt: skip
+        return entries.Kind(None, None, None, True, True, none)
     if not divergence.kernel:
-        return {"TERMS": divergence.triton, "FACTORS": None, "EXCHANGED": "own", "CENTRED": False,
-                "TEACHER_CENTRED": False, "MEMBERS": none}  # fmt: skip
+        return entries.Kind(divergence.triton, None, "own", False, False, none)
     exchanged, known = KERNELS[divergence.kernel].exchanged, {**terms.BY_SYMBOL, **row_terms.BY_SYMBOL}
     symbol = gpu_symbol(divergence)
+    of_teacher = known[symbol if exchanged == divergence.kernel else exchanged] if teacher_gradient else None
     members = divergence.statistics.members if divergence.statistics else ""
-    return {
-        "TERMS": known[symbol], "FACTORS": terms.FACTORS.get(symbol),
-        "EXCHANGED": known[symbol if exchanged == divergence.kernel else exchanged] if teacher_gradient else None,
-        "CENTRED": divergence.centred, "TEACHER_CENTRED": KERNELS[exchanged].centred,
-        "MEMBERS": {"": none, "label": entries.LABEL.value}.get(members, entries.LARGEST.value),
-    }  # fmt: skip
+    in_set = {"": none, "label": entries.LABEL.value}.get(members, entries.LARGEST.value)
+    return entries.Kind(known[symbol], terms.FACTORS.get(symbol), of_teacher, divergence.centred,
+                        KERNELS[exchanged].centred, in_set)  # fmt: skip
 
 
 #: Kernels count in 32 bits the at most nine numbers that they have of each row.
@@ -125,20 +121,20 @@ def constants(divergence: Divergence | None, names: tuple[str, ...] = CONSTANTS)
     return dict(zip(names, divergence.constants[names is OTHERS], strict=False))
 
 
-def arguments(divergence: Divergence | None, teacher_gradient: bool) -> tuple[tuple[float, ...], tuple[Any, ...]]:
-    """All that the row kernel takes of a divergence, by place: numbers, and constants."""
+def arguments(divergence: Divergence | None, teacher_gradient: bool) -> tuple[tuple[float, ...], Any]:
+    """All that the row kernel takes of a divergence: numbers by place, and its `entries.Kind`."""
     if divergence is None or divergence.kernel is None:
         return _arguments(divergence, teacher_gradient)
     return _of_key(divergence.key, teacher_gradient)
 
 
-def _arguments(divergence: Divergence | None, teacher_gradient: bool) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+def _arguments(divergence: Divergence | None, teacher_gradient: bool) -> tuple[tuple[float, ...], Any]:
     numbers = *constants(divergence).values(), *constants(divergence, OTHERS).values()
-    return numbers, tuple(functions(divergence, teacher_gradient).values())
+    return numbers, kind_of(divergence, teacher_gradient)
 
 
 @functools.lru_cache(maxsize=256)
-def _of_key(key: str, teacher_gradient: bool) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+def _of_key(key: str, teacher_gradient: bool) -> tuple[tuple[float, ...], Any]:
     return _arguments(by_key(key), teacher_gradient)
 
 
@@ -235,7 +231,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     spans = _spans(call, chosen, line, wire.ranks if wire else 0)
     coefficients = _coefficients(call, terms) if divergence and divergence.statistics else None
     strides = *_strides_of(student), *_strides_of(teacher), *_strides_of(student_gradient)
-    numbers, of_divergence = arguments(divergence, call.teacher_gradient)
+    numbers, kind = arguments(divergence, call.teacher_gradient)
     given = (
         student, teacher, student_gradient, teacher_gradient, parts, spans.partials, spans.tickets, *_vectors(terms),
         coefficients, rows, *student.shape[1:], spans.size, *strides, call.student_softcap or None,
@@ -245,7 +241,7 @@ def run(call: RowCall, chosen: Launch) -> tuple[Tensor, Tensor, Tensor]:
     smoothed = terms.labels is not None and terms.label_smoothing > 0
 
     def phase(number: int, grid: tuple[int, int]) -> None:
-        constants_of = *of_divergence, smoothed, number, spans.met, chosen.block, line
+        constants_of = kind, smoothed, number, spans.met, chosen.block, line
         compiled.start(kernels.row_kernel, grid, given, constants_of, chosen.options)
 
     with launch.on(student.device):
@@ -318,7 +314,7 @@ def _coefficients(call: RowCall, terms: TokenTerms) -> Tensor:
     _look(row_statistics.row_statistics_kernel, call, terms._replace(row_scale=of_divergence),
           coefficients=coefficients, **constants(divergence), SUMS=sums, OF_SUMS=of_sums,
           LARGEST_OF=row_terms.LARGEST.get(divergence.kernel), BY=by.value,
-          MEMBERS=functions(divergence, False)["MEMBERS"])  # fmt: skip
+          MEMBERS=kind_of(divergence, False).MEMBERS)  # fmt: skip
     return coefficients
 
 

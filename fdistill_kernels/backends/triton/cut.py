@@ -196,7 +196,7 @@ class _Sweeps:
         """A launch of `tile_kernel`, but for its grid and where it is; made once a sweep."""
         call, terms, student, teacher = self.call, self.call.terms, self.student, self.teacher
         symbol = gpu_symbol(call.divergence) if call.divergence else None
-        functions = triton_backend.functions(call.divergence, teacher_gradient=False)
+        kind = triton_backend.kind_of(call.divergence, teacher_gradient=False)
         log_threshold = math.log(torch.finfo(call.hidden.dtype).eps / self.vocabulary)
         widest = max(model.itemsize for model in (student, teacher) if model)
         return _launch(
@@ -204,11 +204,11 @@ class _Sweeps:
             student.hidden, student.weight, student.bias, teacher and teacher.hidden, teacher and teacher.weight,
             teacher and teacher.bias, self.facts, terms.labels, terms.class_weight if self.smoothed else None,
             self.live, partials, gradient, self.rows, self.vocabulary, *student.shape, *(teacher or student).shape,
-            log_threshold=log_threshold, **triton_backend.constants(call.divergence), TERMS=functions["TERMS"],
-            FACTORS=functions["FACTORS"],
-            EXCHANGED=functions["EXCHANGED"], SMOOTHED=self.smoothed, PHASE=phase, STUDENT_EVEN=student.even,
-            STUDENT_PRECISION=student.precision, STUDENT_D=student.depth, TEACHER_EVEN=(teacher or student).even,
-            TEACHER_PRECISION=(teacher or student).precision, TEACHER_D=(teacher or student).depth, BLOCK=BLOCK,
+            log_threshold=log_threshold, **triton_backend.constants(call.divergence), TERMS=kind.TERMS,
+            FACTORS=kind.FACTORS, EXCHANGED=kind.EXCHANGED, SMOOTHED=self.smoothed, PHASE=phase,
+            STUDENT_EVEN=student.even, STUDENT_PRECISION=student.precision, STUDENT_D=student.depth,
+            TEACHER_EVEN=(teacher or student).even, TEACHER_PRECISION=(teacher or student).precision,
+            TEACHER_D=(teacher or student).depth, BLOCK=BLOCK,
             BLOCK_V=tile_width(phase, symbol, terms.labels is not None, self.smoothed, widest, self.card),
             **self.options,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .heads import head_logits
+from .heads import OfHead, head_logits
 from .softmaxes import LOWEST
 from .terms import exp
 from .tiles import block_of_rows
@@ -30,6 +30,7 @@ def statistics_kernel(
     Grid: (blocks of rows in a group, splits, groups); a split is a span of the vocabulary. Blocks of masked rows alone
     do nothing.
     """
+    model = OfHead(hidden, weight, bias, width, hidden_stride, weight_stride, scale, cap)
     n = block_of_rows() * BLOCK + tl.arange(0, BLOCK)
     inside = n < rows
     rate = tl.load(rates + n, mask=inside, other=1.0)
@@ -44,8 +45,7 @@ def statistics_kernel(
         end = begin
     for start in tl.range(begin, end, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        z = head_logits(hidden, weight, bias, n, v, rows - 1, vocabulary, width, hidden_stride, weight_stride, scale,
-                        cap, EVEN, PRECISION, BLOCK, BLOCK_V, BLOCK_D)  # fmt: skip
+        z = head_logits(model, n, v, rows, vocabulary, EVEN, PRECISION, BLOCK, BLOCK_V, BLOCK_D)
         new = tl.maximum(top, tl.max(z, 1))
         total = _grown(top, total, new, z, rate)
         if PLAIN:

@@ -61,11 +61,17 @@ def first_of(row, LINE: tl.constexpr):
 
 @triton.jit
 def line_of(row, first, LINE: tl.constexpr):
-    """Where a row's first line starts; an absent row stays so."""
-    if row is None or LINE == 1:
+    """Where a row's first line starts."""
+    if LINE == 1:
         return row
     else:
         return tl.multiple_of(row - first, LINE_BYTES)
+
+
+@triton.jit
+def line_at(base, n, inner, outer_stride, inner_stride, first, LINE: tl.constexpr):
+    """Where the first line of row n starts."""
+    return line_of(row_at(base, n, inner, outer_stride, inner_stride), first, LINE)
 
 
 @triton.jit

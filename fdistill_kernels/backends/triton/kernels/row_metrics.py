@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from .entries import entry_of, models_of
-from .loads import capped, first_of, is_whole, line_of, load_block, row_at
+from .loads import capped, first_of, is_whole, line_at, line_of, row_at
 from .softmaxes import BEYOND, added, by_lane, no_sums, softmaxes_of
+from .stretches import Swept, read_at
 from .terms import LN2, log1p, times
 
 FIRST = tl.constexpr(3)  # of the parts
@@ -20,20 +21,17 @@ def _with_first(first, v, found, LINE: tl.constexpr):
 
 @triton.jit
 def _looked_at(
-    of_student, of_teacher, overlap, first, other_first, rows, start, bounds, caps, models, CLEAR: tl.constexpr,
-    BLOCK: tl.constexpr, LINE: tl.constexpr,
+    of_student, of_teacher, overlap, first, other_first, start, swept, models, CLEAR: tl.constexpr, BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):  # fmt: skip
     """Entropies, the overlap and the first places of both tops, lane by lane, with a block's."""
     v = start + tl.arange(0, BLOCK)
-    x = load_block(rows[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
-    y = x
-    if rows[1] is not None:
-        y = load_block(rows[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    x, y = read_at(start, swept, CLEAR, BLOCK, LINE)
     p, q, log2_p, log2_q, _, _, _, _, _ = entry_of(x, y, models, 0.0, False)
     of_student, of_teacher = added(of_student, -times(q, log2_q), LINE), added(of_teacher, -times(p, log2_p), LINE)
     overlap = added(overlap, tl.minimum(p, q, propagate_nan=tl.PropagateNan.ALL), LINE)
-    first = _with_first(first, v, x == models[0], LINE)
-    other_first = _with_first(other_first, v, y == models[3], LINE)
+    first = _with_first(first, v, x == models.student_top, LINE)
+    other_first = _with_first(other_first, v, y == models.teacher_top, LINE)
     return of_student, of_teacher, overlap, first, other_first
 
 
@@ -53,37 +51,34 @@ def row_metrics_kernel(
             for i in tl.static_range(COUNT):
                 tl.store(at + i * rows, 0.0)
         else:
-            student_row, teacher_row = row_at(student, n, inner, student_outer, student_inner), teacher
+            student_row = row_at(student, n, inner, student_outer, student_inner)
             begin = first_of(student_row, LINE)
             student_row, bounds = line_of(student_row, begin, LINE), (begin, begin + vocabulary)
-            student_rate, teacher_rate = tl.load(student_inverse_temperature + n), 1.0
+            teacher_row = teacher
+            student_rate = tl.load(student_inverse_temperature + n)
+            rates = student_rate, 1.0
             if teacher is not None:
-                teacher_row = line_of(row_at(teacher, n, inner, teacher_outer, teacher_inner), begin, LINE)
-                teacher_rate = tl.load(teacher_inverse_temperature + n)
-            found = softmaxes_of(
-                student_row, teacher_row, None, 0, bounds[1], bounds, student_rate, teacher_rate, student_cap,
-                teacher_cap, 0.0, True, False, False, BLOCK, LINE,
-            )  # fmt: skip
-            student_top, student_rest, plain_rest, _, teacher_top, teacher_rest, _, _, _ = found
+                teacher_row = line_at(teacher, n, inner, teacher_outer, teacher_inner, begin, LINE)
+                rates = student_rate, tl.load(teacher_inverse_temperature + n)
+            swept = Swept((student_row, teacher_row), (student_cap, teacher_cap), 0, bounds[1], bounds)
+            found = softmaxes_of(swept, rates, None, 0.0, True, False, False, BLOCK, LINE)
+            student_top, plain_rest = found.student_top, found.plain_rest
             if teacher is None:  # at temperature 1, as the labels' terms
-                plain_rest = student_rest
-            models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
+                plain_rest = found.student_rest
+            models = models_of(found, rates, (0.0, 0.0), False)
             of_student = no_sums(student, BLOCK)
             of_teacher, overlap = of_student, of_student
             first = tl.full(of_student.shape, BEYOND, tl.int32)
             other_first = first
-            rows_of, caps = (student_row, teacher_row), (student_cap, teacher_cap)
             for start in tl.range(0, bounds[1], BLOCK):
                 if is_whole(start, bounds, BLOCK):
                     of_student, of_teacher, overlap, first, other_first = _looked_at(
-                        of_student, of_teacher, overlap, first, other_first, rows_of, start, bounds, caps, models, True,
-                        BLOCK, LINE,
-                    )  # fmt: skip
+                        of_student, of_teacher, overlap, first, other_first, start, swept, models, True, BLOCK, LINE
+                    )
                 else:
                     of_student, of_teacher, overlap, first, other_first = _looked_at(
-                        of_student, of_teacher, overlap, first, other_first, rows_of, start, bounds, caps, models,
-                        False, BLOCK, LINE,
-                    )  # fmt: skip
+                        of_student, of_teacher, overlap, first, other_first, start, swept, models, False, BLOCK, LINE
+                    )
             log_total = log1p(plain_rest)
             label_log_prob = 0.0
             if labels is not None:

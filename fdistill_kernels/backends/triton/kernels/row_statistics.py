@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from .entries import LABEL, LARGEST, entry_of, in_set, models_of
-from .loads import first_of, line_of, load_block, row_at, within
+from .loads import first_of, line_at, line_of, load_block, row_at, within
 from .row_terms import COEFFICIENTS
 from .softmaxes import added, by_lane, no_sums, softmaxes_of
-from .stretches import NOWHERE, clear_until
+from .stretches import NOWHERE, Swept, blocks_of, clear_until, read_at
 from .terms import LOG2E, NO_OVERLAP
 
 #: How the teacher's largest entries are told: by their number, or by their mass.
@@ -21,24 +21,22 @@ def _float_of(key):
 
 
 @triton.jit
-def _threshold(
-    teacher, bounds, models, enough, cap, BY: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr
-):  # fmt: skip
+def _threshold(swept, models, enough, BY: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
     """The largest t that enough entries, or their mass, are at or above: by the bits of floats, one a sweep."""
     low = tl.full([], -0x7F800001, tl.int64)  # −inf
-    high = (models[3] + 0.0).to(tl.int32, bitcast=True)
+    high = (models.teacher_top + 0.0).to(tl.int32, bitcast=True)
     high = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.int64)
     while low < high:
         middle = low + (high - low + 1) // 2
         threshold = _float_of(middle.to(tl.int32))
-        found = no_sums(teacher, BLOCK)
-        for start in tl.range(0, bounds[1], BLOCK):
+        found = no_sums(swept.rows[1], BLOCK)
+        for start in tl.range(0, swept.end, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            y = load_block(teacher, start, bounds, cap, False, BLOCK, LINE)
+            y = load_block(swept.rows[1], start, swept.bounds, swept.caps[1], False, BLOCK, LINE)
             weight = tl.full([BLOCK], 1.0, tl.float32)
             if BY == MASS:
-                weight = tl.exp2((y - models[3]) * (models[4] * LOG2E) - models[5])
-            found = added(found, tl.where((y >= threshold) & within(v, bounds), weight, 0.0), LINE)
+                weight = tl.exp2((y - models.teacher_top) * (models.teacher_rate * LOG2E) - models.teacher_log2_total)
+            found = added(found, tl.where((y >= threshold) & within(v, swept.bounds), weight, 0.0), LINE)
         reached = tl.sum(found, 0) >= enough
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
@@ -47,18 +45,17 @@ def _threshold(
 
 @triton.jit
 def _added_to(
-    sums, rows_of, start, bounds, caps, models, u_at_peak, label, threshold, own, facts, CLEAR: tl.constexpr,
-    SUMS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    sums, start, swept, models, label, threshold, own, facts, CLEAR: tl.constexpr, SUMS: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """The five sums, lane by lane, with a block's added."""
     v = start + tl.arange(0, BLOCK)
-    x = load_block(rows_of[0], start, bounds, caps[0], CLEAR, BLOCK, LINE)
-    y = load_block(rows_of[1], start, bounds, caps[1], CLEAR, BLOCK, LINE)
+    x, y = read_at(start, swept, CLEAR, BLOCK, LINE)
     one, two, three, four, five = SUMS(
-        entry_of(x, y, models, u_at_peak, in_set(y, v, label, threshold, MEMBERS)), own, facts
+        entry_of(x, y, models, facts[0], in_set(y, v, label, threshold, MEMBERS)), own, facts
     )
     if not CLEAR:
-        inside = within(v, bounds)
+        inside = within(v, swept.bounds)
         one, two, three = tl.where(inside, one, 0.0), tl.where(inside, two, 0.0), tl.where(inside, three, 0.0)
         four, five = tl.where(inside, four, 0.0), tl.where(inside, five, 0.0)
     return (added(sums[0], one, LINE), added(sums[1], two, LINE), added(sums[2], three, LINE),
@@ -82,18 +79,15 @@ def row_statistics_kernel(
         if tl.load(row_scale + n) != 0:
             student_row = row_at(student, n, inner, student_outer, student_inner)
             first = first_of(student_row, LINE)
-            student_row, bounds = line_of(student_row, first, LINE), (first, first + vocabulary)
-            teacher_row = line_of(row_at(teacher, n, inner, teacher_outer, teacher_inner), first, LINE)
-            student_rate = tl.load(student_inverse_temperature + n)
-            teacher_rate = tl.load(teacher_inverse_temperature + n)
-            found = softmaxes_of(
-                student_row, teacher_row, None, 0, bounds[1], bounds, student_rate, teacher_rate, student_cap,
-                teacher_cap, 0.0, False, False, True, BLOCK, LINE,
-            )  # fmt: skip
-            student_top, student_rest, _, _, teacher_top, teacher_rest, teacher_there, student_there, _ = found
-            models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate)
-            u_at_peak = entry_of(student_top, teacher_there, models, 0.0, False)[4]
-            u_at_other_peak = entry_of(student_there, teacher_top, models, 0.0, False)[4]
+            student_row = line_of(student_row, first, LINE)
+            teacher_row = line_at(teacher, n, inner, teacher_outer, teacher_inner, first, LINE)
+            rates = tl.load(student_inverse_temperature + n), tl.load(teacher_inverse_temperature + n)
+            swept = Swept((student_row, teacher_row), (student_cap, teacher_cap), 0, first + vocabulary,
+                          (first, first + vocabulary))  # fmt: skip
+            found = softmaxes_of(swept, rates, None, 0.0, False, False, True, BLOCK, LINE)
+            models = models_of(found, rates, (0.0, 0.0), False)
+            u_at_peak = entry_of(found.student_top, found.teacher_there, models, 0.0, False)[4]
+            u_at_other_peak = entry_of(found.student_there, found.teacher_top, models, 0.0, False)[4]
             label, threshold = -1, 0.0
             if MEMBERS == LABEL:
                 label = tl.load(labels + n) + first
@@ -101,13 +95,12 @@ def row_statistics_kernel(
                 enough = parameter
                 if BY == COUNT:
                     enough = tl.minimum(parameter, vocabulary * 1.0)
-                threshold = _threshold(teacher_row, bounds, models, enough, teacher_cap, BY, BLOCK, LINE)
-            rows_of, caps, zeros = (student_row, teacher_row), (student_cap, teacher_cap), no_sums(student, BLOCK)
+                threshold = _threshold(swept, models, enough, BY, BLOCK, LINE)
+            zeros = no_sums(student, BLOCK)
             one, other = zeros + NO_OVERLAP, zeros + NO_OVERLAP
             if LARGEST_OF is not None:
-                for start in tl.range(0, bounds[1], BLOCK):
-                    x = load_block(student_row, start, bounds, student_cap, False, BLOCK, LINE)
-                    y = load_block(teacher_row, start, bounds, teacher_cap, False, BLOCK, LINE)
+                for start in tl.range(0, swept.end, BLOCK):
+                    x, y = read_at(start, swept, False, BLOCK, LINE)
                     inside = in_set(y, start + tl.arange(0, BLOCK), label, threshold, MEMBERS)
                     of_one, of_other = LARGEST_OF(entry_of(x, y, models, u_at_peak, inside), own)
                     one = tl.maximum(one, tl.max(by_lane(of_one, zeros.shape[0], LINE), 1))
@@ -115,15 +108,15 @@ def row_statistics_kernel(
             one, other = tl.minimum(tl.max(one, 0), -NO_OVERLAP), tl.minimum(tl.max(other, 0), -NO_OVERLAP)
             facts = u_at_peak, u_at_other_peak, one, other
             sums = zeros, zeros, zeros, zeros, zeros
-            k, count = 0, tl.cdiv(bounds[1], BLOCK)
+            k, count = 0, blocks_of(swept, BLOCK)
             while k < count:
-                stop = clear_until(k, 0, bounds[1], bounds, NOWHERE, NOWHERE, True, BLOCK)
+                stop = clear_until(k, swept, NOWHERE, NOWHERE, True, BLOCK)
                 for start in tl.range(k * BLOCK, stop * BLOCK, BLOCK):
-                    sums = _added_to(sums, rows_of, start, bounds, caps, models, u_at_peak, label, threshold, own,
-                                     facts, True, SUMS, MEMBERS, BLOCK, LINE)  # fmt: skip
+                    sums = _added_to(sums, start, swept, models, label, threshold, own, facts, True, SUMS, MEMBERS,
+                                     BLOCK, LINE)  # fmt: skip
                 if stop < count:
-                    sums = _added_to(sums, rows_of, stop * BLOCK, bounds, caps, models, u_at_peak, label, threshold,
-                                     own, facts, False, SUMS, MEMBERS, BLOCK, LINE)  # fmt: skip
+                    sums = _added_to(sums, stop * BLOCK, swept, models, label, threshold, own, facts, False, SUMS,
+                                     MEMBERS, BLOCK, LINE)  # fmt: skip
                 k = stop + 1
             sums = (tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0),
                     tl.sum(sums[4], 0))  # fmt: skip

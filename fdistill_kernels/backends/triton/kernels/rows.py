@@ -15,134 +15,131 @@ a phase. Or a team of programs takes a row TOGETHER, a span each, and they wait 
 rows are then under way at once, which L2 can hold for the sweeps after the first.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .entries import LABEL, LARGEST, in_set, models_of, peaks_of, terms_at
-from .loads import (
-    cap_slope,
-    capped,
-    first_of,
-    line_of,
-    load_block,
-    logits_of,
-    row_at,
-    store_block,
-    within,
-    zero_row,
-)
+from .entries import LABEL, LARGEST, Row, in_set, models_of, peaks_of, terms_at
+from .loads import cap_slope, capped, first_of, line_at, line_of, row_at, store_block, within, zero_row
 from .row_terms import COEFFICIENTS
-from .softmaxes import added, met, no_sums, save, softmaxes_of
-from .stretches import NOWHERE, clear_until, fetched_of, first_two, start_of
+from .softmaxes import added, met, no_sums, place_here, save, softmaxes_of
+from .stretches import NOWHERE, Swept, blocks_of, clear_until, fetched_of, first_two, read, read_at, start_of
 from .terms import ABOUT_ONE, LOG2E, log1p, times
 
 WHOLE, STATISTICS, TOTALS, GRADIENT, TOGETHER = (tl.constexpr(phase) for phase in range(5))
 PARTIALS = 14  # values a span leaves: nine of sweep 1, three of sweep 2, and what only it asks for, its place and top
 
 
+class Label(NamedTuple):
+    """A row's label: its place, whether it is one of the vocabulary, its logit, and what smoothing measures logits
+    from, a finite number.
+    """
+
+    place: Any
+    known: Any
+    logit: Any
+    pivot: Any
+
+
+class LabelFactors(NamedTuple):
+    """The label terms' gradient: the student's top and log-total at temperature 1, and the factors of q, of the label's
+    entry and of each class weight.
+    """
+
+    top: Any
+    log_total: Any
+    of_q: Any
+    of_label: Any
+    of_weight: Any
+
+
+class Written(NamedTuple):
+    """What sweep 3 writes.
+
+    Attributes:
+        rows: the student's gradient and the teacher's; None: it is not wanted.
+        scales, sums: of both models' terms.
+        of_labels: `LabelFactors`; None: there are no labels.
+        class_weight: a weight an entry; None: each is 1.
+    """
+
+    rows: Any
+    scales: Any
+    sums: Any
+    of_labels: Any
+    class_weight: Any
+
+
 @triton.jit
-def _set_of(y, start, label, threshold, CLEAR: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
+def _set_of(y, start, row, CLEAR: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Whether a block's entries are in the row's set; no label is in a clear one."""
-    if MEMBERS == LABEL and CLEAR:
+    if KIND.MEMBERS == LABEL and CLEAR:
         return tl.zeros([BLOCK], tl.int1)
     else:
-        return in_set(y, start + tl.arange(0, BLOCK), label, threshold, MEMBERS)
+        return in_set(y, start + tl.arange(0, BLOCK), row.label, row.threshold, KIND.MEMBERS)
 
 
 @triton.jit
-def _counted(term, start, bounds, CLEAR: tl.constexpr, EXCHANGED: tl.constexpr, BLOCK: tl.constexpr):
+def _counted(term, start, bounds, CLEAR: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The terms of a block; 0 out of bounds, as all of ours are of logits that are −inf in both models."""
     v = start + tl.arange(0, BLOCK)
-    return tl.where(within(v, bounds), term, 0.0) if EXCHANGED == "own" and not CLEAR else term
+    return tl.where(within(v, bounds), term, 0.0) if KIND.EXCHANGED == "own" and not CLEAR else term
 
 
 @triton.jit
 def _add_totals(
-    x, y, value, weight, teacher_weight, start, bounds, models, peaks, own, other, label, threshold,
-    CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
-    TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    totals, x, y, start, swept, row, CLEAR: tl.constexpr, CLOSE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):  # fmt: skip
     """The shares of D and of both terms' sums, lane by lane, with those of a block of logits added."""
-    of_student, here, of_teacher = terms_at(
-        x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, None, CLEAR,
-        CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
-    )  # fmt: skip
-    value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
-    weight = added(weight, _counted(of_student, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
-    if EXCHANGED is not None:
-        teacher_weight = added(teacher_weight, _counted(of_teacher, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
+    value, weight, teacher_weight = totals
+    inside = _set_of(y, start, row, CLEAR, KIND, BLOCK)
+    of_student, here, of_teacher = terms_at(x, y, inside, row, None, CLEAR, CLOSE, KIND)
+    value = added(value, _counted(here, start, swept.bounds, CLEAR, KIND, BLOCK), LINE)
+    weight = added(weight, _counted(of_student, start, swept.bounds, CLEAR, KIND, BLOCK), LINE)
+    if KIND.EXCHANGED is not None:
+        teacher_weight = added(teacher_weight, _counted(of_teacher, start, swept.bounds, CLEAR, KIND, BLOCK), LINE)
     return value, weight, teacher_weight
 
 
 @triton.jit
-def _totals(
-    rows, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, CLOSE: tl.constexpr,
-    TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
-):  # fmt: skip
-    """Sweep 2 over [begin, end), backwards: the shares of D and of both terms' sums."""
-    value = no_sums(rows[0], BLOCK)
-    weight, teacher_weight = value, value
-    k, count = 0, tl.cdiv(end - begin, BLOCK)
+def _totals(swept, row, CLOSE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """Sweep 2, backwards: the shares of D and of both terms' sums."""
+    zeros = no_sums(swept.rows[0], BLOCK)
+    totals = zeros, zeros, zeros
+    k, count = 0, blocks_of(swept, BLOCK)
     while k < count:
-        stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
-                           label if MEMBERS == LABEL else NOWHERE, False, BLOCK)  # fmt: skip
-        here, after = first_two(rows, k, stop, begin, end, False, BLOCK, LINE)
+        stop = clear_until(k, swept, NOWHERE if KIND.CENTRED else row.place,
+                           row.label if KIND.MEMBERS == LABEL else NOWHERE, False, BLOCK)  # fmt: skip
+        here, after = first_two(k, stop, swept, False, BLOCK, LINE)
         for two in tl.range(k, stop, 2):
-            start = start_of(two, begin, end, False, BLOCK)
-            ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, False, BLOCK)
+            start = start_of(two, swept, False, BLOCK)
+            ahead = start_of(tl.minimum(two + 2, stop - 2), swept, False, BLOCK)
             for i in tl.static_range(2):
-                x, y = logits_of(here[0], caps[0]), logits_of(here[1], caps[1])
-                here, after = after, fetched_of(rows, ahead - i * BLOCK, None, BLOCK, LINE)
-                value, weight, teacher_weight = _add_totals(
-                    x, y, value, weight, teacher_weight, start - i * BLOCK, bounds, models, peaks, own, other, label,
-                    threshold, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
-                )  # fmt: skip
+                x, y = read(here, swept)
+                here, after = after, fetched_of(swept.rows, ahead - i * BLOCK, None, BLOCK, LINE)
+                totals = _add_totals(totals, x, y, start - i * BLOCK, swept, row, True, CLOSE, KIND, BLOCK, LINE)
         if stop < count:
-            start = start_of(stop, begin, end, False, BLOCK)
-            x = load_block(rows[0], start, bounds, caps[0], False, BLOCK, LINE)
-            y = load_block(rows[1], start, bounds, caps[1], False, BLOCK, LINE)
-            value, weight, teacher_weight = _add_totals(
-                x, y, value, weight, teacher_weight, start, bounds, models, peaks, own, other, label, threshold, False,
-                CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
-            )  # fmt: skip
+            start = start_of(stop, swept, False, BLOCK)
+            x, y = read_at(start, swept, False, BLOCK, LINE)
+            totals = _add_totals(totals, x, y, start, swept, row, False, CLOSE, KIND, BLOCK, LINE)
         k = stop + 1
-    return tl.sum(value, 0), tl.sum(weight, 0), tl.sum(teacher_weight, 0)
-
-
-@triton.jit
-def _label_terms(
-    label, known, label_logit, top, log_total, linear, pivot, class_weight, vocabulary, ce_scale, smoothing, z_scale,
-    class_weight_sum, SMOOTHED: tl.constexpr,
-):  # fmt: skip
-    """Cross-entropy and lse², and the factors of q, of the label's entry and of each class weight in their gradient."""
-    of_label = 1.0 - smoothing
-    if class_weight is not None:
-        of_label *= tl.load(class_weight + label, mask=known, other=0.0)
-    cross_entropy = times(of_label, top - label_logit + log_total)
-    spread = smoothing / vocabulary
-    if SMOOTHED:
-        cross_entropy += spread * (class_weight_sum * (top - pivot + log_total) - linear)
-    lse = top + log_total
-    of_q = ce_scale * of_label + 2 * z_scale * lse
-    if SMOOTHED:
-        of_q += ce_scale * spread * class_weight_sum
-    return cross_entropy, lse * lse, of_q, ce_scale * of_label, ce_scale * spread
+    return tl.sum(totals[0], 0), tl.sum(totals[1], 0), tl.sum(totals[2], 0)
 
 
 @triton.jit
 def _of_labels(
-    x, start, bounds, label, class_weight, plain_top, plain_log_total, of_q, of_label, of_weight, CLEAR: tl.constexpr,
-    SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x, start, bounds, factors, class_weight, place, CLEAR: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr
+):
     """The gradient of a block's label terms; the label is in no clear one."""
     v = start + tl.arange(0, BLOCK)
-    gradient = of_q * tl.exp2((x - plain_top) * LOG2E - plain_log_total * LOG2E)
+    gradient = factors.of_q * tl.exp2((x - factors.top) * LOG2E - factors.log_total * LOG2E)
     if SMOOTHED and class_weight is not None:
-        gradient -= of_weight * tl.load(class_weight + v, mask=within(v, bounds), other=0.0)
+        gradient -= factors.of_weight * tl.load(class_weight + v, mask=within(v, bounds), other=0.0)
     elif SMOOTHED:
-        gradient -= of_weight
-    return gradient if CLEAR else tl.where(v == label, gradient - of_label, gradient)
+        gradient -= factors.of_weight
+    return gradient if CLEAR else tl.where(v == place, gradient - factors.of_label, gradient)
 
 
 @triton.jit
@@ -154,70 +151,54 @@ def _scaled(scale, term, caps):
 
 @triton.jit
 def _write_gradient(
-    x, y, value, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
-    class_weight, of_labels, CLEAR: tl.constexpr, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr,
-    CENTRED: tl.constexpr, TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr,
+    value, x, y, start, swept, row, written, CLEAR: tl.constexpr, CLOSE: tl.constexpr, KIND: tl.constexpr,
     SMOOTHED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of a block of logits; returns the shares of D, lane by lane, with the block's added."""
+    bounds, caps = swept.bounds, swept.caps
     gradient = tl.zeros([BLOCK], tl.float32)
-    if TERMS is not None:
-        of_student, here, of_teacher = terms_at(
-            x, y, _set_of(y, start, label, threshold, CLEAR, MEMBERS, BLOCK), models, peaks, own, other, sums, CLEAR,
-            CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
-        )  # fmt: skip
-        value = added(value, _counted(here, start, bounds, CLEAR, EXCHANGED, BLOCK), LINE)
-        gradient = _scaled(scales[0], of_student, caps)
-        if gradients[1] is not None:
-            of_teacher = _scaled(scales[1], of_teacher, caps) * cap_slope(y, caps[1])
-            store_block(gradients[1], start, bounds, of_teacher, CLEAR, BLOCK, LINE)
-    if gradients[0] is not None:
-        if LABELS:
-            gradient += _of_labels(
-                x, start, bounds, label, class_weight, of_labels[0], of_labels[1], of_labels[2], of_labels[3],
-                of_labels[4], CLEAR, SMOOTHED, BLOCK,
-            )  # fmt: skip
-        store_block(gradients[0], start, bounds, gradient * cap_slope(x, caps[0]), CLEAR, BLOCK, LINE)
+    if KIND.TERMS is not None:
+        inside = _set_of(y, start, row, CLEAR, KIND, BLOCK)
+        of_student, here, of_teacher = terms_at(x, y, inside, row, written.sums, CLEAR, CLOSE, KIND)
+        value = added(value, _counted(here, start, bounds, CLEAR, KIND, BLOCK), LINE)
+        gradient = _scaled(written.scales[0], of_student, caps)
+        if written.rows[1] is not None:
+            of_teacher = _scaled(written.scales[1], of_teacher, caps) * cap_slope(y, caps[1])
+            store_block(written.rows[1], start, bounds, of_teacher, CLEAR, BLOCK, LINE)
+    if written.rows[0] is not None:
+        if written.of_labels is not None:
+            gradient += _of_labels(x, start, bounds, written.of_labels, written.class_weight, row.label, CLEAR,
+                                   SMOOTHED, BLOCK)  # fmt: skip
+        store_block(written.rows[0], start, bounds, gradient * cap_slope(x, caps[0]), CLEAR, BLOCK, LINE)
     return value
 
 
 @triton.jit
 def _gradient(
-    rows, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, scales, sums,
-    class_weight, of_labels, CLOSE: tl.constexpr, TERMS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
-    TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
-    FORWARD: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    swept, row, written, CLOSE: tl.constexpr, KIND: tl.constexpr, SMOOTHED: tl.constexpr, FORWARD: tl.constexpr,
+    BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """Sweep 3 over [begin, end): both gradients; returns the shares of D for those who have not summed it."""
+    """Sweep 3: both gradients; returns the shares of D for those who have not summed it."""
     STEP: tl.constexpr = BLOCK if FORWARD else -BLOCK
-    value = no_sums(rows[0], BLOCK)
-    k, count = 0, tl.cdiv(end - begin, BLOCK)
+    AT_LABEL: tl.constexpr = written.of_labels is not None or KIND.MEMBERS == LABEL
+    value = no_sums(swept.rows[0], BLOCK)
+    k, count = 0, blocks_of(swept, BLOCK)
     while k < count:
-        stop = clear_until(k, begin, end, bounds, NOWHERE if CENTRED else place,
-                           label if LABELS or MEMBERS == LABEL else NOWHERE, FORWARD, BLOCK)  # fmt: skip
-        here, after = first_two(rows, k, stop, begin, end, FORWARD, BLOCK, LINE)
+        stop = clear_until(k, swept, NOWHERE if KIND.CENTRED else row.place, row.label if AT_LABEL else NOWHERE,
+                           FORWARD, BLOCK)  # fmt: skip
+        here, after = first_two(k, stop, swept, FORWARD, BLOCK, LINE)
         for two in tl.range(k, stop, 2):
-            start = start_of(two, begin, end, FORWARD, BLOCK)
-            ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, FORWARD, BLOCK)
+            start = start_of(two, swept, FORWARD, BLOCK)
+            ahead = start_of(tl.minimum(two + 2, stop - 2), swept, FORWARD, BLOCK)
             for i in tl.static_range(2):
-                x, y = logits_of(here[0], caps[0]), logits_of(here[1], caps[1])
-                here, after = after, fetched_of(rows, ahead + i * STEP, None, BLOCK, LINE)
-                value = _write_gradient(
-                    x, y, value, gradients, start + i * STEP, bounds, caps, models, peaks, own, other, label, threshold,
-                    scales, sums, class_weight, of_labels, True, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED,
-                    MEMBERS, LABELS, SMOOTHED, BLOCK, LINE,
-                )  # fmt: skip
+                x, y = read(here, swept)
+                here, after = after, fetched_of(swept.rows, ahead + i * STEP, None, BLOCK, LINE)
+                value = _write_gradient(value, x, y, start + i * STEP, swept, row, written, True, CLOSE, KIND, SMOOTHED,
+                                        BLOCK, LINE)  # fmt: skip
         if stop < count:
-            start = start_of(stop, begin, end, FORWARD, BLOCK)
-            x = load_block(rows[0], start, bounds, caps[0], False, BLOCK, LINE)
-            y = x
-            if rows[1] is not None:
-                y = load_block(rows[1], start, bounds, caps[1], False, BLOCK, LINE)
-            value = _write_gradient(
-                x, y, value, gradients, start, bounds, caps, models, peaks, own, other, label, threshold, scales, sums,
-                class_weight, of_labels, False, CLOSE, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS,
-                SMOOTHED, BLOCK, LINE,
-            )  # fmt: skip
+            start = start_of(stop, swept, FORWARD, BLOCK)
+            x, y = read_at(start, swept, False, BLOCK, LINE)
+            value = _write_gradient(value, x, y, start, swept, row, written, False, CLOSE, KIND, SMOOTHED, BLOCK, LINE)
         k = stop + 1
     return tl.sum(value, 0)
 
@@ -244,13 +225,73 @@ def _all(partials, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _with_coefficients(own, coefficients, step):
+def _label_at(label, student, bounds, cap, saved_logit, LINE: tl.constexpr):
+    """The label of a row that starts there. saved_logit: where it is kept; its entry may be the gradient already, in
+    place. None: it is read from the row.
+    """
+    known = (label >= 0) & (label < bounds[1] - bounds[0])
+    place = tl.where(known, label, -LINE).to(tl.int32) + bounds[0]
+    if saved_logit is None:
+        logit = capped(tl.load(student + place, mask=known, other=float("nan")).to(tl.float32), cap)
+    else:
+        logit = tl.load(saved_logit)
+    return Label(place, known, logit, tl.where(tl.abs(logit) < 1e37, logit, 0.0))  # not finfo.min, a mask
+
+
+@triton.jit
+def _with_coefficients(numbers, at, step):
     """A divergence's constants, and the row's coefficients behind them."""
-    at = coefficients
-    return (own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7], own[8], own[9], own[10], tl.load(at),
-            tl.load(at + step), tl.load(at + 2 * step), tl.load(at + 3 * step), tl.load(at + 4 * step),
-            tl.load(at + 5 * step), tl.load(at + 6 * step), tl.load(at + 7 * step), tl.load(at + 8 * step),
-            tl.load(at + 9 * step))  # fmt: skip
+    return (numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7], numbers[8],
+            numbers[9], numbers[10], tl.load(at), tl.load(at + step), tl.load(at + 2 * step), tl.load(at + 3 * step),
+            tl.load(at + 4 * step), tl.load(at + 5 * step), tl.load(at + 6 * step), tl.load(at + 7 * step),
+            tl.load(at + 8 * step), tl.load(at + 9 * step))  # fmt: skip
+
+
+@triton.jit
+def _constants_of(n, numbers, other_numbers, coefficients, rows):
+    """Row n's constants, those with the models exchanged, and its set's threshold."""
+    if coefficients is None:
+        return numbers, other_numbers, 0.0
+    else:
+        own = _with_coefficients(numbers, coefficients + n, rows)
+        other = _with_coefficients(other_numbers, coefficients + (COEFFICIENTS - 1) * rows + n, -rows)
+        return own, other, tl.load(coefficients + COEFFICIENTS * rows + n)
+
+
+@triton.jit
+def _peak_in_set(found, label, threshold, swept, KIND: tl.constexpr):
+    """Whether the teacher's largest entry is in the row's set."""
+    if KIND.MEMBERS == LABEL:
+        there = tl.load(swept.rows[1] + label.place, mask=label.known, other=float("nan")).to(tl.float32)
+        return (found.teacher_top == capped(there, swept.caps[1])) & (found.student_there == label.logit)
+    elif KIND.MEMBERS == LARGEST:
+        return found.teacher_top >= threshold
+    else:
+        return False
+
+
+@triton.jit
+def _label_terms(
+    label, found, class_weight, class_weight_sum, vocabulary, scales, smoothing, DIVERGENCE: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """Cross-entropy, lse², and their gradient's factors. scales: of the row, the cross-entropy and lse²."""
+    weight_sum, of_label = vocabulary * 1.0, 1.0 - smoothing
+    if class_weight is not None:
+        weight_sum = tl.load(class_weight_sum)
+        of_label *= tl.load(class_weight + label.place, mask=label.known, other=0.0)
+    top, log_total = found.student_top, log1p(found.plain_rest if DIVERGENCE else found.student_rest)
+    cross_entropy = times(of_label, top - label.logit + log_total)
+    spread = smoothing / vocabulary
+    if SMOOTHED:
+        cross_entropy += spread * (weight_sum * (top - label.pivot + log_total) - found.linear)
+    lse = top + log_total
+    of_q = scales[1] * of_label + 2 * scales[2] * lse
+    if SMOOTHED:
+        of_q += scales[1] * spread * weight_sum
+    factors = LabelFactors(top, log_total, scales[0] * of_q, scales[0] * (scales[1] * of_label),
+                           scales[0] * (scales[1] * spread))  # fmt: skip
+    return cross_entropy, lse * lse, factors
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -271,9 +312,8 @@ def row_kernel(
     other_parameter, other_rest, other_log, other_log_rest,  # with the models exchanged
     smoothing,
     class_weight_sum,  # (1)
-    TERMS: tl.constexpr, FACTORS: tl.constexpr, EXCHANGED: tl.constexpr, CENTRED: tl.constexpr,
-    TEACHER_CENTRED: tl.constexpr, MEMBERS: tl.constexpr, SMOOTHED: tl.constexpr, PHASE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    KIND: tl.constexpr,  # entries.py's
+    SMOOTHED: tl.constexpr, PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), + num_programs(0), ... of (outer, inner, V) logits; see `RowCall`. Absent pointers are None.
 
@@ -289,7 +329,7 @@ def row_kernel(
     GRADIENTS: tl.constexpr = student_gradient is not None or teacher_gradient is not None
     # D is summed in the gradient's own sweep: there is no sum to wait for, and every entry passes there
     ALONE: tl.constexpr = PHASE == WHOLE or PHASE == TOGETHER  # the only launch
-    LATE: tl.constexpr = CENTRED and ALONE and student_gradient is not None and teacher_gradient is None
+    LATE: tl.constexpr = KIND.CENTRED and ALONE and student_gradient is not None and teacher_gradient is None
     SWEEP_2: tl.constexpr = DIVERGENCE and not LATE
     DIGITS: tl.constexpr = DIVERGENCE and (
         teacher_inverse_temperature is None and student_cap is None and teacher_cap is None
@@ -302,120 +342,92 @@ def row_kernel(
         ticket = tl.atomic_add(tickets, 1, sem="relaxed")
         team, member = ticket // members, ticket % members
     for n in tl.range(team, rows, tl.num_programs(0)):
-        student_row, teacher_row = row_at(student, n, inner, student_outer, student_inner), teacher
+        student_row = row_at(student, n, inner, student_outer, student_inner)
         first = first_of(student_row, LINE)  # the same in all of these
-        student_row = line_of(student_row, first, LINE)
-        student_gradient_row, teacher_gradient_row, weight_row = student_gradient, teacher_gradient, class_weight
-        if DIVERGENCE:
-            teacher_row = line_of(row_at(teacher, n, inner, teacher_outer, teacher_inner), first, LINE)
+        given, gradients = (line_of(student_row, first, LINE), teacher), (student_gradient, teacher_gradient)
+        if teacher is not None:
+            given = given[0], line_at(teacher, n, inner, teacher_outer, teacher_inner, first, LINE)
         if student_gradient is not None:
-            student_gradient_row = row_at(student_gradient, n, inner, gradient_outer, gradient_inner)
-            student_gradient_row = line_of(student_gradient_row, first, LINE)
+            of_student = line_at(student_gradient, n, inner, gradient_outer, gradient_inner, first, LINE)
+            gradients = of_student, teacher_gradient
         if teacher_gradient is not None:
-            teacher_gradient_row = line_of(teacher_gradient + tl.cast(n, tl.int64) * vocabulary, first, LINE)
+            gradients = gradients[0], line_at(teacher_gradient, n, 1, vocabulary, 0, first, LINE)
+        bounds = first, first + vocabulary
+        weights = class_weight
         if class_weight is not None:
-            weight_row = class_weight - first
-        bounds = (first, first + vocabulary)
-        begin, end = 0, first + vocabulary
+            weights = class_weight - first
+        begin, end = 0, bounds[1]
         if PHASE != WHOLE:
             begin = member * span
-            end = tl.minimum(begin + span, first + vocabulary)
-        scale, cap_of_teacher = tl.load(row_scale + n), teacher_cap
+            end = tl.minimum(begin + span, bounds[1])
+        scale = tl.load(row_scale + n)
         if scale == 0:
             if ALONE or PHASE == GRADIENT:
-                zero_row(student_gradient_row, begin, end, bounds, BLOCK, LINE)
-                zero_row(teacher_gradient_row, begin, end, bounds, BLOCK, LINE)
+                zero_row(gradients[0], begin, end, bounds, BLOCK, LINE)
+                zero_row(gradients[1], begin, end, bounds, BLOCK, LINE)
                 for part in tl.static_range(3):
                     tl.store(parts + part * rows + n, 0.0)
         else:
-            student_rate, teacher_rate, of_divergence = 1.0, 1.0, 0.0
+            compared, caps, rates, of_divergence = given, (student_cap, teacher_cap), (1.0, 1.0), 0.0
             if DIVERGENCE:
                 student_rate = tl.load(student_inverse_temperature + n)
-                teacher_rate = student_rate
+                rates = student_rate, student_rate
                 if teacher_inverse_temperature is not None:
-                    teacher_rate = tl.load(teacher_inverse_temperature + n)
+                    rates = student_rate, tl.load(teacher_inverse_temperature + n)
                 of_divergence = scale * tl.load(divergence_scale + n)
                 # what weighs nothing beside labels may be no number: the student is compared with itself
                 if LABELS or not LATE or coefficients is not None:
-                    teacher_row = tl.where(of_divergence == 0, student_row, teacher_row)
-                    teacher_rate = tl.where(of_divergence == 0, student_rate, teacher_rate)
+                    compared = given[0], tl.where(of_divergence == 0, given[0], given[1])
+                    rates = student_rate, tl.where(of_divergence == 0, student_rate, rates[1])
                     if student_cap is not None and teacher_cap is not None:
-                        cap_of_teacher = tl.where(of_divergence == 0, student_cap, teacher_cap)
-            caps = (student_cap, cap_of_teacher)
+                        caps = student_cap, tl.where(of_divergence == 0, student_cap, teacher_cap)
+            swept = Swept(compared, caps, begin, end, bounds)
             saved, here, step = partials, partials, rows * SPLITS  # of all spans, and of this one
             if PHASE != WHOLE:
                 saved = partials + n * SPLITS
                 here = saved + member
 
-            label, known, label_logit, pivot = -1, False, 0.0, 0.0
+            # sweep 1
+            label = Label(-1, False, 0.0, 0.0)
             if LABELS:
-                label = tl.load(labels + n)
-                known = (label >= 0) & (label < vocabulary)
-                label = tl.where(known, label, -LINE).to(tl.int32) + first
-                if ALONE or PHASE == STATISTICS:
-                    label_logit = tl.load(student_row + label, mask=known, other=float("nan")).to(tl.float32)
-                    label_logit = capped(label_logit, student_cap)
-                else:
-                    label_logit = tl.load(saved + 8 * step)  # its entry may be the gradient already, in place
-                pivot = tl.where(tl.abs(label_logit) < 1e37, label_logit, 0.0)  # not finfo.min, a mask
-
+                label = _label_at(tl.load(labels + n), given[0], bounds, student_cap,
+                                  None if ALONE or PHASE == STATISTICS else saved + 8 * step, LINE)  # fmt: skip
             if ALONE or PHASE == STATISTICS:
-                statistics = softmaxes_of(
-                    student_row, teacher_row, weight_row, begin, end, bounds, student_rate, teacher_rate, caps[0],
-                    caps[1], pivot, LABELS, SMOOTHED, teacher_gradient is not None, BLOCK, LINE,
-                )  # fmt: skip
+                found = softmaxes_of(swept, rates, weights, label.pivot, LABELS, SMOOTHED, teacher_gradient is not None,
+                                     BLOCK, LINE)  # fmt: skip
                 if LATE:  # in place, no warp may write where another has still to look for the peak
                     tl.debug_barrier()
             else:
-                statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
+                found = met(saved, step, rates, SPLITS)
             if PHASE == STATISTICS or PHASE == TOGETHER:
-                save(here, step, statistics)
-                tl.store(here + 8 * step, label_logit)
-                tl.store(here + 12 * step, statistics[8].to(tl.float32, bitcast=True))
-                tl.store(here + 13 * step, statistics[0])
+                save(here, step, found, label.logit)
             if PHASE == TOGETHER:
                 _meet(tickets + 1 + n, members)
-                statistics = met(saved, step, student_rate, teacher_rate, SPLITS)
+                found = met(saved, step, rates, SPLITS)
+
             if PHASE != STATISTICS:
-                student_top, student_rest, plain_rest, linear, teacher_top, teacher_rest, _, _, place = statistics
+                place = found.place
                 if PHASE != WHOLE:
-                    place = tl.load(here + 12 * step).to(tl.int32, bitcast=True)
-                    place = tl.where(tl.load(here + 13 * step) == student_top, place, NOWHERE)
-                if not DIVERGENCE:
-                    plain_rest = student_rest
-                divergence, weight, teacher_weight = 0.0, 0.0, 0.0
-                models, peaks, close, threshold, inside_there = 0.0, 0.0, False, 0.0, False
-                own, other, factors = numbers, other_numbers, (0.0, 0.0, 1.0, 1.0)
-                if coefficients is not None:
-                    own = _with_coefficients(numbers, coefficients + n, rows)
-                    other = _with_coefficients(other_numbers, coefficients + (COEFFICIENTS - 1) * rows + n, -rows)
-                    threshold = tl.load(coefficients + COEFFICIENTS * rows + n)
-                if MEMBERS == LABEL:
-                    label_there = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
-                    label_there = capped(label_there, caps[1])
-                    inside_there = (teacher_top == label_there) & (statistics[7] == label_logit)
-                elif MEMBERS == LARGEST:
-                    inside_there = teacher_top >= threshold
+                    place = place_here(here, step, found.student_top)
+                own, other, threshold = _constants_of(n, numbers, other_numbers, coefficients, rows)
+                factors, close = (0.0, 0.0, 1.0, 1.0), False
+                row = Row(None, None, own, other, place, label.place, threshold)
                 if DIVERGENCE:
-                    if FACTORS is not None:
-                        factors = FACTORS(own)
-                    models = models_of(student_top, student_rest, student_rate, teacher_top, teacher_rest, teacher_rate,
-                                       factors[1], factors[0], DIGITS)  # fmt: skip
-                    peaks = peaks_of(models, statistics[6], statistics[7], inside_there, own, other, TERMS, EXCHANGED,
-                                   CENTRED, TEACHER_CENTRED)  # fmt: skip
-                    close = (tl.abs(peaks[0]) < ABOUT_ONE) | (tl.abs(peaks[3]) < ABOUT_ONE)
+                    if KIND.FACTORS is not None:
+                        factors = KIND.FACTORS(own)
+                    inside = _peak_in_set(found, label, threshold, swept, KIND)
+                    models = models_of(found, rates, factors, DIGITS)
+                    peaks = peaks_of(models, found.teacher_there, found.student_there, inside, own, other, KIND)
+                    close = (tl.abs(peaks.u) < ABOUT_ONE) | (tl.abs(peaks.teacher_u) < ABOUT_ONE)
+                    row = Row(models, peaks, own, other, place, label.place, threshold)
+
+                # sweep 2
+                divergence, weight, teacher_weight = 0.0, 0.0, 0.0
                 if SWEEP_2 and PHASE != GRADIENT:
-                    sources = (student_row, teacher_row)
                     if close:
-                        divergence, weight, teacher_weight = _totals(
-                            sources, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold, True,
-                            TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
-                        )  # fmt: skip
+                        divergence, weight, teacher_weight = _totals(swept, row, True, KIND, BLOCK, LINE)
                     else:
-                        divergence, weight, teacher_weight = _totals(
-                            sources, begin, end, bounds, caps, models, peaks, place, own, other, label, threshold,
-                            False, TERMS, EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, BLOCK, LINE,
-                        )  # fmt: skip
+                        divergence, weight, teacher_weight = _totals(swept, row, False, KIND, BLOCK, LINE)
                 if PHASE == TOTALS or PHASE == TOGETHER:
                     tl.store(here + 9 * step, divergence)
                     tl.store(here + 10 * step, weight)
@@ -426,35 +438,30 @@ def row_kernel(
                     divergence, weight = _all(saved + 9 * step, SPLITS), _all(saved + 10 * step, SPLITS)
                     teacher_weight = _all(saved + 11 * step, SPLITS)
 
+                # sweep 3
                 if ALONE or PHASE == GRADIENT:
-                    plain_log_total = log1p(plain_rest)
-                    cross_entropy, squared_lse, of_q, of_label, of_weight = 0.0, 0.0, 0.0, 0.0, 0.0
+                    cross_entropy, squared_lse, of_labels = 0.0, 0.0, None
                     if LABELS:
-                        weight_sum = vocabulary * 1.0
-                        if class_weight is not None:
-                            weight_sum = tl.load(class_weight_sum)
-                        cross_entropy, squared_lse, of_q, of_label, of_weight = _label_terms(
-                            label, known, label_logit, student_top, plain_log_total, linear, pivot, weight_row,
-                            vocabulary, tl.load(cross_entropy_scale + n), smoothing, tl.load(z_loss_scale + n),
-                            weight_sum, SMOOTHED,
-                        )  # fmt: skip
+                        of_terms = scale, tl.load(cross_entropy_scale + n), tl.load(z_loss_scale + n)
+                        cross_entropy, squared_lse, of_labels = _label_terms(
+                            label,
+                            found,
+                            weights,
+                            class_weight_sum,
+                            vocabulary,
+                            of_terms,
+                            smoothing,
+                            DIVERGENCE,
+                            SMOOTHED,
+                        )
                     if GRADIENTS:
-                        sources, gradients = (student_row, teacher_row), (student_gradient_row, teacher_gradient_row)
-                        sums = (weight * factors[3], teacher_weight * factors[2])
-                        scales = (of_divergence * student_rate, of_divergence * teacher_rate)
-                        of_labels = (student_top, plain_log_total, scale * of_q, scale * of_label, scale * of_weight)
+                        scales = of_divergence * rates[0], of_divergence * rates[1]
+                        sums = weight * factors[3], teacher_weight * factors[2]
+                        written = Written(gradients, scales, sums, of_labels, weights)
                         if close:
-                            value = _gradient(
-                                sources, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label,
-                                threshold, scales, sums, weight_row, of_labels, True, TERMS,
-                                EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
-                            )  # fmt: skip
+                            value = _gradient(swept, row, written, True, KIND, SMOOTHED, SWEEP_2, BLOCK, LINE)
                         else:
-                            value = _gradient(
-                                sources, gradients, begin, end, bounds, caps, models, peaks, place, own, other, label,
-                                threshold, scales, sums, weight_row, of_labels, False, TERMS,
-                                EXCHANGED, CENTRED, TEACHER_CENTRED, MEMBERS, LABELS, SMOOTHED, SWEEP_2, BLOCK, LINE,
-                            )  # fmt: skip
+                            value = _gradient(swept, row, written, False, KIND, SMOOTHED, SWEEP_2, BLOCK, LINE)
                         if LATE:
                             divergence = value
                     writes = member == 0

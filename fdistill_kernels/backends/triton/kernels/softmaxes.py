@@ -5,15 +5,41 @@ and the sum of exponentials below it. Where one entry has almost all of a row's 
 others: at the end the lane that holds it is looked at once more, for its `rest`, the sum without that 1.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .loads import LINE_BYTES, load_block, load_within, logits_of, within
-from .stretches import ANYWHERE, NOWHERE, clear_until, fetched_of, first_two, start_of
+from .loads import LINE_BYTES, load_within, within
+from .stretches import ANYWHERE, NOWHERE, blocks_of, clear_until, fetched_of, first_two, read, read_at, start_of
 from .terms import LARGEST, LOG2E, exp, times
 
 LOWEST = tl.constexpr(-LARGEST.value)  # a maximum to start from: finite, so that −inf − maximum is −inf
 BEYOND = tl.constexpr(2147483647)  # every place
+
+
+class Softmaxes(NamedTuple):
+    """A row's statistics.
+
+    Attributes:
+        student_top, student_rest: the largest logit, and Σ exp(rate·(z − top)) without the 1 of the largest.
+        plain_rest: the student's at temperature 1, for labels beside a divergence.
+        linear: Σ w·(z − pivot), for label smoothing.
+        teacher_top, teacher_rest: as the student's.
+        teacher_there, student_there: the teacher's logit at the student's top, and the student's at a trained
+            teacher's.
+        place: of the student's top, or ANYWHERE of several.
+    """
+
+    student_top: Any
+    student_rest: Any
+    plain_rest: Any
+    linear: Any
+    teacher_top: Any
+    teacher_rest: Any
+    teacher_there: Any
+    student_there: Any
+    place: Any
 
 
 @triton.jit
@@ -114,72 +140,65 @@ def _there(x, top, y):
 
 @triton.jit
 def softmaxes_of(
-    student, teacher, class_weight, begin, end, bounds, student_rate, teacher_rate, student_cap, teacher_cap, pivot,
-    LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    swept, rates, class_weight, pivot, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
+    TRAINED: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """Sweep 1 over [begin, end), to scalars.
-
-    top and rest of the student and its sum at temperature 1; Σ w·(z − pivot) for label smoothing; top and rest of the
-    teacher; the teacher's logit at the student's top, and of a TRAINED teacher the student's at its; and the place of
-    the student's top, or ANYWHERE of several.
-    """
+    """Sweep 1, to scalars: the `Softmaxes` of what is swept. TRAINED: the teacher is, too."""
+    student, teacher = swept.rows[0], swept.rows[1]
     PLAIN: tl.constexpr = LABELS and teacher is not None
     zeros = no_sums(student, BLOCK)
     top, total, plain_total, linear, other_top, other_total = zeros + LOWEST, zeros, zeros, zeros, zeros + LOWEST, zeros
-    rows = (student, teacher)
-    k, count = 0, tl.cdiv(end - begin, BLOCK)
+    k, count = 0, blocks_of(swept, BLOCK)
     while k < count:
-        stop = clear_until(k, begin, end, bounds, NOWHERE, NOWHERE, True, BLOCK)
-        here, after = first_two(rows, k, stop, begin, end, True, BLOCK, LINE)
+        stop = clear_until(k, swept, NOWHERE, NOWHERE, True, BLOCK)
+        here, after = first_two(k, stop, swept, True, BLOCK, LINE)
         for two in tl.range(k, stop, 2):
-            start = start_of(two, begin, end, True, BLOCK)
-            ahead = start_of(tl.minimum(two + 2, stop - 2), begin, end, True, BLOCK)
+            start = start_of(two, swept, True, BLOCK)
+            ahead = start_of(tl.minimum(two + 2, stop - 2), swept, True, BLOCK)
             for i in tl.static_range(2):
-                x, y = logits_of(here[0], student_cap), logits_of(here[1], teacher_cap)
-                here, after = after, fetched_of(rows, ahead + i * BLOCK, None, BLOCK, LINE)
-                top, total, plain_total = taken(x, top, total, plain_total, student_rate, PLAIN, LINE)
+                x, y = read(here, swept)
+                here, after = after, fetched_of(swept.rows, ahead + i * BLOCK, None, BLOCK, LINE)
+                top, total, plain_total = taken(x, top, total, plain_total, rates[0], PLAIN, LINE)
                 if SMOOTHED:
-                    linear = _smoothed(linear, x, start + i * BLOCK, bounds, class_weight, pivot, BLOCK, LINE)
+                    linear = _smoothed(linear, x, start + i * BLOCK, swept.bounds, class_weight, pivot, BLOCK, LINE)
                 if teacher is not None:
-                    other_top, other_total, _ = taken(y, other_top, other_total, 0.0, teacher_rate, False, LINE)
+                    other_top, other_total, _ = taken(y, other_top, other_total, 0.0, rates[1], False, LINE)
         if stop < count:
-            start = start_of(stop, begin, end, True, BLOCK)
-            x = load_block(student, start, bounds, student_cap, False, BLOCK, LINE)
-            y = x
-            if teacher is not None:
-                y = load_block(teacher, start, bounds, teacher_cap, False, BLOCK, LINE)
-            top, total, plain_total = taken(x, top, total, plain_total, student_rate, PLAIN, LINE)
+            start = start_of(stop, swept, True, BLOCK)
+            x, y = read_at(start, swept, False, BLOCK, LINE)
+            top, total, plain_total = taken(x, top, total, plain_total, rates[0], PLAIN, LINE)
             if SMOOTHED:
-                linear = _smoothed(linear, x, start, bounds, class_weight, pivot, BLOCK, LINE)
+                linear = _smoothed(linear, x, start, swept.bounds, class_weight, pivot, BLOCK, LINE)
             if teacher is not None:
-                other_top, other_total, _ = taken(y, other_top, other_total, 0.0, teacher_rate, False, LINE)
+                other_top, other_total, _ = taken(y, other_top, other_total, 0.0, rates[1], False, LINE)
         k = stop + 1
-    top, lane, alone, rest, plain_rest = but_one(top, total, plain_total, student_rate, PLAIN)
-    other_top, other_lane, _, other_rest, _ = but_one(other_top, other_total, 0.0, teacher_rate, False)
+    top, lane, alone, rest, plain_rest = but_one(top, total, plain_total, rates[0], PLAIN)
+    other_top, other_lane, _, other_rest, _ = but_one(other_top, other_total, 0.0, rates[1], False)
     equal, place, other_equal, teacher_there, student_there = 0, BEYOND, 0, -float("inf"), -float("inf")
     LANES: tl.constexpr = zeros.shape[0]
-    own = bounds[0], end
+    own = swept.bounds[0], swept.end
     for at in tl.range(0, count * (BLOCK // LANES), LANES):  # of both lanes
-        v = entries_of(lane, at, begin, LANES, BLOCK, LINE)
-        x = load_within(student, v, own, student_cap)
+        v = entries_of(lane, at, swept.begin, LANES, BLOCK, LINE)
+        x = load_within(student, v, own, swept.caps[0])
         if teacher is not None:
-            beside = load_within(teacher, v, own, teacher_cap)
-            w = entries_of(other_lane, at, begin, LANES, BLOCK, LINE)
-            y = load_within(teacher, w, own, teacher_cap)
+            beside = load_within(teacher, v, own, swept.caps[1])
+            w = entries_of(other_lane, at, swept.begin, LANES, BLOCK, LINE)
+            y = load_within(teacher, w, own, swept.caps[1])
             if TRAINED:
-                other_beside = load_within(student, w, own, student_cap)
+                other_beside = load_within(student, w, own, swept.caps[0])
                 student_there = tl.maximum(student_there, _there(y, other_top, other_beside))
             teacher_there = tl.maximum(teacher_there, _there(x, top, beside))
-            other_rest += below(y, other_top, teacher_rate * LOG2E)
+            other_rest += below(y, other_top, rates[1] * LOG2E)
             other_equal += count_of(y, other_top)
-        rest += below(x, top, student_rate * LOG2E)
+        rest += below(x, top, rates[0] * LOG2E)
         if PLAIN:
             plain_rest += below(x, top, LOG2E)
         equal += count_of(x, top)
         place = tl.minimum(place, tl.min(tl.where(x == top, v, BEYOND), 0))
     rest, plain_rest, other_rest = rest + (equal - 1), plain_rest + (equal - 1), other_rest + (other_equal - 1)
     place = tl.where((equal == 1) & alone, place, ANYWHERE)
-    return top, rest, plain_rest, tl.sum(linear, 0), other_top, other_rest, teacher_there, student_there, place
+    return Softmaxes(top, rest, plain_rest, tl.sum(linear, 0), other_top, other_rest, teacher_there, student_there,
+                     place)  # fmt: skip
 
 
 @triton.jit
@@ -191,22 +210,32 @@ def _of_spans(top, rest, all_top, rate):
 
 
 @triton.jit
-def save(partials, step, statistics):
-    """A span's statistics, a step apart."""
+def save(partials, step, found, label_logit):
+    """A span's statistics, a step apart; behind the totals of sweep 2 what only the span itself asks for."""
     for i in tl.static_range(8):
-        tl.store(partials + i * step, statistics[i])
+        tl.store(partials + i * step, found[i])
+    tl.store(partials + 8 * step, label_logit)
+    tl.store(partials + 12 * step, found.place.to(tl.float32, bitcast=True))
+    tl.store(partials + 13 * step, found.student_top)
 
 
 @triton.jit
-def met(partials, step, student_rate, teacher_rate, SPLITS: tl.constexpr):
+def place_here(partials, step, top):
+    """The place of the student's top, if it is in this span."""
+    place = tl.load(partials + 12 * step).to(tl.int32, bitcast=True)
+    return tl.where(tl.load(partials + 13 * step) == top, place, NOWHERE)
+
+
+@triton.jit
+def met(partials, step, rates, SPLITS: tl.constexpr):
     """The statistics of all spans."""
     at = partials + tl.arange(0, SPLITS)
     student_top, teacher_top = tl.load(at), tl.load(at + 4 * step)
     top, other_top = tl.max(student_top, 0), tl.max(teacher_top, 0)
-    rest = _of_spans(student_top, tl.load(at + step), top, student_rate)
+    rest = _of_spans(student_top, tl.load(at + step), top, rates[0])
     plain_rest = _of_spans(student_top, tl.load(at + 2 * step), top, 1.0)
-    other_rest = _of_spans(teacher_top, tl.load(at + 5 * step), other_top, teacher_rate)
+    other_rest = _of_spans(teacher_top, tl.load(at + 5 * step), other_top, rates[1])
     teacher_there = tl.max(tl.where(student_top == top, tl.load(at + 6 * step), -float("inf")), 0)
     student_there = tl.max(tl.where(teacher_top == other_top, tl.load(at + 7 * step), -float("inf")), 0)
     linear = tl.sum(tl.load(at + 3 * step), 0)
-    return top, rest, plain_rest, linear, other_top, other_rest, teacher_there, student_there, ANYWHERE
+    return Softmaxes(top, rest, plain_rest, linear, other_top, other_rest, teacher_there, student_there, ANYWHERE)

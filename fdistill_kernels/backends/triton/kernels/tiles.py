@@ -3,10 +3,12 @@
 Tiles are BLOCK × BLOCK. `facts` holds a row of floats for each of FACTS, what the sweeps before left of it.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .heads import head_logits
+from .heads import OfHead, head_logits
 from .loads import cap_slope
 from .terms import LOG2E, exp, pair, times
 
@@ -18,9 +20,26 @@ FACTS = ("scale", "student_top", "student_rate", "student_log_total", "plain_log
  WEIGHT, OF_DIVERGENCE, OF_Q, OF_LABEL, OF_WEIGHT) = (tl.constexpr(i) for i in range(len(FACTS)))  # fmt: skip
 
 
+class Facts(NamedTuple):
+    """Of a block's rows n, of so many in all."""
+
+    facts: Any
+    n: Any
+    rows: Any
+
+
+class Student(NamedTuple):
+    """The student's softmaxes of a block's rows: FACTS."""
+
+    top: Any
+    rate: Any
+    log_total: Any
+    plain_log_total: Any
+
+
 @triton.jit
-def _fact(facts, FACT: tl.constexpr, n, rows):
-    return tl.load(facts + FACT * rows + tl.minimum(n, rows - 1))[:, None]
+def _fact(of, FACT: tl.constexpr):
+    return tl.load(of.facts + FACT * of.rows + tl.minimum(of.n, of.rows - 1))[:, None]
 
 
 @triton.jit
@@ -40,6 +59,50 @@ def _part(x, NUMBER: tl.constexpr, PARTS: tl.constexpr):
     if PARTS == 4:
         x = _half(_half(x, NUMBER // 2), NUMBER % 2)
     return x
+
+
+@triton.jit
+def _is_hot(z, log_p, label, student, start, log_threshold, BLOCK: tl.constexpr):
+    """Whether rows have a log-probability above the threshold here, or NaN, or their label in the tile."""
+    most = tl.max(z, 1)[:, None] - student.top
+    hot = ~(most * student.rate - student.log_total < log_threshold)
+    if log_p is not None:
+        hot |= ~(tl.max(log_p, 1)[:, None] < log_threshold)
+    if label is not None:
+        hot |= (label >= start) & (label < start + BLOCK) | ~(most - student.plain_log_total < log_threshold)
+    return hot
+
+
+@triton.jit
+def _weights(class_weight, v, vocabulary):
+    """Of classes, in label smoothing."""
+    if class_weight is None:
+        return (v < vocabulary)[None, :].to(tl.float32)
+    else:
+        return tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
+
+
+@triton.jit
+def _of_labels(log_plain, weights, v, label, facts, SMOOTHED: tl.constexpr):
+    """The label terms' gradient."""
+    gradient = _fact(facts, OF_Q) * exp(log_plain)
+    if SMOOTHED:
+        gradient -= _fact(facts, OF_WEIGHT) * weights
+    return gradient - tl.where(v[None, :] == label, _fact(facts, OF_LABEL), 0.0)
+
+
+@triton.jit
+def _terms_of(log_p, log_q, own, TERMS: tl.constexpr, FACTORS: tl.constexpr, EXCHANGED: tl.constexpr):
+    """The student's terms, the values, and q as the terms' factors have it, with what its sum is multiplied by."""
+    log2_p, log2_q, of_q = log_p * LOG2E, log_q * LOG2E, 1.0
+    if FACTORS is not None:
+        factors = FACTORS(own)
+        log2_p, log2_q, of_q = log2_p + factors[0], log2_q + factors[1], factors[3]
+    p, q = tl.exp2(log2_p), tl.exp2(log2_q)
+    # without the row's peak, which no sweep looks for, and series, for which there are no registers
+    entry = (p, q, log2_p, log2_q, log_p - log_q, log_p, log_q, 0.0, False)
+    of_student, value, _ = pair(entry, own, own, 0.0, None, None, TERMS, EXCHANGED, False)
+    return of_student, value, q, of_q
 
 
 @triton.jit
@@ -69,11 +132,16 @@ def tile_kernel(
     GRADIENT: the span is one tile; it goes to `gradient`, rows and entries from the first ones, zeros where not live
     and beyond the ends.
     """
+    of_student = OfHead(student, student_weight, student_bias, student_width, student_stride, student_weight_stride,
+                        student_scale, student_cap)  # fmt: skip
+    of_teacher = OfHead(teacher, teacher_weight, teacher_bias, teacher_width, teacher_stride, teacher_weight_stride,
+                        teacher_scale, teacher_cap)  # fmt: skip
+    own = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8)
     block = block_of_rows()
     i = block * BLOCK + tl.arange(0, BLOCK)
     n = first_row + i
-    scale = _fact(facts, SCALE, n, rows)
-    counts = (n < rows)[:, None] & (scale != 0)
+    of_rows = Facts(facts, n, rows)
+    counts = (n < rows)[:, None] & (_fact(of_rows, SCALE) != 0)
     begin = first_entry + tl.program_id(1) * span
     end = tl.minimum(begin + span, vocabulary)
     needed = tl.max(tl.max(counts.to(tl.int32), 1), 0) != 0
@@ -95,69 +163,45 @@ def tile_kernel(
         for offset in tl.range(0, BLOCK, BLOCK_V):
             entries = start + offset + tl.arange(0, BLOCK_V)
             if teacher is not None:
-                of_teacher = head_logits(teacher, teacher_weight, teacher_bias, n, entries, rows - 1, vocabulary,
-                                         teacher_width, teacher_stride, teacher_weight_stride, teacher_scale,
-                                         teacher_cap, TEACHER_EVEN, TEACHER_PRECISION, BLOCK, BLOCK_V,
-                                         TEACHER_D)  # fmt: skip
-            whole = head_logits(student, student_weight, student_bias, n, entries, rows - 1, vocabulary, student_width,
-                                student_stride, student_weight_stride, student_scale, student_cap, STUDENT_EVEN,
-                                STUDENT_PRECISION, BLOCK, BLOCK_V, STUDENT_D)  # fmt: skip
+                beside = head_logits(of_teacher, n, entries, rows, vocabulary, TEACHER_EVEN, TEACHER_PRECISION, BLOCK,
+                                     BLOCK_V, TEACHER_D)  # fmt: skip
+            whole = head_logits(of_student, n, entries, rows, vocabulary, STUDENT_EVEN, STUDENT_PRECISION, BLOCK,
+                                BLOCK_V, STUDENT_D)  # fmt: skip
             for number in tl.static_range(0, PARTS):  # beside whole tiles a part at a time has its terms in registers
                 z = _part(whole, number, PARTS)
                 v = start + offset + number * PART + tl.arange(0, PART)
-                inside = (v < vocabulary)[None, :]
+                inside, log_p, label = (v < vocabulary)[None, :], None, None
                 # facts are loaded where they are used: registers that products could not spare
-                student_top, student_rate = _fact(facts, STUDENT_TOP, n, rows), _fact(facts, STUDENT_RATE, n, rows)
-                student_log_total = _fact(facts, STUDENT_LOG_TOTAL, n, rows)
-                plain_log_total = _fact(facts, PLAIN_LOG_TOTAL, n, rows)
+                softmaxes = Student(_fact(of_rows, STUDENT_TOP), _fact(of_rows, STUDENT_RATE),
+                                    _fact(of_rows, STUDENT_LOG_TOTAL), _fact(of_rows, PLAIN_LOG_TOTAL))  # fmt: skip
                 if teacher is not None:
-                    y = _part(of_teacher, number, PARTS)
-                    log_p = (y - _fact(facts, TEACHER_TOP, n, rows)) * _fact(facts, TEACHER_RATE, n, rows)
-                    log_p -= _fact(facts, TEACHER_LOG_TOTAL, n, rows)
+                    y = _part(beside, number, PARTS)
+                    log_p = (y - _fact(of_rows, TEACHER_TOP)) * _fact(of_rows, TEACHER_RATE)
+                    log_p -= _fact(of_rows, TEACHER_LOG_TOTAL)
                 if labels is not None:
                     label = tl.load(labels + tl.minimum(n, rows - 1))[:, None]
-                if PHASE == TOTALS and live is not None:  # NaN is hot
-                    most = tl.max(z, 1)[:, None] - student_top
-                    hot |= ~(most * student_rate - student_log_total < log_threshold)
-                    if teacher is not None:
-                        hot |= ~(tl.max(log_p, 1)[:, None] < log_threshold)
-                    if labels is not None:
-                        hot |= (label >= start) & (label < start + BLOCK) | ~(most - plain_log_total < log_threshold)
+                if PHASE == TOTALS and live is not None:
+                    hot |= _is_hot(z, log_p, label, softmaxes, start, log_threshold, BLOCK)
                 result = tl.zeros([BLOCK, PART], tl.float32)
                 if labels is not None:
-                    log_plain = z - student_top - plain_log_total
+                    log_plain, weights = z - softmaxes.top - softmaxes.plain_log_total, None
                     if SMOOTHED:
-                        w = inside.to(tl.float32)
-                        if class_weight is not None:
-                            w = tl.load(class_weight + tl.minimum(v, vocabulary - 1))[None, :].to(tl.float32)
+                        weights = _weights(class_weight, v, vocabulary)
                     if PHASE == TOTALS and SMOOTHED:
-                        linear += tl.sum(tl.where(inside, times(w, log_plain), 0.0), 1)
+                        linear += tl.sum(tl.where(inside, times(weights, log_plain), 0.0), 1)
                     if PHASE == GRADIENT:
-                        result = _fact(facts, OF_Q, n, rows) * exp(log_plain)
-                        if SMOOTHED:
-                            result -= _fact(facts, OF_WEIGHT, n, rows) * w
-                        result -= tl.where(v[None, :] == label, _fact(facts, OF_LABEL, n, rows), 0.0)
+                        result = _of_labels(log_plain, weights, v, label, of_rows, SMOOTHED)
                 if teacher is not None:
-                    log_q = (z - student_top) * student_rate - student_log_total
-                    log2_p, log2_q = log_p * LOG2E, log_q * LOG2E
-                    own, of_q = (parameter, rest, log_parameter, log_rest, c2, c3, c4, c5, c6, c7, c8), 1.0
-                    if FACTORS is not None:
-                        factors = FACTORS(own)
-                        log2_p, log2_q, of_q = log2_p + factors[0], log2_q + factors[1], factors[3]
-                    p, q = tl.exp2(log2_p), tl.exp2(log2_q)
-                    # without the row's peak, which no sweep looks for, and series, for which there are no registers
-                    entry = (p, q, log2_p, log2_q, log_p - log_q, log_p, log_q, 0.0 * student_rate, False)
-                    of_student, here, _ = pair(entry, own, own, 0.0, None, None, TERMS, EXCHANGED, False)
+                    log_q = (z - softmaxes.top) * softmaxes.rate - softmaxes.log_total
+                    term, here, q, of_q = _terms_of(log_p, log_q, own, TERMS, FACTORS, EXCHANGED)
                     if PHASE == TOTALS:
                         value += tl.sum(tl.where(inside, here, 0.0), 1)
-                        weight += tl.sum(tl.where(inside, of_student, 0.0), 1)
+                        weight += tl.sum(tl.where(inside, term, 0.0), 1)
                     else:
-                        rate = _fact(facts, OF_DIVERGENCE, n, rows)
-                        result += times(rate, of_student - q * (_fact(facts, WEIGHT, n, rows) * of_q))
+                        result += times(_fact(of_rows, OF_DIVERGENCE), term - q * (_fact(of_rows, WEIGHT) * of_q))
                 if PHASE == GRADIENT:
                     result *= cap_slope(z, student_cap)
-                    j = v - first_entry
-                    to = gradient + i[:, None] * gradient_stride + j[None, :]
+                    to = gradient + i[:, None] * gradient_stride + (v - first_entry)[None, :]
                     tl.store(to, tl.where(counts & inside, result, 0.0))
         if PHASE == TOTALS and live is not None:
             tl.store(flags + start // BLOCK, tl.max(tl.max((hot & counts).to(tl.int8), 1), 0))
