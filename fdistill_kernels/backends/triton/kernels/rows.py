@@ -444,16 +444,9 @@ def row_kernel(
                     if LABELS:
                         of_terms = scale, tl.load(cross_entropy_scale + n), tl.load(z_loss_scale + n)
                         cross_entropy, squared_lse, of_labels = _label_terms(
-                            label,
-                            found,
-                            weights,
-                            class_weight_sum,
-                            vocabulary,
-                            of_terms,
-                            smoothing,
-                            DIVERGENCE,
+                            label, found, weights, class_weight_sum, vocabulary, of_terms, smoothing, DIVERGENCE,
                             SMOOTHED,
-                        )
+                        )  # fmt: skip
                     if GRADIENTS:
                         scales = of_divergence * rates[0], of_divergence * rates[1]
                         sums = weight * factors[3], teacher_weight * factors[2]
