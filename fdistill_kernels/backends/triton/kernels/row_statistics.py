@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .entries import LABEL, LARGEST, entry_of, in_set, models_of
+from .entries import LABEL, LARGEST, Row, entry_of, in_set, models_of
 from .loads import first_of, line_at, line_of, load_block, row_at, within
 from .row_terms import COEFFICIENTS
 from .softmaxes import added, by_lane, no_sums, softmaxes_of
@@ -45,15 +45,14 @@ def _threshold(swept, models, enough, BY: tl.constexpr, BLOCK: tl.constexpr, LIN
 
 @triton.jit
 def _added_to(
-    sums, start, swept, models, label, threshold, own, facts, CLEAR: tl.constexpr, SUMS: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    sums, start, swept, row, facts, CLEAR: tl.constexpr, SUMS: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """The five sums, lane by lane, with a block's added."""
     v = start + tl.arange(0, BLOCK)
     x, y = read_at(start, swept, CLEAR, BLOCK, LINE)
-    one, two, three, four, five = SUMS(
-        entry_of(x, y, models, facts[0], in_set(y, v, label, threshold, MEMBERS)), own, facts
-    )
+    inside = in_set(y, v, row.label, row.threshold, MEMBERS)
+    one, two, three, four, five = SUMS(entry_of(x, y, row.models, facts[0], inside), row.own, facts)
     if not CLEAR:
         inside = within(v, swept.bounds)
         one, two, three = tl.where(inside, one, 0.0), tl.where(inside, two, 0.0), tl.where(inside, three, 0.0)
@@ -107,16 +106,15 @@ def row_statistics_kernel(
                     other = tl.maximum(other, tl.max(by_lane(of_other, zeros.shape[0], LINE), 1))
             one, other = tl.minimum(tl.max(one, 0), -NO_OVERLAP), tl.minimum(tl.max(other, 0), -NO_OVERLAP)
             facts = u_at_peak, u_at_other_peak, one, other
+            row = Row(models, None, own, None, None, label, threshold)
             sums = zeros, zeros, zeros, zeros, zeros
             k, count = 0, blocks_of(swept, BLOCK)
             while k < count:
                 stop = clear_until(k, swept, NOWHERE, NOWHERE, True, BLOCK)
                 for start in tl.range(k * BLOCK, stop * BLOCK, BLOCK):
-                    sums = _added_to(sums, start, swept, models, label, threshold, own, facts, True, SUMS, MEMBERS,
-                                     BLOCK, LINE)  # fmt: skip
+                    sums = _added_to(sums, start, swept, row, facts, True, SUMS, MEMBERS, BLOCK, LINE)
                 if stop < count:
-                    sums = _added_to(sums, stop * BLOCK, swept, models, label, threshold, own, facts, False, SUMS,
-                                     MEMBERS, BLOCK, LINE)  # fmt: skip
+                    sums = _added_to(sums, stop * BLOCK, swept, row, facts, False, SUMS, MEMBERS, BLOCK, LINE)
                 k = stop + 1
             sums = (tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0),
                     tl.sum(sums[4], 0))  # fmt: skip

@@ -1,34 +1,59 @@
 """Sweeps 3 and 4 of the cut path: tiles of the logits' gradient to the gradient of hidden states or weights."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .heads import dot
 
 
+class Operands(NamedTuple):
+    """What is multiplied: `product_kernel`'s arguments of the same names, and
+
+    Attributes:
+        i, j: entries of the output's tile.
+        steps: blocks along K.
+        reached: the number of live tiles up to each; None: all are.
+    """
+
+    gradient: Any
+    other: Any
+    share: Any
+    i: Any
+    j: Any
+    k_first: Any
+    k_last: Any
+    width: Any
+    i_stride: Any
+    k_stride: Any
+    other_stride: Any
+    steps: Any
+    reached: Any
+
+
 @triton.jit
 def _products(
-    gradient, other, share, reached, steps, i, j, k_first, k_last, width, i_stride, k_stride, other_stride,
-    BIASED: tl.constexpr, EVERY: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    of, BIASED: tl.constexpr, EVERY: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sum over so many steps, and the gradient's own. EVERY: each tile is live and each row counts, so that no load
+    """The sum over all steps, and the gradient's own. EVERY: each tile is live and each row counts, so that no load
     waits for another to say where it is, or whether.
     """
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     of_bias = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in tl.range(0, of.steps, num_stages=STAGES):
         first = step * BLOCK_K
-        if not EVERY and reached is not None:  # a live tile comes after as many as have not reached its number
-            first = tl.sum((reached <= first // BLOCK).to(tl.int32), 0) * BLOCK + first % BLOCK
+        if not EVERY and of.reached is not None:  # a live tile comes after as many as have not reached its number
+            first = tl.sum((of.reached <= first // BLOCK).to(tl.int32), 0) * BLOCK + first % BLOCK
         k = first + tl.arange(0, BLOCK_K)
-        row = tl.minimum(k_first + k, k_last)
-        a = tl.load(gradient + i[:, None] * i_stride + k[None, :] * k_stride)
-        inside, weight = j[None, :] < width, tl.full([BLOCK_K], 1.0, tl.float32)
-        if not EVERY and share is not None:
-            weight = tl.load(share + row).to(tl.float32)
+        row = tl.minimum(of.k_first + k, of.k_last)
+        a = tl.load(of.gradient + of.i[:, None] * of.i_stride + k[None, :] * of.k_stride)
+        inside, weight = of.j[None, :] < of.width, tl.full([BLOCK_K], 1.0, tl.float32)
+        if not EVERY and of.share is not None:
+            weight = tl.load(of.share + row).to(tl.float32)
             inside = inside & (weight != 0)[:, None]
-        b = tl.load(other + row.to(tl.int64)[:, None] * other_stride + j[None, :], mask=inside, other=0.0)
+        b = tl.load(of.other + row.to(tl.int64)[:, None] * of.other_stride + of.j[None, :], mask=inside, other=0.0)
         if SHARED:
             b = (b * weight[:, None]).to(b.dtype)
         if BIASED:
@@ -69,16 +94,13 @@ def product_kernel(
     BIASED: tl.constexpr = out_bias is not None
     # of 16-bit operands, whose two loops the registers hold
     CHOICE: tl.constexpr = STAGES > 3 and BLOCK_K > 32 and not SHARED and (live is not None or share is not None)
+    of = Operands(
+        gradient, other, share, i, j, k_first, k_last, width, i_stride, k_stride, other_stride, steps, reached
+    )
     if CHOICE and every:
-        total, of_bias = _products(
-            gradient, other, share, reached, steps, i, j, k_first, k_last, width, i_stride, k_stride, other_stride,
-            BIASED, True, SHARED, PRECISION, STAGES, BLOCK, BLOCK_K,
-        )  # fmt: skip
+        total, of_bias = _products(of, BIASED, True, SHARED, PRECISION, STAGES, BLOCK, BLOCK_K)
     else:
-        total, of_bias = _products(
-            gradient, other, share, reached, steps, i, j, k_first, k_last, width, i_stride, k_stride, other_stride,
-            BIASED, False, SHARED, PRECISION, 2 if CHOICE else STAGES, BLOCK, BLOCK_K,
-        )  # fmt: skip
+        total, of_bias = _products(of, BIASED, False, SHARED, PRECISION, 2 if CHOICE else STAGES, BLOCK, BLOCK_K)
     to = out + i[:, None] * width + j[None, :]
     if k_first != 0:
         total += tl.load(to, mask=j[None, :] < width, other=0.0)
