@@ -1,10 +1,12 @@
-"""What `compiled.start` launches is what Triton itself would, whatever it is given.
+"""What `compiled.start` launches is what Triton itself would, whatever it is given; and a card can be given all kernels.
 
-Runs without a GPU, in a process of its own: not under TRITON_INTERPRET.
+Runs without a GPU, in a process of its own: not under TRITON_INTERPRET. With --all kernels that take longer, too.
 """
 
+import functools
 import itertools
 import random
+import sys
 
 import torch
 import triton
@@ -12,7 +14,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fdistill_kernels.backends.triton import compiled
+import fdistill_kernels as fk
+from fdistill_kernels.backends import triton as triton_backend
+from fdistill_kernels.backends.triton import compiled, launch
 
 LAUNCHED, HANDLES, DEVICE = [], itertools.count(), [0]
 
@@ -49,6 +53,40 @@ class OnDevice(torch.Tensor):
         return DEVICE[0]
 
 
+@triton.jit
+def pearson(p, q, log_p, log_q, parameter):
+    ratio = p / tl.maximum(q, 1e-30)
+    return q * (1 - ratio * ratio), 2 * p * (ratio - 1)
+
+
+def step(loss, *leaves, **options):
+    """A loss and its gradients, of numbers that no kernel has made."""
+    with_gradient = [x.clone().requires_grad_() for x in leaves]
+    made = loss(*with_gradient, backend="triton", **options)
+    torch.autograd.grad(made[0] if isinstance(made, tuple) else made, with_gradient)
+
+
+def losses(every: bool) -> None:
+    """Raises where a loss asks for what Triton compiles for no card: the interpreter takes more."""
+    triton_backend.why_not = lambda *_: None
+    logits, hidden = torch.zeros(2, 4, 300, dtype=torch.bfloat16), torch.zeros(2, 4, 64, dtype=torch.bfloat16)
+    heads, labels, own = torch.zeros(2, 300, 64, dtype=torch.bfloat16), torch.zeros(4).long(), fk.FDivergence
+    with_labels = dict(labels=labels, ce_weight=1.0, label_smoothing=0.1)
+    before = len(LAUNCHED)
+    with launch.forced(launch.Launch(64, 1, 2)):
+        step(fk.f_divergence, *logits, divergence=own(lambda t: (t - 1) ** 2, triton=pearson))
+        step(functools.partial(fk.cross_entropy, target=labels), logits[0], z_loss=0.1, logit_softcap=30.0)
+        step(fk.f_divergence, logits[0], teacher_logits=fk.top_k_of(logits[1].float(), 4), divergence="kl")
+        if every:
+            step(fk.f_divergence, *logits, divergence="dkd", labels=labels)
+    if every:
+        with launch.forced(launch.Launch(64, 1, 2, splits=2)):
+            step(fk.f_divergence, *logits, divergence="js", return_parts="metrics", **with_labels)
+        step(lambda x, w, **options: fk.linear_f_divergence(x, w, hidden[1], heads[1], **options), hidden[0], heads[0],
+             divergence="js", memory="minimal", **with_labels)  # fmt: skip
+    print(f"{len(LAUNCHED) - before} launches of losses")
+
+
 def main() -> None:
     """Raises AssertionError where the two differ."""
     driver.set_active(Driver())
@@ -66,6 +104,7 @@ def main() -> None:
         assert ours == theirs, (arguments, constants, options, ours, theirs)
     print(f"{CALLS} launches of {next(HANDLES)} kernels, found as {len(compiled._COMPILED)}")
     assert len(LAUNCHED) == 2 * CALLS and len(compiled._COMPILED) < CALLS / 2
+    losses("--all" in sys.argv)
 
 
 CALLS = 600

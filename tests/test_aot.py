@@ -51,7 +51,8 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
 
 
 def test_what_is_launched_is_what_triton_would_launch():
-    command, folder = [sys.executable, "-m", "tests.launches"], Path(__file__).parent.parent
+    command = [sys.executable, "-m", "tests.launches", *(["--all"] if WHOLE else [])]
+    folder = Path(__file__).parent.parent
     subprocess.run(command, cwd=folder, env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
 
 

@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -156,6 +157,15 @@ def test_a_team_s_launch_is_its_phases(name, monkeypatch):
         (torch.testing.assert_close if name == "kl" else same)(loss, expected[0])
         same(gradient, expected[1])
     assert launches.count("row_kernel") == 2
+
+
+def test_functions_of_one_name_are_two_kinds():
+    """Triton keeps what it has compiled in files, which go by the sources of functions, not by their names."""
+    from fdistill_kernels.backends.triton.kernels.entries import Kind
+
+    functions = [types.SimpleNamespace(cache_key=source) for source in ("p - q", "q - p")]
+    assert len({Kind(function, None, "own", False, False, 0).cache_key for function in functions}) == 2
+    assert Kind(None, None, None, True, True, 0).cache_key == "None-None-None-True-True-0"
 
 
 LINE = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}

@@ -304,7 +304,7 @@ class _Model:
         self.itemsize = hidden.element_size()
         self.depth = 128 // self.itemsize
         exact = hidden.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        self.precision = "interpreted" if not hidden.is_cuda else "ieee" if exact else "tf32"
+        self.precision = "interpreted" if triton_backend.interpreting() else "ieee" if exact else "tf32"
         self.even = hidden.shape[1] % self.depth == 0
         self.shape = (hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), head.scale, head.softcap or None)
 
