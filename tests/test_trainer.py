@@ -40,6 +40,7 @@ from fdistill_kernels.sequence.config import MAY_BE_JSON
 from fdistill_kernels.sequence.models import evaluating, virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.options import BY_LENGTH
+from fdistill_kernels.sequence.rank_checks import check_accelerator
 from fdistill_kernels.sequence.report import name_of
 from fdistill_kernels.sequence.samples import TeacherSamples
 from fdistill_kernels.sequence.sampling import Sampling, draw, drawn_by_forward
@@ -634,10 +635,10 @@ def test_ways_to_make_batches_that_leave_ranks_apart_are_refused(tmp_path):
     ):  # fmt: skip
         run = FDistillTrainer(gpt2(60), gpt2(60), FDistillConfig(str(tmp_path), **{**BASE, **more}, accelerator_config=options),
                               train_dataset=data(), data_collator=None)  # fmt: skip
-        run._check_accelerator()  # one rank
+        check_accelerator(run, run.model)  # one rank
         told = pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
         with patch.object(FDistillConfig, "world_size", 2), told:
-            run._check_accelerator()
+            check_accelerator(run, run.model)
 
 
 def test_a_way_over_ranks_that_is_refused_refuses_no_other_run(tmp_path):

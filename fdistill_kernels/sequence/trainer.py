@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
@@ -41,7 +39,8 @@ from .pairing import (
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .ranks import copies_of_rows, generators_kept, is_of_ranks, is_split, of_all_rows
+from .rank_checks import by_ddp, check_accelerator
+from .ranks import copies_of_rows, generators_kept, is_of_ranks, of_all_rows
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
 from .teachers.itself import NOT_AVERAGED, KeepAverage
@@ -139,7 +138,7 @@ class FDistillTrainer(UpdatingTrainer):
             check_collator(collator, trainer.get("train_dataset"), trainer.get("eval_dataset"))
         try:
             super().__init__(model=model, args=args, processing_class=processing_class, **trainer)
-            self._check_accelerator()
+            check_accelerator(self, self._unwrapped(self.model))
         except Exception:
             if args.fsdp:  # which has set it, so that the next trainer would be refused, too
                 os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -154,18 +153,25 @@ class FDistillTrainer(UpdatingTrainer):
             if isinstance(part, (InRoom, Itself)):
                 part.to(self.args.device)
         self._check_models()
+        self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
+        self._add_callbacks()
+        self.server = self._server() if args.student_server and args.student_server_path else None
+
+    def _add_callbacks(self) -> None:
+        """What follows the steps: the teacher that averages the student, and the logs."""
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 raise ValueError(NOT_AVERAGED)
             self.add_callback(KeepAverage(self.teacher))
-        self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
         self.add_callback(self.watch)
-        self.server = None
-        if args.student_server and args.student_server_path:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
-            self.server = StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model),
-                                        self.drawn)  # fmt: skip
+
+    def _server(self) -> StudentServer:
+        """What draws the student's samples."""
+        args = self.args
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
+        assert args.student_server and args.student_server_path
+        return StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model), self.drawn)
 
     def _collator(self, student: Any, ahead: bool) -> Any:
         """`collate` for the two models; ahead: a server is asked for a batch's rows as soon as it is made."""
@@ -187,59 +193,6 @@ class FDistillTrainer(UpdatingTrainer):
                 prompts, continuations = ([x.tolist() for x in y] for y in (found.teacher_prompts, found.continuations))
                 self.teacher.expect(prompts, continuations, most)
         return batch
-
-    def _check_accelerator(self) -> None:
-        """Raises ValueError for ways to share work between ranks that this trainer does not go."""
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
-            raise ValueError("accelerate's FSDP is for GPUs, and would leave a CPU's models whole: take DDP, or load "
-                             "the model with a DistributedConfig")  # fmt: skip
-        for name in ("cp_size", "sp_size"):
-            if (size := getattr(getattr(self.accelerator, "parallelism_config", None), name, 1)) > 1:
-                raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have "
-                                 "whole ones: leave it out")  # fmt: skip
-        loaders: Any = self.args.accelerator_config
-        ranks = self.args.world_size // copies_of_rows(self._unwrapped(self.model))
-        for stage in ("train", "eval") if self.args.evaluates else ("train",):
-            name = f"per_device_{stage}_batch_size"
-            if loaders.split_batches and (size := getattr(self.args, name)) % ranks:
-                raise ValueError(f"{name}={size}: split_batches cuts a batch into one for each of the {ranks} ranks: "
-                                 "take a multiple of them")  # fmt: skip
-        synced = (loaders.gradient_accumulation_kwargs or {}).get("sync_each_batch")
-        accumulates = self.args.gradient_accumulation_steps > 1 and not synced
-        static = getattr(self.args, "ddp_static_graph", False)  # which older transformers do not know
-        if self.args.world_size > 1 and static and accumulates:  # an assertion of torch's
-            raise ValueError("ddp_static_graph takes no gradients that are accumulated before ranks share them: leave "
-                             "it out, or give accelerator_config's gradient_accumulation_kwargs sync_each_batch"
-                             )  # fmt: skip
-        if self.args.world_size > 1 and loaders.dispatch_batches:
-            raise ValueError("dispatch_batches makes all batches on the first rank, and theirs differ in length here: "
-                             "leave it out")  # fmt: skip
-        if self.args.world_size > 1 and not (loaders.even_batches or self.args.dataloader_drop_last):
-            raise ValueError("even_batches=False leaves some ranks without a last batch, and others waiting for it: "
-                             "leave it out, or give dataloader_drop_last")  # fmt: skip
-        self._check_reentrant()
-
-    @property
-    def _by_ddp(self) -> bool:
-        """Whether ranks have whole students, whose gradients DDP shares."""
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split(self.model))
-        return bool(self.args.world_size > 1 and whole)
-
-    def _check_reentrant(self) -> None:
-        """Raises ValueError for checkpointed layers each of whose backward passes DDP takes for a whole one: of several
-        forward passes it shares some gradients and not others, and ranks would train students of their own.
-        """
-        args: Any = self.args
-        default = transformers.__version__.startswith("4.")
-        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", default)
-        looks = args.ddp_find_unused_parameters  # after each backward pass, for weights that it has not reached
-        looks = not isinstance(self.model, PreTrainedModel) if looks is None else looks
-        static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
-        several = (looks or len(self.halves) > 1) and not static
-        if self._by_ddp and args.gradient_checkpointing and reentrant and several:
-            raise ValueError("gradient_checkpointing_kwargs: DDP takes use_reentrant with one half of an objective "
-                             "alone, and of adapters with ddp_find_unused_parameters=False: give use_reentrant False"
-                             )  # fmt: skip
 
     def _build_accelerator_args(self, **known: Any) -> dict[str, Any]:
         """As `Trainer`'s; on a CPU too a model may be split over ranks, which accelerate's check takes for cards'."""
@@ -324,7 +277,7 @@ class FDistillTrainer(UpdatingTrainer):
         """
         model: Any = self.model
         wrapped: Any = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
-        if self._by_ddp and not isinstance(wrapped, DistributedDataParallel):
+        if by_ddp(self) and not isinstance(wrapped, DistributedDataParallel):
             for module in model.modules():
                 vars(module).pop("_is_accelerate_prepared", None)
             self.model_wrapped = model
