@@ -155,6 +155,13 @@ def check_integer(name: str, value: Any, low: int = -(2**63)) -> int:
     return number
 
 
+def own_number(value: Any) -> Any:
+    """Python's own number of any other kind, NumPy's, which neither JSON nor compilers know; what is none as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and type(value) not in (bool, int, float) else value
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of some words."""
     if not isinstance(value, str) or value not in choices:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from .checks import (
     check_integer,
     check_parts,
     check_tensor,
+    own_number,
 )
 from .divergences import Divergence
 from .functional import cross_entropy, f_divergence, linear_cross_entropy, linear_f_divergence
@@ -57,9 +57,7 @@ def checked_setting(argument: inspect.Parameter, value: Any) -> Any:
         CHECKED[argument.name](argument.name, value)
     else:
         check_settings(LossTerms(None, **{argument.name: value}))
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return value
+    return own_number(value)
 
 
 def _setting(argument: inspect.Parameter) -> property:

@@ -57,6 +57,8 @@ def check(found, model, prompts, continuations, atol=1e-5):
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_the_models_own_log_probs(kind):
     prompts, continuations = sequences(20)
+    with Server() as server, endpoint(server, kind=kind, vocabulary=np.int64(V), k=np.int64(K)) as teacher:
+        check(teacher.targets(prompts[:2], continuations[:2]), server.model, prompts[:2], continuations[:2])
     with Server() as server, endpoint(server, kind=kind, model="tiny", api_key="secret") as teacher:
         found = teacher.targets(prompts, continuations, tail="uniform")
         check(found, server.model, prompts, continuations)

@@ -10,6 +10,7 @@ import re
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -62,6 +63,18 @@ def data(n=8, **extra):
 def trainer(folder, student, teacher, train=None, **settings):
     return FDistillTrainer(student, teacher, FDistillConfig(str(folder), **{**BASE, **settings}),
                            train_dataset=train or data(), eval_dataset=data(4))  # fmt: skip
+
+
+def test_options_are_pythons_own_numbers(tmp_path):
+    """Loops over NumPy's ranges give its own, which no file of options holds."""
+    given = dict(max_new_tokens=np.int64(4), student_every=np.int32(2), learning_rate=np.float32(0.5), seed=np.uint8(3),
+                 eval_strategy="steps", eval_steps=np.int64(5), weight_decay=np.float64(0.25), beams=np.int64(2),
+                 accelerator_config={"gradient_accumulation_kwargs": {"num_steps": np.int64(1)}})  # fmt: skip
+    config = FDistillConfig(str(tmp_path), method="rkl", **given)
+    plain = {**{name: x.item() if hasattr(x, "item") else x for name, x in given.items()},
+             "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 1}}}  # fmt: skip
+    assert config.to_json_string() == FDistillConfig(str(tmp_path), method="rkl", **plain).to_json_string()
+    assert json.dumps(Sampling(np.int64(3), np.float32(0.5), np.int64(2)).decided())
 
 
 @pytest.mark.parametrize("form", ["arrow", "pandas"])

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..checks import check_choice, check_integer, check_number
+from ..checks import check_choice, check_integer, check_number, own_number
 from ..own import resolve
 from ..teachers.connection import without_credentials
 from ..tokens import TEMPERATURES
@@ -102,6 +102,9 @@ class FDistillConfig(TrainingArguments):
     hidden_reduction: str = "mean"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # which are written to files
+            if field.init and hasattr(self, field.name):
+                setattr(self, field.name, _own(getattr(self, field.name)))
         if self.ddp_backend is not None and "WORLD_SIZE" not in os.environ:  # accelerate asks for the group's size
             raise ValueError(f"ddp_backend={self.ddp_backend!r} is not used by one process: torchrun starts several")
         if self.use_cpu:
@@ -365,6 +368,11 @@ def _of_accelerate(name: str, given: Mapping[str, Any]) -> Any:
         return kind(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={dict(given)}: {error}") from error
+
+
+def _own(value: Any) -> Any:
+    """With Python's own numbers, also inside dictionaries."""
+    return {name: _own(inside) for name, inside in value.items()} if type(value) is dict else own_number(value)
 
 
 def _of_json(name: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..checks import check_integer, check_number
+from ..checks import check_integer, check_number, own_number
 from .forward import rows_of
 from .generation import TOKENS, beginning, check_search, for_search, special_tokens
 from .models import accepted, check_context, evaluating, ids_of, virtual_tokens, vocabulary_of
@@ -41,6 +41,8 @@ class Sampling:
     cache: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        for name in self.decided():
+            object.__setattr__(self, name, own_number(getattr(self, name)))
         for name, least in (("max_new_tokens", 1), ("beams", 0), ("top_k", 0)):
             check_integer(name, getattr(self, name), least)
         for name, most in (("temperature", math.inf), ("top_p", 1)):

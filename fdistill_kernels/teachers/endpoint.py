@@ -106,11 +106,12 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         head: Head | None = None, norm: Callable[[Tensor], Tensor] | None = None,
         states_folder: str | Path | None = None, layer: int = -1,
     ):  # fmt: skip
-        for name, value, least in (
-            ("vocabulary", vocabulary, 1), ("k", DEFAULT_K if k is None else k, 1), ("concurrency", concurrency, 1),
-            ("retries", retries, 0), ("layer", layer, -(2**63)),
-        ):  # fmt: skip
-            check_integer(name, value, least)
+        vocabulary, concurrency = (
+            check_integer("vocabulary", vocabulary, 1),
+            check_integer("concurrency", concurrency, 1),
+        )
+        retries, layer = check_integer("retries", retries, 0), check_integer("layer", layer)
+        k = None if k is None else check_integer("k", k, 1)
         check_number("first_wait", first_wait, 0)
         if not (isinstance(timeout, float) and timeout == math.inf):
             check_number("timeout", timeout, 0, open_low=True)
