@@ -36,6 +36,8 @@ from fdistill_kernels.sequence.sampling import draw
 from fdistill_kernels.sequence.teacher_forcing import teacher_forced
 from fdistill_kernels.teachers.files import write_whole
 
+from .conftest import WHOLE
+
 BOS, EOS, V, LENGTH = 1, 0, 4, 3
 TOKENS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
 
@@ -459,15 +461,17 @@ def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="top_k was 0 and is 3"):
         samples(tmp_path / "whole", sampling=Sampling(max_new_tokens=5, top_k=3))
     shards = again.shards()
-    for content in (b"", shards[0].read_bytes()[:-9], shards[0].read_bytes(), parquet_of(index=[4, 5, 6, 7])):
-        shards[1].write_bytes(content)  # of a disk that failed, of the first shard, of another program
+    others = parquet_of(index=[4, 5, 6, 7]), parquet_of(index=[4, 5, 6, 7], sample_ids=[[1], [2], [3], [4]])
+    for content in (b"", shards[0].read_bytes()[:-9], shards[0].read_bytes(), *others):
+        shards[1].write_bytes(content)  # of a disk that failed, of the first shard, of other programs
         with pytest.raises(ValueError, match=r"shard-00001\.parquet is not what was written \(.*: remove it, and its"):
             again.load()
     shards[1].unlink()
     assert list(again.fill(model, batch=2)) and again.load() == whole
     content = shards[1].read_bytes()
-    for place in range(0, len(content), 7):  # one bit alone: other samples are never read
-        shards[1].write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    for place in range(0, 8 * len(content), 1 if WHOLE else 53):  # one bit alone: other samples are never read
+        byte = content[place // 8] ^ (1 << place % 8)
+        shards[1].write_bytes(content[: place // 8] + bytes([byte]) + content[place // 8 + 1 :])
         with contextlib.suppress(ValueError):
             assert again.load() == whole
     for content in ("{", "[]", '"text"'):

@@ -121,7 +121,9 @@ class TeacherSamples:
                 made += [row.tolist() for row in ask(prompts, self.sampling, seed, vocabulary)]
                 done += len(some)
                 yield done
-            write_table(pyarrow.table({"index": list(indices), "sample_ids": made}), self.shards()[number])
+            table = pyarrow.table({"index": list(indices), "sample_ids": made})
+            # pages have checksums of their own, what says how they are read has none
+            write_table(table.replace_schema_metadata({"hash": data_hash(made)}), self.shards()[number])
 
     def _range(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
@@ -145,9 +147,12 @@ class TeacherSamples:
         path, why = self.shards()[number], "it holds other prompts"
         try:
             rows = pyarrow.parquet.read_table(path, page_checksum_verification=True)
-            if rows["index"].to_pylist() == list(self._range(number)):
-                return rows["sample_ids"].to_pylist()
-        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            made = rows["sample_ids"].to_pylist()
+            if (rows.schema.metadata or {}).get(b"hash") != data_hash(made).encode():
+                why = "its samples have another hash"
+            elif rows["index"].to_pylist() == list(self._range(number)):
+                return made
+        except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
             why = str(error)
         raise ValueError(f"{path} is not what was written ({why}): remove it, and its prompts are sampled anew")
 
