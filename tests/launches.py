@@ -75,7 +75,8 @@ def losses(every: bool) -> None:
     before = len(LAUNCHED)
     with launch.forced(launch.Launch(64, 1, 2)):
         step(fk.f_divergence, *logits, divergence=own(lambda t: (t - 1) ** 2, triton=pearson))
-        step(functools.partial(fk.cross_entropy, target=labels), logits[0], z_loss=0.1, logit_softcap=30.0)
+        step(functools.partial(fk.cross_entropy, target=labels), logits[0], z_loss=0.1, logit_softcap=30.0,
+             return_parts="metrics")  # fmt: skip
         step(fk.f_divergence, logits[0], teacher_logits=fk.top_k_of(logits[1].float(), 4), divergence="kl")
         if every:
             step(fk.f_divergence, *logits, divergence="dkd", labels=labels)

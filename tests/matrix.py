@@ -16,11 +16,11 @@ from collections import namedtuple
 from datetime import date
 from pathlib import Path
 
-CORE = "functional linear divergences contract sparse triton"  # tests/test_*.py
+CORE = "functional linear divergences contract sparse triton aot"  # tests/test_*.py
 # in the order of the whole suite: the tests of the trainer leave settings of accelerate behind
 MODELS = "deferred integrations run sequence trainer"
 # of pytest's -k, left out everywhere: what is slow, and what knows nothing of versions
-SLOW = "cuda or gpu_check or opcheck or deterministic or (triton and (float16 or strides))"
+SLOW = "spills or instructions or cuda or gpu_check or opcheck or deterministic or (triton and (float16 or strides))"
 # of pytest's -k, left out in a row, and why
 READ = {"test_optim_args_that_are_read": "before 5.3 torch's optimizers are made without them: refused by name"}
 PACKED = "test_padding_sides_and_packing or test_accumulation_packing or test_packing_changes_nothing or count[packed]"

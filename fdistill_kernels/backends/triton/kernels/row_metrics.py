@@ -54,13 +54,12 @@ def row_metrics_kernel(
             student_row = row_at(student, n, inner, student_outer, student_inner)
             begin = first_of(student_row, LINE)
             student_row, bounds = line_of(student_row, begin, LINE), (begin, begin + vocabulary)
-            teacher_row = teacher
             student_rate = tl.load(student_inverse_temperature + n)
-            rates = student_rate, 1.0
+            rows_of, rates = (student_row, teacher), (student_rate, 1.0)
             if teacher is not None:
                 teacher_row = line_at(teacher, n, inner, teacher_outer, teacher_inner, begin, LINE)
-                rates = student_rate, tl.load(teacher_inverse_temperature + n)
-            swept = Swept((student_row, teacher_row), (student_cap, teacher_cap), 0, bounds[1], bounds)
+                rows_of, rates = (student_row, teacher_row), (student_rate, tl.load(teacher_inverse_temperature + n))
+            swept = Swept(rows_of, (student_cap, teacher_cap), 0, bounds[1], bounds)
             found = softmaxes_of(swept, rates, None, 0.0, True, False, False, BLOCK, LINE)
             student_top, plain_rest = found.student_top, found.plain_rest
             if teacher is None:  # at temperature 1, as the labels' terms
