@@ -164,16 +164,17 @@ def peaks_of(models, teacher_there, student_there, inside, own, other, KIND: tl.
     """
     u = entry_of(models.student_top, teacher_there, models, 0.0, False)[4]
     at_student = entry_of(models.student_top, teacher_there, models, u, False)
-    of_both: tl.constexpr = "own" if KIND.EXCHANGED == "own" else None
+    EXCHANGED: tl.constexpr = KIND.EXCHANGED  # older Triton hands no text on as it is
+    of_both: tl.constexpr = "own" if EXCHANGED == "own" else None
     term, _, _ = pair(at_student, own, other, u, None, None, KIND.TERMS, of_both, True)
     at_peak = 0.0 * term
     if not KIND.CENTRED:
         at_peak = term / at_student[1]
     teacher_u, at_teacher_peak = u, at_peak
-    if KIND.EXCHANGED is not None:
+    if EXCHANGED is not None:
         at_teacher = entry_of(student_there, models.teacher_top, models, u, inside)
         teacher_u = at_teacher[4]
-        _, _, of_teacher = pair(at_teacher, own, other, teacher_u, None, None, KIND.TERMS, KIND.EXCHANGED, True)
+        _, _, of_teacher = pair(at_teacher, own, other, teacher_u, None, None, KIND.TERMS, EXCHANGED, True)
         at_teacher_peak = of_teacher / at_teacher[0]
         if KIND.TEACHER_CENTRED:
             at_teacher_peak = 0.0 * at_teacher_peak
@@ -185,6 +186,7 @@ def terms_at(x, y, inside, row, sums, CLEAR: tl.constexpr, CLOSE: tl.constexpr, 
     """Entries' values and both terms, measured from the peaks', whose own is 0, and less their shares of both terms'
     sums where these are known. CLEAR: the student's peak is not among these entries.
     """
+    EXCHANGED: tl.constexpr = KIND.EXCHANGED
     models, peaks = row.models, row.peaks
     start = None if KIND.CENTRED else (peaks.term,)
     if not KIND.CENTRED and CLEAR and sums is not None:
@@ -192,12 +194,12 @@ def terms_at(x, y, inside, row, sums, CLEAR: tl.constexpr, CLOSE: tl.constexpr, 
     teacher_start = None if KIND.TEACHER_CENTRED else (peaks.teacher_term,)
     entry = entry_of(x, y, models, peaks.u, inside)
     student, value, teacher = pair(entry, row.own, row.other, peaks.teacher_u, start, teacher_start, KIND.TERMS,
-                                   KIND.EXCHANGED, CLOSE)  # fmt: skip
+                                   EXCHANGED, CLOSE)  # fmt: skip
     if not KIND.CENTRED and not CLEAR:
         student = tl.where((x == models.student_top) & (y == peaks.teacher_there), 0.0, student)
         if sums is not None:
             student -= entry[1] * sums[0]
-    if KIND.EXCHANGED is not None and not KIND.TEACHER_CENTRED:
+    if EXCHANGED is not None and not KIND.TEACHER_CENTRED:
         at_peak = (y == models.teacher_top) & (x == peaks.student_there) & (inside == peaks.inside)
         teacher = tl.where(at_peak, 0.0, teacher)
         if sums is not None:
