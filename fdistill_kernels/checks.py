@@ -157,9 +157,9 @@ def check_integer(name: str, value: Any, low: int = -(2**63)) -> int:
 
 def own_number(value: Any) -> Any:
     """Python's own number of any other kind, NumPy's, which neither JSON nor compilers know; what is none as it is."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, int):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) and type(value) not in (bool, int, float) else value
+    if isinstance(value, int) or type(value) is float or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

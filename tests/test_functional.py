@@ -1,6 +1,7 @@
 """Every keyword of the public functions, the operators, and the message of every misuse."""
 
 import copy
+import enum
 import inspect
 import math
 import pickle
@@ -287,6 +288,8 @@ def test_settings_are_pythons_own_numbers():
     want = fk.FDivergenceLoss("js", temperature=2.0, ce_weight=0.5, ignore_index=3, vocab_size=7)
     assert repr(loss) == repr(want)
     assert torch.compile(loss, backend="eager", fullgraph=True)(Z, -Z, Y) == want(Z, -Z, Y)
+    size = enum.IntEnum("Size", {"SMALL": 7}).SMALL  # an int already
+    assert fk.FDivergenceLoss("js", vocab_size=size).vocab_size is size
 
 
 def test_tensors_among_the_settings_move_with_the_module():

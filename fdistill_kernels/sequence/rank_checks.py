@@ -23,10 +23,11 @@ def check_accelerator(trainer: Trainer, student: Any) -> None:
         if (size := getattr(getattr(trainer.accelerator, "parallelism_config", None), name, 1)) > 1:
             raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have whole "
                              "ones: leave it out")  # fmt: skip
+    static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
     _check_batches(args, loaders, args.world_size // copies_of_rows(student))
     if args.world_size > 1:
-        _check_ranks(args, loaders)
-        _check_reentrant(trainer)
+        _check_ranks(args, loaders, static)
+        _check_reentrant(trainer, static)
 
 
 def by_ddp(trainer: Trainer) -> bool:
@@ -44,10 +45,10 @@ def _check_batches(args: Any, loaders: Any, ranks: int) -> None:
                              "a multiple of them")  # fmt: skip
 
 
-def _check_ranks(args: Any, loaders: Any) -> None:
+def _check_ranks(args: Any, loaders: Any, static: bool) -> None:
     synced = (loaders.gradient_accumulation_kwargs or {}).get("sync_each_batch")
     accumulates = args.gradient_accumulation_steps > 1 and not synced
-    if getattr(args, "ddp_static_graph", False) and accumulates:  # an assertion of torch's
+    if static and accumulates:  # an assertion of torch's
         raise ValueError("ddp_static_graph takes no gradients that are accumulated before ranks share them: leave it "
                          "out, or give accelerator_config's gradient_accumulation_kwargs sync_each_batch")  # fmt: skip
     if loaders.dispatch_batches:
@@ -58,7 +59,7 @@ def _check_ranks(args: Any, loaders: Any) -> None:
                          "it out, or give dataloader_drop_last")  # fmt: skip
 
 
-def _check_reentrant(trainer: Trainer) -> None:
+def _check_reentrant(trainer: Trainer, static: bool) -> None:
     """Raises ValueError for checkpointed layers each of whose backward passes DDP takes for a whole one: of several
     forward passes it shares some gradients and not others, and ranks would train students of their own.
     """
@@ -67,7 +68,6 @@ def _check_reentrant(trainer: Trainer) -> None:
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", default)
     looks = args.ddp_find_unused_parameters  # after each backward pass, for weights that it has not reached
     looks = not isinstance(trainer.model, PreTrainedModel) if looks is None else looks
-    static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
     several = (looks or len(args.halves()) > 1) and not static
     if by_ddp(trainer) and args.gradient_checkpointing and reentrant and several:
         raise ValueError("gradient_checkpointing_kwargs: DDP takes use_reentrant with one half of an objective alone, "

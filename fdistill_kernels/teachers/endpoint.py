@@ -106,11 +106,9 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         head: Head | None = None, norm: Callable[[Tensor], Tensor] | None = None,
         states_folder: str | Path | None = None, layer: int = -1,
     ):  # fmt: skip
-        vocabulary, concurrency = (
-            check_integer("vocabulary", vocabulary, 1),
-            check_integer("concurrency", concurrency, 1),
-        )
-        retries, layer = check_integer("retries", retries, 0), check_integer("layer", layer)
+        vocabulary = check_integer("vocabulary", vocabulary, 1)
+        concurrency, retries = check_integer("concurrency", concurrency, 1), check_integer("retries", retries, 0)
+        layer = check_integer("layer", layer)
         k = None if k is None else check_integer("k", k, 1)
         check_number("first_wait", first_wait, 0)
         if not (isinstance(timeout, float) and timeout == math.inf):

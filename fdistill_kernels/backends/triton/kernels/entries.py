@@ -43,7 +43,9 @@ class Models(NamedTuple):
         student_rate, teacher_rate: inverse temperatures.
         student_log2_total, teacher_log2_total: log2 Σ 2^(rate·(z − top)), less the logarithms of FACTORS.
         log_ratio: of the totals, the teacher's over the student's.
-        alike: whether the models nearly agree.
+        near: (alike,), whether the models nearly agree. Of models of one rate and of 16 bits, whose logits' differences
+            have all their digits, (from_student, from_teacher), what u is measured from: each model's top or, of models
+            that nearly agree, for entries far smaller than it, the distance of both.
     """
 
     student_top: Any
@@ -53,25 +55,7 @@ class Models(NamedTuple):
     teacher_rate: Any
     teacher_log2_total: Any
     log_ratio: Any
-    alike: Any
-
-
-class ModelsOfDigits(NamedTuple):
-    """`Models` of one rate and of 16 bits, whose logits' differences have all their digits.
-
-    from_student, from_teacher: what u is measured from in the place of `alike`: each model's top or, of models that
-    nearly agree, for entries far smaller than it, the distance of both.
-    """
-
-    student_top: Any
-    student_rate: Any
-    student_log2_total: Any
-    teacher_top: Any
-    teacher_rate: Any
-    teacher_log2_total: Any
-    log_ratio: Any
-    from_student: Any
-    from_teacher: Any
+    near: Any
 
 
 class Peaks(NamedTuple):
@@ -126,17 +110,17 @@ def entry_of(x, y, models, u_at_peak, inside):
     q_shifted, p_shifted = (x - student_top) * student_rate, (y - teacher_top) * teacher_rate
     log2_q = (x - student_top) * (student_rate * LOG2E) - models.student_log2_total
     log2_p = (y - teacher_top) * (teacher_rate * LOG2E) - models.teacher_log2_total
-    if len(models) == 9:  # `ModelsOfDigits`
-        apart = ((y - models.from_teacher) - (x - models.from_student)) * student_rate
+    if len(models.near) == 2:
+        apart = ((y - models.near[1]) - (x - models.near[0])) * student_rate
     else:  # of models that nearly agree by their logits' own differences, which are exact
-        apart = tl.where(models.alike, ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
+        apart = tl.where(models.near[0], ((y - x) - (teacher_top - student_top)) * student_rate, p_shifted - q_shifted)
     return (tl.exp2(log2_p), tl.exp2(log2_q), log2_p, log2_q, apart - models.log_ratio, p_shifted, q_shifted, u_at_peak,
             inside)  # fmt: skip
 
 
 @triton.jit
 def models_of(found, rates, factors, DIGITS: tl.constexpr):
-    """By a row's `Softmaxes`. factors: of terms.py's FACTORS. DIGITS: as `ModelsOfDigits`."""
+    """By a row's `Softmaxes`. factors: of terms.py's FACTORS. DIGITS: of what `near` says of 16 bits."""
     student_top, student_rest, student_rate = found.student_top, found.student_rest, rates[0]
     teacher_top, teacher_rest, teacher_rate = found.teacher_top, found.teacher_rest, rates[1]
     apart = (teacher_rest - student_rest) / (1 + student_rest)
@@ -147,14 +131,11 @@ def models_of(found, rates, factors, DIGITS: tl.constexpr):
     student_log2_total = tl.fma(log1p(student_rest), LOG2E, minus(factors[1]))
     teacher_log2_total = tl.fma(log1p(teacher_rest), LOG2E, minus(factors[0]))
     alike = (tl.abs(teacher_top - student_top) <= 1) & (teacher_rate == student_rate)
+    near = (alike,)
     if DIGITS:
-        from_teacher = tl.where(alike, teacher_top - student_top, teacher_top)
-        return ModelsOfDigits(student_top, student_rate, student_log2_total, teacher_top, teacher_rate,
-                              teacher_log2_total, log_ratio, tl.where(alike, 0.0, student_top),
-                              from_teacher)  # fmt: skip
-    else:
-        return Models(student_top, student_rate, student_log2_total, teacher_top, teacher_rate, teacher_log2_total,
-                      log_ratio, alike)  # fmt: skip
+        near = tl.where(alike, 0.0, student_top), tl.where(alike, teacher_top - student_top, teacher_top)
+    return Models(student_top, student_rate, student_log2_total, teacher_top, teacher_rate, teacher_log2_total,
+                  log_ratio, near)  # fmt: skip
 
 
 @triton.jit
