@@ -287,7 +287,7 @@ def check_takes(name: str, function: Callable[..., Any], *arguments: str) -> Non
     if torch.compiler.is_compiling():
         return
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
     except (ValueError, TypeError):  # of some that are written in C
         return
     try:

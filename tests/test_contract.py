@@ -1585,6 +1585,7 @@ class _Reader:
 @pytest.mark.parametrize("teacher, what", [
     (lambda begin: T[begin:], "too many positional arguments"), (_Reader().one, "too many positional arguments"),
     (lambda begin, end, *, layer: T, "missing a required .*argument: 'layer'"), (lambda a, b, c: T, "missing .*: 'c'"),
+    (torch.nn.Identity(), "too many positional arguments"),
 ])  # fmt: skip
 def test_a_teacher_s_function_of_other_arguments_is_refused(teacher, what):
     for given in (teacher, fk.Logits(teacher)):
