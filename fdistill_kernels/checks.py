@@ -70,6 +70,8 @@ def check_made(name: str, value: Any) -> None:
 def _check_plain(name: str, value: Tensor) -> None:
     """Kernels read what memory holds, and know of nothing beside it."""
     check_made(name, value)
+    if torch.masked.is_masked_tensor(value):
+        raise TypeError(f"{name} is a MaskedTensor: give {name}.get_data(), and leave tokens out by their labels")
     if value.is_meta:
         raise TypeError(f"{name} is on the meta device: it has a shape and no data")
     if value.is_neg():

@@ -1401,6 +1401,29 @@ def test_a_backward_pass_alone_may_be_compiled(teacher, reduction):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # they are a prototype
+def test_masked_tensors_are_refused_by_name():
+    def masked(*shape):
+        return torch.masked.masked_tensor(torch.rand(shape), torch.rand(shape) > 0.5)
+
+    student, teacher = models()
+    hidden, weight, *_ = heads()
+    labels = torch.zeros(N).long()
+    for name, call in {
+        "student_logits": lambda: fk.f_divergence(masked(N, V), teacher),
+        "teacher_logits": lambda: fk.f_divergence(student, masked(N, V)),
+        "token_weight": lambda: fk.f_divergence(student, teacher, token_weight=masked(N)),
+        "temperature": lambda: fk.f_divergence(student, teacher, temperature=masked(N)),
+        "divergence_weight": lambda: fk.f_divergence(student, teacher, divergence_weight=masked(N)),
+        "weight": lambda: fk.cross_entropy(student, labels, weight=masked(V)),
+        "num_items": lambda: fk.cross_entropy(student, labels, num_items=masked(1)),
+        "student_hidden": lambda: fk.linear_f_divergence(masked(*hidden.shape), weight, teacher),
+        "linear_bias": lambda: fk.linear_cross_entropy(hidden, weight, labels, linear_bias=masked(V)),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} is a MaskedTensor"):
+            call()
+
+
 def test_views_that_are_negated_when_they_are_read():
     hidden = torch.randn(N, D)
     for name, call in {
