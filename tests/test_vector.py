@@ -32,6 +32,7 @@ using namespace fdistill::test;
     for (int64_t v = 0; v < count; v += kLanes) store(to + v, load(from + v, count - v), count - v); \\
   }
 FLOATS(exponential_of, exponential(x))
+FLOATS(exponential_below_zero_of, exponential<true>(x))
 FLOATS(logarithm_of, logarithm(x))
 FLOATS(hyperbolic_tangent_of, hyperbolic_tangent(x))
 NARROW(bfloat16, BFloat16)
@@ -78,6 +79,8 @@ def every(first, last, step):
 def test_functions_are_within_their_units(vector):
     for x in (every(-1e-30, -103.9, 997), every(1e-30, 88.72, 997)):
         assert units(run(vector.exponential_of, x), x.double().exp()) < 1.5
+    below = every(-1e-30, -87.33, 997)  # of a normal number
+    assert units(run(vector.exponential_below_zero_of, below), below.double().exp()) < 1.5
     x = every(2.0**-126, 3e38, 1499)
     assert units(run(vector.logarithm_of, x), x.double().log()) < 1.5
     for x in (every(1e-30, 20.0, 997), every(-1e-30, -20.0, 997)):
@@ -89,6 +92,10 @@ def test_borders(vector):
     borders = torch.tensor([-infinite, -3.4e38, -104.0, -0.0, 0.0, 89.0, 3.4e38, infinite, float("nan")])
     exponentials = torch.tensor([0.0, 0, 0, 1, 1, infinite, infinite, infinite, float("nan")])
     assert torch.equal(run(vector.exponential_of, borders).nan_to_num(7), exponentials.nan_to_num(7))
+    below, of_below = (x[[0, 1, 2, 3, 4, 8]] for x in (borders, exponentials))
+    assert torch.equal(run(vector.exponential_below_zero_of, below).nan_to_num(7), of_below.nan_to_num(7))
+    smallest = run(vector.exponential_below_zero_of, every(-87.34, -104.0, 997))  # kernels take them for 0
+    assert smallest.ge(0).all() and smallest.max() < 2.0**-126
     assert str(run(vector.logarithm_of, borders[-2:]).tolist()) == "[inf, nan]"
     assert run(vector.logarithm_of, torch.ones(1)).item() == 0
     signs = torch.tensor([-1.0, -1, -1, 0, 0, 1, 1, 1, float("nan")])

@@ -252,12 +252,7 @@ RowKernel row_kernel_of(const char* divergence) {
 }
 
 Kernels kernels_of(const char* divergence) {
-#ifdef __F16C__
-  constexpr bool flushes = true;
-#else
-  constexpr bool flushes = false;
-#endif
-  return {row_kernel_of(divergence), run_rest, run_lists, flushes};
+  return {row_kernel_of(divergence), run_rest, run_lists, kFlushes};
 }
 
 }  // namespace FDISTILL_ISA

@@ -17,6 +17,12 @@
 namespace fdistill {
 namespace FDISTILL_ISA {
 
+#ifdef __F16C__
+constexpr bool kFlushes = true;  // subnormal numbers are 0 while the kernels run (rows.cpp)
+#else
+constexpr bool kFlushes = false;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
 #elif defined(__AVX2__)
@@ -114,17 +120,19 @@ constexpr float kRootsOfTwo[16] = {1.0f,         1.04427378f, 1.09050773f, 1.138
 #endif
 
 // x = n log 2 + r, e^r by a polynomial. With AVX-512 n is in sixteenths, whose 2^n a register holds, and r so small that
-// two coefficients do; else 2^n is two factors, so that a result below the normal numbers is rounded once.
-// `below_zero`: x is not above 0.
+// two coefficients do; else 2^n is two factors, so that a result below the normal numbers is rounded once, or one, where
+// such results are 0. `below_zero`: x is not above 0.
 template <bool below_zero = false>
 FDISTILL_INLINE Vec exponential(const Vec& argument) {
-  Floats x = maximum(Vec(-104.0f), argument).lanes;  // a NaN passes
-  if (!below_zero) x = minimum(Vec(89.0f), Vec(x)).lanes;
 #ifdef __AVX512F__
+  constexpr bool kOneFactor = false;
   constexpr float kRounder = 0x1.8p19f;  // what is added to it becomes a multiple of 1/16
 #else
-  constexpr float kRounder = 0x1.8p23f;  // an integer
+  constexpr bool kOneFactor = below_zero && kFlushes;
+  constexpr float kRounder = 0x1.8p23f + (kOneFactor ? 127 : 0);  // an integer, of one factor its exponent's bits
 #endif
+  Floats x = maximum(Vec(kOneFactor ? -88.0f : -104.0f), argument).lanes;  // a NaN passes
+  if (!below_zero) x = minimum(Vec(89.0f), Vec(x)).lanes;
   const Floats rounded = x * 1.44269504088896341f + kRounder, n = rounded - kRounder;
   Floats r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -139,6 +147,7 @@ FDISTILL_INLINE Vec exponential(const Vec& argument) {
   p = p * r + 1.6666520631e-1f;
   p = p * r + 4.9999993448e-1f;
   p = p * (r * r) + r + 1.0f;
+  if (kOneFactor) return p * bits<Floats>(bits<Words>(rounded) << 23);  // 0 of n = -127
   const Ints exponent = bits<Ints>(rounded) - bits<int32_t>(kRounder), half = exponent >> 1;
   return p * bits<Floats>((half + 127) << 23) * bits<Floats>((exponent - half + 127) << 23);
 #endif
@@ -180,6 +189,8 @@ FDISTILL_INLINE Vec widened(const Halves& narrow, BFloat16) {
   constexpr uint32_t kUpper = 0xaaaaaaaau;
   const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
   return bits<Floats>(_mm512_maskz_permutexvar_epi16(kUpper, places, _mm512_castsi256_si512(bits<__m256i>(narrow))));
+#elif defined(__AVX2__)  // of GCC's own conversion each half is widened apart
+  return bits<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(narrow)), 16));
 #else
   return bits<Floats>(__builtin_convertvector(narrow, Words) << 16);
 #endif
@@ -197,7 +208,13 @@ FDISTILL_INLINE Halves narrowed(const Vec& x, BFloat16) {  // to the nearest, ti
   return bits<Halves>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(uppers, rounded)));
 #else
   const Words word = bits<Words>(x.lanes), rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x.lanes != x.lanes ? broadcast(0x7fc0u) : rounded, Halves);
+  const Words halves = x.lanes != x.lanes ? broadcast(0x7fc0u) : rounded;
+#ifdef __AVX2__
+  const __m256i wide = bits<__m256i>(halves);
+  return bits<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+  return __builtin_convertvector(halves, Halves);
+#endif
 #endif
 }
 
