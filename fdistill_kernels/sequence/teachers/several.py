@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Mixture(Teacher):
         if self.geometric:
             raise ValueError("a geometric Mixture draws nothing: give the data the column sample_ids")
         chosen = torch.multinomial(torch.tensor(self.weights), len(prompts), replacement=True).tolist()
-        return _by_teacher(self.teachers, chosen, prompts, sampling, vocabulary)
+        return _by_teacher(dict(enumerate(self.teachers)), chosen, prompts, sampling, vocabulary)
 
 
 class OfRows(Teacher):
@@ -92,33 +92,30 @@ class OfRows(Teacher):
         prompts, continuations, device, pack, counted = batch
         if len(self.names) != len(prompts):
             raise ValueError(f"{len(prompts)} examples, and the column teacher names {len(self.names)} teachers")
-        lengths = torch.tensor(tokens_counted(continuations, counted))
-        owner = torch.empty(int(lengths.sum()), dtype=torch.long)
-        place, functions = torch.empty_like(owner), []
-        starts = lengths.cumsum(0) - lengths
+        order = list(self.teachers)
+        owner = torch.tensor([order.index(name) for name in self.names])
+        owner = owner.repeat_interleave(torch.tensor(tokens_counted(continuations, counted)))
+        place, functions = torch.empty_like(owner), {}
         for i, (name, teacher) in enumerate(self.teachers.items()):
-            mine = [n for n, known in enumerate(self.names) if known == name]
-            at = torch.cat([owner.new_empty(0), *(torch.arange(int(lengths[n])) + starts[n] for n in mine)])
-            owner[at], place[at] = i, torch.arange(len(at))
-            if mine:
+            if mine := [n for n, known in enumerate(self.names) if known == name]:
+                place[owner == i] = torch.arange(int((owner == i).sum()))
                 of_mine = None if counted is None else [counted[n] for n in mine]
                 rows = teacher.rows([prompts[n] for n in mine], [continuations[n] for n in mine], device, pack, of_mine)
-            functions.append(logits_function(rows, device) if mine else None)
+                functions[i] = logits_function(rows, device)
         return TeacherRows(_interleaved(functions, owner, place, self.vocabulary), self.vocabulary)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
-        order, teachers = list(self.teachers), list(self.teachers.values())
-        return _by_teacher(teachers, [order.index(n) for n in self.names], prompts, sampling, vocabulary)
+        return _by_teacher(self.teachers, self.names, prompts, sampling, vocabulary)
 
 
-def _interleaved(functions: list[Any], owner: Tensor, place: Tensor, vocabulary: int) -> RowFunction:
-    """Rows of several functions: row n is the owner's row at place."""
+def _interleaved(functions: dict[int, RowFunction], owner: Tensor, place: Tensor, vocabulary: int) -> RowFunction:
+    """Rows of several functions, each by its teacher's number: row n is the owner's row at place."""
 
     @torch.no_grad()
     def logits(begin: int, end: int) -> Tensor:
         out: Tensor | None = None
-        for i, function in enumerate(functions):
+        for i, function in functions.items():
             here = (owner[begin:end] == i).nonzero().squeeze(1)
             if not len(here):
                 continue
@@ -133,14 +130,15 @@ def _interleaved(functions: list[Any], owner: Tensor, place: Tensor, vocabulary:
 
 
 def _by_teacher(
-    teachers: Sequence[Teacher], chosen: Sequence[int], prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int
-) -> list[Tensor]:
-    """Continuations of prompts, each by the teacher of its number."""
+    teachers: Mapping[Any, Teacher], chosen: Sequence[Any], prompts: Sequence[Tensor], sampling: Sampling,
+    vocabulary: int,
+) -> list[Tensor]:  # fmt: skip
+    """Continuations of prompts, each by the teacher that is chosen for it, by its key."""
     made: list[Any] = [None] * len(prompts)
-    for i in sorted(set(chosen)):
-        mine = [n for n, owner in enumerate(chosen) if owner == i]
-        for n, row in zip(mine, teachers[i].draw([prompts[n] for n in mine], sampling, vocabulary), strict=True):
-            made[n] = row
+    for key, teacher in teachers.items():
+        if mine := [n for n, one in enumerate(chosen) if one == key]:
+            for n, row in zip(mine, teacher.draw([prompts[n] for n in mine], sampling, vocabulary), strict=True):
+                made[n] = row
     return made
 
 
