@@ -123,7 +123,7 @@ def _created(run: Run, teacher: InRoom) -> TeacherStore:
 def _head(teacher: InRoom, run: Run) -> Any:
     """The teacher's head, as its forward uses it."""
     prompt, target = run.held_out[0][run.teacher_prompts()], run.held_out[0]["labels"]
-    rows = teacher.rows([torch.tensor(prompt)], [torch.tensor(target)], next(teacher.model.parameters()).device)
+    rows = teacher.rows([torch.tensor(prompt)], [torch.tensor(target)], teacher.device)
     if not isinstance(rows.value, Hidden):
         raise ValueError("the teacher's head is no floating matrix (LoRA's sum, quantised): store its top_k")
     return rows.value.head
@@ -144,8 +144,7 @@ def _pairs(run: Run, sources: list[str]) -> list[Pair]:
 def _targets(teacher: InRoom, pairs: list[Pair], store: TeacherStore) -> Iterator[TopK | Tensor]:
     """What the store keeps of each of a few sequences."""
     prompts, continuations = ([torch.tensor(x) for x in side] for side in zip(*pairs, strict=True))
-    device = next(teacher.model.parameters()).device
-    rows = teacher.rows(prompts, continuations, device)
+    rows = teacher.rows(prompts, continuations, teacher.device)
     begin = 0
     for length in map(len, continuations):
         end = begin + length
@@ -153,7 +152,7 @@ def _targets(teacher: InRoom, pairs: list[Pair], store: TeacherStore) -> Iterato
             assert isinstance(rows.value, Hidden)
             yield rows.value.states[begin:end].cpu()
         else:
-            found = [top_k_of(z, store.settings["k"]) for *_, z in logits_in_pieces(rows, device, begin, end)]
+            found = [top_k_of(z, store.settings["k"]) for *_, z in logits_in_pieces(rows, teacher.device, begin, end)]
             yield TopK(torch.cat([f.ids.cpu() for f in found]), torch.cat([f.log_probs.cpu() for f in found]))
         begin = end
 
@@ -226,10 +225,11 @@ def _apart(store: TeacherStore, model: InRoom, prompt: Tensor, continuation: Ten
     """(L, 2): KL(model ‖ store) and total variation at each token; of lists, of their categories."""
     from ..functional import f_divergence
 
-    device, cpu = next(model.model.parameters()).device, torch.device("cpu")
+    cpu = torch.device("cpu")
     kept = store.targets([prompt.tolist()], [continuation.tolist()])
     apart = []
-    for begin, end, now in logits_in_pieces(model.rows([prompt], [continuation], device), cpu, 0, len(continuation)):
+    rows = model.rows([prompt], [continuation], model.device)
+    for begin, end, now in logits_in_pieces(rows, cpu, 0, len(continuation)):
         if isinstance(kept, TopK):  # the list is the teacher, and the model the student: symmetric where both are near
             both: tuple[Any, Any] = now, kept._replace(ids=kept.ids[begin:end], log_probs=kept.log_probs[begin:end])
         else:

@@ -15,7 +15,6 @@ import torch
 
 from ..checks import check_integer, check_number
 from ..teachers.readers import MINUS_INFINITY
-from .generation import end_tokens, token_id
 from .hashes import fingerprint, tokenizer_hash
 from .loading import load_config, load_model
 from .ranks import device
@@ -154,12 +153,11 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
     tokens = body.get("max_tokens", 16)
     temperature, top_p = (check_number(name, body.get(name, 1.0)) for name in ("temperature", "top_p"))
     sampling = Sampling(max(1, tokens), temperature or 1e-4, max(0, body.get("top_k", 0)), top_p)
-    seed, device = body.get("seed"), next(room.model.parameters()).device
-    choices, ends = [], end_tokens(token_id(room.model, "eos_token_id"))
+    choices, seed, ends = [], body.get("seed"), room.ends()
     for i, prompt in enumerate(prompts):
         made: list[int] = []
         if tokens > 1 or (tokens == 1 and k is None):
-            made = draw(room.model, [torch.tensor(prompt, device=device)], sampling, seed, drawn)[0].tolist()
+            made = draw(room.model, [torch.tensor(prompt, device=room.device)], sampling, seed, drawn)[0].tolist()
         text = tokenizer.decode(made, skip_special_tokens=bool(body.get("skip_special_tokens", False)))
         choice: dict[str, Any] = {"index": i, "text": text, "token_ids": made}
         choice["finish_reason"] = "stop" if made and made[-1] in ends else "length"
@@ -176,10 +174,9 @@ def prompt_log_probs(room: InRoom, tokenizer: Any, prompt: list[int], k: int) ->
     found: list[dict[str, Any] | None] = [None]
     if len(prompt) < 2:
         return found
-    device = next(room.model.parameters()).device
     first, tokens = torch.tensor(prompt).tensor_split([1])
-    for begin, end, logits in logits_in_pieces(room.rows([first], [tokens], device), device, 0, len(tokens)):
-        piece = tokens[begin:end].to(device)
+    for begin, end, logits in logits_in_pieces(room.rows([first], [tokens], room.device), room.device, 0, len(tokens)):
+        piece = tokens[begin:end].to(room.device)
         log_p = logits.log_softmax(-1).clamp_min_(MINUS_INFINITY)  # as vLLM: JSON has no −∞
         own = log_p.gather(1, piece.unsqueeze(1))
         ranks = (log_p > own).sum(1) + 1

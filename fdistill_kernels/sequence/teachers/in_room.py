@@ -36,10 +36,14 @@ class InRoom(Teacher):
 
     def to(self, device: torch.device) -> None:
         """Moves the model to the student's device, unless it was placed explicitly."""
-        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
-            at = next(self.model.parameters()).device
-            if at.type == "cpu" and device.type != "cpu":
-                self.model.to(device)
+        placed = getattr(self.model, "hf_device_map", None) is not None or getattr(self.model, "is_quantized", False)
+        if not placed and self.device.type == "cpu" and device.type != "cpu":
+            self.model.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first weights are."""
+        return next(self.model.parameters()).device
 
     def check(self, pack: bool) -> None:
         """Raises ValueError as `probes.check_forward`."""
@@ -68,8 +72,8 @@ def _pad(model: Any) -> int:
 @torch.no_grad()
 def rows_of_model(model: Any, batch: Batch) -> TeacherRows:
     """A model's rows, without a graph and dropout, and without traces: of a short batch BigBird keeps its attention."""
-    at, (_, _, device, pack, counted) = next(model.parameters()).device, batch
-    prompts, continuations = ([x.to(at) for x in rows] for rows in batch[:2])
+    at = next(model.parameters()).device
+    prompts, continuations = ([x.to(at) for x in rows] for rows in (batch.prompts, batch.continuations))
     with evaluating(model):
-        rows, _ = rows_of(model, prompts, continuations, _pad(model), pack=pack, counted=counted)
-    return of_model(rows, device)
+        rows, _ = rows_of(model, prompts, continuations, _pad(model), pack=batch.pack, counted=batch.counted)
+    return of_model(rows, batch.device)
