@@ -22,7 +22,7 @@ from ..own import resolve
 from .forward import forward_to_head, rows_of
 from .generation import check_search, chosen, special_tokens
 from .losses import Rows, step_loss
-from .models import evaluating, vocabulary_of
+from .models import at_model, evaluating, vocabulary_of
 from .sampling import Sampling, draw
 from .teacher_forcing import tokens_counted
 from .tokenizers import ids_of_tokenizer
@@ -99,22 +99,21 @@ def sentence_sums(
     """
     of_teacher_alone = {} if teacher is None else {"teacher_prompts": teacher_prompts}
     _check_rows(prompts=prompts, continuations=continuations, **of_teacher_alone)
-    device, pad, sums, counts = next(model.parameters()).device, special_tokens(model)[0], [], []
+    pad, sums, counts = special_tokens(model)[0], list[Tensor](), list[int]()
     with evaluating(*(m for m in (model, teacher) if m is not None)):
         whose = teacher_prompts if teacher is not None else prompts
-        for some, of_teacher, theirs in zip(*map(_batches, (prompts, whose, continuations)), strict=True):
-            moved, continued = ([x.to(device) for x in rows] for rows in (some, theirs))
-            counted, beside = chosen(model, continued), None
+        for some, of_teacher, said in zip(*map(_batches, (prompts, whose, continuations)), strict=True):
+            continued, theirs = at_model(model, said), None
+            counted = chosen(model, continued)
             if teacher is not None:
-                asked = ([x.to(next(teacher.parameters()).device) for x in rows] for rows in (of_teacher, theirs))
-                beside = rows_of(teacher, next(asked), next(asked), special_tokens(teacher)[0], counted=counted)[0]
-            call = functools.partial(_steps, teacher=beside, names=divergences)
-            steps, _ = forward_to_head(model, moved, continued, pad, call, counted=counted)
-            count = torch.tensor(tokens_counted(continued, counted), device=device)  # rows come sentence by sentence
-            index = torch.arange(len(count), device=device).repeat_interleave(count)
-            sums.append(steps.new_zeros(len(count), steps.shape[1]).index_add_(0, index, steps).cpu())
-            counts.append(count.cpu())
-    return torch.cat(sums), torch.cat(counts)
+                asked = at_model(teacher, of_teacher), at_model(teacher, said)
+                theirs, _ = rows_of(teacher, *asked, special_tokens(teacher)[0], counted=counted)
+            call = functools.partial(_steps, teacher=theirs, names=divergences)
+            steps, _ = forward_to_head(model, at_model(model, some), continued, pad, call, counted=counted)
+            of_each = tokens_counted(continued, counted)
+            sums += [x.sum(0) for x in steps.cpu().split(of_each)]  # steps come sentence by sentence
+            counts += of_each
+    return torch.stack(sums), torch.tensor(counts)
 
 
 def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor]) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from .loading import whole_on_each_rank
@@ -49,6 +49,12 @@ def evaluating(*models: Any) -> Iterator[None]:
     finally:
         for model, was in zip(models, training, strict=True):
             model.train(was)
+
+
+def at_model(model: Any, rows: Iterable[Tensor]) -> list[Tensor]:
+    """Rows on the device of a model's first weights."""
+    device = next(model.parameters()).device
+    return [row.to(device) for row in rows]
 
 
 def vocabulary_of(config: Any) -> int:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWa
 from ..checks import check_integer, check_number, own_number
 from .forward import rows_of
 from .generation import TOKENS, beginning, check_search, for_search, special_tokens
-from .models import accepted, check_context, evaluating, ids_of, virtual_tokens, vocabulary_of
+from .models import accepted, at_model, check_context, evaluating, ids_of, virtual_tokens, vocabulary_of
 from .probes import asked, close
 from .ranks import from_first, is_partitioned, seeded
 from .teacher_forcing import IGNORE, padded_inputs, teacher_forced
@@ -143,9 +143,7 @@ def _of_p_itself(model: Any) -> Iterator[dict[Any, Any]]:
 
 def _left_padded(model: Any, prompts: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
     """What `generate` is given: causal models go on from the right."""
-    device = next(model.parameters()).device
-    side = "right" if model.config.is_encoder_decoder else "left"
-    return padded_inputs([p.to(device) for p in prompts], pad, side)
+    return padded_inputs(at_model(model, prompts), pad, "right" if model.config.is_encoder_decoder else "left")
 
 
 def _generates_itself(model: Any, pad: int, settings: dict[str, Any]) -> bool:

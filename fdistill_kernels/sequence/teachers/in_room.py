@@ -11,7 +11,7 @@ from torch import Tensor
 from ..forward import rows_of
 from ..generation import end_tokens, special_tokens, token_id
 from ..losses import TeacherRows, of_model
-from ..models import evaluating, vocabulary_of
+from ..models import at_model, evaluating, vocabulary_of
 from ..probes import check_forward
 from ..ranks import is_partitioned_by_zero
 from ..sampling import Sampling, draw
@@ -72,8 +72,7 @@ def _pad(model: Any) -> int:
 @torch.no_grad()
 def rows_of_model(model: Any, batch: Batch) -> TeacherRows:
     """A model's rows, without a graph and dropout, and without traces: of a short batch BigBird keeps its attention."""
-    at = next(model.parameters()).device
-    prompts, continuations = ([x.to(at) for x in rows] for rows in (batch.prompts, batch.continuations))
+    prompts, continuations = at_model(model, batch.prompts), at_model(model, batch.continuations)
     with evaluating(model):
         rows, _ = rows_of(model, prompts, continuations, _pad(model), pack=batch.pack, counted=batch.counted)
     return of_model(rows, batch.device)
