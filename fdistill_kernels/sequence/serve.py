@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import sys
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -24,13 +25,65 @@ from .teachers.base import logits_in_pieces
 from .tokenizers import load_tokenizer
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Replies by what a `Listening` knows."""
+
+    server: Listening
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the caller has its own log."""
+
+    def _reply(self, status: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        with contextlib.suppress(ConnectionError):  # the client has left
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._reply(status, {"error": {"message": message, "code": status}})
+
+    def do_GET(self) -> None:
+        """The one model that is served."""
+        if self.path.rstrip("/") != "/v1/models":
+            return self._refuse(404, f"there is no {self.path}")
+        self._reply(200, {"object": "list", "data": [self.server.known]})
+
+    def do_POST(self) -> None:
+        """Completions of token ids."""
+        size, name = self.headers.get("Content-Length", ""), self.server.known["id"]
+        if not size.isdecimal():  # of a body in chunks, too, which nobody reads
+            self.close_connection = True
+            return self._refuse(411, f"Content-Length is {size!r}, and must be the number of bytes")
+        body = self.rfile.read(int(size))
+        if self.path.rstrip("/") != "/v1/completions":
+            return self._refuse(404, f"there is no {self.path}")
+        try:
+            asked = json.loads(body)
+            if not isinstance(asked, dict):
+                return self._refuse(400, "the request is no JSON object")
+            if asked.get("model", name) != name:
+                return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
+            reply = self.server.answer(asked)
+        except Exception as error:  # 500: of memory, say, which may be there at another try
+            bad = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
+            return self._refuse(400 if bad else 500, str(error))
+        self._reply(200, {"object": "text_completion", "model": name, **reply})
+
+
 class Listening(ThreadingHTTPServer):
-    """Listens at an address, of IPv6, too. Requests wait until there is a handler for them."""
+    """Listens at an address, of IPv6, too. Requests wait until it serves, with what it knows by then."""
+
+    known: dict[str, Any]  # what is told of the model
+    answer: Callable[[dict[str, Any]], dict[str, Any]]  # makes a request's completions
 
     def __init__(self, host: str, port: int):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), BaseHTTPRequestHandler)
+            super().__init__((host, port), Handler)
         except OSError as error:
             raise OSError(error.errno, f"host {host}, port {port}: {error.strerror}") from error
 
@@ -57,58 +110,15 @@ def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 
     listening = Listening(host, port)  # refuses, before the weights are read
     room, name = InRoom(load_model(teacher)), Path(teacher).absolute().name  # of "." the folder's
     room.to(device())
-    tokenizer = load_tokenizer(teacher)
-    known = {"id": name, "object": "model", "fingerprint": fingerprint(room.model), "vocabulary": room.vocabulary,
-             "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
-    lock = Lock()  # a model is asked by one thread at a time
+    tokenizer, lock = load_tokenizer(teacher), Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        with lock:  # a model is asked by one thread at a time
+            return completions(room, tokenizer, asked, most)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the caller has its own log."""
-
-        def _reply(self, status: int, body: dict[str, Any]) -> None:
-            content = json.dumps(body).encode()
-            with contextlib.suppress(ConnectionError):  # the client has left
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        def _refuse(self, status: int, message: str) -> None:
-            self._reply(status, {"error": {"message": message, "code": status}})
-
-        def do_GET(self) -> None:
-            """The one model that is served."""
-            if self.path.rstrip("/") != "/v1/models":
-                return self._refuse(404, f"there is no {self.path}")
-            self._reply(200, {"object": "list", "data": [known]})
-
-        def do_POST(self) -> None:
-            """Completions of token ids."""
-            size = self.headers.get("Content-Length", "")
-            if not size.isdecimal():  # of a body in chunks, too, which nobody reads
-                self.close_connection = True
-                return self._refuse(411, f"Content-Length is {size!r}, and must be the number of bytes")
-            body = self.rfile.read(int(size))
-            if self.path.rstrip("/") != "/v1/completions":
-                return self._refuse(404, f"there is no {self.path}")
-            try:
-                asked = json.loads(body)
-                if not isinstance(asked, dict):
-                    return self._refuse(400, "the request is no JSON object")
-                if asked.get("model", name) != name:
-                    return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
-                with lock:
-                    reply = completions(room, tokenizer, asked, most)
-            except Exception as error:  # 500: of memory, say, which may be there at another try
-                bad = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
-                return self._refuse(400 if bad else 500, str(error))
-            self._reply(200, {"object": "text_completion", "model": name, **reply})
-
-    listening.RequestHandlerClass = Handler
+    listening.known = {"id": name, "object": "model", "fingerprint": fingerprint(room.model),
+                       "vocabulary": room.vocabulary, "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
+    listening.answer = answer
     return listening
 
 
