@@ -18,6 +18,7 @@ from ..provenance import as_json
 from ..teachers.files import write_whole
 from ..teachers.locks import owned
 from .arguments import load_yaml
+from .checkpoints import PLACE, check_place, place_in_data
 from .hashes import data_hash
 from .loading import read_json
 from .options import LENGTHS, Asked, how_long, without_secrets
@@ -25,7 +26,6 @@ from .ranks import rank
 from .report import logged
 from .teachers.given import is_store
 from .trainer import FDistillConfig
-from .updates import PLACE, check_place, place_in_data
 
 
 @contextlib.contextmanager
