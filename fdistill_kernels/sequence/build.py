@@ -132,8 +132,8 @@ def _head(teacher: InRoom, run: Run) -> Any:
 def _pairs(run: Run, sources: list[str]) -> list[Pair]:
     """Every sequence that is wanted, once: the teacher's prompt and the continuation."""
     column, found = run.teacher_prompts(), []
-    for rows, name in ((run.held_out, "labels"), *([(run.pairs, "labels")] if "gold" in sources else [])):
-        found += list(zip(rows[column][:], rows[name][:], strict=True))
+    for rows in (run.held_out, run.pairs) if "gold" in sources else (run.held_out,):
+        found += list(zip(rows[column][:], rows["labels"][:], strict=True))
     for source in ("teacher", "beam"):
         if source in sources:
             found += list(zip(run.pairs[column][:], run.drawn(source == "beam").load(), strict=True))
