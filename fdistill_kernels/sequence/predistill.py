@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,8 +95,8 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
             for key in inside:
                 del sources[key]
             for i, j in enumerate(picked):
-                prefix = re.compile(rf"^{re.escape(name)}\.{j}\.")
-                sources.update({prefix.sub(f"{name}.{i}.", k): v for k, v in inside.items() if prefix.match(k)})
+                old, new = f"{name}.{j}.", f"{name}.{i}."
+                sources |= {new + k.removeprefix(old): v for k, v in inside.items() if k.startswith(old)}
     try:
         student.load_state_dict(sources)
     except RuntimeError as error:  # GPT-NeoX-Japanese's last layer has a bias that the others have not
