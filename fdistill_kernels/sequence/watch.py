@@ -106,14 +106,14 @@ class Watch(TrainerCallback):
     def line(self, accelerator: Any, copies: int) -> dict[str, float]:
         """What there is to log, over all ranks, which must all ask; begins anew. copies: ranks with the same rows."""
         counts = self.sums.new_tensor([self.tokens, self.skipped])
-        *sums, tokens, skipped = (accelerator.reduce(torch.cat([self.sums.flatten(), counts]), "sum") / copies).tolist()
+        every = (accelerator.reduce(torch.cat([self.sums.flatten(), counts]), "sum") / copies).cpu()
+        tokens, skipped = every[-2:].tolist()
         seconds = time.perf_counter() - self.begin
         logs = {"tokens_per_second": tokens / seconds}
         if skipped:
             logs["skipped_batches"] = int(skipped)
-        width = 3 + len(self.parts)
-        for i, source in enumerate(self.sources):
-            loss, updates, tokens, *parts = sums[i * width : (i + 1) * width]
+        of_each = every[:-2].view(self.sums.shape).tolist()
+        for source, (loss, updates, tokens, *parts) in zip(self.sources, of_each, strict=True):
             if updates:
                 logs[f"loss_on_{source}"] = loss / updates
             if tokens:
