@@ -92,8 +92,8 @@ async def all_of(work: Iterable[tuple[Any, ...]]) -> list[Any]:
     """
     import anyio
 
-    found: dict[int, Any] = {}
-    failed: list[Exception] = []
+    calls, failed = list(work), list[Exception]()
+    found: list[Any] = [None] * len(calls)
     async with anyio.create_task_group() as group:
 
         async def one(number: int, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
@@ -103,8 +103,8 @@ async def all_of(work: Iterable[tuple[Any, ...]]) -> list[Any]:
                 failed.append(error)
                 group.cancel_scope.cancel()
 
-        for number, call in enumerate(work):
+        for number, call in enumerate(calls):
             group.start_soon(one, number, *call)
-    for error in failed:
-        raise error
-    return [found[number] for number in range(len(found))]
+    if failed:
+        raise failed[0]
+    return found
