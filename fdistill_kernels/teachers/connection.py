@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
-import itertools
 import logging
 import os
 import random
@@ -80,7 +79,7 @@ class Connection:
         """
         import anyio
 
-        for tries in itertools.count(1):
+        for tries in range(1, self.retries + 2):
             try:
                 async with self.places:
                     while (rest := self._not_before - time.monotonic()) > 0:
@@ -98,17 +97,20 @@ class Connection:
                     said += (f" (the server's context must be at least {longer} longer than the longest sequence: "
                              f"{tokens + spare} for this one)")  # fmt: skip
                 raise EndpointError(f"{what}: {said} ({self.where})", error.status) from error
-            if tries > self.retries:
-                raise EndpointError(f"{what}: given up after {tries} tries at {self.where}: {happened}")
-            wait = _pause(self.first_wait, tries) * random.uniform(0.5, 1)
-            wait = max(wait, self._not_before - time.monotonic())
-            self._untold += 1
-            if time.monotonic() >= self._next_line:
-                more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
-                LOG.warning("%s: %s; try %d of %d in %.3g s%s", what, happened, tries + 1, self.retries + 1, wait, more)
-                self._next_line, self._untold = time.monotonic() + LINE_EVERY, 0
-            await asyncio.sleep(wait)
-        raise AssertionError
+            if tries <= self.retries:
+                await self._wait(what, happened, tries)
+        raise EndpointError(f"{what}: given up after {tries} tries at {self.where}: {happened}")
+
+    async def _wait(self, what: str, happened: str, tries: int) -> None:
+        """Waits after so many tries, of which the log has a line every few seconds."""
+        wait = _pause(self.first_wait, tries) * random.uniform(0.5, 1)
+        wait = max(wait, self._not_before - time.monotonic())
+        self._untold += 1
+        if time.monotonic() >= self._next_line:
+            more = f" (and {self._untold - 1} other retries since the last line)" if self._untold > 1 else ""
+            LOG.warning("%s: %s; try %d of %d in %.3g s%s", what, happened, tries + 1, self.retries + 1, wait, more)
+            self._next_line, self._untold = time.monotonic() + LINE_EVERY, 0
+        await asyncio.sleep(wait)
 
     async def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One request's reply as an object; GET without a body. What another try may mend is a Misfit."""
