@@ -155,7 +155,7 @@ class FDistillTrainer(UpdatingTrainer):
         self._check_models()
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
         self._add_callbacks()
-        self.server = self._server() if args.student_server and args.student_server_path else None
+        self.server = self._server()
 
     def _add_callbacks(self) -> None:
         """What follows the steps: the teacher that averages the student, and the logs."""
@@ -165,13 +165,14 @@ class FDistillTrainer(UpdatingTrainer):
             self.add_callback(KeepAverage(self.teacher))
         self.add_callback(self.watch)
 
-    def _server(self) -> StudentServer:
-        """What draws the student's samples."""
-        args = self.args
+    def _server(self) -> StudentServer | None:
+        """What draws the student's samples; None: the student itself."""
+        url, folder = self.args.student_server, self.args.student_server_path
+        if not (url and folder):
+            return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("student_server takes a student that is whole on each rank: not FSDP's or DeepSpeed's")
-        assert args.student_server and args.student_server_path
-        return StudentServer(args.student_server, args.student_server_path, self._unwrapped(self.model), self.drawn)
+        return StudentServer(url, folder, self._unwrapped(self.model), self.drawn)
 
     def _collator(self, student: Any, ahead: bool) -> Any:
         """`collate` for the two models; ahead: a server is asked for a batch's rows as soon as it is made."""
