@@ -57,10 +57,10 @@ def step_loss(
     if isinstance(teacher, Rows):
         teacher = of_model(teacher, student.hidden.device)
     shared, value = min(student.vocabulary, teacher.vocabulary), teacher.value
-    if not isinstance(value, (Hidden, TopK)):
-        value = _first(value, shared)
-    elif isinstance(value, TopK):  # ids beyond are of a padded head, and their mass is the tail's
+    if isinstance(value, TopK):  # ids beyond are of a padded head, and their mass is the tail's
         value = value._replace(ids=torch.where(value.ids < shared, value.ids, -1))
+    elif not isinstance(value, Hidden):
+        value = _first(value, shared)
     return linear_f_divergence(
         student.hidden, head, value, divergence=divergence, vocab_size=shared, labels=student.tokens,
         ce_weight=ce_weight, temperature=temperature, reduction=reduction, **keywords,

@@ -271,7 +271,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _wait(self, future: Future[Any], tail: str = "") -> Any:
+    def _wait(self, future: Future[Any], tail: str) -> Any:
         found = self._background.result(future)
         return found._replace(tail=tail) if isinstance(found, TopK) else found
 
