@@ -53,15 +53,9 @@ def check_beginning(trainer: Trainer) -> None:
     elif not trainer.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
         _check_options(trainer)
     if trainer.lr_scheduler is not None:
-        return _check_beside(trainer.args, "a schedule in optimizers", NOT_OF_OWN_SCHEDULE)
-    rate = float(own.get("learning_rate") or trainer.args.learning_rate)
-    plain, name = torch.optim.SGD([torch.zeros(1)], rate), trainer.args.lr_scheduler_type
-    keywords: dict[str, Any] = dict(trainer.args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
-    try:
-        for at in getattr(get_scheduler(name, plain, 1, sys.maxsize, keywords), "lr_lambdas", ()):
-            at(2)  # behind the warm-up
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
+        _check_beside(trainer.args, "a schedule in optimizers", NOT_OF_OWN_SCHEDULE)
+    else:
+        _check_schedule(trainer.args, float(own.get("learning_rate") or trainer.args.learning_rate))
 
 
 def _own_optimizer(trainer: Trainer) -> dict[str, Any]:
@@ -80,6 +74,16 @@ def _check_beside(args: Any, given: str, names: Sequence[str], own: Mapping[str,
         value, default = (getattr(of, name, None) or None for of in (args, FDistillConfig))
         if value not in (default, own.get(name)):
             raise ValueError(f"{name}={getattr(value, 'value', value)!r} is not used beside {given}")
+
+
+def _check_schedule(args: Any, rate: float) -> None:
+    """Raises ValueError for keywords of the schedule that cannot be, by the schedule of a plain optimizer."""
+    plain, keywords = torch.optim.SGD([torch.zeros(1)], rate), dict(args.lr_scheduler_kwargs or {})
+    try:
+        for at in getattr(get_scheduler(args.lr_scheduler_type, plain, 1, sys.maxsize, keywords), "lr_lambdas", ()):
+            at(2)  # behind the warm-up
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={keywords}: {error}") from error
 
 
 def _check_model(trainer: Trainer) -> None:
