@@ -34,6 +34,7 @@ from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.loading import load_config, load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.tokenizers import load_tokenizer
+from fdistill_kernels.teachers import TeacherStore
 
 from .openai_server import Server
 from .test_data import PLAIN
@@ -840,6 +841,30 @@ def test_servers_of_both_models(causal, tmp_path):
         drawn = [*call, "--vllm_url", theirs.url, "--served_model_name", "alias", "--samples", f"{tmp_path}/samples"]
         assert cli.main(["sample-teacher", *drawn[1:]]) == 0
     assert {body["model"] for body in theirs.bodies} == {"alias"}
+
+
+@pytest.mark.parametrize(("teacher", "tokenizer", "told"), [
+    ("t", None, "t of v1"), ("t", "s", "s of v2"), ("t", "x", "x of None"), ("t", "t", "t of v1"),
+    ("http://127.0.0.1:9", None, "s of v2"), ("http://127.0.0.1:9", "x", "x of None"), ("s", None, "s of v1"),
+    ("STORE", None, "s of v2"), ("STORE", "x", "x of None"),
+])  # fmt: skip
+def test_a_revision_is_of_its_model_s_own_tokenizer_alone(tmp_path, monkeypatch, teacher, tokenizer, told):
+    """A commit of the student's is none of a tokenizer's from elsewhere; where both models have one name, each's is its."""
+
+    def load(path, revision=None, **_):
+        raise ValueError(f"{path} of {revision}")
+
+    monkeypatch.setattr(asked_models, "load_tokenizer", load)
+    monkeypatch.setattr(asked_models, "load_config", lambda *_, **__: llama(60).config)
+    if teacher == "STORE":
+        teacher = str(TeacherStore.create(tmp_path / "store", kind="top_k", vocabulary=60, k=2, key={}).folder)
+    more = ["--tokenizer", tokenizer] if tokenizer else []
+    asked = ask("train", ["--teacher", teacher, "--teacher_revision", "v1", "--student", "s", "--revision", "v2", *more,
+                          "--data", "x.jsonl", "--output_dir", str(tmp_path)])  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        asked_models.teacher_for(asked)
+    with pytest.raises(ValueError, match=r"^s of v2$"):
+        asked_models.tokenizer_of(asked, asked.model.student)
 
 
 def test_json_has_no_infinity(tmp_path, capsys):

@@ -21,14 +21,18 @@ from .teachers.given import is_store, is_url
 from .tokenizers import check_tokenizer, load_tokenizer
 
 
-def tokenizer_of(asked: Asked, path: Any, revision: str | None = None) -> Any:
+def tokenizer_of(asked: Asked, path: Any, prefix: str = "") -> Any:
     """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any.
+
+    A model's own has its revision; prefix: whose, as in `ModelArguments.source`, where both models have one name.
 
     Raises:
         ValueError: it has none that can be loaded, or the template is no Jinja.
     """
-    options = {"revision": revision} if revision else {}
-    tokenizer = load_tokenizer(path, trust_remote_code=asked.model.trust_remote_code, **options)
+    named = {"": asked.model.student, "teacher_": asked.model.teacher}
+    whose = next((model for model in (prefix, *named) if named[model] == path), None)
+    options = {"trust_remote_code": asked.model.trust_remote_code} if whose is None else asked.model.source(whose)
+    tokenizer = load_tokenizer(path, **options)
     if asked.model.chat_template_path:
         tokenizer.chat_template = asked.model.chat_template()
         try:
@@ -49,7 +53,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
         if not model.student:
             raise ValueError("a server's teacher needs --student")
         config = load_config(model.student, **model.source())
-        tokenizer = tokenizer_of(asked, model.tokenizer or model.student, model.revision)
+        tokenizer = tokenizer_of(asked, model.tokenizer or model.student)
         kept = Path(run.samples or asked.config.output_dir or "") / "endpoint"
         endpoint = Endpoint(model.teacher, model=model.served_model_name, kind=model.server_kind, k=run.k, store=kept,
                             vocabulary=vocabulary_of(config), padded=True)  # fmt: skip
@@ -61,7 +65,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
     if is_store(model.teacher):
         return _stored_teacher(asked)
     load_config(model.teacher, **model.source("teacher_"))  # what is wrong beside the weights is told before they load
-    tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, model.teacher_revision)
+    tokenizer = tokenizer_of(asked, model.tokenizer or model.teacher, "teacher_")
     teacher = InRoom(load_model(model.teacher, **model.options("teacher_")))
     return teacher, tokenizer, teacher.model.config
 

@@ -115,7 +115,7 @@ class Run:
             raise ValueError(f"{model.student} and {model.teacher} must both be causal, or both encoder–decoder")
         if model.tokenizer is None or model.student != model.tokenizer:
             try:
-                own = tokenizer_of(self.asked, model.student, model.revision)
+                own = tokenizer_of(self.asked, model.student)
             except ValueError:
                 if model.tokenizer is None:
                     raise
