@@ -7,6 +7,7 @@ import shutil
 import threading
 from unittest.mock import Mock
 
+import httpx
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -622,6 +623,9 @@ def test_a_served_teacher_scores_the_student_s_samples(causal_files, tmp_path, c
             torch.testing.assert_close(found.log_probs.float(), log_p.gather(1, found.ids), rtol=0, atol=2e-3)
             drawn = endpoint.draw(prompts, Sampling(6), 3)
             assert len(drawn) == 1 and 1 <= len(drawn[0]) <= 6
+        for named, status in (("causal", 200), (None, 200), ("other", 404)):  # null is as if it were not there
+            body = {"model": named, "prompt": [5, 6], "max_tokens": 1}
+            assert httpx.post(f"{url}/v1/completions", json=body).status_code == status
         for rows in (model.vocabulary, model.vocabulary - 5):  # of a student whose head has fewer
             with fk.Endpoint(url, vocabulary=rows, k=8, padded=True) as endpoint:
                 drawn = endpoint.draw(prompts * 8, Sampling(6), 3, vocabulary=20)

@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             if not isinstance(asked, dict):
                 return self._refuse(400, "the request is no JSON object")
-            if asked.get("model", name) != name:
+            if asked.get("model") not in (None, name):
                 return self._refuse(404, f"the model {asked['model']!r} is not served, but {name!r}")
             reply = self.server.answer(asked)
         except Exception as error:  # 500: of memory, say, which may be there at another try
