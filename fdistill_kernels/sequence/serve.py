@@ -142,25 +142,8 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
             drawn, or other fields.
     """
     body = {name: value for name, value in body.items() if value is not None}
-    if "prompt" not in body:
-        raise ValueError("the request has no prompt")
-    prompts, k = body["prompt"], body.get("prompt_logprobs")
-    biases = body.get("logit_bias", {})
-    drawn = room.vocabulary - (len(biases) if isinstance(biases, dict) else 0)
-    if biases != {str(i): -100 for i in range(drawn, room.vocabulary)}:
-        raise ValueError("logit_bias may have −100 for each of the last ids, and no other")
-    if not (isinstance(prompts, list) and prompts and isinstance(prompts[0], list)):
-        prompts = [prompts]
-    if not all(isinstance(p, list) and p and all(type(i) is int and 0 <= i < room.vocabulary for i in p)
-               for p in prompts):  # fmt: skip
-        raise ValueError(f"prompt must be token ids in [0, {room.vocabulary}), one list or several")
-    for field, least in INTEGERS.items():
-        check_integer(field, body.get(field, least), least)
-    if k is not None and k > most:
-        raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
-    if beyond := [name for name in sorted(body.keys() - FIELDS) if name not in OFF or body[name] != OFF[name]]:
-        raise ValueError(f"only n = 1 without stream is served, and no {', '.join(beyond)}")
-    tokens = body.get("max_tokens", 16)
+    prompts, drawn = _checked(body, room.vocabulary, most)
+    tokens, k = body.get("max_tokens", 16), body.get("prompt_logprobs")
     temperature, top_p = (check_number(name, body.get(name, 1.0)) for name in ("temperature", "top_p"))
     sampling = Sampling(max(1, tokens), temperature or 1e-4, max(0, body.get("top_k", 0)), top_p)
     choices, seed, ends = [], body.get("seed"), room.ends()
@@ -176,6 +159,29 @@ def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -
             choice["prompt_token_ids"] = prompt
         choices.append(choice)
     return {"choices": choices}
+
+
+def _checked(body: dict[str, Any], vocabulary: int, most: int) -> tuple[list[list[int]], int]:
+    """A request's prompts, and from which id on none is drawn; raises as `completions`."""
+    if "prompt" not in body:
+        raise ValueError("the request has no prompt")
+    prompts, k = body["prompt"], body.get("prompt_logprobs")
+    biases = body.get("logit_bias", {})
+    drawn = vocabulary - (len(biases) if isinstance(biases, dict) else 0)
+    if biases != {str(i): -100 for i in range(drawn, vocabulary)}:
+        raise ValueError("logit_bias may have −100 for each of the last ids, and no other")
+    if not (isinstance(prompts, list) and prompts and isinstance(prompts[0], list)):
+        prompts = [prompts]
+    if not all(isinstance(p, list) and p and all(type(i) is int and 0 <= i < vocabulary for i in p)
+               for p in prompts):  # fmt: skip
+        raise ValueError(f"prompt must be token ids in [0, {vocabulary}), one list or several")
+    for field, least in INTEGERS.items():
+        check_integer(field, body.get(field, least), least)
+    if k is not None and k > most:
+        raise ValueError(f"prompt_logprobs must be in [0, {most}], not {k}")
+    if beyond := [name for name in sorted(body.keys() - FIELDS) if name not in OFF or body[name] != OFF[name]]:
+        raise ValueError(f"only n = 1 without stream is served, and no {', '.join(beyond)}")
+    return prompts, drawn
 
 
 @torch.no_grad()
