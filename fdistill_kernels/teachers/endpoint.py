@@ -123,19 +123,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                 check_path(name, path)
         if norm is not None and not callable(norm):
             raise TypeError(f"norm must be a function of states, not {type(norm).__name__}")
-        hidden = {"norm": norm, "head": head, "states_folder": states_folder}
-        wrong = [name for name, value in hidden.items() if (value is None) == (kind == "vllm_hidden")]
-        if wrong:
-            raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
-                             "are for a connector's states, files without the teacher's output norm")  # fmt: skip
-        of_lists = {"k": k is not None, "short_rows": short_rows, "padded": padded}
-        other = {"layer": layer != -1} if head is None else of_lists
-        if ignored := [name for name, given in other.items() if given]:
-            raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
-        if head is not None and not isinstance(head, Head):
-            raise TypeError(f"head must be a Head, not {type(head).__name__}")
-        if head is not None and head.weight.shape[0] != vocabulary:
-            raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
+        _check_kind(kind, vocabulary, {"norm": norm, "head": head, "states_folder": states_folder}, layer,
+                    {"k": k is not None, "short_rows": short_rows, "padded": padded})  # fmt: skip
         k = min(DEFAULT_K if k is None else k, vocabulary)
         self.connection = Connection(url, api_key, concurrency, timeout, retries, first_wait)
         self.model, self.vocabulary, self.k, self.kind = model, vocabulary, k, kind
@@ -588,6 +577,24 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         kinds = {"id": str, "fingerprint": str, "vocabulary": int, "tokenizer": str, "parent": str}
         about = found[0] if found else {"id": self.model}
         return {name: about[name] for name, kind in kinds.items() if type(about.get(name)) is kind}  # true is no 1
+
+
+def _check_kind(kind: str, vocabulary: int, of_states: dict[str, Any], layer: int, of_lists: dict[str, bool]) -> None:
+    """Raises ValueError for what a kind lacks or makes nothing of, and ValueError or TypeError for another's head.
+
+    of_states, of_lists: arguments of one kind alone, and which of the other's are given.
+    """
+    head = of_states["head"]
+    if wrong := [name for name, value in of_states.items() if (value is None) == (kind == "vllm_hidden")]:
+        raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "
+                         "are for a connector's states, files without the teacher's output norm")  # fmt: skip
+    other = {"layer": layer != -1} if head is None else of_lists
+    if ignored := [name for name, given in other.items() if given]:
+        raise ValueError(f"{kind} makes nothing of {' and '.join(ignored)}")
+    if head is not None and not isinstance(head, Head):
+        raise TypeError(f"head must be a Head, not {type(head).__name__}")
+    if head is not None and head.weight.shape[0] != vocabulary:
+        raise ValueError(f"the head {tuple(head.weight.shape)} must have vocabulary={vocabulary} rows")
 
 
 def nats_apart(said: Tensor, here: Tensor) -> float:
