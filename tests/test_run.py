@@ -664,8 +664,11 @@ def test_a_chat_s_adapter_with_a_system_message_of_the_teacher_s_own(causal, tmp
     assert False in prepared.pairs[1]["labels_mask"] and prepared.held_out_rows()[3] == ["it!"]
     assert prepared.tokenizer.decode(prepared.held_out_rows()[2][0]) == "it!</s>"  # measured: the first answer
     chats.write_text(chats.read_text().replace("say 3", "tell 3"))
-    assert cli.main(call) == 2
-    assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
+    for epochs in ("1", "2"):  # more of them would train the finished student on
+        call[call.index("--num_train_epochs") + 1] = epochs
+        assert cli.main(call) == 2
+        assert f"{chats} is not the data that {tmp_path}/run was begun with" in capsys.readouterr().err
+        assert all((tmp_path / "run" / name).exists() for name in ("student", "results.json"))
 
 
 def test_a_finished_run_goes_on_in_steps_or_in_epochs(causal, tmp_path, capsys, monkeypatch):

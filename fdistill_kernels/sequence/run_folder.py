@@ -67,11 +67,14 @@ def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
     if not binds and rank()[0] == 0:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     if binds and path.exists():
-        _check_same(asked, without_secrets(load_yaml(path)), given)
+        grows = _grows(asked, without_secrets(load_yaml(path)), given)
         kept = read_json(of_data, "remove it, and trust that the data is the same") if of_data.exists() else {}
         if changed := [name for name, mark in kept.items() if mark != read[name]]:
             files = ", ".join(str(getattr(asked.data, name) or asked.data.data) for name in changed)
             raise ValueError(f"{files} is not the data that {folder} was begun with")
+        if grows:
+            (folder / "results.json").unlink(missing_ok=True)
+            shutil.rmtree(folder / "student")
         console.print(f"going on with {folder}")
     if rank()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,17 +82,20 @@ def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
         write_whole(path, yaml.safe_dump(given, sort_keys=False).encode())
 
 
-def _check_same(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> None:
-    """Settings must be the same, but for more steps or epochs, for which a finished student is trained on; and for what
-    makes up the rows of an update, which other ranks may share otherwise.
+def _grows(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether a finished student is to be trained on, for more steps or epochs.
+
+    Raises:
+        ValueError: other settings are not the same, but for what makes up the rows of an update, which other ranks may
+            share otherwise; or the run cannot go on.
     """
     folder, before, now = asked.folder, *({**asked.defaults, **s} for s in (known, given))
     (of, was), (unit, wanted) = map(how_long, (known, given))
-    last, done = last_checkpoint(folder / f"trainer-{stage_of(asked.config)}"), folder / "student"
+    last, finished = last_checkpoint(folder / f"trainer-{stage_of(asked.config)}"), (folder / "student").exists()
     if unit != of:  # it must go beyond where the run is
         state = json.loads(Path(last, "trainer_state.json").read_text()) if last else {}
         was = state.get(LENGTHS[unit], 0)
-    goes_on = wanted > was or not done.exists()
+    goes_on = wanted > was or not finished
     elsewhere = {"output_dir", "student_server", "student_server_path", *LENGTHS}
     if last and goes_on and Path(last, PLACE).exists():
         elsewhere |= {"per_device_train_batch_size", "gradient_accumulation_steps", "ignore_data_skip"}
@@ -104,11 +110,9 @@ def _check_same(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> N
         raise ValueError(f"{last} has no optimizer, as --save_only_model says: the run cannot go on from it")
     if last and goes_on:
         check_place(last, asked.config, place_in_data(asked.config, rank()[1]))
-    if wanted > was and done.exists():
-        if last is None:
-            raise ValueError(f"{unit} cannot grow: {folder} has no checkpoint")
-        (folder / "results.json").unlink(missing_ok=True)
-        shutil.rmtree(done)
+    if finished and goes_on and last is None:
+        raise ValueError(f"{unit} cannot grow: {folder} has no checkpoint")
+    return finished and goes_on
 
 
 def stage_of(config: FDistillConfig) -> str:
