@@ -1,5 +1,6 @@
 """`fdistill train` end to end on a tiny encoder–decoder teacher: a student, a report, resumption, bad input."""
 
+import errno
 import json
 import math
 import os
@@ -184,6 +185,22 @@ def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert run_folder.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert (tmp_path / "checkpoint-best").exists() and not (tmp_path / "checkpoint-11").exists(), "partly written"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, number):
+    """It may be whole: of too many open files, or a disk that is not there for a moment, nothing is known of it."""
+    state = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state.parent.mkdir()
+    state.write_text("{}")
+
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        patched.setattr(run_folder.Path, "read_text", fails)
+        run_folder.last_checkpoint(tmp_path)
+    assert run_folder.last_checkpoint(tmp_path) == str(state.parent)
 
 
 #: A process that gets SIGKILL with half of a shard of samples written, or half of a log line.

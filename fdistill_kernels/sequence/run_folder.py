@@ -121,11 +121,15 @@ def stage_of(config: FDistillConfig) -> str:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint of a folder, or None. Checkpoints that were only partly written are removed."""
+    """The newest complete checkpoint of a folder, or None. Checkpoints that were only partly written are removed.
+
+    Raises:
+        OSError: one is there, and cannot be read.
+    """
     numbered = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
     found = sorted((p for p, number in numbered.items() if number.isdecimal()), key=lambda path: int(numbered[path]))
     for path in found[::-1]:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
             json.loads((path / "trainer_state.json").read_text())  # what the trainer writes last
             return str(path)
         if rank()[0] == 0:
