@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LEDConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -514,6 +514,43 @@ def test_text_in_yaml_is_as_it_is_written(option, kept, tmp_path):
 def test_unknown_policies_are_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'trim'"):
         ids_of(tokenizer_of(PLAIN), [{"messages": TURNS}], tmp_path, **{name: "trim"})
+
+
+def test_rows_given_in_python_are_read_as_a_file_s():
+    tokenizer, config = tokenizer_of(PLAIN), llama(320).config
+    text, chat = {"prompt": "hello there", "completion": "good day"}, {"prompt": TURNS[:1], "completion": TURNS[1:2]}
+    for row, beside in (
+        (text, {}),
+        (chat, {}),
+        (text, {"text": "the end"}),
+        ({"messages": TURNS}, {"prompt": "hello"}),
+    ):
+        data = Dataset.from_list([{**row, **beside}])
+        found = [tokenize(data.with_format(kind), tokenizer, config)[0] for kind in (None, "numpy", "torch", "pandas")]
+        assert found == found[:1] * 4
+        assert ("and now?" if "messages" in row else "good day</s>") in tokenizer.decode(found[0]["labels"])
+
+
+def test_what_tokenize_cannot_take_is_refused_by_name():
+    data, tokenizer, config = (
+        Dataset.from_list([{"prompt": "a", "target": "b"}]),
+        tokenizer_of(PLAIN),
+        llama(320).config,
+    )
+    for rows, told in (([{"prompt": "a"}], "not list"), (DatasetDict(train=data), "not DatasetDict"),
+                       (data.to_iterable_dataset(), "not IterableDataset"),
+                       (data.with_transform(lambda batch: batch), "data has a transform"),
+                       (Dataset.from_list([]), "data has no rows"),
+                       (Dataset.from_list([{"question": "a"}]), "data lacks the column 'prompt'")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=told):
+            tokenize(rows, tokenizer, config)
+    for options in ({"max_target": 0}, {"max_target": -1}, {"new_tokens": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least"):
+            tokenize(data, tokenizer, config, **options)
+    with pytest.raises(TypeError, match="config must be a model's configuration, not LlamaForCausalLM"):
+        tokenize(data, tokenizer, llama(320))
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers, not str"):
+        tokenize(data, "gpt2", config)
 
 
 QUANTO = '{"quant_method": "quanto", "weights": "int4"}'

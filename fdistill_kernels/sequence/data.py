@@ -7,9 +7,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from ..checks import check_choice
+from ..checks import check_choice, check_integer
 from .encoding import Encoder, Ids, each_answer
 from .models import context
+from .reading import columns_read
 
 Answers = Literal["together", "each"]
 #: What happens to prompts and targets that are too long.
@@ -29,7 +30,7 @@ def tokenize(
     length, and reference (the text of the first answer). Rows of prompts alone have no labels and no reference.
 
     Args:
-        rows: from `reading.read_pairs`, or alike.
+        rows: a `datasets.Dataset`, of which the columns are read that `reading.read_pairs` keeps of a file's.
         config: the student's configuration; teacher: the teacher's. Their contexts limit the rows.
         max_target: maximum length of `labels`.
         new_tokens: room for a sample that the prompt of a causal model must leave.
@@ -45,13 +46,22 @@ def tokenize(
         numbered: also the column row: the number of the row that each was made of.
 
     Raises:
-        ValueError: an unknown policy; a row that is neither text nor messages, an empty or too long prompt; new tokens
-            leave no room for a prompt; no rows are left; or the tokenizer's target language is not the one that
-            generation begins with.
+        TypeError: rows are no dataset whose rows are at hand as they are; no tokenizer, or no configuration.
+        ValueError: an unknown policy; a missing column; a row that is neither text nor messages, an empty or too long
+            prompt; new tokens leave no room for a prompt; no rows are left; or the tokenizer's target language is not
+            the one that generation begins with.
     """
     check_choice("answers", answers, get_args(Answers))
     check_choice("long_prompts", long_prompts, get_args(Policy))
     check_choice("long_targets", long_targets, get_args(Policy))
+    check_integer("new_tokens", new_tokens, 0)
+    if max_target is not None:
+        check_integer("max_target", max_target, 1)
+    for given, known, what in ((tokenizer, "eos_token_id", "tokenizer must be one of transformers"),
+                               (config, "is_encoder_decoder", "config must be a model's configuration")):  # fmt: skip
+        if not hasattr(given, known):
+            raise TypeError(f"{what}, not {type(given).__name__}")
+    rows = columns_read(_plain(rows, name), name)
     encode_row = Encoder(tokenizer, config.is_encoder_decoder, teacher_system, ends, begins)
     both = config, teacher or config
     lengths = _Lengths((context(both[0]), context(both[1])), min(context(of, target=True) for of in both),
@@ -65,6 +75,18 @@ def tokenize(
 
     made = _kept(_mapped(rows, fitted, answers == "each", own_prompts, name), name, tell)
     return made if numbered else made.remove_columns("row")
+
+
+def _plain(rows: Any, name: str) -> Any:
+    """A dataset in no format, whose rows are of Python's own values."""
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        raise TypeError(f"{name} must be a datasets.Dataset, as Dataset.from_list makes of a list, not "
+                        f"{type(rows).__name__}")  # fmt: skip
+    if rows.format["type"] == "custom":
+        raise TypeError(f"{name} has a transform, which makes its rows anew at every access: take map in its place")
+    return rows.with_format(None)
 
 
 class _Lengths(NamedTuple):

@@ -38,9 +38,18 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
     """
     if columns[0] == columns[1]:
         raise ValueError(f"prompt_column and target_column are both {columns[0]}: a row has one of each")
-    rows = _load(str(path), columns, config, split)
+    rows = columns_read(_load(str(path), columns, config, split), path, columns)
+    return rows.select(range(min(limit, len(rows)))) if limit else rows
+
+
+def columns_read(rows: Any, name: str | Path, columns: tuple[str, str] = COLUMNS) -> Any:
+    """A dataset's columns as `read_pairs` returns them. name: of the data, for error messages.
+
+    Raises:
+        ValueError: no rows, or a missing column.
+    """
     if not len(rows):
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{name} has no rows")
     has = rows.column_names
     target = "completion" if columns[1] not in has and columns[1] == COLUMNS[1] else columns[1]
     wanted = next(
@@ -49,12 +58,11 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
     named = [name for name, usual in zip(columns, COLUMNS, strict=True) if name != usual and name not in has]
     if named or not wanted:
         lacking = repr(named[0]) if named else f"{columns[0]!r}, and messages and text"
-        raise ValueError(f"{path} lacks the column {lacking}; it has {', '.join(has)}")
+        raise ValueError(f"{name} lacks the column {lacking}; it has {', '.join(has)}")
     kept = [n for n in dict.fromkeys((*wanted, "teacher_prompt", "tools")) if n in has]
     rows = rows.select_columns(kept)
     names = dict(zip((columns[0], target), COLUMNS, strict=True))
-    rows = rows.rename_columns({a: b for a, b in names.items() if a in kept and a != b})
-    return rows.select(range(min(limit, len(rows)))) if limit else rows
+    return rows.rename_columns({a: b for a, b in names.items() if a in kept and a != b})
 
 
 def _load(path: str, columns: tuple[str, str], config: str | None, split: str) -> Any:
