@@ -651,7 +651,7 @@ def test_padding_may_have_any_log_probability(tmp_path):
 @pytest.mark.parametrize(("states", "what"), [
     (torch.full((2, 16), torch.nan), "targets has NaN"), (torch.zeros(3, 16), r"shape \(2, 16\), not \(3, 16\)"),
     (torch.zeros(2, 15), r"shape \(2, 16\)"), (GOOD, "must be a tensor of hidden states, not TopK"),
-    (torch.zeros(2, 16, dtype=torch.int8), "hidden states"), (torch.full((2, 16), 1e6), "beyond float16"),
+    (torch.zeros(2, 16, dtype=torch.int8), "targets must be floating point, .* not torch.int8"), (torch.full((2, 16), 1e6), "beyond float16"),
 ])  # fmt: skip
 def test_states_that_do_not_fit_are_refused(tmp_path, states, what):
     store = TeacherStore.create(tmp_path, kind="hidden", vocabulary=40, key=KEY, states="float16", head=head())

@@ -142,6 +142,18 @@ def test_what_a_store_cannot_do_is_said_before_any_work(tmp_path):
         teacher_of(3)
 
 
+def test_what_a_teacher_cannot_be_made_of_is_refused_by_name(tmp_path):
+    for make, given, told in (
+        (Stored, str(tmp_path), "Stored takes a TeacherStore, not a str"),
+        (Served, "http://127.0.0.1:1", "Served takes an Endpoint, not a str"),
+        (Mixture, llama(), "a Mixture takes a list of teachers, not a LlamaForCausalLM"),
+        (OfRows, [llama()], "OfRows takes a dict of teachers by their names, not a list"),
+        (Itself, "0.9", "decay must be a number, not '0.9'"), (Itself, False, "decay must be a number, not False"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=told):
+            make(given)
+
+
 def test_a_stream_is_not_read_before_it_is_trained_on(tmp_path):
     teacher, rows = llama(seed=2), data()
     endless = IterableDataset.from_generator(lambda: itertools.cycle(rows), features=Dataset.from_list(rows).features)

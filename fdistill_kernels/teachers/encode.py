@@ -17,9 +17,9 @@ from . import packing
 
 def encoded_states(states: Any, length: int, settings: dict[str, Any], projection: Tensor | None) -> dict[str, Tensor]:
     """The tensors of states (L, D), which are kept by a projection (D, rank) if there is one."""
-    if not isinstance(states, Tensor) or not states.is_floating_point():
+    if not isinstance(states, Tensor):
         raise TypeError(f"targets must be a tensor of hidden states, not {type(states).__name__}")
-    check_tensor("targets", states, floating=False)
+    check_tensor("targets", states)
     if states.shape != (length, settings["width"]):
         raise ValueError(f"targets must have shape {(length, settings['width'])}, not {tuple(states.shape)}")
     states = states.detach().cpu()

@@ -63,6 +63,12 @@ class Teacher:
         raise NotImplementedError
 
 
+def check_given(what: str, given: object, kind: type) -> None:
+    """Raises TypeError for what a teacher cannot be made of."""
+    if not isinstance(given, kind):
+        raise TypeError(f"{what}, not a {type(given).__name__}")
+
+
 def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
     """A teacher's rows as a function from a range to logits.
 

@@ -14,7 +14,7 @@ from ...values import Hidden
 from ..batches import prompts_of_teacher
 from ..losses import TeacherRows
 from ..sampling import Sampling
-from .base import Batch, Teacher
+from .base import Batch, Teacher, check_given
 
 
 class Stored(Teacher):
@@ -27,6 +27,7 @@ class Stored(Teacher):
     anything = False
 
     def __init__(self, store: TeacherStore, tail: str = "bucket"):
+        check_given("Stored takes a TeacherStore", store, TeacherStore)
         self.store, self.tail, self.vocabulary = store, checked_tail(tail), store.vocabulary
         self.whole = store.kind == "hidden"
         if self.whole and tail != "bucket":
@@ -86,6 +87,7 @@ class Served(Teacher):
     anything, encoder_decoder = True, False
 
     def __init__(self, endpoint: Endpoint, tail: str = "bucket"):
+        check_given("Served takes an Endpoint", endpoint, Endpoint)
         self.endpoint, self.tail, self.vocabulary = endpoint, checked_tail(tail), endpoint.vocabulary
         self.whole = endpoint.kind == "vllm_hidden"
         self._ahead: dict[Any, tuple[Any, int]] = {}  # what has been asked for, and how often it is still needed

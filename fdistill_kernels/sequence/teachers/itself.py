@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from ...checks import check_number
 from ..losses import TeacherRows
 from ..models import vocabulary_of
 from ..sampling import Sampling, draw
@@ -39,7 +40,7 @@ class Itself(Teacher):
     anything = whole = True
 
     def __init__(self, decay: float | None = None, adapter: bool = True):
-        if decay is not None and not 0 < decay < 1:
+        if decay is not None and not 0 < check_number("decay", decay) < 1:
             raise ValueError(f"decay must be in (0, 1), not {decay!r}")
         if decay is not None and not adapter:
             raise ValueError("the base model below an adapter does not change: give decay or adapter=False, not both")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ...values import RowFunction
 from ..losses import TeacherRows
 from ..sampling import Sampling
 from ..teacher_forcing import tokens_counted
-from .base import Batch, Teacher, logits_function
+from .base import Batch, Teacher, check_given, logits_function
 from .given import teacher_of
 from .itself import Itself
 
@@ -35,6 +35,7 @@ class Mixture(Teacher):
     whole = True
 
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None, geometric: bool = False):
+        check_given("a Mixture takes a list of teachers", teachers, Iterable)
         self.teachers = [teacher_of(t) for t in teachers]
         weights = [1.0] * len(self.teachers) if weights is None else list(weights)
         if not self.teachers or len(weights) != len(self.teachers) or not all(0 < w < math.inf for w in weights):
@@ -69,6 +70,7 @@ class OfRows(Teacher):
     whole = True
 
     def __init__(self, teachers: dict[str, Any]):
+        check_given("OfRows takes a dict of teachers by their names", teachers, Mapping)
         if not teachers:
             raise ValueError("OfRows needs a teacher at least")
         self.teachers = {str(name): teacher_of(t) for name, t in teachers.items()}
