@@ -128,6 +128,19 @@ def test_rows_that_are_not_as_many_are_refused_by_name():
         risk(model, some, some[:1])
 
 
+def test_rows_of_another_kind_are_refused_by_name():
+    model, some, text = bart(V), prompts(2), ["", ""]
+    lists = [row.tolist() for row in some]
+    for rows, told in (((some, lists, some, text), "teacher_prompts must be tensors of token ids, a row's each, not list"),
+                       ((some, some, some, some), "references must be text, a row's each, not Tensor")):  # fmt: skip
+        with pytest.raises(TypeError, match=told):
+            metrics.Measures(None, None, *rows, words(), Sampling(NEW)).on_train_begin(None, None, None, model=model)
+    with pytest.raises(TypeError, match="prompts must be tensors"):
+        risk(model, lists, some)
+    with pytest.raises(TypeError, match="'references', 'tokenizer', and 'sampling'"):
+        metrics.Measures(None, None, some, some, some)
+
+
 def test_a_head_that_is_no_matrix():
     """LoRA's sum has logits alone; they are judged as a whole matrix of the same weights is."""
     peft = pytest.importorskip("peft")

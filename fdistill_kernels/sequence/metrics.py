@@ -44,10 +44,15 @@ def _batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _check_rows(**rows: Sequence[Any]) -> None:
-    """Raises ValueError unless there are as many of each, and some."""
+    """Raises ValueError unless there are as many of each, and some; TypeError unless they are tensors, or text."""
     counts = list(map(len, rows.values()))
     if not min(counts) == max(counts) > 0:
         raise ValueError(f"{', '.join(rows)} must be as many, one of each at least, not {', '.join(map(str, counts))}")
+    for name, found in rows.items():
+        kind, what = (str, "text") if name == "references" else (Tensor, "tensors of token ids")
+        for one in found:
+            if not isinstance(one, kind):
+                raise TypeError(f"{name} must be {what}, a row's each, not {type(one).__name__}")
 
 
 def draw_all(
@@ -249,23 +254,29 @@ def summary(table: pyarrow.Table) -> dict[str, float]:
 class Measures(TrainerCallback):
     """Adds `measured`'s summary, without teacher_dist, to every evaluation and its log, for reports and the best model.
 
-    log: the trainer's; arguments: of `measured`, from the teacher to the sampling.
+    log: the trainer's; the others as of `measured`.
     """
 
-    def __init__(self, log: Any, *arguments: Any):
-        self.log, self.arguments = log, arguments
+    def __init__(
+        self, log: Any, teacher: Any, prompts: Sequence[Tensor], teacher_prompts: Sequence[Tensor],
+        gold: Sequence[Tensor], references: Sequence[str], tokenizer: Any, sampling: Sampling,
+    ):  # fmt: skip
+        self.log, self.teacher, self.tokenizer, self.sampling = log, teacher, tokenizer, sampling
+        self.rows: dict[str, Any] = dict(
+            prompts=prompts, teacher_prompts=teacher_prompts, gold=gold, references=references
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called by the trainer; refuses, before any step, a student whose outputs cannot be made, and rows that do not
         belong together.
         """
         check_search(given["model"])
-        names = ("prompts", "teacher_prompts", "gold", "references")
-        _check_rows(**dict(zip(names, self.arguments[1:5], strict=True)))
+        _check_rows(**self.rows)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called by the trainer."""
-        _, found = measured(given["model"], *self.arguments, teacher_draws=1)  # type: ignore[misc]
+        _, found = measured(given["model"], self.teacher, **self.rows, tokenizer=self.tokenizer,
+                            sampling=self.sampling, teacher_draws=1)  # fmt: skip
         measures = {f"eval_{name}": value for name, value in found.items()}
         given["metrics"].update(measures)
         self.log(measures)
