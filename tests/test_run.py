@@ -499,6 +499,8 @@ def test_what_is_refused_before_any_work(causal, tmp_path, capsys, monkeypatch):
         "--device_map, --teacher_dtype: not used, as the teacher's weights":
             call("--teacher", url, "--device_map", "auto", "--teacher_dtype", "float32", teacher=None),
         "--revision: not used, as no --student": call("--student_layers", "1", "--revision", "main", student=None),
+        "--revision: not used, as a model's folder has no": call("--revision", "main"),
+        "--teacher_revision: not used, as a model's folder": call("--teacher_revision", "main"),
         "--vllm_url: not used, as a server is asked for samples, not for beams": call("--method", "seqkd", "--vllm_url", url),
         "--samples, --vllm_url: not used, as the objective is": call("--method", "rkl", "--samples", "x", "--vllm_url", url),
         "--served_model_name: not used, as no server of the teacher": call("--served_model_name", "x"),

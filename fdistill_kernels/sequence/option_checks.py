@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..checks import check_number
+from .loading import base_of
 from .options import Asked
 from .report import name_of
 from .teachers.given import is_store, is_url
@@ -103,6 +104,8 @@ def check_used(asked: Asked) -> None:
         asks = f"{name_of(asked.config)} asks for no sequences of the teacher"
         raise ValueError(f"{'a store has its own samples' if stored else asks}: there is nothing to draw")
     drawing = {"samples", "vllm_url", "online_teacher"}
+    models = ("revision", asked.model.student), ("teacher_revision", asked.model.teacher)
+    in_folders = {name for name, path in models if path and Path(base_of(path) or path).is_dir()}
     saving = {*SAVING} - ({"save_strategy"} if asked.given.get("save_strategy") == "no" else set())
     unused = (
         (stored, {*drawing, "k", "beams"}, "a store draws nothing and has its own samples and k"),
@@ -112,6 +115,7 @@ def check_used(asked: Asked) -> None:
         (not (served or asked.run.vllm_url), {"served_model_name"}, "no server of the teacher is asked"),
         (not served, {"server_kind"}, "--teacher is no server's URL"),
         (not asked.model.student, {"revision", "quantization"}, "no --student is loaded"),
+        (True, in_folders, "a model's folder has no revisions, which are the hub's"),
         (asked.run.online_teacher, {"samples", "vllm_url"}, "--online_teacher draws anew at every step"),
         (not sources and not builds, drawing - ({"samples"} if served else set()),
          "the objective is on no sequences that the teacher draws"),
