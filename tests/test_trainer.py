@@ -46,7 +46,7 @@ from fdistill_kernels.sequence.report import name_of
 from fdistill_kernels.sequence.samples import TeacherSamples
 from fdistill_kernels.sequence.sampling import Sampling, draw, drawn_by_forward
 from fdistill_kernels.sequence.teachers import InRoom, Mixture, OfRows, Stored
-from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies
+from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer, check_vocabularies, collate
 
 from .test_sequence import EOS, bart, batch, flat, gpt2, gpt2_64, llama
 
@@ -955,6 +955,26 @@ def test_rows_that_do_not_fit(tmp_path):
     assert run.data_collator([{"prompt_ids": [-100, 2], "labels": [3, -100]}])["labels"].tolist() == [[3]]
 
 
+def test_a_collator_may_pad_on_either_side(tmp_path):
+    """Its mask with its labels: what stands where no label does is of no token."""
+    student, teacher = gpt2_64(60, seed=1), gpt2_64(60, seed=2)
+    rows = [{**row, "labels_mask": [i % 2 == 0 for i in range(len(row["labels"]))]} for row in data(4)]
+
+    def on_the_left(examples):
+        made = {}
+        for name, fill in (("prompt_ids", -100), ("labels", -100), ("labels_mask", False)):
+            width = max(len(row[name]) for row in examples)
+            made[name] = torch.tensor([[fill] * (width - len(row[name])) + [*row[name]] for row in examples])
+        return made
+
+    found = []
+    for collator in (None, on_the_left):
+        run = FDistillTrainer(student, teacher, FDistillConfig(str(tmp_path), divergence="js", **BASE), train_dataset=rows,
+                              data_collator=collator)  # fmt: skip
+        found.append(training_loss(run, rows))
+    assert len({len(row["labels"]) for row in rows}) > 1 and found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_evaluation_is_a_mean_over_all_tokens(tmp_path):
     student, teacher, rows = gpt2_64(60, seed=1), gpt2_64(60, seed=2), data(7)
     want = steps_of(student, teacher, rows, "labels")["kl"].mean().item()
@@ -1360,6 +1380,9 @@ def test_refused_by_the_trainer(tmp_path):
         trainer(tmp_path, student, teacher, stream, **BY_LENGTH)  # whose order is its own
     for collator, told in (
         (lambda rows: {"input_ids": torch.ones(4, 3).long()}, "a batch needs prompt_ids, as collate makes it, and has input"),
+        (lambda rows: {"prompt_ids": [row["prompt_ids"] for row in rows]}, "a batch needs prompt_ids as integers"),
+        (lambda rows: {"prompt_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 3)}, "a batch needs labels as integers"),
+        (lambda rows: {**collate(rows), "labels_mask": torch.ones(1, 1)}, "labels_mask must be a tensor of its labels' shape"),
         (lambda rows: rows[0]["text"], r"data_collator fails on the data's first row \(KeyError\('text'\)\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told):

@@ -119,24 +119,37 @@ def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     if "prompt_ids" not in batch:
         raise ValueError(f"a batch needs prompt_ids, as collate makes it, and has {', '.join(batch)}: leave out "
                          "data_collator")  # fmt: skip
-    prompts = unpadded(batch["prompt_ids"])
-    return prompts, unpadded(batch["teacher_prompt_ids"]) if "teacher_prompt_ids" in batch else prompts
+    prompts = _rows_of(batch, "prompt_ids")
+    return prompts, _rows_of(batch, "teacher_prompt_ids") if "teacher_prompt_ids" in batch else prompts
+
+
+def _rows_of(batch: dict[str, Any], name: str) -> list[Tensor]:
+    """A batch's rows of ids, without padding."""
+    ids = batch[name]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"a batch needs {name} as integers (B, L) in a tensor, padded with −100, as collate makes it: "
+                         "leave out data_collator")  # fmt: skip
+    return unpadded(ids)
 
 
 def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
     """A source's sequences if the batch has them: gold targets, or the teacher's stored samples. None: to be drawn.
 
     Raises:
-        ValueError: gold targets are missing.
+        ValueError: gold targets are missing, or a batch that another collator made.
     """
     column = column_of(source, batch.keys())
     if column is None:
         if source == "gold":
             raise ValueError("the objective or the evaluation is on gold targets: the data needs the column labels")
         return None
-    (prompts, teacher_prompts), continuations = prompts_of(batch), unpadded(batch[column])
-    masks = batch.get("labels_mask") if column == "labels" else None
-    counted = None if masks is None else [m[: len(c)] for m, c in zip(masks, continuations, strict=True)]
+    (prompts, teacher_prompts), continuations = prompts_of(batch), _rows_of(batch, column)
+    masks, counted = batch.get("labels_mask") if column == "labels" else None, None
+    if masks is not None:
+        if getattr(masks, "shape", None) != batch[column].shape:
+            raise ValueError("a batch's labels_mask must be a tensor of its labels' shape, as collate makes it: leave "
+                             "out data_collator")  # fmt: skip
+        counted = [mask[row != IGNORE].bool() for mask, row in zip(masks, batch[column], strict=True)]
     return Sequences(prompts, teacher_prompts, continuations, counted, batch.get("teacher", []))
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from .batches import IDS, column_of, columns_of, of_example, prompts_of, prompts_of_teacher
+from .batches import (
+    COLUMNS,
+    IDS,
+    column_of,
+    columns_of,
+    given_sequences,
+    of_example,
+    prompts_of,
+    prompts_of_teacher,
+)
 from .config import BY_LENGTHS, FDistillConfig, sampling_strategy
 from .generation import check_search
 from .models import context, inputs_of
@@ -86,6 +95,9 @@ def check_collator(collator: Any, *datasets: Any) -> None:
     except Exception as error:  # whatever it is that a collator of other data meets
         raise ValueError(f"data_collator fails on the data's first row ({error!r}): leave it out") from error
     prompts_of(batch)
+    for source in COLUMNS:
+        if column_of(source, batch):
+            given_sequences(source, batch)
 
 
 def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str], student: Any, teacher: Teacher,
