@@ -1417,6 +1417,8 @@ def test_refused_by_the_trainer(tmp_path):
         (data(), dict(method="rkl", max_new_tokens=40), "with 40 new tokens has"),
         ([{"input_ids": [3] * 6, "labels": [3] * 6, "position_ids": [0, 1, 2] * 2}] * 4, dict(method="mle"),
          "train_dataset has the column position_ids, an input of the student's forward"),  # of packed rows
+        ([{"input_ids": [3] * 6, "labels": [3] * 6, "assistant_masks": [0, 1] * 3}] * 4, dict(method="mle"),
+         "train_dataset has the column assistant_masks, which is not read: name it labels_mask"),
         (data(teacher_prompt_ids=[[3] * 31] * 8), dict(method="rkl"), "row 0's teacher_prompt_ids with 5 new tokens has 36"),
         (data(sample_ids=[[3]] * 8), dict(divergence={"beam": "kl", "teacher": "kl"}), "give both sample_ids and beam_ids"),
         (Dataset.from_list(data(4)).add_column("text", ["a"] * 4).map(lambda r: {"labels": [3] * 40}),

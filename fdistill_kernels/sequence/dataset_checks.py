@@ -32,6 +32,8 @@ from .teachers.several import parts_of
 NO_LENGTHS = "batches by length need a datasets.Dataset as {} with the column {}, each example's tokens"
 #: Inputs of a model that a dataset may have.
 READ = (*IDS, "input_ids", "attention_mask")
+#: What others call labels_mask: transformers' chat templates, and TRL.
+MASKS = ("assistant_masks", "completion_mask")
 
 
 def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, args: FDistillConfig) -> None:
@@ -39,9 +41,9 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
 
     Raises:
         TypeError: a dataset is none, or train_dataset is several.
-        ValueError: a dataset is empty, lacks a column, has one that the student would read and is not given, or has
-            sequences too long for a model; sequences that a store has never seen, or that it would have to draw; a
-            column for teachers' names that is not there, or that nobody reads.
+        ValueError: a dataset is empty, lacks a column, has one that the student would read and is not given, a mask by
+            another name, or sequences too long for a model; sequences that a store has never seen, or that it would
+            have to draw; a column for teachers' names that is not there, or that nobody reads.
     """
     halves, gold = args.halves(), ["gold"] if args.evaluates else []
     strategy, ranks = sampling_strategy(args), args.world_size // copies_of_rows(student)
@@ -120,6 +122,9 @@ def _check_dataset(name: str, data: Any, sources: list[str], compared: list[str]
     if unread := [column for column in columns if column in inputs_of(student) and column not in READ]:
         raise ValueError(f"{name} has the column {unread[0]}, an input of the student's forward that this trainer "
                          "makes itself or leaves out: leave it out, too")  # fmt: skip
+    if "labels_mask" not in columns and (other := [column for column in MASKS if column in columns]):
+        raise ValueError(f"{name} has the column {other[0]}, which is not read: name it labels_mask, or leave it out "
+                         "where labels are −100 at what does not count")  # fmt: skip
     _check_teachers(name, data, columns, compared, teacher)
     theirs, at_hand = prompts_of_teacher(columns), models_of(teacher)
     for source in sources:
