@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 
 import fdistill_kernels as fk
 from fdistill_kernels.sequence.arguments import ask
@@ -81,6 +82,16 @@ def test_distillkits_missing_probabilities_are_the_tails_that_the_page_names():
         ours = fk.f_divergence(student, fk.TopK(ids, log_p, named.pop(handling)), "kl", reduction="none")
         torch.testing.assert_close(ours, loss)
     assert not named
+
+
+def test_a_document_begins_with_what_its_tokenizer_puts_before_a_text():
+    """Not with a begin token that it only has."""
+    assert "that begin token; a tokenizer that puts none there" in " ".join(PAGES["docs/trainer.md"].split())
+    for bos in (True, False):
+        tokenizer = tokenizer_of(PLAIN, bos=bos)
+        row = tokenize(Dataset.from_list([{"text": "hello there"}]), tokenizer, llama(320).config)[0]
+        assert row["prompt_ids"] == tokenizer("hello there")["input_ids"][:1]
+        assert (row["prompt_ids"] == [tokenizer.bos_token_id]) == bos
 
 
 def test_rows_are_taken(tmp_path):
