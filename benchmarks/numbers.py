@@ -133,18 +133,20 @@ def beside(number: Numbers) -> str:
 
 
 def rows(number: Numbers) -> str:
-    """Losses from logits on the CPU."""
-    machine, dtypes = number.file("cpu_rows.json")["machine_info"], ("float32", "bfloat16")
+    """Losses from logits on CPUs with and without AVX-512."""
+    files, dtypes = ("cpu_rows.json", "cpu_rows_avx2.json"), ("float32", "bfloat16")
+    machines = [number.file(name)["machine_info"] for name in files]
     lines = [
-        (name, *(number("cpu_rows.json", f"test_ours[{name}-torch.{dtype}]", "ms") + " ms" for dtype in dtypes),
-         number("cpu_rows.json", f"test_ours[{name}-torch.float32]", "over_floor"),
-         *(number("cpu_rows.json", f"test_peers[{name}-{peer}]", "over_ours") for peer in ("compile", "eager")))
-        for name in ("kl", "js", "tvd")
+        (name, machine["instruction_set"],
+         *(number(file, f"test_ours[{name}-torch.{dtype}]", "ms") + " ms" for dtype in dtypes),
+         number(file, f"test_ours[{name}-torch.float32]", "over_floor"),
+         *(number(file, f"test_peers[{name}-{peer}]", "over_ours") for peer in ("compile", "eager")))
+        for name in ("kl", "js", "tvd") for file, machine in zip(files, machines, strict=True)
     ]  # fmt: skip
+    of = " and ".join(f"{m['threads']} cores of an {m['device']} with {m['instruction_set']}" for m in machines)
     return (
-        f"Forward and backward, N = 1024, V = 32000, {machine['threads']} cores of an {machine['device']} "
-        f"with {machine['instruction_set']}, medians;\nratios are of float32:\n\n"
-        + table(("", "float32", "bfloat16", "÷ floor", "torch.compile ÷ ours", "eager ÷ ours"), lines)
+        f"Forward and backward, N = 1024, V = 32000, {of}, medians;\nratios are of float32:\n\n"
+        + table(("", "instructions", "float32", "bfloat16", "÷ floor", "torch.compile ÷ ours", "eager ÷ ours"), lines)
     )  # fmt: skip
 
 
