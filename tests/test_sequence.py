@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import resource
 
 import pyarrow
 import pyarrow.parquet
@@ -468,6 +469,13 @@ def test_cache_goes_on_after_a_kill_and_refuses_another_key(tmp_path, monkeypatc
             again.load()
     shards[1].unlink()
     assert list(again.fill(model, batch=2)) and again.load() == whole
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):  # which is no damage
+            again.load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     content = shards[1].read_bytes()
     for place in range(0, 8 * len(content), 1 if WHOLE else 53):  # one bit alone: other samples are never read
         byte = content[place // 8] ^ (1 << place % 8)

@@ -1383,6 +1383,7 @@ def test_refused_by_the_trainer(tmp_path):
         (lambda rows: {"prompt_ids": [row["prompt_ids"] for row in rows]}, "a batch needs prompt_ids as integers"),
         (lambda rows: {"prompt_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 3)}, "a batch needs labels as integers"),
         (lambda rows: {**collate(rows), "labels_mask": torch.ones(1, 1)}, "labels_mask must be a tensor of its labels' shape"),
+        (lambda rows: {**collate(rows), "labels_mask": np.ones(collate(rows)["labels"].shape)}, "labels_mask must be a tensor"),
         (lambda rows: rows[0]["text"], r"data_collator fails on the data's first row \(KeyError\('text'\)\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told):

@@ -146,7 +146,7 @@ def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
     (prompts, teacher_prompts), continuations = prompts_of(batch), _rows_of(batch, column)
     masks, counted = batch.get("labels_mask") if column == "labels" else None, None
     if masks is not None:
-        if getattr(masks, "shape", None) != batch[column].shape:
+        if not isinstance(masks, Tensor) or masks.shape != batch[column].shape:
             raise ValueError("a batch's labels_mask must be a tensor of its labels' shape, as collate makes it: leave "
                              "out data_collator")  # fmt: skip
         counted = [mask[row != IGNORE].bool() for mask, row in zip(masks, batch[column], strict=True)]

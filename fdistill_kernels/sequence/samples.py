@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..teachers.files import write_whole
+from ..teachers.files import Damaged, noticing, write_whole
 from ..teachers.settings import check_same
 from .generation import FORM, TOKENS
 from .hashes import data_hash
@@ -146,13 +146,14 @@ class TeacherSamples:
 
         path, why = self.shards()[number], "it holds other prompts"
         try:
-            rows = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+            with noticing():
+                rows = pyarrow.parquet.read_table(path, page_checksum_verification=True)
             made = rows["sample_ids"].to_pylist()
             if (rows.schema.metadata or {}).get(b"hash") != data_hash(made).encode():
                 why = "its samples have another hash"
             elif rows["index"].to_pylist() == list(self._range(number)):
                 return made
-        except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        except (Damaged, KeyError, TypeError, pyarrow.ArrowException) as error:
             why = str(error)
         raise ValueError(f"{path} is not what was written ({why}): remove it, and its prompts are sampled anew")
 
