@@ -123,6 +123,13 @@ def native_backend_is_built() -> bool:
     return backends.cpu.NOT_LOADED is None
 
 
+def instruction_sets() -> list[str]:
+    """Those that this CPU has; torch takes ATEN_CPU_CAPABILITY's word for more, and dies of it."""
+    names = ["DEFAULT", "AVX2", "AVX512"]
+    found = torch.backends.cpu.get_cpu_capability()
+    return names[: names.index(found) + 1] if found in names else names[:1]
+
+
 def assert_masks_of_two_kinds_agree(name: str, *names: str) -> None:
     """Of models that each have a mask of their own for the same entries: a number, which leaves 0 of the probability and a
     finite logarithm, and −inf. names: of backends, beside float64.

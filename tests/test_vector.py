@@ -2,12 +2,13 @@
 
 import ctypes
 import hashlib
-import platform
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+
+from .conftest import instruction_sets
 
 CSRC = Path(__file__).parent.parent / "csrc" / "cpu"
 FLAGS = {"DEFAULT": [], "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -38,14 +39,6 @@ FLOATS(hyperbolic_tangent_of, hyperbolic_tangent(x))
 NARROW(bfloat16, BFloat16)
 NARROW(float16, Half)
 """
-
-
-def instruction_sets() -> list[str]:
-    """Those that this CPU has."""
-    names = list(FLAGS)
-    found = torch.backends.cpu.get_cpu_capability()
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return names[: names.index(found) + 1] if on_x86 and found in names else names[:1]
 
 
 @pytest.fixture(scope="module", params=instruction_sets())
