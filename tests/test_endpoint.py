@@ -902,6 +902,7 @@ def test_arguments():
     {"k": 8.0}, {"k": True}, {"k": "8"}, {"vocabulary": 40.0}, {"vocabulary": True}, {"concurrency": 2.0},
     {"retries": 1.5}, {"layer": 0.0}, {"model": 3}, {"timeout": "5"}, {"first_wait": None}, {"api_key": b"key"},
     {"short_rows": "false"}, {"padded": 1}, {"store": 3}, {"states_folder": 3}, {"norm": 3}, {"timeout": np.ones(2)},
+    {"states_folder": object.__new__(TeacherStore)},
 ])  # fmt: skip
 def test_arguments_of_another_type_are_named(wrong):
     with pytest.raises(TypeError, match=f"^{next(iter(wrong))} must be"):

@@ -118,9 +118,10 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         check_choice("kind", kind, KINDS)
         check_flag("short_rows", short_rows)
         check_flag("padded", padded)
-        for name, path in (("states_folder", states_folder), ("store", store)):
-            if path is not None and not isinstance(path, TeacherStore):
-                check_path(name, path)
+        if states_folder is not None:
+            check_path("states_folder", states_folder)
+        if store is not None and not isinstance(store, TeacherStore):
+            check_path("store", store)
         if norm is not None and not callable(norm):
             raise TypeError(f"norm must be a function of states, not {type(norm).__name__}")
         _check_kind(kind, vocabulary, {"norm": norm, "head": head, "states_folder": states_folder}, layer,
