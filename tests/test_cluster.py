@@ -1,7 +1,6 @@
 """The trainer on several ranks: every way to share out a model or a batch gives one process's curve and weights."""
 
 import contextlib
-import gc
 import io
 import json
 import math
@@ -17,7 +16,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -38,6 +36,7 @@ from fdistill_kernels.sequence.samples import TeacherSamples
 from fdistill_kernels.sequence.teachers import Itself, Mixture
 from fdistill_kernels.sequence.trainer import FDistillConfig, FDistillTrainer
 
+from . import processes
 from .test_distributed import rows
 from .test_run import changed_call
 from .test_sequence import llama
@@ -47,19 +46,14 @@ CONFIGURATIONS = Path(__file__).parent.parent / "examples" / "cluster"
 METHODS = {"kl": dict(gradient_accumulation_steps=2), "tvd": {}, "js": dict(beta=0.3)}
 
 
-def processes(world, work, *arguments, join=True):
-    """work(rank, world, *arguments) in each of so many processes, forked of one that has imported all."""
-    mp.get_context("forkserver").set_forkserver_preload([__name__])
-    return mp.start_processes(
-        _process, (world, get_free_port(), work, arguments), nprocs=world, join=join, start_method="forkserver"
-    )
+def start(world, work, *arguments, join=True):
+    """work(rank, world, *arguments) in each of so many processes."""
+    return processes.start(_process, world, get_free_port(), work, arguments, processes=world, join=join)
 
 
 def _process(rank, world, port, work, arguments):
     of_ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT=port)
     os.environ |= {name: str(value) for name, value in of_ranks.items()} | {"OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    gc.freeze()  # what is shared with the other processes is not copied to be looked through
     work(rank, world, *arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -491,8 +485,8 @@ def zero(rank, world, folder):
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
 def test_deepspeed(tmp_path):
     make_files(tmp_path)
-    processes(1, zero, tmp_path)
-    processes(2, zero, tmp_path)
+    start(1, zero, tmp_path)
+    start(2, zero, tmp_path)
     check_commands(tmp_path, ["zero2", "zero3"])
 
 
@@ -506,8 +500,8 @@ def test_two_processes(tmp_path):
         (tmp_path / name).mkdir()
     make_models(tmp_path / "float64")
     make_files(tmp_path / "command")
-    processes(1, everything, tmp_path)
-    processes(2, everything, tmp_path)
+    start(1, everything, tmp_path)
+    start(2, everything, tmp_path)
     check_every_way(tmp_path / "float64", 2)
     check_commands(tmp_path / "command", ["ddp", "fsdp2", "tp"])
 
@@ -566,8 +560,8 @@ def test_four_processes_and_the_demo(tmp_path):
     tokens = torch.randint(1, 61, (500,), generator=torch.Generator().manual_seed(0))
     teacher = cluster_demo.llama(61, 0, cluster_demo.SIZES["teacher"])
     cluster_demo.prepare(tmp_path / "demo", tokens, 61, 3, teacher)
-    processes(1, four, tmp_path)
-    processes(4, four, tmp_path)
+    start(1, four, tmp_path)
+    start(4, four, tmp_path)
     check_every_way(tmp_path, 4)
     found = cluster_demo.compared(tmp_path / "demo", 4)
     assert len(found["losses"]) == 3 and found["losses"][-1] < found["losses"][0]
@@ -578,7 +572,7 @@ def test_four_processes_and_the_demo(tmp_path):
 def test_a_lost_rank_ends_the_others(tmp_path):
     make_files(tmp_path)
     for how, of_rank in (("dies", -signal.SIGKILL), ("sleeps", None)):
-        first, second = processes(2, lost, tmp_path, how, join=False).processes
+        first, second = start(2, lost, tmp_path, how, join=False).processes
         first.join(120)
         if how == "sleeps":
             second.kill()
@@ -595,7 +589,7 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path):
         ("draws", 1, "rank 1 has ended before its part was made: read its own output first"),
         ("makes", 0, "rank 0 has ended before its part was made: read its own output first"),
     ):
-        ranks = processes(2, fails, tmp_path, how, join=False).processes
+        ranks = start(2, fails, tmp_path, how, join=False).processes
         for process in ranks:
             process.join(60)
         assert [process.exitcode for process in ranks] == [2, 2], how

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from datasets import Dataset
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -14,6 +13,7 @@ from fdistill_kernels.sequence.forward import forward_to_head, rows_of
 from fdistill_kernels.sequence.losses import step_loss
 from fdistill_kernels.sequence.sampling import Sampling, draw
 
+from . import processes
 from .test_run import arguments, lines_of, make_files
 from .test_sequence import EOS, bart, batch, flat, gpt2
 from .test_student_server import served, trained
@@ -87,7 +87,6 @@ def drawn_by_a_server(folder, where):
 def worker(rank, folder, port, where):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate gives each rank all cores
-    torch.set_num_threads(1)
     found = {(name, method): weights_after(method, MODELS[name], folder, 2) for name in MODELS for method in CASES}
     found["fsdp"], found["served"] = sharded(rank), drawn_by_a_server(folder, where)
     assert cli.main(arguments(folder, "--method", "tvd", "--eval-steps", "2", "--eval-measures")) == 0
@@ -99,7 +98,7 @@ def test_two_processes_do_what_one_does(tmp_path):  # one test, so that they are
     make_files(tmp_path)
     port = str(get_free_port())
     with served(tmp_path, gpt2(64, seed=1)) as (where, server):
-        mp.spawn(worker, (tmp_path, port, where), nprocs=2)
+        processes.start(worker, tmp_path, port, where, processes=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, make in MODELS.items():
         for method in CASES:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -19,6 +18,7 @@ from fdistill_kernels import scattered
 from fdistill_kernels.backends import sharded
 from fdistill_kernels.parallel import VocabShard, vocab_shard
 
+from . import processes
 from .conftest import WHOLE
 from .fuzz import ranks as fuzz_ranks
 
@@ -39,12 +39,11 @@ NUMBERS = {
 
 def run(tmp_path, world, work, *arguments):
     """work(rank, world, *arguments) in each of so many processes; their errors."""
-    mp.spawn(_process, (world, str(tmp_path / f"meeting{world}{work.__name__}"), work, arguments), nprocs=world)
+    meeting = str(tmp_path / f"meeting{world}{work.__name__}")
+    processes.start(_process, world, meeting, work, arguments, processes=world)
 
 
 def _process(rank, world, meeting, work, arguments):
-    torch.set_num_threads(1)
-    os.environ["TORCHDYNAMO_DISABLE"] = os.environ.get("TORCHDYNAMO_DISABLE", "0")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
         work(rank, world, *arguments)
@@ -578,7 +577,6 @@ def of_fully_shard(rank, world):
 
 def lost(rank, world, meeting, how):
     """A rank that does not come to a loss."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=3))  # fmt: skip
     shard, part = here(rank, world)
@@ -795,10 +793,8 @@ def test_a_split_vocabulary_is_the_whole_one(tmp_path, world):
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_rank_that_does_not_come_is_named_on_all_others_in_time(tmp_path, how):
-    context, meeting = mp.get_context("spawn"), tmp_path / "meeting"
-    ranks = [context.Process(target=lost, args=(r, 3, str(meeting), how)) for r in range(3)]
-    for process in ranks:
-        process.start()
+    meeting = tmp_path / "meeting"
+    ranks = processes.start(lost, 3, str(meeting), how, processes=3, join=False).processes
     for process in (ranks[0], ranks[2]):
         process.join(60)
         assert process.exitcode == 0
@@ -822,5 +818,6 @@ def test_inside_a_compiler(tmp_path):
     run(tmp_path, 2, in_a_compiler)
 
 
-def test_random_calls_over_ranks():
-    fuzz_ranks.run(fuzz_ranks.Arguments(seconds=5))
+def test_random_calls_over_ranks(tmp_path):
+    asked = fuzz_ranks.Arguments(seconds=5)
+    processes.start(fuzz_ranks.work, asked, str(tmp_path), processes=asked.ranks)

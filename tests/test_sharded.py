@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import fdistill_kernels as fk
+
+from . import processes
 
 N, V, D = 12, 64, 16
 
@@ -46,7 +47,7 @@ def worker(rank, folder):
 
 
 def test_fsdp2_gathers_the_head(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    processes.start(worker, str(tmp_path), processes=2)
     student, x, teacher, teacher_weight = batch()
     (sum(student(x[r], teacher[r], teacher_weight) for r in range(2)) / 2).backward()
     for got, want in zip(torch.load(tmp_path / "gradients"), student.parameters(), strict=True):
