@@ -28,6 +28,7 @@ from fdistill_kernels.backends import cpu
 from fdistill_kernels.sequence import arguments, serve
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
+from . import processes
 from .conftest import WHOLE
 
 COMMAND = [sys.executable, "-m", "fdistill_kernels.cli"]
@@ -477,12 +478,13 @@ def test_the_demo_reads_the_text_of_its_committed_results():
 #: Sizes at which all that the demo does takes seconds; its own are `make demo`'s.
 TEACHER, STUDENT = dict(n_embd=96, n_layer=3, n_head=4), dict(n_embd=32, n_layer=2, n_head=4)
 SMALL = dict(VOCABULARY=600, CONTEXT=32, TEACHER=TEACHER, STUDENT=STUDENT)
-INTERRUPTED = f"""
-import sys
-from fdistill_kernels import cli, demo
-vars(demo).update({SMALL})
-raise SystemExit(cli.main())
-"""
+
+
+def interrupted(arguments):
+    """The demo of small models, which is told to end as by a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    vars(demo).update(SMALL)
+    sys.exit(cli.main(arguments))
 
 
 def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
@@ -490,16 +492,13 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     text.write_text(demo.read_text(None)[:120_000])
     call = ["demo", "--out", str(tmp_path), "--json", "--text", str(text), "--teacher-steps", "300",
                  "--start-steps", "20", "--student-steps", "60", "--divergence", "dkd", "kl"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
+    words, deadline = tmp_path / "words.txt", time.monotonic() + 240
+    process = processes.begin(interrupted, call, output=words)
+    while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=280)
-    assert process.returncode == 130 and "continues from" in err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(280)
+    assert process.exitcode == 130 and "continues from" in words.read_text()
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 50 <= saved["teacher"]["done"] < 300
     for name, value in SMALL.items():

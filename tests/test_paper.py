@@ -4,12 +4,7 @@ is known."""
 import gzip
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -22,32 +17,35 @@ from benchmarks.paper.analysis import Estimate, beyond, estimate, judged, quanti
 from benchmarks.paper.stages import ARMS, Experiment, statistics
 from fdistill_kernels.provenance import provenance
 
+from . import processes
 from .test_run import PAIRS
 
 
-def command(data, out, *more):
-    return [sys.executable, "-m", "benchmarks.paper.run", "--data", str(data), "--out", str(out), "--size", "smoke",
-            "--processes", "1", *more]  # fmt: skip
+def begun(data, out, *more):
+    """The command in a process, whose words are in a file beside the run's folder."""
+    command = ("--data", str(data), "--out", str(out), "--size", "smoke", "--processes", "1", *more)
+    return processes.begin(processes.main, "benchmarks.paper.run", *command, output=out.with_name("words.txt"))
 
 
 def test_killed_and_gone_on_with(tmp_path, monkeypatch):
     for part in ("train", "dev", "test"):
         with gzip.open(tmp_path / f"gettext_en_ro.{part}.tsv.gz", "wt", encoding="utf-8") as file:
             file.write("".join(f"{a}\t{b}\n" for a, b in PAIRS))
-    out, root = tmp_path / "out", Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    with subprocess.Popen(command(tmp_path, out), cwd=root, env=environment, stderr=subprocess.PIPE) as first:
-        until = time.monotonic() + 300
-        while not (out / "seed-0" / "mle").exists() and first.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        assert first.poll() is None, first.stderr.read()[-3000:]
-        first.send_signal(signal.SIGKILL)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out, words, until = tmp_path / "out", tmp_path / "words.txt", time.monotonic() + 300
+    first = begun(tmp_path, out)
+    while not (out / "seed-0" / "mle").exists() and first.is_alive() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert first.is_alive(), words.read_text()[-3000:]
+    first.kill()
+    first.join()
     kept = {
         p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and "work" not in p.parts and p.parent != out
     }
     assert out / "teacher" / "model.safetensors" in kept and not (out / "results.json").exists()
-    done = subprocess.run(command(tmp_path, out), cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    again = begun(tmp_path, out)
+    again.join()
+    assert again.exitcode == 0, words.read_text()[-3000:]
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing was made twice
     assert all(Experiment(tmp_path, out, "smoke").done(s.name) for s in Experiment(tmp_path, out, "smoke").stages())
     made = [line.split()[2].rstrip(":") for line in (out / "log.txt").read_text().splitlines()]
@@ -58,7 +56,7 @@ def test_killed_and_gone_on_with(tmp_path, monkeypatch):
     assert results["seeds"] == 2 and not results["gate"]["passed"]
     assert results["arms"].keys() == {"teacher", "predistilled", *ARMS}
     assert results["timing"]["js online ÷ stored"] > 0 and (out / "results.png").stat().st_size > 10_000
-    assert "**The teacher is outside the gate" in done.stdout and "Soft beats hard" in done.stdout
+    assert "**The teacher is outside the gate" in words.read_text() and "Soft beats hard" in words.read_text()
     tables = [pyarrow.parquet.read_table(out / "measures" / f"seed-{i}" / "js.parquet") for i in range(2)]
     scores = [sacrebleu.corpus_chrf(t["beams_output"].to_pylist(), [t["reference"].to_pylist()]).score for t in tables]
     assert results["arms"]["js"]["chrf"]["value"] == pytest.approx(sum(scores) / 2)
@@ -75,8 +73,9 @@ def test_killed_and_gone_on_with(tmp_path, monkeypatch):
     assert "js/2 + tvd/2 − kl/2 − rkl/2 = " in verdicts and "cannot be told, outside the gate" in verdicts
     assert arms.count("\n| ") == 11 and format(sum(risks) / 2, ".3f") in arms and len(number.read) > 100
 
-    other = subprocess.run(command(tmp_path, out, "--seeds", "0"), cwd=root, env=environment, capture_output=True)
-    assert other.returncode and b"--seeds must be at least 1" in other.stderr
+    other = begun(tmp_path, out, "--seeds", "0")
+    other.join()
+    assert other.exitcode and "--seeds must be at least 1" in words.read_text()
     (out / "measures" / "seed-1" / "tvd.parquet").unlink()
     assert analysis.results(out, 50)["hypotheses"]["H3"]["verdict"] == "cannot be told"  # one seed is complete
     (tmp_path / "gettext_en_ro.dev.tsv.gz").write_bytes(b"")

@@ -30,13 +30,14 @@ from transformers import (
 )
 
 from fdistill_kernels import cli
-from fdistill_kernels.sequence import asked_models, build, metrics, report, run, run_folder, stages
+from fdistill_kernels.sequence import asked_models, build, metrics, report, run, run_folder, samples, stages
 from fdistill_kernels.sequence.arguments import ask
 from fdistill_kernels.sequence.loading import load_config, load_model, load_student
 from fdistill_kernels.sequence.sampling import Sampling
 from fdistill_kernels.sequence.tokenizers import load_tokenizer
 from fdistill_kernels.teachers import TeacherStore
 
+from . import processes
 from .openai_server import Server
 from .test_data import PLAIN
 from .test_data import tokenizer_of as chat_tokenizer
@@ -203,46 +204,37 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypat
     assert run_folder.last_checkpoint(tmp_path) == str(state.parent)
 
 
-#: A process that gets SIGKILL with half of a shard of samples written, or half of a log line.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fdistill_kernels import cli
-from fdistill_kernels.sequence import run_folder, samples
+def killed(moment, arguments):
+    """The command gets SIGKILL with half of a shard of samples written, or half of a log line."""
+    write, log = samples.write_whole, run_folder.Log.on_log
 
-moment, *arguments = sys.argv[1:]
-write, log = samples.write_whole, run_folder.Log.on_log
+    def half_a_shard(path, content):
+        if path.suffix == ".parquet":
+            path.with_suffix(".partial").write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
 
-def half_a_shard(path, content):
-    if path.suffix == ".parquet":
-        path.with_suffix(".partial").write_bytes(content[: len(content) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, content)
+    def half_a_line(self, args, state, *rest, **more):
+        log(self, args, state, *rest, **more)
+        if (self.stage, state.global_step) == ("tvd", 3):
+            with self.path.open("a") as file:
+                file.write('{"stage": "tv')
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def half_a_line(self, args, state, *rest, **more):
-    log(self, args, state, *rest, **more)
-    if (self.stage, state.global_step) == ("tvd", 3):
-        with self.path.open("a") as file:
-            file.write('{"stage": "tv')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-if moment == "shard":
-    samples.write_whole = half_a_shard
-else:
-    run_folder.Log.on_log = half_a_line
-cli.main(arguments)
-"""
+    if moment == "shard":
+        samples.write_whole = half_a_shard
+    else:
+        run_folder.Log.on_log = half_a_line
+    cli.main(arguments)
 
 
 def test_sigkill_loses_and_doubles_nothing(files, capsys):
     settings = ("--method", "tvd", "--eval-steps", "2", "--eval-measures")
     assert cli.main(arguments(files, *settings, "--output-dir", f"{files}/whole")) == 0
     for moment in ("shard", "line"):
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, moment, *arguments(files, *settings)], capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums in the same order
-        )  # fmt: skip
-        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        process = processes.begin(killed, moment, arguments(files, *settings), output=files / "words.txt")
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (files / "words.txt").read_text()[-2000:]
         assert (files / "run" / "teacher_samples" / "shard-00000.parquet").exists() == (moment == "line")
     assert (files / "run" / "metrics.jsonl").read_text().endswith('{"stage": "tv')
     assert cli.main(arguments(files, *settings)) == 0
