@@ -102,9 +102,25 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Hundreds of trainers collect garbage as they begin: what modules have made is none."""
+    _keep()
+
+
+def pytest_runtest_logstart():
+    """After what collected all garbage at least once."""
+    if gc.get_stats()[2]["collections"] > _keep.collections:
+        _keep()
+
+
+def _keep():
+    """Trainers collect garbage as they begin, by the hundreds: what modules have made is none, and what graphs that were
+    compiled leave behind. In half a suite's tests looking through it took most of their time.
+    """
     gc.collect()
     gc.freeze()
+    _keep.collections = gc.get_stats()[2]["collections"]
+
+
+_keep.collections = 0
 
 
 def pytest_unconfigure():
