@@ -43,7 +43,7 @@ if step.endswith("check"):
     os._exit(9)
 """
 #: Steps that fail as others do: `make test` leaves them out. One that hangs is in the test below them all.
-ALIKE = ("rows cuda", "tests triton", "rows peers", "peers", "rows teams")
+ALIKE = ("rows cuda", "tests triton", "tests cuda", "rows peers", "peers", "rows teams", "racecheck")
 
 
 @pytest.fixture(autouse=True)
