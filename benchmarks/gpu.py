@@ -57,6 +57,7 @@ class Device:
 
     def __init__(self, dry: bool):
         self.dry, self.type = dry, "cpu" if dry else "cuda"
+        self.fewest = 1 if dry else 3  # steps of a measurement
 
     def event(self) -> Any:
         return _HostEvent() if self.dry else torch.cuda.Event(enable_timing=True)
@@ -109,7 +110,7 @@ def measured(step: Callable[[], object], clear: Callable[[], object], device: De
     start = time.perf_counter()
     step()
     device.synchronize()
-    count = max(3, min(200, int(seconds / (time.perf_counter() - start))))
+    count = max(device.fewest, min(200, int(seconds / (time.perf_counter() - start))))
     events = [device.event() for _ in range(count + 1)]
     start = time.perf_counter()
     for event in events[:-1]:
@@ -158,11 +159,12 @@ def error_of_mean(gradient: Tensor | None, rows: Tensor, wanted: Tensor) -> floa
 
 def _kernels(step: Callable[[], object], device: Device) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU if device.dry else ProfilerActivity.CUDA]) as profiled:
-        for _ in range(3):
+        for _ in range(device.fewest):
             step()
         device.synchronize()
     kind = "self_cpu_time_total" if device.dry else "self_device_time_total"
-    times = {e.key[:80]: getattr(e, kind) / 3e3 for e in profiled.key_averages() if getattr(e, kind) > 0}
+    thousands = 1e3 * device.fewest
+    times = {e.key[:80]: getattr(e, kind) / thousands for e in profiled.key_averages() if getattr(e, kind) > 0}
     longest = sorted(times.items(), key=lambda pair: -pair[1])[:6]
     return {"device_milliseconds": sum(times.values()), "kernels": {name: round(ms, 4) for name, ms in longest}}
 
