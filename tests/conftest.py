@@ -46,7 +46,7 @@ def _run(call, backend, run=backends._run, **how):
 
 backends._run = _run
 if interpreting():
-    interpreter.hurry(check_overflows=WHOLE)
+    interpreter.hurry(whole=WHOLE)
 
 
 def one_way_each(cells):

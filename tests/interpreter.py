@@ -1,7 +1,7 @@
 """Triton's interpreter in less time: what it makes anew for each value of a kernel is made once.
 
 What it computes stays the same, but that int32 is not searched for overflows in the tests' small shapes; `make test-all`
-does that, too.
+does that, too, and interprets each function each time (recording.py).
 """
 
 import functools
@@ -10,8 +10,11 @@ import itertools
 import random
 import threading
 
+import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter
+
+from . import recording
 
 
 def _patch_once(patch):
@@ -104,7 +107,55 @@ def _same_at_once(broadcast):
     return patched
 
 
-def hurry(check_overflows: bool) -> None:
+def _passed_once(validate):
+    """Whether numbers are no larger than their type: they are if larger ones have passed."""
+    passed = {}
+
+    def patched(data, dtype):
+        if data.itemsize <= passed.get(dtype.name, 0):
+            return True
+        fits = validate(data, dtype)
+        if fits:
+            passed[dtype.name] = data.itemsize
+        return fits
+
+    return patched
+
+
+def _handle_at_once(init):
+    """A handle in one call, not three; of numbers as small as others of that type that it has taken."""
+    taken = {}
+
+    def patched(self, data, dtype, attr=None):
+        if data.itemsize <= taken.get(dtype.name, 0):
+            self.data, self.dtype, self.attr = data, dtype, attr or {}
+        else:
+            init(self, data, dtype, attr or {})
+            taken[dtype.name] = data.itemsize
+
+    return patched
+
+
+def _bfloat16_at_once(convert):
+    """It has a table to float32; from it, the upper bits are cut off, but of numbers below all normal ones, where what it
+    makes is something else.
+    """
+    table = convert(np.arange(1 << 16, dtype=np.uint16), tl.bfloat16, tl.float32, None)
+
+    def patched(data, of, to, rounding):
+        if of == tl.bfloat16 and to == tl.float32:
+            return table[data]
+        if of == tl.float32 and to == tl.bfloat16 and rounding is None:
+            bits = data.view(np.uint32)
+            magnitudes = bits & np.uint32(0x7FFFFFFF)
+            if not ((magnitudes < 1 << 23) & (magnitudes > 0)).any():
+                return (bits >> np.uint32(16)).astype(np.uint16)
+        return convert(data, of, to, rounding)
+
+    return patched
+
+
+def hurry(whole: bool) -> None:
     """Patches the interpreter of this process."""
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
     interpreter._get_np_dtype = _dtype_once(interpreter._get_np_dtype)
@@ -113,7 +164,13 @@ def hurry(check_overflows: bool) -> None:
     semantic = type(interpreter.interpreter_semantic)
     semantic.binary_op_type_checking_impl = _operands_once(semantic.binary_op_type_checking_impl)
     semantic.broadcast_impl_value = _same_at_once(semantic.broadcast_impl_value)
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=check_overflows)
+    interpreter.TensorHandle.__init__ = _handle_at_once(interpreter.TensorHandle.__init__)
+    interpreter._convert_float = _bfloat16_at_once(interpreter._convert_float)
+    if hasattr(interpreter, "_validate_np_data_size"):
+        interpreter._validate_np_data_size = _passed_once(interpreter._validate_np_data_size)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=whole)
+    if not whole:
+        recording.record()
 
 
 class AtOnce(interpreter.GridExecutor):
@@ -130,6 +187,7 @@ class AtOnce(interpreter.GridExecutor):
         programs = [_Program(functools.partial(self.fn, **given), p) for p in itertools.product(*map(range, grid))]
         atomic, turns = builder.create_atomic_rmw, random.Random(0)
         builder.create_atomic_rmw = lambda *of: self.now.pause() or atomic(*of)
+        recording.turns.append(True)
         try:
             while programs:
                 self.now = turns.choice(programs)
@@ -138,6 +196,7 @@ class AtOnce(interpreter.GridExecutor):
                 programs = [program for program in programs if not program.ended]
         finally:
             del builder.create_atomic_rmw
+            recording.turns.clear()
 
 
 class _Program:
