@@ -2,7 +2,7 @@
 operation by operation, is asked again for others without the language between.
 
 A compiler, too, knows nothing but types. Functions that look at numbers, as a loop over blocks does, are not recorded,
-nor those that count across programs. The builder is asked as it is at that time, patched or not.
+nor those that count across programs, but those that they call are. The builder is asked as it is at that time, patched or not.
 """
 
 import functools
@@ -74,7 +74,7 @@ class _Watched(TensorHandle):
     @property
     def data(self):
         if _Recording.now and not _Recording.now.within:
-            _Recording.now.spoilt = True
+            _Recording.now.stop()
         return vars(self)["data"]
 
 
@@ -95,7 +95,8 @@ class _Recording:
     def ask(self, name, method, *args, **options):
         if self.within:
             return method(*args, **options)
-        self.spoilt |= bool(options) or any(word in name for word in REFUSED)
+        if options or any(word in name for word in REFUSED):
+            self.stop()
         places = [self.place_of(arg) for arg in args]
         asked = name, *places
         if asked in self.known:
@@ -106,6 +107,12 @@ class _Recording:
         if not (name.startswith("get_") or (name in OF_CONSTANTS and self.made.isdisjoint(places))):
             self.step(name, places, result)
         return result
+
+    def stop(self):
+        """It cannot be recorded; the functions that it has still to call may be."""
+        self.spoilt = True
+        if _Recording.now is self:
+            _Recording.now, interpreter.interpreter_semantic.builder = None, self.builder
 
     def unwatched(self, function, *args, **options):
         self.within = True
@@ -118,7 +125,8 @@ class _Recording:
         """Of what is not known, a constant's."""
         name = _name_of(value)
         if name not in self.places:
-            self.spoilt |= isinstance(value, (list, tuple)) and any(isinstance(one, TensorHandle) for one in value)
+            if isinstance(value, (list, tuple)) and any(isinstance(one, TensorHandle) for one in value):
+                self.stop()
             self.places[name] = len(self.values)
             self.values.append(value)
             self.kept.append(value)
