@@ -68,6 +68,13 @@ def lines_of(folder):
     return [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def drawn_once(request, monkeypatch):
+    """A run's curves take longer to draw than it takes to train: one test has what a whole run draws."""
+    if request.function is not test_train_then_again_then_evaluate:
+        monkeypatch.setattr(run, "plot", lambda folder, _: (folder / "curves.png").write_bytes(b""))
+
+
 @pytest.fixture
 def files(tmp_path):
     make_files(tmp_path)
