@@ -122,16 +122,13 @@ def _passed_once(validate):
     return patched
 
 
-def _handle_at_once(init):
-    """A handle in one call, not three; of numbers as small as others of that type that it has taken."""
-    taken = {}
+def _handle_at_once(init, fits):
+    """A handle in one call, not three."""
 
     def patched(self, data, dtype, attr=None):
-        if data.itemsize <= taken.get(dtype.name, 0):
-            self.data, self.dtype, self.attr = data, dtype, attr or {}
-        else:
-            init(self, data, dtype, attr or {})
-            taken[dtype.name] = data.itemsize
+        self.data, self.dtype, self.attr = data, dtype, attr or {}
+        if not fits(data, dtype):
+            init(self, data, dtype, self.attr)  # which says so
 
     return patched
 
@@ -164,10 +161,10 @@ def hurry(whole: bool) -> None:
     semantic = type(interpreter.interpreter_semantic)
     semantic.binary_op_type_checking_impl = _operands_once(semantic.binary_op_type_checking_impl)
     semantic.broadcast_impl_value = _same_at_once(semantic.broadcast_impl_value)
-    interpreter.TensorHandle.__init__ = _handle_at_once(interpreter.TensorHandle.__init__)
+    fits = _passed_once(getattr(interpreter, "_validate_np_data_size", lambda *_: True))  # older ones do not ask
+    interpreter._validate_np_data_size = fits
+    interpreter.TensorHandle.__init__ = _handle_at_once(interpreter.TensorHandle.__init__, fits)
     interpreter._convert_float = _bfloat16_at_once(interpreter._convert_float)
-    if hasattr(interpreter, "_validate_np_data_size"):
-        interpreter._validate_np_data_size = _passed_once(interpreter._validate_np_data_size)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=whole)
     if not whole:
         recording.record()

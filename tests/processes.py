@@ -14,7 +14,7 @@ MODULES = [f"{__package__}.{name}" for name in ("test_cluster", "test_distribute
 
 def start(work, *arguments, processes, join=True):
     """work(rank, *arguments) in each of so many processes, of one thread each."""
-    _context()
+    context()
     given = dict(os.environ), work, arguments
     return mp.start_processes(_ranked, given, nprocs=processes, join=join, start_method="forkserver")
 
@@ -22,7 +22,7 @@ def start(work, *arguments, processes, join=True):
 def begin(work, *arguments, output):
     """work(*arguments) in a process of as many threads as this one, whose output and errors go into a file."""
     given = dict(os.environ), torch.get_num_threads(), output, work, arguments
-    process = _context().Process(target=_written, args=given)
+    process = context().Process(target=_written, args=given)
     process.start()
     return process
 
@@ -33,10 +33,11 @@ def main(module, *arguments):
     sys.exit(importlib.import_module(module).main())
 
 
-def _context():
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    return context
+def context():
+    """Whose barriers and queues such processes share."""
+    found = mp.get_context("forkserver")
+    found.set_forkserver_preload(MODULES)
+    return found
 
 
 def _ranked(rank, environment, work, arguments):

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import itertools
-import multiprocessing
+import os
 import random
 import re
 import sys
@@ -22,6 +22,7 @@ from fdistill_kernels.teachers.endpoint import READS, Endpoint, _agree
 from fdistill_kernels.teachers.store import TeacherStore
 from fdistill_kernels.values import Head, Hidden
 
+from . import processes
 from .conftest import WHOLE
 from .openai_server import BROKEN, REFUSED, Model, Server, _head
 
@@ -597,14 +598,11 @@ def _fill(url, folder, prompts, continuations, barrier):
 def test_processes_that_share_a_folder_pay_once(tmp_path):
     """Three, this one included, that ask for the same in other orders, and so wait for each other's."""
     prompts, continuations = sequences(60, seed=8)
-    context = multiprocessing.get_context("spawn")
     with Server(delay=0.01) as server:
-        barrier = context.Barrier(3)
+        barrier = processes.context().Barrier(3)
         orders = [list(range(60))[::-1], random.Random(0).sample(range(60), 60)]
-        workers = [context.Process(target=_fill, args=(server.url, str(tmp_path), [prompts[i] for i in order],
-                                                       [continuations[i] for i in order], barrier)) for order in orders]  # fmt: skip
-        for worker in workers:
-            worker.start()
+        workers = [processes.begin(_fill, server.url, str(tmp_path), [prompts[i] for i in order],
+                                   [continuations[i] for i in order], barrier, output=os.devnull) for order in orders]  # fmt: skip
         _fill(server.url, str(tmp_path), prompts, continuations, barrier)
         for worker in workers:
             worker.join(60)
