@@ -112,8 +112,8 @@ def pytest_runtest_logstart():
 
 
 def _keep():
-    """Trainers collect garbage as they begin, by the hundreds: what modules have made is none, and what graphs that were
-    compiled leave behind. In half a suite's tests looking through it took most of their time.
+    """Trainers collect garbage as they begin, by the hundreds: what modules have made is none, nor what graphs that were
+    compiled leave behind. Looking through it each time took most of the trainers' tests' time.
     """
     gc.collect()
     gc.freeze()
