@@ -61,23 +61,23 @@ void skip_row(const RowTask& task, int64_t n) {
 }
 
 // A row whose divergence weighs nothing, not even where it is infinite; its metrics are there.
-template <typename scalar_t>
-void without_divergence(RowTask task, int64_t n, const scalar_t* student, float* scratch) {
+void without_divergence(RowTask task, int64_t n, const float* student, float* scratch) {
   const Rows of_student = task.student_gradient;
   task.metrics = 0;
   if (task.labels) task.student_gradient.data = nullptr;  // it may be where the logits are, which are still needed
-  skip_row<scalar_t>(task, n);
+  skip_row<float>(task, n);
   task.student_gradient = of_student;
   if (task.labels) cross_entropy_row(task, n, student, scratch);
 }
 
-template <typename Divergence, typename scalar_t>
-void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logits, const scalar_t* teacher_logits,
+template <typename Divergence>
+void divergence_row(const RowTask& task, int64_t n, const LogitRow& student_row, const LogitRow& teacher_row,
                     float* scratch) {
+  const float *student_logits = student_row.logits, *teacher_logits = teacher_row.logits;
   using Exchanged = typename Divergence::Exchanged;
   const int64_t vocabulary = task.vocabulary, stride = padded(vocabulary);
-  scalar_t* student_gradient = gradient_row<scalar_t>(task.student_gradient, n);
-  scalar_t* teacher_gradient = gradient_row<scalar_t>(task.teacher_gradient, n);
+  float* student_gradient = gradient_row<float>(task.student_gradient, n);
+  float* teacher_gradient = gradient_row<float>(task.teacher_gradient, n);
   float* q_row = scratch;
   float* p_row = scratch + stride;
   float* q_factors = scratch + (teacher_gradient ? 4 : 2) * stride;
@@ -88,8 +88,7 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
   const float student_scale = scale * task.divergence_scale[n] * task.student_inverse_temperature[n];
   LabelTerms label_values;
   const LabelTerms* labels = nullptr;
-  const Softmax student = softmax_of(student_logits, vocabulary, task.student_inverse_temperature[n], q_row,
-                                     q_factors);
+  const Softmax student = softmax_of(student_row, vocabulary, task.student_inverse_temperature[n], q_row, q_factors);
   if (task.labels) {
     label_values = labels_of(task, student_logits, student, p_row, p_factors, n);
     labels = &label_values;
@@ -102,10 +101,9 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
                       : tempered ? softmax_of(student_logits, vocabulary, 1.0f, p_row, p_factors)
                                  : student);
   }
-  const Softmax teacher = softmax_of(teacher_logits, vocabulary, task.teacher_inverse_temperature[n], p_row,
-                                     p_factors);
+  const Softmax teacher = softmax_of(teacher_row, vocabulary, task.teacher_inverse_temperature[n], p_row, p_factors);
   constexpr Members members = Divergence::members;
-  Entries<scalar_t> entries(student_logits, teacher_logits, vocabulary, student, teacher);
+  Entries entries(student_logits, teacher_logits, vocabulary, student, teacher);
   if (task.metrics) {
     metrics.of_models(vocabulary, [&](int64_t v, int64_t count, int64_t begin) {
       return entries.template at<Members::kNone, false>(v, count, Vec(teacher.factor(begin)),
@@ -196,8 +194,8 @@ void divergence_row(const RowTask& task, int64_t n, const scalar_t* student_logi
 
 #include "lists.inc"
 
-template <typename Divergence, typename scalar_t>
-void run_row(const RowTask& task, int64_t n, const scalar_t* student, const scalar_t* teacher, float* scratch) {
+template <typename Divergence>
+void run_row(const RowTask& task, int64_t n, const LogitRow& student, const LogitRow& teacher, float* scratch) {
   if constexpr (std::is_void_v<Divergence>) {
     cross_entropy_row(task, n, student, scratch);
   } else {
@@ -205,39 +203,46 @@ void run_row(const RowTask& task, int64_t n, const scalar_t* student, const scal
   }
 }
 
-template <typename Divergence, typename scalar_t>
-void run_rows(const RowTask& task, int64_t begin, int64_t end, float* scratch) {
+// A row of 16 bits, or one that is capped, by way of rows in float: gradients go where its logits are there, and are
+// rounded from there.
+template <typename scalar_t, typename Row>
+void run_copied(const RowTask& task, int64_t n, const Row& row, const scalar_t* student, const scalar_t* teacher,
+                float* scratch) {
   const int64_t stride = padded(task.vocabulary);
+  float *copy = scratch, *other = scratch + stride, *rest = scratch + (teacher ? 2 : 1) * stride;
+  RowTask in_float = task;
+  if (task.student_gradient.data) in_float.student_gradient = {copy, 1, 0, 0};
+  if (task.teacher_gradient.data) in_float.teacher_gradient = {other, 1, 0, 0};
+  row(in_float, n, {student, task.student_softcap, copy}, {teacher, task.teacher_softcap, other}, rest);
+  for (const auto& [rows, from] : {std::pair(&task.student_gradient, copy), std::pair(&task.teacher_gradient, other)})
+    if (scalar_t* to = gradient_row<scalar_t>(*rows, n))
+      for_vectors(0, task.vocabulary, [&, from = from](int64_t v, int64_t count) {
+        store(to + v, load(from + v, count), count);
+      });
+}
+
+template <typename scalar_t, typename Row>
+void run_rows(const RowTask& task, int64_t begin, int64_t end, const Row& row, float* scratch) {
   for (int64_t n = begin; n < end; ++n) {
     const scalar_t* student = row_of<scalar_t>(task.student, n);
     const scalar_t* teacher = task.teacher.data ? row_of<scalar_t>(task.teacher, n) : nullptr;
     if (task.row_scale[n] == 0.0f) {
       skip_row<scalar_t>(task, n);
-    } else if (task.student_softcap != 0.0f || task.teacher_softcap != 0.0f) {
-      float* rest = scratch + (teacher ? 2 : 1) * stride;
-      float* capped = capped_row(student, task.vocabulary, task.student_softcap, scratch);
-      float* other = teacher ? capped_row(teacher, task.vocabulary, task.teacher_softcap, scratch + stride) : nullptr;
-      RowTask in_float = task;  // gradients go where the capped logits are, and are rounded from there
-      if (task.student_gradient.data) in_float.student_gradient = {capped, 1, 0, 0};
-      if (task.teacher_gradient.data) in_float.teacher_gradient = {other, 1, 0, 0};
-      run_row<Divergence>(in_float, n, capped, other, rest);
-      for (const auto& [rows, from] : {std::pair(&task.student_gradient, capped), std::pair(&task.teacher_gradient, other)})
-        if (scalar_t* to = gradient_row<scalar_t>(*rows, n))
-          for_vectors(0, task.vocabulary, [&, from = from](int64_t v, int64_t count) {
-            store(to + v, load(from + v, count), count);
-          });
-    } else {
-      run_row<Divergence>(task, n, student, teacher, scratch);
+    } else if (is_copied(task)) {
+      run_copied(task, n, row, student, teacher, scratch);
+    } else if constexpr (std::is_same_v<scalar_t, float>) {
+      row(task, n, student, teacher, scratch);
     }
   }
 }
 
 template <typename Divergence>
 void run(const RowTask& task, int64_t begin, int64_t end, float* scratch) {
+  const auto row = &run_row<Divergence>;
   switch (task.scalar) {
-    case Scalar::kFloat: return run_rows<Divergence, float>(task, begin, end, scratch);
-    case Scalar::kBFloat16: return run_rows<Divergence, BFloat16>(task, begin, end, scratch);
-    case Scalar::kHalf: return run_rows<Divergence, Half>(task, begin, end, scratch);
+    case Scalar::kFloat: return run_rows<float>(task, begin, end, row, scratch);
+    case Scalar::kBFloat16: return run_rows<BFloat16>(task, begin, end, row, scratch);
+    case Scalar::kHalf: return run_rows<Half>(task, begin, end, row, scratch);
   }
 }
 

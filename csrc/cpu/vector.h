@@ -273,11 +273,6 @@ FDISTILL_INLINE void store(Narrow* to, const Vec& x, int64_t count) {
   std::memcpy(to, &narrow, (count >= kLanes ? kLanes : count) * sizeof(Narrow));
 }
 
-template <typename scalar_t>
-FDISTILL_INLINE float entry_of(const scalar_t* row, int64_t v) {
-  return load(row + v, 1).lanes[0];
-}
-
 }  // namespace FDISTILL_ISA
 
 template <>
