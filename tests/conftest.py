@@ -33,7 +33,7 @@ THREADS = torch.get_num_threads()
 #: Triton's row kernel with a program for each row, and with rows cut into spans.
 TRITON_WAYS = ("triton", "triton-spans")
 #: What takes longest begins first, so that no worker is left with it at the end.
-LONGEST = ("test_demo_survives", "test_an_sdist", "test_no_spills", "test_a_fault_in_each_step", "test_runs_dry",
+LONGEST = ("test_demo_survives", "test_an_sdist", "test_nothing_is_worse", "test_a_fault_in_each_step", "test_runs_dry",
            "test_memory_of_the_sizes", "test_verify_passes", "test_every_instruction_set", "test_two_processes",
            "test_killed_and_gone_on_with", "test_sigkill", "test_float16_gradients", "test_opcheck")  # fmt: skip
 

@@ -32,14 +32,24 @@ def test_tables_of_every_version(version):
     assert not list(faults(TABLES[version]))
 
 
-def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
-    assert importlib.util.find_spec("triton"), "the test extra brings triton"
+def run(module, *arguments):
     process = subprocess.run(
-        [sys.executable, "-m", "tests.aot", "--json", *([] if WHOLE else ["--part"])],
-        cwd=Path(__file__).parent.parent, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
+        [sys.executable, "-m", module, *arguments], cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    measured = json.loads(process.stdout.splitlines()[-1])
+    return process.stdout
+
+
+def test_nothing_is_worse_than_the_tables(tmp_path):
+    """One test: what both compile is compiled once."""
+    no_spills_wide_loads_and_nothing_worse_than_the_table()
+    instructions_of_an_entry_are_those_of_the_table(tmp_path / "counts.json")
+
+
+def no_spills_wide_loads_and_nothing_worse_than_the_table():
+    assert importlib.util.find_spec("triton"), "the test extra brings triton"
+    measured = json.loads(run("tests.aot", "--json", *([] if WHOLE else ["--part"])).splitlines()[-1])
     wrong = list(faults(measured["kernels"]))
     committed = TABLES.get(measured["triton"])
     for name, now in measured["kernels"].items() if committed else ():
@@ -50,23 +60,16 @@ def test_no_spills_wide_loads_and_nothing_worse_than_the_table():
     assert not wrong
 
 
-def test_what_is_launched_is_what_triton_would_launch():
-    command = [sys.executable, "-m", "tests.launches", *(["--all"] if WHOLE else [])]
-    folder = Path(__file__).parent.parent
-    subprocess.run(command, cwd=folder, env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
-
-
-def test_instructions_of_an_entry_are_those_of_the_table(tmp_path):
+def instructions_of_an_entry_are_those_of_the_table(path):
     """What benchmarks/counts.py predicts from: Hopper's row kernels, sweep by sweep."""
-    path = tmp_path / "counts.json"
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.counts", "--out", path], cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    run("benchmarks.counts", "--out", path)
     now, committed = (json.loads(p.read_text()) for p in (path, Path(__file__).with_name("counts.json")))
     for name, found in now["table"].items():
         before = committed["table"][name]
         assert found["sweeps"] and all(s["loads"].get("128") or "views" in name for s in found["sweeps"]), (name, found)
         if now["triton"] == committed["triton"]:
             assert all(found[way] <= before[way] for way in ("instructions", "close", "mufu")), (name, before, found)
+
+
+def test_what_is_launched_is_what_triton_would_launch():
+    run("tests.launches", *(["--all"] if WHOLE else []))
