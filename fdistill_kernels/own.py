@@ -72,7 +72,7 @@ class FDivergence(Divergence):
         """``q f(p/q)``, elementwise and differentiable by autograd; compilers trace this."""
         u = _log_ratio(log_p, log_q)
         larger, inverse = _larger(p, q, u)
-        return times(larger, self.generator(u) * inverse)
+        return times(larger, self.generator(u).to(u.dtype) * inverse)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _own_divergence, (self.given,)  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
         u = t.log().clone().requires_grad_()
         try:
             value = generator(u * 1)  # which it may change in place
-        except (RuntimeError, TypeError) as error:  # of a function of more than t, too
+        except Exception as error:  # of a function of more than t, of one of numbers (math.log), of a mistake in it
             raise ValueError(f"{name}: f must be an elementwise function of a tensor: {error}") from error
     if not isinstance(value, Tensor) or value.shape != t.shape:
         raise ValueError(f"{name}: f must be elementwise: it takes a tensor and returns one of the same shape")
@@ -171,7 +171,7 @@ def _validate_generator(generator: Callable[[Tensor], Tensor], name: str) -> Non
     with torch.inference_mode(False), torch.enable_grad():
         try:
             of_some = generator(u.detach()[1::2] * 1)
-        except RuntimeError as error:  # of a tensor that fits one size
+        except Exception as error:  # of a tensor that fits one size
             raise ValueError(f"{name}: f must be an elementwise function of a tensor: {error}") from error
         if of_some.requires_grad:
             raise ValueError(f"{name}: f {PARAMETER}")
@@ -198,7 +198,7 @@ def resolve(divergence: str | Divergence | Callable[[Tensor], Tensor]) -> Diverg
         return divergence
     if isinstance(divergence, str):
         if divergence in TABLE:
-            return TABLE[divergence]
+            return resolve(TABLE[divergence])  # users may add a generator
         if (given := WITH_PARAMETERS.fullmatch(divergence)) and given[1] in TABLE:
             return _with_parameters(given[1], given[2] or given[3])
         near = _meant(divergence)

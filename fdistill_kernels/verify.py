@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backends
 from .divergences import Divergence
 from .functional import f_divergence
+from .own import resolve
 from .reference import example_labels, f_divergence_rows
 
 #: The largest allowed errors of the loss and of the gradients, relative to the reference's largest entry. Gradients in
@@ -52,9 +53,12 @@ def _error(value: Tensor, expected: Tensor, rounding: float = 0.0) -> float:
 
 
 def verify(
-    device: str, dtypes: Iterable[torch.dtype], shape: tuple[int, int], divergences: Iterable[Divergence], seed: int = 0
-) -> Iterator[Outcome]:
+    device: str, dtypes: Iterable[torch.dtype], shape: tuple[int, int],
+    divergences: Iterable[str | Divergence | Callable[[Tensor], Tensor]], seed: int = 0,
+) -> Iterator[Outcome]:  # fmt: skip
     """Compares the loss and both gradients of each divergence, dtype and backend, on random logits of a shape (N, V).
+
+    Divergences are given as `f_divergence` takes them.
 
     Yields:
         An `Outcome` for each, as soon as it is known.
@@ -62,11 +66,11 @@ def verify(
     Raises:
         ValueError: the shape has no rows, or no vocabulary.
     """
-    if min(shape) < 1:
+    if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"the shape (N, V) must have at least one row and one entry, not {tuple(shape)}")
     generator = torch.Generator().manual_seed(seed)
     student64, teacher64 = (1.5 * torch.randn(shape, generator=generator) for _ in range(2))
-    for divergence in divergences:
+    for divergence in map(resolve, divergences):
         for dtype in dtypes:
             student, teacher = (x.to(device, dtype).requires_grad_() for x in (student64, teacher64))
             # the reference computes in float64, from the rounded logits that the kernel gets

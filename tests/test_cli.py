@@ -193,7 +193,7 @@ def test_verify_passes_and_prints_json(capsys):
     assert {(o["backend"], o["dtype"]) for o in outcomes} >= {("cpu", "bfloat16"), ("torch", "float64")}
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (5, 3, 7)])
 def test_verify_of_nothing(shape):
     with pytest.raises(ValueError, match="at least one row and one entry"):
         list(verify.verify("cpu", [torch.float32], shape, [TABLE["kl"]]))

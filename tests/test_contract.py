@@ -28,6 +28,7 @@ from fdistill_kernels.carried import flat, names_of
 from fdistill_kernels.checks import INTEGERS
 from fdistill_kernels.integrations.transformers import causal_loss
 from fdistill_kernels.reference import f_divergence_rows
+from fdistill_kernels.verify import verify
 
 from .conftest import reference, relative
 from .fuzz.layouts import Draw
@@ -299,13 +300,15 @@ def test_parts_in_a_saved_export():
     assert [type(parts) for _, parts in found] == [type(parts) for _, parts in want]
 
 
-def test_own_divergence_compiled():
+@pytest.mark.parametrize("f", [square, lambda t: square(t) * torch.ones(1, dtype=torch.float64)], ids=["", "wide"])
+def test_own_divergence_compiled(f):
     student, teacher = models()
+    own = fk.FDivergence(f)
     labels = torch.randint(V, (N,))
     labels[0] = -100
 
     def step(s, t):
-        return fk.f_divergence(s, t, OWN, labels=labels, ce_weight=0.3, temperature=2.0)
+        return fk.f_divergence(s, t, own, labels=labels, ce_weight=0.3, temperature=2.0)
 
     want, got = step(student, teacher), torch.compile(step, fullgraph=True, backend="aot_eager")(student, teacher)
     torch.testing.assert_close(got, want)
@@ -361,7 +364,7 @@ def test_what_a_graph_alone_knows_is_looked_at_there(name, right, wrong, linear)
         compiled(student, wrong)
 
 
-def test_changed_table_entries_are_what_they_say(backend):
+def test_changed_table_entries_are_what_they_say(backend, monkeypatch):
     student, teacher = models()
     exact = student.detach().double(), teacher.double()
 
@@ -372,6 +375,9 @@ def test_changed_table_entries_are_what_they_say(backend):
     torch.testing.assert_close(loss(dataclasses.replace(fk.TABLE["js"], parameter=0.1)), loss(fk.GJS(0.1)))
     own = fk.Divergence("mine", fk.TABLE["kl"].terms)
     want = f_divergence_rows(*exact, "kl").mean().float()
+    monkeypatch.setitem(fk.TABLE, "added", lambda t: t * t.log())
+    torch.testing.assert_close(loss("added", backend="torch"), want)
+    assert all(o.ok for o in verify("cpu", [torch.float32], (2, V), ["added", "kl"]))
     torch.testing.assert_close(loss(own, backend="torch"), want)
     swapped = dataclasses.replace(fk.TABLE["js"], terms=fk.TABLE["kl"].terms)
     torch.testing.assert_close(loss(swapped, backend="torch"), want)

@@ -356,7 +356,8 @@ def test_own_generator_that_overflows_is_infinite(f):
     "generator, message",
     [(lambda t: t * t, r"f\(1\) must be 0, but f\(1\) = 1"), (lambda t: -((t - 1) ** 2), "must be convex"),
      (lambda t: (t - 2).log(), "not finite"), (lambda t: t.sum(), "elementwise"),
-     (lambda t: (t.detach() - 1) ** 2, "differentiable")],
+     (lambda t: (t.detach() - 1) ** 2, "differentiable"), (math.log, "elementwise"),
+     (lambda t: t.nothing(), "elementwise")],
 )  # fmt: skip
 def test_bad_generators(generator, message):
     with pytest.raises(ValueError, match=message):
