@@ -4,7 +4,10 @@ The peers' functions are written out in torch, and where their packages can be i
 """
 
 import contextlib
+import enum
+import functools
 import math
+import re
 
 import pytest
 import torch
@@ -74,7 +77,31 @@ def LigerFusedLinearCrossEntropyLoss(lse_square_scale, softcap, label_smoothing)
     return loss
 
 
-WRITTEN = {k: v for k, v in globals().items() if k.startswith("Liger") or k == "generalized_jsd_loss"}
+def linear_cross_entropy(e, c, targets, bias, softcap, shift):
+    """Cut Cross-Entropy 25.1."""
+    logits = softcap * ((e[:, :-shift] @ c.T + bias) / softcap).tanh()
+    return F.cross_entropy(logits.flatten(0, 1), targets[:, shift:].flatten())
+
+
+def dense_kl_div(logits, target_logits, mask, temperature):
+    """DistillKit, as the two below."""
+    log_q, log_p = ((z / temperature).log_softmax(-1) for z in (logits, target_logits))
+    return (F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * mask).sum()
+
+
+MissingProbabilityHandling = enum.Enum("MissingProbabilityHandling", ["ZERO", "SYMMETRIC_UNIFORM"])
+
+
+def sparse_kl_div(logits, target_ids, target_values, missing):
+    zero, log_q = missing is MissingProbabilityHandling.ZERO, logits.log_softmax(-1).gather(-1, target_ids)
+    log_p = target_values.log_softmax(-1) if zero else target_values
+    rest_q, rest_p = (1 - x.exp().sum(-1) for x in (log_q, log_p))
+    rows = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (rows if zero else rows + rest_p * (rest_p / rest_q).log()).sum()
+
+
+PEERS = ("Liger", "generalized_jsd_loss", "linear_cross", "dense_kl", "sparse_kl", "Missing")
+WRITTEN = {k: v for k, v in globals().items() if k.startswith(PEERS)}
 
 
 #: Liger's kernels that Triton's interpreter takes; the others need a card.
@@ -93,6 +120,15 @@ def of_packages():
         from trl.experimental.gkd import GKDTrainer
 
         found["generalized_jsd_loss"] = GKDTrainer.generalized_jsd_loss
+    with contextlib.suppress(ImportError):
+        import cut_cross_entropy
+
+        found["linear_cross_entropy"] = functools.partial(cut_cross_entropy.linear_cross_entropy, impl="torch_compile")
+    with contextlib.suppress(ImportError):
+        from distillkit.lossfuncs.kl import dense_kl_div, sparse_kl_div
+        from distillkit.missing_probability import MissingProbabilityHandling
+
+        found |= {f.__name__: f for f in (dense_kl_div, sparse_kl_div, MissingProbabilityHandling)}
     return found
 
 
@@ -101,7 +137,7 @@ CASES = [
     pytest.param(block, functions, id=f"{at}-{name}")
     for at, block in enumerate(blocks("from"))
     for name, functions in (("written", WRITTEN), ("package", PACKAGES))
-    if functions is WRITTEN or any(f in block for f in functions)
+    if functions is WRITTEN or any(re.search(rf"(?<!\.)\b{f}\b", block) for f in functions)
 ]
 
 
@@ -126,7 +162,14 @@ def test_before_and_after(block, functions):
 
 
 def test_every_function_is_on_the_page():
-    assert len(blocks("from")) == 17 and all(any(f in block for block in blocks("from")) for f in WRITTEN)
+    assert len(blocks("from")) == 21 and all(any(f in block for block in blocks("from")) for f in WRITTEN)
+
+
+@pytest.mark.parametrize("log_target", [True, False])
+def test_zeros_of_kl_div(log_target):
+    log_q, log_p = (torch.tensor(x, dtype=torch.float64).log() for x in ([1.0, 0.5, 0.0, 0.0], [0.5, 0.0, 0.0, 1.0]))
+    found = F.kl_div(log_q, log_p if log_target else log_p.exp(), log_target=log_target, reduction="none")
+    assert found.isnan().tolist() == [False, log_target, True, False] and found[3] == torch.inf
 
 
 def test_the_log_that_liger_holds_off():
