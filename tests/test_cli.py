@@ -47,6 +47,14 @@ def test_list_names_every_divergence(capsys):
     assert "skew_kl" in run(capsys, "list")[1]
 
 
+def test_list_knows_of_every_device(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, backend in backends.BACKENDS.items():
+        of = "cuda" if name == "triton" else "cpu"
+        monkeypatch.setattr(backend, "why_not", lambda device, *_, of=of: None if device.type == of else "elsewhere")
+    assert all(row["backends"] == list(backends.BACKENDS) for row in json.loads(run(capsys, "list", "--json")[1]))
+
+
 def test_doctor_says_what_would_run(capsys):
     report = json.loads(run(capsys, "doctor", "--json")[1])
     assert report["auto"]["cpu"] == "cpu" and report["backends"]["torch"]["cpu"] == "ready"

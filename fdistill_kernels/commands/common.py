@@ -87,6 +87,11 @@ def add_backend(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS), help=help)
 
 
+def devices() -> list[str]:
+    """The kinds of devices that are here."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def missing(*names: str) -> list[str]:
     """Which of these packages are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]

@@ -14,7 +14,7 @@ from ..backends import cuda
 from ..divergences import TABLE
 from ..doctor import details, lines, remedy, shareable
 from ..provenance import as_json
-from .common import Command
+from .common import Command, devices
 
 
 def add(command: Command) -> None:
@@ -32,7 +32,6 @@ def _state(backend: str, device: torch.device) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it; its exit status."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     remedies = [line for library in ("cpu", "cuda") for line in remedy(library)]
     report: dict[str, Any] = {
         "fdistill_kernels": __version__,
@@ -43,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         "triton": importlib.util.find_spec("triton") is not None,
         "cuda_library": cuda.LIBRARY.version if cuda.LIBRARY else None,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"]) for d in devices},
-        "backends": {name: {d: _state(name, torch.device(d)) for d in devices} for name in backends.BACKENDS},
+        "auto": {d: backends.choose("auto", torch.device(d), torch.float32, TABLE["js"]) for d in devices()},
+        "backends": {name: {d: _state(name, torch.device(d)) for d in devices()} for name in backends.BACKENDS},
         "remedies": remedies,
     }
     more = shareable(details() if args.report else {})

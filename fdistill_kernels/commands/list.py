@@ -9,7 +9,7 @@ import torch
 
 from .. import backends
 from ..divergences import TABLE, Divergence
-from .common import Command, show
+from .common import Command, devices, show
 
 
 def add(command: Command) -> None:
@@ -21,8 +21,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs it; its exit status."""
 
     def ready(divergence: Divergence) -> list[str]:
-        cpu = torch.device("cpu")
-        return [name for name, m in backends.BACKENDS.items() if m.why_not(cpu, torch.float32, divergence) is None]
+        here = [torch.device(name) for name in devices()]
+        return [name for name, backend in backends.BACKENDS.items()
+                if any(backend.why_not(device, torch.float32, divergence) is None for device in here)]  # fmt: skip
 
     found: list[dict[str, Any]] = [
         {"name": d.name, "parameters": d.named, "backends": ready(d)} for d in TABLE.values()
