@@ -92,6 +92,8 @@ def active() -> Deferral | None:
 
 def output_embedding(model: Any) -> Any:
     """The module that makes a Hugging Face model's logits; ValueError where there is none."""
+    if isinstance(model, type):
+        raise ValueError(f"{model.__name__} is a class: give a model of it")
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(
             f"{type(model).__name__} is no model of Hugging Face: it has no get_output_embeddings, which names the "

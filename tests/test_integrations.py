@@ -444,6 +444,8 @@ def test_models_without_a_head_or_labels():
         for of in (patch_model, check_head):
             with pytest.raises(ValueError, match=f"{type(other).__name__} is no model of Hugging Face"):
                 of(other)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is a class: give a model of it"):
+        patch_model(type(llama()))
     model = gpt2(60)
     model.set_output_embeddings(torch.nn.Embedding(60, 16))
     with pytest.raises(TypeError, match="Embedding, is LoRA or quantised or has a forward of its own"):
