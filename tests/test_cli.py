@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 
 from fdistill_kernels import TABLE, backends, cli, demo, doctor, peers, provenance, verify
 from fdistill_kernels.backends import cpu
+from fdistill_kernels.commands import common
 from fdistill_kernels.sequence import arguments, serve
 from fdistill_kernels.sequence.trainer import FDistillConfig
 
@@ -331,6 +332,20 @@ def test_a_device_that_torch_was_not_built_for_is_a_line(capsys):
     assert "'mps' cannot be used" in line and len(line) < 320
 
 
+def test_every_device_is_verified(capsys, monkeypatch):
+    """A card's backends with the processor's, and by every form; timed is the card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "as_device", str)
+    args = [cli.parser().parse_args([name]) for name in ("verify", "bench")]
+    assert [a.device for a in args] == [["cpu", "cuda"], "cuda"]
+    monkeypatch.undo()
+    for form in ([], ["--precision"], ["--peers"]):
+        call = ["verify", *form, "--divergence", "js", "--shape", "4,1000", "--device", "cpu", "cpu:0", "--json"]
+        found = [{k: r[k] for k in ("device", "divergence", "ok")} for r in json.loads(run(capsys, *call)[1])]
+        half = len(found) // 2
+        assert {r["device"] for r in found[:half]} == {"cpu"} and {r["device"] for r in found[half:]} == {"cpu:0"}
+
+
 def test_verify_fails_on_a_miss(capsys, monkeypatch):
     monkeypatch.setattr(verify, "TOLERANCES", dict.fromkeys(verify.TOLERANCES, (0.0, 0.0)))
     status, out = run(capsys, "verify", "--shape", "3,1001", "--divergence", "js", "alpha=0.3", "--dtype", "float32")
@@ -362,7 +377,7 @@ BAD = {
     "more threads than cores": (["bench", "--threads", "100000"], "must be at most"),
     "a device without data": (["verify", "--device", "meta"], "'meta' cannot be used: its tensors have a shape and no data"),
     "and none to time": (["bench", "--device", "meta"], "'meta' cannot be used"),
-    "refused": (["bench", "--backend", "cuda", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
+    "refused": (["bench", "--backend", "cuda", "--device", "cpu", "--shape", "4,100"], "backend 'cuda' cannot take this call"),
     "of another report": (["verify", "--backend", "torch"], "--backend is used only with --precision: without it every"),
     "unused": (["verify", "--precision", "--dtype", "float32"], "--dtype is not used with --precision"),
     "labels alone": (["verify", "--divergence", "labels"], "labels, is compared only with --peers"),

@@ -81,9 +81,11 @@ def add_divergences(
                         default=[TABLE[name] for name in default] or None)  # fmt: skip
 
 
-def add_backend(parser: argparse.ArgumentParser, help: str) -> None:
-    """The arguments --device and --backend."""
-    parser.add_argument("--device", type=as_device, default="cpu", help="cpu, cuda, cuda:1, ...; default: cpu")
+def add_backend(parser: argparse.ArgumentParser, help: str, *, several: bool = False) -> None:
+    """The arguments --device, of which there may be several, and --backend."""
+    nargs, default, said = ("+", devices(), "all that are here") if several else (None, devices()[-1], "cuda, or cpu")
+    parser.add_argument("--device", nargs=nargs, type=as_device, default=default,
+                        help=f"cpu, cuda, cuda:1, ...; default: {said}")  # fmt: skip
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS), help=help)
 
 

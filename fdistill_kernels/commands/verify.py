@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ def add(command: Command) -> None:
                         help="compare in numerically hard rows, beside the errors of eager PyTorch")
     parser.add_argument("--peers", action="store_true",
                         help="compare the losses of other installed libraries with ours and with the reference")
-    add_backend(parser, "backend to show with --precision; default: all")
+    add_backend(parser, "backend to show with --precision; default: all", several=True)
     # fmt: on
 
 
@@ -50,19 +51,27 @@ def run(args: argparse.Namespace) -> int:
     if args.precision or args.peers:
         return (_peers if args.peers else _precision)(args)
     args.shape = args.shape or (8, 5003)
-    default = ["float32", "bfloat16", "float16"] + (["float64"] if args.device == "cpu" else [])
-    dtypes = [DTYPES[name] for name in args.dtype or default]
-    outcomes = list(verify(args.device, dtypes, args.shape, args.divergence or list(TABLE.values())))
+    asked = args.divergence or list(TABLE.values())
+    outcomes = [(device, outcome) for device in args.device
+                for outcome in verify(device, _dtypes(args, device), args.shape, asked)]  # fmt: skip
     if not outcomes:
-        raise ValueError(f"no backend can compute {' or '.join(map(str, args.dtype or default))} on {args.device}: "
-                         "nothing was compared")  # fmt: skip
-    rows = [(o.divergence, o.dtype, o.backend, f"{o.loss_error:.1e}", f"{o.student_gradient_error:.1e}",
+        names = (str(dtype).removeprefix("torch.") for dtype in _dtypes(args, args.device[0]))
+        raise ValueError(f"no backend can compute {' or '.join(names)} on {' or '.join(args.device)}: nothing was "
+                         "compared")  # fmt: skip
+    rows = [(o.divergence, o.dtype, device, o.backend, f"{o.loss_error:.1e}", f"{o.student_gradient_error:.1e}",
              f"{o.teacher_gradient_error:.1e}", f"{o.loss_tolerance:.0e} / {o.gradient_tolerance:.0e}",
-             "ok" if o.ok else "MISS") for o in outcomes]  # fmt: skip
-    show(args, [{**dataclasses.asdict(o), "ok": o.ok} for o in outcomes],
-          ("divergence", "dtype", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows,
-          f"{sum(o.ok for o in outcomes)} of {len(outcomes)} within tolerance of the float64 reference")  # fmt: skip
-    return 0 if all(o.ok for o in outcomes) else 1
+             "ok" if o.ok else "MISS") for device, o in outcomes]  # fmt: skip
+    good = sum(o.ok for _, o in outcomes)
+    show(args, [{"device": device, **dataclasses.asdict(o), "ok": o.ok} for device, o in outcomes],
+          ("divergence", "dtype", "device", "backend", "loss", "d student", "d teacher", "tolerance", ""), rows,
+          f"{good} of {len(outcomes)} within tolerance of the float64 reference")  # fmt: skip
+    return 0 if good == len(outcomes) else 1
+
+
+def _dtypes(args: argparse.Namespace, device: str) -> list[torch.dtype]:
+    """Those asked for, or all that can run."""
+    default = ["float32", "bfloat16", "float16"] + (["float64"] if torch.device(device).type == "cpu" else [])
+    return [DTYPES[name] for name in args.dtype or default]
 
 
 def _errors(ours: Sequence[float], beside: Sequence[float]) -> list[str]:
@@ -79,9 +88,10 @@ def _peers(args: argparse.Namespace) -> int:
     if not chosen:
         raise ValueError(f"--divergence: no peer computes {', '.join(map(str, asked))}")
     shape = args.shape or (8, 5003)
-    found = [{"dtype": dtype, **dataclasses.asdict(one), "ok": one.ok} for dtype in args.dtype or ["float32"]
-             for peer in chosen for one in [compare(peer, args.device, DTYPES[dtype], shape)]]  # fmt: skip
-    rows = [(r["what"], r["form"], r["divergence"], r["dtype"],
+    found = [{"device": device, "dtype": dtype, **dataclasses.asdict(one), "ok": one.ok}
+             for device in args.device for dtype in args.dtype or ["float32"] for peer in chosen
+             for one in [compare(peer, device, DTYPES[dtype], shape)]]  # fmt: skip
+    rows = [(r["what"], r["form"], r["divergence"], r["dtype"], r["device"],
              *(_errors(r["error"] or (), r["ours"] or ()) or ("", "")),
              "MISS" if not r["ok"] else "not run" if r["reason"] else "ok", r["reason"] or r["call"])
             for r in found]  # fmt: skip
@@ -89,7 +99,8 @@ def _peers(args: argparse.Namespace) -> int:
     if not missed and not ran:
         reasons = dict.fromkeys(f"{r['what']}: {r['reason']}" for r in found)
         raise ValueError(f"no peer can run here, so that nothing was compared ({'; '.join(reasons)})")
-    show(args, found, ("peer", "form", "loss", "dtype", "loss (ours)", "gradients (ours)", "", "our call"), rows,
+    show(args, found,
+          ("peer", "form", "loss", "dtype", "device", "loss (ours)", "gradients (ours)", "", "our call"), rows,
           f"{len(ran)} mean the same, {len(missed)} do not, {len(found) - len(ran) - len(missed)} cannot run "
           "here")  # fmt: skip
     return 1 if missed else 0
@@ -101,22 +112,21 @@ def _precision(args: argparse.Namespace) -> int:
     rows_asked, vocabulary = args.shape or (ROWS, 5003)
     if rows_asked != ROWS:
         raise ValueError(f"--precision has {ROWS} rows of each kind: give --shape {ROWS},{vocabulary}")
-    device, asked = torch.device(args.device), args.divergence or list(TABLE.values())
-    found = []
-    for divergence in asked:
-        for name, module in backends.BACKENDS.items():
-            if args.backend not in (name, "auto") or module.why_not(device, torch.float32, divergence) is not None:
-                continue
-            for one in precision(divergence, args.device, name, vocabulary):
+    asked, found = args.divergence or list(TABLE.values()), []
+    chosen = backends.BACKENDS if args.backend == "auto" else {args.backend: backends.BACKENDS[args.backend]}
+    for device, divergence, (name, module) in itertools.product(args.device, asked, chosen.items()):
+        if module.why_not(torch.device(device), torch.float32, divergence) is None:
+            for one in precision(divergence, device, name, vocabulary):
                 limits = tolerances(divergence, name, one.case)
-                found.append({"backend": name, **dataclasses.asdict(one), "limits": limits, "ok": one.within(limits)})
+                found.append({"device": device, "backend": name, **dataclasses.asdict(one), "limits": limits,
+                              "ok": one.within(limits)})  # fmt: skip
     if not found:
-        backends.choose(args.backend, device, torch.float32, asked[0])  # raises, with the reason
-    rows = [(r["divergence"], r["backend"], r["case"], *_errors(r["ours"], r["eager"]),
+        backends.choose(args.backend, torch.device(args.device[-1]), torch.float32, asked[0])  # raises, with the reason
+    rows = [(r["divergence"], r["device"], r["backend"], r["case"], *_errors(r["ours"], r["eager"]),
              "" if r["limits"] == TOLERANCES else f"{max(r['limits'][1:]):g}", "ok" if r["ok"] else "MISS")
             for r in found]  # fmt: skip
-    show(args, found, ("divergence", "backend", "case", "loss (eager)", "d student (eager)", "d teacher (eager)",
-                        "own limit", ""),
+    show(args, found, ("divergence", "device", "backend", "case", "loss (eager)", "d student (eager)",
+                        "d teacher (eager)", "own limit", ""),
           rows, f"{sum(r['ok'] for r in found)} of {len(found)} within {TOLERANCES[0]:g} of the loss and "
                 f"{TOLERANCES[1]:g} (or their own limit, as docs/precision.md says) of a gradient's largest "
                 "entry")  # fmt: skip
