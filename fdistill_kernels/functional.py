@@ -222,8 +222,8 @@ def cross_entropy(
     checks.check_flag("inplace", inplace)
     checks.check_parts(return_parts)
     check_shard("shard", shard)
-    values, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
-    checks.check_made("input", values)
+    given, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
+    checks.check_made("input", values := given)
     if isinstance(values, Tensor) and values.dim() > 2 and not values.is_nested:  # which is refused by name below
         values = values.movedim(1, -1)
     logits, shard, _ = _logits_here("input", values, None, shard)
@@ -240,6 +240,9 @@ def cross_entropy(
         terms = checked_terms(terms, logits, logits.shape[-1])
         loss = loss_of_logits(Logits(logits, softcap), Logits(teacher), terms, backend, return_parts)
         return as_cross_entropy(loss, return_parts)
+    if target.shape != logits.shape[:-1] and target.shape == given.shape[:-1]:
+        raise ValueError(f"input {tuple(given.shape)} has its classes in dimension 1, as in torch: for a target "
+                         f"{tuple(target.shape)} give input.movedim(-1, 1), or flatten both")  # fmt: skip
     terms = checked_terms(terms, logits, _vocabulary(logits.shape[-1], shard), "target")
     inplace = inplace and _overwritten("input", logits, target=target, weight=weight, token_weight=token_weight)
     return loss_of_logits(Logits(logits, softcap), None, terms, backend, return_parts, inplace, NO_LIST,

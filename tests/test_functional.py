@@ -452,6 +452,7 @@ MISUSES = {
     "teacher's grad inplace": (
         lambda: (lambda x: fk.f_divergence(x[:, 1], x[:, 0], inplace=True))(torch.zeros(2, 2, 8, requires_grad=True) * 1), "teacher_logits"),
     "inplace strides": (lambda: fk.f_divergence((torch.zeros(8, 2, requires_grad=True) * 1).t(), T, inplace=True), "dense rows"),
+    "classes behind": (lambda: fk.cross_entropy(S[None], Y[None]), r"classes in dimension 1, .* target \(1, 2\) give input.movedim"),
     "negative probabilities": (lambda: fk.cross_entropy(S, T - 1), "target holds negative class probabilities"),
     "probabilities' shape": (lambda: fk.cross_entropy(S, T[:1]), r"target of class probabilities must have the logits' shape \(2, 8\)"),
     "class weight": (lambda: fk.cross_entropy(S, Y, torch.ones(9)), r"weight must have shape \(8,\)"),
