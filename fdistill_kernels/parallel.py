@@ -36,6 +36,10 @@ class VocabShard(NamedTuple):
     width: int = 0
     last: int = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabShard:
+        """Itself: of a process group there is no copy."""
+        return self
+
 
 def vocab_shard(
     group: dist.ProcessGroup | None, local_size: int, vocab_size: int | None = None, sum_hidden: bool = True

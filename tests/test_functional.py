@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -279,6 +280,13 @@ def test_settings_are_attributes():
     loss.divergence, loss.temperature = fk.TABLE["kl"], 2.0
     assert loss(Z, -Z) == fk.f_divergence(Z, -Z, "kl", temperature=2.0)
     assert repr(loss) == "FDivergenceLoss(kl, temperature=2.0)"
+
+
+def test_copies_of_a_module_share_its_process_group():
+    """As those of a model for its moving average do."""
+    shard = fk.VocabShard(threading.Lock(), 0, 8)  # of which there is no copy, either
+    for loss in (fk.FDivergenceLoss("kl", shard=shard), fk.CrossEntropyLoss(shard=shard)):
+        assert copy.deepcopy(loss).shard is shard
 
 
 def test_settings_are_pythons_own_numbers():
