@@ -286,6 +286,12 @@ def test_spans_that_a_model_is_sure_of(ours, theirs):
     assert loss.isfinite() and torch.autograd.grad(loss, log_q)[0].isfinite().all() and (loss > -1e-9)
 
 
+def test_a_tail_that_the_teacher_is_sure_to_be_nothing():
+    student = torch.randn(N, V, requires_grad=True)
+    loss = IMPORTED["tail_aware"](student, torch.randn(N, V) + 60 * torch.eye(N, V), 5, 2.0)
+    assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
 def logits_of_both(vocabulary):
     """The student's logits, in float32 and in float64, and the teacher's, of a vocabulary of its own."""
     student = 2 * torch.randn(N, V)
