@@ -318,9 +318,10 @@ struct SkewKl : OfEntries<struct SkewRkl> {  // KL(p || lambda p + (1 - lambda) 
   template <typename E, typename T = typename E::T>
   static FDISTILL_INLINE Terms<T> terms(const E& e, const Parameter& lambda) {
     const T a = T(lambda.value) * e.p, b = T(lambda.rest) * e.q, x = excess(e.u), apart = difference(e);
-    const T log_m = Math<T>::log(Math<T>::at_least(a + b, kSmallestNormal));
     const T share = b / (a + b + T(kSmallestNormal));
-    const T far = Math<T>::times(e.p, e.log_p - log_m) - T(lambda.rest) * apart;
+    // log(m/p) = log(m/a) + log lambda: with lambda near 1 almost nothing, of which log m keeps no digit
+    const LogSum<T> m(e, b, a, e.log_q + T(lambda.log_rest), e.log_p + T(lambda.log), false, b);
+    const T far = minus(T(lambda.rest) * apart) - e.p * (m.above_b + T(lambda.log));
     return {minus((e.about_one() ? T(lambda.rest) * apart : e.p) * share),
             e.near(e.q * x * x * polynomial(x, lambda.series), far)};
   }

@@ -234,9 +234,9 @@ def _skew_kl(e: Entry, lam: float, rest: float) -> Tensor:  # KL(p ‖ λp + (1 
 
 
 def _skew_kl_value(e: Entry, lam: float, rest: float) -> Tensor:
-    m = positive(lam * e.p + rest * e.q)
-    x = torch.expm1(e.u)
-    far = times(e.p, e.log_p - m.log()) - rest * (e.p - e.q)
+    log_lam, x = math.log(lam), torch.expm1(e.u)
+    above_a, _ = _log_sum(lam * e.p, rest * e.q, e.log_p + log_lam, e.log_q + math.log(rest))
+    far = rest * (e.q - e.p) - times(e.p, above_a + log_lam)  # log(m/p) of λ near 1, where it is almost nothing
     return _near(e, e.q * x**2 * _polynomial(x, _skew_series(lam, rest)), far)
 
 

@@ -243,16 +243,16 @@ def Gjs(e, own, CLOSE: tl.constexpr):
 
 @triton.jit
 def SkewKl(e, own, CLOSE: tl.constexpr):
-    p, q, log2_p, _, u, _, _, u_at_peak, _ = e
-    b = own[1] * q
-    m = tl.maximum(own[0] * p + b, SMALLEST_NORMAL)
+    p, q, log2_p, log2_q, u, _, _, u_at_peak, _ = e
+    a, b = own[0] * p, own[1] * q
     apart = difference(p, q, u, CLOSE)
-    value = by_log(p, log2_p, tl.log2(m)) - own[1] * apart
+    above_a, _ = _log_sum(_log_ratio(log2_q, log2_p, own[3], own[2]), b, a, u, u_at_peak, 0.0, CLOSE)
+    value = -p * (above_a + own[2]) - own[1] * apart
     of = p
     if CLOSE:
         of = tl.where(tl.abs(u_at_peak) < ABOUT_ONE, own[1] * apart, p)
         value = _near(u, q * _series(_excess(u), own), value)
-    return minus(of * (b / m)), value
+    return minus(of * (b / (a + b + SMALLEST_NORMAL))), value
 
 
 @triton.jit
