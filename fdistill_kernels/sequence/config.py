@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,55 +193,37 @@ class FDistillConfig(TrainingArguments):
         halves, _ = self.halves(), self.sampling()
         draws = any(h.source == "student" for h in halves)
         compared = any(h.divergence is not None for h in halves)
-        unused = {
-            "shares": self.shares and self.divergence is None and "without a divergence",
-            "method": self.divergence is not None and self.method != FDistillConfig.method and "beside a divergence",
-            "beta": self.divergence is not None and self.beta != FDistillConfig.beta and "beside a divergence",
-            "student_every": self.student_every > 1 and not draws and "without an objective on the student's samples",
-            "student_server": self.student_server and not draws and "without an objective on the student's samples",
-            "cache_implementation": self.cache_implementation and self.student_server and "by a server",
-            "temperature": self.temperature != 1 and not compared and "without a divergence",
-            "temperature_squared": self.temperature_squared and not compared and "without a divergence",
-            "fp16": self.fp16 and self.device.type == "cpu" and not self.deepspeed
-            and "on a CPU, for which accelerate has no float16: take bf16",
-            "gradient_checkpointing_kwargs": self.gradient_checkpointing_kwargs and not self.gradient_checkpointing
-            and "without gradient_checkpointing",
-            "logging_nan_inf_filter": not self.logging_nan_inf_filter and "here: on_nan says what becomes of these",
-            "auto_find_batch_size": self.auto_find_batch_size and sampling_strategy(self) == "batch_rebalance"
-            and "by train_sampling_strategy=batch_rebalance",
-            "length_column_name": self.length_column_name != FDistillConfig.length_column_name
-            and sampling_strategy(self) not in BY_LENGTHS and "without batches by length",
-            "liger_kernel_config": getattr(self, "liger_kernel_config", None) and not self.use_liger_kernel
-            and "without use_liger_kernel",
-            "metric_for_best_model": self.metric_for_best_model is not None and self.eval_strategy == "no"
-            and "without an eval_strategy",
-            "greater_is_better": self.greater_is_better is not None and self.metric_for_best_model is None
-            and "without a metric_for_best_model",
-            "eval_do_concat_batches": not self.eval_do_concat_batches and "here: no logits are made",
-            "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no")
-            and "here: tokens_per_second is logged",
-            "average_tokens_across_devices": FDistillConfig.average_tokens_across_devices and self.world_size > 1
-            and not self.average_tokens_across_devices and "here: a loss is a mean over all ranks' tokens",
-            "hub_strategy": self.hub_strategy != FDistillConfig.hub_strategy and not self.push_to_hub
-            and "without push_to_hub",
-            "hub_always_push": self.hub_always_push and not self.push_to_hub and "without push_to_hub",
-            "label_smoothing_factor": self.label_smoothing_factor and not any(h.labelled for h in halves)
-            and "without a cross-entropy, as mle, seqkd and ce_weight have",
-        }  # fmt: skip
-        if not halves:
-            unused |= {name: getattr(self, name) != getattr(FDistillConfig, name) and "by predistill"
-                       for name in NOT_IN_PREDISTILLATION}  # fmt: skip
-        unused |= {name: getattr(self, name, None) and "here: no logits are made" for name in OF_LOGITS}
-        for name in OF_WORKERS if not self.dataloader_num_workers else ():
-            given = getattr(self, name, None) != getattr(FDistillConfig, name, None)
-            unused[name] = given and "without dataloader_num_workers"
-        for name, said in idle(vars(self)).items():
-            value, default = (getattr(of, name, None) or None for of in (self, FDistillConfig))
-            unused[name] = value != default and f"by {said}"
-        for name, why in unused.items():
-            if why:
-                value = getattr(self, name)
-                raise ValueError(f"{name}={getattr(value, 'value', value)!r} is not used {why}")
+        labelled, strategy = any(h.labelled for h in halves), sampling_strategy(self)
+        unused: tuple[tuple[Any, Sequence[str], str], ...] = (
+            (not halves, NOT_IN_PREDISTILLATION, "by predistill"),
+            (self.divergence is None, ("shares",), "without a divergence"),
+            (self.divergence is not None, ("method", "beta"), "beside a divergence"),
+            (not draws, ("student_every", "student_server"), "without an objective on the student's samples"),
+            (self.student_server, ("cache_implementation",), "by a server"),
+            (not compared, ("temperature", "temperature_squared"), "without a divergence"),
+            (not labelled, ("label_smoothing_factor",), "without a cross-entropy, as mle, seqkd and ce_weight have"),
+            (self.device.type == "cpu" and not self.deepspeed, ("fp16",),
+             "on a CPU, for which accelerate has no float16: take bf16"),
+            (not self.gradient_checkpointing, ("gradient_checkpointing_kwargs",), "without gradient_checkpointing"),
+            (not self.use_liger_kernel, ("liger_kernel_config",), "without use_liger_kernel"),
+            (not self.push_to_hub, ("hub_strategy", "hub_always_push"), "without push_to_hub"),
+            (not self.dataloader_num_workers, OF_WORKERS, "without dataloader_num_workers"),
+            (strategy == "batch_rebalance", ("auto_find_batch_size",), "by train_sampling_strategy=batch_rebalance"),
+            (strategy not in BY_LENGTHS, ("length_column_name",), "without batches by length"),
+            (self.eval_strategy == "no", ("metric_for_best_model",), "without an eval_strategy"),
+            (self.metric_for_best_model is None, ("greater_is_better",), "without a metric_for_best_model"),
+            (True, (*OF_LOGITS, "eval_do_concat_batches"), "here: no logits are made"),
+            (True, ("logging_nan_inf_filter",), "here: on_nan says what becomes of these"),
+            (self.include_num_input_tokens_seen not in (False, "no"), ("include_num_input_tokens_seen",),
+             "here: tokens_per_second is logged"),
+            (self.world_size > 1 and not self.average_tokens_across_devices, ("average_tokens_across_devices",),
+             "here: a loss is a mean over all ranks' tokens"),
+            *((True, (name,), f"by {said}") for name, said in idle(vars(self)).items()),
+        )  # fmt: skip
+        for here, names, why in unused:
+            for name in names if here else ():
+                if is_changed(self, name):
+                    raise not_used(self, name, why)
 
     def _is_left_out(self, name: str) -> bool:
         """Whether an option has None for its default, or is none of this transformers'."""
@@ -335,6 +317,19 @@ OF_PREDISTILLATION = ("hidden_weight", "hidden_normalize", "hidden_reduction")
 NOT_IN_PREDISTILLATION = ("beta", "divergence", "shares", "ce_weight", "temperature", "temperature_squared",
                           "beams", "student_every", "student_server", "student_server_path", "normalize", "pack",
                           "memory", "label_smoothing_factor")  # fmt: skip
+
+
+def is_changed(args: Any, name: str) -> bool:
+    """Whether an option has another value than its default; what is empty, or not this transformers', is None."""
+    value, default = (None if not found and found is not False else found
+                      for found in (getattr(of, name, None) for of in (args, FDistillConfig)))  # fmt: skip
+    return bool(value != default)
+
+
+def not_used(args: Any, name: str, why: str) -> ValueError:
+    """The error of an option that changes nothing."""
+    value = getattr(args, name)
+    return ValueError(f"{name}={getattr(value, 'value', value)!r} is not used {why}")
 
 
 def sampling_strategy(args: Any) -> str:
