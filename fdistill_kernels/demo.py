@@ -168,10 +168,8 @@ def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, f
 
 
 def run(stages: list[Stage], text: Text, of: dict[str, Any], checkpoint: Path, console: Console) -> None:
-    """Trains each stage to its end and saves a checkpoint at every evaluation, with `of`: its seed, and what it is of.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, when the checkpoint is saved.
+    """Trains each stage to its end, and saves a checkpoint at every evaluation and at Ctrl-C, with `of`: its seed, and
+    what it is of.
     """
     windows = text.windows()
 

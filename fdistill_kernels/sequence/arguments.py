@@ -53,11 +53,7 @@ class Parser(OnceParser, HfArgumentParser):
 
 
 def ask(command: str, argv: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Asked:
-    """A command's options: the command line goes before --config's YAML, this before settings, these before defaults.
-
-    Raises:
-        ValueError: an option that is unknown, of the wrong kind, not of this command, or in conflict with another.
-    """
+    """Options: the command line goes before --config's YAML, that before settings, these before defaults."""
     parser = _parser(command)
     defaults = {a.dest: a.default for a in parser._actions}
     given, as_json = _given(parser, argv, settings or {})
@@ -214,11 +210,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\
 
 
 def load_yaml(path: str | Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
-    """The options in a YAML file.
-
-    Raises:
-        ValueError: it has none; the message names the file.
-    """
+    """The options in a YAML file; ValueError, with the file, where it has none."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

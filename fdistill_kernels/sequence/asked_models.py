@@ -22,12 +22,8 @@ from .tokenizers import check_tokenizer, load_tokenizer
 
 
 def tokenizer_of(asked: Asked, path: Any, prefix: str = "") -> Any:
-    """Loads the tokenizer of a folder or hub name, and gives it the template of --chat_template_path, if any.
-
-    A model's own has its revision; prefix: whose, as in `ModelArguments.source`, where both models have one name.
-
-    Raises:
-        ValueError: it has none that can be loaded, or the template is no Jinja.
+    """The tokenizer of a folder or hub name, with the template of --chat_template_path, if any. A model's own has its
+    revision; prefix: whose, as in `ModelArguments.source`, where both models have one name.
     """
     named = {"": asked.model.student, "teacher_": asked.model.teacher}
     whose = next((model for model in (prefix, *named) if named[model] == path), None)

@@ -111,11 +111,7 @@ def prompts_of_teacher(columns: Collection[str]) -> str:
 
 
 def prompts_of(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """A batch's prompts, and the prompts that the teacher sees.
-
-    Raises:
-        ValueError: a batch that another collator made.
-    """
+    """A batch's prompts, and the prompts that the teacher sees."""
     if "prompt_ids" not in batch:
         raise ValueError(f"a batch needs prompt_ids, as collate makes it, and has {', '.join(batch)}: leave out "
                          "data_collator")  # fmt: skip
@@ -133,11 +129,7 @@ def _rows_of(batch: dict[str, Any], name: str) -> list[Tensor]:
 
 
 def given_sequences(source: str, batch: dict[str, Any]) -> Sequences | None:
-    """A source's sequences if the batch has them: gold targets, or the teacher's stored samples. None: to be drawn.
-
-    Raises:
-        ValueError: gold targets are missing, or a batch that another collator made.
-    """
+    """A source's sequences if the batch has them: gold targets, or the teacher's stored samples. None: to be drawn."""
     column = column_of(source, batch.keys())
     if column is None:
         if source == "gold":
@@ -201,12 +193,8 @@ def collate(
 
 
 def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:
-    """An example's ids and mask as tensors, without padding.
-
-    Raises:
-        TypeError: it is no row by column, as those of a dataset whose format is a table's.
-        ValueError: ids that are no integers, a mask of another length than what it is of, or ids that do not fit
-            (`collate`).
+    """An example's ids and mask as tensors, without padding. Raises TypeError where it is no row by column, and
+    ValueError for ids or masks that do not fit (`collate`).
     """
     if not isinstance(example, Mapping):
         raise TypeError(f"an example must be a row by column, not a {type(example).__name__}: where that is the "

@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-from .config import FDistillConfig
+from .config import FDistillConfig, is_changed, not_used
 from .ranks import is_split
 
 #: Options of `TrainingArguments` that only some optimizers are made with.
@@ -25,11 +25,8 @@ NOT_OF_OWN_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps
 
 
 def check_beginning(trainer: Trainer) -> None:
-    """Before any work, that the optimizer can be made and uses its options, that a schedule of a plain one can, and
-    that the model can be compiled and have its layers checkpointed.
-
-    Raises:
-        ValueError: no weights to train, or options that they have not. ImportError: a package that is not there.
+    """Raises ValueError or ImportError, before any work, where the optimizer, a schedule, or the compiled model cannot
+    be made, or would not use the options that are given.
     """
     if trainer.train_dataset is None:
         return
@@ -71,9 +68,8 @@ def _own_optimizer(trainer: Trainer) -> dict[str, Any]:
 def _check_beside(args: Any, given: str, names: Sequence[str], own: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raises ValueError for options that are not used beside what is given in their place, and have not its values."""
     for name in names:
-        value, default = (getattr(of, name, None) or None for of in (args, FDistillConfig))
-        if value not in (default, own.get(name)):
-            raise ValueError(f"{name}={getattr(value, 'value', value)!r} is not used beside {given}")
+        if is_changed(args, name) and getattr(args, name) != own.get(name):
+            raise not_used(args, name, f"beside {given}")
 
 
 def _check_schedule(args: Any, rate: float) -> None:
@@ -129,7 +125,7 @@ def _check_options(trainer: Trainer) -> None:
         others = f"{part}1", f"{part.partition('=')[0]}=True"
         if unused("optim_args", [",".join([*parts[:i], other, *parts[i + 1 :]]) for other in others]):
             ignored.append(f"optim_args {part}")
-    ignored += [name for name in OF_OPTIMIZERS if getattr(trainer.args, name) != getattr(FDistillConfig, name)
+    ignored += [name for name in OF_OPTIMIZERS if is_changed(trainer.args, name)
                 and unused(name, [getattr(FDistillConfig, name)])]  # fmt: skip
     if ignored:
         raise ValueError(f"optim={optim} makes nothing of {', '.join(ignored)}")

@@ -82,11 +82,7 @@ def fill(
 
 
 def _checked(asked: Asked) -> list[str]:
-    """The sources of its sequences.
-
-    Raises:
-        ValueError: settings that do not go together, or a folder that holds something else.
-    """
+    """The sources of its sequences; ValueError for settings that do not go together, or a folder of something else."""
     kind, teacher, out = asked.build.kind, str(asked.model.teacher), Path(str(asked.training["output_dir"]))
     sources = [s.strip() for s in asked.build.sequences.split(",")]
     if not set(sources) <= {"gold", "teacher", "beam"}:

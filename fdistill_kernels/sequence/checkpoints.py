@@ -102,9 +102,6 @@ class ResumableTrainer(Trainer):
     def _load_renamed(self, folder: str) -> None:
         """Weights that a checkpoint has in the form of a model's files, which is not always its own: those may have
         each expert apart. `Trainer` warns of these, and leaves the model's as they are.
-
-        Raises:
-            ValueError: a weight is not there by any name.
         """
         if self._renamed:
             self._renamed, model = False, self._unwrapped(self.model)
@@ -166,11 +163,7 @@ def check_place(checkpoint: str, args: Any, place: dict[str, int]) -> None:
 
 
 def _load_own(model: Any, folder: str, name: str) -> None:
-    """Loads the weights of an adapter that transformers' add_adapter gave a model, whose load_adapter makes new ones.
-
-    Raises:
-        ValueError: the folder has others than the adapter's.
-    """
+    """Loads an adapter's weights into one that transformers' add_adapter gave, whose load_adapter makes new ones."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     prefix = "base_model.model."  # transformers writes them as PEFT does

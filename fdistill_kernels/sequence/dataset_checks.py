@@ -37,13 +37,8 @@ MASKS = ("assistant_masks", "completion_mask")
 
 
 def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, args: FDistillConfig) -> None:
-    """Checks a trainer's datasets.
-
-    Raises:
-        TypeError: a dataset is none, or train_dataset is several.
-        ValueError: a dataset is empty, lacks a column, has one that the student would read and is not given, a mask by
-            another name, or sequences too long for a model; sequences that a store has never seen, or that it would
-            have to draw; a column for teachers' names that is not there, or that nobody reads.
+    """Raises TypeError or ValueError for a trainer's datasets: columns that are missing, that nobody reads, or that the
+    student would read and is not given; sequences too long for a model, or that a store lacks.
     """
     halves, gold = args.halves(), ["gold"] if args.evaluates else []
     strategy, ranks = sampling_strategy(args), args.world_size // copies_of_rows(student)
@@ -200,14 +195,8 @@ def _lengths(data: Any, column: str) -> np.ndarray | None:
 
 
 def _check_contexts(name: str, data: Any, prompt: str, column: str | None, new: int, whose: str, model: Any) -> None:
-    """Checks that a dataset's prompts with their continuations fit a model.
-
-    Args:
-        prompt, column: columns of token ids; column None: `new` tokens are drawn.
-        whose: the model's name in the error.
-
-    Raises:
-        ValueError: they do not.
+    """Raises ValueError where prompts with their continuations do not fit a model, which is `whose` in the error.
+    prompt, column: of token ids; column None: `new` tokens are drawn.
     """
     limits = context(model), context(model, target=True)
     columns, causal = columns_of(data), not model.config.is_encoder_decoder

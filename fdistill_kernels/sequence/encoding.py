@@ -178,11 +178,7 @@ class Encoder:
         self.forced = [i for i in begins[1:] if i is not None and i not in before]  # as generation writes it
 
     def __call__(self, row: dict[str, Any]) -> tuple[Ids, list[int] | None, str]:
-        """A row's ids, the ids of the teacher's prompt if it has its own, and the text of the answer.
-
-        Raises:
-            ValueError: the row has neither text nor messages.
-        """
+        """A row's ids, the ids of the teacher's prompt if it has its own, and the text of the answer."""
         row = _parsed(row)
         if _is_chat(row):
             return self._chat(row)
@@ -284,12 +280,8 @@ def _turns(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
 
 
 def each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A conversation as one row per answer, with the turns before it, as generation sees them.
-
-    Turns after the last answer are left out. Other rows, and conversations without an answer, stay as they are.
-
-    Raises:
-        ValueError: the teacher has its own prompt, and there are several answers.
+    """A conversation as one row per answer, with the turns before it, as generation sees them. Turns after the last
+    answer are left out. Other rows, and conversations without an answer, stay as they are.
     """
     row = _parsed(row)
     turns, begin = _turns(row) if _is_chat(row) else ([], 0)

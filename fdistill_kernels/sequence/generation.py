@@ -74,11 +74,7 @@ def chosen(
 
 
 def end_tokens(configured: int | list[int] | None) -> list[int]:
-    """A configuration's eos_token_id, of which there may be none or several.
-
-    Raises:
-        ValueError: it is no id and no list of ids.
-    """
+    """A configuration's eos_token_id, of which there may be none or several."""
     found = configured if isinstance(configured, list) else [] if configured is None else [configured]
     if not all(hasattr(token, "__index__") for token in found):
         raise ValueError(f"eos_token_id in a generation config must be an id or a list of ids, not {configured!r}")
@@ -86,11 +82,7 @@ def end_tokens(configured: int | list[int] | None) -> list[int]:
 
 
 def special_tokens(model: Any) -> tuple[int, list[int]]:
-    """The padding token and the end tokens of a model that can generate; an end token pads where none of its ids does.
-
-    Raises:
-        ValueError: no end token is configured.
-    """
+    """The padding token and the end tokens, of which there must be one; it pads where no padding token has an id."""
     ends, pad = end_tokens(token_id(model, "eos_token_id")), token_id(model, "pad_token_id")
     if not ends:
         raise ValueError(

@@ -28,11 +28,7 @@ DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it has none; the message names the file, and what to do.
-    """
+    """The object in a JSON file; ValueError, with the file and what to do, where it has none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -74,11 +70,7 @@ def names_damage(folder: str | Path, remedy: str) -> Iterator[None]:
 
 
 def base_of(path: str | Path) -> str | None:
-    """The base model that an adapter's folder names; None: it is no folder of an adapter.
-
-    Raises:
-        ValueError: the adapter's configuration is damaged or names none.
-    """
+    """The base model that an adapter's folder names; None: it is no folder of an adapter."""
     adapter = Path(path) / "adapter_config.json"
     if not adapter.exists():
         return None
@@ -174,22 +166,14 @@ def _whole(kind: Any, path: str | Path, **options: Any) -> Any:
 
 
 def load_alike(model: Any, path: str | Path) -> Any:
-    """A model as another one from a folder, in the widest dtype that this has, at least float32.
-
-    Raises:
-        ValueError: weights are not in its files.
-    """
+    """A model as another one from a folder, in the widest dtype that this has, at least float32."""
     dtypes = {x.dtype for x in model.state_dict().values() if x.is_floating_point()}
     widest = functools.reduce(torch.promote_types, dtypes, torch.float32)
     return _whole(type(model), path, config=copy.deepcopy(model.config), **{DTYPE: widest})
 
 
 def load_student(path: str | Path, split: int = 1, **options: Any) -> Any:
-    """A model to be trained, as `load_model`; of an adapter's folder its base model, with the adapter to be trained on.
-
-    Raises:
-        ValueError: as `load_model`; or an adapter, whose weights are not split.
-    """
+    """A model to be trained, as `load_model`; of an adapter's folder its base, with the adapter to be trained on."""
     base = base_of(path)
     if base is None:
         return load_model(path, split, **options)

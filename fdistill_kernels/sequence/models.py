@@ -101,11 +101,7 @@ def context(of: Any, target: bool = False) -> float:
 
 
 def check_context(model: Any, prompt: int, more: int) -> None:
-    """Checks that a model has positions for so many tokens; an encoder's prompt is its own sequence.
-
-    Raises:
-        ValueError: it has too few.
-    """
+    """Raises ValueError where a model lacks positions for so many tokens; an encoder's prompt is its own sequence."""
     apart = model.config.is_encoder_decoder
     for tokens, target in ((prompt, False), (more, True)) if apart else ((prompt + more, False),):
         if (limit := context(model, target)) < tokens:
@@ -119,11 +115,7 @@ def virtual_tokens(model: Any) -> int:
 
 
 def adapters_kept(model: Any) -> dict[str, str]:
-    """The adapters that a model's files have, each with its folder among them; none: the files have whole weights.
-
-    Raises:
-        ValueError: several are active, and were given by transformers' add_adapter, which keeps one.
-    """
+    """The adapters that a model's files have, each with its folder among them; none: the files have whole weights."""
     if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter: no PeftModel
         active = model.active_adapters()
         if len(active) > 1:
@@ -151,11 +143,7 @@ def check_reads(model: Any) -> None:
 
 
 def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs, without those that this model's forward does not take.
-
-    Raises:
-        ValueError: packed rows, but no positions.
-    """
+    """The inputs, without those that this model's forward does not take; packed rows need positions."""
     known = inputs_of(model)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     left_out = {

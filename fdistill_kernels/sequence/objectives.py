@@ -96,11 +96,7 @@ def mixture(divergence: str | Divergence | Mapping[str, str | Divergence], **sha
 
 
 def with_cross_entropy(halves: tuple[Half, ...], weight: float) -> tuple[Half, ...]:
-    """The halves, with −log q of the gold targets added with a weight.
-
-    Raises:
-        ValueError: the weight is negative or not finite, or the halves have this cross-entropy already.
-    """
+    """The halves, with −log q of the gold targets, which they must not have yet, added with a weight."""
     check_number("ce_weight", weight, 0)
     if not weight:
         return halves

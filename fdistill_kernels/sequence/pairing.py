@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..sparse import WHOLE
-from .config import OF_PREDISTILLATION, FDistillConfig
+from .config import OF_PREDISTILLATION, FDistillConfig, is_changed, not_used
 from .generation import beginning
 from .loading import load_student
 from .models import check_reads, ids_read, virtual_tokens, vocabulary_of
@@ -47,11 +47,8 @@ def check_apart(student: nn.Module, teacher: Any) -> None:
 
 
 def check_pair(student: Any, teacher: Teacher) -> None:
-    """Checks the two models.
-
-    Raises:
-        ValueError: they are of different kinds, read more than text, begin sequences otherwise, share weights, or are
-            split over ranks otherwise.
+    """Raises ValueError for models that are of different kinds, read more than text, begin sequences otherwise, share
+    weights, or are split over ranks otherwise.
     """
     at_hand = models_of(teacher)
     for model in at_hand:
@@ -83,11 +80,8 @@ def check_tokenizers(student: Any, teacher: Teacher, tokenizers: Sequence[Any]) 
 
 
 def check_objective(args: FDistillConfig, student: Any, teacher: Teacher) -> None:
-    """Checks what the objective asks of the two models.
-
-    Raises:
-        ValueError: options that it does not use, or that it has not with such models; pre-distillation without a
-            model's hidden states; or a comparison on sequences that a store has never seen.
+    """Raises ValueError for options that an objective makes nothing of or has not with such models, and for sequences
+    or hidden states that the teacher cannot have.
     """
     halves = args.halves()
     if args.pack and student.config.is_encoder_decoder:
@@ -97,10 +91,10 @@ def check_objective(args: FDistillConfig, student: Any, teacher: Teacher) -> Non
         raise ValueError("gradient_checkpointing runs layers again without the keys and values that prefix tuning puts "
                          "before theirs: leave it out")  # fmt: skip
     for name in OF_PREDISTILLATION if halves else ():
-        if getattr(args, name) != getattr(FDistillConfig, name):
-            raise ValueError(f"{name}={getattr(args, name)!r} is not used but by predistill")
-    if args.beams != FDistillConfig.beams and halves and all(half.source != "beam" for half in halves):
-        raise ValueError(f"beams={args.beams} is not used but by an objective on beam sequences")
+        if is_changed(args, name):
+            raise not_used(args, name, "but by predistill")
+    if is_changed(args, "beams") and halves and all(half.source != "beam" for half in halves):
+        raise not_used(args, "beams", "but by an objective on beam sequences")
     if any(half.divergence is not None for half in halves):
         _check_comparison(args, halves, teacher)
     if halves:

@@ -111,10 +111,8 @@ def copy_layers(teacher: Any, *layers: int) -> Any:
 
 
 def _mask(states: Any, masks: Sequence[Tensor], model: Any) -> Tensor:
-    """Which of a model's hidden states (B, L, D) are of tokens that count, (B, L): some models lengthen what they read.
-
-    Raises:
-        ValueError: they are not one vector for each token, as Gemma 3n's and Pegasus-X's.
+    """Which of a model's hidden states (B, L, D) are of tokens that count, (B, L): some models lengthen what they read,
+    and some (Gemma 3n, Pegasus-X), which are refused, have not one vector for each token.
     """
     mask = padded(masks, False)
     if not all(isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] >= mask.shape[1] for x in states):

@@ -42,13 +42,9 @@ def close(one: Tensor, other: Tensor, tolerance: float, roundings: int = 8) -> b
 
 
 def check_forward(model: Any, wrapped: Any, pad: int, pack: bool, tokens: int = 0) -> None:
-    """Tests once whether a model's padded batches, or packed rows of so many tokens, give the same as their sequences
-    alone: many models do not look where positions start again.
-
-    Raises:
-        ValueError: they do not: the model looks at later tokens (as BERT does if it is not a decoder), so that its
-            predictions know the answer; or at padding; or it mixes packed sequences, or attends within chunks of the
-            whole row.
+    """Raises ValueError for a model whose padded batches, or packed rows of so many tokens, do not give the same as
+    their sequences alone, which is tested once: many look at later tokens (as BERT does if it is no decoder), at
+    padding, or over the borders of packed sequences.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     if not asked(_steps_alone, model, wrapped, pad):

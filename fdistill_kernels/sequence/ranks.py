@@ -55,10 +55,8 @@ def telling() -> Iterator[None]:
 
 
 def wait(lacking: Callable[[], Any], seconds: float = 0.1) -> None:
-    """Waits until nothing is lacking of what other ranks make, which may take longer than they may let each other wait.
-
-    Raises:
-        ConnectionError: one of them has ended with an error.
+    """Waits until nothing is lacking of what other ranks make, which may take longer than they may let each other wait;
+    ConnectionError if one has ended with an error.
     """
     store = _store()
     while lacking():

@@ -43,11 +43,7 @@ def read_pairs(path: str | Path, limit: int | None = None, columns: tuple[str, s
 
 
 def columns_read(rows: Any, name: str | Path, columns: tuple[str, str] = COLUMNS) -> Any:
-    """A dataset's columns as `read_pairs` returns them. name: of the data, for error messages.
-
-    Raises:
-        ValueError: no rows, or a missing column.
-    """
+    """A dataset's columns as `read_pairs` returns them. name: of the data, for error messages."""
     if not len(rows):
         raise ValueError(f"{name} has no rows")
     has = rows.column_names

@@ -30,11 +30,8 @@ from .trainer import FDistillConfig
 
 @contextlib.contextmanager
 def kept_to_oneself(folder: Path) -> Iterator[None]:
-    """Locks a run's folder, for the first rank; the system unlocks it when the process dies. Two that train in one
-    write each other's checkpoints and log.
-
-    Raises:
-        ValueError: another process has locked it, or it is a store.
+    """Locks a run's folder, for the first rank, or raises ValueError; the system unlocks it when the process dies. Two
+    that train in one write each other's checkpoints and log.
     """
     if is_store(folder):
         raise ValueError(f"{folder} is a store: give a run another --output_dir")
@@ -50,12 +47,8 @@ def kept_to_oneself(folder: Path) -> Iterator[None]:
 
 
 def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
-    """Makes a run's folder, or checks that it holds this run; called when everything else has been checked.
-
-    data: the run's rows, by the option that names their file.
-
-    Raises:
-        ValueError: the folder belongs to another run, or was started with other data.
+    """Makes a run's folder, or raises ValueError where it is of another run or other data; called when everything else
+    has been checked. data: the run's rows, by the option that names their file.
     """
     folder, given = asked.folder, without_secrets(asked.given)
     path, of_data = folder / "config.yaml", folder / "data.json"
@@ -83,11 +76,8 @@ def begin(asked: Asked, data: dict[str, Any], console: Console) -> None:
 
 
 def _grows(asked: Asked, known: dict[str, Any], given: dict[str, Any]) -> bool:
-    """Whether a finished student is to be trained on, for more steps or epochs.
-
-    Raises:
-        ValueError: other settings are not the same, but for what makes up the rows of an update, which other ranks may
-            share otherwise; or the run cannot go on.
+    """Whether a finished student is to be trained on, for more steps or epochs; ValueError where the run cannot go on,
+    or has other settings, but for what makes up the rows of an update, which other ranks may share otherwise.
     """
     folder, before, now = asked.folder, *({**asked.defaults, **s} for s in (known, given))
     (of, was), (unit, wanted) = map(how_long, (known, given))
@@ -121,11 +111,7 @@ def stage_of(config: FDistillConfig) -> str:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint of a folder, or None. Checkpoints that were only partly written are removed.
-
-    Raises:
-        OSError: one is there, and cannot be read.
-    """
+    """The newest complete checkpoint of a folder, or None. Checkpoints that were only partly written are removed."""
     numbered = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
     found = sorted((p for p, number in numbered.items() if number.isdecimal()), key=lambda path: int(numbered[path]))
     for path in found[::-1]:

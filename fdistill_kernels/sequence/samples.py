@@ -59,14 +59,7 @@ class TeacherSamples:
 
     @classmethod
     def kept(cls, folder: Path, prompts: Sequence[Sequence[int]], job: dict[str, Any]) -> TeacherSamples:
-        """Those that a teacher drew who is not there any more, whatever the sampling was.
-
-        Args:
-            job: of the store's, for a hint.
-
-        Raises:
-            ValueError: there are none for these prompts.
-        """
+        """Those that a teacher drew who is not there any more, by whatever sampling. job: the store's, for a hint."""
         try:
             known = _known(folder / "manifest.json")
             sampling = Sampling(**{name: known[name] for name in Sampling().decided()})
@@ -129,11 +122,7 @@ class TeacherSamples:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.prompts)))
 
     def load(self) -> list[list[int]]:
-        """All continuations, in the order of the prompts.
-
-        Raises:
-            ValueError: some are still missing, or a shard is not what was written.
-        """
+        """All continuations, in the order of the prompts."""
         if self.missing():
             raise ValueError(
                 f"{len(self.missing())} of {len(self.shards())} shards in {self.folder} are missing: sample them first"

@@ -183,11 +183,7 @@ def _seeded(model: Any, seed: int | None) -> contextlib.AbstractContextManager[N
 
 @torch.no_grad()
 def drawn_by_forward(model: Any, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int | None) -> list[Tensor]:
-    """As `draw`, with a whole forward pass for each token.
-
-    Raises:
-        ValueError: more than one beam, or a search that is not possible (`check_search`).
-    """
+    """As `draw`, with a whole forward pass for each token."""
     if sampling.beams > 1:
         raise ValueError(f"beams need a cache, and {type(model).__name__} fails with one or says otherwise than "
                          "without, by PEFT's virtual tokens, its positions or its padding: draw samples")  # fmt: skip

@@ -94,16 +94,8 @@ class Listening(ThreadingHTTPServer):
 
 
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
-    """A server with /v1/completions, for token ids and prompt_logprobs, and /v1/models, with the model's fingerprint.
-
-    Args:
-        teacher: folder or hub name of a causal model.
-        port: 0: any free port; `server_address` has it.
-        most: the largest prompt_logprobs allowed.
-
-    Raises:
-        ValueError: an encoder–decoder model, whose continuation does not follow its prompt in one sequence.
-        OSError: the address cannot be listened at.
+    """A server with /v1/completions, for token ids and prompt_logprobs (at most `most`), and /v1/models, with the
+    model's fingerprint. teacher: folder or hub name of a causal model. port: 0: any free port; `server_address` has it.
     """
     if load_config(teacher).is_encoder_decoder:
         raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
@@ -132,14 +124,8 @@ FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "see
 
 
 def completions(room: InRoom, tokenizer: Any, body: dict[str, Any], most: int) -> dict[str, Any]:
-    """The choices for a request's prompts: a continuation of each, and the prompt's log-probabilities if asked for.
-
-    With these and max_tokens ≤ 1 nothing is drawn.
-
-    Raises:
-        ValueError, TypeError: prompts that are not token ids, numbers that are no integers or too small, more
-            log-probabilities than the server gives, a logit_bias that does more than to keep the last ids from being
-            drawn, or other fields.
+    """The choices for a request's prompts, or ValueError or TypeError for what is asked otherwise: a continuation of
+    each, and the prompt's log-probabilities if asked for. With these and max_tokens ≤ 1 nothing is drawn.
     """
     body = {name: value for name, value in body.items() if value is not None}
     prompts, drawn = _checked(body, room.vocabulary, most)

@@ -223,10 +223,8 @@ class Run:
         return trainer
 
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
-        """Trains, from the last checkpoint if there is one, and saves the student into a folder.
-
-        Raises:
-            KeyboardInterrupt: enable_jit_checkpoint has ended the run at a signal, with a checkpoint to go on from.
+        """Trains, from the last checkpoint if there is one, and saves the student into a folder. KeyboardInterrupt:
+        enable_jit_checkpoint has ended the run at a signal, with a checkpoint to go on from.
         """
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
         if trainer.state.global_step < trainer.state.max_steps:

@@ -42,11 +42,7 @@ CONCURRENCY, TIMEOUT = 128, 600.0
 
 
 def _by_first(work: Callable[[], Any], failed: str) -> Any:
-    """What the first rank makes, on all ranks at once.
-
-    Raises:
-        EndpointError: it failed there, of any kind: the other ranks wait for it.
-    """
+    """What the first rank makes, on all ranks at once, which wait for it, or an EndpointError if it failed there."""
     made: list[Any] = [None, None]
     cause: Exception | None = None
     if PartialState().is_main_process:
@@ -93,13 +89,7 @@ class StudentServer:
         self, student: Any, prompts: Sequence[Tensor], sampling: Sampling, step: int, fresh: bool = True
     ) -> list[Tensor]:
         """As `sampling.draw`, on all ranks at once. The first asks for everybody, with seeds of torch's generator; what
-        fails there fails everywhere.
-
-        Args:
-            fresh: the weights may be other ones than at the last call.
-
-        Raises:
-            ConnectionError: the server is gone, refuses, has no such endpoint, or does not speak with these weights.
+        fails there is a ConnectionError everywhere. fresh: the weights may be other ones than at the last call.
         """
         of_ranks = gather_object([[p.tolist() for p in prompts]])
 
@@ -116,11 +106,7 @@ class StudentServer:
         return [torch.tensor(row) for row in made[PartialState().process_index]]
 
     def take(self, student: Any, step: int) -> None:
-        """Gives the student's weights to the server.
-
-        Raises:
-            EndpointError: (a ConnectionError) the server refuses, or does not answer with these weights.
-        """
+        """Gives the student's weights to the server, which must then answer with them."""
         path, before, self.mark = self._written(student, step), self.mark, uuid.uuid4().hex
         if self.adapter is None:
             self._tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
@@ -202,11 +188,7 @@ class StudentServer:
 
 
 def _adapter_of(student: Any) -> str | None:
-    """The name of a student's LoRA adapter; None: all its weights are its own.
-
-    Raises:
-        ValueError: what vLLM does not take this way.
-    """
+    """The name of a student's LoRA adapter; None: all weights are its own. ValueError for what vLLM does not take."""
     if student.config.is_encoder_decoder:
         raise ValueError("student_server: vLLM draws from causal students alone, not from an encoder–decoder")
     if is_split(student):

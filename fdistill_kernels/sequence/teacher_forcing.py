@@ -15,10 +15,8 @@ IGNORE = -100
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
-    """(B, L) padded with −100 on either side, as a list of rows.
-
-    Raises:
-        ValueError: a −100 inside a row, whose text is then unknown: give all ids, and `counted`.
+    """(B, L) padded with −100 on either side, as a list of rows; ValueError for a −100 inside one, whose text is
+    unknown.
     """
     here = nn.functional.pad(ids != IGNORE, (1, 0))
     if ((here[:, 1:] & ~here[:, :-1]).sum(1) > 1).any():
@@ -38,11 +36,7 @@ def padded_inputs(rows: Sequence[Tensor], pad: int, side: str = "right") -> dict
 
 
 def masked(continuations: Sequence[Tensor], counted: Sequence[Tensor] | None) -> list[Tensor]:
-    """Continuations with −100 in place of the tokens that do not count.
-
-    Raises:
-        ValueError: counted is not one bool for each token.
-    """
+    """Continuations with −100 in place of the tokens that do not count."""
     if counted is None:
         return list(continuations)
     if [(len(m), m.dtype) for m in counted] != [(len(c), torch.bool) for c in continuations]:

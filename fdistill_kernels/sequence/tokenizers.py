@@ -24,10 +24,8 @@ def check_ids(tokenizer: Any, whose: str, most: int) -> None:
 
 
 def load_tokenizer(path: Any, **options: Any) -> Any:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        ValueError: it has none. For many models transformers 5 makes one then that has special tokens alone.
+    """The tokenizer of a folder or hub name. Of none, transformers 5 makes one for many models that has special tokens
+    alone, which is refused, too.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -43,10 +41,8 @@ TEXT = "The quick brown fox: 0123456789 + Ünïcödé, привет, 你好!\n\t
 
 
 def check_tokenizer(endpoint: Endpoint, tokenizer: Any, of: str) -> None:
-    """A server's tokenizer must be the one of `of`: by its hash if the server tells it, else by a text's tokens.
-
-    Raises:
-        ValueError: it is another one. A server that tells neither is warned of.
+    """Raises ValueError where a server's tokenizer is not that of `of`: by its hash if the server tells it, else by a
+    text's tokens. A server that tells neither is warned of.
     """
     known = endpoint.tokenizer
     same = None if known is None else known == tokenizer_hash(tokenizer)
@@ -59,11 +55,7 @@ def check_tokenizer(endpoint: Endpoint, tokenizer: Any, of: str) -> None:
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Checks that two tokenizers agree in what they share.
-
-    Raises:
-        ValueError: a token has two ids, or an id two tokens.
-    """
+    """Raises ValueError where two tokenizers share a token with two ids, or an id with two tokens."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     tokens = {i: t for t, i in theirs.items()}
     differ = [t for t, i in ours.items() if theirs.get(t, i) != i or (t not in theirs and i in tokens)]

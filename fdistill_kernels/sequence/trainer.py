@@ -204,11 +204,7 @@ class FDistillTrainer(UpdatingTrainer):
         return found
 
     def _check_models(self) -> None:
-        """Before any work, what the first step would refuse; models that are sharded later are asked in that step.
-
-        Raises:
-            ValueError: see `check_head` and `check_forward`.
-        """
+        """Before any work, what the first step would refuse; models that are sharded later are asked in that step."""
         student, pack = self._unwrapped(self.model), self.args.pack
         check_head(student)
         if self.args.world_size > 1 or self.is_deepspeed_enabled or any(p.is_meta for p in student.parameters()):

@@ -26,11 +26,8 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 class Watch(TrainerCallback):
-    """Sums since the last log line. Nothing waits for a GPU until they are asked for.
-
-    Args:
-        sources: of the objective's halves, whose losses are logged each.
-        lists: whether the teacher is lists, of which there are no entropies.
+    """Sums since the last log line. Nothing waits for a GPU until they are asked for. sources: of the objective's
+    halves, whose losses are logged each. lists: whether the teacher is lists, of which there are no entropies.
     """
 
     def __init__(self, sources: list[str], lists: bool, device: torch.device):

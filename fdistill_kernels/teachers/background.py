@@ -13,12 +13,7 @@ from .connection import EndpointError
 
 
 class Background:
-    """The loop and its thread.
-
-    Args:
-        name: whose work it is, for errors.
-        last: awaited when all other work is called off.
-    """
+    """The loop and its thread. name: whose work it is, for errors. last: awaited when all other work is called off."""
 
     def __init__(self, name: str, last: Callable[[], Awaitable[None]]):
         self.name, self.last, self.process, self.closed = name, last, os.getpid(), False
@@ -28,11 +23,7 @@ class Background:
         self._thread.start()
 
     def submit(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
-        """Begins it.
-
-        Raises:
-            EndpointError: the loop is closed, or another process's.
-        """
+        """Begins it; EndpointError where the loop is closed, or another process's."""
 
         async def in_a_scope() -> Any:  # so that whoever cancels the future calls the requests off as `all_of` does
             return (await all_of([(work, *arguments)]))[0]
@@ -47,11 +38,7 @@ class Background:
         raise EndpointError(f"{self.name} is closed, or belongs to the process that forked this one")
 
     def result(self, future: Future[Any]) -> Any:
-        """Waits for what was submitted; an interrupt calls it off.
-
-        Raises:
-            EndpointError: the loop was closed meanwhile.
-        """
+        """Waits for what was submitted; an interrupt calls it off. EndpointError: the loop was closed meanwhile."""
         try:
             return future.result()
         except CancelledError as error:

@@ -157,12 +157,7 @@ def message_of(reply: Any) -> str:
 
 
 def _address(url: str) -> tuple[str, tuple[str, str] | None]:
-    """A server's url without /v1, user and password; and these two.
-
-    Raises:
-        TypeError: it is no text.
-        ValueError: it does not begin with http:// or https:// and a host, or does not end with a path.
-    """
+    """A server's url without /v1, user and password; and these two."""
     if not isinstance(url, str):
         raise TypeError(f"the url must be text, not {type(url).__name__}")
     shown = without_credentials(url)
@@ -196,11 +191,7 @@ def without_credentials(url: str) -> str:
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:
-    """The header of a key.
-
-    Raises:
-        ValueError, TypeError: what no header can have. The key is not shown.
-    """
+    """The header of a key; ValueError or TypeError, which do not show it, for what no header can have."""
     if api_key is None:
         api_key = os.environ.get("FDISTILL_API_KEY")
     if api_key is not None and not isinstance(api_key, str):

@@ -362,11 +362,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return self._about
 
     async def _open(self) -> None:
-        """Asks what the model is, makes the store where that is left to it, and compares the two.
-
-        Raises:
-            ValueError: a smaller vocabulary at the server, or a store of another model.
-        """
+        """Asks what the model is, makes the store where that is left to it, and compares the two."""
         async with self._opening:
             if self._opened:
                 return
@@ -402,11 +398,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
                              "teacher; take another folder for this one")  # fmt: skip
 
     async def _try(self) -> None:
-        """Tries two short sequences, one of them twice.
-
-        Raises:
-            EndpointError: a reply lacks something, or the rows of one sequence differ, or those of two do not.
-        """
+        """Tries two short sequences, one of them twice: the same must have the same rows, and another others."""
         async with self._opening:
             if self._tried:
                 return

@@ -50,11 +50,7 @@ def sealed(content: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def unsealed(path: Path) -> dict[str, Any]:
-    """The content that `sealed` was given.
-
-    Raises:
-        Damaged: the file is missing, or something else is in it.
-    """
+    """The content that `sealed` was given; Damaged where the file is missing, or something else is in it."""
     try:
         content = json.loads(path.read_bytes())
         whole = content.pop("check") == hash_of(content)
@@ -68,11 +64,8 @@ def unsealed(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, content: bytes, first: bool = False) -> None:
-    """Writes a file whole or not at all; it is on the disk when this returns.
-
-    Raises:
-        FileExistsError: with `first`, the file exists already.
-        OSError: the message names the file.
+    """Writes a file whole or not at all; it is on the disk when this returns. first: FileExistsError if it exists
+    already.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:

@@ -39,13 +39,8 @@ def owned(file: int) -> bool:
 
 
 def lock(file: int, begin: int, length: int) -> bool:
-    """Locks bytes of a file for this descriptor, if nobody else has; whether it did.
-
-    Systems without such locks (macOS) have `lockf`, whose locks are the process's: batches of one process then do not
-    wait for each other.
-
-    Raises:
-        NotImplementedError: on Windows.
+    """Locks bytes of a file for this descriptor, if nobody else has; whether it did. Systems without such locks (macOS)
+    have `lockf`, whose locks are the process's: batches of one process then do not wait for each other.
     """
     return _lock(file, "F_WRLCK", begin, length)
 
@@ -65,11 +60,7 @@ def _lock(file: int, kind: str, begin: int, length: int) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock on the file; it need not be there.
-
-    Raises:
-        NotImplementedError: on Windows.
-    """
+    """Whether another process holds a lock on the file; it need not be there."""
     _ask_for_locks()
     try:
         with open(path) as file:

@@ -247,10 +247,8 @@ def columns(
     rows: Iterable[dict[str, Any]], *, vocabulary: int, prompt: str = "prompt", continuation: str = "continuation",
     ids: str = "ids", log_probs: str = "log_probs", name: str = "row",
 ) -> Iterator[Scored]:  # fmt: skip
-    """Rows of a dataset, or any dicts: columns of token ids, and of lists of ids and log-probabilities by position.
-
-    Raises:
-        Misfit: with `name` and the number of the row that does not fit.
+    """Rows of a dataset, or any dicts: columns of token ids, and of lists of ids and log-probabilities by position. A
+    Misfit has `name` and the number of the row that does not fit.
     """
     for number, row in enumerate(rows):
         with _at(f"{name} {number}"):

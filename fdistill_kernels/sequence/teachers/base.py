@@ -70,11 +70,7 @@ def check_given(what: str, given: object, kind: type) -> None:
 
 
 def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
-    """A teacher's rows as a function from a range to logits.
-
-    Raises:
-        TypeError: the rows are lists of ids, without logits for the other ids.
-    """
+    """A teacher's rows as a function from a range to logits; TypeError for lists, without logits for other ids."""
     value = rows.value
     if isinstance(value, TopK):
         raise TypeError("a list of ids has no logits of the others")

@@ -50,11 +50,8 @@ class Stored(Teacher):
         return list(self.store.extra.get("end_tokens", []))
 
     def check(self, name: str, examples: Iterable[tuple[int, dict[str, Tensor]]], columns: Sequence[str]) -> None:
-        """Checks that the sequences of a dataset's columns are in the store; examples: with their numbers, as
-        `batches.of_example` has them.
-
-        Raises:
-            ValueError: some are not; the message says which, and what the store was built from.
+        """Raises ValueError where sequences of a dataset's columns are not in the store. examples: with their numbers,
+        as `batches.of_example` has them.
         """
         asked, lacking = 0, {column: list[int]() for column in columns}
         for number, row in examples:

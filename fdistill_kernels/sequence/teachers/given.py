@@ -26,10 +26,8 @@ def is_store(path: str | Path) -> bool:
 
 
 def teacher_of(given: Any) -> Teacher:
-    """The teacher for a model, a path (a store's folder, or a model's folder or hub name), a store or an endpoint.
-
-    Raises:
-        TypeError: anything else. ValueError: a URL, which does not tell enough about its server.
+    """The teacher for a model, a path (a store's folder, or a model's folder or hub name), a store or an endpoint; a
+    URL alone does not tell enough about its server.
     """
     if isinstance(given, (str, Path)):
         if is_url(given):

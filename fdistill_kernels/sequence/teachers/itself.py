@@ -51,11 +51,7 @@ class Itself(Teacher):
         self.vocabulary, self.encoder_decoder = 0, False
 
     def bind(self, student: Any) -> None:
-        """Sets the student.
-
-        Raises:
-            ValueError: adapter is False, and the student has no adapter; or an average of a student in parts.
-        """
+        """Sets the student."""
         if not self.adapter and not hasattr(student, "disable_adapter"):
             raise ValueError("Itself(adapter=False) needs a PEFT model, as get_peft_model makes it, and the student is "
                              f"a {type(student).__name__}")  # fmt: skip
@@ -110,11 +106,7 @@ class Itself(Teacher):
 
     @torch.no_grad()
     def load(self, checkpoint: str | Path) -> None:
-        """Continues from a checkpoint's average.
-
-        Raises:
-            FileNotFoundError: the checkpoint has none.
-        """
+        """Continues from a checkpoint's average."""
         from safetensors.torch import load_file
 
         if self.average is None:

@@ -79,11 +79,7 @@ class OfRows(Teacher):
         self.names: list[str] = []  # of the batch's examples
 
     def choose(self, names: Sequence[str]) -> None:
-        """Sets the teachers of the next batch's examples.
-
-        Raises:
-            ValueError: an unknown name.
-        """
+        """Sets the teachers of the next batch's examples."""
         unknown = [n for n in names if n not in self.teachers]
         if unknown:
             raise ValueError(f"an example names the teacher {unknown[0]!r}; known: {', '.join(self.teachers)}")
