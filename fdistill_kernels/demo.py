@@ -51,13 +51,12 @@ class Text:
     def batch(self, seed: int) -> Tensor:
         """Windows of the training part, (BATCH, CONTEXT + 1). They depend on the seed alone, so runs can be resumed."""
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(self.train) - CONTEXT - 1, (BATCH, 1), generator=generator)
-        return self.train[starts + torch.arange(CONTEXT + 1)]
+        starts = torch.randint(len(self.train) - CONTEXT - 1, (BATCH,), generator=generator)
+        return self.train.unfold(0, CONTEXT + 1, 1)[starts]
 
     def windows(self) -> Tensor:
         """At most 64 windows of the held-out part, (windows, CONTEXT + 1)."""
-        count = min(64, (len(self.held_out) - 1) // CONTEXT)
-        return self.held_out[torch.arange(count)[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
+        return self.held_out.unfold(0, CONTEXT + 1, CONTEXT)[:64]
 
 
 @contextlib.contextmanager
@@ -168,9 +167,7 @@ def evaluate(model: Any, windows: Tensor, teacher: Any = None) -> tuple[float, f
 
 
 def run(stages: list[Stage], text: Text, of: dict[str, Any], checkpoint: Path, console: Console) -> None:
-    """Trains each stage to its end, and saves a checkpoint at every evaluation and at Ctrl-C, with `of`: its seed, and
-    what it is of.
-    """
+    """Trains each stage to its end; at every evaluation and at Ctrl-C a checkpoint is saved, with what it is `of`."""
     windows = text.windows()
 
     def save() -> None:
@@ -209,12 +206,10 @@ def loss_speed(student: Any, teacher: Any, divergence: Divergence, tokens: Tenso
 
 def plot(stages: list[Stage], path: Path) -> None:
     """Draws the held-out perplexity of each model over the steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     for stage in stages:
         steps, nats = zip(*stage.curve, strict=True)
         axes.plot(steps, [math.exp(x) for x in nats], marker="o", markersize=3, label=stage.name)

@@ -37,11 +37,11 @@ from fdistill_kernels.divergences import AB, TABLE, Alpha, SkewKL, SkewRKL, Tail
 from fdistill_kernels.integrations.transformers import patch_model
 from fdistill_kernels.own import FDivergence, resolve
 from fdistill_kernels.sequence import sampling, watch
+from fdistill_kernels.sequence.beginning_checks import check_accelerator
 from fdistill_kernels.sequence.config import MAY_BE_JSON
 from fdistill_kernels.sequence.models import evaluating, virtual_tokens
 from fdistill_kernels.sequence.objectives import Half
 from fdistill_kernels.sequence.options import BY_LENGTH
-from fdistill_kernels.sequence.rank_checks import check_accelerator
 from fdistill_kernels.sequence.report import name_of
 from fdistill_kernels.sequence.samples import TeacherSamples
 from fdistill_kernels.sequence.sampling import Sampling, draw, drawn_by_forward

@@ -67,10 +67,7 @@ def teacher_for(asked: Asked) -> tuple[Teacher, Any, Any]:
 
 
 def _stored_teacher(asked: Asked) -> tuple[Stored, Any, Any]:
-    """Returns a store as the teacher, with its tokenizer and configuration.
-
-    A store that was filled by a reader has neither; then they are the student's.
-    """
+    """A store as the teacher, its tokenizer and configuration: the student's where a reader has filled it."""
     model = asked.model
     assert model.teacher is not None
     teacher = Stored(TeacherStore(model.teacher), asked.run.tail)
@@ -102,10 +99,7 @@ def to_make(asked: Asked) -> bool:
 
 
 def student_for(asked: Asked, teacher: Any) -> Any:
-    """Loads or makes the student: the pre-distilled one if there is one, with a new adapter if asked for.
-
-    teacher: the teacher's model; None: it is not at hand.
-    """
+    """The student, pre-distilled if it has been, with a new adapter if asked for. teacher: its model, if at hand."""
     model, made, split = asked.model, made_folder(asked), asked.run.tensor_parallel
     if split > 1:
         join(asked.config.ddp_timeout, asked.config.ddp_backend)

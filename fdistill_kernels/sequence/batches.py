@@ -193,9 +193,7 @@ def collate(
 
 
 def of_example(example: dict[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:
-    """An example's ids and mask as tensors, without padding. Raises TypeError where it is no row by column, and
-    ValueError for ids or masks that do not fit (`collate`).
-    """
+    """An example's ids and mask as tensors, without padding; TypeError or ValueError where they do not fit."""
     if not isinstance(example, Mapping):
         raise TypeError(f"an example must be a row by column, not a {type(example).__name__}: where that is the "
                         "dataset's format, take data.with_format(None)")  # fmt: skip

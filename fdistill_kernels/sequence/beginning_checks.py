@@ -1,21 +1,22 @@
 """Whether what a trainer makes as it begins can be made: its optimizer and schedule, which use the options that are
-given, and what the model is made of.
+given, what the model is made of, and ways to share work between ranks, of which it does not go all of accelerate's.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import Trainer, get_scheduler
+import transformers
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
 from .config import FDistillConfig, is_changed, not_used
-from .ranks import is_split
+from .ranks import copies_of_rows, is_split
 
 #: Options of `TrainingArguments` that only some optimizers are made with.
 OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
@@ -50,7 +51,7 @@ def check_beginning(trainer: Trainer) -> None:
     elif not trainer.args.optim.endswith("layerwise"):  # whose making puts hooks on the weights, once too often then
         _check_options(trainer)
     if trainer.lr_scheduler is not None:
-        _check_beside(trainer.args, "a schedule in optimizers", NOT_OF_OWN_SCHEDULE)
+        _check_beside(trainer.args, "a schedule in optimizers", NOT_OF_OWN_SCHEDULE, {})
     else:
         _check_schedule(trainer.args, float(own.get("learning_rate") or trainer.args.learning_rate))
 
@@ -65,7 +66,7 @@ def _own_optimizer(trainer: Trainer) -> dict[str, Any]:
             "adam_beta2": beta2, "adam_epsilon": made.get("eps")}  # fmt: skip
 
 
-def _check_beside(args: Any, given: str, names: Sequence[str], own: Mapping[str, Any] = MappingProxyType({})) -> None:
+def _check_beside(args: Any, given: str, names: Sequence[str], own: Mapping[str, Any]) -> None:
     """Raises ValueError for options that are not used beside what is given in their place, and have not its values."""
     for name in names:
         if is_changed(args, name) and getattr(args, name) != own.get(name):
@@ -129,3 +130,60 @@ def _check_options(trainer: Trainer) -> None:
                 and unused(name, [getattr(FDistillConfig, name)])]  # fmt: skip
     if ignored:
         raise ValueError(f"optim={optim} makes nothing of {', '.join(ignored)}")
+
+
+def check_accelerator(trainer: Trainer, student: Any) -> None:
+    """Raises ValueError for options of accelerate's and DDP's whose ranks would not train one student (unwrapped)."""
+    args: Any = trainer.args
+    loaders: Any = args.accelerator_config
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
+        raise ValueError("accelerate's FSDP is for GPUs, and would leave a CPU's models whole: take DDP, or load the "
+                         "model with a DistributedConfig")  # fmt: skip
+    for name in ("cp_size", "sp_size"):
+        if (size := getattr(getattr(trainer.accelerator, "parallelism_config", None), name, 1)) > 1:
+            raise ValueError(f"{name}={size} cuts a batch's sequences over ranks, and this trainer's ranks have whole "
+                             "ones: leave it out")  # fmt: skip
+    ranks = args.world_size // copies_of_rows(student)  # that have rows of their own
+    for name in ("per_device_train_batch_size", *(["per_device_eval_batch_size"] if args.evaluates else [])):
+        if loaders.split_batches and (size := getattr(args, name)) % ranks:
+            raise ValueError(f"{name}={size}: split_batches cuts a batch into one for each of the {ranks} ranks: take "
+                             "a multiple of them")  # fmt: skip
+    static = getattr(args, "ddp_static_graph", False)  # which older transformers do not know
+    if args.world_size > 1:
+        _check_ranks(args, loaders, static)
+        _check_reentrant(trainer, static)
+
+
+def by_ddp(trainer: Trainer) -> bool:
+    """Whether ranks have whole students, whose gradients DDP shares."""
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(trainer.model))
+    return trainer.args.world_size > 1 and whole
+
+
+def _check_ranks(args: Any, loaders: Any, static: bool) -> None:
+    synced = (loaders.gradient_accumulation_kwargs or {}).get("sync_each_batch")
+    accumulates = args.gradient_accumulation_steps > 1 and not synced
+    if static and accumulates:  # an assertion of torch's
+        raise ValueError("ddp_static_graph takes no gradients that are accumulated before ranks share them: leave it "
+                         "out, or give accelerator_config's gradient_accumulation_kwargs sync_each_batch")  # fmt: skip
+    if loaders.dispatch_batches:
+        raise ValueError("dispatch_batches makes all batches on the first rank, and theirs differ in length here: "
+                         "leave it out")  # fmt: skip
+    if not (loaders.even_batches or args.dataloader_drop_last):
+        raise ValueError("even_batches=False leaves some ranks without a last batch, and others waiting for it: leave "
+                         "it out, or give dataloader_drop_last")  # fmt: skip
+
+
+def _check_reentrant(trainer: Trainer, static: bool) -> None:
+    """Raises ValueError for checkpointed layers each of whose backward passes DDP takes for a whole one: of several
+    forward passes it shares some gradients and not others, and ranks would train students of their own.
+    """
+    args: Any = trainer.args
+    default = transformers.__version__.startswith("4.")
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", default)
+    looks = args.ddp_find_unused_parameters  # after each backward pass, for weights that it has not reached
+    looks = not isinstance(trainer.model, PreTrainedModel) if looks is None else looks
+    several = (looks or len(args.halves()) > 1) and not static
+    if by_ddp(trainer) and args.gradient_checkpointing and reentrant and several:
+        raise ValueError("gradient_checkpointing_kwargs: DDP takes use_reentrant with one half of an objective alone, "
+                         "and of adapters with ddp_find_unused_parameters=False: give use_reentrant False")  # fmt: skip

@@ -120,17 +120,14 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _of_checkpoint(checkpoint):
             super()._load_rng_state(checkpoint)
-            if checkpoint is not None:
-                self._load_more(checkpoint)
-
-    def _load_more(self, checkpoint: str) -> None:
-        """What a checkpoint has beside `Trainer`'s own files."""
-        if isinstance(self.teacher, Itself):
-            self.teacher.load(checkpoint)
-        if self._kept_in(checkpoint).exists():
-            kind = self.args.device.type  # torch loads to no "cpu:0", as it is called where ranks are several
-            known = torch.load(self._kept_in(checkpoint), map_location=kind, weights_only=True)
-            self._kept = [Sequences(**found) for found in known]
+            if checkpoint is None:
+                return
+            if isinstance(self.teacher, Itself):
+                self.teacher.load(checkpoint)
+            if self._kept_in(checkpoint).exists():
+                kind = self.args.device.type  # torch loads to no "cpu:0", as it is called where ranks are several
+                known = torch.load(self._kept_in(checkpoint), map_location=kind, weights_only=True)
+                self._kept = [Sequences(**found) for found in known]
 
     def _kept_in(self, folder: str) -> Path:
         """The samples of this rank's rows, which are others of another number of ranks."""

@@ -143,9 +143,7 @@ class FDistillConfig(TrainingArguments):
                 raise ValueError(f"gradient_checkpointing_kwargs={given}: {error}") from error
 
     def _check_accumulation(self) -> None:
-        """Raises ValueError for what accelerate would refuse without saying of what, and for an order of rows that no
-        run could go on with.
-        """
+        """Raises ValueError for what accelerate would refuse, and an order of rows that no run could go on with."""
         loaders: Any = self.accelerator_config
         if not loaders.use_seedable_sampler:
             raise ValueError("accelerator_config's use_seedable_sampler=False is not used here: the seed and the epoch "

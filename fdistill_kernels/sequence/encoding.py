@@ -91,9 +91,7 @@ def conversation(
 
 
 def _end_behind(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, stops: Collection[int | None]) -> list[int]:
-    """The token that the turn behind the last one begins with, if generation stops there: GLM's answers have no end of
-    their own. Else nothing.
-    """
+    """The token that the next turn begins with, if generation stops there: GLM's answers have no end of their own."""
     calls = {name: value for name, value in turns[-1].items() if name == "tool_calls" and value}
     short = [*turns[:-1], {"role": "assistant", "content": "x", **calls}]  # thoughts are dropped when a turn follows
     with contextlib.suppress(ValueError):  # the template takes no such turn
@@ -239,15 +237,15 @@ class Encoder:
 
 
 def _parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """Messages and tools that a file has as JSON text, parsed."""
-    return {k: _of_text(k, v) if k in ("messages", "tools") and v and isinstance(v, str) else v for k, v in row.items()}
-
-
-def _of_text(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a list, or its JSON, not {text[:40]!r} ({error})") from error
+    """A row whose messages and tools, which a file may have as JSON text, are parsed."""
+    found = dict(row)
+    for name in ("messages", "tools"):
+        if isinstance(text := row.get(name), str) and text:
+            try:
+                found[name] = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{name} must be a list, or its JSON, not {text[:40]!r} ({error})") from error
+    return found
 
 
 def _said(turn: dict[str, Any]) -> str:

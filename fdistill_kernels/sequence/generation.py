@@ -110,10 +110,7 @@ def share_ends(student: Any, of_teachers: Sequence[Sequence[int]], vocabulary: i
 
 
 def check_search(model: Any, by_forward: bool = False) -> None:
-    """Raises ValueError where a model's generation configuration has what greedy and beam search cannot follow here.
-
-    by_forward: if its `generate` is not used, as PEFT's virtual tokens' never is.
-    """
+    """Raises ValueError for a generation config that a search cannot follow here. by_forward: without `generate`."""
     own = getattr(model, "generation_config", None)
     unable = dict.fromkeys(NOT_HERE, 0) | (BY_GENERATE if by_forward or virtual_tokens(model) else {})
     if found := [name for name, none in unable.items() if (getattr(own, name, None) or none) != none]:

@@ -79,10 +79,7 @@ def ids_read(model: Any) -> int:
 
 
 def context(of: Any, target: bool = False) -> float:
-    """The number of tokens that a model, or one of a configuration, can read beside its virtual tokens; or infinity.
-
-    target: of an encoder–decoder's target, which is not always that of its prompt.
-    """
+    """How many tokens a model, or one of a configuration, reads in its prompt or target, beside virtual ones; or ∞."""
     config = getattr(of, "config", of)
     # LED's two, and MPT's
     names = ("max_position_embeddings", f"max_{'decoder' if target else 'encoder'}_position_embeddings", "max_seq_len")

@@ -69,9 +69,7 @@ def check_pair(student: Any, teacher: Teacher) -> None:
 
 
 def check_tokenizers(student: Any, teacher: Teacher, tokenizers: Sequence[Any]) -> None:
-    """Raises ValueError for a tokenizer, the student's or the teacher's (None: not known), that has more ids than its
-    model.
-    """
+    """Raises ValueError for a student's or teacher's tokenizer (None: not known) with more ids than its model."""
     own = {"student": vocabulary_of(student.config), "teacher": teacher.vocabulary}
     read = max(map(ids_read, (student, *models_of(teacher)))) if teacher.encoder_decoder else 0
     for (whose, most), tokenizer in zip(own.items(), tokenizers, strict=True):

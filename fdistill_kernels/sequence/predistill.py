@@ -55,9 +55,7 @@ def _set_layers(config: Any, names: tuple[str, ...], count: int) -> None:
 
 
 def _check_readable(config: Any) -> None:
-    """Raises ValueError for a configuration that a saved student could not be loaded with: its numbers belong together,
-    and one of them was changed.
-    """
+    """Raises ValueError for a configuration whose numbers belong together, so that no saved student could be loaded."""
     try:
         type(config).from_dict(config.to_dict())
     except Exception as error:  # each configuration has its own checks
@@ -124,10 +122,7 @@ def _mask(states: Any, masks: Sequence[Tensor], model: Any) -> Tensor:
 def _matched(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], masks: Sequence[Tensor], normalize: bool, reduction: str
 ) -> Tensor:
-    """MSE, summed over tokens, of the states after each student layer and after the corresponding teacher layer.
-
-    masks: of the student's states and the teacher's, (B, L) each.
-    """
+    """MSE, summed over tokens, of the states after each student layer and its teacher's; masks: of both, (B, L)."""
     depth, of = len(student) - 1, len(teacher) - 1
     errors = []
     for i in range(1, depth + 1):

@@ -23,9 +23,7 @@ def rank() -> tuple[int, int]:
 
 
 def join(seconds: float, backend: str | None = None) -> None:
-    """Begins the process group that torchrun or accelerate launch has made this process one of, unless it has begun;
-    `transformers` leaves a CPU's without its ``ddp_timeout``.
-    """
+    """Begins the process group of torchrun or accelerate launch; `transformers` leaves out a CPU's ``ddp_timeout``."""
     if rank()[1] > 1 and dist.is_available() and not dist.is_initialized():
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
 
@@ -55,9 +53,7 @@ def telling() -> Iterator[None]:
 
 
 def wait(lacking: Callable[[], Any], seconds: float = 0.1) -> None:
-    """Waits until nothing is lacking of what other ranks make, which may take longer than they may let each other wait;
-    ConnectionError if one has ended with an error.
-    """
+    """Waits, however long, until nothing is lacking of what other ranks make; ConnectionError if one has failed."""
     store = _store()
     while lacking():
         try:

@@ -92,10 +92,7 @@ def sample_teacher(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def evaluate_student(asked: Asked, console: Console) -> dict[str, Any]:
-    """Runs `fdistill evaluate`: all measures of --student, TeacherDist too, on all rows of --data or --eval_data.
-
-    With --output_dir the table of sentences is kept there.
-    """
+    """Runs `fdistill evaluate` on all rows; with --output_dir the table of sentences is kept there."""
     if not asked.model.student:
         raise ValueError("--student is needed")
     run = Run(asked, console)

@@ -19,6 +19,7 @@ from ..teachers.files import Damaged, noticing, write_whole
 from ..teachers.settings import check_same
 from .generation import FORM, TOKENS
 from .hashes import data_hash
+from .loading import read_json
 from .sampling import Sampling, draw
 
 SHARD = 256
@@ -55,13 +56,19 @@ class TeacherSamples:
         self.folder, self.prompts, self.sampling, self.seed = Path(folder).absolute(), prompts, sampling, seed
         self.key = {"teacher": teacher, "data": data_hash(prompts), "prompts": len(prompts), "seed": seed,
                     **sampling.decided(), **(settings or {})}  # fmt: skip
-        self._check_key()
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(manifest, json.dumps(self.key, indent=1).encode())
+            return
+        known = read_json(manifest, f"remove {self.folder} to sample anew")
+        check_same(f"the samples in {self.folder} were drawn otherwise", known, self.key)
 
     @classmethod
     def kept(cls, folder: Path, prompts: Sequence[Sequence[int]], job: dict[str, Any]) -> TeacherSamples:
         """Those that a teacher drew who is not there any more, by whatever sampling. job: the store's, for a hint."""
         try:
-            known = _known(folder / "manifest.json")
+            known = read_json(folder / "manifest.json", "build the store anew")
             sampling = Sampling(**{name: known[name] for name in Sampling().decided()})
         except (OSError, ValueError, KeyError) as error:
             told = ("data", "limit", "eval_data", "eval_pairs", "sequences")
@@ -72,18 +79,6 @@ class TeacherSamples:
         decided = {"data", "prompts", "seed", "teacher", *sampling.decided()}
         return cls(folder, prompts, sampling, known["teacher"], known["seed"],
                    {k: v for k, v in known.items() if k not in decided})  # fmt: skip
-
-    def _check_key(self) -> None:
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(manifest, json.dumps(self.key, indent=1).encode())
-            return
-        try:
-            known = _known(manifest)
-        except ValueError as error:
-            raise ValueError(f"{manifest} is damaged ({error}); remove {self.folder} to sample anew") from error
-        check_same(f"the samples in {self.folder} were drawn otherwise", known, self.key)
 
     def shards(self) -> list[Path]:
         """The paths of all shards, whether they exist or not."""
@@ -145,14 +140,6 @@ class TeacherSamples:
         except (Damaged, KeyError, TypeError, pyarrow.ArrowException) as error:
             why = str(error)
         raise ValueError(f"{path} is not what was written ({why}): remove it, and its prompts are sampled anew")
-
-
-def _known(manifest: Path) -> dict[str, Any]:
-    """What decided the samples there; ValueError where that cannot be read."""
-    known = json.loads(manifest.read_text())
-    if not isinstance(known, dict):
-        raise ValueError("it is no object of JSON")
-    return known
 
 
 def write_table(table: Any, path: str | Path) -> None:

@@ -94,9 +94,7 @@ class Listening(ThreadingHTTPServer):
 
 
 def server(teacher: str, host: str = "127.0.0.1", port: int = 8000, most: int = 4096) -> ThreadingHTTPServer:
-    """A server with /v1/completions, for token ids and prompt_logprobs (at most `most`), and /v1/models, with the
-    model's fingerprint. teacher: folder or hub name of a causal model. port: 0: any free port; `server_address` has it.
-    """
+    """A server of /v1/completions, with `most` prompt_logprobs, and /v1/models; port 0: any that is free."""
     if load_config(teacher).is_encoder_decoder:
         raise ValueError(f"{teacher} is an encoder–decoder model, and completions go on from their prompt: store it")
     listening = Listening(host, port)  # refuses, before the weights are read

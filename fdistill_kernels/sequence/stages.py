@@ -223,9 +223,7 @@ class Run:
         return trainer
 
     def fit(self, trainer: FDistillTrainer, into: Path) -> None:
-        """Trains, from the last checkpoint if there is one, and saves the student into a folder. KeyboardInterrupt:
-        enable_jit_checkpoint has ended the run at a signal, with a checkpoint to go on from.
-        """
+        """Trains, from the last checkpoint if there is one, and saves the student, unless a signal has ended it."""
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
         if trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
@@ -268,10 +266,7 @@ class Run:
         return prompts_of_teacher(self.held_out.column_names)
 
     def measure(self, model: Any, draws: int = 1, keep: bool = True) -> dict[str, float]:
-        """Measures a model on the held-out rows by `metrics.measured`, with `draws` samples of the teacher.
-
-        Returns the summary. If `keep`, sentences.parquet in the run's folder has a row for each sentence.
-        """
+        """The summary of `metrics.measured` on the held-out rows; keep: its table too, as sentences.parquet."""
         table, found = measured(model, self.model, *self.held_out_rows(), self.tokenizer, self.config.sampling(),
                                 self.config.seed, draws)  # fmt: skip
         if keep:
@@ -281,9 +276,7 @@ class Run:
 
 
 def _border(numbers: list[int], begin: int) -> int:
-    """Where to cut answers at `begin`, or else before it, so that those of a conversation are on one side; numbers:
-    each one's conversation. A conversation alone is cut all the same.
-    """
+    """Where to cut answers, at `begin` or before it, between two conversations if there are two, by their numbers."""
     starts = [i for i, number in enumerate(numbers) if i and number != numbers[i - 1]]
     before = [i for i in starts if i <= begin]
     return (before[-1:] or starts[:1] or [begin])[0] if begin else 0

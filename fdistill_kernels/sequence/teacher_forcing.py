@@ -15,9 +15,7 @@ IGNORE = -100
 
 
 def unpadded(ids: Tensor) -> list[Tensor]:
-    """(B, L) padded with −100 on either side, as a list of rows; ValueError for a −100 inside one, whose text is
-    unknown.
-    """
+    """(B, L) padded with −100 on either side, as a list of rows; ValueError for a −100 inside, an unknown text."""
     here = nn.functional.pad(ids != IGNORE, (1, 0))
     if ((here[:, 1:] & ~here[:, :-1]).sum(1) > 1).any():
         raise ValueError("a row has −100 between its tokens: give the token ids, and beside them which of them count")

@@ -24,9 +24,7 @@ def check_ids(tokenizer: Any, whose: str, most: int) -> None:
 
 
 def load_tokenizer(path: Any, **options: Any) -> Any:
-    """The tokenizer of a folder or hub name. Of none, transformers 5 makes one for many models that has special tokens
-    alone, which is refused, too.
-    """
+    """The tokenizer of a folder or hub name; transformers 5 makes one of special tokens alone, where there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:

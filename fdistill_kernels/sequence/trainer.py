@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 
 from ..own import resolve
 from .batches import Counted, Sequences, collate, given_sequences
-from .beginning_checks import check_beginning
+from .beginning_checks import by_ddp, check_accelerator, check_beginning
 from .config import OF_PREDISTILLATION, OF_WORKERS, FDistillConfig
 from .dataset_checks import check_collator, check_datasets
 from .forward import forward_to_head
@@ -39,7 +39,6 @@ from .pairing import (
 )
 from .predistill import predistillation_loss
 from .probes import check_forward
-from .rank_checks import by_ddp, check_accelerator
 from .ranks import copies_of_rows, generators_kept, is_of_ranks, of_all_rows
 from .student_server import StudentServer
 from .teachers import InRoom, Itself, OfRows, Served, teacher_of
@@ -154,16 +153,12 @@ class FDistillTrainer(UpdatingTrainer):
                 part.to(self.args.device)
         self._check_models()
         self.watch = Watch(self.sources, not self.teacher.whole, self.args.device)
-        self._add_callbacks()
-        self.server = self._server()
-
-    def _add_callbacks(self) -> None:
-        """What follows the steps: the teacher that averages the student, and the logs."""
         if isinstance(self.teacher, Itself) and self.teacher.decay is not None:
             if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 raise ValueError(NOT_AVERAGED)
             self.add_callback(KeepAverage(self.teacher))
         self.add_callback(self.watch)
+        self.server = self._server()
 
     def _server(self) -> StudentServer | None:
         """What draws the student's samples; None: the student itself."""

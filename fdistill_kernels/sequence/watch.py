@@ -64,9 +64,7 @@ class Watch(TrainerCallback):
 
     def add(self, source: str, loss: Tensor, parts: Metrics | SparseParts | None, items: Any, share: Tensor,
             count: int, tokens: int) -> None:  # fmt: skip
-        """One half's loss of a batch, and its parts, sums over `items`; it is such a share of its update, which has
-        `count` batches, and has so many tokens.
-        """
+        """One half's loss of a batch of so many tokens, one of `count` in its update; its parts sum over `items`."""
         found = self.sums[self.sources.index(source)]
         found[:2] += torch.stack([loss.detach().to(found) / count, share])
         self.tokens += tokens

@@ -353,9 +353,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     # One teacher
 
     async def _known(self) -> dict[str, Any]:
-        """What the server says of its model: the name and, where it does, `fingerprint`, `vocabulary`, `tokenizer`, and
-        of an adapter its `parent`.
-        """
+        """What the server says of its model: the name and, where it does, what `_served` takes of the list."""
         if self._about is None:
             self._about = await self.connection.until_it_fits("the list of models", self._served)
             self.model = self._about["id"]
@@ -573,10 +571,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
 
 
 def _check_kind(kind: str, vocabulary: int, of_states: dict[str, Any], layer: int, of_lists: dict[str, bool]) -> None:
-    """Raises ValueError for what a kind lacks or makes nothing of, and ValueError or TypeError for another's head.
-
-    of_states, of_lists: arguments of one kind alone, and which of the other's are given.
-    """
+    """Raises ValueError or TypeError for arguments that a kind lacks or makes nothing of; of_lists: which are given."""
     head = of_states["head"]
     if wrong := [name for name, value in of_states.items() if (value is None) == (kind == "vllm_hidden")]:
         raise ValueError(f"{kind} {'needs' if kind == 'vllm_hidden' else 'takes no'} {' and '.join(wrong)}: these "

@@ -64,9 +64,7 @@ def unsealed(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, content: bytes, first: bool = False) -> None:
-    """Writes a file whole or not at all; it is on the disk when this returns. first: FileExistsError if it exists
-    already.
-    """
+    """Writes a file whole or not at all, to the disk. first: FileExistsError if it exists already."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:

@@ -414,8 +414,10 @@ def _iterations(paths: list[Path]) -> Iterator[tuple[str, int, list[tuple[Tensor
                     micro = parts[0][0].shape[1]
                 else:
                     parts = [[part] for part in parts]
-                samples = [s for v, low, high in zip(*parts, strict=True) for s in zip(
-                    v.unbind(1), _megatron_ids(v, low, high).unbind(1), strict=True)]  # fmt: skip
+                samples: list[tuple[Tensor, Tensor]] = []
+                for values, low, high in zip(*parts, strict=True):  # ids by their 16 bits and a 17th, or a sentinel
+                    ids = (high.long() << 16 | low.long()).masked_fill(values <= -999, -1)
+                    samples += zip(values.unbind(1), ids.unbind(1), strict=True)
                 if not micro or len(samples) % micro:
                     raise Misfit(f"{len(samples)} samples in micro-batches of {micro}")
             yield f"{path.name} {name}", int(name.split(".")[0]), samples, micro
@@ -432,15 +434,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
             raise Misfit("it has lost its end")
 
 
-def _megatron_ids(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Ids from their 17th bit and the other 16; −1 where the log-probability is the sentinel −1e3 or −1e4."""
-    return (high.long() << 16 | low.long()).masked_fill(values <= -999, -1)
-
-
 def _rectangle(lists: Any, fill: float, least: int = 0) -> Any:
-    """Lists of different lengths, padded to the longest, or to `least`; a tensor or an array as it is. Rows that are
-    tensors or arrays keep their dtype.
-    """
+    """Lists padded to the longest, or to `least`; tensors and arrays keep their dtype, and one of rows is as it is."""
     if hasattr(lists, "dtype") and str(lists.dtype) != "object":  # an array of rows is none of numbers
         return lists
     longest = max(least, 0, *map(len, lists))

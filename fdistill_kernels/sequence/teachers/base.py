@@ -79,9 +79,7 @@ def logits_function(rows: TeacherRows, device: torch.device) -> RowFunction:
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
-            out = states.new_empty(end - begin, head.weight.shape[0])
-            products.logits_(states[begin:end], head, out)
-            return capped(out.float(), head.softcap).to(device)
+            return capped(products.logits(states[begin:end], head).float(), head.softcap).to(device)
 
         return logits
     return value

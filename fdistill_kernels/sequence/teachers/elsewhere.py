@@ -50,9 +50,7 @@ class Stored(Teacher):
         return list(self.store.extra.get("end_tokens", []))
 
     def check(self, name: str, examples: Iterable[tuple[int, dict[str, Tensor]]], columns: Sequence[str]) -> None:
-        """Raises ValueError where sequences of a dataset's columns are not in the store. examples: with their numbers,
-        as `batches.of_example` has them.
-        """
+        """Raises ValueError where sequences of columns are not in the store; examples: numbered, of `of_example`."""
         asked, lacking = 0, {column: list[int]() for column in columns}
         for number, row in examples:
             asked += 1

@@ -26,9 +26,7 @@ def is_store(path: str | Path) -> bool:
 
 
 def teacher_of(given: Any) -> Teacher:
-    """The teacher for a model, a path (a store's folder, or a model's folder or hub name), a store or an endpoint; a
-    URL alone does not tell enough about its server.
-    """
+    """The teacher for a model, a model's path or hub name, a store or its folder, or an endpoint (no mere URL)."""
     if isinstance(given, (str, Path)):
         if is_url(given):
             raise ValueError(f"give fk.Endpoint({without_credentials(str(given))!r}, vocabulary=...) for a server")

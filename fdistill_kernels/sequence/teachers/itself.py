@@ -71,14 +71,9 @@ class Itself(Teacher):
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[Any]:
         """The model as the teacher, with the adapter off if so asked."""
-        model = self.model
+        model = self.student if self.average is None else self.average
         with contextlib.nullcontext() if self.adapter else model.disable_adapter():
             yield model
-
-    @property
-    def model(self) -> Any:
-        """The model that acts as teacher."""
-        return self.student if self.average is None else self.average
 
     def exact(self) -> dict[str, Tensor]:
         """By name the average's buffers and its weights that the student trains or has trained, which alone may differ
