@@ -24,21 +24,13 @@ COLUMNS = {"gold": ("labels",), "teacher": ("sample_ids",), "beam": ("beam_ids",
 
 @dataclass
 class Sequences:
-    """The sequences that a loss is taken on.
-
-    Attributes:
-        prompts: token ids of a batch, (L_i,) each.
-        teacher_prompts: likewise, as the teacher sees them.
-        continuations: likewise.
-        counted: a bool for each token of each continuation, False if it is read but not in the loss; None: all count.
-        teachers: the examples' column teacher, if there is one.
-    """
+    """The sequences that a loss is taken on: token ids of a batch, (L_i,) each."""
 
     prompts: list[Tensor]
-    teacher_prompts: list[Tensor]
+    teacher_prompts: list[Tensor]  # as the teacher sees them
     continuations: list[Tensor]
-    counted: Sequence[Tensor] | None = None
-    teachers: list[str] = field(default_factory=list)
+    counted: Sequence[Tensor] | None = None  # a bool a token, False: read but not in the loss; None: all count
+    teachers: list[str] = field(default_factory=list)  # the examples' column teacher, if there is one
 
     def tokens(self) -> list[int]:
         """The number of tokens of each continuation that count."""

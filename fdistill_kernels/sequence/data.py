@@ -90,21 +90,14 @@ def _plain(rows: Any, name: str) -> Any:
 
 
 class _Lengths(NamedTuple):
-    """How long rows may be.
+    """How long rows may be, by some arguments of `tokenize` and by the models."""
 
-    Attributes:
-        contexts: of the student and the teacher; a causal model's holds prompt and target, an encoder–decoder's each.
-        of_target: of an encoder–decoder's target, the smaller of both models'.
-        new_tokens, max_target, long_prompts, long_targets: as of `tokenize`.
-        before: what the tokenizer begins a prompt with, which a cut prompt keeps.
-    """
-
-    contexts: tuple[float, float]
-    of_target: float
+    contexts: tuple[float, float]  # of student and teacher; a causal model's holds prompt and target
+    of_target: float  # of an encoder–decoder's target, the smaller of both models'
     causal: bool
     new_tokens: int
     max_target: int | None
-    before: list[int]
+    before: list[int]  # what the tokenizer begins a prompt with, which a cut prompt keeps
     long_prompts: str
     long_targets: str
 

@@ -40,10 +40,8 @@ def conversation(
     The end token is the tokenizer's or one of `ends`, possibly the one that the next turn begins with. If the template
     marks answers ({% generation %}), its marks say where they are; otherwise what rendering one more turn adds. The
     prompt is what generation gets before the first of these answers. If the last turn is no answer, all is prompt.
-
-    Raises:
-        ValueError: the template renders turns differently when more turns follow, or an answer otherwise than it asks
-            for one, so that an answer's tokens are unknown; or it leaves out what is given.
+    Raises ValueError where the template renders turns differently when more follow, or an answer otherwise than it asks
+    for one, so that its tokens are unknown, or where it leaves out what is given.
     """
 
     @functools.cache

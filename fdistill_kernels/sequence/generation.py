@@ -41,9 +41,6 @@ def beginning(model: Any) -> tuple[int, int | None]:
     forced upon it, such as the language of mBART-50 and NLLB, or none.
 
     They are its generation configuration's: set decoder_start_token_id or forced_bos_token_id there for a language.
-
-    Raises:
-        ValueError: there is no start token, or several.
     """
     own = getattr(model, "generation_config", None)  # as `generate`: the start, else bos, which others' configs have
     found = (getattr(own, "decoder_start_token_id", None), getattr(own, "bos_token_id", None),
@@ -61,10 +58,7 @@ def chosen(
 ) -> Sequence[Tensor] | None:
     """`counted` without the first tokens that a model's generation forces: they are no choice of the model's, whose
     probability of them is 1, so that losses and risks leave them out. Other first tokens than the forced one count.
-
-    Args:
-        model: whose generation; of losses the student.
-        continuations, counted: as in `teacher_forced`.
+    continuations, counted: as in `teacher_forced`. model: of losses the student.
     """
     forced = beginning(model)[1] if model.config.is_encoder_decoder else None
     if forced is None:

@@ -97,16 +97,10 @@ def load_config(path: str | Path, **options: Any) -> Any:
 
 
 def load_model(path: str | Path, split: int = 1, **options: Any) -> Any:
-    """A causal or encoder–decoder model, depending on its configuration.
+    """A causal or encoder–decoder model; ValueError where there is none, or a file is damaged or lacks weights.
 
-    Args:
-        split: number of ranks that share each layer and the head (tensor parallelism, by the model's own plan); such
-            groups share the rest by FSDP2.
-        options: of `from_pretrained`; the dtype is by default that of the files.
-
-    Raises:
-        ValueError: there is no such model, a file of it is damaged, or weights are not in its files; or it has no plan,
-            or the number of ranks is not a multiple of `split`.
+    split: number of ranks that share each layer and the head (tensor parallelism, by the model's own plan); such groups
+    share the rest by FSDP2. options: of `from_pretrained`; the dtype is by default that of the files.
     """
     options = {DTYPE: "auto", **options}  # transformers before 5 would make float32 of it, another model by fingerprint
     with names_damage(base_of(path) or path, ANEW), names_damage(path, ANEW):

@@ -194,9 +194,6 @@ def measured(
         gold: ids of the targets. references: their whole text; the ids may have been cut.
         sampling, seed: of y and y′. The same seed gives every student the same y.
         teacher_draws: samples of the teacher for teacher_dist (5 in the paper), at least 1; with 1 it is left out.
-
-    Returns:
-        The table, and its `summary`.
     """
     check_integer("teacher_draws", teacher_draws, 1)
     _check_rows(prompts=prompts, teacher_prompts=teacher_prompts, gold=gold, references=references)

@@ -21,15 +21,12 @@ SOURCES = ("teacher", "student", "gold", "beam")
 
 
 class Half(NamedTuple):
-    """``weight · Σ_t loss_t`` on the sequences of `source`. Without a divergence the loss is −log q of their tokens.
-
-    ce_weight: weight of −log q of the tokens, which is added to a divergence.
-    """
+    """``weight · Σ_t loss_t`` on the sequences of `source`. Without a divergence the loss is −log q of their tokens."""
 
     source: str
     divergence: Divergence | None
     weight: float = 1.0
-    ce_weight: float = 0.0
+    ce_weight: float = 0.0  # of −log q of the tokens, which is added to a divergence
 
     @property
     def labelled(self) -> bool:

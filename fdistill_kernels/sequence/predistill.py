@@ -65,15 +65,10 @@ def _check_readable(config: Any) -> None:
 
 
 def copy_layers(teacher: Any, *layers: int) -> Any:
-    """A student with fewer of the teacher's layers and the same other weights.
+    """A student with fewer of a Hugging Face teacher's layers and the same other weights.
 
-    Args:
-        teacher: a Hugging Face language model.
-        layers: numbers of layers: encoder and decoder for an encoder–decoder model, one number for a causal model.
-
-    Raises:
-        ValueError: more layers than the teacher has, layers that cannot be copied or that would not be the same at
-            another place, or a teacher with an adapter.
+    layers: how many, of encoder and decoder or of a causal model. Raises ValueError for more than the teacher has, for
+    those that would not be the same at another place, and for a teacher with an adapter.
     """
     if getattr(teacher, "peft_config", None):
         raise ValueError(f"{type(teacher).__name__} has an adapter, whose layers are not copied: merge it first")
@@ -152,10 +147,6 @@ def predistillation_loss(
         wrapped: as in `forward_to_head`.
         counts: denominators of the means: tokens of prompts, and tokens of targets that count; default: of this batch.
         counted: which tokens of the targets are in the loss, as in `teacher_forced`.
-
-    Raises:
-        ValueError: the hidden states of the models differ in size or are not one vector for each token, or a setting is
-            out of range.
     """
     if hidden_reduction not in ("mean", "sum"):
         raise ValueError(f"hidden_reduction must be mean or sum, not {hidden_reduction!r}")

@@ -25,20 +25,14 @@ from .teacher_forcing import IGNORE, padded_inputs, teacher_forced
 
 @dataclass(frozen=True)
 class Sampling:
-    """How sequences are drawn: ancestral sampling with temperature, top-k and top-p (off at 0 and 1), or a search.
-
-    Attributes:
-        beams: 0: draw; 1: greedy search; more: beam search. With a search the other settings have no effect.
-        cache: transformers' `cache_implementation` for keys and values; "static" is compiled on a GPU. Tokens do not
-            depend on it.
-    """
+    """How sequences are drawn: ancestral sampling with temperature, top-k and top-p (off at 0 and 1), or a search."""
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    beams: int = 0
-    cache: str | None = field(default=None, compare=False)
+    beams: int = 0  # 0: draw; 1: greedy search; more: beam search. With a search the others but the length do nothing
+    cache: str | None = field(default=None, compare=False)  # `cache_implementation`, on which no token depends
 
     def __post_init__(self) -> None:
         for name in self.decided():
@@ -71,11 +65,7 @@ def draw(
     models lose PEFT's virtual tokens in the cache, count positions from 0 although the model does not (RoBERTa), or
     look at padding (RWKV). The seed alone decides a batch's samples; without one they continue from torch's generator.
     Ids from `vocabulary` on, with which one model is padded more than the other, are not drawn.
-
-    Raises:
-        ValueError: prompt and new tokens exceed the model's context; a search that is not possible (`check_search`); or
-            a named cache that cannot be used.
-        FloatingPointError: the model's logits are not finite.
+    Raises ValueError for a length, a search or a cache that the model has not, FloatingPointError for NaN and ∞.
     """
     pad, ends = special_tokens(model)
     if sampling.beams:

@@ -65,9 +65,6 @@ class StudentServer:
         folder: for this run alone, with the same path for trainer and server. It holds the weights of one step.
         student: a causal model, whole on each rank.
         vocabulary: ids from here on are not drawn, as in `draw`.
-
-    Raises:
-        ValueError: the student is of a kind that the server cannot get.
     """
 
     def __init__(self, url: str, folder: str | Path, student: Any, vocabulary: int):

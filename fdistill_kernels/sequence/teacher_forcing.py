@@ -57,13 +57,8 @@ def teacher_forced(
     model continues the prompt, and its state at a token predicts the next token. Positions of prompts and padding are
     −100. With `pack`, a causal model gets all sequences in one row, separated by their positions; otherwise they are
     padded on the right, where every model's own positions are correct.
-
-    Args:
-        counted: a bool for each token of each continuation. Tokens with False are read, but their label is −100. None:
-            all count.
-
-    Raises:
-        ValueError: a sequence is longer than the model's context, or counted does not fit.
+    counted: a bool for each token of each continuation. Tokens with False are read, but their label is −100. None: all
+    count.
     """
     targets = masked(continuations, counted)
     if model.config.is_encoder_decoder:

@@ -26,37 +26,24 @@ from .watch import Watch, wide
 
 @dataclass
 class Update:
-    """What a batch needs to know about its update.
+    """What a batch needs to know about its update; by source are the first two."""
 
-    Attributes:
-        sequences: by source, the sequences of the batch: given, drawn, or kept from an earlier one.
-        items: by source, the mean number of tokens or sequences in the update's batches, by which losses are divided.
-        weight: a factor of the loss, with which `Trainer`'s division is by the number of the update's batches.
-        count: that number.
-    """
-
-    sequences: dict[str, Sequences]
-    items: dict[str, Tensor]
-    weight: float = 1.0
-    count: int = 1
+    sequences: dict[str, Sequences]  # of the batch: given, drawn, or kept from an earlier one
+    items: dict[str, Tensor]  # mean number of tokens or sequences in the update's batches, by which losses are divided
+    weight: float = 1.0  # of the loss, with which `Trainer`'s division is by the number of the update's batches
+    count: int = 1  # that number
 
 
 class UpdatingTrainer(ResumableTrainer):
-    """A `transformers.Trainer` whose batches have an `Update`, for a loss of it.
+    """A `transformers.Trainer` whose batches have an `Update`, for a loss of it."""
 
-    Attributes:
-        halves: the objective. sources: those of its sequences.
-        vocabulary: ids that both models know. drawn: ids from here on are not drawn.
-        server: what draws from the student; None: the student itself.
-    """
-
-    halves: tuple[Half, ...]
-    sources: list[str]
+    halves: tuple[Half, ...]  # the objective
+    sources: list[str]  # of its sequences
     sampling: Sampling
-    vocabulary: int
-    drawn: int
+    vocabulary: int  # ids that both models know
+    drawn: int  # ids from here on are not drawn
     watch: Watch
-    server: StudentServer | None
+    server: StudentServer | None  # what draws from the student; None: the student itself
 
     def __init__(self, **trainer: Any):
         self._waiting: list[dict[str, Any]] = []  # batches of an update that has not begun

@@ -40,13 +40,7 @@ class EndpointError(RuntimeError, ConnectionError):
 
 
 class Connection:
-    """The arguments are those of `Endpoint`.
-
-    Attributes:
-        url, auth: the server's, without user and password; and these two, if the given url had them.
-        where: the url, for errors, and what stands between.
-        headers: with the key, if there is one.
-    """
+    """The arguments are those of `Endpoint`."""
 
     def __init__(
         self, url: str, api_key: str | None, concurrency: int, timeout: float, retries: int, first_wait: float
@@ -57,7 +51,7 @@ class Connection:
         except ImportError as error:
             raise ImportError(f"Endpoint needs the package {error.name}: {install('served')}") from error
         self.url, self.auth = _address(url)
-        self.where = self.url + _by_proxy(self.url)
+        self.where = self.url + _by_proxy(self.url)  # for errors
         if self.auth and api_key:
             raise ValueError(f"{self.url}: either api_key or the url's user and password, of which a request sends one")
         self.headers = {} if self.auth else _authorization(api_key)

@@ -50,10 +50,6 @@ class Lists(NamedTuple):
 def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
     """(L, K) ids, −1 where padded, and log-probabilities, as a `TopK`. Those of tensors and arrays of 16 bits stay so,
     by which a loss knows how they were rounded; all others become float32.
-
-    Raises:
-        Misfit: other shapes; an id outside the vocabulary or twice in a row; NaN, a positive log-probability, or a mass
-            above 1.05, which logits or log-probabilities at another temperature have; a row without any id.
     """
     check_integer("vocabulary", vocabulary, 1)
     try:
@@ -84,10 +80,8 @@ def checked(ids: Any, log_probs: Any, vocabulary: int, positions: int) -> TopK:
 
 def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
     """The k largest of each position's log-probabilities by id.
-
-    Raises:
-        Misfit: as `checked`; or a row has fewer than min(k, vocabulary) ids, unless `short_rows` allows that: −1 pads
-            it then. It pads a row, too, that has ids outside the vocabulary where `padded` leaves those out.
+    A row must have min(k, vocabulary) ids, unless `short_rows` allows fewer: −1 pads it then. It pads a row, too, that
+    has ids outside the vocabulary where `padded` leaves those out.
     """
     vocabulary, k = lists.vocabulary, min(lists.k, lists.vocabulary)
     for position, row in enumerate(rows):
@@ -107,11 +101,7 @@ def largest(rows: Sequence[dict[int, float]], lists: Lists) -> TopK:
 
 def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, lists: Lists) -> TopK:
     """A vLLM choice's `prompt_logprobs` from token `begin` ≥ 1 on: null, then {id: {"logprob": …, "rank": …}} of each.
-
     vLLM lists the token itself, too, if it is not one of the k largest: its rank is then above k.
-
-    Raises:
-        Misfit: as `largest`, for other token ids or another length than sent, a token missing, or another form.
     """
     with form("prompt_logprobs of another form than vLLM's"):
         read, found, rows = choice.get("prompt_token_ids"), choice["prompt_logprobs"], []
@@ -131,12 +121,8 @@ def vllm_rows(choice: dict[str, Any], ids: list[int], begin: int, lists: Lists) 
 
 def sglang_rows(meta: dict[str, Any], ids: list[int], begin: int, lists: Lists) -> TopK:
     """SGLang's `input_top_logprobs` and `input_token_logprobs` of a reply's meta_info: [log-prob, id, text] each.
-
     They begin with the token before `begin`, or with the first token, and end with the last. The first entry has no
-    log-probability.
-
-    Raises:
-        Misfit: as `vllm_rows`; or the two contradict each other at a token.
+    log-probability. The two must not contradict each other at a token.
     """
     count, last = len(ids) - begin, lists.vocabulary - 1
     with form("a reply of another form than SGLang's"):

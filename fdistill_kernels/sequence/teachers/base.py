@@ -30,19 +30,12 @@ class Batch(NamedTuple):
 
 
 class Teacher:
-    """What the trainer needs of a teacher.
+    """What the trainer needs of a teacher."""
 
-    Attributes:
-        vocabulary: number of ids it knows.
-        encoder_decoder: whether it is an encoder–decoder model; otherwise it is causal.
-        anything: whether it has rows for sequences it has not been given before, such as the student's samples.
-        whole: whether it knows the probability of every id, as a mixture needs.
-    """
-
-    vocabulary: int
-    encoder_decoder: bool
-    anything: bool
-    whole: bool
+    vocabulary: int  # number of ids it knows
+    encoder_decoder: bool  # otherwise it is causal
+    anything: bool  # whether it has rows for sequences it has not been given before, such as the student's samples
+    whole: bool  # whether it knows the probability of every id, as a mixture needs
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,

@@ -18,11 +18,7 @@ from .base import Batch, Teacher, check_given
 
 
 class Stored(Teacher):
-    """A `TeacherStore`: works without the teacher's weights, but knows only the sequences in the store.
-
-    Args:
-        tail: for a store of top-k lists, as in `TopK`.
-    """
+    """A `TeacherStore`: no weights of the teacher, but only sequences in the store; tail: of lists, as in `TopK`."""
 
     anything = False
 
