@@ -9,16 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from .batches import (
-    COLUMNS,
-    IDS,
-    column_of,
-    columns_of,
-    given_sequences,
-    of_example,
-    prompts_of,
-    prompts_of_teacher,
-)
+from .batches import COLUMNS, IDS, column_of, columns_of, given_sequences, of_example, prompts_of, prompts_of_teacher
 from .config import BY_LENGTHS, FDistillConfig, sampling_strategy
 from .generation import check_search
 from .models import context, inputs_of

@@ -67,8 +67,9 @@ def chosen(
     return free if counted is None else [m.to(f.device) & f for m, f in zip(counted, free, strict=True)]
 
 
-def end_tokens(configured: int | list[int] | None) -> list[int]:
-    """A configuration's eos_token_id, of which there may be none or several."""
+def end_tokens(model: Any) -> list[int]:
+    """What ends a model's sequences, by its eos_token_id: there may be none or several."""
+    configured = token_id(model, "eos_token_id")
     found = configured if isinstance(configured, list) else [] if configured is None else [configured]
     if not all(hasattr(token, "__index__") for token in found):
         raise ValueError(f"eos_token_id in a generation config must be an id or a list of ids, not {configured!r}")
@@ -77,7 +78,7 @@ def end_tokens(configured: int | list[int] | None) -> list[int]:
 
 def special_tokens(model: Any) -> tuple[int, list[int]]:
     """The padding token and the end tokens, of which there must be one; it pads where no padding token has an id."""
-    ends, pad = end_tokens(token_id(model, "eos_token_id")), token_id(model, "pad_token_id")
+    ends, pad = end_tokens(model), token_id(model, "pad_token_id")
     if not ends:
         raise ValueError(
             f"{type(model).__name__} has no eos_token_id in its generation config: set one before sampling"
@@ -90,7 +91,7 @@ def share_ends(student: Any, of_teachers: Sequence[Sequence[int]], vocabulary: i
     """Gives a student's generation config the end tokens of its teachers, as `Trainer` gives it the tokenizer's: what
     ends a sequence of one model and not of the other has no probability there. Warns of each that one of them lacks.
     """
-    own = end_tokens(token_id(student, "eos_token_id"))
+    own = end_tokens(student)
     of_each = [ends for ends in of_teachers if ends]
     if not own or getattr(student, "generation_config", None) is None:
         return

@@ -15,13 +15,13 @@ from .loading import load_student
 from .models import check_reads, ids_read, virtual_tokens, vocabulary_of
 from .objectives import Half
 from .ranks import row_group
-from .teachers import InRoom, Mixture, OfRows, Served, Stored, Teacher
+from .teachers import InRoom, Mixture, OfRows, Stored, Teacher
 from .teachers.several import parts_of
 from .tokenizers import check_ids
 
 
-def student_of(given: Any) -> Any:
-    """A student of a model or a path."""
+def student_of(given: Any, teacher: Any) -> Any:
+    """A student of a model or a path, which shares no weights with its teacher, as this is given."""
     model = load_student(given).float() if isinstance(given, (str, Path)) else given
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"model must be a Hugging Face model or a path of one, not {type(model).__name__}")
@@ -30,6 +30,7 @@ def student_of(given: Any) -> Any:
         if getattr(module, packs, False):
             setattr(module, packs, False)
             module.state_dict()  # unpacks
+    _check_apart(model, teacher)
     return model
 
 
@@ -38,7 +39,7 @@ def models_of(teacher: Teacher) -> list[Any]:
     return [part.model for part in parts_of(teacher) if isinstance(part, InRoom)]
 
 
-def check_apart(student: nn.Module, teacher: Any) -> None:
+def _check_apart(student: nn.Module, teacher: Any) -> None:
     """Raises ValueError where a teacher has weights of the student, which would not be trained then."""
     theirs = set(map(id, teacher.parameters())) if isinstance(teacher, nn.Module) else set()
     if any(id(p) in theirs for p in student.parameters()):
@@ -52,7 +53,7 @@ def check_pair(student: Any, teacher: Teacher) -> None:
     """
     at_hand = models_of(teacher)
     for model in at_hand:
-        check_apart(student, model)
+        _check_apart(student, model)
     for model in (student, *at_hand):
         check_reads(model)
     if teacher.encoder_decoder != bool(student.config.is_encoder_decoder):
@@ -109,7 +110,7 @@ def _check_comparison(args: FDistillConfig, halves: Sequence[Half], teacher: Tea
     if args.memory == "minimal" and isinstance(teacher, (Mixture, OfRows)):
         raise ValueError(f"memory='minimal' needs the teacher's hidden states, and {type(teacher).__name__} "
                          "gives logits: take memory='chunks'")  # fmt: skip
-    taken = temperature_of_lists(teacher)
+    taken = teacher.temperature
     if taken not in (None, args.temperature):
         raise ValueError(f"temperature={args.temperature:g}, but the teacher's lists were taken at {taken:g}: give "
                          f"temperature={taken:g}, or the lists one of the tails {', '.join(WHOLE)}")  # fmt: skip
@@ -133,10 +134,3 @@ def prepare_embeddings(model: Any, args: FDistillConfig) -> None:
     if args.neftune_noise_alpha and len(set(embeddings[:2])) > 1:
         raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha} is not used: {type(model).__name__} "
                          "reads by its encoder's embedding, and the noise is on another: leave it out")  # fmt: skip
-
-
-def temperature_of_lists(teacher: Any) -> float | None:
-    """The one temperature at which a teacher's lists can be compared; None: any will do."""
-    if not isinstance(teacher, (Stored, Served)) or teacher.whole or teacher.tail in WHOLE:
-        return None
-    return float(teacher.store.settings["temperature"]) if isinstance(teacher, Stored) else 1.0

@@ -18,7 +18,7 @@ from .asked_models import made_folder, teacher_for, tokenizer_of
 from .batches import prompts_of_teacher
 from .config import OF_PREDISTILLATION, idle
 from .data import tokenize
-from .generation import beginning, end_tokens, token_id
+from .generation import beginning, end_tokens
 from .hashes import data_hash, fingerprint
 from .loading import base_of, load_config, load_model
 from .metrics import Measures, measured
@@ -82,7 +82,7 @@ class Run:
                 rows, self.tokenizer, of_student, data.max_target_tokens, teacher=of_teacher, name=str(name),
                 new_tokens=self.config.max_new_tokens, long_prompts=data.long_prompts, long_targets=data.long_targets,
                 answers=data.answers, teacher_system=data.teacher_system, tell=self.console.print, numbered=numbered,
-                ends=self.teacher.ends() or end_tokens(token_id(speaker, "eos_token_id")),
+                ends=self.teacher.ends() or end_tokens(speaker),
                 begins=beginning(speaker) if of_teacher.is_encoder_decoder else (),
             )  # fmt: skip
 

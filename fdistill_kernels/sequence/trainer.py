@@ -27,16 +27,7 @@ from .generation import chosen, share_ends, special_tokens
 from .losses import Rows, check_head, of_nothing, step_loss
 from .models import as_found, ids_read, vocabulary_of
 from .objectives import Half, compared_sources, sources_of
-from .pairing import (
-    check_apart,
-    check_objective,
-    check_pair,
-    check_tokenizers,
-    models_of,
-    prepare_embeddings,
-    student_of,
-    temperature_of_lists,
-)
+from .pairing import check_objective, check_pair, check_tokenizers, models_of, prepare_embeddings, student_of
 from .predistill import predistillation_loss
 from .probes import check_forward
 from .ranks import copies_of_rows, generators_kept, is_of_ranks, of_all_rows
@@ -106,12 +97,11 @@ class FDistillTrainer(UpdatingTrainer):
                 raise ValueError(f"{name} is not used by FDistillTrainer: {instead}")
         if not isinstance(args, FDistillConfig):
             raise TypeError(f"args must be a FDistillConfig, not {type(args).__name__}")
-        model = student_of(model)
+        model = student_of(model, teacher)
         ours, theirs = (p if hasattr(p, "get_vocab") else getattr(p, "tokenizer", p)  # a processor's
                         for p in (processing_class, teacher_processing_class))  # fmt: skip
         if ours is not None and theirs is not None:
             check_vocabularies(ours, theirs)
-        check_apart(model, teacher)
         self.teacher = teacher_of(teacher)
         if isinstance(self.teacher, Itself):
             self.teacher.bind(model)
@@ -385,7 +375,7 @@ class FDistillTrainer(UpdatingTrainer):
         found.counted = chosen(self._unwrapped(model), found.continuations, found.counted)
 
         def losses(rows: Rows, teacher: Any) -> Tensor:
-            temperature = temperature_of_lists(self.teacher) or 1.0
+            temperature = self.teacher.temperature or 1.0
             return self.step_loss(rows, teacher, resolve("kl"), temperature, reduction="none").reshape(-1)
 
         of_rows = self._at_head(Half("gold", resolve("kl")), model, found, losses).detach()

@@ -36,6 +36,7 @@ class Teacher:
     encoder_decoder: bool  # otherwise it is causal
     anything: bool  # whether it has rows for sequences it has not been given before, such as the student's samples
     whole: bool  # whether it knows the probability of every id, as a mixture needs
+    temperature: float | None = None  # the one at which its lists can be compared; None: any will do
 
     def rows(
         self, prompts: Sequence[Tensor], continuations: Sequence[Tensor], device: torch.device, pack: bool = False,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...sparse import TopK, checked_tail
+from ...sparse import WHOLE, TopK, checked_tail
 from ...teachers import Endpoint, TeacherStore
 from ...values import Hidden
 from ..batches import prompts_of_teacher
@@ -28,6 +28,7 @@ class Stored(Teacher):
         self.whole = store.kind == "hidden"
         if self.whole and tail != "bucket":
             raise ValueError(f"tail={tail!r} is of lists, and {store.folder} holds hidden states")
+        self.temperature = None if self.whole or tail in WHOLE else float(store.settings["temperature"])
         self.encoder_decoder = bool(store.extra.get("encoder_decoder", False))
 
     def _rows(self, batch: Batch) -> TeacherRows:
@@ -81,6 +82,7 @@ class Served(Teacher):
         check_given("Served takes an Endpoint", endpoint, Endpoint)
         self.endpoint, self.tail, self.vocabulary = endpoint, checked_tail(tail), endpoint.vocabulary
         self.whole = endpoint.kind == "vllm_hidden"
+        self.temperature = None if self.whole or tail in WHOLE else 1.0
         self._ahead: dict[Any, tuple[Any, int]] = {}  # what has been asked for, and how often it is still needed
 
     def expect(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], most: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..forward import rows_of
-from ..generation import end_tokens, special_tokens, token_id
+from ..generation import end_tokens, special_tokens
 from ..losses import TeacherRows, of_model
 from ..models import at_model, evaluating, vocabulary_of
 from ..probes import check_forward
@@ -54,7 +54,7 @@ class InRoom(Teacher):
 
     def ends(self) -> list[int]:
         """As `Teacher.ends`."""
-        return end_tokens(token_id(self.model, "eos_token_id"))
+        return end_tokens(self.model)
 
     def draw(self, prompts: Sequence[Tensor], sampling: Sampling, vocabulary: int) -> list[Tensor]:
         """As `Teacher.draw`."""
