@@ -263,10 +263,6 @@ def _measured(stages: list[Stage], windows: Tensor) -> dict[str, dict[str, float
 def main(args: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status: 0, 1 if `--expect` was missed, or 130 after Ctrl-C."""
     started = time.perf_counter()
-    expected = {}
-    if args.expect:
-        with _reading(args.expect):
-            expected = json.loads(args.expect.read_text())
     console = Console(stderr=args.json, markup=False)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -276,8 +272,7 @@ def main(args: argparse.Namespace) -> int:
     _, _, *students = stages
     of = {"seed": args.seed, "text_sha256": hashlib.sha256(source.encode()).hexdigest(),
           "losses": [s.name for s in students], "steps": {stage.name: stage.steps for stage in stages}}  # fmt: skip
-    if args.expect:
-        _comparable(expected, stages, of["text_sha256"], args.expect)
+    expected = _expected(args.expect, stages, of["text_sha256"]) if args.expect else {}
     if checkpoint.exists() and not args.restart:
         _restore(stages, of, checkpoint)
         console.print(f"continuing from {checkpoint}")
@@ -306,8 +301,10 @@ def main(args: argparse.Namespace) -> int:
     return _compare(rows, expected, console) if args.expect else 0
 
 
-def _comparable(expected: Any, stages: list[Stage], text_sha256: str, path: Path) -> None:
-    """Raises ValueError unless results of these stages on that text can be compared with the file's."""
+def _expected(path: Path, stages: list[Stage], text_sha256: str) -> dict[str, Any]:
+    """A file's results of each model, which must be of these stages on that text."""
+    with _reading(path):
+        expected = json.loads(path.read_text())
     models = expected.get("models") if isinstance(expected, dict) else None
     if not models:
         raise ValueError(f"{path} has results of no model: there is nothing to compare with")
@@ -319,6 +316,7 @@ def _comparable(expected: Any, stages: list[Stage], text_sha256: str, path: Path
     for name, model in models.items():
         if model.get("steps") != steps[name]:
             raise ValueError(f"{path} has results of {model.get('steps')} steps of {name}, not of {steps[name]}")
+    return dict(models)
 
 
 #: How far a model's perplexity and KL may be from the committed ones: rounding differs between processors, and a few
@@ -330,7 +328,7 @@ def _compare(rows: dict[str, Any], expected: dict[str, Any], console: Console) -
     """Returns 0 if every model is within the band of the expected results, and else prints which are not: 1."""
     outside = [
         f"{name}'s {key} is {rows[name][key]:.4f}, not within {band:.0%} of {model[key]:.4f}"
-        for name, model in expected["models"].items()
+        for name, model in expected.items()
         for key, band in BAND.items()
         if abs(rows[name][key] - model[key]) > band * model[key]
     ]

@@ -536,10 +536,10 @@ def test_demo_survives_an_interrupt_and_distils(tmp_path, monkeypatch, capsys):
     assert models["teacher"]["parameters"] > 4 * models["kl"]["parameters"]
     assert {"device", "torch", "commit", "dirty", "command", "text_sha256"} <= set(results)
     console = Console(file=io.StringIO(), width=200)
-    assert demo._compare(models, results, console) == 0
+    assert demo._compare(models, models, console) == 0
     other = json.loads(json.dumps(results))
     other["models"]["kl"]["perplexity"] *= 1.1
-    assert demo._compare(models, other, console) == 1 and "kl's perplexity is" in console.file.getvalue()
+    assert demo._compare(models, other["models"], console) == 1 and "kl's perplexity is" in console.file.getvalue()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     other["models"]["js"] = {}
     (tmp_path / "other.json").write_text(json.dumps(other))

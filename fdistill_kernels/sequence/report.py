@@ -65,41 +65,36 @@ def plot(folder: Path, config: FDistillConfig) -> None:
 
     lines = logged(folder / "metrics.jsonl")
     stages = list(dict.fromkeys(line["stage"] for line in lines))
-    of_last = dict.fromkeys(key for line in lines if line["stage"] == stages[-1] for key in line)
-    panels = {title: [key for key in of_last if key.startswith(names)] for title, (names, _) in PANELS.items()}
-    panels = {title: keys for title, keys in panels.items() if keys}
-
-    def draw(axis: Any, stage: str, key: str, **style: Any) -> None:
-        points = sorted((x["step"], float(x[key])) for x in lines if x["stage"] == stage and x.get(key) is not None)
-        if points:
-            axis.plot(*zip(*points, strict=True), **style)
-
     nats = all(half.divergence is None or half.divergence.name in IN_NATS for half in config.halves())
-    count = len(stages) + 1 + len(panels)
-    width = min(count, 4)
-    height = -(-count // width)
+    panels: list[tuple[str, str, list[tuple[str, str, dict[str, Any]]]]] = []  # title, unit, and curves
+    for i, stage in enumerate(stages):
+        warms_up = stage == "predistill"
+        unit = "KL, CE and MSE" if warms_up else "nats a token" if nats else "mean of tokens"
+        panels.append((f"training: {'pre-distillation' if warms_up else name_of(config)}", f"loss, {unit}",
+                       [(stage, "loss", {"color": f"C{i}"})]))  # fmt: skip
+    panels.append(("held-out pairs", "KL(teacher‖student), nats a token",
+                   [(stage, "eval_loss", {"marker": "o", "label": stage}) for stage in stages]))  # fmt: skip
+    of_last = dict.fromkeys(key for line in lines if line["stage"] == stages[-1] for key in line)
+    for title, (names, unit) in PANELS.items():
+        if keys := [key for key in of_last if key.startswith(names)]:
+            panels.append((title, unit, [(stages[-1], key, {"label": key.replace("_", " ")}) for key in keys]))
+
+    width = min(len(panels), 4)
+    height = -(-len(panels) // width)
     figure = Figure(figsize=(4.5 * width, 3.6 * height), layout="constrained")
     axes = list(figure.subplots(height, width, squeeze=False).flat)
-    for axis in axes[count:]:
+    for axis in axes[len(panels) :]:
         axis.remove()
-    for axis, stage in zip(axes, stages, strict=False):
-        draw(axis, stage, "loss", color=f"C{stages.index(stage)}")
-        unit = "KL, CE and MSE" if stage == "predistill" else "nats a token" if nats else "mean of tokens"
-        axis.set(title=f"training: {'pre-distillation' if stage == 'predistill' else name_of(config)}",
-                 ylabel=f"loss, {unit}")  # fmt: skip
-        draw(axes[len(stages)], stage, "eval_loss", marker="o", label=stage)
-    axes[len(stages)].set(title="held-out pairs", ylabel="KL(teacher‖student), nats a token")
-    for axis, (title, keys) in zip(axes[len(stages) + 1 :], panels.items(), strict=False):
-        for key in keys:
-            draw(axis, stages[-1], key, label=key.replace("_", " "))
-        axis.set(title=title, ylabel=PANELS[title][1])
-    for axis in axes[len(stages) : count]:
-        if axis.lines:  # none without evaluation
-            axis.legend()
-    for axis in axes[:count]:
-        axis.set_xlabel("step")
+    for axis, (title, unit, curves) in zip(axes, panels, strict=False):
+        for stage, key, style in curves:
+            points = sorted((x["step"], float(x[key])) for x in lines if x["stage"] == stage and x.get(key) is not None)
+            if points:
+                axis.plot(*zip(*points, strict=True), **style)
+        axis.set(title=title, ylabel=unit, xlabel="step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:  # none without evaluation
+            axis.legend()
     figure.savefig(folder / "curves.png", dpi=120)
 
 
