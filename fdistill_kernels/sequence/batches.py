@@ -152,10 +152,6 @@ def collate(
             labels count, of either form.
         vocabulary, teacher_vocabulary: ids that student and teacher share, and that the teacher has.
         ids_read: those of prompts, where they are others, as an encoder–decoder model's may be.
-
-    Raises:
-        ValueError: no prompt_ids, an empty prompt, columns that not every example has, an id out of range, or −100
-            between the ids of a row.
     """
     rows = [of_example(e, encoder_decoder) for e in examples]
     names = [n for n in IDS if any(n in row for row in rows)]

@@ -46,10 +46,7 @@ def tokenize(
         numbered: also the column row: the number of the row that each was made of.
 
     Raises:
-        TypeError: rows are no dataset whose rows are at hand as they are; no tokenizer, or no configuration.
-        ValueError: an unknown policy; a missing column; a row that is neither text nor messages, an empty or too long
-            prompt; new tokens leave no room for a prompt; no rows are left; or the tokenizer's target language is not
-            the one that generation begins with.
+        TypeError, ValueError: arguments, columns or rows that do not fit, with their names, or no rows that are left.
     """
     check_choice("answers", answers, get_args(Answers))
     check_choice("long_prompts", long_prompts, get_args(Policy))

@@ -29,16 +29,9 @@ def forward_to_head(
     an empty tensor made from the result, so that what wraps the model finds in its output every parameter that a loss
     depends on.
 
-    Args:
-        model: a causal or encoder–decoder model.
-        prompts, continuations, pad, pack, counted: as `teacher_forced`; `Rows` has what counts alone.
-        call: a loss of `Rows`.
-        wrapped: what is called in the model's place, such as its DistributedDataParallel.
-        **more: of the model's forward.
-
-    Raises:
-        ValueError: no output embedding; the model does to its logits what is no scale, bias or soft-cap; its logits
-            depend on later tokens or on padding; or it mixes packed sequences.
+    prompts, continuations, pad, pack, counted: as in `teacher_forced`; `Rows` has what counts alone. wrapped: what is
+    called in the model's place, such as its DistributedDataParallel. more: of the model's forward. Raises ValueError
+    where the model does to its logits what is no scale, bias or soft-cap, and as `check_forward`.
     """
     wrapped, model = model if wrapped is None else wrapped, getattr(model, "_orig_mod", model)  # torch.compile's
     inputs, labels = teacher_forced(model, prompts, continuations, pad, pack, counted)

@@ -92,7 +92,6 @@ def sentence_sums(
     """For each of n continuations y: sums over its steps of what a model q says of it, and the number of steps.
 
     Args:
-        model: q.
         prompts, continuations: n rows of ids. The end token of a continuation is a step; a first token that q's
             generation forces is not.
         teacher: a model p with its own teacher_prompts; None: no divergences.
