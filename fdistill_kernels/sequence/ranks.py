@@ -24,7 +24,7 @@ def rank() -> tuple[int, int]:
 
 def join(seconds: float, backend: str | None = None) -> None:
     """Begins the process group of torchrun or accelerate launch; `transformers` leaves out a CPU's ``ddp_timeout``."""
-    if rank()[1] > 1 and dist.is_available() and not dist.is_initialized():
+    if rank()[1] > 1 and not dist.is_initialized():
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
 
 
@@ -34,7 +34,7 @@ _ENDED: list[str] = []
 
 def _store() -> Any:
     """What the ranks of a command share beside what they send each other; None: there is no group of them."""
-    if rank()[1] == 1 or not (_ENDED and dist.is_available() and dist.is_initialized()):
+    if rank()[1] == 1 or not (_ENDED and dist.is_initialized()):
         return None
     return dist.distributed_c10d._get_default_store()
 

@@ -88,9 +88,7 @@ class Itself(Teacher):
     @torch.no_grad()
     def update(self) -> None:
         """After an update of the student: moves the average."""
-        if self.average is None:
-            return
-        assert self.decay is not None and self.student is not None
+        assert self.decay is not None
         theirs, mine = _tensors(self.student), _tensors(self.average)
         for name, exact in self.exact().items():
             if exact.is_floating_point():
@@ -140,7 +138,7 @@ class KeepAverage(TrainerCallback):
         """Beside the trainer's own files."""
         from safetensors.torch import save_file
 
-        if state.is_world_process_zero and self.teacher.average is not None:
+        if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             save_file({name: x.contiguous() for name, x in self.teacher.exact().items()}, folder / self.FILE)
 
