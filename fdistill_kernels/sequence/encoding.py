@@ -71,10 +71,8 @@ def conversation(
             begun &= len(before) < len(after) and after[: len(before)] == before
             agrees &= whole[: len(after)] == after
             said = whole[len(before) : len(after) + 1]  # with the next turn's first, where generation may stop
-            stop = len(before) + next(
-                (n for n, token in enumerate(said, 1) if token in stops), len(after) - len(before)
-            )
-            counted[len(before) : stop] = [True] * (stop - len(before))
+            length = next((n for n, token in enumerate(said, 1) if token in stops), len(after) - len(before))
+            counted[len(before) : len(before) + length] = [True] * length
     if not begun:
         raise ValueError("the chat template asks for answers that begin otherwise than those it writes (with <think>, "
                          "say), so that their tokens are not told apart: give answers that begin so, or "

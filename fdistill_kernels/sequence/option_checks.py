@@ -66,9 +66,7 @@ def _check_numbers(asked: Asked) -> None:
 def _check_data(asked: Asked) -> None:
     if not (asked.data.data or (asked.command == "evaluate" and asked.data.eval_data)):
         raise ValueError("--data is needed")
-    train, test = (
-        bool(path) and not Path(path).is_file() for path in (asked.data.data or "", asked.data.eval_data or "")
-    )
+    train, test = (path and not Path(path).is_file() for path in (asked.data.data, asked.data.eval_data))
     hub = {"dataset_config": train or test, "dataset_train_split": train, "dataset_test_split": test}
     for name, used in hub.items():
         if asked.given.get(name) and not used:

@@ -128,9 +128,7 @@ def in_order(parser: argparse.ArgumentParser) -> None:
     options, *groups = (group for group in parser._action_groups if group._group_actions)
     theirs = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
     ours = {f.name for f in dataclasses.fields(FDistillConfig)} - theirs
-    objective, last = (
-        parser.add_argument_group(title) for title in ("the objective", "transformers.TrainingArguments")
-    )
+    objective, last = map(parser.add_argument_group, ("the objective", "transformers.TrainingArguments"))
     objective._group_actions = [a for a in options._group_actions if a.dest in ours]
     last._group_actions = [a for a in options._group_actions if a.dest in theirs]
     options._group_actions = [a for a in options._group_actions if a.dest not in ours | theirs]

@@ -169,6 +169,5 @@ class UpdatingTrainer(ResumableTrainer):
             if isinstance(self.teacher, OfRows):
                 self.teacher.choose(teachers)
             made = self.teacher.draw(teacher_prompts, self.args.sampling(source == "beam"), self.drawn)
-        return Sequences(
-            prompts, teacher_prompts, [row.to(prompts[0].device) for row in from_first(student, made)], None, teachers
-        )
+        rows = [row.to(prompts[0].device) for row in from_first(student, made)]
+        return Sequences(prompts, teacher_prompts, rows, None, teachers)
