@@ -1622,7 +1622,7 @@ def test_a_metric_that_no_evaluation_has_is_told_before_any_step(tmp_path):
             run(metric, evaluated)
     assert run("loss").best_metric > 0 and run("eval_one_loss", {"one": data(4)}).best_metric > 0
     assert run("mine", add=[Mine()]).best_metric == 1
-    for unused in (dict(metric_for_best_model="loss"), dict(greater_is_better=True)):
+    for unused in (dict(metric_for_best_model="loss"), *[dict(greater_is_better=given) for given in (True, False)]):
         with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* is not used without"):
             trainer(tmp_path, gpt2(60), gpt2(60), **unused)
 

@@ -53,7 +53,7 @@ def check_datasets(train: Any, evaluation: Any, student: Any, teacher: Teacher, 
 
 
 def _check_dropped(name: str, data: Any, args: FDistillConfig, size: int, ranks: int, batches: int = 1) -> None:
-    """Raises ValueError if dataloader_drop_last leaves nothing. ranks: with rows, each of so many batches at a time."""
+    """Raises ValueError if dataloader_drop_last leaves nothing of so many batches at a time for each rank with rows."""
     loaders: Any = args.accelerator_config
     least = size * batches * (1 if loaders.split_batches else ranks)
     if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < least:
