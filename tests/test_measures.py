@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fdistill_kernels.sequence import Sampling, metrics
-from fdistill_kernels.sequence.metrics import distinct_bigrams, measured, sentence_sums
+from fdistill_kernels.sequence.metrics import distinct_bigrams, measured, risk, sentence_sums, teacher_dist
 from fdistill_kernels.sequence.samples import write_table
 from fdistill_kernels.sequence.sampling import draw
 
@@ -90,8 +90,7 @@ def test_every_sentence_is_what_float64_says(make, tmp_path):
     outputs = [row["output"] for row in rows]
     assert summary["bleu"] == sacrebleu.corpus_bleu(outputs, [references]).score
     groups = [[y.tolist() for y in group] for group in zip(*theirs, strict=True)]
-    shares = [share for group in groups if (share := distinct_bigrams(group, [EOS])) is not None]
-    assert summary["teacher_dist"] == pytest.approx(sum(shares) / len(shares))
+    assert summary["teacher_dist"] == pytest.approx(teacher_dist(groups, [EOS]))
     write_table(table, tmp_path / "sentences.parquet")
     assert pyarrow.parquet.read_table(tmp_path / "sentences.parquet").equals(table)
 
@@ -126,7 +125,7 @@ def test_rows_that_are_not_as_many_are_refused_by_name():
         with pytest.raises(ValueError, match=words_of):  # before any step
             metrics.Measures(None, None, *rows, words(), Sampling(NEW)).on_train_begin(None, None, None, model=model)
     with pytest.raises(ValueError, match="prompts, continuations must be as many, one of each at least, not 2, 1"):
-        sentence_sums(model, some, some[:1])
+        risk(model, some, some[:1])
 
 
 def test_rows_of_another_kind_are_refused_by_name():
@@ -137,7 +136,7 @@ def test_rows_of_another_kind_are_refused_by_name():
         with pytest.raises(TypeError, match=told):
             metrics.Measures(None, None, *rows, words(), Sampling(NEW)).on_train_begin(None, None, None, model=model)
     with pytest.raises(TypeError, match="prompts must be tensors"):
-        sentence_sums(model, lists, some)
+        risk(model, lists, some)
     with pytest.raises(TypeError, match="'references', 'tokenizer', and 'sampling'"):
         metrics.Measures(None, None, some, some, some)
 
@@ -150,9 +149,8 @@ def test_a_head_that_is_no_matrix():
     adapted = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["lm_head"], r=2))
     torch.nn.init.normal_(adapted.base_model.model.lm_head.lora_B["default"].weight, std=0.3)
     merged = copy.deepcopy(adapted).merge_and_unload()
-    of_adapted, of_merged, of_plain = (sentence_sums(m, asked, continued)[0].sum() for m in (adapted, merged, plain))
-    torch.testing.assert_close(of_adapted, of_merged, rtol=1e-5, atol=0)
-    assert (of_adapted - of_plain).abs() > 1e-3 * of_plain
+    assert risk(adapted, asked, continued) == pytest.approx(risk(merged, asked, continued), rel=1e-5)
+    assert risk(adapted, asked, continued) != pytest.approx(risk(plain, asked, continued), rel=1e-3)
     for student, teacher in ((adapted, plain), (plain, adapted)):
         whole = [merged if m is adapted else m for m in (student, teacher)]
         got, _ = sentence_sums(student, asked, continued, teacher, asked, ["kl", "tvd"])
@@ -162,7 +160,8 @@ def test_a_head_that_is_no_matrix():
 
 def test_bigrams():
     assert distinct_bigrams([[1, 2, 3, 0], [1, 2, 3]], [0]) == 0.5 and distinct_bigrams([[1], [0]]) is None
-    assert distinct_bigrams([[1, 2, 0], [1, 3, 0]], [0]) == 1 and distinct_bigrams([[1, 2, 0], [1, 2, 0]]) == 0.5
+    assert teacher_dist([[[1, 2, 3], [1, 2, 3]], [[1, 2], [3, 4]]]) == pytest.approx((0.5 + 1) / 2)
+    assert teacher_dist([[[1, 2, 0], [1, 3, 0]]], [0]) == 1 and teacher_dist([[[1, 2, 0], [1, 2, 0]]]) == 0.5
 
 
 def test_a_forced_first_token_is_no_step():

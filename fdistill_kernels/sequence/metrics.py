@@ -120,11 +120,32 @@ def sentence_sums(
     return torch.stack(sums), torch.tensor(counts)
 
 
+def risk(model: Any, prompts: Sequence[Tensor], continuations: Sequence[Tensor]) -> float:
+    """Mean of −log probability under a model, in nats per token, over continuations.
+
+    For the student's samples under the teacher this is the likelihood risk R_llh (high: mode averaging); for the
+    teacher's samples under the student it is the coverage risk R_cvg (high: mode collapse); for gold targets it is the
+    log-perplexity. The paper's formula is a mean over sentences of the whole −log probability: `measured` has both.
+    """
+    sums, counts = sentence_sums(model, prompts, continuations)
+    return float(sums[:, 0].sum() / counts.sum().clamp_min(1))
+
+
 def distinct_bigrams(rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> float | None:
     """Share of distinct bigrams among those of several sequences, without end tokens; None if there are no bigrams."""
     kept = [[i for i in row if i not in ends] for row in rows]
     bigrams = [pair for row in kept for pair in itertools.pairwise(row)]
     return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+def teacher_dist(samples: Sequence[Sequence[Sequence[int]]], ends: Sequence[int] = ()) -> float:
+    """Share of distinct bigrams among several samples of an input, averaged over inputs: how multi-modal a task is."""
+    return _mean_share([distinct_bigrams(group, ends) for group in samples])
+
+
+def _mean_share(shares: Sequence[float | None]) -> float:
+    known = [share for share in shares if share is not None]
+    return sum(known) / max(len(known), 1)
 
 
 def translation_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -200,11 +221,10 @@ def measured(
 
 
 def summary(table: pyarrow.Table) -> dict[str, float]:
-    """The summary of `measured`'s table. likelihood_risk (high: mode averaging), coverage_risk (high: mode collapse),
-    kl, rkl and tvd are means over all tokens; likelihood_risk_by_sentence and coverage_risk_by_sentence are means over
-    sentences of the whole −log probability (as in the paper). Also perplexity of the gold targets; length_ratio: words
-    of the outputs over words of the references; shares of outputs without an end token and of outputs that loop;
-    teacher_dist (how multi-modal a task is); BLEU, chrF and TER of the outputs.
+    """The summary of `measured`'s table. likelihood_risk, coverage_risk, kl, rkl and tvd are means over all tokens;
+    likelihood_risk_by_sentence and coverage_risk_by_sentence are means over sentences of the whole −log probability (as
+    in the paper). Also perplexity of the gold targets; length_ratio: words of the outputs over words of the references;
+    shares of outputs without an end token and of outputs that loop; teacher_dist; BLEU, chrF and TER of the outputs.
     """
     values = {name: table[name].to_pylist() for name in table.column_names}
 
@@ -219,8 +239,7 @@ def summary(table: pyarrow.Table) -> dict[str, float]:
         found |= {name: of(name, f"{whose}_tokens")
                   for name, whose in (("kl", "coverage"), ("tvd", "coverage"), ("rkl", "likelihood"))}  # fmt: skip
     if "teacher_dist" in values:
-        known = [share for share in values["teacher_dist"] if share is not None]
-        found["teacher_dist"] = sum(known) / max(len(known), 1)
+        found["teacher_dist"] = _mean_share(values["teacher_dist"])
     words, of_reference = (sum(len(x.split()) for x in values[name]) for name in ("output", "reference"))
     return {**found, "length_ratio": words / max(of_reference, 1),
             "without_end": 1 - sum(values["output_ended"]) / max(len(table), 1),
