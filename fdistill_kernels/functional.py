@@ -223,7 +223,8 @@ def cross_entropy(
     checks.check_parts(return_parts)
     check_shard("shard", shard)
     given, softcap = logits_of("input", input, "logit_softcap", logit_softcap)
-    checks.check_made("input", values := given)
+    checks.check_made("input", given)
+    values = given
     if isinstance(values, Tensor) and values.dim() > 2 and not values.is_nested:  # which is refused by name below
         values = values.movedim(1, -1)
     logits, shard, _ = _logits_here("input", values, None, shard)

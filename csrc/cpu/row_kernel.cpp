@@ -210,10 +210,10 @@ void run_copied(const RowTask& task, int64_t n, const Row& row, const scalar_t* 
                 float* scratch) {
   const int64_t stride = padded(task.vocabulary);
   float *copy = scratch, *other = scratch + stride, *rest = scratch + (teacher ? 2 : 1) * stride;
-  RowTask in_float = task;
-  if (task.student_gradient.data) in_float.student_gradient = {copy, 1, 0, 0};
-  if (task.teacher_gradient.data) in_float.teacher_gradient = {other, 1, 0, 0};
-  row(in_float, n, {student, task.student_softcap, copy}, {teacher, task.teacher_softcap, other}, rest);
+  RowTask copied = task;
+  if (task.student_gradient.data) copied.student_gradient = {copy, 1, 0, 0};
+  if (task.teacher_gradient.data) copied.teacher_gradient = {other, 1, 0, 0};
+  row(copied, n, {student, task.student_softcap, copy}, {teacher, task.teacher_softcap, other}, rest);
   for (const auto& [rows, from] : {std::pair(&task.student_gradient, copy), std::pair(&task.teacher_gradient, other)})
     if (scalar_t* to = gradient_row<scalar_t>(*rows, n))
       for_vectors(0, task.vocabulary, [&, from = from](int64_t v, int64_t count) {
